@@ -1,0 +1,292 @@
+"""What this machine is: the facts that a report's header and `doctor` print.
+
+Comes in: /proc, /sys, one system call, `git` and the compiler's version line. Goes out: `Machine`, plain data. Nothing
+here imports torch or the engine: the list of instruction sets is read from the CPU's flags, so that a report can tell
+when an engine leaves one out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# arch/x86/include/uapi/asm/prctl.h and the XSAVE feature number of the tile data
+ARCH_GET_XCOMP_SUPP = 0x1021
+ARCH_GET_XCOMP_PERM = 0x1022
+XFEATURE_XTILEDATA = 18
+_SYS_ARCH_PRCTL_X86_64 = 158
+
+# best first; what each set of kernels needs from the CPU, in /proc/cpuinfo's words
+ISA_FLAGS: dict[str, tuple[str, ...]] = {
+    "amx_bf16": ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
+    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
+    "avx2": ("avx2", "fma"),
+    "scalar": (),
+}
+
+# the packages whose versions can change a number or a verdict
+REPORTED_PACKAGES = ("torch", "numpy", "safetensors", "pybind11", "pytest", "pytest-xdist")
+
+
+@dataclass(frozen=True)
+class NumaNode:
+    """One NUMA node: its number, its CPUs as the kernel writes them ("0-15,32-47") and its memory in bytes."""
+
+    node: int
+    cpus: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Amx:
+    """AMX as this process sees it: the CPU's flag, the kernel's support, and whether the process already asked."""
+
+    cpu: bool
+    kernel: bool
+    permitted: bool
+    emulated: bool
+
+    @property
+    def usable(self) -> bool:
+        return self.cpu and self.kernel
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts of a machine. Sizes in bytes; `threads` is how many CPUs this process may run on."""
+
+    cpu: str
+    architecture: str
+    isas: tuple[str, ...]
+    flags: tuple[str, ...]
+    amx: Amx
+    threads: int
+    cpus_online: int
+    numa: tuple[NumaNode, ...]
+    memory_total_bytes: int
+    memory_limit_bytes: int
+    memory_available_bytes: int
+    huge_pages: str
+    huge_pages_free: int
+    system: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The memory this process may use at most: the machine's, or less under a control group's limit."""
+        return min(self.memory_total_bytes, self.memory_limit_bytes or self.memory_total_bytes)
+
+    @property
+    def best_isa(self) -> str:
+        return self.isas[0]
+
+
+def read_machine() -> Machine:
+    """The machine this process runs on. Facts that the system does not tell are empty or 0; nothing is raised."""
+    model, flags = _cpuinfo()
+    amx = amx_state(flags)
+    memory = _meminfo()
+    limit, in_use = _cgroup_memory()
+    available = memory.get("MemAvailable", 0)
+    if limit:
+        available = min(available, max(0, limit - in_use))
+    return Machine(
+        cpu=model,
+        architecture=platform.machine(),
+        isas=isas_of(flags, amx),
+        flags=tuple(sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c")))),
+        amx=amx,
+        threads=allowed_threads(),
+        cpus_online=os.cpu_count() or 1,
+        numa=_numa_nodes(),
+        memory_total_bytes=memory.get("MemTotal", 0),
+        memory_limit_bytes=limit,
+        memory_available_bytes=available,
+        huge_pages=_selected(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
+        huge_pages_free=memory.get("HugePages_Free", 0),
+        system=f"{platform.system()} {platform.release()}",
+        versions=versions(),
+    )
+
+
+def isas_of(flags: frozenset[str], amx: Amx) -> tuple[str, ...]:
+    """The instruction sets that a CPU with `flags` runs, best first; AMX also needs the kernel, or the emulation."""
+    found = []
+    for isa, needed in ISA_FLAGS.items():
+        runs = all(flag in flags for flag in needed)
+        if isa == "amx_bf16":
+            runs = (runs and amx.kernel) or amx.emulated
+        if runs:
+            found.append(isa)
+    return tuple(found)
+
+
+def amx_state(flags: frozenset[str] | None = None) -> Amx:
+    """Whether AMX can be used here and, if not, what is missing. Asks the kernel; requests nothing."""
+    if flags is None:
+        flags = _cpuinfo()[1]
+    bit = 1 << XFEATURE_XTILEDATA
+    return Amx(
+        cpu="amx_tile" in flags and "amx_bf16" in flags,
+        kernel=bool(_arch_prctl(ARCH_GET_XCOMP_SUPP) & bit),
+        permitted=bool(_arch_prctl(ARCH_GET_XCOMP_PERM) & bit),
+        emulated=os.environ.get("KTVERIFY_EMULATE_AMX") == "1",
+    )
+
+
+def allowed_threads() -> int:
+    """How many CPUs this process may run on (its affinity, not the machine's count)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, ktverify, the reported packages and the C++ compiler; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in ("ktverify", *REPORTED_PACKAGES):
+        version = package_version(package)
+        if version:
+            found[package] = version
+    compiler = compiler_version()
+    if compiler:
+        found["compiler"] = compiler
+    return found
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package by its distribution name, or "". Imports nothing."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def compiler_version() -> str:
+    """The first line of `$CXX --version` (or of g++, c++, clang++), or "" where there is no compiler."""
+    for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            lines = _output([name, "--version"]).splitlines()
+            if lines:
+                return lines[0].strip()
+    return ""
+
+
+def git_commit() -> str:
+    """The commit this package was taken from, "+changes" behind it if tracked files differ; "" outside a checkout."""
+    here = Path(__file__).resolve().parent
+    # an installed copy may lie inside some other project's checkout: only a tracked file tells of our own
+    if not _output(["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]):
+        return ""
+    commit = _output(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]).strip()
+    changed = _output(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"]).strip()
+    return f"{commit}+changes" if commit and changed else commit
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _arch_prctl(code: int) -> int:
+    """The bit mask that arch_prctl(code) fills in; 0 where the kernel or the architecture does not know it."""
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return 0
+    mask = ctypes.c_uint64(0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall.restype = ctypes.c_long
+    failed = libc.syscall(ctypes.c_long(_SYS_ARCH_PRCTL_X86_64), ctypes.c_long(code), ctypes.byref(mask))
+    return 0 if failed else int(mask.value)
+
+
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    model, flags = "", frozenset[str]()
+    for line in _text(Path("/proc/cpuinfo")).splitlines():
+        key, _, value = line.partition(":")
+        key = key.strip()
+        if key in ("model name", "Processor", "CPU part") and not model:
+            model = value.strip()
+        elif key in ("flags", "Features") and not flags:
+            flags = frozenset(value.split())
+    return model or platform.processor() or platform.machine(), flags
+
+
+def _meminfo() -> dict[str, int]:
+    """/proc/meminfo in bytes; the HugePages_ counts are counts."""
+    values: dict[str, int] = {}
+    for line in _text(Path("/proc/meminfo")).splitlines():
+        key, _, rest = line.partition(":")
+        words = rest.split()
+        if words and words[0].isdigit():
+            values[key] = int(words[0]) * (1024 if words[-1] == "kB" else 1)
+    return values
+
+
+def _cgroup_memory() -> tuple[int, int]:
+    """(limit, use) of the narrowest control group above this process that limits memory; (0, 0) without a limit."""
+    root = Path("/sys/fs/cgroup")
+    candidates: list[tuple[int, int]] = []
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if number == "0" and not controllers:
+            base, limit_name, use_name = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        inner = base / group.lstrip("/")
+        # inside a container the path is the host's and does not exist; then the mount's root is the group itself
+        for directory in (inner, *inner.parents):
+            limit = _text(directory / limit_name).strip()
+            # version 1 writes "no limit" as a number near 2**63
+            if limit.isdigit() and int(limit) < 1 << 60:
+                use = _text(directory / use_name).strip()
+                candidates.append((int(limit), int(use) if use.isdigit() else 0))
+            if directory == base:
+                break
+    return min(candidates, key=lambda pair: pair[0] - pair[1], default=(0, 0))
+
+
+def _numa_nodes() -> tuple[NumaNode, ...]:
+    nodes = []
+    for directory in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
+        memory = 0
+        for line in _text(directory / "meminfo").splitlines():
+            words = line.split()
+            if "MemTotal:" in words:
+                memory = int(words[words.index("MemTotal:") + 1]) * 1024
+        nodes.append(NumaNode(int(directory.name[4:]), _text(directory / "cpulist").strip(), memory))
+    return tuple(nodes)
+
+
+def _selected(path: Path) -> str:
+    """The bracketed word of a sysfs choice: "always [madvise] never" -> "madvise"."""
+    text = _text(path)
+    return text.partition("[")[2].partition("]")[0] or text.strip()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _output(command: list[str]) -> str:
+    """Standard output of a command, or "" if it fails, is missing or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

@@ -1,0 +1,5 @@
+from ktverify.report.store import Run
+
+
+def page(run: Run) -> str:
+    return ""
