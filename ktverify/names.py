@@ -1,0 +1,50 @@
+"""The names of the tensors that a layer takes and gives. Light: imports nothing.
+
+Sizes everywhere in this package: T tokens (qlen), E experts, k experts per token, H hidden, I intermediate, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+LORA_NAMES: tuple[str, ...] = (
+    "gate_lora_a",  # [E, r, H]
+    "gate_lora_b",  # [E, I, r]
+    "up_lora_a",  # [E, r, H]
+    "up_lora_b",  # [E, I, r]
+    "down_lora_a",  # [E, r, I]
+    "down_lora_b",  # [E, H, r]
+)
+GRAD_NAMES: tuple[str, ...] = tuple(f"grad_{name}" for name in LORA_NAMES)
+
+OUTPUT = "output"  # [T, H]
+GRAD_INPUT = "grad_input"  # [T, H]
+GRAD_WEIGHTS = "grad_weights"  # [T, k]
+
+# everything that one forward and one backward give, in the order in which tables list it
+ALL_TENSORS: tuple[str, ...] = (OUTPUT, GRAD_INPUT, *GRAD_NAMES, GRAD_WEIGHTS)
+BACKWARD_TENSORS: tuple[str, ...] = ALL_TENSORS[1:]
+# one row per token, so that what one token's row breaks can be told from the rest
+TOKEN_TENSORS: frozenset[str] = frozenset({OUTPUT, GRAD_INPUT, GRAD_WEIGHTS})
+
+
+def lora_shapes(num_experts: int, hidden: int, intermediate: int, rank: int) -> dict[str, tuple[int, int, int]]:
+    """Shape of each LoRA tensor and of its gradient, by LORA_NAMES, for sizes E, H, I, r."""
+    e, h, i, r = num_experts, hidden, intermediate, rank
+    return {
+        "gate_lora_a": (e, r, h),
+        "gate_lora_b": (e, i, r),
+        "up_lora_a": (e, r, h),
+        "up_lora_b": (e, i, r),
+        "down_lora_a": (e, r, i),
+        "down_lora_b": (e, h, r),
+    }
+
+
+def tensor_shapes(
+    num_experts: int, top_k: int, hidden: int, intermediate: int, qlen: int, rank: int
+) -> dict[str, tuple[int, ...]]:
+    """Shape of each of ALL_TENSORS for sizes E, k, H, I, T, r."""
+    shapes: dict[str, tuple[int, ...]] = {OUTPUT: (qlen, hidden), GRAD_INPUT: (qlen, hidden)}
+    for name, shape in lora_shapes(num_experts, hidden, intermediate, rank).items():
+        shapes[f"grad_{name}"] = shape
+    shapes[GRAD_WEIGHTS] = (qlen, top_k)
+    return shapes
