@@ -1,5 +1,81 @@
+"""report.html: one page, complete in itself, that tells the verdict first and every number on demand.
+
+Comes in: a run. Goes out: the page's text. Plots are inline SVG, style and the one small script (it filters the long
+tables) are in the page, and its content policy forbids the browser to load anything.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ktverify.report import plots, tables
+from ktverify.report.record import NOT_RUN, AccuracyRecord, CheckRecord, LatencyRecord, Result, worst_first
 from ktverify.report.store import Run
+
+PROBLEMS_SHOWN = 30
+ACCURACY_SHOWN = 15
 
 
 def page(run: Run) -> str:
-    return ""
+    """The whole page of `run` as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    passed, sentence = tables.run_verdict(run)
+    overview = tables.overview(run.records)
+    checks = [record for record in worst_first(run.checks) if isinstance(record, CheckRecord)]
+    problems = [r for r in worst_first(run.records) if r.verdict not in (*NOT_RUN, "PASS")]
+    return environment.get_template("report.html.j2").render(
+        stamp=run.directory.name,
+        passed=passed,
+        sentence=sentence,
+        facts=tables.head_lines(run),
+        overview=overview,
+        verdicts=[n for n in tables.OVERVIEW_VERDICTS if n == "PASS" or any(row.counts[n] for row in overview)],
+        problems=[(record, _where(record), _lines(record)) for record in problems],
+        problems_shown=PROBLEMS_SHOWN,
+        plots={
+            "rel_l2": Markup(plots.rel_l2_by_tensor(run.accuracy)),
+            "used": Markup(plots.budget_used(run.accuracy)),
+            "latency": Markup(plots.latency_bars(run.latency)),
+        },
+        accuracy=tables.accuracy_rows(run),
+        accuracy_shown=ACCURACY_SHOWN,
+        accuracy_columns=tables.ACCURACY_COLUMNS,
+        latency=tables.latency_rows(run),
+        latency_columns=tables.LATENCY_COLUMNS,
+        checks=checks,
+        check_families=sorted({record.family for record in checks}),
+        colour_of=plots.colour_of,
+        meter=_meter,
+    )
+
+
+def _where(record: Result) -> str:
+    """Family, ISA and what was checked, for the heading of a problem."""
+    if isinstance(record, AccuracyRecord):
+        what = f"{record.case} {record.tensor}"
+    elif isinstance(record, LatencyRecord):
+        what = f"{record.case} {record.what}"
+    else:
+        what = record.name
+    return " · ".join(part for part in (record.family, record.isa, what) if part)
+
+
+def _lines(record: Result) -> list[str]:
+    """The message without the repro command, which stands below it."""
+    lines = [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
+    return lines[:12]
+
+
+def _meter(used: float) -> float:
+    """Width of a meter in percent: full at the budget and beyond."""
+    return 100.0 if math.isnan(used) or used > 1 else round(100 * used, 1)

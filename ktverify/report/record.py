@@ -60,6 +60,7 @@ class _Checked(_Line):
     isa: str = ""
     verdict: VerdictName
     message: str = ""
+    repro: str = ""
     duration_s: float = 0.0
 
     @field_validator("verdict", mode="before")
@@ -86,7 +87,6 @@ class AccuracyRecord(_Checked):
     non_finite: int = 0
     estimated: bool = False
     gates: tuple[GateRecord, ...] = ()
-    repro: str = ""
 
     @property
     def deciding_gate(self) -> GateRecord | None:

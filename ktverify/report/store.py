@@ -194,9 +194,14 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
 
 
 def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1) -> Recorder:
-    """The controller's recorder of a new run: its head, with the facts of this machine, is written at once."""
+    """The controller's recorder of a new run: its head, with the facts of this machine, is written at once.
+
+    Raises FileExistsError if `run_dir` already holds a run: two runs in one directory would be read as one.
+    """
     from ktverify import machine
 
+    if any(Path(run_dir).glob("records*.jsonl")):
+        raise FileExistsError(f"{run_dir} already holds a run; name a directory of its own for this one")
     recorder = Recorder(run_dir, worker="controller")
     recorder.add(
         RunRecord(

@@ -234,13 +234,14 @@ def overview_columns(rows: Sequence[OverviewRow]) -> list[Column]:
 def markdown(columns: Sequence[Column], rows: Iterable[object]) -> str:
     """A GitHub table. A bar within a cell is escaped, it would end the cell."""
     cells = [[column.cell(row).replace("|", "\\|") for column in columns] for row in rows]
-    return tabulate(
+    table = tabulate(
         cells,
         headers=[column.heading for column in columns],
         tablefmt="github",
         colalign=["right" if column.numeric else "left" for column in columns] if cells else None,
         disable_numparse=True,
     )
+    return str(table)
 
 
 def _head_markdown(run: Run) -> str:
@@ -254,15 +255,19 @@ def _not_passed(run: Run) -> list[Result]:
 def problem_text(record: Result) -> str:
     """A record that did not pass, as one or two lines: what it was, what was found, how to repeat it."""
     if isinstance(record, AccuracyRecord):
-        text = record.message or f"{record.verdict} {record.tensor}"
-        where = f"{record.family}/{record.isa or '-'} {record.case}"
-        lines = [f"{where}: {text.splitlines()[0]}"]
-        if record.repro:
-            lines.append(f"    {record.repro}")
-        return "\n".join(lines)
-    name = record.case + " " + record.what if isinstance(record, LatencyRecord) else record.name
-    first = record.message.strip().splitlines()[0] if record.message.strip() else ""
-    return f"{record.family}/{record.isa or '-'} {name}: {record.verdict}{' ' + first if first else ''}"
+        what = record.case
+    elif isinstance(record, LatencyRecord):
+        what = f"{record.case} {record.what}"
+    else:
+        what = record.name
+    found = next((line for line in record.message.splitlines() if line.strip()), "")
+    if not found.startswith(record.verdict):
+        tensor = f" {record.tensor}" if isinstance(record, AccuracyRecord) else ""
+        found = f"{record.verdict}{tensor} {found}".rstrip()
+    lines = [f"{record.family}/{record.isa or '-'} {what}: {found}"]
+    if record.repro:
+        lines.append(f"    {record.repro}")
+    return "\n".join(lines)
 
 
 def accuracy_markdown(run: Run) -> str:

@@ -1,0 +1,263 @@
+"""Plots as inline SVG, made with matplotlib.
+
+Comes in: records. Goes out: `<svg>…</svg>` text that needs nothing from outside the page and takes the page's font; ""
+where there is nothing to plot.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ktverify.report.record import NOT_RUN, AccuracyRecord, LatencyRecord
+from ktverify.report.tables import figures, isa_rank
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# dark to light with the ISA's age, told apart by hue as well for those who see colours differently
+ISA_COLOURS = {"amx_bf16": "#7a3e9d", "avx512_bf16": "#1f6fb2", "avx2": "#d98a1f", "scalar": "#7d8790"}
+_OTHER_COLOURS = ("#2a9d7c", "#b5495b", "#8c6d31")
+_FAIL = "#c62f2f"
+_INK = "#2b3036"
+_QUIET = "#8b939c"
+_RULE = "#e3e6ea"
+
+
+def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
+    """One row per tensor, one dot per record at its rel_l2 (log axis), coloured by ISA; a tick marks each budget.
+
+    Records that equal the oracle bit by bit have no place on a log axis; they are counted in the row's right margin.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    rows = [r for r in records if r.verdict not in NOT_RUN and r.gates]
+    shown = [r for r in rows if math.isfinite(r.rel_l2) and r.rel_l2 > 0]
+    if not shown:
+        return ""
+    tensors = _in_order([r.tensor for r in rows])
+    isas = sorted({r.isa for r in shown}, key=isa_rank)
+    figure, axes = _figure(height=0.55 + 0.42 * len(tensors))
+    lane = 0.72 / len(isas)
+    for row, tensor in enumerate(tensors):
+        for index, isa in enumerate(isas):
+            members = [r for r in shown if r.tensor == tensor and r.isa == isa]
+            centre = row - 0.36 + lane * (index + 0.5)
+            budgets = sorted({budget for r in members if (budget := _rel_l2_budget(r)) > 0})
+            axes.vlines(budgets, centre - lane / 2, centre + lane / 2, colors="#aab1b9", linewidths=1.1, zorder=1)
+            for failed in (False, True):
+                points = [r for r in members if (r.verdict != "PASS") == failed]
+                axes.scatter(
+                    [r.rel_l2 for r in points],
+                    [centre + _jitter(i) * lane * 0.6 for i in range(len(points))],
+                    s=26 if failed else 12,
+                    marker="D" if failed else "o",
+                    color=_FAIL if failed else colour_of(isa),
+                    alpha=0.95 if failed else 0.65,
+                    linewidths=0,
+                    zorder=3 if failed else 2,
+                )
+        exact = sum(1 for r in rows if r.tensor == tensor and r.rel_l2 == 0)
+        if exact:
+            axes.text(1.01, row, f"{exact} exact", transform=axes.get_yaxis_transform(), va="center", color=_QUIET)
+        if row:
+            axes.axhline(row - 0.5, color=_RULE, linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(tensors)), tensors)
+    axes.set_ylim(len(tensors) - 0.5, -0.5)
+    low = min(min(r.rel_l2 for r in shown), *(b for r in shown if (b := _rel_l2_budget(r)) > 0), math.inf)
+    high = max(max(r.rel_l2 for r in shown), *(b for r in shown if (b := _rel_l2_budget(r)) > 0), 0.0)
+    axes.set_xlim(low / 1.25, high * 1.25)
+    # a label at every 1, 2 and 5 where the axis spans little, at decades where it spans much
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 3e3 else (1.0,)))
+    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.0e}".replace("e-0", "e-"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("rel_l2 against the fp64 oracle; grey ticks are budgets")
+    _legend(axes, isas, failed=any(r.verdict != "PASS" for r in shown))
+    return _svg(figure, "rel-l2")
+
+
+def budget_used(records: Sequence[AccuracyRecord]) -> str:
+    """How many tensors used how much of the budget of their deciding gate, stacked by ISA; beyond 100 % in red."""
+    rows = [r for r in records if r.verdict not in NOT_RUN and not math.isnan(r.used) and _deciding_budget(r) > 0]
+    if not rows:
+        return ""
+    step = 0.05
+    # far outliers share the last bin: one broken tensor at 10000 % must not squeeze all others into one bar
+    last = 29
+    isas = sorted({r.isa for r in rows}, key=isa_rank)
+    figure, axes = _figure(height=2.5)
+    bottom = [0] * (last + 1)
+    for isa in isas:
+        counts = [0] * (last + 1)
+        for r in rows:
+            if r.isa == isa:
+                counts[min(last, _bin(r.used, step))] += 1
+        edges = [100 * step * i for i in range(last + 1)]
+        colours = [colour_of(isa) if edge < 100 - 1e-6 else _FAIL for edge in edges]
+        axes.bar(edges, counts, width=100 * step * 0.92, align="edge", bottom=bottom, color=colours, linewidth=0)
+        bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
+    top = max(i for i, count in enumerate(bottom) if count)
+    axes.axvline(100, color=_FAIL, linewidth=1)
+    axes.text(100, 1.02, "budget", transform=axes.get_xaxis_transform(), ha="center", va="bottom", color=_FAIL)
+    axes.set_xlim(0, max(105, 100 * step * (top + 1)))
+    ticks = [tick for tick in range(0, 151, 25) if tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick} %" if tick < 145 else "more" for tick in ticks])
+    axes.set_xlabel("budget used by a tensor" + (" (last bar: 145 % and more)" if top == last else ""))
+    axes.set_ylabel("tensors")
+    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    _legend(axes, isas, failed=any(r.used > 1 for r in rows))
+    return _svg(figure, "budget")
+
+
+def latency_bars(records: Sequence[LatencyRecord]) -> str:
+    """One bar per measurement at its median, whiskers from the fastest to the slowest, every sample as a dot; ms, log."""
+    rows = sorted(
+        (r for r in records if r.samples_ms),
+        key=lambda r: (r.case, r.what, r.tp, r.threads, isa_rank(r.isa)),
+    )
+    if not rows:
+        return ""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    positions, labels, ticks = [], [], []
+    position, last_group = 0.0, None
+    for r in rows:
+        group = (r.case, r.what, r.tp, r.threads)
+        if group != last_group:
+            position += 0.55 if last_group is not None else 0.0
+            labels.append(_latency_label(r))
+            ticks.append([position])
+        else:
+            ticks[-1].append(position)
+        positions.append(position)
+        position += 1.0
+        last_group = group
+    figure, axes = _figure(height=0.7 + 0.21 * position)
+    low = min(r.min_ms for r in rows)
+    high = max(r.max_ms for r in rows)
+    wide = high / low > 20
+    left = 10 ** math.floor(math.log10(low)) if wide else 0.0
+    for y, r in zip(positions, rows, strict=True):
+        colour = _FAIL if r.verdict != "PASS" else colour_of(r.isa)
+        axes.barh(y, r.median_ms - left, left=left, height=0.78, color=colour, alpha=0.32, linewidth=0)
+        axes.plot([r.min_ms, r.max_ms], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
+        jittered = [y + _jitter(i) * 0.45 for i in range(len(r.samples_ms))]
+        axes.scatter(r.samples_ms, jittered, s=5, color=colour, linewidths=0, zorder=3)
+        text = f"{figures(r.median_ms)} ms"
+        axes.annotate(text, (r.max_ms, y), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
+    axes.set_yticks([sum(group) / len(group) for group in ticks], labels)
+    axes.set_ylim(max(positions) + 0.7, -0.7)
+    if wide:
+        axes.set_xscale("log")
+        axes.set_xlim(left, high * (high / left) ** 0.14)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
+    else:
+        axes.set_xlim(0, high * 1.14)
+    axes.grid(axis="x", color=_RULE, linewidth=0.8)
+    scale = ", log axis" if wide else ""
+    axes.set_xlabel(f"ms per iteration: bar to the median, line from fastest to slowest, dots are iterations{scale}")
+    _legend(axes, sorted({r.isa for r in rows}, key=isa_rank), failed=any(r.verdict != "PASS" for r in rows))
+    return _svg(figure, "latency")
+
+
+def colour_of(isa: str) -> str:
+    """The colour that an ISA has in every plot and table."""
+    known = ISA_COLOURS.get(isa)
+    return known if known is not None else _OTHER_COLOURS[sum(isa.encode()) % len(_OTHER_COLOURS)]
+
+
+def _latency_label(r: LatencyRecord) -> str:
+    parallel = f", TP {r.tp}" if r.tp != 1 else ""
+    return f"{r.case}\n{r.what}{parallel}, {r.threads} thread{'s' if r.threads != 1 else ''}"
+
+
+def _rel_l2_budget(record: AccuracyRecord) -> float:
+    """The tightest budget that its rel_l2 has; 0 where only other gates apply."""
+    budgets = [g.budget for g in record.gates if g.gate.startswith("rel_l2") and math.isfinite(g.budget)]
+    return min(budgets, default=0.0)
+
+
+def _deciding_budget(record: AccuracyRecord) -> float:
+    gate = record.deciding_gate
+    return gate.budget if gate is not None else 0.0
+
+
+def _bin(used: float, step: float) -> int:
+    """Bin of a share; exactly 100 % is within the budget and belongs to the bin below."""
+    if math.isinf(used):
+        return 1 << 30
+    index = math.floor(used / step + 1e-9)
+    return index - 1 if used <= 1.0 and index * step >= 1.0 - 1e-9 else index
+
+
+def _in_order(tensors: Sequence[str]) -> list[str]:
+    """Tensors in the contract's order, unknown ones by name behind them."""
+    from ktverify.names import ALL_TENSORS
+
+    present = set(tensors)
+    return [t for t in ALL_TENSORS if t in present] + sorted(present - set(ALL_TENSORS))
+
+
+def _jitter(index: int) -> float:
+    """Low-discrepancy offsets in [-0.5, 0.5): dots spread evenly and the same run draws the same picture."""
+    return (index * 0.6180339887498949) % 1.0 - 0.5
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    figure = MatplotlibFigure(figsize=(11.2, height), layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#c5cad0")
+    axes.tick_params(length=0, colors=_INK, pad=6)
+    axes.xaxis.label.set_color(_QUIET)
+    axes.yaxis.label.set_color(_QUIET)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(axes: Any, isas: Sequence[str], failed: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    style = {"linestyle": "", "markersize": 6, "markeredgewidth": 0}
+    handles = [Line2D([], [], marker="o", color=colour_of(isa), label=isa or "no ISA", **style) for isa in isas]
+    if failed:
+        handles.append(Line2D([], [], marker="D", color=_FAIL, label="did not pass", **style))
+    axes.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),
+        ncols=len(handles),
+        frameon=False,
+        labelcolor=_INK,
+        handletextpad=0.2,
+        columnspacing=1.4,
+        borderaxespad=0.2,
+    )
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as inline SVG: real text, ids that no other plot of the page has, and no address of any kind."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5}
+    with matplotlib.rc_context(settings):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="plot" viewBox="\1" role="img">', text, count=1)
+    return text.strip()
