@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktverify.report.record import NOT_RUN, AccuracyRecord, LatencyRecord
-from ktverify.report.tables import figures, isa_rank
+from ktverify.report.tables import base_isa, figures, isa_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,20 +41,20 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
         return ""
     tensors = _in_order([r.tensor for r in rows])
     isas = sorted({r.isa for r in shown}, key=isa_rank)
-    figure, axes = _figure(height=0.55 + 0.42 * len(tensors))
+    figure, axes = _figure(height=0.75 + (0.2 + 0.12 * len(isas)) * len(tensors))
     lane = 0.72 / len(isas)
     for row, tensor in enumerate(tensors):
         for index, isa in enumerate(isas):
             members = [r for r in shown if r.tensor == tensor and r.isa == isa]
             centre = row - 0.36 + lane * (index + 0.5)
             budgets = sorted({budget for r in members if (budget := _rel_l2_budget(r)) > 0})
-            axes.vlines(budgets, centre - lane / 2, centre + lane / 2, colors="#aab1b9", linewidths=1.1, zorder=1)
+            axes.vlines(budgets, centre - lane / 2, centre + lane / 2, colors="#8f979f", linewidths=1.3, zorder=1)
             for failed in (False, True):
                 points = [r for r in members if (r.verdict != "PASS") == failed]
                 axes.scatter(
                     [r.rel_l2 for r in points],
                     [centre + _jitter(i) * lane * 0.6 for i in range(len(points))],
-                    s=26 if failed else 12,
+                    s=34 if failed else 16,
                     marker="D" if failed else "o",
                     color=_FAIL if failed else colour_of(isa),
                     alpha=0.95 if failed else 0.65,
@@ -72,8 +72,10 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
     low = min(min(r.rel_l2 for r in shown), *(b for r in shown if (b := _rel_l2_budget(r)) > 0), math.inf)
     high = max(max(r.rel_l2 for r in shown), *(b for r in shown if (b := _rel_l2_budget(r)) > 0), 0.0)
     axes.set_xlim(low / 1.25, high * 1.25)
-    # a label at every 1, 2 and 5 where the axis spans little, at decades where it spans much
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 3e3 else (1.0,)))
+    # the narrower the axis, the more labels fit between two decades
+    span = high / low
+    subs = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if span < 12 else (1.0, 2.0, 5.0) if span < 3e3 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.0e}".replace("e-0", "e-"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -104,7 +106,7 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
         bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
     top = max(i for i, count in enumerate(bottom) if count)
     axes.axvline(100, color=_FAIL, linewidth=1)
-    axes.text(100, 1.02, "budget", transform=axes.get_xaxis_transform(), ha="center", va="bottom", color=_FAIL)
+    axes.text(101, 0.97, "budget", transform=axes.get_xaxis_transform(), ha="left", va="top", color=_FAIL)
     axes.set_xlim(0, max(105, 100 * step * (top + 1)))
     ticks = [tick for tick in range(0, 151, 25) if tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick} %" if tick < 145 else "more" for tick in ticks])
@@ -116,7 +118,7 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
 
 
 def latency_bars(records: Sequence[LatencyRecord]) -> str:
-    """One bar per measurement at its median, whiskers from the fastest to the slowest, every sample as a dot; ms, log."""
+    """One bar per measurement at its median, a line from the fastest to the slowest, every sample as a dot; ms."""
     rows = sorted(
         (r for r in records if r.samples_ms),
         key=lambda r: (r.case, r.what, r.tp, r.threads, isa_rank(r.isa)),
@@ -170,7 +172,7 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
 
 def colour_of(isa: str) -> str:
     """The colour that an ISA has in every plot and table."""
-    known = ISA_COLOURS.get(isa)
+    known = ISA_COLOURS.get(base_isa(isa))
     return known if known is not None else _OTHER_COLOURS[sum(isa.encode()) % len(_OTHER_COLOURS)]
 
 
@@ -229,7 +231,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 def _legend(axes: Any, isas: Sequence[str], failed: bool) -> None:
     from matplotlib.lines import Line2D
 
-    style = {"linestyle": "", "markersize": 6, "markeredgewidth": 0}
+    style: dict[str, Any] = {"linestyle": "", "markersize": 6, "markeredgewidth": 0}
     handles = [Line2D([], [], marker="o", color=colour_of(isa), label=isa or "no ISA", **style) for isa in isas]
     if failed:
         handles.append(Line2D([], [], marker="D", color=_FAIL, label="did not pass", **style))
@@ -251,13 +253,12 @@ def _svg(figure: Figure, name: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    settings: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg class="plot" viewBox="\1" role="img">', text, count=1)
+    text = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg class="plot" viewBox="\1" role="img">', text, count=1)
     return text.strip()

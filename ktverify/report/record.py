@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from ktverify.machine import Machine
 
@@ -87,6 +87,13 @@ class AccuracyRecord(_Checked):
     non_finite: int = 0
     estimated: bool = False
     gates: tuple[GateRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _verdict_agrees(self) -> AccuracyRecord:
+        failed = [gate.gate for gate in self.gates if gate.verdict in ("FAIL", "CRASH", "MISTRUSTED")]
+        if self.verdict == "PASS" and failed:
+            raise ValueError(f"verdict is PASS although gate {failed[0]} is not")
+        return self
 
     @property
     def deciding_gate(self) -> GateRecord | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from ktverify.machine import format_bytes
+from ktverify.machine import ISA_FLAGS, format_bytes
 from ktverify.report.record import (
     NOT_RUN,
     VERDICT_ORDER,
@@ -122,6 +122,8 @@ class OverviewRow:
         """Like "94 % grad_up_lora_a of mixtral_8x7b@seed=0"; empty without comparisons."""
         if self.worst is None:
             return ""
+        if self.worst.used == 0:
+            return "every tensor exact"
         return f"{used_text(self.worst.used)} {self.worst.tensor} of {self.worst.case}"
 
 
@@ -142,10 +144,14 @@ def overview(records: Iterable[Result]) -> list[OverviewRow]:
 
 def isa_rank(isa: str) -> tuple[int, str]:
     """Sort key of an ISA: best first, then what is not known here, by name."""
-    from ktverify.machine import ISA_FLAGS
-
     known = list(ISA_FLAGS)
-    return (known.index(isa) if isa in known else len(known), isa)
+    name = base_isa(isa)
+    return (known.index(name) if name in known else len(known), isa)
+
+
+def base_isa(isa: str) -> str:
+    """The instruction set without how it was run: "amx_bf16 (emulated)" -> "amx_bf16"."""
+    return isa.partition(" ")[0]
 
 
 def verdict_counts(records: Iterable[Result]) -> dict[VerdictName, int]:
