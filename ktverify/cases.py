@@ -10,19 +10,14 @@ import difflib
 import fnmatch
 import functools
 import re
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ktverify.names import GRAD_INPUT, GRAD_WEIGHTS, OUTPUT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ktverify.names import tensor_shapes
+from ktverify.toml import read_toml
 
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 CUSTOM = "custom"
@@ -192,8 +187,6 @@ def broken_token(case: Case) -> int | None:
 
 def tensors_of(case: Case) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that the case produces, by name."""
-    from ktverify.names import tensor_shapes
-
     return tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
 
 
@@ -208,7 +201,7 @@ def flops(case: Case, *, backward: bool = False) -> int:
 
 @functools.cache
 def _rows() -> tuple[Case, ...]:
-    document = tomllib.loads(CATALOGUE.read_text(encoding="utf-8"))
+    document = read_toml(CATALOGUE)
     rows = []
     for name, table in document.items():
         try:
@@ -227,9 +220,7 @@ def catalogue() -> dict[str, Case]:
     return {case.name: case for case in _rows()}
 
 
-def select(
-    glob: str | None = None, tier: str | tuple[str, ...] | None = None, data: str | None = None
-) -> list[Case]:
+def select(glob: str | None = None, tier: str | tuple[str, ...] | None = None, data: str | None = None) -> list[Case]:
     """The rows whose name (or id) matches the shell pattern `glob` (several with commas), of that tier and data.
 
     A text that is itself a case (`deepseek_v3_t4@seed=5`, `E=8,k=2,...`) selects that case. Empty where nothing fits.

@@ -8,6 +8,7 @@ bit. A change that does change bits raises GENERATOR_VERSION, and the goldens ar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -160,7 +161,8 @@ def _key(case: Case, tensor: str, expert: int | None = None) -> np.uint64:
     """The 64-bit key of one tensor's stream."""
     place = tensor if expert is None else f"{tensor}[{expert}]"
     text = f"ktverify {GENERATOR_VERSION} {case.name} {case.seed} {place}"
-    return np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
+    key: np.uint64 = np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
+    return key
 
 
 def _hash_block(counter: U64, key: np.uint64, out: U64, scratch: U64) -> None:
@@ -235,7 +237,9 @@ def _gaussian_table(scale: Fraction) -> npt.NDArray[np.uint16]:
 def _to_bf16(values: Array) -> npt.NDArray[np.uint16]:
     """bf16 bits of finite fp64 or fp32 values: to fp32, then to bf16, each to nearest even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    to_even = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded: npt.NDArray[np.uint16] = ((bits + np.uint32(0x7FFF) + to_even) >> np.uint32(16)).astype(np.uint16)
+    return rounded
 
 
 # ---------------------------------------------------------------- kinds of data
@@ -278,7 +282,8 @@ class _Gaussian:
         rows, slots = self.case.qlen, self.case.top_k
         draws = _hashes(_key(self.case, "weights"), rows * (slots + 1)).reshape(rows, slots + 1)
         parts = (4096 + (draws % np.uint64(61440))).astype(np.int64)
-        return (parts[:, :slots] / parts.sum(axis=1, keepdims=True)).astype(np.float32)
+        share: npt.NDArray[np.float32] = (parts[:, :slots] / parts.sum(axis=1, keepdims=True)).astype(np.float32)
+        return share
 
 
 class _Integer:
@@ -294,7 +299,6 @@ class _Integer:
         self.ones = int(_hashes(_key(case, "ones"), 1)[0] % np.uint64(case.hidden))
 
     def tokens(self, name: str, out: npt.NDArray[np.uint16]) -> None:
-        rows, hidden = out.shape
         key = _key(self.case, name)
         values = np.zeros(out.shape)
         if name == "hidden_states":
@@ -337,7 +341,8 @@ class _Integer:
         """[T, k]: 1, 1/2 or 1/4."""
         shape = (self.case.qlen, self.case.top_k)
         draws = _hashes(_key(self.case, "weights"), shape[0] * shape[1]) % np.uint64(3)
-        return np.array([1, 0.5, 0.25], np.float32)[draws.astype(np.intp)].reshape(shape)
+        power: npt.NDArray[np.float32] = np.array([1, 0.5, 0.25], np.float32)[draws.astype(np.intp)].reshape(shape)
+        return power
 
 
 def _scatter(values: Array, key: np.uint64, per_row: int) -> None:
@@ -423,8 +428,8 @@ def _lazy_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:
         pages = mmap.mmap(-1, 2 * count, flags=flags)
     except OSError as error:
         raise MemoryError(f"no address space for {2 * count / 1e9:.1f} GB of base weights: {error}") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # gigabytes are filled at the pace of page faults otherwise
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages is only slower
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint16, count).reshape(shape)
 
 
@@ -444,4 +449,5 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.contiguous().reshape(-1)
     if flat.dtype == torch.bfloat16:
         flat = flat.view(torch.int16)
-    return memoryview(flat.numpy()).cast("B") if flat.numel() else memoryview(b"")
+    array: Any = flat.numpy()
+    return memoryview(array).cast("B") if array.size else memoryview(b"")

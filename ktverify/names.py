@@ -1,6 +1,6 @@
 """The names of the tensors that a layer takes and gives. Light: imports nothing.
 
-Sizes everywhere in this package: T tokens (qlen), E experts, k experts per token, H hidden, I intermediate, r LoRA rank.
+Sizes in this package: T tokens (qlen), E experts, k experts per token, H hidden, I intermediate, r LoRA rank.
 """
 
 from __future__ import annotations

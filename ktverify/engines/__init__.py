@@ -1,0 +1,48 @@
+"""Engines under test, found by name.
+
+Comes in: a name, or `package.module:factory`. Goes out: a callable that takes KTMoEWrapper's keyword arguments
+(CONTRACT.md section 3) and returns a layer. A new engine is one file here and one line in `_BUILT_IN`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+EngineFactory = Callable[..., Any]
+
+NATIVE = "native"
+_BUILT_IN: dict[str, str] = {
+    NATIVE: "ktverify.experts:KTMoEWrapper",
+    "torch_bf16": "ktverify.engines.torch_bf16:TorchBf16",
+}
+
+
+def names() -> list[str]:
+    """The engines that come with the package."""
+    return list(_BUILT_IN)
+
+
+def find(name: str) -> EngineFactory:
+    """The factory of engine `name`: one of names(), or an import path `package.module:factory`.
+
+    ValueError for a name or path that leads nowhere or to something that cannot be called; what an engine's own module
+    raises when it is imported comes through as ImportError.
+    """
+    path = _BUILT_IN.get(name, name)
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        near = difflib.get_close_matches(name, _BUILT_IN, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"no engine is called {name!r}; {hint}takes {', '.join(_BUILT_IN)} or package.module:factory")
+    found: Any = importlib.import_module(module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"engine {name!r}: {module_name} has no {attribute}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"engine {name!r}: {attribute} is {type(found).__name__}, it takes a callable")
+    factory: EngineFactory = found
+    return factory

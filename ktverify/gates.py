@@ -1,0 +1,177 @@
+"""From a difference and its budgets to a verdict. The numbers stand in tolerances.toml, and only there.
+
+Comes in: a case, a tensor's name, its `Difference` and the plain bf16 peer's error. Goes out: a `Judgement`, whose line
+is what a person reads.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktverify.cases import Case, expects_zero
+from ktverify.metrics import Difference
+from ktverify.names import OUTPUT, TOKEN_TENSORS
+from ktverify.toml import read_toml
+
+TOLERANCES = Path(__file__).with_name("tolerances.toml")
+AMX = "amx_bf16"
+
+
+class Verdict(enum.Enum):
+    """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    CRASH = "CRASH"
+    SKIP = "SKIP"
+    UNSUPPORTED = "UNSUPPORTED"
+    MISTRUSTED = "MISTRUSTED"
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate: `value` may be at most `budget`; used = value / budget (a budget of 0: 0 when kept, else inf)."""
+
+    gate: str
+    value: float
+    budget: float
+    used: float
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one tensor, every gate that was asked, and the line to print."""
+
+    verdict: Verdict
+    gates: tuple[GateResult, ...]
+    line: str
+
+
+@functools.cache
+def tolerances() -> dict[str, Any]:
+    """tolerances.toml, parsed."""
+    return read_toml(TOLERANCES)
+
+
+def peer_budget(peer: float) -> float:
+    """rel_l2 that an engine may have where plain bf16 torch has `peer`: min(cap, max(factor * peer, floor))."""
+    numbers = tolerances()["peer"]
+    if math.isnan(peer):
+        return float(numbers["floor"])
+    return float(min(numbers["cap"], max(numbers["factor"] * peer, numbers["floor"])))
+
+
+def own_limit(case: Case, tensor: str, isa: str) -> float | None:
+    """rel_l2 that the project's own engine keeps on this case; None where only the peer's budget rules."""
+    numbers = tolerances()["own"]
+    if case.data != "gaussian" or case.qlen < numbers["min_tokens"] or case.rank < numbers["min_rank"]:
+        return None
+    direction = "forward" if tensor == OUTPUT else "backward"
+    return float(numbers[direction if isa in ("", AMX) else f"{direction}_other_isa"])
+
+
+def judge(
+    case: Case, tensor: str, difference: Difference, peer: float, *, own_engine: bool = False, isa: str = ""
+) -> Judgement:
+    """The verdict on `tensor` of `case`: FAIL if any gate is exceeded, MISTRUSTED if the inputs were too empty.
+
+    peer: rel_l2 of the plain bf16 peer on the same tensor. own_engine adds the strict limits and, on exact cases, the
+    demand for equal bits. isa: the instruction set that computed; the limits for AMX hold where it is not told.
+    """
+    gates = [
+        _gate(name, value, budget, reason)
+        for name, value, budget, reason in _asked(case, tensor, difference, peer, own_engine, isa)
+    ]
+    if any(gate.verdict is Verdict.FAIL for gate in gates):
+        verdict = Verdict.FAIL
+    else:
+        gates.append(_trust(case, tensor, difference))
+        verdict = gates[-1].verdict
+    return Judgement(verdict, tuple(gates), _line(case, tensor, difference, verdict, gates))
+
+
+def _asked(
+    case: Case, tensor: str, difference: Difference, peer: float, own_engine: bool, isa: str
+) -> list[tuple[str, float, float, str]]:
+    numbers = tolerances()
+    direction = "forward" if tensor == OUTPUT else "backward"
+    asked = [
+        ("non_finite", float(difference.non_finite), float(numbers["non_finite"]["unexpected"]), "NaN or Inf"),
+    ]
+    # experts that a broken token reached may or may not show it; the token's own rows must
+    if tensor in TOKEN_TENSORS:
+        limit = float(numbers["non_finite"]["missing"])
+        asked.append(("hidden_non_finite", float(difference.missing_non_finite), limit, "a NaN was hidden"))
+    asked.append(("stray", float(difference.stray), float(numbers["zero"]["stray"]), "must be exactly zero"))
+    if difference.norm_expected == 0:
+        asked.append(("zero", difference.norm_actual, 0.0, "must be exactly zero"))
+    else:
+        asked.append(("mean_rel", difference.mean_rel, float(numbers["outer"][direction]), "the contract's ceiling"))
+        asked.append(("rel_l2", difference.rel_l2, peer_budget(peer), f"the plain bf16 peer errs by {peer:.2e}"))
+        limit_own = own_limit(case, tensor, isa) if own_engine else None
+        if limit_own is not None:
+            asked.append(("rel_l2_own", difference.rel_l2, limit_own, "what fp32 sums and one rounding leave"))
+    if case.exact and own_engine:
+        # -1: a golden that cannot tell. An exact case without the full tensor proves nothing, so it must not pass
+        count = math.inf if difference.mismatched < 0 else float(difference.mismatched)
+        asked.append(("exact", count, float(numbers["exact"]["mismatched"]), "integer data has one right answer"))
+    return asked
+
+
+def _gate(name: str, value: float, budget: float, reason: str) -> GateResult:
+    kept = value <= budget  # a NaN is not kept
+    used = value / budget if budget > 0 else 0.0 if kept else math.inf
+    return GateResult(name, value, budget, used, Verdict.PASS if kept else Verdict.FAIL, reason)
+
+
+def _trust(case: Case, tensor: str, difference: Difference) -> GateResult:
+    """MISTRUSTED where the expected tensor is too empty for its agreement to mean anything. budget is the least."""
+    numbers = tolerances()["trust"]
+    least = float(numbers["min_density_exact" if case.exact else "min_density"])
+    if expects_zero(case, tensor):
+        return GateResult("trust", difference.density, 0.0, 0.0, Verdict.PASS, "zero by construction")
+    believed = difference.nonzero >= numbers["min_nonzero"] and difference.density >= least
+    reason = (
+        "expected values are alive"
+        if believed
+        else (f"only {difference.nonzero} of {difference.numel} expected elements are other than 0")
+    )
+    used = least / difference.density if difference.density > 0 else math.inf
+    verdict = Verdict.PASS if believed else Verdict.MISTRUSTED
+    return GateResult("trust", difference.density, least, used, verdict, reason)
+
+
+def _line(case: Case, tensor: str, difference: Difference, verdict: Verdict, gates: list[GateResult]) -> str:
+    shown = next((gate for gate in gates if gate.verdict is not Verdict.PASS), None)
+    if shown is None:
+        asked = [gate for gate in gates if gate.gate != "trust"]
+        shown = max(asked, key=lambda gate: (gate.used, gate.gate == "rel_l2"))
+    elif shown.gate == "mean_rel":
+        # both relative gates usually break together; rel_l2 is the one that people compare
+        shown = next((g for g in gates if g.gate == "rel_l2" and g.verdict is Verdict.FAIL), shown)
+    text = f"{verdict.value} {tensor} {shown.gate} {_number(shown.value)}, budget {_number(shown.budget)}"
+    if shown.gate == "trust":
+        text = f"{verdict.value} {tensor}: {shown.reason}"
+    elif shown.budget > 0:
+        text += f" ({shown.used:.0%})".replace("%", " %")
+    if difference.worst_index:
+        text += f", worst {list(difference.worst_index)}"
+    if verdict is not Verdict.PASS:
+        text += f"\npython -m ktverify repro '{case.id}'"
+    return text
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else _short(value)
+
+
+def _short(value: float) -> str:
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -1,0 +1,121 @@
+"""One case through one engine: build the layer, load it, forward, backward.
+
+Comes in: an engine factory and a case. Goes out: a dict of ALL_TENSORS. Holds nothing between calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktverify.cases import Case
+from ktverify.data import Inputs, make_inputs
+from ktverify.engines import EngineFactory
+from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+METHOD = "AMXBF16_SFT"
+
+
+def layer_arguments(
+    case: Case, *, isa: str | None = None, tp: int = 1, threads: int | None = None, **more: Any
+) -> dict[str, Any]:
+    """KTMoEWrapper's keyword arguments for `case`; `more` overrides. isa is passed on only where one is asked for."""
+    arguments: dict[str, Any] = {
+        "layer_idx": 0,
+        "num_experts": case.num_experts,
+        "num_experts_per_tok": case.top_k,
+        "hidden_size": case.hidden,
+        "moe_intermediate_size": case.intermediate,
+        "num_gpu_experts": 0,
+        "cpuinfer_threads": threads or len(os.sched_getaffinity(0)),
+        "threadpool_count": tp,
+        "weight_path": "",
+        "chunked_prefill_size": max(512, case.qlen),
+        "method": METHOD,
+        "mode": "sft",
+        "lora_rank": case.rank,
+        "lora_alpha": case.alpha,
+    }
+    if isa is not None:
+        arguments["isa"] = isa
+    return {**arguments, **more}
+
+
+def build_layer(
+    factory: EngineFactory,
+    case: Case,
+    inputs: Inputs,
+    *,
+    isa: str | None = None,
+    tp: int = 1,
+    threads: int | None = None,
+    **more: Any,
+) -> Any:
+    """A layer of `factory` with the case's base weights and LoRA loaded. LoRA tensors are copies: inputs stay as is."""
+    layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
+    layer.load_weights_from_tensors(
+        inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"), inputs.physical_map
+    )
+    layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
+    return layer
+
+
+def run_layer(layer: Any, inputs: Inputs, *, backward: bool = True) -> dict[str, torch.Tensor]:
+    """ALL_TENSORS of one forward and one backward of a loaded layer; only output without backward.
+
+    The tensors are what the engine gave; a gradient that is missing raises KeyError, a further one ValueError.
+    """
+    output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=backward)
+    result: dict[str, torch.Tensor] = {OUTPUT: output}
+    if not backward:
+        return result
+    grad_input, grad_loras = layer.backward(inputs.grad_output)
+    check_grad_names(grad_loras)
+    result[GRAD_INPUT] = grad_input
+    result.update({name: grad_loras[name] for name in GRAD_NAMES})
+    result[GRAD_WEIGHTS] = layer.grad_weights
+    return {name: result[name] for name in ALL_TENSORS}
+
+
+def check_grad_names(grad_loras: Mapping[str, torch.Tensor]) -> None:
+    """KeyError or ValueError unless the keys are exactly the six of the contract."""
+    missing = [name for name in GRAD_NAMES if name not in grad_loras]
+    if missing:
+        raise KeyError(f"backward gave no {', '.join(missing)}")
+    further = [name for name in grad_loras if name not in GRAD_NAMES]
+    if further:
+        raise ValueError(f"backward gave {', '.join(further)}, it takes exactly {', '.join(GRAD_NAMES)}")
+
+
+def run_case(
+    factory: EngineFactory,
+    case: Case,
+    *,
+    inputs: Inputs | None = None,
+    isa: str | None = None,
+    tp: int = 1,
+    threads: int | None = None,
+    backward: bool = True,
+    **more: Any,
+) -> dict[str, torch.Tensor]:
+    """ALL_TENSORS of `case` as the engine computes them; only output without backward.
+
+    inputs: those of the case where the caller has them already. isa, tp, threads: instruction set, tensor-parallel
+    degree, ceiling of workers (default: the processors this process may run on). What the engine raises comes through.
+    """
+    given = make_inputs(case) if inputs is None else inputs
+    layer = build_layer(factory, case, given, isa=isa, tp=tp, threads=threads, **more)
+    try:
+        return {name: tensor.detach() for name, tensor in run_layer(layer, given, backward=backward).items()}
+    finally:
+        clear = getattr(layer, "clear_sft_buffer_cache", None)
+        del layer
+        if clear is not None:
+            clear()
+        gc.collect()
