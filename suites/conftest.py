@@ -1,0 +1,238 @@
+"""How a run of the suites is put together.
+
+A family is a folder beside this file. Its tests get an xdist group of their own (one per instruction set where a
+family covers several), computing tests share a lock that timing tests take alone, and every run leaves its records in
+a run directory. A run that selected accuracy families but compared nothing fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktverify import cases
+from ktverify.report.record import AccuracyRecord, CheckRecord, Result, VerdictName
+from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
+from suites.support import isas, locks
+from suites.support.child import ChildCrash, ChildPool
+from suites.support.isas import Isa
+
+SUITES = Path(__file__).resolve().parent
+ACCURACY_FAMILIES = ("forward", "backward")
+_RUN_DIR = "ktverify_run_dir"
+
+recorder_key = pytest.StashKey[Recorder]()
+run_key = pytest.StashKey[Run]()
+nothing_key = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("ktverify", "the layer under test")
+    group.addoption("--engine", default="native", help="engine name or package.module:factory (default: native)")
+    group.addoption("--isa", default="all", help="one instruction set of the native engine (default: all it can run)")
+    group.addoption("--fresh", type=int, metavar="SEED", help="draw new inputs and compute the oracle live")
+    group.addoption("--cases", metavar="GLOB", help="only the catalogue's cases whose name matches")
+    group.addoption(
+        "--tier", choices=("default", "big", "full"), help="only the cases of one tier (default: default and big)"
+    )
+    group.addoption("--run-dir", type=Path, help="where the records go (default: reports/runs/<stamp>)")
+
+
+# ---- a run and its records
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    config = session.config
+    if config.option.collectonly:
+        return
+    if _is_worker(config):
+        config.stash[recorder_key] = Recorder(config.workerinput[_RUN_DIR])  # type: ignore[attr-defined]
+        return
+    config.stash[seen_key] = _Seen()
+    config.pluginmanager.register(config.stash[seen_key])
+    run_dir = config.option.run_dir or new_run_dir(config.rootpath / "reports")
+    workers = getattr(config.option, "numprocesses", None) or 1
+    command = shlex.join(["pytest", *config.invocation_params.args])
+    config.stash[recorder_key] = start_run(run_dir.resolve(), config.option.engine, command, workers)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    if recorder_key in node.config.stash:
+        node.workerinput[_RUN_DIR] = str(node.config.stash[recorder_key].run_dir)
+
+
+class _Seen:
+    """Folders of all tests that were reported, from whichever worker."""
+
+    def __init__(self) -> None:
+        self.folders: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.folders.update(Path(report.nodeid.partition("::")[0]).parts[:-1])
+
+
+seen_key = pytest.StashKey[_Seen]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    if _is_worker(config) or recorder_key not in config.stash:
+        return
+    recorder = config.stash[recorder_key]
+    records = load(recorder.run_dir).records
+    compared = any(isinstance(record, AccuracyRecord) for record in records)
+    selected = not config.stash[seen_key].folders.isdisjoint(ACCURACY_FAMILIES)
+    config.stash[nothing_key] = selected and not compared
+    broken = any(record.verdict in ("FAIL", "CRASH", "MISTRUSTED") for record in records)
+    if session.exitstatus == pytest.ExitCode.OK and (broken or config.stash[nothing_key]):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    config.stash[run_key] = recorder.finish(int(session.exitstatus))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    run = config.stash.get(run_key, None)
+    if run is None:
+        return
+    if config.stash[nothing_key]:
+        terminalreporter.write_line("FAIL: this run selected accuracy families but compared nothing", red=True)
+    with contextlib.suppress(ValueError):
+        terminalreporter.write_line(f"report: {os.path.relpath(run.directory)}/report.html")
+
+
+def family_of(item: pytest.Item) -> str:
+    """The folder below suites/ that the test stands in."""
+    try:
+        return item.path.relative_to(SUITES).parts[0]
+    except ValueError:
+        return ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    config = item.config
+    # accuracy and latency tests write records of their own, one per tensor or timing; all others get one per test
+    own_records = bool(item.stash.get(own_records_key, False))
+    if recorder_key in config.stash and (report.when == "call" or not report.passed) and not own_records:
+        verdict: VerdictName = "PASS" if report.passed else "SKIP" if report.skipped else "FAIL"
+        if call.excinfo is not None and call.excinfo.errisinstance(ChildCrash):
+            verdict = "CRASH"
+        isa = getattr(item, "callspec", None)
+        chosen = isa.params.get("isa") if isa is not None else None
+        config.stash[recorder_key].add(
+            CheckRecord(
+                family=family_of(item),
+                name=item.name.partition("@")[0],
+                engine=config.option.engine,
+                isa=chosen.label if isinstance(chosen, Isa) else "",
+                verdict=verdict,
+                message="" if call.excinfo is None else call.excinfo.exconly(tryshort=True).strip()[:2000],
+                duration_s=call.duration,
+            )
+        )
+    return report
+
+
+own_records_key = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[Result], None]:
+    """Adds a record to the run; a test that calls it writes no check record besides."""
+
+    def add(result: Result) -> None:
+        request.node.stash[own_records_key] = True
+        request.config.stash[recorder_key].add(result)
+
+    return add
+
+
+# ---- which tests there are, and who runs beside whom
+
+
+def _cases_and_isas(config: pytest.Config, family: str) -> Iterator[Any]:
+    option = config.option
+    planned = isas.planned(option.engine, option.isa)
+    tiers = (option.tier,) if option.tier else ("default", "big")
+    chosen = [case for case in cases.select(option.cases) if case.tier in tiers]
+    if not chosen:
+        raise ValueError(f"--cases {option.cases} --tier {option.tier}: no such case; see python -m ktverify list")
+    for case in chosen:
+        big = case.tier != "default"
+        for isa in planned[:1] if big else planned:
+            marks = [pytest.mark.xdist_group(f"{family}-big" if big else f"{family}-{isa.id}")]
+            yield pytest.param(
+                case, isa, id=f"{isa.id}-{case.name}", marks=[*marks, *([pytest.mark.big] if big else [])]
+            )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = metafunc.fixturenames
+    family = metafunc.definition.path.relative_to(SUITES).parts[0]
+    if "isa" not in names or any("isa" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
+        return
+    option = metafunc.config.option
+    try:
+        if "case" in names and family in ACCURACY_FAMILIES:
+            metafunc.parametrize("case,isa", list(_cases_and_isas(metafunc.config, family)))
+        else:
+            planned = isas.planned(option.engine, option.isa)
+            marks = [pytest.mark.xdist_group(f"{family}-{isa.id}") for isa in planned]
+            params = [pytest.param(isa, id=isa.id, marks=mark) for isa, mark in zip(planned, marks, strict=True)]
+            metafunc.parametrize("isa", params)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(family_of(item)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with contextlib.ExitStack() as held:
+        if item.get_closest_marker("big"):
+            held.enter_context(locks.big())
+        held.enter_context(locks.computing(alone=item.get_closest_marker("latency") is not None))
+        held.enter_context(locks.lent_to_children())
+        return (yield)
+
+
+# ---- what tests use
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest) -> str:
+    """Name of the engine under test."""
+    return str(request.config.option.engine)
+
+
+@pytest.fixture(scope="session")
+def fresh(request: pytest.FixtureRequest) -> int | None:
+    """The seed of --fresh, None when the goldens are compared with."""
+    seed: int | None = request.config.option.fresh
+    return seed
+
+
+@pytest.fixture(scope="session")
+def children() -> Iterator[ChildPool]:
+    """The processes that engines run in, one at a time: see ChildPool."""
+    with ChildPool() as pool:
+        yield pool

@@ -1,0 +1,58 @@
+"""Which instruction sets a run covers, and how each of them is run on this CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+
+EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
+AMX = "amx_bf16"
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set of an engine: `name` is what its `isa=` takes, None for an engine that has no choice."""
+
+    name: str | None = None
+    emulated: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name that reports show."""
+        return f"{self.name} (emulated)" if self.emulated else self.name or ""
+
+    @property
+    def id(self) -> str:
+        """The name that test ids and xdist groups show."""
+        return f"{self.name}_emulated" if self.emulated else self.name or "engine"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a process needs in its environment to run this instruction set."""
+        return {EMULATION_ENV: "1"} if self.emulated else {}
+
+
+def planned(engine: str, wanted: str = "all") -> list[Isa]:
+    """The instruction sets of `engine` to run, best first. AMX is emulated where this CPU has none.
+
+    Raises ValueError when `wanted` is neither "all" nor one of them: a forced choice never falls back silently.
+    """
+    isas = _native() if engine == "native" else [Isa()]
+    if wanted == "all":
+        return isas
+    chosen = [isa for isa in isas if wanted in (isa.name, isa.id)]
+    if not chosen:
+        names = ", ".join(isa.id for isa in isas) if engine == "native" else "all"
+        raise ValueError(f"--isa {wanted}: engine {engine} has no such instruction set on this CPU; it takes {names}")
+    return chosen
+
+
+def _native() -> list[Isa]:
+    from ktverify.experts import available_isas
+
+    trapped = bool(os.environ.get(EMULATION_ENV))
+    isas = [Isa(name, emulated=trapped and name == AMX) for name in available_isas()]
+    if AMX not in [isa.name for isa in isas] and platform.machine() == "x86_64":
+        isas.append(Isa(AMX, emulated=True))
+    return isas

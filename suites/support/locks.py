@@ -1,0 +1,78 @@
+"""Who may compute when, over all test processes of this machine.
+
+Computing tests share one lock and a timing test takes it alone, so a time is never measured while another test
+computes. Tests that take gigabytes take turns. The locks are flocks, so a process that dies lets go of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# A child that a test starts computes under its parent's lock; it must not wait for that lock itself.
+HELD_BY_PARENT = "KTVERIFY_SUITES_LOCK_HELD"
+
+
+def lock_dir() -> Path:
+    """Folder of the lock files: one per user and machine, so that two runs do not spoil each other's timings."""
+    folder = Path(tempfile.gettempdir()) / f"ktverify-locks-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _flock(name: str, operation: int) -> Iterator[int]:
+    fd = os.open(lock_dir() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, operation)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def computing(*, alone: bool = False) -> Iterator[None]:
+    """Hold the right to compute: shared with other tests, or `alone` for a test that measures time.
+
+    Readers of a flock can starve its writer. The turnstile prevents it: who wants to be alone keeps the turnstile
+    shut until it is done, so that nobody new begins while it waits for those who already compute.
+    """
+    if os.environ.get(HELD_BY_PARENT):
+        yield
+        return
+    with contextlib.ExitStack() as held:
+        if alone:
+            held.enter_context(_flock("turnstile", fcntl.LOCK_EX))
+            held.enter_context(_flock("computing", fcntl.LOCK_EX))
+        else:
+            with _flock("turnstile", fcntl.LOCK_SH):
+                held.enter_context(_flock("computing", fcntl.LOCK_SH))
+        yield
+
+
+@contextlib.contextmanager
+def big() -> Iterator[None]:
+    """Hold the turn of the tests that take gigabytes. Take it before `computing`, never inside it."""
+    if os.environ.get(HELD_BY_PARENT):
+        yield
+        return
+    with _flock("big", fcntl.LOCK_EX):
+        yield
+
+
+@contextlib.contextmanager
+def lent_to_children() -> Iterator[None]:
+    """Processes started inside compute under the lock that this process holds."""
+    before = os.environ.get(HELD_BY_PARENT)
+    os.environ[HELD_BY_PARENT] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HELD_BY_PARENT]
+        else:
+            os.environ[HELD_BY_PARENT] = before
