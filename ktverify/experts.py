@@ -1,0 +1,248 @@
+"""KTMoEWrapper: a Mixture-of-Experts layer with LoRA on the experts, computed on the CPU by the native engine."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import torch
+
+from ktverify import contract
+from ktverify.names import GRAD_NAMES, LORA_NAMES
+
+try:
+    from ktverify import _native
+except ImportError as error:  # pragma: no cover - an installation without its compiled part
+    raise ImportError(
+        f"ktverify's native engine is not installed ({error}); run `make setup` or `pip install .` in the repository"
+    ) from error
+
+ISA_VARIABLE = "KTVERIFY_ISA"
+EMULATION_VARIABLE = "KTVERIFY_EMULATE_AMX"
+
+if os.environ.get(EMULATION_VARIABLE) == "1":
+    _native.emulate_amx()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this CPU, this OS and this build can run, best first."""
+    return list(_native.available_isas())
+
+
+def amx_is_emulated() -> bool:
+    """True when tile instructions run in a trap handler: right for checking kernels, meaningless for speed."""
+    return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
+
+
+class KTMoEWrapper:
+    """E experts of gate_proj, up_proj [I, H] and down_proj [H, I] (bf16, frozen) with LoRA of rank r (bf16 or fp32).
+
+        g = x Wgᵀ + s (x Agᵀ) Bgᵀ,  u likewise,  h = silu(g) ⊙ u,  y = h Wdᵀ + s (h Adᵀ) Bdᵀ,  s = lora_alpha / lora_rank
+        out[t] = Σ_j weights[t, j] · y of expert expert_ids[t, j]
+
+    Operands are bf16, sums fp32, and each result is rounded once. The same call gives the same bits whatever the
+    number of threads. An expert's weights are packed when its first token arrives: until all are, the tensors given
+    to `load_weights_from_tensors` are kept, and they must not change.
+
+    Arguments are those of the contract; beyond them:
+    isa: one of `available_isas()`; None takes the variable KTVERIFY_ISA, and without it the best. A name that cannot
+        run here is refused with RuntimeError, never replaced.
+    max_cache_depth: forwards with save_for_backward=True that may wait for their backward; backward takes the newest.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        num_gpu_experts: int = 0,
+        cpuinfer_threads: int,
+        threadpool_count: int = 1,
+        weight_path: str = "",
+        chunked_prefill_size: int = 25600,
+        method: str = "AMXBF16_SFT",
+        mode: str = "sft",
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        max_cache_depth: int = 1,
+        isa: str | None = None,
+    ) -> None:
+        self.spec = contract.check_spec(
+            layer_idx=layer_idx,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            moe_intermediate_size=moe_intermediate_size,
+            num_gpu_experts=num_gpu_experts,
+            cpuinfer_threads=cpuinfer_threads,
+            threadpool_count=threadpool_count,
+            weight_path=weight_path,
+            chunked_prefill_size=chunked_prefill_size,
+            method=method,
+            mode=mode,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            max_cache_depth=max_cache_depth,
+        )
+        self.layer_idx = layer_idx
+        self.isa: str = isa or os.environ.get(ISA_VARIABLE) or available_isas()[0]
+        _native.require_isa(self.isa)
+        self.grad_weights: torch.Tensor | None = None
+        self.gate_lora_a: torch.Tensor
+        self.gate_lora_b: torch.Tensor
+        self.up_lora_a: torch.Tensor
+        self.up_lora_b: torch.Tensor
+        self.down_lora_a: torch.Tensor
+        self.down_lora_b: torch.Tensor
+        self._lock = threading.Lock()  # one call at a time: forward and backward change what is saved
+        self._lora_dtype: torch.dtype | None = None
+        self._sources: tuple[dict[str, torch.Tensor], list[int]] | None = None
+        self._weights_loaded = False
+        self._native: Any = self._build(lora_fp32=False)
+
+    def _build(self, *, lora_fp32: bool) -> Any:
+        spec = self.spec
+        return _native.Layer(
+            num_experts=spec.num_experts,
+            top_k=spec.num_experts_per_tok,
+            hidden=spec.hidden_size,
+            intermediate=spec.moe_intermediate_size,
+            rank=spec.lora_rank,
+            scaling=spec.scaling,
+            parts=spec.threadpool_count,
+            threads=spec.cpuinfer_threads,
+            max_rows=spec.chunked_prefill_size,
+            max_cache_depth=spec.max_cache_depth,
+            lora_fp32=lora_fp32,
+            lora_backward=spec.lora_backward,
+            isa=self.isa,
+        )
+
+    @property
+    def threads(self) -> int:
+        """Workers that a call uses: cpuinfer_threads, or the processors this process may run on if those are fewer."""
+        return int(self._native.threads)
+
+    @property
+    def packed_experts(self) -> int:
+        """Experts whose weights the engine holds: those that a token has reached."""
+        return int(self._native.packed_experts)
+
+    def load_weights_from_tensors(
+        self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
+    ) -> None:
+        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: slot p holds logical
+        expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
+        base = contract.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
+        slots = contract.check_physical_map(self.spec, physical_map)
+        with self._lock:
+            self._native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
+            self._sources = (base, slots)
+            self._weights_loaded = True
+
+    def init_lora_weights(
+        self,
+        gate_lora_a: torch.Tensor,
+        gate_lora_b: torch.Tensor,
+        up_lora_a: torch.Tensor,
+        up_lora_b: torch.Tensor,
+        down_lora_a: torch.Tensor,
+        down_lora_b: torch.Tensor,
+    ) -> None:
+        """gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r],
+        all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …; a non-contiguous one is copied."""
+        given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        lora = contract.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
+        lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
+        dtype = lora[LORA_NAMES[0]].dtype
+        with self._lock:
+            if self._native.saved_forwards:
+                raise RuntimeError("init_lora_weights while a saved forward waits for its backward: call backward first")
+            if dtype != (self._lora_dtype or torch.bfloat16):
+                native = self._build(lora_fp32=dtype == torch.float32)
+                if self._weights_loaded:
+                    if self._sources is None:
+                        raise TypeError(
+                            f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
+                            "call load_weights_from_tensors again before changing it"
+                        )
+                    base, slots = self._sources
+                    native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
+                self._native = native
+            self._native.update_lora([t.data_ptr() for t in lora.values()])
+            self._lora_dtype = dtype
+            for name, tensor in lora.items():
+                setattr(self, name, tensor)
+
+    def update_lora_weights(self) -> None:
+        """Takes over the values of all six parameters at once. Until then the engine computes with the last ones."""
+        contract.check_ready(True, self._lora_dtype is not None, "update_lora_weights")
+        lora = contract.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
+        if lora[LORA_NAMES[0]].dtype != self._lora_dtype:
+            raise TypeError(
+                f"the LoRA parameters have dtype {lora[LORA_NAMES[0]].dtype}; init_lora_weights got {self._lora_dtype}: "
+                "call it again to change the dtype"
+            )
+        contiguous = [t.detach().contiguous() for t in lora.values()]
+        with self._lock:
+            self._native.update_lora([t.data_ptr() for t in contiguous])
+
+    def forward_sft(
+        self,
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        save_for_backward: bool = True,
+    ) -> torch.Tensor:
+        """hidden_states [T, H] bf16, expert_ids [T, k] int64 (-1: not this layer's), weights [T, k] fp32 -> [T, H] bf16."""
+        contract.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
+        tokens = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
+        inputs = [t.detach().contiguous() for t in (hidden_states, expert_ids, weights)]
+        output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
+        with self._lock:
+            self._native.forward(tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward)
+            if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
+                self._sources = None  # every expert is packed: the caller's tensors may go
+        return output
+
+    def backward(
+        self, grad_output: torch.Tensor, *, accumulate: bool = False
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """grad_output [T, H] bf16 of the newest saved forward -> grad_input [T, H] bf16 and the six LoRA gradients in
+        their parameters' shapes and dtype; `grad_weights` then holds that of the routing weights, fp32 [T, k].
+
+        accumulate: the LoRA gradients are the sum over the backward calls since update_lora_weights that had it set,
+        added in fp32 and rounded once."""
+        with self._lock:
+            contract.check_backward(
+                self.spec, grad_output, self._native.saved_rows if self._native.saved_forwards else None
+            )
+            tokens = grad_output.shape[0]
+            upstream = grad_output.detach().contiguous()
+            grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
+            grads = {
+                grad: torch.empty(shape, dtype=self._lora_dtype)
+                for grad, shape in zip(GRAD_NAMES, self.spec.lora_shapes.values(), strict=True)
+            }
+            grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
+            self._native.backward(
+                tokens,
+                upstream.data_ptr(),
+                grad_input.data_ptr(),
+                [g.data_ptr() for g in grads.values()],
+                grad_weights.data_ptr(),
+                accumulate,
+            )
+            self.grad_weights = grad_weights
+        return grad_input, grads
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        """Returns the working buffers that layers share to the operating system. Saved forwards keep theirs."""
+        _native.clear_buffer_cache()

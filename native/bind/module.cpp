@@ -1,0 +1,133 @@
+// The only file that knows of Python. Tensors come as addresses: ktverify/experts.py has checked their shapes, dtypes
+// and layout, and keeps them alive during a call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu.hpp"
+#include "emulation/amx_trap.hpp"
+#include "ktv/layer.hpp"
+#include "memory.hpp"
+#include "team.hpp"
+
+namespace py = pybind11;
+using namespace ktv;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// (address, expert stride, row stride, column stride), strides in elements.
+using Source = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t>;
+WeightSource source(const Source& s) {
+    return {pointer<const bf16>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+}
+
+using Six = std::array<std::uintptr_t, 6>;
+LoraPointers six(const Six& s) {
+    return {pointer<void>(s[0]), pointer<void>(s[1]), pointer<void>(s[2]),
+            pointer<void>(s[3]), pointer<void>(s[4]), pointer<void>(s[5])};
+}
+
+std::vector<std::string> isa_names() {
+    std::vector<std::string> names;
+    for (const Isa isa : available_isas()) names.emplace_back(name_of(isa));
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+    m.doc() = "The engine behind ktverify.experts. Call it through KTMoEWrapper, which checks every argument.";
+
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const BadInput& e) {
+            py::set_error(PyExc_ValueError, e.what());
+        } catch (const BadState& e) {
+            py::set_error(PyExc_RuntimeError, e.what());
+        } catch (const OutOfMemory& e) {
+            py::set_error(PyExc_MemoryError, e.what());
+        }
+    });
+
+    m.def("available_isas", &isa_names, "Names of the instruction sets that run here, best first.");
+    m.def("require_isa", [](const std::string& name) { (void)require_isa(name); }, "Raises when this name cannot run here.");
+    m.def(
+        "why_not",
+        [](const std::string& name) {
+            for (const Isa isa : {Isa::amx_bf16, Isa::avx512_bf16, Isa::avx2, Isa::scalar}) {
+                if (name == name_of(isa)) return why_not(isa);
+            }
+            throw BadInput("isa '" + name + "' is unknown");
+        },
+        "Why an instruction set cannot run here; empty when it can.");
+    m.def(
+        "emulate_amx",
+        [] {
+            if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
+            return emulation::amx_trap_installed();
+        },
+        "Runs tile instructions in a trap handler on a CPU that has none: for checking the AMX kernels, some hundred times "
+        "slower. Does nothing on a CPU with AMX. True when emulation is on.");
+    m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
+    m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
+    m.def("available_memory", &available_memory, "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
+    m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
+    m.def("compiler", [] { return std::string("g++ " __VERSION__); });
+
+    py::class_<Layer>(m, "Layer")
+        .def(py::init([](int num_experts, int top_k, int hidden, int intermediate, int rank, float scaling, int parts, int threads,
+                         int max_rows, int max_cache_depth, bool lora_fp32, bool lora_backward, const std::string& isa) {
+                 LayerConfig c;
+                 c.num_experts = num_experts;
+                 c.top_k = top_k;
+                 c.hidden = hidden;
+                 c.intermediate = intermediate;
+                 c.rank = rank;
+                 c.scaling = scaling;
+                 c.parts = parts;
+                 c.threads = threads;
+                 c.max_rows = max_rows;
+                 c.max_cache_depth = max_cache_depth;
+                 c.lora_fp32 = lora_fp32;
+                 c.lora_backward = lora_backward;
+                 c.isa = require_isa(isa);
+                 return std::make_unique<Layer>(c);
+             }),
+             py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("hidden"), py::arg("intermediate"), py::arg("rank"),
+             py::arg("scaling"), py::arg("parts"), py::arg("threads"), py::arg("max_rows"), py::arg("max_cache_depth"),
+             py::arg("lora_fp32"), py::arg("lora_backward"), py::arg("isa"))
+        .def("load_weights",
+             [](Layer& layer, const Source& gate, const Source& up, const Source& down, const std::vector<std::int64_t>& map) {
+                 const py::gil_scoped_release release;
+                 layer.load_weights(source(gate), source(up), source(down), map);
+             })
+        .def("update_lora",
+             [](Layer& layer, const Six& lora) {
+                 const py::gil_scoped_release release;
+                 layer.update_lora(six(lora));
+             })
+        .def("forward",
+             [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights, std::uintptr_t output,
+                bool save) {
+                 const py::gil_scoped_release release;
+                 layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids), pointer<const float>(weights),
+                               pointer<bf16>(output), save);
+             })
+        .def("backward",
+             [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,
+                std::uintptr_t grad_weights, bool accumulate) {
+                 const py::gil_scoped_release release;
+                 layer.backward(rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
+                                pointer<float>(grad_weights), accumulate);
+             })
+        .def_property_readonly("saved_forwards", &Layer::saved_forwards)
+        .def_property_readonly("saved_rows", &Layer::saved_rows)
+        .def_property_readonly("packed_experts", &Layer::packed_experts)
+        .def_property_readonly("threads", &Layer::threads)
+        .def_property_readonly("isa", [](const Layer& layer) { return std::string(name_of(layer.config().isa)); });
+}

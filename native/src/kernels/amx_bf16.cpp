@@ -1,0 +1,163 @@
+// AMX tiles: tdpbf16ps multiplies 16 x 32 by 32 x 16 bf16 into 16 x 16 fp32.
+//
+// Tiles: 0-3 a 2 x 2 block of results, 4-5 the A operands, 6-7 the B operands. Tile instructions are written as asm with
+// memory clobbers, because gcc's intrinsics do not tell the compiler what they read and write.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace ktv {
+namespace {
+
+#include "avx512_pack.inl"
+#include "elementwise.inl"
+
+struct alignas(64) TileConfig {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64);
+
+void enter() {
+    static constexpr TileConfig config;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+}
+// Back to the initial state: oneDNN in the same thread loads its own configuration, and the kernel saves less.
+void leave() { asm volatile("tilerelease" ::: "memory"); }
+
+template <int T>
+KTV_INLINE void tile_load(const void* p, std::size_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+KTV_INLINE void tile_store(void* p, std::size_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride), "i"(T) : "memory");
+}
+template <int T>
+KTV_INLINE void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int C, int A, int B>
+KTV_INLINE void tile_dot() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// The results of up to 2 x 2 tiles, from or to c: tile (i, j) at row 16 i, column 16 j.
+template <int M, int N>
+KTV_INLINE void load_results(float* c, std::size_t ldc, bool add) {
+    const std::size_t stride = ldc * sizeof(float);
+    if (add) {
+        tile_load<0>(c, stride);
+        if constexpr (N > 1) tile_load<1>(c + 16, stride);
+        if constexpr (M > 1) tile_load<2>(c + 16 * ldc, stride);
+        if constexpr (M > 1 && N > 1) tile_load<3>(c + 16 * ldc + 16, stride);
+    } else {
+        tile_zero<0>();
+        if constexpr (N > 1) tile_zero<1>();
+        if constexpr (M > 1) tile_zero<2>();
+        if constexpr (M > 1 && N > 1) tile_zero<3>();
+    }
+}
+template <int M, int N>
+KTV_INLINE void store_results(float* c, std::size_t ldc) {
+    const std::size_t stride = ldc * sizeof(float);
+    tile_store<0>(c, stride);
+    if constexpr (N > 1) tile_store<1>(c + 16, stride);
+    if constexpr (M > 1) tile_store<2>(c + 16 * ldc, stride);
+    if constexpr (M > 1 && N > 1) tile_store<3>(c + 16 * ldc + 16, stride);
+}
+template <int M, int N>
+KTV_INLINE void multiply() {
+    tile_dot<0, 4, 6>();
+    if constexpr (N > 1) tile_dot<1, 4, 7>();
+    if constexpr (M > 1) tile_dot<2, 5, 6>();
+    if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
+}
+
+// 32 rows of W (A, natural) by G groups of tokens (B, packed).
+template <int G>
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, bool fetch, float* c,
+                         std::size_t ldc, bool add) {
+    load_results<2, G>(c, ldc, add);
+    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
+        if (fetch) {
+            const char* next = reinterpret_cast<const char*>(w + kblocks * kBlockSize);
+            for (int line = 0; line < kBlock; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);
+        }
+        tile_load<4>(w, 64);
+        tile_load<6>(x, 64);
+        if constexpr (G > 1) tile_load<7>(x + group_stride, 64);
+        tile_load<5>(w + 16 * kBlock, 64);
+        multiply<2, G>();
+    }
+    store_results<2, G>(c, ldc);
+}
+
+// k goes in chunks that keep W's 32 rows in the cache while all groups pass over them: W is read from memory once.
+void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
+    constexpr int chunk = 16;
+    bool add = false;
+    for (int s = 0; s < count; ++s) {
+        const NtSegment& seg = segments[s];
+        for (int kb = 0; kb < seg.kblocks; kb += chunk, add = true) {
+            const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
+            const bf16* w = seg.weights + kb * kBlockSize;
+            const bf16* x = seg.tokens + kb * kPackSize;
+            int g = 0;
+            for (; g + 2 <= groups; g += 2)
+                nt_block<2>(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0, c + g * kGroup, ldc, add);
+            if (g < groups) nt_block<1>(w, x + g * seg.group_stride, 0, blocks, g == 0, c + g * kGroup, ldc, add);
+        }
+    }
+}
+
+// 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
+template <int M>
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc, bool add) {
+    load_results<M, 2>(c, ldc, add);
+    const std::size_t stride = ld * sizeof(bf16);
+    for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
+        tile_load<4>(g, stride);
+        tile_load<6>(panel, 64);
+        tile_load<7>(panel + kHalf, 64);
+        if constexpr (M > 1) tile_load<5>(g + 16 * ld, stride);
+        multiply<M, 2>();
+    }
+    store_results<M, 2>(c, ldc);
+}
+
+void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+    alignas(64) bf16 panel[kNnBlocks * kBlockSize];
+    bool add = false;
+    for (int s = 0; s < count; ++s) {
+        const NnSegment& seg = segments[s];
+        for (int kb = 0; kb < seg.kblocks; kb += kNnBlocks, add = true) {
+            const int blocks = seg.kblocks - kb < kNnBlocks ? seg.kblocks - kb : kNnBlocks;
+            for (int cb = 0; cb < cblocks; ++cb) {
+                const bool last = cb + 1 == cblocks;
+                for (int i = 0; i < blocks; ++i) {
+                    interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
+                    prefetch_block(seg, last ? kb + i + kNnBlocks : kb + i, last ? 0 : cb + 1);
+                }
+                float* out = c + cb * kBlock;
+                const bf16* g = seg.rows + kb * kBlock;
+                int r = 0;
+                for (; r + 16 < rows; r += 32)
+                    nn_block<2>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
+                if (r < rows) nn_block<1>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels* amx_bf16_kernels() {
+    static const Kernels table{Isa::amx_bf16, enter, leave, nt, nn, KTV_ELEMENTWISE};
+    return &table;
+}
+
+}  // namespace ktv

@@ -1,0 +1,124 @@
+// AVX2 with FMA: bf16 is widened to fp32 by a shift, eight lanes.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace ktv {
+namespace {
+
+#include "elementwise.inl"
+
+void nothing() {}
+
+KTV_INLINE __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+KTV_INLINE __m256 odd(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+KTV_INLINE __m256i broadcast_pair(const bf16* p) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return _mm256_set1_epi32(pair);
+}
+
+// Lanes are tokens: N rows of W by one group (two registers).
+template <int N>
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, std::size_t ldc, bool add) {
+    __m256 sum[N][2];
+    for (int n = 0; n < N; ++n) {
+        for (int half = 0; half < 2; ++half)
+            sum[n][half] = add ? _mm256_loadu_ps(c + n * ldc + half * 8) : _mm256_setzero_ps();
+    }
+    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
+        for (int pair = 0; pair < kBlock / 2; ++pair) {
+            const bf16* two = x + pair * 2 * kGroup;
+            const __m256i lower = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
+            const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + 16));
+            const __m256 x0[2] = {even(lower), even(upper)}, x1[2] = {odd(lower), odd(upper)};
+            for (int n = 0; n < N; ++n) {
+                const __m256i weight = broadcast_pair(w + n * kBlock + 2 * pair);
+                const __m256 w0 = even(weight), w1 = odd(weight);
+                for (int half = 0; half < 2; ++half) {
+                    sum[n][half] = _mm256_fmadd_ps(w0, x0[half], sum[n][half]);
+                    sum[n][half] = _mm256_fmadd_ps(w1, x1[half], sum[n][half]);
+                }
+            }
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int half = 0; half < 2; ++half) _mm256_storeu_ps(c + n * ldc + half * 8, sum[n][half]);
+    }
+}
+
+void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
+    constexpr int chunk = 8, rows = 4;
+    bool add = false;
+    for (int s = 0; s < count; ++s) {
+        const NtSegment& seg = segments[s];
+        for (int kb = 0; kb < seg.kblocks; kb += chunk, add = true) {
+            const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
+            for (int g = 0; g < groups; ++g) {
+                const bf16* x = seg.tokens + g * seg.group_stride + kb * kPackSize;
+                for (int n = 0; n < kBlock; n += rows) {
+                    nt_block<rows>(seg.weights + kb * kBlockSize + n * kBlock, x, blocks, c + n * ldc + g * kGroup, ldc, add);
+                }
+            }
+        }
+    }
+}
+
+// Lanes are columns: R rows of G by one block of 32 columns (four registers), W widened to fp32 once per block.
+template <int R>
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const float* panel, float* c, std::size_t ldc, bool add) {
+    __m256 sum[R][4];
+    for (int r = 0; r < R; ++r) {
+        for (int q = 0; q < 4; ++q) sum[r][q] = add ? _mm256_loadu_ps(c + r * ldc + q * 8) : _mm256_setzero_ps();
+    }
+    for (int k = 0; k < kBlock; ++k) {
+        __m256 w[4];
+        for (int q = 0; q < 4; ++q) w[q] = _mm256_load_ps(panel + k * kBlock + q * 8);
+        for (int r = 0; r < R; ++r) {
+            const __m256 value = _mm256_set1_ps(to_float(g[r * ld + k]));
+            for (int q = 0; q < 4; ++q) sum[r][q] = _mm256_fmadd_ps(value, w[q], sum[r][q]);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int q = 0; q < 4; ++q) _mm256_storeu_ps(c + r * ldc + q * 8, sum[r][q]);
+    }
+}
+
+void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+    alignas(64) float panel[kBlockSize];
+    for (int cb = 0; cb < cblocks; ++cb) {
+        bool add = false;
+        for (int s = 0; s < count; ++s) {
+            const NnSegment& seg = segments[s];
+            for (int kb = 0; kb < seg.kblocks; ++kb, add = true) {
+                for (int k = 0; k < kBlock; ++k) {
+                    const bf16* w = seg.weights ? seg.weights + kb * seg.kblock_stride + cb * kBlockSize + k * kBlock
+                                                : seg.gathered[kb * kBlock + k] + seg.column + cb * kBlock;
+                    for (int q = 0; q < 4; ++q) {
+                        const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + q * 8));
+                        const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+                        _mm256_store_ps(panel + k * kBlock + q * 8, _mm256_castsi256_ps(wide));
+                    }
+                }
+                float* out = c + cb * kBlock;
+                const bf16* g = seg.rows + kb * kBlock;
+                int r = 0;
+                for (; r + 2 <= rows; r += 2) nn_block<2>(g + r * seg.ld, seg.ld, panel, out + r * ldc, ldc, add);
+                for (; r < rows; ++r) nn_block<1>(g + r * seg.ld, seg.ld, panel, out + r * ldc, ldc, add);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels* avx2_kernels() {
+    static const Kernels table{Isa::avx2, nothing, nothing, nt, nn, KTV_ELEMENTWISE};
+    return &table;
+}
+
+}  // namespace ktv

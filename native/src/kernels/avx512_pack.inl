@@ -1,0 +1,35 @@
+// Shared by the AVX-512 and the AMX kernels: 32 rows x 32 columns of W, two neighbouring rows interleaved, as
+// [2 halves of 16 columns][16 row pairs][16 columns][2], which is the B operand of either (two tiles of 1 KB).
+
+inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
+inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time: 16 KB of panel stays in L1
+
+inline void interleave(const bf16* const* row, bf16* panel) {
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                           35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    for (int pair = 0; pair < 16; ++pair) {
+        const __m512i a = _mm512_loadu_si512(row[2 * pair]);
+        const __m512i b = _mm512_loadu_si512(row[2 * pair + 1]);
+        _mm512_store_si512(panel + pair * 32, _mm512_permutex2var_epi16(a, lower, b));
+        _mm512_store_si512(panel + kHalf + pair * 32, _mm512_permutex2var_epi16(a, upper, b));
+    }
+}
+
+inline void interleave_block(const NnSegment& seg, int kb, int cb, bf16* panel) {
+    const bf16* row[32];
+    if (seg.weights) {
+        const bf16* block = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
+        for (int k = 0; k < 32; ++k) row[k] = block + k * kBlock;
+    } else {
+        for (int k = 0; k < 32; ++k) row[k] = seg.gathered[kb * kBlock + k] + seg.column + cb * kBlock;
+    }
+    interleave(row, panel);
+}
+
+// The block that comes after (kb, cb) in the order in which nn visits W, fetched while this one is multiplied.
+inline void prefetch_block(const NnSegment& seg, int kb, int cb) {
+    if (!seg.weights || kb >= seg.kblocks) return;
+    const bf16* block = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
+    for (int k = 0; k < 32; ++k) _mm_prefetch(reinterpret_cast<const char*>(block + k * kBlock), _MM_HINT_T1);
+}

@@ -1,0 +1,212 @@
+// Everything between two matrix products, written once with the compiler's vector types and compiled once for each
+// instruction set: include it inside an unnamed namespace of a file that has its own -m flags. No intrinsics; the same
+// operations in the same order everywhere, so that instruction sets agree on these values to the bit.
+
+using F = float __attribute__((vector_size(64)));
+using U = std::uint32_t __attribute__((vector_size(64)));
+using S = std::int32_t __attribute__((vector_size(64)));
+using H16 = std::uint16_t __attribute__((vector_size(32)));
+#define KTV_INLINE [[gnu::always_inline]] inline
+
+KTV_INLINE F load(const float* p) {
+    F v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+KTV_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+KTV_INLINE U bits(F v) { return (U)v; }
+KTV_INLINE F splat(float v) { return F{} + v; }
+
+// bf16 in the low half of each lane. Nearest even; a NaN stays a quiet NaN. Same rounding as ktv::to_bf16.
+KTV_INLINE U round_bf16(F v) {
+    const U b = bits(v);
+    const U rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    const U nan = (b >> 16) | 0x40u;
+    return (b & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+}
+KTV_INLINE void store_bf16(bf16* p, F v) {
+    const H16 narrow = __builtin_convertvector(round_bf16(v), H16);
+    __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+// Two rows of 16 values as 16 pairs: the row of a token pack.
+KTV_INLINE void store_pairs(bf16* p, F even, F odd) {
+    const U pairs = round_bf16(even) | (round_bf16(odd) << 16);
+    __builtin_memcpy(p, &pairs, sizeof pairs);
+}
+
+// exp(-|x|), to about 1 ulp; 0 where it would be subnormal; NaN stays NaN. Cody-Waite reduction by ln 2 in two parts,
+// then the Taylor series: its first dropped term is (ln2/2)^8/8! = 5e-9, below half an ulp.
+KTV_INLINE F exp_of_minus_abs(F x) {
+    const F a = (F)(bits(x) & 0x7fffffffu);
+    const S tiny = a > splat(87.3f);
+    const F y = -(tiny ? splat(87.3f) : a);
+    const F shifted = y * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5 * 2^23: the integer is in the low bits
+    const F n = shifted - splat(12582912.0f);
+    const F r = (y - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
+    F p = splat(1.0f / 5040.0f);
+    p = p * r + splat(1.0f / 720.0f);
+    p = p * r + splat(1.0f / 120.0f);
+    p = p * r + splat(1.0f / 24.0f);
+    p = p * r + splat(1.0f / 6.0f);
+    p = p * r + splat(0.5f);
+    p = p * r + splat(1.0f);
+    p = p * r + splat(1.0f);
+    const S exponent = ((S)bits(shifted) - 0x4b400000 + 127) << 23;
+    return tiny ? F{} : p * (F)exponent;
+}
+
+struct Sigmoid {
+    F value, complement;  // sigma(x) and 1 - sigma(x), each to full relative precision
+};
+KTV_INLINE Sigmoid sigmoid(F x) {
+    const F z = exp_of_minus_abs(x);
+    const F p = splat(1.0f) / (splat(1.0f) + z);
+    const F q = z * p;
+    const S positive = (S)bits(x) >= 0;
+    return {positive ? p : q, positive ? q : p};
+}
+
+// 16 x 16 in place: four rounds of merging rows at distance 8, 4, 2, 1.
+KTV_INLINE void transpose(F (&m)[16]) {
+    constexpr S lo8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    constexpr S hi8 = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+    constexpr S lo4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+    constexpr S hi4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
+    constexpr S lo2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+    constexpr S hi2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+    constexpr S lo1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+    constexpr S hi1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+    for (int i = 0; i < 8; ++i) {
+        const F a = m[i], b = m[i + 8];
+        m[i] = __builtin_shuffle(a, b, lo8);
+        m[i + 8] = __builtin_shuffle(a, b, hi8);
+    }
+    for (int i = 0; i < 16; i += (i & 3) == 3 ? 5 : 1) {
+        const F a = m[i], b = m[i + 4];
+        m[i] = __builtin_shuffle(a, b, lo4);
+        m[i + 4] = __builtin_shuffle(a, b, hi4);
+    }
+    for (int i = 0; i < 16; i += (i & 1) == 1 ? 3 : 1) {
+        const F a = m[i], b = m[i + 2];
+        m[i] = __builtin_shuffle(a, b, lo2);
+        m[i + 2] = __builtin_shuffle(a, b, hi2);
+    }
+    for (int i = 0; i < 16; i += 2) {
+        const F a = m[i], b = m[i + 1];
+        m[i] = __builtin_shuffle(a, b, lo1);
+        m[i + 1] = __builtin_shuffle(a, b, hi1);
+    }
+}
+KTV_INLINE void load_transposed(const float* c, std::size_t ldc, F (&m)[16]) {
+    for (int i = 0; i < 16; ++i) m[i] = load(c + i * ldc);
+    transpose(m);
+}
+
+void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
+    // A k-pair is one 32-bit unit, so that packing is a 16 x 16 transpose of units: [token][pair] -> [pair][token].
+    for (int kb = 0; kb < kblocks; ++kb) {
+        F unit[16];
+        const int have = k - kb * kBlock;
+        for (int t = 0; t < 16; ++t) {
+            if (!rows[t]) {
+                unit[t] = F{};
+            } else if (have >= kBlock) {
+                __builtin_memcpy(&unit[t], rows[t] + kb * kBlock, sizeof(F));
+            } else {
+                bf16 padded[kBlock] = {};
+                __builtin_memcpy(padded, rows[t] + kb * kBlock, sizeof(bf16) * static_cast<std::size_t>(have));
+                __builtin_memcpy(&unit[t], padded, sizeof(F));
+            }
+        }
+        transpose(unit);
+        __builtin_memcpy(pack + static_cast<std::size_t>(kb) * kPackSize, unit, sizeof unit);
+    }
+}
+
+void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
+              float* keep_g, float* keep_u, std::size_t keep_ld) {
+    for (int group = 0; group < groups; ++group) {
+        const float* gg = g + group * kGroup;
+        const float* uu = u + group * kGroup;
+        for (int n = 0; n < kBlock; n += 2) {
+            F h[2];
+            for (int i = 0; i < 2; ++i) {
+                const F gate = load(gg + (n + i) * ldc);
+                h[i] = gate * sigmoid(gate).value * load(uu + (n + i) * ldc);
+            }
+            store_pairs(pack + group * group_stride + n * kGroup, h[0], h[1]);
+        }
+        if (!keep_g) continue;
+        for (int half = 0; half < kBlock; half += 16) {
+            F m[16];
+            load_transposed(gg + half * ldc, ldc, m);
+            for (int t = 0; t < 16; ++t) store(keep_g + (group * kGroup + t) * keep_ld + half, m[t]);
+            load_transposed(uu + half * ldc, ldc, m);
+            for (int t = 0; t < 16; ++t) store(keep_u + (group * kGroup + t) * keep_ld + half, m[t]);
+        }
+    }
+}
+
+void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g, const float* u,
+                   std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot, std::size_t dot_stride) {
+    for (int row = 0; row < rows; ++row) {
+        F sum{};
+        const F w = splat(weight[row]);
+        for (int col = 0; col < cols; col += 16) {
+            const std::size_t at = row * ld + col;
+            const F gate = load(g + at), up = load(u + at), unweighted = load(c + row * ldc + col);
+            const Sigmoid s = sigmoid(gate);
+            const F silu = gate * s.value;
+            const F hidden = silu * up;
+            const F dh = w * unweighted;
+            sum += unweighted * hidden;
+            store_bf16(h + at, hidden);
+            store_bf16(grad_u + at, dh * silu);
+            store_bf16(grad_g + at, dh * up * (s.value * (splat(1.0f) + gate * s.complement)));
+        }
+        float lanes[16];
+        store(lanes, sum);
+        for (int width = 8; width > 0; width /= 2) {
+            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+        }
+        dot[row * dot_stride] = lanes[0];
+    }
+}
+
+void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight, float* sum,
+                    std::size_t ld) {
+    for (int first = 0; first < rows; first += kGroup) {
+        const int count = rows - first < kGroup ? rows - first : kGroup;
+        for (int half = 0; half < kBlock; half += 16) {
+            F m[16];
+            load_transposed(c + half * ldc + first, ldc, m);
+            for (int t = 0; t < count; ++t) {
+                float* out = sum + token[first + t] * ld + half;
+                store(out, load(out) + splat(weight[first + t]) * m[t]);
+            }
+        }
+    }
+}
+
+void add_rows(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, float* sum, std::size_t ld) {
+    for (int row = 0; row < rows; ++row) {
+        float* out = sum + token[row] * ld;
+        for (int col = 0; col < cols; col += 16) store(out + col, load(out + col) + load(c + row * ldc + col));
+    }
+}
+
+void round_sum(const float* const* in, int parts, std::size_t count, bf16* out) {
+    std::size_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        F v = load(in[0] + i);
+        for (int p = 1; p < parts; ++p) v += load(in[p] + i);
+        store_bf16(out + i, v);
+    }
+    for (; i < count; ++i) {
+        float v = in[0][i];
+        for (int p = 1; p < parts; ++p) v += in[p][i];
+        out[i] = to_bf16(v);
+    }
+}
+
+#define KTV_ELEMENTWISE pack_tokens, silu_mul, silu_mul_grad, add_transposed, add_rows, round_sum

@@ -1,0 +1,62 @@
+// Portable kernels: plain loops, for any CPU. The yardstick of the others on exact input.
+#include <cstring>
+
+#include "kernels.hpp"
+
+namespace ktv {
+namespace {
+
+#include "elementwise.inl"
+
+void nothing() {}
+
+void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
+    for (int n = 0; n < kBlock; ++n) {
+        for (int group = 0; group < groups; ++group) {
+            float sum[kGroup] = {};
+            for (int s = 0; s < count; ++s) {
+                const NtSegment& seg = segments[s];
+                for (int kb = 0; kb < seg.kblocks; ++kb) {
+                    const bf16* w = seg.weights + kb * kBlockSize + n * kBlock;
+                    const bf16* x = seg.tokens + group * seg.group_stride + kb * kPackSize;
+                    for (int pair = 0; pair < kBlock / 2; ++pair) {
+                        const float even = to_float(w[2 * pair]), odd = to_float(w[2 * pair + 1]);
+                        for (int t = 0; t < kGroup; ++t) {
+                            const bf16* two = x + (pair * kGroup + t) * 2;
+                            sum[t] += even * to_float(two[0]) + odd * to_float(two[1]);
+                        }
+                    }
+                }
+            }
+            std::memcpy(c + n * ldc + group * kGroup, sum, sizeof sum);
+        }
+    }
+}
+
+void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+    for (int cb = 0; cb < cblocks; ++cb) {
+        for (int row = 0; row < rows; ++row) {
+            float sum[kBlock] = {};
+            for (int s = 0; s < count; ++s) {
+                const NnSegment& seg = segments[s];
+                for (int k = 0; k < seg.kblocks * kBlock; ++k) {
+                    const bf16* w = seg.weights ? seg.weights + (k / kBlock) * seg.kblock_stride + cb * kBlockSize +
+                                                      (k % kBlock) * kBlock
+                                                : seg.gathered[k] + seg.column + cb * kBlock;
+                    const float g = to_float(seg.rows[row * seg.ld + k]);
+                    for (int j = 0; j < kBlock; ++j) sum[j] += g * to_float(w[j]);
+                }
+            }
+            std::memcpy(c + row * ldc + cb * kBlock, sum, sizeof sum);
+        }
+    }
+}
+
+}  // namespace
+
+const Kernels* scalar_kernels() {
+    static const Kernels table{Isa::scalar, nothing, nothing, nt, nn, KTV_ELEMENTWISE};
+    return &table;
+}
+
+}  // namespace ktv

@@ -1,0 +1,109 @@
+// The layer's public calls: what they refuse, and what they hand on.
+#include "ktv/layer.hpp"
+
+#include "state.hpp"
+
+namespace ktv {
+namespace {
+
+Sizes sizes_of(const LayerConfig& c) {
+    const int I = c.intermediate / c.parts;
+    return {c.hidden, I, c.rank, blocks_of(c.hidden), blocks_of(I), blocks_of(c.rank), blocks_of(2 * c.rank)};
+}
+
+const LayerConfig& checked(const LayerConfig& c) {
+    if (c.num_experts <= 0 || c.top_k <= 0 || c.hidden <= 0 || c.intermediate <= 0 || c.rank <= 0 || c.parts <= 0 ||
+        c.threads <= 0 || c.max_rows <= 0 || c.max_cache_depth <= 0)
+        throw BadInput("every size of a layer must be positive");
+    if (c.intermediate % c.parts != 0)
+        throw BadInput("intermediate size " + std::to_string(c.intermediate) + " is not a multiple of " + std::to_string(c.parts));
+    return c;
+}
+
+}  // namespace
+
+Layer::State::State(const LayerConfig& c)
+    : config(checked(c)),
+      size(sizes_of(c)),
+      kernels(kernels_for(c.isa)),
+      workers(std::max(1, std::min(c.threads, allowed_processors()))),
+      experts(z(c.parts)) {
+    for (auto& part : experts) part.resize(z(c.num_experts));
+}
+
+Layer::Layer(const LayerConfig& config) : state_(std::make_unique<State>(config)) {}
+
+Layer::~Layer() {
+    // The blocks of forwards that never saw their backward go back to the kernel, not to the cache.
+}
+
+void Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
+                         const std::vector<std::int64_t>& physical_map) {
+    State& s = *state_;
+    const std::size_t E = z(s.config.num_experts);
+    std::vector<int> slot_of(E, -1);
+    bool permutation = physical_map.size() == E;
+    for (std::size_t p = 0; permutation && p < E; ++p) {
+        const std::int64_t logical = physical_map[p];
+        permutation = logical >= 0 && logical < s.config.num_experts && slot_of[static_cast<std::size_t>(logical)] < 0;
+        if (permutation) slot_of[static_cast<std::size_t>(logical)] = static_cast<int>(p);
+    }
+    if (!permutation) throw BadInput("physical_map must be a permutation of 0.." + std::to_string(E - 1));
+    const std::lock_guard lock(process().mutex);
+    s.gate = gate;
+    s.up = up;
+    s.down = down;
+    s.slot_of = std::move(slot_of);
+    for (auto& part : s.experts) {
+        part.clear();
+        part.resize(E);
+    }
+    s.packed = 0;
+    s.weights_loaded = true;
+}
+
+void Layer::update_lora(const LoraPointers& lora) {
+    Process& shared = process();
+    const std::lock_guard lock(shared.mutex);
+    state_->pack_lora(shared.team(state_->workers, state_->config.parts), lora);
+    state_->grad_sums = Block();
+    state_->lora_loaded = true;
+}
+
+void Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save) {
+    State& s = *state_;
+    if (!s.weights_loaded) throw BadState("forward_sft before the base weights: call load_weights_from_tensors first");
+    if (!s.lora_loaded) throw BadState("forward_sft before the LoRA weights: call init_lora_weights first");
+    if (rows < 0 || rows > s.config.max_rows)
+        throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
+                       std::to_string(s.config.max_rows));
+    check_ids(ids, rows, s.config.top_k, s.config.num_experts);
+    if (save && static_cast<int>(s.saved.size()) >= s.config.max_cache_depth)
+        throw BadState("forward_sft(save_for_backward=True): " + std::to_string(s.saved.size()) +
+                       " forwards already wait for their backward, and max_cache_depth is " +
+                       std::to_string(s.config.max_cache_depth) + "; call backward first or raise max_cache_depth");
+    s.forward(rows, x, ids, weights, output, save);
+}
+
+void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
+                     bool accumulate) {
+    State& s = *state_;
+    if (s.saved.empty()) throw BadState("backward without a saved forward: call forward_sft(..., save_for_backward=True) first");
+    if (rows != saved_rows())
+        throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " + std::to_string(saved_rows()));
+    s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate);
+}
+
+int Layer::saved_forwards() const { return static_cast<int>(state_->saved.size()); }
+int Layer::saved_rows() const { return state_->saved.empty() ? -1 : state_->saved.back().routing.tokens; }
+int Layer::packed_experts() const { return state_->packed; }
+int Layer::threads() const { return state_->workers; }
+const LayerConfig& Layer::config() const { return state_->config; }
+
+void clear_buffer_cache() {
+    Process& shared = process();
+    const std::lock_guard lock(shared.mutex);
+    shared.cache.clear();
+}
+
+}  // namespace ktv

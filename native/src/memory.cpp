@@ -1,0 +1,122 @@
+#include "memory.hpp"
+
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+#include <limits>
+
+namespace ktv {
+namespace {
+
+constexpr std::size_t kHuge = std::size_t{2} << 20;
+constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
+
+std::size_t page_size() {
+    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    return size;
+}
+
+// The number in a file that holds nothing else; kUnlimited when there is none ("max", no such file).
+std::size_t number_in(const char* path) {
+    std::ifstream file(path);
+    std::size_t value;
+    return file >> value ? value : kUnlimited;
+}
+
+std::size_t meminfo_available() {
+    std::ifstream file("/proc/meminfo");
+    for (std::string key, unit; file >> key;) {
+        std::size_t kib;
+        file >> kib;
+        if (key == "MemAvailable:") return kib * 1024;
+        std::getline(file, unit);
+    }
+    return kUnlimited;
+}
+
+std::size_t cgroup_left() {
+    const auto left = [](std::size_t limit, std::size_t used) {
+        return limit == kUnlimited || used == kUnlimited ? kUnlimited : limit > used ? limit - used : 0;
+    };
+    return std::min(left(number_in("/sys/fs/cgroup/memory.max"), number_in("/sys/fs/cgroup/memory.current")),
+                    left(number_in("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+                         number_in("/sys/fs/cgroup/memory/memory.usage_in_bytes")));
+}
+
+std::size_t address_space_left() {
+    rlimit limit{};
+    if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kUnlimited;
+    std::ifstream statm("/proc/self/statm");
+    std::size_t pages = 0;
+    statm >> pages;
+    const std::size_t used = pages * page_size();
+    return limit.rlim_cur > used ? limit.rlim_cur - used : 0;
+}
+
+std::string gib(std::size_t bytes) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (1u << 30));
+    return text;
+}
+
+}  // namespace
+
+std::size_t available_memory() { return std::min({meminfo_available(), cgroup_left(), address_space_left()}); }
+
+void require_memory(std::size_t bytes, const std::string& what) {
+    const std::size_t have = available_memory();
+    if (bytes > have) {
+        throw OutOfMemory(what + " needs " + gib(bytes) + ", and " + gib(have) + " are available; use fewer tokens per call " +
+                          "(chunked_prefill_size), fewer experts, or a machine with more memory");
+    }
+}
+
+Block::Block(std::size_t bytes) : size_(bytes) {
+    if (bytes == 0) return;
+    const bool huge = bytes >= 2 * kHuge;
+    const std::size_t page = page_size();
+    mapped_size_ = (bytes + page - 1) / page * page + (huge ? kHuge : 0);
+    mapped_ = mmap(nullptr, mapped_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped_ == MAP_FAILED) {
+        mapped_ = nullptr;
+        throw OutOfMemory("a block of " + gib(bytes) + " could not be mapped, and " + gib(available_memory()) +
+                          " are available");
+    }
+    auto address = reinterpret_cast<std::uintptr_t>(mapped_);
+    if (huge) {
+        address = (address + kHuge - 1) / kHuge * kHuge;
+        // Advice only: where huge pages are off, the block works with small ones.
+        (void)madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
+    }
+    data_ = reinterpret_cast<std::byte*>(address);
+}
+
+Block::~Block() {
+    if (mapped_) munmap(mapped_, mapped_size_);
+}
+
+Block BlockCache::take(std::size_t bytes, const std::string& what) {
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+        if (it->size() >= bytes && (best == free_.end() || it->size() < best->size())) best = it;
+    }
+    if (best != free_.end()) {
+        Block block = std::move(*best);
+        free_.erase(best);
+        return block;
+    }
+    // What lies here is too small for this call, and would only stand beside the block that is not.
+    free_.clear();
+    require_memory(bytes, what);
+    return Block(bytes);
+}
+
+void BlockCache::give(Block block) {
+    if (block) free_.push_back(std::move(block));
+}
+
+}  // namespace ktv

@@ -1,0 +1,75 @@
+// Memory for weights and working buffers: pages straight from the kernel, huge where that pays, returned at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ktv/layer.hpp"
+
+namespace ktv {
+
+// Bytes that can still be taken without swapping: MemAvailable, the cgroup's limit and RLIMIT_AS, whichever is least.
+std::size_t available_memory();
+// Throws OutOfMemory with both figures when `bytes` more cannot be had.
+void require_memory(std::size_t bytes, const std::string& what);
+
+// An mmap'd block, 2 MiB aligned when it is large. Pages cost nothing until they are touched.
+class Block {
+  public:
+    Block() = default;
+    explicit Block(std::size_t bytes);
+    ~Block();
+    Block(Block&& other) noexcept { swap(other); }
+    Block& operator=(Block&& other) noexcept {
+        Block(std::move(other)).swap(*this);
+        return *this;
+    }
+    std::byte* data() const { return data_; }
+    std::size_t size() const { return size_; }
+    explicit operator bool() const { return data_ != nullptr; }
+
+  private:
+    void swap(Block& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size_, other.size_);
+        std::swap(mapped_, other.mapped_);
+        std::swap(mapped_size_, other.mapped_size_);
+    }
+    std::byte* data_ = nullptr;
+    std::size_t size_ = 0;
+    void* mapped_ = nullptr;
+    std::size_t mapped_size_ = 0;
+};
+
+// Cuts arrays out of one block. Run once with no block to learn the size, then again on the block: one function that
+// lists the arrays serves both, so that they cannot disagree.
+class Carver {
+  public:
+    explicit Carver(std::byte* base = nullptr) : base_(base) {}
+    template <typename T>
+    void take(T*& array, std::size_t count) {
+        array = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+        used_ += (count * sizeof(T) + 63) / 64 * 64;
+    }
+    std::size_t used() const { return used_; }
+
+  private:
+    std::byte* base_;
+    std::size_t used_ = 0;
+};
+
+// Blocks that come and go with calls, kept for the next one: the smallest that fits is handed out again.
+class BlockCache {
+  public:
+    Block take(std::size_t bytes, const std::string& what);
+    void give(Block block);
+    void clear() { free_.clear(); }
+
+  private:
+    std::vector<Block> free_;
+};
+
+}  // namespace ktv

@@ -1,0 +1,150 @@
+// From the caller's tensors to weight blocks.
+#include <cstring>
+
+#include "state.hpp"
+
+namespace ktv {
+namespace {
+
+// rows [0, 32) of a row of weight blocks from a strided bf16 matrix [rows][cols]; zeros beyond its edges.
+void pack_row(const bf16* from, std::ptrdiff_t row_stride, std::ptrdiff_t col_stride, int rows, int cols, bf16* to) {
+    const int kblocks = blocks_of(cols);
+    for (int kb = 0; kb < kblocks; ++kb) {
+        const int have = std::min(kBlock, cols - kb * kBlock);
+        for (int n = 0; n < kBlock; ++n) {
+            bf16* out = to + z(kb) * kBlockSize + z(n) * kBlock;
+            if (n >= rows) {
+                std::memset(out, 0, kBlock * sizeof(bf16));
+                continue;
+            }
+            const bf16* in = from + n * row_stride + kb * kBlock * col_stride;
+            if (col_stride == 1) {
+                std::memcpy(out, in, z(have) * sizeof(bf16));
+            } else {
+                for (int k = 0; k < have; ++k) out[k] = in[k * col_stride];
+            }
+            std::memset(out + have, 0, z(kBlock - have) * sizeof(bf16));
+        }
+    }
+}
+
+// One element of a LoRA tensor as hi and lo.
+struct LoraTensor {
+    const void* data;
+    bool fp32;
+    Split at(std::size_t i) const {
+        if (!fp32) return {static_cast<const bf16*>(data)[i], 0};
+        return split(static_cast<const float*>(data)[i]);
+    }
+};
+
+// A [rows][cols] piece of a contiguous matrix, ld apart, into weight blocks that are kblocks wide, from block row
+// `row_at` on; what lies beyond stays as it is.
+void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int rows, int cols, int row_at, int kblocks,
+                const Pair& to) {
+    for (int n = 0; n < rows; ++n) {
+        for (int k = 0; k < cols; ++k) {
+            const int row = row_at + n;
+            const std::size_t at = (z(row / kBlock) * z(kblocks) + z(k / kBlock)) * kBlockSize + z(row % kBlock) * kBlock +
+                                   z(k % kBlock);
+            const Split s = from.at(offset + z(n) * ld + z(k));
+            to.hi[at] = s.hi;
+            if (to.lo) to.lo[at] = s.lo;
+        }
+    }
+}
+
+Pair offset(const Pair& p, std::size_t by) { return {p.hi + by, p.lo ? p.lo + by : nullptr}; }
+
+}  // namespace
+
+std::size_t Layer::State::expert_bytes() const { return 3 * z(size.ib) * z(size.hb) * kBlockSize * sizeof(bf16); }
+
+void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
+    if (wanted.empty()) return;
+    for (const int e : wanted) {
+        for (auto& part : experts) {
+            PackedExpert& expert = part[z(e)];
+            expert.block = Block(expert_bytes());
+            Carver carver(expert.block.data());
+            carver.take(expert.gate, z(size.ib) * panel(size.hb));
+            carver.take(expert.up, z(size.ib) * panel(size.hb));
+            carver.take(expert.down, z(size.hb) * panel(size.ib));
+        }
+    }
+    const int per_expert = 2 * size.ib + size.hb;  // rows of blocks
+    TaskQueue queue(config.parts);
+    const std::function<void(int)> body = [&](int worker) {
+        queue.work(worker, static_cast<int>(wanted.size()) * per_expert, [&](int part, int index) {
+            const int e = wanted[z(index / per_expert)], slot = slot_of[z(e)];
+            int row = index % per_expert;
+            PackedExpert& to = experts[z(part)][z(e)];
+            if (row < 2 * size.ib) {
+                const WeightSource& from = row < size.ib ? gate : up;
+                bf16* out = row < size.ib ? to.gate : to.up;
+                row %= size.ib;
+                pack_row(from.data + slot * from.expert_stride + (part * size.I + row * kBlock) * from.row_stride,
+                         from.row_stride, from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
+                         out + z(row) * panel(size.hb));
+            } else {
+                row -= 2 * size.ib;
+                pack_row(down.data + slot * down.expert_stride + row * kBlock * down.row_stride +
+                             part * size.I * down.col_stride,
+                         down.row_stride, down.col_stride, std::min(kBlock, size.H - row * kBlock), size.I,
+                         to.down + z(row) * panel(size.ib));
+            }
+        });
+    };
+    team.run(body);
+    packed += static_cast<int>(wanted.size());
+}
+
+void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
+    const std::size_t E = z(config.num_experts);
+    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb), da = z(size.rb) * panel(size.ib),
+                      db = z(size.hb) * panel(size.rb);
+    const auto carve = [&](Carver& carver) {
+        const auto take = [&](Pair& pair, std::size_t count) {
+            carver.take(pair.hi, E * count);
+            if (config.lora_fp32) carver.take(pair.lo, E * count);
+        };
+        take(lora.gate_up_a, a);
+        take(lora.down_b, db);
+        for (int p = 0; p < config.parts; ++p) {
+            take(lora.gate_b[z(p)], b);
+            take(lora.up_b[z(p)], b);
+            take(lora.down_a[z(p)], da);
+        }
+    };
+    if (!lora.block) {
+        lora.gate_b.resize(z(config.parts));
+        lora.up_b.resize(z(config.parts));
+        lora.down_a.resize(z(config.parts));
+        Carver measure;
+        carve(measure);
+        require_memory(measure.used(), "the snapshot of the LoRA weights");
+        lora.block = Block(measure.used());  // fresh pages are zero, and padding is never written
+        Carver cut(lora.block.data());
+        carve(cut);
+    }
+    const std::size_t H = z(size.H), I = z(size.I), r = z(size.r), all_I = I * z(config.parts);
+    const bool fp32 = config.lora_fp32;
+    TaskQueue queue(1);
+    const std::function<void(int)> body = [&](int worker) {
+        queue.work(worker == 0 ? 0 : worker, config.num_experts, [&](int, int expert) {
+            const std::size_t e = z(expert);
+            put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, offset(lora.gate_up_a, e * a));
+            put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, offset(lora.gate_up_a, e * a));
+            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, offset(lora.down_b, e * db));
+            for (std::size_t p = 0; p < z(config.parts); ++p) {
+                const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
+                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(lora.gate_b[p], e * b));
+                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(lora.up_b[p], e * b));
+                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, offset(lora.down_a[p], e * da));
+            }
+        });
+    };
+    team.run(body);
+}
+
+}  // namespace ktv

@@ -1,0 +1,36 @@
+#include "process.hpp"
+
+#include <pthread.h>
+
+#include <atomic>
+
+namespace ktv {
+namespace {
+
+// Never destroyed: at exit a worker may still be on its way to sleep.
+std::atomic<Process*> current{nullptr};
+
+// A fork waits for the computation that another thread has under way, so that the child never sees half of one.
+void before_fork() { current.load()->mutex.lock(); }
+void after_fork_in_parent() { current.load()->mutex.unlock(); }
+void after_fork_in_child() { current.store(new Process); }
+
+}  // namespace
+
+Process& process() {
+    static const bool ready = [] {
+        current.store(new Process);
+        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+        return true;
+    }();
+    (void)ready;
+    return *current.load();
+}
+
+Team& Process::team(int workers, int parts) {
+    auto& slot = teams[{workers, parts}];
+    if (!slot) slot = std::make_unique<Team>(workers, parts);
+    return *slot;
+}
+
+}  // namespace ktv

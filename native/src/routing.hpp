@@ -1,0 +1,36 @@
+// Which rows go to which expert.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace ktv {
+
+// Rows are (token, slot) pairs, grouped by expert in ascending order, within an expert in token order. Each expert's
+// rows are padded to a multiple of 16 (a group); padding rows have token -1 and weight 0.
+struct Routing {
+    struct Expert {
+        int expert;      // logical id
+        int rows;        // without padding, > 0
+        int first_row;   // a multiple of 16
+        int groups;      // padded rows / 16
+        int first_k;     // a multiple of 32: where its tokens start when they are a reduction index
+        int kblocks;     // rows / 32, rounded up
+    };
+    int tokens = 0, slots = 0;
+    int rows = 0;      // padded, all experts
+    int k_rows = 0;    // padded to 32, all experts
+    std::vector<Expert> experts;         // those with rows
+    std::vector<std::int32_t> token;     // [rows]
+    std::vector<float> weight;           // [rows]
+    std::vector<std::int32_t> row_of;    // [tokens * slots], -1 where the slot is nobody's
+    std::vector<std::int32_t> expert_of_group;  // [rows / 16] index into experts
+};
+
+// Throws BadInput with the position of an id that is neither -1 nor an expert.
+void check_ids(const std::int64_t* ids, int tokens, int slots, int num_experts);
+Routing route(const std::int64_t* ids, const float* weights, int tokens, int slots, int num_experts);
+
+}  // namespace ktv

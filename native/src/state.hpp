@@ -1,0 +1,112 @@
+// What a layer holds, and the sizes that follow from its configuration.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/kernels.hpp"
+#include "ktv/layer.hpp"
+#include "process.hpp"
+#include "routing.hpp"
+
+namespace ktv {
+
+inline constexpr int blocks_of(int n) { return (n + kBlock - 1) / kBlock; }
+inline constexpr int groups_of(int n) { return (n + kGroup - 1) / kGroup; }
+inline constexpr std::size_t z(int n) { return static_cast<std::size_t>(n); }
+
+// Per part: I is the part's share of the intermediate size.
+struct Sizes {
+    int H, I, r;
+    int hb, ib, rb, ab;  // blocks of H, I, r and 2 r (gate_a above up_a)
+    int hidden() const { return hb * kBlock; }
+    int inter() const { return ib * kBlock; }
+    int rank() const { return rb * kBlock; }
+    int rank2() const { return ab * kBlock; }
+    int rank_rows() const { return groups_of(r) * kGroup; }         // rows of a transposed [r, tokens] operand
+    int rank2_rows() const { return groups_of(2 * r) * kGroup; }
+};
+
+// An fp32 value as two bf16 operands, hi + lo, in arrays of one layout.
+struct Pair {
+    bf16* hi = nullptr;
+    bf16* lo = nullptr;
+};
+
+// Base weights of one expert in one part, as weight blocks: gate, up [ib][hb], down [hb][ib].
+struct PackedExpert {
+    Block block;
+    bf16* gate = nullptr;
+    bf16* up = nullptr;
+    bf16* down = nullptr;
+};
+
+// LoRA of all experts as weight blocks, each with its second bf16 (lo) when the parameters are fp32. Per expert:
+// gate_up_a [ab][hb] (the rows of gate_a, then those of up_a), gate_b, up_b [ib][rb], down_a [rb][ib], down_b [hb][rb].
+struct LoraPack {
+    Block block;
+    Pair gate_up_a, down_b;                      // the same for every part
+    std::vector<Pair> gate_b, up_b, down_a;      // [part]
+};
+
+// What backward needs of a forward.
+struct Saved {
+    Routing routing;
+    Block block;
+    bf16* x = nullptr;  // [T + 1][hidden], the last row zero
+    Pair xa_t;          // (s x Aᵀ)ᵀ: per expert [2][rank_rows][tokens], gate then up
+    struct Part {
+        float* g = nullptr;  // [rows][inter]
+        float* u = nullptr;
+        Pair ha_t;           // (w s h Adᵀ)ᵀ: per expert [rank_rows][tokens]
+    };
+    std::vector<Part> parts;
+};
+
+struct Layer::State {
+    explicit State(const LayerConfig& config);
+
+    LayerConfig config;
+    Sizes size;
+    const Kernels& kernels;
+    int workers;
+
+    bool weights_loaded = false, lora_loaded = false;
+    WeightSource gate, up, down;
+    std::vector<int> slot_of;                        // logical expert -> physical slot
+    std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
+    int packed = 0;
+    LoraPack lora;
+    std::vector<Saved> saved;  // oldest first
+    Block grad_sums;           // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
+
+    int terms() const { return config.lora_fp32 ? 2 : 1; }
+    std::size_t expert_bytes() const;
+    std::size_t panel(int kblocks) const { return z(kblocks) * kBlockSize; }
+
+    void pack_experts(Team& team, const std::vector<int>& wanted);
+    void pack_lora(Team& team, const LoraPointers& lora);
+    void forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
+    void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
+                  bool accumulate);
+    std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
+};
+
+// nt segments of W xᵀ + B (s A x)ᵀ: the base, then hi and lo of the small activation (and lo of an fp32 B).
+struct LoraFactor {
+    Pair b;            // one row of weight blocks
+    Pair activation;   // token packs [group][rb]
+    std::size_t group_stride;
+    int kblocks;
+    bool fp32;
+};
+int nt_lora_segments(const LoraFactor& lora, NtSegment* out);
+
+// Transposes one row of values into an operand whose reduction index is the token.
+inline void put(const Pair& to, std::size_t at, float value) {
+    const Split s = split(value);
+    to.hi[at] = s.hi;
+    to.lo[at] = s.lo;
+}
+
+}  // namespace ktv

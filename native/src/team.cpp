@@ -1,0 +1,95 @@
+#include "team.hpp"
+
+#include <sched.h>
+
+#include <algorithm>
+
+namespace ktv {
+namespace {
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Spins for some tens of microseconds, the time between two stages, and only then blocks on a futex.
+constexpr int kSpins = 4000;
+
+void wait_while(const std::atomic<int>& word, int value) {
+    for (int i = 0; i < kSpins; ++i) {
+        if (word.load(std::memory_order_acquire) != value) return;
+        pause();
+    }
+    while (word.load(std::memory_order_acquire) == value) word.wait(value, std::memory_order_acquire);
+}
+
+}  // namespace
+
+int allowed_processors() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (sched_getaffinity(0, sizeof set, &set) != 0) return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    return std::max(1, CPU_COUNT(&set));
+}
+
+Team::Team(int workers, int parts) : workers_(workers), parts_(parts) {
+    threads_.reserve(static_cast<std::size_t>(workers - 1));
+    for (int worker = 1; worker < workers; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+}
+
+Team::~Team() {
+    stop_.store(true, std::memory_order_relaxed);
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+}
+
+void Team::serve(int worker) {
+    for (int seen = 0;;) {
+        wait_while(epoch_, seen);
+        ++seen;
+        if (stop_.load(std::memory_order_relaxed)) return;
+        (*body_)(worker);
+        barrier();
+    }
+}
+
+void Team::run(const std::function<void(int)>& body) {
+    if (workers_ == 1) return body(0);
+    body_ = &body;
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
+    body(0);
+    barrier();
+}
+
+void Team::barrier() {
+    if (workers_ == 1) return;
+    const int phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == workers_ - 1) {
+        arrived_.store(0, std::memory_order_relaxed);
+        phase_.store(phase + 1, std::memory_order_release);
+        phase_.notify_all();
+    } else {
+        wait_while(phase_, phase);
+    }
+}
+
+void Turns::wait(int part, int slab, int ticket) const {
+    const std::atomic<int>& turn = at(part, slab);
+    for (int spins = 0; turn.load(std::memory_order_acquire) != ticket; ++spins) {
+        // The holder may have lost its processor to another process: give ours away.
+        if (spins < kSpins) {
+            pause();
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+void Turns::pass(int part, int slab, int ticket) {
+    const_cast<std::atomic<int>&>(at(part, slab)).store(ticket + 1, std::memory_order_release);
+}
+
+}  // namespace ktv
