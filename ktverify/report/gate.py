@@ -79,9 +79,9 @@ class Finding:
 
 def growth() -> Growth:
     """The allowed growth, from the [gate] table of tolerances.toml."""
-    from ktverify.gates import load_tolerances
+    from ktverify.gates import tolerances
 
-    table = load_tolerances()["gate"]
+    table = tolerances()["gate"]
     return Growth(factor=float(table["rel_l2_growth"]), floor=float(table["rel_l2_floor"]))
 
 

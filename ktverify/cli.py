@@ -1,0 +1,454 @@
+"""The command line: thin. Every command parses its arguments, calls the module that does the work, and prints.
+
+Comes in: arguments. Goes out: text and an exit code: 0 all passed, 1 something did not pass, 2 the command could not be
+carried out (one line says why). Heavy modules are imported inside the commands, so that `--help` is there at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from ktverify.cases import Case
+    from ktverify.report.record import AccuracyRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="ktverify",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+# what users can cause: wrong arguments, missing files, an engine that refuses. Anything else is a bug and shows itself
+_EXPECTED_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError, ImportError)
+_state = {"traceback": False}
+
+
+def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn an expected error into one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except _EXPECTED_ERRORS as error:
+            if _state["traceback"]:
+                raise
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            line = " ".join(str(text).split()) or type(error).__name__
+            typer.echo(f"error: {line}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import ktverify
+
+        typer.echo(f"ktverify {ktverify.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    traceback: Annotated[bool, typer.Option("--traceback", help="show where an error was raised")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Check that a CPU Mixture-of-Experts layer with LoRA computes the right outputs and gradients, and how fast.
+
+    \b
+    First:      python -m ktverify doctor            what runs on this machine
+    The suite:  pytest suites/ -n 4                  everything; writes reports/runs/<stamp>/
+    After it:   python -m ktverify report            the last run's summary
+                python -m ktverify gate latest       exit code 1 if anything broke
+    One case:   python -m ktverify repro small
+
+    Exit codes: 0 passed, 1 something did not pass, 2 the command could not be carried out.
+    """
+    _state["traceback"] = traceback
+
+
+@app.command()
+@_one_line_errors
+def doctor() -> None:
+    """What will run on this machine, what won't, and why.
+
+    \b
+    ok    runs
+    no    will not run; the line says what is missing
+    note  runs, but is worth knowing
+
+    Exit code 1 if the suites cannot run on the native engine at all.
+
+    \b
+    Example:  python -m ktverify doctor
+    """
+    from rich.text import Text
+
+    from ktverify import doctor as examination
+    from ktverify.report.console import make_console
+
+    console = make_console()
+    styles = {"ok": "green", "no": "bold red", "note": "yellow"}
+    stopped = False
+    for line in examination.examine():
+        console.print(
+            Text.assemble((line.state.ljust(6), styles[line.state]), (line.name.ljust(16), "bold"), line.text)
+        )
+        stopped = stopped or (line.needed and line.state == "no")
+    if stopped:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+@_one_line_errors
+def list_cases(
+    cases: Annotated[str | None, typer.Argument(metavar="[GLOB]", help="only names that match, like 'qwen*'")] = None,
+    tier: Annotated[str | None, typer.Option(help="only one tier: default, big or full")] = None,
+    data: Annotated[str | None, typer.Option(help="only one kind of data, like gaussian or integer")] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="add arithmetic and weights per case, and their sum")] = False,
+    engines: Annotated[bool, typer.Option("--engines", help="list the engines instead")] = False,
+) -> None:
+    """The cases: sizes, data, routing, and why each exists.
+
+    E experts, k per token, H hidden, I intermediate, T tokens, r LoRA rank.
+
+    \b
+    Examples:  python -m ktverify list
+               python -m ktverify list 'deepseek*' --cost
+               python -m ktverify list --engines
+    """
+    if engines:
+        from ktverify.engines import names
+
+        for name in names():
+            typer.echo(name)
+        typer.echo("package.module:factory   any callable that takes KTMoEWrapper's arguments")
+        return
+    from ktverify.cases import DATA_KINDS, TIERS, select
+
+    _check_choice("--tier", tier, TIERS)
+    _check_choice("--data", data, tuple(DATA_KINDS))
+    chosen = select(cases, tier=tier, data=data)
+    if not chosen:
+        raise ValueError(f"no case matches {cases!r} with these options; `python -m ktverify list` shows all")
+    _print_cases(chosen, cost)
+
+
+@app.command()
+@_one_line_errors
+def repro(
+    case: Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")],
+    engine: Annotated[str, typer.Option(help="engine name or package.module:factory")] = "native",
+    isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
+    tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
+    tp: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)] = 1,
+    threads: Annotated[int | None, typer.Option(help="at most so many threads", min=1)] = None,
+    method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
+    fresh: Annotated[bool, typer.Option("--fresh", help="compare with the live oracle, not with the golden")] = False,
+    dump: Annotated[Path | None, typer.Option(help="save inputs, actual and expected as safetensors")] = None,
+) -> None:
+    """Run one case and say for every tensor what its gates said.
+
+    CASE is printed by every failing check, so its command line can be pasted. A changed or hand-written case, or
+    another seed, is compared with the oracle, computed live.
+
+    \b
+    Examples:  python -m ktverify repro small
+               python -m ktverify repro 'small,T=1@seed=3' --isa scalar --tensor grad_up_lora_a
+               python -m ktverify repro 'E=8,k=2,H=64,I=96,T=33,r=4' --engine torch_bf16
+               python -m ktverify repro small --fresh --dump small.safetensors
+    """
+    from ktverify import verify as checking
+    from ktverify.cases import Case
+
+    parsed = Case.parse(case)
+    checking.check_names(tensor, backward=True)
+    with _progress(f"{parsed.id} on {engine}"):
+        checked = checking.check_case(
+            engine,
+            parsed,
+            isa=isa,
+            tp=tp,
+            threads=threads,
+            method=method,
+            fresh=fresh,
+            backward=tensor != ["output"],
+            tensors=tensor,
+        )
+    against = checked.records[0].source
+    typer.echo(f"{parsed.id}: {parsed.why}")
+    parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
+    typer.echo(", ".join([*parts, "compared with " + ("the golden" if against == "golden" else "the live oracle")]))
+    for record in checked.records:
+        typer.echo(record.message)
+    if dump is not None:
+        typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
+    if not checked.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_line_errors
+def report(
+    run: Annotated[
+        str, typer.Argument(metavar="[RUN]", help="latest, a stamp or its beginning, or a directory")
+    ] = "latest",
+    reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="write the run's pages again, also those of a killed run")
+    ] = False,
+) -> None:
+    """Print a run: verdict, machine, what did not pass, times.
+
+    The default is the newest run.
+
+    \b
+    Examples:  python -m ktverify report
+               python -m ktverify report 20250131T0815
+               python -m ktverify report path/to/run --write
+    """
+    from ktverify.report import console, store
+
+    found = store.load(store.find_run(run, reports))
+    if write:
+        store.write_run(found)
+    if not console.print_run(found):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_line_errors
+def gate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="compare with this baseline (default: reports/baseline.json, if it fits)")
+    ] = None,
+    write_baseline: Annotated[bool, typer.Option("--write-baseline", help="make this run the baseline")] = False,
+    reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")] = None,
+) -> None:
+    """Say what broke in a run, and exit 1 if anything did.
+
+    Breaks: a verdict that is not PASS (SKIP and UNSUPPORTED only where the baseline passed), a run that checked nothing
+    or did not finish, a check of the baseline that is missing, rel_l2 grown beyond the baseline by more than the factor
+    in tolerances.toml. Times are never gated.
+
+    \b
+    Examples:  python -m ktverify gate latest
+               python -m ktverify gate latest --baseline reports/baseline.json
+               python -m ktverify gate latest --write-baseline
+    """
+    from ktverify.report import gate as gating
+    from ktverify.report import store
+
+    home = reports if reports is not None else store.reports_dir()
+    found = store.load(store.find_run(run, home))
+    usual = home / "baseline.json"
+    if write_baseline:
+        target = baseline if baseline is not None else usual
+        written = gating.write_baseline(found, target)
+        typer.echo(f"{target}: {len(written.checks)} checks of {found.directory.name}")
+        return
+    kept = None
+    if baseline is not None:
+        kept = gating.read_baseline(baseline)
+    elif usual.is_file():
+        kept = gating.read_baseline(usual)
+        if found.head is not None and kept.engine != found.head.engine:
+            typer.echo(f"not compared with {usual}: it is of engine {kept.engine}, this run of {found.head.engine}")
+            kept = None
+    finding = gating.judge_run(found, kept, gating.growth() if kept is not None else None)
+    against = f"against {kept.stamp}" if kept is not None else "without a baseline"
+    for line in finding.breaks:
+        typer.echo(line)
+    for line in finding.notes:
+        typer.echo(f"note: {line}")
+    if not finding.passed:
+        typer.echo(f"FAIL {found.directory.name}: {len(finding.breaks)} broke of {finding.checked} checks, {against}")
+        raise typer.Exit(1)
+    typer.echo(f"PASS {found.directory.name}: {finding.checked} checks, {against}")
+
+
+@app.command()
+@_one_line_errors
+def verify(
+    mode: Annotated[str, typer.Option(help="forward, backward, training or all")] = "all",
+    method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
+    tp: Annotated[str, typer.Option(help="no-tp, tp (every degree above 1 that the case has) or all")] = "no-tp",
+    case: Annotated[str | None, typer.Option(help="a case as repro takes it (default: a Qwen3-30B-A3B shape)")] = None,
+    engine: Annotated[str, typer.Option(help="engine name or package.module:factory")] = "native",
+    isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
+    threads: Annotated[int | None, typer.Option(help="at most so many threads", min=1)] = None,
+    fresh: Annotated[int | None, typer.Option(metavar="SEED", help="draw new inputs from this seed")] = None,
+    steps: Annotated[int, typer.Option(help="training steps", min=2)] = 10,
+) -> None:
+    """Verify one engine without pytest: inputs, oracle, gates, one table.
+
+    forward compares the output, backward every gradient; training takes optimizer steps (AdamW) and compares every
+    step with the oracle on the same parameters, and the loss must fall.
+
+    \b
+    Examples:  python -m ktverify verify
+               python -m ktverify verify --mode forward --method AMXBF16_SFT --tp no-tp
+               python -m ktverify verify --mode all --tp all --case deepseek_v3_t4
+               python -m ktverify verify --mode training --engine my_package.layer:make_layer
+    """
+    from ktverify import verify as checking
+    from ktverify.cases import Case
+    from ktverify.running import METHOD
+
+    _check_choice("--mode", mode, checking.MODES)
+    _check_choice("--method", method, checking.METHODS)
+    parsed = Case.parse(case or checking.DEFAULT_CASE)
+    if fresh is not None:
+        parsed = parsed.with_seed(fresh)
+    degrees = checking.tp_degrees(parsed, tp)
+    if mode == "training" and method != METHOD:
+        raise ValueError(f"--mode training steps the LoRA parameters, which {method} has no gradients for")
+    options: dict[str, Any] = {"isa": isa, "threads": threads}
+    typer.echo(f"{parsed.id}: {parsed.why}")
+    records: list[AccuracyRecord] = []
+    problems: list[str] = []
+    if mode != "training":
+        records += _verify_calls(engine, parsed, degrees, mode, method, fresh is not None, options)
+    if mode in ("training", "all") and method == METHOD:
+        trained, found = _verify_training(engine, parsed, degrees, steps, options)
+        records += trained
+        problems += found
+    _conclude(records, problems)
+
+
+def _verify_calls(
+    engine: str, case: Case, degrees: tuple[int, ...], mode: str, method: str, fresh: bool, options: dict[str, Any]
+) -> list[AccuracyRecord]:
+    """The records of forward and backward at every TP degree; expected values are computed once."""
+    from ktverify import names
+    from ktverify import verify as checking
+
+    wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode)
+    records: list[AccuracyRecord] = []
+    checked = None
+    for degree in degrees:
+        with _progress(f"{mode if mode != 'all' else 'forward and backward'}, TP {degree}"):
+            checked = checking.check_case(
+                engine,
+                case,
+                tp=degree,
+                method=method,
+                fresh=fresh,
+                backward=mode != "forward",
+                tensors=wanted,
+                given=checked,
+                **options,
+            )
+        records += checked.records
+    return records
+
+
+def _verify_training(
+    engine: str, case: Case, degrees: tuple[int, ...], steps: int, options: dict[str, Any]
+) -> tuple[list[AccuracyRecord], list[str]]:
+    """The worst step's record of each tensor at every TP degree, and what else was wrong with the losses."""
+    from ktverify import verify as checking
+
+    records: list[AccuracyRecord] = []
+    problems: list[str] = []
+    for degree in degrees:
+        done: list[list[AccuracyRecord]] = []
+        losses: list[float] = []
+        training = checking.check_training(engine, case, tp=degree, steps=steps, **options)
+        for loss, found in training:
+            done.append(found)
+            losses.append(loss)
+            typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
+        records += checking.worst_of_steps(done)
+        problem = checking.loss_problem(losses)
+        if problem:
+            problems.append(f"FAIL training at TP {degree}: {problem}")
+    return records, problems
+
+
+def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
+    """Print the table, what failed and the verdict; exit 1 unless every record passed."""
+    from ktverify.report import console, tables
+
+    console.print_accuracy(records)
+    bad = [record for record in records if record.verdict != "PASS"]
+    for record in bad:
+        typer.echo(tables.problem_text(record))
+    for problem in problems:
+        typer.echo(problem)
+    if bad or problems or not records:
+        typer.echo(f"FAIL {len(bad) + len(problems)} of {len(records)} comparisons")
+        raise typer.Exit(1)
+    typer.echo(f"PASS {len(records)} comparisons")
+
+
+def _print_cases(chosen: list[Case], cost: bool) -> None:
+    from rich.table import Table
+
+    from ktverify import cases as catalogue
+    from ktverify.machine import format_bytes
+    from ktverify.report.console import make_console
+
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for heading in ("case", "tier", "E", "k", "H", "I", "T", "r", "alpha", "data", "routing", "TP"):
+        numeric = heading in ("E", "k", "H", "I", "T", "r", "alpha")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    if cost:
+        table.add_column("GFLOP", justify="right", no_wrap=True)
+        table.add_column("weights", justify="right", no_wrap=True)
+    else:
+        table.add_column("why", no_wrap=not sys.stdout.isatty(), overflow="fold")
+    sums = [0.0, 0.0]
+    for case in chosen:
+        lora = "" if case.lora_dtype == "bfloat16" else ", fp32 LoRA"
+        sizes = [case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank]
+        cells = [case.name, case.tier, *map(str, sizes), f"{case.alpha:g}", case.data + lora, case.routing]
+        cells.append(" ".join(map(str, case.tp)))
+        if cost:
+            operations = catalogue.flops(case, backward=True) / 1e9
+            weights = 6.0 * case.num_experts * case.hidden * case.intermediate
+            sums = [sums[0] + operations, sums[1] + weights]
+            cells += [f"{operations:.2f}", format_bytes(weights)]
+        else:
+            cells.append(case.why)
+        table.add_row(*cells)
+    if cost:
+        table.add_row("sum", *[""] * 11, f"{sums[0]:.2f}", format_bytes(sums[1]), style="bold")
+    make_console().print(table)
+    if cost:
+        typer.echo("GFLOP: forward and backward, every slot taken. weights: declared, in bf16; idle experts take none.")
+
+
+def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    if value is not None and value not in allowed:
+        raise ValueError(f"{option} is {value!r}, it takes one of {', '.join(allowed)}")
+
+
+def _progress(text: str) -> Any:
+    """A spinner on a terminal's stderr while something long runs; nothing where the output is kept."""
+    from ktverify.report.console import make_console
+
+    return make_console(stderr=True).status(text)
+
+
+def main() -> None:
+    """Entry point of `ktverify` and `python -m ktverify`."""
+    app(prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")
