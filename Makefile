@@ -1,0 +1,55 @@
+# Nothing here that a person could not type. `make verify` judges the native engine; `make test` checks everything.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 4
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
+CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
+
+.PHONY: setup verify test lint suites native-tests golden report fmt clean
+.DEFAULT_GOAL := verify
+
+setup: $(VENV)/.built
+
+$(VENV)/.packages: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) scikit-build-core pybind11 cmake ninja
+	$(PIP) $$($(BIN)/python native/requirements.py pyproject.toml)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(NATIVE)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+verify: setup
+	$(BIN)/pytest suites/ -n $(JOBS) && status=0 || status=$$?; $(BIN)/python -m ktverify report; exit $$status
+
+test: lint native-tests suites
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+suites: setup
+	$(BIN)/pytest suites/ -n $(JOBS)
+
+native-tests: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh
+
+golden: setup
+	$(BIN)/python -m ktverify.golden regenerate
+
+report: setup
+	$(BIN)/python -m ktverify report
+
+fmt: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build .cache reports/runs .pytest_cache .mypy_cache .ruff_cache
