@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from ktverify import cases
+from ktverify.cases import Case
 from ktverify.report.record import AccuracyRecord, CheckRecord, Result, VerdictName
 from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
-from suites.support import isas, locks
+from suites.support import accuracy, isas, locks
 from suites.support.child import ChildCrash, ChildPool
 from suites.support.isas import Isa
 
@@ -236,3 +237,31 @@ def children() -> Iterator[ChildPool]:
     """The processes that engines run in, one at a time: see ChildPool."""
     with ChildPool() as pool:
         yield pool
+
+
+@pytest.fixture
+def judge_case(
+    engine: str, fresh: int | None, children: ChildPool, record: Callable[[Result], None]
+) -> Callable[[str, Case, Isa], None]:
+    """Runs a case of a family in a child process, records every tensor and fails unless all of them passed."""
+
+    def judge(family: str, case: Case, isa: Isa) -> None:
+        try:
+            records = children.get(isa.env).call(
+                "suites.support.accuracy:check_case",
+                family=family,
+                engine=engine,
+                case=case,
+                isa=isa.name,
+                label=isa.label,
+                fresh=fresh,
+            )
+        except Exception as error:
+            for lost in accuracy.crashed(family, engine, case, isa.label, error):
+                record(lost)
+            raise
+        for result in records:
+            record(result)
+        accuracy.assert_passed(records)
+
+    return judge

@@ -1,0 +1,12 @@
+"""The forward's output, for every case of the catalogue and every instruction set that this CPU can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ktverify.cases import Case
+from suites.support.isas import Isa
+
+
+def test_case(judge_case: Callable[[str, Case, Isa], None], case: Case, isa: Isa) -> None:
+    judge_case("forward", case, isa)
