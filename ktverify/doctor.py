@@ -107,14 +107,12 @@ def _packages() -> Iterator[Line]:
         declared = importlib.metadata.requires("ktverify") or []
     except importlib.metadata.PackageNotFoundError:
         declared = _declared_in_checkout()
-    found, missing = [], []
+    found: list[str] = []
+    missing: list[str] = []
     for requirement in declared:
         match = re.match(r"[A-Za-z0-9._-]+", requirement)
-        if (
-            match is None
-            or "extra ==" in requirement
-            or ("python_version" in requirement and sys.version_info >= (3, 11))
-        ):
+        for_old_python = "python_version" in requirement and sys.version_info >= (3, 11)
+        if match is None or "extra ==" in requirement or for_old_python:
             continue
         version = machine.package_version(match.group())
         (found if version else missing).append(f"{match.group()} {version}".strip())

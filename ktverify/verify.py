@@ -17,11 +17,11 @@ import torch
 from ktverify import engines, reference
 from ktverify.cases import Case, catalogue
 from ktverify.data import Inputs, inputs_sha256, make_inputs
-from ktverify.gates import judge
+from ktverify.gates import GateResult, Judgement, Verdict, judge
 from ktverify.machine import amx_state
 from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_NAMES, LORA_NAMES, OUTPUT
-from ktverify.report.record import AccuracyRecord, GateRecord, VerdictName, accuracy_record, worst_first
+from ktverify.report.record import AccuracyRecord, accuracy_record, worst_first
 from ktverify.running import METHOD, build_layer, run_case, run_layer
 
 METHODS = (METHOD, f"{METHOD}_SkipLoRA")
@@ -338,10 +338,10 @@ def _environment(isa: str) -> str:
 
 def _skipped_gradient(actual: torch.Tensor, where: dict[str, Any]) -> AccuracyRecord:
     """The record of a LoRA gradient under SkipLoRA: it must be exactly zero."""
+    difference = compare(actual, torch.zeros_like(actual))
     count = float(torch.count_nonzero(actual))
-    verdict: VerdictName = "PASS" if count == 0 else "FAIL"
+    verdict = Verdict.PASS if count == 0 else Verdict.FAIL
     used = 0.0 if count == 0 else float("inf")
-    gate = GateRecord(gate="zero", value=count, budget=0.0, used=used, verdict=verdict, reason="LoRA is skipped")
-    line = f"{verdict} {where['tensor']} zero {count:.0f}, budget 0"
-    case: Case = where.pop("case")
-    return AccuracyRecord(**where, case=case.id, why=case.why, verdict=verdict, message=line, gates=(gate,))
+    gate = GateResult("zero", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
+    line = f"{verdict.value} {where['tensor']} zero {count:.0f}, budget 0"
+    return accuracy_record(Judgement(verdict, (gate,), line), difference, **where)

@@ -70,8 +70,9 @@ def print_accuracy(records: Sequence[AccuracyRecord], console: Console | None = 
     """Print the accuracy table of a few records, in the order given."""
     console = console or make_console()
     wanted = ["verdict", "tensor", "ISA", "TP", "mean-rel", "rel-L2", "cosine", "max abs", "gate", "budget", "used"]
-    if len({record.case for record in records}) > 1:
-        wanted.append("case")
+    for heading, values in (("family", {r.family for r in records}), ("case", {r.case for r in records})):
+        if len(values) > 1:
+            wanted.append(heading)
     console.print(_table([c for c in tables.ACCURACY_COLUMNS if c.heading in wanted], records))
 
 
