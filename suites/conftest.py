@@ -64,7 +64,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     run_dir = config.option.run_dir or new_run_dir(config.rootpath / "reports")
     workers = getattr(config.option, "numprocesses", None) or 1
     command = shlex.join(["pytest", *config.invocation_params.args])
-    config.stash[recorder_key] = start_run(run_dir.resolve(), config.option.engine, command, workers)
+    try:
+        config.stash[recorder_key] = start_run(run_dir.resolve(), config.option.engine, command, workers)
+    except FileExistsError as error:
+        raise pytest.UsageError(f"--run-dir: {error}") from None
 
 
 @pytest.hookimpl(optionalhook=True)

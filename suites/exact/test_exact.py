@@ -1,0 +1,42 @@
+"""Small integers: every instruction set and every tensor-parallel degree gives the oracle's bits."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktverify import cases
+from ktverify.cases import Case
+from suites.support import isas
+from suites.support.child import ChildPool
+from suites.support.isas import Isa
+from suites.support.subject import Subject, expect_same_bits
+
+CASES = [case for case in cases.select(data="integer") if case.tier == "default"]
+# one with blocks of every size and one that is a multiple of nothing, so that the family never depends on a table
+CASES.append(Case.parse("E=4,k=2,H=160,I=96,T=37,r=8,alpha=16,data=integer"))
+CASES.append(Case.parse("E=5,k=3,H=97,I=47,T=19,r=3,alpha=6,data=integer,lora=float32"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_equals_the_oracle(engine: str, children: ChildPool, isa: Isa, case: Case, fresh: int | None) -> None:
+    case = case if fresh is None else case.with_seed(fresh)
+    for tp in case.tp:
+        children.get(isa.env).call(
+            "suites.support.exact:check_exact", subject=Subject(engine, isa.name), case=case, tp=tp
+        )
+
+
+def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: pytest.Config) -> None:
+    case = Case.parse("E=6,k=2,H=192,I=128,T=40,r=8,alpha=16,data=integer,routing=zipf")
+    found = [
+        (
+            isa,
+            children.get(isa.env).call(
+                "suites.support.exact:check_exact", subject=Subject(engine, isa.name), case=case
+            ),
+        )
+        for isa in isas.planned(engine, pytestconfig.option.isa)
+    ]
+    first, tensors = found[0]
+    for isa, other in found[1:]:
+        expect_same_bits(f"{first.label} and {isa.label}", tensors, other)

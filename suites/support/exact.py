@@ -1,0 +1,36 @@
+"""Integer data has one right answer: output and every gradient, bit for bit."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ktverify import metrics, reference
+from ktverify.cases import Case, expects_zero
+from ktverify.data import make_inputs
+from ktverify.names import ALL_TENSORS
+from suites.support.subject import Subject
+
+
+def check_exact(subject: Subject, case: Case, tp: int = 1) -> dict[str, Tensor]:
+    """ALL_TENSORS of `case`, after each was found equal to the fp64 oracle rounded once to the tensor's dtype.
+
+    AssertionError names each tensor that is not, how many elements differ and where it is worst; also where the
+    oracle's tensor is all zero though the case does not mean it to be.
+    """
+    inputs = make_inputs(case)
+    oracle = reference.forward_backward(inputs)
+    actual = subject.run(case, inputs, tp=tp)
+    wrong = []
+    for name in ALL_TENSORS:
+        difference = metrics.compare(actual[name], oracle[name])
+        if difference.nonzero == 0 and not expects_zero(case, name):
+            wrong.append(f"MISTRUSTED {name}: the oracle is all zero, equality would prove nothing")
+        if difference.mismatched:
+            at = difference.worst_index
+            wrong.append(
+                f"FAIL {name} {difference.mismatched} of {difference.numel} elements differ, worst {list(at)}: "
+                f"{difference.worst_actual:g}, expected {difference.worst_expected:g}"
+            )
+    if wrong:
+        raise AssertionError("\n".join([f"{case.id} with TP {tp}", *wrong]))
+    return actual

@@ -1,0 +1,84 @@
+"""The engine under test as the checks see it: a name, an instruction set, and how to get a loaded layer of it.
+
+The check functions of this package take a Subject, so that they run in a child process, on any engine, unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktverify import engines
+from ktverify.cases import Case
+from ktverify.data import Inputs, make_inputs
+from ktverify.names import ALL_TENSORS
+from ktverify.running import build_layer, layer_arguments, run_layer
+
+SMALL = Case.parse("E=6,k=2,H=64,I=48,T=9,r=4,alpha=8")
+ODD = Case.parse("E=5,k=3,H=97,I=47,T=7,r=3,alpha=5")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An engine by name and what its `isa=` gets (None: its own choice)."""
+
+    engine: str
+    isa: str | None = None
+
+    @property
+    def factory(self) -> engines.EngineFactory:
+        return engines.find(self.engine)
+
+    def bare(self, case: Case = SMALL, **more: Any) -> Any:
+        """A layer without weights; `more` overrides constructor arguments."""
+        arguments = layer_arguments(case, isa=self.isa, tp=1, threads=2)
+        return self.factory(**{**arguments, **more})
+
+    def layer(self, case: Case, inputs: Inputs, *, tp: int = 1, threads: int = 2, **more: Any) -> Any:
+        """A layer with the base weights and LoRA of `inputs`."""
+        return build_layer(self.factory, case, inputs, isa=self.isa, tp=tp, threads=threads, **more)
+
+    def run(self, case: Case, inputs: Inputs | None = None, **more: Any) -> dict[str, Tensor]:
+        """ALL_TENSORS of one forward and backward of a new layer."""
+        inputs = make_inputs(case) if inputs is None else inputs
+        return run_layer(self.layer(case, inputs, **more), inputs)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, so that NaN equals NaN and -0 is not +0."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and bool(torch.equal(bits(left), bits(right)))
+
+
+def expect_same_bits(
+    what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: tuple[str, ...] = ALL_TENSORS
+) -> None:
+    """AssertionError that names each of the tensors whose bits differ, and where first."""
+    wrong = []
+    for name in names:
+        a, b = left[name], right[name]
+        if same_bits(a, b):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            wrong.append(f"{name}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
+            continue
+        places = (bits(a).view(*a.shape, -1) != bits(b).view(*b.shape, -1)).any(-1).nonzero()
+        first = tuple(places[0].tolist())
+        wrong.append(
+            f"{name}: {len(places)} of {a.numel()} differ, first {list(first)}: {float(a[first])} {float(b[first])}"
+        )
+    if wrong:
+        raise AssertionError(f"{what}: the bits differ\n" + "\n".join(wrong))
+
+
+def expect(condition: bool, message: str) -> None:
+    """AssertionError with `message` unless `condition`; unlike assert, it survives python -O and needs no rewriting."""
+    if not condition:
+        raise AssertionError(message)
