@@ -16,11 +16,10 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) scikit-build-core pybind11 cmake ninja
-	$(PIP) $$($(BIN)/python native/requirements.py pyproject.toml)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(NATIVE)
-	$(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) --no-build-isolation --editable '.[dev]'
 	touch $@
 
 verify: setup

@@ -55,7 +55,9 @@ PYBIND11_MODULE(_native, m) {
     });
 
     m.def("available_isas", &isa_names, "Names of the instruction sets that run here, best first.");
-    m.def("require_isa", [](const std::string& name) { (void)require_isa(name); }, "Raises when this name cannot run here.");
+    m.def(
+        "require_isa", [](const std::string& name) { (void)require_isa(name); },
+        "Raises when this name cannot run here.");
     m.def(
         "why_not",
         [](const std::string& name) {
@@ -71,17 +73,20 @@ PYBIND11_MODULE(_native, m) {
             if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
             return emulation::amx_trap_installed();
         },
-        "Runs tile instructions in a trap handler on a CPU that has none: for checking the AMX kernels, some hundred times "
+        "Runs tile instructions in a trap handler on a CPU that has none: for checking the AMX kernels, some hundred "
+        "times "
         "slower. Does nothing on a CPU with AMX. True when emulation is on.");
     m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
-    m.def("available_memory", &available_memory, "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
+    m.def("available_memory", &available_memory,
+          "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
     m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 
     py::class_<Layer>(m, "Layer")
-        .def(py::init([](int num_experts, int top_k, int hidden, int intermediate, int rank, float scaling, int parts, int threads,
-                         int max_rows, int max_cache_depth, bool lora_fp32, bool lora_backward, const std::string& isa) {
+        .def(py::init([](int num_experts, int top_k, int hidden, int intermediate, int rank, float scaling, int parts,
+                         int threads, int max_rows, int max_cache_depth, bool lora_fp32, bool lora_backward,
+                         const std::string& isa) {
                  LayerConfig c;
                  c.num_experts = num_experts;
                  c.top_k = top_k;
@@ -98,11 +103,12 @@ PYBIND11_MODULE(_native, m) {
                  c.isa = require_isa(isa);
                  return std::make_unique<Layer>(c);
              }),
-             py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("hidden"), py::arg("intermediate"), py::arg("rank"),
-             py::arg("scaling"), py::arg("parts"), py::arg("threads"), py::arg("max_rows"), py::arg("max_cache_depth"),
-             py::arg("lora_fp32"), py::arg("lora_backward"), py::arg("isa"))
+             py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("hidden"), py::arg("intermediate"),
+             py::arg("rank"), py::arg("scaling"), py::arg("parts"), py::arg("threads"), py::arg("max_rows"),
+             py::arg("max_cache_depth"), py::arg("lora_fp32"), py::arg("lora_backward"), py::arg("isa"))
         .def("load_weights",
-             [](Layer& layer, const Source& gate, const Source& up, const Source& down, const std::vector<std::int64_t>& map) {
+             [](Layer& layer, const Source& gate, const Source& up, const Source& down,
+                const std::vector<std::int64_t>& map) {
                  const py::gil_scoped_release release;
                  layer.load_weights(source(gate), source(up), source(down), map);
              })
@@ -112,11 +118,11 @@ PYBIND11_MODULE(_native, m) {
                  layer.update_lora(six(lora));
              })
         .def("forward",
-             [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights, std::uintptr_t output,
-                bool save) {
+             [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
+                std::uintptr_t output, bool save) {
                  const py::gil_scoped_release release;
-                 layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids), pointer<const float>(weights),
-                               pointer<bf16>(output), save);
+                 layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
+                               pointer<const float>(weights), pointer<bf16>(output), save);
              })
         .def("backward",
              [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,

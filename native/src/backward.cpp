@@ -1,12 +1,13 @@
 // Backward in four parallel stages:
 //   1 gather     per (part, group of 16 rows):        rows of dO by expert, and dO Bd
-//   2 down       per (part, expert, 128 columns of I): dh with its LoRA; dg, du, h and the routing gradient's partial sums
-//   3 rank       per (part, group):                   dg Bg, du Bu
-//   4 input      per (part, expert, 128 columns of H): dx with its LoRA, added in the order of the experts; and the six
+//   2 down       per (part, expert, 128 columns of I): dh with its LoRA; dg, du, h and the routing gradient's partial
+//   sums 3 rank       per (part, group):                   dg Bg, du Bu 4 input      per (part, expert, 128 columns of
+//   H): dx with its LoRA, added in the order of the experts; and the six
 //                LoRA gradients as products whose reduction runs over the tokens
 //
 // The routing weight w is left out of the wide products and applied in fp32 where their results are used: dO goes into
-// the down product as it came, without a rounding of w dO, and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> falls out of it.
+// the down product as it came, without a rounding of w dO, and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> falls out of
+// it.
 #include <cstring>
 
 #include "state.hpp"
@@ -17,27 +18,32 @@ namespace {
 constexpr int kPanelCols = kPanelBlocks * kBlock;
 constexpr std::size_t kScratch = std::size_t{kChunkRows} * kPanelCols;  // fp32: one nn result
 
-int panels_of(int blocks) { return (blocks + kPanelBlocks - 1) / kPanelBlocks; }
+int panels_of(int blocks) {
+    return (blocks + kPanelBlocks - 1) / kPanelBlocks;
+}
 
 struct Part {
-    bf16* out;                        // dO by expert: [rows][hidden]
-    const bf16** out_rows;            // [k_rows], a zero row for padding
-    Pair ob, ob_t;                    // s dO Bd: [rows][rank]; (w s dO Bd)ᵀ: per expert [rank_rows][tokens]
-    bf16 *g, *u, *h;                  // dg, du, h: [rows][inter]
+    bf16* out;                                // dO by expert: [rows][hidden]
+    const bf16** out_rows;                    // [k_rows], a zero row for padding
+    Pair ob, ob_t;                            // s dO Bd: [rows][rank]; (w s dO Bd)ᵀ: per expert [rank_rows][tokens]
+    bf16 *g, *u, *h;                          // dg, du, h: [rows][inter]
     const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
-    float* dot;                       // partial sums of dw: [rows][panels of I]
-    Pair xa, xa_t;                    // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
-    float* sum;                       // [panels of H][T][128]
+    float* dot;                               // partial sums of dw: [rows][panels of I]
+    Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
+    float* sum;     // [panels of H][T][128]
 };
 
 void take(Carver& carver, Pair& pair, std::size_t count) {
     carver.take(pair.hi, count);
     carver.take(pair.lo, count);
 }
-Pair at(const Pair& p, std::size_t by) { return {p.hi + by, p.lo ? p.lo + by : nullptr}; }
+Pair at(const Pair& p, std::size_t by) {
+    return {p.hi + by, p.lo ? p.lo + by : nullptr};
+}
 
 // nn segments of (activation) · W for a small activation kept as hi + lo, and an fp32 W.
-int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std::size_t stride, int kblocks, NnSegment* out) {
+int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std::size_t stride, int kblocks,
+                     NnSegment* out) {
     out[0] = {activation.hi, ld, w.hi, stride, nullptr, 0, kblocks};
     out[1] = {activation.lo, ld, w.hi, stride, nullptr, 0, kblocks};
     if (!w.lo) return 2;
@@ -84,8 +90,10 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     const Routing& routing = kept.routing;
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
     const int i_panels = panels_of(size.ib), h_panels = panels_of(size.hb);
-    const std::size_t T = z(rows), R = z(routing.rows), K = z(routing.k_rows), H = z(size.H), I = z(size.I), r = z(size.r);
-    const std::size_t hidden = z(size.hidden()), inter = z(size.inter()), rank = z(size.rank()), rank2 = z(size.rank2());
+    const std::size_t T = z(rows), R = z(routing.rows), K = z(routing.k_rows), H = z(size.H), I = z(size.I),
+                      r = z(size.r);
+    const std::size_t hidden = z(size.hidden()), inter = z(size.inter()), rank = z(size.rank()),
+                      rank2 = z(size.rank2());
     const bool with_lora = config.lora_backward;
 
     std::vector<Part> parts(z(config.parts));
@@ -137,8 +145,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     const GradWriter &gate_a = write[0], &gate_b = write[1], &up_a = write[2], &up_b = write[3], &down_a = write[4],
                      &down_b = write[5];
 
-    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb), da = z(size.rb) * panel(size.ib),
-                      db = z(size.hb) * panel(size.rb);
+    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
+                      da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
     const auto expert_of = [&](int group) -> const Routing::Expert& {
         return routing.experts[z(routing.expert_of_group[z(group)])];
     };
@@ -154,11 +162,11 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         return Place{std::min(kGroup, e.rows - local * kGroup), z(e.kblocks) * kBlock, z(local) * kGroup,
                      last && e.groups % 2 == 1 ? z(kBlock) : z(kGroup)};
     };
-    // c [16][ldc], columns n0..n0+cols of a small activation -> rows [row][ld] as they are, and transposed with a factor
-    // per row; the columns of padding rows are zero.
+    // c [16][ldc], columns n0..n0+cols of a small activation -> rows [row][ld] as they are, and transposed with a
+    // factor per row; the columns of padding rows are zero.
     const auto put_small = [&](const float* c, std::size_t ldc, int cols, float scale, int group, const Place& place,
-                               const Pair& plain, std::size_t ld, std::size_t n0, const Pair& transposed, std::size_t t_rows,
-                               bool weighted) {
+                               const Pair& plain, std::size_t ld, std::size_t n0, const Pair& transposed,
+                               std::size_t t_rows, bool weighted) {
         for (int t = 0; t < place.rows; ++t) {
             for (int n = 0; n < cols; ++n)
                 put(plain, (z(group) * kGroup + z(t)) * ld + n0 + z(n), scale * c[z(t) * ldc + z(n)]);
@@ -198,12 +206,17 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             NnSegment segments[2];
             for (int term = 0; term < terms(); ++term) {
                 const bf16* matrix = term == 0 ? lora.down_b.hi : lora.down_b.lo;
-                segments[term] = {part.out + z(group) * kGroup * hidden, hidden,
-                                  matrix + z(expert.expert) * db + z(nb) * kBlockSize, panel(size.rb), nullptr, 0, size.hb};
+                segments[term] = {part.out + z(group) * kGroup * hidden,
+                                  hidden,
+                                  matrix + z(expert.expert) * db + z(nb) * kBlockSize,
+                                  panel(size.rb),
+                                  nullptr,
+                                  0,
+                                  size.hb};
             }
             kernels.nn(segments, terms(), place.rows, cblocks, c, kPanelCols);
-            put_small(c, kPanelCols, cblocks * kBlock, config.scaling, group, place, part.ob, rank, z(nb) * kBlock, t_rows,
-                      z(size.rank_rows()), true);
+            put_small(c, kPanelCols, cblocks * kBlock, config.scaling, group, place, part.ob, rank, z(nb) * kBlock,
+                      t_rows, z(size.rank_rows()), true);
         }
     };
 
@@ -217,17 +230,23 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             const int count = std::min(kChunkRows, expert.rows - first);
             const std::size_t row = z(expert.first_row + first);
             NnSegment segments[4];
-            segments[0] = {part.out + row * hidden, hidden, experts[z(p)][z(expert.expert)].down + cb, panel(size.ib), nullptr, 0,
+            segments[0] = {part.out + row * hidden,
+                           hidden,
+                           experts[z(p)][z(expert.expert)].down + cb,
+                           panel(size.ib),
+                           nullptr,
+                           0,
                            size.hb};
             int used = 1;
             if (with_lora)
-                used += nn_lora_segments(at(part.ob, row * rank), rank, at(lora.down_a[z(p)], z(expert.expert) * da + cb),
-                                         panel(size.ib), size.rb, segments + 1);
+                used +=
+                    nn_lora_segments(at(part.ob, row * rank), rank, at(lora.down_a[z(p)], z(expert.expert) * da + cb),
+                                     panel(size.ib), size.rb, segments + 1);
             kernels.nn(segments, used, count, cblocks, c, kPanelCols);
             const std::size_t to = row * inter + col;
-            kernels.silu_mul_grad(c, kPanelCols, count, cblocks * kBlock, routing.weight.data() + row, was.g + to, was.u + to,
-                                  inter, part.g + to, part.u + to, part.h + to, part.dot + row * z(i_panels) + z(ip),
-                                  z(i_panels));
+            kernels.silu_mul_grad(c, kPanelCols, count, cblocks * kBlock, routing.weight.data() + row, was.g + to,
+                                  was.u + to, inter, part.g + to, part.u + to, part.h + to,
+                                  part.dot + row * z(i_panels) + z(ip), z(i_panels));
         }
     };
 
@@ -251,7 +270,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
                 NnSegment segments[2];
                 for (int term = 0; term < terms(); ++term) {
                     const bf16* matrix = term == 0 ? w.hi : w.lo;
-                    segments[term] = {from, inter, matrix + z(expert.expert) * b + z(nb) * kBlockSize, panel(size.rb), nullptr, 0,
+                    segments[term] = {from,           inter,   matrix + z(expert.expert) * b + z(nb) * kBlockSize,
+                                      panel(size.rb), nullptr, 0,
                                       size.ib};
                 }
                 kernels.nn(segments, terms(), place.rows, cblocks, c, kPanelCols);
@@ -297,11 +317,12 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             kernels.add_rows(c, kPanelCols, count, cblocks * kBlock, routing.token.data() + row, sum, kPanelCols);
         }
         turns.pass(p, hp, ticket);
-        if (ticket == active - 1 && parts_done[z(hp)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1) finish(hp);
+        if (ticket == active - 1 && parts_done[z(hp)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1)
+            finish(hp);
     };
 
-    // One LoRA gradient, or its transpose: small [rows][tokens] of every part times gathered rows, columns of panel `cp`.
-    // emit(row, column, value) stores it.
+    // One LoRA gradient, or its transpose: small [rows][tokens] of every part times gathered rows, columns of panel
+    // `cp`. emit(row, column, value) stores it.
     std::vector<const bf16*> x_rows(with_lora ? K : 0, kept.x + T * hidden);
     if (with_lora) {
         for (const Routing::Expert& e : routing.experts) {
@@ -313,8 +334,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         Pair small;
         const bf16* const* gathered;
     };
-    const auto lora_product = [&](const Term* terms_of, int count, const Routing::Expert& expert, int small_rows, int used_rows,
-                                  int blocks, int cols, int cp, float* c, const auto& emit) {
+    const auto lora_product = [&](const Term* terms_of, int count, const Routing::Expert& expert, int small_rows,
+                                  int used_rows, int blocks, int cols, int cp, float* c, const auto& emit) {
         const std::size_t ld = z(expert.kblocks) * kBlock;
         const int cblocks = std::min(kPanelBlocks, blocks - cp * kPanelBlocks);
         const int width = std::min(cblocks * kBlock, cols - cp * kPanelCols);
@@ -368,14 +389,16 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         const Part& part = parts[p];
         if (which == 2) {  // dA of down: (w s dO Bd)ᵀ h
             const Term term{at(part.ob_t, k * z(size.rank_rows())), part.h_rows};
-            lora_product(&term, 1, expert, size.rank_rows(), size.r, size.ib, size.I, ip, c,
-                         [&](std::size_t n, std::size_t col, float value) { down_a((e * r + n) * all_I + p * I + col, value); });
+            lora_product(
+                &term, 1, expert, size.rank_rows(), size.r, size.ib, size.I, ip, c,
+                [&](std::size_t n, std::size_t col, float value) { down_a((e * r + n) * all_I + p * I + col, value); });
         } else {  // dB of gate or up, transposed: (s x Aᵀ)ᵀ dg
             const GradWriter& to = which == 0 ? gate_b : up_b;
             const std::size_t from = (2 * k + z(which) * z(expert.kblocks) * kBlock) * z(size.rank_rows());
             const Term term{at(kept.xa_t, from), which == 0 ? part.g_rows : part.u_rows};
-            lora_product(&term, 1, expert, size.rank_rows(), size.r, size.ib, size.I, ip, c,
-                         [&](std::size_t n, std::size_t col, float value) { to((e * all_I + p * I + col) * r + n, value); });
+            lora_product(
+                &term, 1, expert, size.rank_rows(), size.r, size.ib, size.I, ip, c,
+                [&](std::size_t n, std::size_t col, float value) { to((e * all_I + p * I + col) * r + n, value); });
         }
     };
 
@@ -397,7 +420,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         }
     };
     const auto weight_grad = [&](int first) {
-        for (std::size_t i = z(first) * z(routing.slots); i < std::min(T, z(first + kChunkRows)) * z(routing.slots); ++i) {
+        for (std::size_t i = z(first) * z(routing.slots); i < std::min(T, z(first + kChunkRows)) * z(routing.slots);
+             ++i) {
             float sum = 0.0f;
             const int row = routing.row_of[i];
             for (std::size_t p = 0; row >= 0 && p < parts.size(); ++p) {
@@ -407,8 +431,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         }
     };
 
-    TaskQueue gathering(config.parts), downing(config.parts), ranking(config.parts), inputs(config.parts), loras(1), idles(1),
-        routings(1);
+    TaskQueue gathering(config.parts), downing(config.parts), ranking(config.parts), inputs(config.parts), loras(1),
+        idles(1), routings(1);
     const int token_chunks = (rows + kChunkRows - 1) / kChunkRows;
     const std::function<void(int)> body = [&](int worker) {
         float* c = scratch + z(worker) * kScratch;
@@ -429,7 +453,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         kernels.leave();
     };
     team.run(body);
-    if (active == 0) std::memset(grad_input, 0, T * H * sizeof(bf16));
+    if (active == 0 && T > 0) std::memset(grad_input, 0, T * H * sizeof(bf16));
     shared.cache.give(std::move(work));
     shared.cache.give(std::move(saved.back().block));
     saved.pop_back();

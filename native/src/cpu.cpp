@@ -26,7 +26,9 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
     if (!__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d)) return {};
     return r;
 }
-bool bit(unsigned word, int index) { return (word >> index) & 1u; }
+bool bit(unsigned word, int index) {
+    return (word >> index) & 1u;
+}
 
 // The parts of the register file that the OS saves on a context switch: XCR0.
 std::uint64_t saved_state() {
@@ -42,8 +44,8 @@ bool has_avx2() {
 }
 bool has_avx512_bf16() {
     const Registers r = cpuid(7, 0);
-    return (saved_state() & kAvx512State) == kAvx512State && bit(r.b, 16) && bit(r.b, 17) && bit(r.b, 30) && bit(r.b, 31) &&
-           bit(cpuid(7, 1).a, 5);  // F, DQ, BW, VL; BF16
+    return (saved_state() & kAvx512State) == kAvx512State && bit(r.b, 16) && bit(r.b, 17) && bit(r.b, 30) &&
+           bit(r.b, 31) && bit(cpuid(7, 1).a, 5);  // F, DQ, BW, VL; BF16
 }
 // Linux gives the 8 KB of tile state only to a process that asks: cpuid alone is not enough.
 bool tiles_permitted() {
@@ -56,27 +58,41 @@ bool has_amx_bf16() {
     return bit(r.d, 22) && bit(r.d, 24) && (saved_state() & kTileState) == kTileState;  // AMX-BF16, AMX-TILE
 }
 #else
-bool has_avx2() { return false; }
-bool has_avx512_bf16() { return false; }
-bool has_amx_bf16() { return false; }
-bool tiles_permitted() { return false; }
+bool has_avx2() {
+    return false;
+}
+bool has_avx512_bf16() {
+    return false;
+}
+bool has_amx_bf16() {
+    return false;
+}
+bool tiles_permitted() {
+    return false;
+}
 #endif
 
 bool emulate_amx = false;
 
 const Kernels* table_of(Isa isa) {
     switch (isa) {
-        case Isa::amx_bf16: return amx_bf16_kernels();
-        case Isa::avx512_bf16: return avx512_bf16_kernels();
-        case Isa::avx2: return avx2_kernels();
-        case Isa::scalar: return scalar_kernels();
+        case Isa::amx_bf16:
+            return amx_bf16_kernels();
+        case Isa::avx512_bf16:
+            return avx512_bf16_kernels();
+        case Isa::avx2:
+            return avx2_kernels();
+        case Isa::scalar:
+            return scalar_kernels();
     }
     return nullptr;
 }
 
 }  // namespace
 
-void set_amx_emulation(bool on) { emulate_amx = on; }
+void set_amx_emulation(bool on) {
+    emulate_amx = on;
+}
 
 // Empty when the ISA runs here.
 std::string why_not(Isa isa) {
@@ -88,19 +104,26 @@ std::string why_not(Isa isa) {
             if (emulate_amx) return "";
             if (!has_amx_bf16()) return "Intel AMX not supported on this CPU";
             return tiles_permitted() ? "" : "the operating system does not permit Intel AMX to this process";
-        case Isa::avx512_bf16: return has_avx512_bf16() ? "" : "AVX-512 BF16 not supported on this CPU";
-        case Isa::avx2: return has_avx2() ? "" : "AVX2 with FMA not supported on this CPU";
-        case Isa::scalar: return "";
+        case Isa::avx512_bf16:
+            return has_avx512_bf16() ? "" : "AVX-512 BF16 not supported on this CPU";
+        case Isa::avx2:
+            return has_avx2() ? "" : "AVX2 with FMA not supported on this CPU";
+        case Isa::scalar:
+            return "";
     }
     return "";
 }
 
 const char* name_of(Isa isa) {
     switch (isa) {
-        case Isa::amx_bf16: return "amx_bf16";
-        case Isa::avx512_bf16: return "avx512_bf16";
-        case Isa::avx2: return "avx2";
-        case Isa::scalar: return "scalar";
+        case Isa::amx_bf16:
+            return "amx_bf16";
+        case Isa::avx512_bf16:
+            return "avx512_bf16";
+        case Isa::avx2:
+            return "avx2";
+        case Isa::scalar:
+            return "scalar";
     }
     return "";
 }
@@ -126,6 +149,8 @@ Isa require_isa(const std::string& name) {
     throw BadInput("isa='" + name + "' is unknown; it takes one of " + known + ", or none for the best that runs here");
 }
 
-const Kernels& kernels_for(Isa isa) { return *table_of(isa); }
+const Kernels& kernels_for(Isa isa) {
+    return *table_of(isa);
+}
 
 }  // namespace ktv

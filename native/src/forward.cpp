@@ -57,7 +57,8 @@ int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
     return 3;
 }
 
-void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save) {
+void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
+                           bool save) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
@@ -67,7 +68,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     const Routing& routing = kept.routing;
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
     const std::size_t T = z(rows), R = z(routing.rows), G = z(groups);
-    const std::size_t x_stride = z(size.hb) * kPackSize, h_stride = z(size.ib) * kPackSize, r_stride = z(size.rb) * kPackSize;
+    const std::size_t x_stride = z(size.hb) * kPackSize, h_stride = z(size.ib) * kPackSize,
+                      r_stride = z(size.rb) * kPackSize;
 
     std::vector<Part> parts(z(config.parts));
     float* scratch;
@@ -102,7 +104,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     }
     if (!wanted.empty()) {
         require_memory(wanted.size() * z(config.parts) * expert_bytes() + measure_work.used() + measure_kept.used(),
-                       "packing " + std::to_string(wanted.size()) + " experts and a forward of " + std::to_string(rows) + " tokens");
+                       "packing " + std::to_string(wanted.size()) + " experts and a forward of " +
+                           std::to_string(rows) + " tokens");
     }
     Block work = shared.cache.take(measure_work.used(), "a forward of " + std::to_string(rows) + " tokens");
     Carver cut_work(work.data());
@@ -115,8 +118,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     pack_experts(team, wanted);
 
     const float scaling = config.scaling;
-    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb), da = z(size.rb) * panel(size.ib),
-                      db = z(size.hb) * panel(size.rb);
+    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
+                      da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
     const auto at = [](const Pair& p, std::size_t by) { return Pair{p.hi + by, p.lo ? p.lo + by : nullptr}; };
     const auto expert_of = [&](int group) -> const Routing::Expert& {
         return routing.experts[z(routing.expert_of_group[z(group)])];
@@ -128,7 +131,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             for (int t = first; t < std::min(rows + 1, first + kGroup); ++t) {
                 bf16* row = kept.x + z(t) * z(size.hidden());
                 const std::size_t have = t < rows ? z(size.H) : 0;
-                std::memcpy(row, x + z(t) * have, have * sizeof(bf16));
+                if (have) std::memcpy(row, x + z(t) * have, have * sizeof(bf16));
                 std::memset(row + have, 0, (z(size.hidden()) - have) * sizeof(bf16));
             }
             return;
@@ -149,7 +152,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         clear(part.gate_xa, z(index) * r_stride, r_stride);
         clear(part.up_xa, z(index) * r_stride, r_stride);
         if (keep) {
-            for (int row = 0; row < 2 * size.rank_rows(); ++row) clear(kept.xa_t, kept_at + z(row) * to.ld + to.first, to.width);
+            for (int row = 0; row < 2 * size.rank_rows(); ++row)
+                clear(kept.xa_t, kept_at + z(row) * to.ld + to.first, to.width);
         }
         for (int nb = 0; nb < size.ab; ++nb) {
             NtSegment segments[2];
@@ -187,8 +191,9 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             const int more = nt_lora_segments(
                 {at(lora.gate_b[z(p)], b_at), at(part.gate_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
                 gate_segments + 1);
-            nt_lora_segments({at(lora.up_b[z(p)], b_at), at(part.up_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
-                             up_segments + 1);
+            nt_lora_segments(
+                {at(lora.up_b[z(p)], b_at), at(part.up_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
+                up_segments + 1);
             const std::size_t ldc = z(count) * kGroup;
             float* g = c;
             float* u = c + kBlock * ldc;
@@ -196,8 +201,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             kernels.nt(up_segments, 1 + more, count, u, ldc);
             const std::size_t keep_at = group * kGroup * z(size.inter()) + z(ib) * kBlock;
             kernels.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride + z(ib) * kPackSize, h_stride,
-                             save ? kept.parts[z(p)].g + keep_at : nullptr, save ? kept.parts[z(p)].u + keep_at : nullptr,
-                             z(size.inter()));
+                             save ? kept.parts[z(p)].g + keep_at : nullptr,
+                             save ? kept.parts[z(p)].u + keep_at : nullptr, z(size.inter()));
         }
     };
 
@@ -210,14 +215,15 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         const std::size_t kept_at = z(expert.first_k) * z(size.rank_rows());
         clear(part.ha, z(group) * r_stride, r_stride);
         if (keep) {
-            for (int row = 0; row < size.rank_rows(); ++row) clear(kept_to, kept_at + z(row) * to.ld + to.first, to.width);
+            for (int row = 0; row < size.rank_rows(); ++row)
+                clear(kept_to, kept_at + z(row) * to.ld + to.first, to.width);
         }
         for (int nb = 0; nb < size.rb; ++nb) {
             NtSegment segments[2];
             for (int term = 0; term < terms(); ++term) {
                 const bf16* matrix = term == 0 ? lora.down_a[z(p)].hi : lora.down_a[z(p)].lo;
-                segments[term] = {matrix + z(expert.expert) * da + z(nb) * panel(size.ib), part.h_pack + z(group) * h_stride,
-                                  h_stride, size.ib};
+                segments[term] = {matrix + z(expert.expert) * da + z(nb) * panel(size.ib),
+                                  part.h_pack + z(group) * h_stride, h_stride, size.ib};
             }
             kernels.nt(segments, terms(), 1, c, kGroup);
             for (int j = 0; j < kBlock && nb * kBlock + j < size.r; ++j) {
@@ -227,7 +233,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                     put(part.ha, z(group) * r_stride + pack_index(n, t), value);
                     // A padding row has no token and no weight; 0 * value would not be 0 for what lies beyond fp32.
                     if (keep && routing.token[z(group * kGroup + t)] >= 0)
-                        put(kept_to, kept_at + z(n) * to.ld + to.first + z(t), routing.weight[z(group * kGroup + t)] * value);
+                        put(kept_to, kept_at + z(n) * to.ld + to.first + z(t),
+                            routing.weight[z(group * kGroup + t)] * value);
                 }
             }
         }
@@ -252,8 +259,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             const int count = std::min(kChunkGroups, expert.groups - first);
             const std::size_t group = z(expert.first_row / kGroup + first);
             NtSegment segments[4];
-            segments[0] = {experts[z(p)][z(expert.expert)].down + z(hb) * panel(size.ib), part.h_pack + group * h_stride,
-                           h_stride, size.ib};
+            segments[0] = {experts[z(p)][z(expert.expert)].down + z(hb) * panel(size.ib),
+                           part.h_pack + group * h_stride, h_stride, size.ib};
             const int more = nt_lora_segments({at(lora.down_b, z(expert.expert) * db + z(hb) * panel(size.rb)),
                                                at(part.ha, group * r_stride), r_stride, size.rb, config.lora_fp32},
                                               segments + 1);
@@ -264,11 +271,12 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 if (ticket == 0) std::memset(sum, 0, T * kBlock * sizeof(float));
             }
             const std::size_t row = group * kGroup;
-            kernels.add_transposed(c, ldc, std::min(expert.rows - first * kGroup, kChunkRows), routing.token.data() + row,
-                                   routing.weight.data() + row, sum, kBlock);
+            kernels.add_transposed(c, ldc, std::min(expert.rows - first * kGroup, kChunkRows),
+                                   routing.token.data() + row, routing.weight.data() + row, sum, kBlock);
         }
         turns.pass(p, hb, ticket);
-        if (ticket == active - 1 && parts_done[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1) finish(hb);
+        if (ticket == active - 1 && parts_done[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1)
+            finish(hb);
     };
 
     TaskQueue packing(config.parts), upping(config.parts), ranking(config.parts), downing(config.parts);
@@ -288,7 +296,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         kernels.leave();
     };
     team.run(body);
-    if (active == 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
+    if (active == 0 && T > 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
     shared.cache.give(std::move(work));
     if (save) saved.push_back(std::move(kept));
 }

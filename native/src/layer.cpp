@@ -16,7 +16,8 @@ const LayerConfig& checked(const LayerConfig& c) {
         c.threads <= 0 || c.max_rows <= 0 || c.max_cache_depth <= 0)
         throw BadInput("every size of a layer must be positive");
     if (c.intermediate % c.parts != 0)
-        throw BadInput("intermediate size " + std::to_string(c.intermediate) + " is not a multiple of " + std::to_string(c.parts));
+        throw BadInput("intermediate size " + std::to_string(c.intermediate) + " is not a multiple of " +
+                       std::to_string(c.parts));
     return c;
 }
 
@@ -85,20 +86,32 @@ void Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const floa
     s.forward(rows, x, ids, weights, output, save);
 }
 
-void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
-                     bool accumulate) {
+void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
+                     float* grad_weights, bool accumulate) {
     State& s = *state_;
-    if (s.saved.empty()) throw BadState("backward without a saved forward: call forward_sft(..., save_for_backward=True) first");
+    if (s.saved.empty())
+        throw BadState("backward without a saved forward: call forward_sft(..., save_for_backward=True) first");
     if (rows != saved_rows())
-        throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " + std::to_string(saved_rows()));
+        throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " +
+                       std::to_string(saved_rows()));
     s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate);
 }
 
-int Layer::saved_forwards() const { return static_cast<int>(state_->saved.size()); }
-int Layer::saved_rows() const { return state_->saved.empty() ? -1 : state_->saved.back().routing.tokens; }
-int Layer::packed_experts() const { return state_->packed; }
-int Layer::threads() const { return state_->workers; }
-const LayerConfig& Layer::config() const { return state_->config; }
+int Layer::saved_forwards() const {
+    return static_cast<int>(state_->saved.size());
+}
+int Layer::saved_rows() const {
+    return state_->saved.empty() ? -1 : state_->saved.back().routing.tokens;
+}
+int Layer::packed_experts() const {
+    return state_->packed;
+}
+int Layer::threads() const {
+    return state_->workers;
+}
+const LayerConfig& Layer::config() const {
+    return state_->config;
+}
 
 void clear_buffer_cache() {
     Process& shared = process();

@@ -65,12 +65,15 @@ std::string gib(std::size_t bytes) {
 
 }  // namespace
 
-std::size_t available_memory() { return std::min({meminfo_available(), cgroup_left(), address_space_left()}); }
+std::size_t available_memory() {
+    return std::min({meminfo_available(), cgroup_left(), address_space_left()});
+}
 
 void require_memory(std::size_t bytes, const std::string& what) {
     const std::size_t have = available_memory();
     if (bytes > have) {
-        throw OutOfMemory(what + " needs " + gib(bytes) + ", and " + gib(have) + " are available; use fewer tokens per call " +
+        throw OutOfMemory(what + " needs " + gib(bytes) + ", and " + gib(have) +
+                          " are available; use fewer tokens per call " +
                           "(chunked_prefill_size), fewer experts, or a machine with more memory");
     }
 }

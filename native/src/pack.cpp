@@ -45,8 +45,8 @@ void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int 
     for (int n = 0; n < rows; ++n) {
         for (int k = 0; k < cols; ++k) {
             const int row = row_at + n;
-            const std::size_t at = (z(row / kBlock) * z(kblocks) + z(k / kBlock)) * kBlockSize + z(row % kBlock) * kBlock +
-                                   z(k % kBlock);
+            const std::size_t at =
+                (z(row / kBlock) * z(kblocks) + z(k / kBlock)) * kBlockSize + z(row % kBlock) * kBlock + z(k % kBlock);
             const Split s = from.at(offset + z(n) * ld + z(k));
             to.hi[at] = s.hi;
             if (to.lo) to.lo[at] = s.lo;
@@ -54,11 +54,15 @@ void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int 
     }
 }
 
-Pair offset(const Pair& p, std::size_t by) { return {p.hi + by, p.lo ? p.lo + by : nullptr}; }
+Pair offset(const Pair& p, std::size_t by) {
+    return {p.hi + by, p.lo ? p.lo + by : nullptr};
+}
 
 }  // namespace
 
-std::size_t Layer::State::expert_bytes() const { return 3 * z(size.ib) * z(size.hb) * kBlockSize * sizeof(bf16); }
+std::size_t Layer::State::expert_bytes() const {
+    return 3 * z(size.ib) * z(size.hb) * kBlockSize * sizeof(bf16);
+}
 
 void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     if (wanted.empty()) return;
@@ -101,8 +105,8 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const std::size_t E = z(config.num_experts);
-    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb), da = z(size.rb) * panel(size.ib),
-                      db = z(size.hb) * panel(size.rb);
+    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
+                      da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
     const auto carve = [&](Carver& carver) {
         const auto take = [&](Pair& pair, std::size_t count) {
             carver.take(pair.hi, E * count);
@@ -140,7 +144,8 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
                 const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
                 put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(lora.gate_b[p], e * b));
                 put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(lora.up_b[p], e * b));
-                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, offset(lora.down_a[p], e * da));
+                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib,
+                           offset(lora.down_a[p], e * da));
             }
         });
     };

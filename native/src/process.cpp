@@ -11,9 +11,15 @@ namespace {
 std::atomic<Process*> current{nullptr};
 
 // A fork waits for the computation that another thread has under way, so that the child never sees half of one.
-void before_fork() { current.load()->mutex.lock(); }
-void after_fork_in_parent() { current.load()->mutex.unlock(); }
-void after_fork_in_child() { current.store(new Process); }
+void before_fork() {
+    current.load()->mutex.lock();
+}
+void after_fork_in_parent() {
+    current.load()->mutex.unlock();
+}
+void after_fork_in_child() {
+    current.store(new Process);
+}
 
 }  // namespace
 

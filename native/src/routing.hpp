@@ -12,20 +12,20 @@ namespace ktv {
 // rows are padded to a multiple of 16 (a group); padding rows have token -1 and weight 0.
 struct Routing {
     struct Expert {
-        int expert;      // logical id
-        int rows;        // without padding, > 0
-        int first_row;   // a multiple of 16
-        int groups;      // padded rows / 16
-        int first_k;     // a multiple of 32: where its tokens start when they are a reduction index
-        int kblocks;     // rows / 32, rounded up
+        int expert;     // logical id
+        int rows;       // without padding, > 0
+        int first_row;  // a multiple of 16
+        int groups;     // padded rows / 16
+        int first_k;    // a multiple of 32: where its tokens start when they are a reduction index
+        int kblocks;    // rows / 32, rounded up
     };
     int tokens = 0, slots = 0;
-    int rows = 0;      // padded, all experts
-    int k_rows = 0;    // padded to 32, all experts
-    std::vector<Expert> experts;         // those with rows
-    std::vector<std::int32_t> token;     // [rows]
-    std::vector<float> weight;           // [rows]
-    std::vector<std::int32_t> row_of;    // [tokens * slots], -1 where the slot is nobody's
+    int rows = 0;                               // padded, all experts
+    int k_rows = 0;                             // padded to 32, all experts
+    std::vector<Expert> experts;                // those with rows
+    std::vector<std::int32_t> token;            // [rows]
+    std::vector<float> weight;                  // [rows]
+    std::vector<std::int32_t> row_of;           // [tokens * slots], -1 where the slot is nobody's
     std::vector<std::int32_t> expert_of_group;  // [rows / 16] index into experts
 };
 

@@ -11,9 +11,15 @@
 
 namespace ktv {
 
-inline constexpr int blocks_of(int n) { return (n + kBlock - 1) / kBlock; }
-inline constexpr int groups_of(int n) { return (n + kGroup - 1) / kGroup; }
-inline constexpr std::size_t z(int n) { return static_cast<std::size_t>(n); }
+inline constexpr int blocks_of(int n) {
+    return (n + kBlock - 1) / kBlock;
+}
+inline constexpr int groups_of(int n) {
+    return (n + kGroup - 1) / kGroup;
+}
+inline constexpr std::size_t z(int n) {
+    return static_cast<std::size_t>(n);
+}
 
 // Per part: I is the part's share of the intermediate size.
 struct Sizes {
@@ -23,7 +29,7 @@ struct Sizes {
     int inter() const { return ib * kBlock; }
     int rank() const { return rb * kBlock; }
     int rank2() const { return ab * kBlock; }
-    int rank_rows() const { return groups_of(r) * kGroup; }         // rows of a transposed [r, tokens] operand
+    int rank_rows() const { return groups_of(r) * kGroup; }  // rows of a transposed [r, tokens] operand
     int rank2_rows() const { return groups_of(2 * r) * kGroup; }
 };
 
@@ -45,8 +51,8 @@ struct PackedExpert {
 // gate_up_a [ab][hb] (the rows of gate_a, then those of up_a), gate_b, up_b [ib][rb], down_a [rb][ib], down_b [hb][rb].
 struct LoraPack {
     Block block;
-    Pair gate_up_a, down_b;                      // the same for every part
-    std::vector<Pair> gate_b, up_b, down_a;      // [part]
+    Pair gate_up_a, down_b;                  // the same for every part
+    std::vector<Pair> gate_b, up_b, down_a;  // [part]
 };
 
 // What backward needs of a forward.
@@ -58,7 +64,7 @@ struct Saved {
     struct Part {
         float* g = nullptr;  // [rows][inter]
         float* u = nullptr;
-        Pair ha_t;           // (w s h Adᵀ)ᵀ: per expert [rank_rows][tokens]
+        Pair ha_t;  // (w s h Adᵀ)ᵀ: per expert [rank_rows][tokens]
     };
     std::vector<Part> parts;
 };
@@ -94,8 +100,8 @@ struct Layer::State {
 
 // nt segments of W xᵀ + B (s A x)ᵀ: the base, then hi and lo of the small activation (and lo of an fp32 B).
 struct LoraFactor {
-    Pair b;            // one row of weight blocks
-    Pair activation;   // token packs [group][rb]
+    Pair b;           // one row of weight blocks
+    Pair activation;  // token packs [group][rb]
     std::size_t group_stride;
     int kblocks;
     bool fp32;

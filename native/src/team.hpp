@@ -65,17 +65,19 @@ class TaskQueue {
 };
 
 // Makes additions into one place happen in the order of their tickets, whoever computes them: fp32 sums come out with
-// the same bits for any number of threads. Tickets are taken in order from a TaskQueue, so the one that is waited for is
-// always already being worked on.
+// the same bits for any number of threads. Tickets are taken in order from a TaskQueue, so the one that is waited for
+// is always already being worked on.
 class Turns {
   public:
-    Turns(int parts, int slabs) : slabs_(slabs), turn_(static_cast<std::size_t>(parts) * static_cast<std::size_t>(slabs)) {}
+    Turns(int parts, int slabs)
+        : slabs_(slabs), turn_(static_cast<std::size_t>(parts) * static_cast<std::size_t>(slabs)) {}
     void wait(int part, int slab, int ticket) const;
     void pass(int part, int slab, int ticket);
 
   private:
     const std::atomic<int>& at(int part, int slab) const {
-        return turn_[static_cast<std::size_t>(part) * static_cast<std::size_t>(slabs_) + static_cast<std::size_t>(slab)];
+        return turn_[static_cast<std::size_t>(part) * static_cast<std::size_t>(slabs_) +
+                     static_cast<std::size_t>(slab)];
     }
     int slabs_;
     std::vector<std::atomic<int>> turn_;

@@ -8,7 +8,9 @@ namespace ktv {
 
 using bf16 = std::uint16_t;
 
-inline float to_float(bf16 value) { return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16); }
+inline float to_float(bf16 value) {
+    return std::bit_cast<float>(static_cast<std::uint32_t>(value) << 16);
+}
 
 // Round to nearest even. Subnormals are kept (the AVX-512 conversion would flush them); a NaN stays a quiet NaN.
 inline bf16 to_bf16(float value) {

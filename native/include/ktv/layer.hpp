@@ -36,18 +36,18 @@ std::vector<Isa> available_isas();
 Isa require_isa(const std::string& name);
 
 struct LayerConfig {
-    int num_experts = 0;         // E
-    int top_k = 0;               // k
-    int hidden = 0;              // H
-    int intermediate = 0;        // I
-    int rank = 0;                // r
-    float scaling = 1.0f;        // lora_alpha / rank
-    int parts = 1;               // tensor-parallel degree: I is split evenly
-    int threads = 1;             // a ceiling
-    int max_rows = 0;            // chunked_prefill_size: largest T
-    int max_cache_depth = 1;     // outstanding forwards with save
-    bool lora_fp32 = false;      // dtype of the LoRA parameters and of their gradients; otherwise bf16
-    bool lora_backward = true;   // false: *_SkipLoRA, base gradients only
+    int num_experts = 0;        // E
+    int top_k = 0;              // k
+    int hidden = 0;             // H
+    int intermediate = 0;       // I
+    int rank = 0;               // r
+    float scaling = 1.0f;       // lora_alpha / rank
+    int parts = 1;              // tensor-parallel degree: I is split evenly
+    int threads = 1;            // a ceiling
+    int max_rows = 0;           // chunked_prefill_size: largest T
+    int max_cache_depth = 1;    // outstanding forwards with save
+    bool lora_fp32 = false;     // dtype of the LoRA parameters and of their gradients; otherwise bf16
+    bool lora_backward = true;  // false: *_SkipLoRA, base gradients only
     Isa isa = Isa::scalar;
 };
 
@@ -84,9 +84,9 @@ class Layer {
 
     // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16.
     void forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
-    // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T, k]
-    // fp32; of the newest saved forward, which is dropped. `accumulate` adds to the LoRA gradients of the calls before
-    // it in fp32 and stores the rounded sum.
+    // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T,
+    // k] fp32; of the newest saved forward, which is dropped. `accumulate` adds to the LoRA gradients of the calls
+    // before it in fp32 and stores the rounded sum.
     void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
                   bool accumulate);
 

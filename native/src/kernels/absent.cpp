@@ -3,8 +3,14 @@
 
 namespace ktv {
 
-const Kernels* avx2_kernels() { return nullptr; }
-const Kernels* avx512_bf16_kernels() { return nullptr; }
-const Kernels* amx_bf16_kernels() { return nullptr; }
+const Kernels* avx2_kernels() {
+    return nullptr;
+}
+const Kernels* avx512_bf16_kernels() {
+    return nullptr;
+}
+const Kernels* amx_bf16_kernels() {
+    return nullptr;
+}
 
 }  // namespace ktv

@@ -1,7 +1,7 @@
 // AMX tiles: tdpbf16ps multiplies 16 x 32 by 32 x 16 bf16 into 16 x 16 fp32.
 //
-// Tiles: 0-3 a 2 x 2 block of results, 4-5 the A operands, 6-7 the B operands. Tile instructions are written as asm with
-// memory clobbers, because gcc's intrinsics do not tell the compiler what they read and write.
+// Tiles: 0-3 a 2 x 2 block of results, 4-5 the A operands, 6-7 the B operands. Tile instructions are written as asm
+// with memory clobbers, because gcc's intrinsics do not tell the compiler what they read and write.
 #include <immintrin.h>
 
 #include <cstring>
@@ -26,7 +26,9 @@ void enter() {
     asm volatile("ldtilecfg %0" ::"m"(config));
 }
 // Back to the initial state: oneDNN in the same thread loads its own configuration, and the kernel saves less.
-void leave() { asm volatile("tilerelease" ::: "memory"); }
+void leave() {
+    asm volatile("tilerelease" ::: "memory");
+}
 
 template <int T>
 KTV_INLINE void tile_load(const void* p, std::size_t stride) {
@@ -116,7 +118,8 @@ void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t 
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
 template <int M>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc, bool add) {
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
+                         bool add) {
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {

@@ -12,7 +12,9 @@ namespace {
 
 void nothing() {}
 
-KTV_INLINE __m256 even(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+KTV_INLINE __m256 even(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+}
 KTV_INLINE __m256 odd(__m256i pairs) {
     return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
@@ -61,7 +63,8 @@ void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t 
             for (int g = 0; g < groups; ++g) {
                 const bf16* x = seg.tokens + g * seg.group_stride + kb * kPackSize;
                 for (int n = 0; n < kBlock; n += rows) {
-                    nt_block<rows>(seg.weights + kb * kBlockSize + n * kBlock, x, blocks, c + n * ldc + g * kGroup, ldc, add);
+                    nt_block<rows>(seg.weights + kb * kBlockSize + n * kBlock, x, blocks, c + n * ldc + g * kGroup, ldc,
+                                   add);
                 }
             }
         }

@@ -13,7 +13,9 @@ namespace {
 
 void nothing() {}
 
-KTV_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+KTV_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
 // One k-pair to all lanes.
 KTV_INLINE __m512i broadcast_pair(const bf16* p) {
     std::int32_t pair;
@@ -91,7 +93,8 @@ void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t 
 
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc, bool add) {
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
+                         bool add) {
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)

@@ -5,8 +5,8 @@ inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
 inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time: 16 KB of panel stays in L1
 
 inline void interleave(const bf16* const* row, bf16* panel) {
-    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
-                                           35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
     for (int pair = 0; pair < 16; ++pair) {
         const __m512i a = _mm512_loadu_si512(row[2 * pair]);

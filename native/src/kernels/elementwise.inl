@@ -13,9 +13,15 @@ KTV_INLINE F load(const float* p) {
     __builtin_memcpy(&v, p, sizeof v);
     return v;
 }
-KTV_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
-KTV_INLINE U bits(F v) { return (U)v; }
-KTV_INLINE F splat(float v) { return F{} + v; }
+KTV_INLINE void store(float* p, F v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+KTV_INLINE U bits(F v) {
+    return (U)v;
+}
+KTV_INLINE F splat(float v) {
+    return F{} + v;
+}
 
 // bf16 in the low half of each lane. Nearest even; a NaN stays a quiet NaN. Same rounding as ktv::to_bf16.
 KTV_INLINE U round_bf16(F v) {
@@ -40,7 +46,8 @@ KTV_INLINE F exp_of_minus_abs(F x) {
     const F a = (F)(bits(x) & 0x7fffffffu);
     const S tiny = a > splat(87.3f);
     const F y = -(tiny ? splat(87.3f) : a);
-    const F shifted = y * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5 * 2^23: the integer is in the low bits
+    const F shifted =
+        y * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5 * 2^23: the integer is in the low bits
     const F n = shifted - splat(12582912.0f);
     const F r = (y - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
     F p = splat(1.0f / 5040.0f);
@@ -147,8 +154,9 @@ void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16*
     }
 }
 
-void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g, const float* u,
-                   std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot, std::size_t dot_stride) {
+void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g,
+                   const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot,
+                   std::size_t dot_stride) {
     for (int row = 0; row < rows; ++row) {
         F sum{};
         const F w = splat(weight[row]);
@@ -173,8 +181,8 @@ void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const fl
     }
 }
 
-void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight, float* sum,
-                    std::size_t ld) {
+void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight,
+                    float* sum, std::size_t ld) {
     for (int first = 0; first < rows; first += kGroup) {
         const int count = rows - first < kGroup ? rows - first : kGroup;
         for (int half = 0; half < kBlock; half += 16) {
@@ -188,7 +196,8 @@ void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_
     }
 }
 
-void add_rows(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, float* sum, std::size_t ld) {
+void add_rows(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, float* sum,
+              std::size_t ld) {
     for (int row = 0; row < rows; ++row) {
         float* out = sum + token[row] * ld;
         for (int col = 0; col < cols; col += 16) store(out + col, load(out + col) + load(c + row * ldc + col));

@@ -2,7 +2,8 @@
 // instruction set may do differently is one of these functions.
 //
 // Layouts (all bf16 unless said otherwise):
-//   weight blocks   [N/32][K/32][32 n][32 k]     one copy of W serves both directions: natural rows are the A operand of
+//   weight blocks   [N/32][K/32][32 n][32 k]     one copy of W serves both directions: natural rows are the A operand
+//   of
 //                                                W·x, and two neighbouring rows, interleaved, the B operand of g·W
 //   token pack      [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
 //   rows            [row][K]                     natural, padded with zero rows to a multiple of 16
@@ -17,27 +18,27 @@
 
 namespace ktv {
 
-inline constexpr int kBlock = 32;                          // edge of a weight block
-inline constexpr int kGroup = 16;                          // tokens in a group
-inline constexpr std::size_t kBlockSize = kBlock * kBlock; // elements of a weight block
-inline constexpr std::size_t kPackSize = kBlock * kGroup;  // elements of one k-block of one token pack
-inline constexpr int kChunkGroups = 16;                    // groups that one kernel call may cover
+inline constexpr int kBlock = 32;                           // edge of a weight block
+inline constexpr int kGroup = 16;                           // tokens in a group
+inline constexpr std::size_t kBlockSize = kBlock * kBlock;  // elements of a weight block
+inline constexpr std::size_t kPackSize = kBlock * kGroup;   // elements of one k-block of one token pack
+inline constexpr int kChunkGroups = 16;                     // groups that one kernel call may cover
 inline constexpr int kChunkRows = kChunkGroups * kGroup;
-inline constexpr int kPanelBlocks = 4;                     // column blocks of one nn task
+inline constexpr int kPanelBlocks = 4;  // column blocks of one nn task
 
 // One summand of nt: C[n][token] += sum_k W[n][k] x[token][k] over one row of weight blocks.
 struct NtSegment {
-    const bf16* weights;     // [kblocks][32 n][32 k]
-    const bf16* tokens;      // [group][..][16][16][2], the segment's first k-block of the first group
+    const bf16* weights;       // [kblocks][32 n][32 k]
+    const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
     std::size_t group_stride;  // elements between groups of `tokens`
     int kblocks;
 };
 
 // One summand of nn: C[row][col] += sum_k G[row][k] W[k][col].
 struct NnSegment {
-    const bf16* rows;           // [row][ld], k contiguous
+    const bf16* rows;  // [row][ld], k contiguous
     std::size_t ld;
-    const bf16* weights;        // block (kb, cb) at weights + kb * kblock_stride + cb * kBlockSize; or null:
+    const bf16* weights;  // block (kb, cb) at weights + kb * kblock_stride + cb * kBlockSize; or null:
     std::size_t kblock_stride;
     const bf16* const* gathered;  // row k of W at gathered[k] + column, 32 * kblocks pointers
     std::size_t column;
@@ -57,8 +58,8 @@ struct Kernels {
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
     void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
-    // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is not
-    // null also g and u as they are, transposed to [row][keep_ld] fp32.
+    // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is
+    // not null also g and u as they are, transposed to [row][keep_ld] fp32.
     void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
                      float* keep_g, float* keep_u, std::size_t keep_ld);
     // c [rows][ldc] = dO Wd + s (dO Bd) Ad, without the routing weight; g, u [rows][ld] fp32. Writes grad_g, grad_u, h
@@ -66,7 +67,8 @@ struct Kernels {
     void (*silu_mul_grad)(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g,
                           const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot,
                           std::size_t dot_stride);
-    // c [32][ldc] (rows: columns of the output) -> sum[token[i]][0..32) += weight[i] * c[.][i], sum rows ld apart, fp32.
+    // c [32][ldc] (rows: columns of the output) -> sum[token[i]][0..32) += weight[i] * c[.][i], sum rows ld apart,
+    // fp32.
     void (*add_transposed)(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight,
                            float* sum, std::size_t ld);
     // c [rows][ldc] -> sum[token[i]][0..cols) += c[i].

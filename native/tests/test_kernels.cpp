@@ -1,0 +1,134 @@
+// Each kernel of each instruction set against plain double loops, at every remainder of its register blocks.
+#include <cstring>
+
+#include "check.hpp"
+#include "cpu.hpp"
+#include "emulation/amx_trap.hpp"
+#include "kernels/kernels.hpp"
+
+using namespace ktv;
+
+namespace {
+
+constexpr float kGuard = 12345.0f;
+
+// Tile loads and fp32 order differ between instruction sets; products of bf16 are exact in fp32.
+constexpr double kSumError = 2e-6;
+
+void nt(const Kernels& k, check::Random& random, int groups, int kblocks, int count) {
+    std::vector<std::vector<bf16>> w, x;
+    std::vector<NtSegment> segments;
+    for (int s = 0; s < count; ++s) {
+        w.push_back(random.bf16s(std::size_t(kblocks) * kBlockSize, 1));
+        x.push_back(random.bf16s(std::size_t(groups) * kblocks * kPackSize, 1));
+        segments.push_back({w.back().data(), x.back().data(), std::size_t(kblocks) * kPackSize, kblocks});
+    }
+    const int tokens = groups * kGroup;
+    const std::size_t ldc = std::size_t(tokens);
+    std::vector<float> c(kBlock * ldc + kGroup, kGuard);
+    k.enter();
+    k.nt(segments.data(), count, groups, c.data(), ldc);
+    k.leave();
+    std::vector<double> expected(kBlock * ldc);
+    for (int n = 0; n < kBlock; ++n) {
+        for (int t = 0; t < tokens; ++t) {
+            for (int s = 0; s < count; ++s) {
+                for (int i = 0; i < kblocks * kBlock; ++i) {
+                    const bf16* pack =
+                        x[s].data() + std::size_t(t / kGroup) * kblocks * kPackSize + i / kBlock * kPackSize;
+                    expected[n * ldc + t] +=
+                        double(to_float(w[s][std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
+                        double(to_float(pack[(i % kBlock / 2 * kGroup + t % kGroup) * 2 + i % 2]));
+                }
+            }
+        }
+    }
+    const std::string what = std::string(name_of(k.isa)) + " nt groups=" + std::to_string(groups) +
+                             " kblocks=" + std::to_string(kblocks) + " segments=" + std::to_string(count);
+    check::that(c[kBlock * ldc] == kGuard, what + ": wrote beyond its result");
+    c.resize(kBlock * ldc);
+    check::that(check::rel_l2(c, expected) < kSumError, what);
+}
+
+void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblocks, bool gathered) {
+    const int padded = (rows + 15) / 16 * 16, width = 4 * kBlock;
+    const std::size_t ld = std::size_t(kblocks) * kBlock;
+    const auto g = random.bf16s(padded * ld, 1);
+    const auto w = random.bf16s(ld * std::size_t(width), 1);  // as blocks [kblocks][4], or as rows of 128
+    std::vector<const bf16*> pointers;
+    for (std::size_t i = 0; i < ld; ++i) pointers.push_back(w.data() + i * std::size_t(width));
+    NnSegment segment{g.data(), ld, gathered ? nullptr : w.data(), 4 * kBlockSize, pointers.data(), 0, kblocks};
+    const std::size_t ldc = std::size_t(width);
+    std::vector<float> c(padded * ldc + 16, kGuard);
+    k.enter();
+    k.nn(&segment, 1, rows, cblocks, c.data(), ldc);
+    k.leave();
+    std::vector<double> got, expected;
+    for (int row = 0; row < rows; ++row) {
+        for (int col = 0; col < cblocks * kBlock; ++col) {
+            double sum = 0;
+            for (std::size_t i = 0; i < ld; ++i) {
+                const std::size_t block = (i / kBlock * 4 + std::size_t(col) / kBlock) * kBlockSize;
+                const bf16 value =
+                    gathered ? pointers[i][col] : w[block + i % kBlock * kBlock + std::size_t(col % kBlock)];
+                sum += double(to_float(g[row * ld + i])) * double(to_float(value));
+            }
+            expected.push_back(sum);
+            got.push_back(c[row * ldc + std::size_t(col)]);
+        }
+    }
+    const std::string what = std::string(name_of(k.isa)) + " nn rows=" + std::to_string(rows) +
+                             " kblocks=" + std::to_string(kblocks) + " cblocks=" + std::to_string(cblocks) +
+                             (gathered ? " gathered" : "");
+    check::that(c[padded * ldc] == kGuard, what + ": wrote beyond its result");
+    if (cblocks < 4) check::that(c[ldc - 1] == kGuard, what + ": wrote beyond its columns");
+    check::that(check::rel_l2(got, expected) < kSumError, what);
+}
+
+void activation(const Kernels& k, check::Random& random) {
+    constexpr int groups = 2, tokens = groups * kGroup;
+    std::vector<float> g(kBlock * tokens), u(kBlock * tokens);
+    for (auto& v : g) v = 120.0f * random.uniform();
+    for (auto& v : u) v = random.uniform();
+    g[0] = 0.0f;
+    g[1] = 32.0f;
+    g[2] = -110.0f;
+    g[3] = -3e38f;
+    g[4] = NAN;
+    std::vector<bf16> pack(groups * kPackSize);
+    std::vector<float> keep_g(tokens * kBlock), keep_u(tokens * kBlock);
+    k.silu_mul(g.data(), u.data(), tokens, groups, pack.data(), kPackSize, keep_g.data(), keep_u.data(), kBlock);
+    bool kept = true, right = true;
+    for (int n = 0; n < kBlock; ++n) {
+        for (int t = 0; t < tokens; ++t) {
+            const float gate = g[n * tokens + t], up = u[n * tokens + t];
+            const float was = keep_g[t * kBlock + n];
+            kept &= (std::isnan(gate) ? std::isnan(was) : was == gate) && keep_u[t * kBlock + n] == up;
+            const float h =
+                to_float(pack[std::size_t(t / kGroup) * kPackSize + (n / 2 * kGroup + t % kGroup) * 2 + n % 2]);
+            const double expected = gate / (1 + std::exp(-double(gate))) * up;
+            right &= std::isnan(gate) ? std::isnan(h) : std::abs(h - expected) <= 0.004 * std::abs(expected) + 1e-35;
+        }
+    }
+    check::that(kept, std::string(name_of(k.isa)) + " silu_mul keeps g and u");
+    check::that(right, std::string(name_of(k.isa)) + " silu_mul");
+}
+
+}  // namespace
+
+int main() {
+    if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
+    for (const Isa isa : available_isas()) {
+        const Kernels& k = kernels_for(isa);
+        check::Random random(7);
+        for (int groups = 1; groups <= 9; ++groups) nt(k, random, groups, 3, 1);
+        nt(k, random, kChunkGroups, 17, 1);
+        nt(k, random, 3, 2, 4);
+        for (const int rows : {1, 2, 3, 4, 5, 11, 12, 13, 16, 17, 31, 33, 48, 64, 65}) nn(k, random, rows, 2, 2, false);
+        nn(k, random, 40, 19, 4, false);
+        nn(k, random, 7, 9, 1, true);
+        nn(k, random, 32, 3, 3, true);
+        activation(k, random);
+    }
+    return check::finish();
+}

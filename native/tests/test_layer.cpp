@@ -1,0 +1,165 @@
+// Whole layers: every instruction set against the portable one, thread counts against each other, several layers and
+// threads at once, a fork. What the numbers should be is the Python suites' business; this is about memory and races.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <memory>
+#include <thread>
+
+#include "check.hpp"
+#include "cpu.hpp"
+#include "emulation/amx_trap.hpp"
+#include "ktv/layer.hpp"
+
+using namespace ktv;
+
+namespace {
+
+struct Shape {
+    int E, k, H, I, T, r, parts;
+    bool fp32;
+};
+
+struct Problem {
+    Shape s;
+    std::vector<bf16> gate, up, down, x, grad_output;
+    std::vector<std::int64_t> ids;
+    std::vector<float> weights;
+    std::vector<std::vector<bf16>> lora16;
+    std::vector<std::vector<float>> lora32;
+    std::vector<std::size_t> sizes;
+
+    explicit Problem(const Shape& shape, std::uint64_t seed = 1) : s(shape) {
+        check::Random random(seed);
+        const auto n = [](int a, int b, int c) { return std::size_t(a) * std::size_t(b) * std::size_t(c); };
+        gate = random.bf16s(n(s.E, s.I, s.H), 0.3f);
+        up = random.bf16s(n(s.E, s.I, s.H), 0.3f);
+        down = random.bf16s(n(s.E, s.H, s.I), 0.3f);
+        x = random.bf16s(n(s.T, s.H, 1), 1);
+        grad_output = random.bf16s(n(s.T, s.H, 1), 1);
+        for (int i = 0; i < s.T * s.k; ++i) {
+            ids.push_back(random.below(s.E + 1) - 1);
+            weights.push_back(random.uniform());
+        }
+        sizes = {n(s.E, s.r, s.H), n(s.E, s.I, s.r), n(s.E, s.r, s.H),
+                 n(s.E, s.I, s.r), n(s.E, s.r, s.I), n(s.E, s.H, s.r)};
+        for (const std::size_t size : sizes) {
+            lora16.push_back(random.bf16s(size, 0.3f));
+            auto& wide = lora32.emplace_back();
+            for (const bf16 v : lora16.back()) wide.push_back(to_float(v) * 1.001f);
+        }
+    }
+    template <typename V>
+    static LoraPointers pointers(V& six) {
+        return {six[0].data(), six[1].data(), six[2].data(), six[3].data(), six[4].data(), six[5].data()};
+    }
+    std::unique_ptr<Layer> layer(Isa isa, int threads) {
+        LayerConfig c;
+        c.num_experts = s.E, c.top_k = s.k, c.hidden = s.H, c.intermediate = s.I, c.rank = s.r, c.scaling = 2.0f;
+        c.parts = s.parts, c.threads = threads, c.max_rows = 4096, c.max_cache_depth = 2, c.lora_fp32 = s.fp32,
+        c.isa = isa;
+        auto made = std::make_unique<Layer>(c);
+        std::vector<std::int64_t> map;
+        for (int e = 0; e < s.E; ++e) map.push_back(e);
+        made->load_weights({gate.data(), std::ptrdiff_t(s.I) * s.H, s.H, 1},
+                           {up.data(), std::ptrdiff_t(s.I) * s.H, s.H, 1},
+                           {down.data(), std::ptrdiff_t(s.H) * s.I, s.I, 1}, map);
+        made->update_lora(s.fp32 ? pointers(lora32) : pointers(lora16));
+        return made;
+    }
+    // Output, grad_input, six LoRA gradients and dw, one after the other. Buffers are exact, so that a sanitizer sees
+    // every byte too far.
+    std::vector<float> run(Layer& l, bool accumulate = false) {
+        std::vector<bf16> output(x.size()), grad_input(x.size());
+        std::vector<float> dw(ids.size());
+        std::vector<std::vector<bf16>> g16;
+        std::vector<std::vector<float>> g32;
+        for (const std::size_t size : sizes) {
+            g16.emplace_back(size);
+            g32.emplace_back(size);
+        }
+        l.forward(s.T, x.data(), ids.data(), weights.data(), output.data(), true);
+        l.backward(s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), dw.data(),
+                   accumulate);
+        std::vector<float> all;
+        for (const auto* v : {&output, &grad_input}) {
+            for (const bf16 b : *v) all.push_back(to_float(b));
+        }
+        for (std::size_t i = 0; i < 6; ++i) {
+            for (std::size_t j = 0; j < sizes[i]; ++j) all.push_back(s.fp32 ? g32[i][j] : to_float(g16[i][j]));
+        }
+        all.insert(all.end(), dw.begin(), dw.end());
+        return all;
+    }
+};
+
+std::string text(const Shape& s) {
+    return "E=" + std::to_string(s.E) + " H=" + std::to_string(s.H) + " I=" + std::to_string(s.I) +
+           " T=" + std::to_string(s.T) + " r=" + std::to_string(s.r) + " parts=" + std::to_string(s.parts) +
+           (s.fp32 ? " fp32" : "");
+}
+
+}  // namespace
+
+int main() {
+    // The workers of this process do not exist in the child: it starts its own.
+    Problem small({4, 2, 64, 64, 20, 4, 1, false});
+    const auto before = small.layer(Isa::scalar, 2);
+    if (const pid_t child = fork(); child == 0) {
+        _exit(small.run(*before).size() > 0 ? 0 : 1);
+    } else {
+        int status = 1;
+        waitpid(child, &status, 0);
+        check::that(status == 0, "a forked child computes");
+    }
+
+    if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
+    const std::vector<Shape> shapes = {{5, 3, 97, 47, 37, 3, 1, false},   {3, 2, 64, 96, 1, 1, 1, false},
+                                       {4, 2, 160, 192, 70, 40, 2, true}, {1, 1, 33, 130, 300, 5, 1, true},
+                                       {8, 2, 130, 64, 33, 16, 4, false}, {2, 2, 32, 32, 0, 2, 1, false}};
+    for (const Shape& shape : shapes) {
+        Problem problem(shape);
+        const auto expected = problem.run(*problem.layer(Isa::scalar, 1));
+        for (const Isa isa : available_isas()) {
+            const std::string what = std::string(name_of(isa)) + " " + text(shape);
+            const auto layer = problem.layer(isa, 2);
+            const auto first = problem.run(*layer);
+            // Both round to bf16 in the same places; a sum that falls near a rounding boundary may go the other way.
+            check::that(check::rel_l2(first, expected) < 2e-3, what + " against scalar");
+            check::that(problem.run(*layer) == first, what + " twice");
+            check::that(problem.run(*problem.layer(isa, 1)) == first, what + " with one thread");
+            clear_buffer_cache();
+            check::that(problem.run(*layer) == first, what + " after clear_buffer_cache");
+            const auto once = problem.run(*layer, true), twice = problem.run(*layer, true);
+            check::that(once == first, what + " accumulating once");
+            check::that(twice.size() == once.size(), what + " accumulating twice");
+        }
+    }
+
+    // Layers of different sizes, from several threads, the last one shared by two.
+    Problem other({3, 2, 97, 128, 40, 8, 2, false}, 9);
+    const Isa best = available_isas().back();
+    const auto a = small.layer(best, 2), b = other.layer(best, 2);
+    const auto want_a = small.run(*a), want_b = other.run(*b);
+    bool same[2] = {true, true};
+    {
+        std::jthread one([&] {
+            for (int i = 0; i < 5; ++i) same[0] &= small.run(*a) == want_a;
+        });
+        std::jthread two([&] {
+            for (int i = 0; i < 5; ++i) same[1] &= other.run(*b) == want_b;
+        });
+    }
+    check::that(same[0] && same[1], "two layers from two threads");
+
+    bool refused = false;
+    try {
+        std::vector<std::int64_t> ids(std::size_t(small.s.T) * 2, 4);
+        std::vector<bf16> out(small.x.size());
+        a->forward(small.s.T, small.x.data(), ids.data(), small.weights.data(), out.data(), false);
+    } catch (const BadInput&) {
+        refused = true;
+    }
+    check::that(refused && small.run(*a) == want_a, "an id out of range is refused and leaves the layer usable");
+    return check::finish();
+}
