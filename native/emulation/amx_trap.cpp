@@ -11,13 +11,11 @@
 
 #include <atomic>
 #include <bit>
-#include <cerrno>
 #include <cmath>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <limits>
 #include <mutex>
 #include <new>
 
@@ -52,18 +50,11 @@ class AmxRounding {
     unsigned saved_ = _mm_getcsr();
 };
 
-// fp32 fma(a, b, c) for a and b that were bf16: their product has 16 significant bits and is exact in fp64. The sum
-// is rounded to odd there, so that the second rounding, to fp32, is the only one that counts.
+// fp32 fma(a, b, c) for a and b that were bf16, without the instruction: the product has 16 significant bits and is
+// exact in fp64. So is the sum, unless one operand lies more than 2^29 below the other; it is then too small to move
+// the other, an fp32 itself, to a neighbour or to a tie. Either way only the rounding to fp32 counts.
 float fma_of_bf16(float a, float b, float c) {
-    const double product = static_cast<double>(a) * b;
-    const double addend = c;
-    const double sum = product + addend;
-    if (!std::isfinite(sum)) return static_cast<float>(sum);
-    const double back = sum - product;
-    const double error = (product - (sum - back)) + (addend - back);
-    auto bits = std::bit_cast<std::uint64_t>(sum);
-    if (error != 0 && (bits & 1) == 0) bits += (error > 0) == (sum > 0) ? 1 : -1;
-    return static_cast<float>(std::bit_cast<double>(bits));
+    return static_cast<float>(static_cast<double>(a) * b + c);
 }
 
 [[gnu::noinline]] void tdpbf16ps_scalar(Tile& dest, const Tile& a, const Tile& b, Shape shape) {
@@ -525,7 +516,7 @@ bool execute(ThreadState& state, const Instruction& instruction, const greg_t* r
             return true;
         }
         case Op::tilerelease:
-            state = ThreadState{};
+            state.clear();
             return true;
         case Op::tilezero:
             if (!require_tile(state, instruction.tile, fault)) return false;
@@ -601,14 +592,12 @@ void pass_on(siginfo_t* info, void* context) {
 }
 
 void on_sigill(int, siginfo_t* info, void* context) {
-    const int saved_errno = errno;
     greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     const auto code = [registers] { return reinterpret_cast<const std::uint8_t*>(registers[REG_RIP]); };
 
     Instruction instruction;
     if (info->si_code <= 0 || !decode(code(), instruction)) {
         pass_on(info, context);
-        errno = saved_errno;
         return;
     }
     // A trap costs far more than what it is for, and tile instructions come in runs: take the whole run.
@@ -625,7 +614,6 @@ void on_sigill(int, siginfo_t* info, void* context) {
         registers[REG_RIP] += instruction.length;
         emulated.fetch_add(1, std::memory_order_relaxed);
     } while (decode(code(), instruction));
-    errno = saved_errno;
 }
 
 }  // namespace
