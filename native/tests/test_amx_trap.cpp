@@ -908,8 +908,7 @@ void check_addressing() {
         context.gpr[kRsp] = reinterpret_cast<std::uint64_t>(stack.middle());
         if (index != kRsp) context.gpr[index] = static_cast<std::uint64_t>(stride) >> scale;
         if (index != kRsp && stride < 0) context.gpr[index] |= ~(~std::uint64_t{0} >> scale);
-        if (base < 16)
-            context.gpr[base] = reinterpret_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(displacement);
+        context.gpr[base] = reinterpret_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(displacement);
         if (one_row || index == kRsp) stride = 0;  // one register for both: row 0 alone has a known place
 
         load_config(Config{}.set(kTile, rows, colsb));
