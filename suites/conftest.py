@@ -197,7 +197,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             planned = isas.planned(option.engine, option.isa)
             marks = [pytest.mark.xdist_group(f"{family}-{isa.id}") for isa in planned]
             params = [pytest.param(isa, id=isa.id, marks=mark) for isa, mark in zip(planned, marks, strict=True)]
-            metafunc.parametrize("isa", params)
+            metafunc.parametrize("isa", params, scope="session")
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 

@@ -1,0 +1,97 @@
+"""Tensor parallelism: which degrees are refused, and what the accepted ones compute."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor
+
+from ktverify import engines, gates, metrics, reference
+from ktverify.cases import Case
+from ktverify.data import make_inputs
+from ktverify.names import ALL_TENSORS
+from suites.support.subject import SMALL, Subject, expect, expect_same_bits
+
+TpResults = dict[int, dict[str, Tensor]]
+
+
+def degrees_that_work(intermediate: int, up_to: int) -> list[int]:
+    """Every tensor-parallel degree from 1 to `up_to` that splits `intermediate` evenly."""
+    return [degree for degree in range(1, up_to + 1) if intermediate % degree == 0]
+
+
+def check_degree(subject: Subject, intermediate: int, degree: int) -> None:
+    """AssertionError unless `degree` is accepted where it divides, else refused with the contract's sentence."""
+    what = f"moe_intermediate_size {intermediate}, threadpool_count {degree}"
+    try:
+        layer = subject.bare(moe_intermediate_size=intermediate, threadpool_count=degree, cpuinfer_threads=2)
+    except RuntimeError as error:
+        expect(intermediate % degree != 0, f"{what}: refused though it divides: {error}")
+        text = str(error)
+        sentence = f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({degree})"
+        expect(sentence in text, f"{what}: the error must say {sentence!r}, it says {text!r}")
+        named = {int(number) for number in re.findall(r"\d+", text.replace(sentence, ""))}
+        needed = set(degrees_that_work(intermediate, degree))
+        expect(needed <= named, f"{what}: the degrees that would work, {sorted(needed)}, must be named: {text!r}")
+        lies = {number for number in named if intermediate % max(number, 1)}
+        expect(not lies, f"{what}: {sorted(lies)} would not work but is named: {text!r}")
+        return
+    expect(intermediate % degree == 0, f"{what}: accepted, though {degree} does not divide {intermediate}")
+    del layer
+
+
+def check_bad_degree(subject: Subject, degree: int) -> None:
+    """AssertionError unless a threadpool_count that is no degree at all is refused by name."""
+    try:
+        subject.bare(SMALL, threadpool_count=degree)
+    except (ValueError, RuntimeError) as error:
+        expect("threadpool_count" in str(error), f"the error must name threadpool_count, it says {error}")
+        return
+    raise AssertionError(f"threadpool_count {degree} was accepted")
+
+
+def run_degree(subject: Subject, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
+    """ALL_TENSORS of each case at one tensor-parallel degree."""
+    return [subject.run(case, tp=degree) for case in cases]
+
+
+def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]:
+    """What is wrong with the results of `case` at several degrees, against the oracle and each other; [] if nothing.
+
+    Integer cases must have the same bits. Else each degree keeps the budgets of `gates`, and the project's own engine
+    differs between degrees by no more than a sum in another order may.
+    """
+    inputs = make_inputs(case)
+    oracle = reference.forward_backward(inputs)
+    plain = reference.peer_bf16(inputs)
+    wrong = []
+    first, *others = sorted(found)
+    for degree in (first, *others):
+        for name in ALL_TENSORS:
+            actual = found[degree][name]
+            judgement = gates.judge(
+                case,
+                name,
+                metrics.compare(actual, oracle[name]),
+                metrics.compare(plain[name], oracle[name]).rel_l2,
+                own_engine=subject.engine == engines.NATIVE,
+                isa=subject.isa or "",
+            )
+            if judgement.verdict is not gates.Verdict.PASS:
+                wrong.append(f"TP {degree}: {judgement.line.partition(chr(10))[0]}")
+    for degree in others:
+        if case.exact:
+            try:
+                expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])
+            except AssertionError as error:
+                wrong.append(str(error))
+        elif subject.engine == engines.NATIVE:
+            budget = float(gates.tolerances()["tp"]["rel_l2"])
+            for name in ALL_TENSORS:
+                apart = metrics.compare(found[degree][name], found[first][name].double())
+                if not apart.rel_l2 <= budget:
+                    wrong.append(
+                        f"FAIL {name}: TP {degree} is {apart.rel_l2:.1e} from TP {first}, budget {budget:.1e}, "
+                        f"worst {list(apart.worst_index)}"
+                    )
+    return wrong

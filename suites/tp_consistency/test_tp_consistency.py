@@ -1,0 +1,57 @@
+"""TP 1, 2 and 4 against the oracle and each other, forward and every gradient, each degree in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktverify.cases import Case
+from suites.support import tensor_parallel
+from suites.support.child import call_fresh
+from suites.support.isas import Isa
+from suites.support.subject import Subject
+
+DEGREES = (1, 2, 4)
+CASES = {
+    "gaussian": "E=8,k=2,H=256,I=192,T=48,r=8,alpha=16",
+    # 2 x 59 and 4 x 29.5 rows of 32: parts that are no multiple of any block
+    "odd_parts": "E=5,k=3,H=97,I=236,T=33,r=5,alpha=8,routing=zipf,lora=float32",
+    "decode": "E=16,k=4,H=128,I=64,T=1,r=16,alpha=32",
+    "integer": "E=6,k=2,H=160,I=192,T=40,r=8,alpha=16,data=integer",
+    "permuted": "E=7,k=2,H=64,I=96,T=21,r=8,alpha=8,routing=masked,map=permuted",
+}
+
+
+def _run(subject: Subject, isa: Isa, fresh: int | None) -> dict[str, tensor_parallel.TpResults]:
+    """name -> degree -> ALL_TENSORS. One fresh process for each degree computes all the cases."""
+    cases = _cases(fresh)
+    found: dict[str, tensor_parallel.TpResults] = {name: {} for name in cases}
+    for degree in DEGREES:
+        results = call_fresh(
+            "suites.support.tensor_parallel:run_degree",
+            env=isa.env,
+            subject=subject,
+            cases=list(cases.values()),
+            degree=degree,
+        )
+        for name, tensors in zip(cases, results, strict=True):
+            found[name][degree] = tensors
+    return found
+
+
+def _cases(fresh: int | None) -> dict[str, Case]:
+    cases = {name: Case.parse(text) for name, text in CASES.items()}
+    return cases if fresh is None else {name: case.with_seed(fresh) for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def results(isa: Isa, engine: str, fresh: int | None) -> dict[str, tensor_parallel.TpResults]:
+    return _run(Subject(engine, isa.name), isa, fresh)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_degrees_agree(
+    engine: str, isa: Isa, results: dict[str, tensor_parallel.TpResults], name: str, fresh: int | None
+) -> None:
+    case = _cases(fresh)[name]
+    wrong = tensor_parallel.compare_degrees(Subject(engine, isa.name), case, results[name])
+    assert not wrong, "\n".join([case.id, *wrong])
