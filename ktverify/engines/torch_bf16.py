@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 
 from ktverify.names import LORA_NAMES, lora_shapes
@@ -123,14 +124,20 @@ class TorchBf16:
             _BASE_NAMES, (gate_proj, up_proj, down_proj), ((e, i, h), (e, i, h), (e, h, i)), strict=True
         ):
             _check_tensor(name, tensor, shape, (torch.bfloat16,))
-            found[name] = tensor.detach().contiguous()
+            found[name] = tensor.detach()
+        copied = sum(2 * tensor.numel() for tensor in found.values() if not tensor.is_contiguous())
+        there = psutil.virtual_memory().available
+        if copied > there:
+            raise MemoryError(
+                f"copying the base weights takes {copied / 2**30:.1f} GiB, there is {there / 2**30:.1f} GiB"
+            )
         order = list(range(e))
         if physical_map is not None:
             _check_tensor("physical_map", physical_map, (e,), (torch.int64,))
             order = physical_map.tolist()
             if sorted(order) != list(range(e)):
                 raise ValueError(f"physical_map is no permutation of 0..{e - 1}: {order[:16]}")
-        self._base = found
+        self._base = {name: tensor.contiguous() for name, tensor in found.items()}
         self._slot_of = [0] * e
         for slot, expert in enumerate(order):
             self._slot_of[expert] = slot

@@ -408,7 +408,7 @@ def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
     for row, record in zip(rows, tables.accuracy_rows(run), strict=True):
         for column in tables.ACCURACY_COLUMNS:
             assert row[column.heading] == column.cell(record)
-    assert "1 CRASH, 1 FAIL of 48 checks (1 SKIP)." in page.text
+    assert "1 CRASH, 1 FAIL of 49 checks (1 SKIP)." in page.text
     assert "python -m ktverify repro 'E=8,k=2,H=64,I=96,T=33,r=4,alpha=8@seed=7' --isa avx2" in page.text
     assert "test_refusal[a|b <i>]" in page.text  # escaped on the way, or the parser had taken a tag
     assert ("table", "id", "accuracy") in page.attributes
