@@ -198,6 +198,8 @@ def repro(
     typer.echo(", ".join([*parts, "compared with " + ("the golden" if against == "golden" else "the live oracle")]))
     for record in checked.records:
         typer.echo(record.message)
+        if record.verdict != "PASS":
+            typer.echo(f"    {record.repro}")
     if dump is not None:
         typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
     if not checked.passed:

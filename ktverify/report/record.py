@@ -223,7 +223,8 @@ def accuracy_record(
         engine=engine,
         isa=isa,
         verdict=judgement.verdict,
-        message=judgement.line,
+        # the line's own repro command knows neither engine nor ISA; where a fuller one is given it stands alone
+        message=judgement.line.partition("\n")[0] if repro else judgement.line,
         duration_s=duration_s,
         case=case.id,
         why=case.why,
