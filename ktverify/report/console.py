@@ -24,14 +24,16 @@ STYLES = {
     "UNSUPPORTED": "dim",
 }
 PROBLEMS_SHOWN = 20
+# columns: what the widest table of numbers needs; and more than any line has
+NARROWEST = 160
+UNBOUNDED = 1000
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """A console that breaks no line where its output is read by a program or kept in a log."""
+    """A console that never cuts a number: a narrow terminal wraps lines, a file or a pipe gets them whole."""
     console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, soft_wrap=True, width=200)
-    return console
+    width = max(console.width, NARROWEST) if console.is_terminal else UNBOUNDED
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
 
 
 def print_run(run: Run, console: Console | None = None, *, header: bool = True) -> bool:

@@ -1,0 +1,354 @@
+"""The command line: exit codes, one-line errors, help to work from, and a light start."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner, Result
+
+from ktverify import doctor, verify
+from ktverify.cases import Case, catalogue
+from ktverify.cli import app
+from ktverify.machine import Amx
+from ktverify.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
+from ktverify.report import store
+from suites.meta.test_reports import MACHINE, accuracy, check, latency, write
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
+BROKEN = "suites.support.broken"
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def ends(result: Result, code: int) -> str:
+    """The output of a call that must have ended with `code`, and without a traceback."""
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+def refused(result: Result, wanted: str) -> None:
+    """Exit code 2 and one line that says why."""
+    ends(result, 2)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert re.search(wanted, lines[0]), lines[0]
+
+
+# ---- help and a light start
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["list"]])
+def test_a_light_start_imports_no_torch(arguments: list[str]) -> None:
+    program = (
+        "import sys, runpy\n"
+        f"sys.argv = ['ktverify', *{arguments!r}]\n"
+        "try:\n    runpy.run_module('ktverify', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code in (0, None), end.code\n"
+        "heavy = {'torch', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify"])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    text = ends(call(command, "--help"), 0)
+    assert re.search(r"Examples?:\s+python -m ktverify " + command, text)
+    for line in text.partition("Options:")[2].splitlines():
+        if re.match(r"\s+--[a-z-]+", line):
+            assert re.search(r"\s{2,}[a-zA-Z(]", line.strip()), f"option without an explanation: {line}"
+
+
+def test_module_and_exit_code_through_a_real_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ktverify", "repro", "deepseek_v3_t5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: no case is called 'deepseek_v3_t5'; did you mean deepseek_v3_t4.*\n", done.stderr)
+    assert done.stdout == ""
+
+
+# ---- list
+
+
+def test_list_has_every_case_with_its_reason() -> None:
+    text = ends(call("list"), 0)
+    for case in catalogue().values():
+        assert case.name in text
+        assert case.why in text
+
+
+def test_list_filters() -> None:
+    text = ends(call("list", "small", "--cost"), 0)
+    assert "small" in text
+    assert "deepseek_v3_t4" not in text
+    refused(call("list", "nothing_like_it"), "no case matches")
+    refused(call("list", "--tier", "huge"), "--tier is 'huge', it takes one of default, big, full")
+    assert "torch_bf16" in ends(call("list", "--engines"), 0)
+
+
+# ---- repro
+
+
+def test_repro_passes_and_prints_a_line_per_tensor() -> None:
+    text = ends(call("repro", TINY, "--engine", "torch_bf16"), 0)
+    for tensor in ALL_TENSORS:
+        assert re.search(rf"^PASS {tensor} rel_l2 \S+, budget \S+ \(\d+ %\)", text, re.MULTILINE)
+    assert "live oracle" in text
+
+
+def test_repro_fails_with_a_command_that_repeats_it() -> None:
+    engine = f"{BROKEN}:lora_scale_one"
+    text = ends(call("repro", TINY, "--engine", engine, "--tensor", "output", "--tensor", "grad_up_lora_a"), 1)
+    assert re.search(r"^FAIL output rel_l2", text, re.MULTILINE)
+    assert "grad_input" not in text
+    commands = [line.strip() for line in text.splitlines() if "python -m ktverify repro" in line]
+    assert len(commands) == 2
+    case = Case.parse(TINY)
+    assert commands[0] == f"python -m ktverify repro '{case.id}' --engine {engine} --tensor output"
+
+
+def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
+    target = tmp_path / "case.safetensors"
+    ends(call("repro", TINY, "--engine", "torch_bf16", "--dump", str(target)), 0)
+    with safe_open(target, framework="pt") as stored:
+        names = set(stored.keys())
+        output = stored.get_tensor("expected.output")
+        assert stored.metadata()["case"] == Case.parse(TINY).id
+    for tensor in ALL_TENSORS:
+        assert {f"actual.{tensor}", f"expected.{tensor}"} <= names
+    assert {f"inputs.{name}" for name in LORA_NAMES} <= names
+    assert output.shape == (17, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([TINY, "--engine", "nativ"], "no engine is called 'nativ'; did you mean native"),
+        ([TINY, "--engine", "no.such.module:factory"], "No module named 'no'"),
+        ([TINY, "--engine", "torch_bf16", "--tensor", "grad_up"], "tensor is 'grad_up', it takes one of output"),
+        ([TINY, "--engine", "torch_bf16", "--tp", "5"], "TP 5 does not divide I = 32"),
+        ([TINY, "--engine", "torch_bf16", "--method", "AMXInt3"], "method is 'AMXInt3', it takes one of AMXBF16_SFT"),
+        (["E=4,k=8,H=64,I=32,T=3,r=8"], "k is 8, it takes at most E = 4"),
+        (["small,Q=3"], "'Q=3' is not understood"),
+    ],
+)
+def test_repro_refuses_in_one_line(arguments: list[str], wanted: str) -> None:
+    refused(call("repro", *arguments), wanted)
+
+
+def test_traceback_shows_where_an_error_was_raised() -> None:
+    result = call("--traceback", "repro", "smal")
+    assert isinstance(result.exception, ValueError)
+
+
+# ---- verify
+
+
+def test_verify_all_modes_and_degrees() -> None:
+    text = ends(call("verify", "--engine", "torch_bf16", "--case", TINY, "--tp", "all", "--steps", "3"), 0)
+    # forward, backward and training, at TP 1, 2 and 4
+    assert text.count("PASS ") == 2 * 3 * len(ALL_TENSORS) + 1
+    assert f"PASS {2 * 3 * len(ALL_TENSORS)} comparisons" in text
+
+
+@pytest.mark.parametrize(("mode", "tensors"), [("forward", ("output",)), ("backward", BACKWARD_TENSORS)])
+def test_verify_one_mode(mode: str, tensors: tuple[str, ...]) -> None:
+    arguments = ("verify", "--engine", "torch_bf16", "--case", TINY, "--mode", mode, "--method", "AMXBF16_SFT")
+    text = ends(call(*arguments, "--tp", "no-tp"), 0)
+    assert f"PASS {len(tensors)} comparisons" in text
+
+
+@pytest.mark.parametrize(
+    ("defect", "mode"),
+    [
+        ("gate_up_exchanged", "forward"),
+        ("no_routing_weight_in_backward", "backward"),
+        ("update_does_nothing", "training"),
+        ("expert_off_by_one", "all"),
+    ],
+)
+def test_verify_fails_a_wrong_engine(defect: str, mode: str) -> None:
+    arguments = ("verify", "--engine", f"{BROKEN}:{defect}", "--case", TINY, "--mode", mode, "--steps", "3")
+    text = ends(call(*arguments), 1)
+    assert re.search(r"^FAIL \d+ of \d+ comparisons$", text, re.MULTILINE)
+    assert "python -m ktverify" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--mode", "sideways"], "--mode is 'sideways', it takes one of forward, backward, training, all"),
+        (["--method", "AMXInt4"], "--method is 'AMXInt4'"),
+        (["--tp", "2"], "--tp is '2', it takes one of no-tp, tp, all"),
+        (["--tp", "tp", "--case", "E=4,k=2,H=64,I=31,T=3,r=2"], "no TP degree above 1: I = 31"),
+        (["--mode", "training", "--method", "AMXBF16_SFT_SkipLoRA"], "no gradients for"),
+    ],
+)
+def test_verify_refuses_in_one_line(arguments: list[str], wanted: str) -> None:
+    refused(call("verify", "--engine", "torch_bf16", *arguments), wanted)
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [([3.0, 2.0, 1.0], ""), ([1.0, 1.0], "does not fall"), ([1.0, float("nan")], "step 2 is nan"), ([1.0], "fall")],
+)
+def test_losses_must_be_finite_and_fall(losses: list[float], wanted: str) -> None:
+    problem = verify.loss_problem(losses)
+    assert wanted in problem
+    assert bool(problem) == bool(wanted)
+
+
+def test_the_repro_command_of_an_emulated_isa_sets_the_environment() -> None:
+    command = verify.repro_command(Case.parse("small"), isa="amx_bf16 (emulated)", tp=2)
+    assert command == "KTVERIFY_EMULATE_AMX=1 python -m ktverify repro 'small@seed=0' --isa amx_bf16 --tp 2"
+
+
+# ---- report and gate
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> Path:
+    """A reports directory whose newest run passes and whose older one does not."""
+    write(tmp_path / "runs" / "20250101T000000Z", [accuracy(1.0)], exit_status=1)
+    write(tmp_path / "runs" / "20250102T000000Z", [accuracy(), latency(), check()])
+    return tmp_path
+
+
+def test_report_prints_the_newest_run(reports: Path) -> None:
+    text = ends(call("report", "--reports", str(reports)), 0)
+    assert text.startswith("PASS All 3 checks passed.")
+    assert "20250102T000000Z" in text
+    text = ends(call("report", "20250101", "--reports", str(reports)), 1)
+    assert text.startswith("FAIL 1 FAIL of 1 checks.")
+
+
+def test_report_writes_the_pages_of_a_killed_run(tmp_path: Path) -> None:
+    directory = tmp_path / "runs" / "20250103T000000Z"
+    store.start_run(directory, engine="native", command="pytest")
+    store.Recorder(directory, worker="gw0").add(accuracy())
+    text = ends(call("report", str(directory), "--write"), 1)
+    assert text.startswith("FAIL The run did not finish: 1 checks passed so far.")
+    assert (directory / "report.html").is_file()
+
+
+def test_gate_exit_codes(reports: Path) -> None:
+    assert ends(call("gate", "latest", "--reports", str(reports)), 0).startswith("PASS 20250102T000000Z: 3 checks")
+    text = ends(call("gate", "20250101", "--reports", str(reports)), 1)
+    assert "FAIL output rel_l2" in text
+    assert "FAIL 20250101T000000Z: 1 broke of 1 checks, without a baseline" in text
+
+
+def test_gate_uses_the_baseline_that_lies_there(reports: Path) -> None:
+    ends(call("gate", "latest", "--write-baseline", "--reports", str(reports)), 0)
+    assert "against 20250102T000000Z" in ends(call("gate", "latest", "--reports", str(reports)), 0)
+    write(reports / "runs" / "20250104T000000Z", [accuracy(), latency()])
+    text = ends(call("gate", "latest", "--reports", str(reports)), 1)
+    assert "missing: check contract test_refusal[rank]" in text
+    other = reports / "other.json"
+    kept = (reports / "baseline.json").read_text(encoding="utf-8")
+    other.write_text(kept.replace('"native"', '"torch_bf16"'), encoding="utf-8")
+    (reports / "baseline.json").write_text(other.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "not compared with" in ends(call("gate", "latest", "--reports", str(reports)), 0)
+    ends(call("gate", "latest", "--baseline", str(other), "--reports", str(reports)), 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["gate", "2024"], "no run named '2024'"),
+        (["gate", "latest", "--baseline", "/nowhere/baseline.json"], "no baseline at /nowhere/baseline.json"),
+        (["gate", "20250101", "--write-baseline"], "20250101T000000Z does not pass and is no baseline"),
+        (["report", "/nowhere"], "no run at /nowhere"),
+    ],
+)
+def test_report_and_gate_refuse_in_one_line(arguments: list[str], wanted: str, reports: Path) -> None:
+    refused(call(*arguments, "--reports", str(reports)), wanted)
+
+
+# ---- doctor
+
+
+def test_doctor_says_what_runs_and_why_not() -> None:
+    result = call("doctor")
+    assert "Traceback" not in result.output
+    lines = result.output.splitlines()
+    assert all(re.match(r"(ok|no|note)\s", line) for line in lines)
+    for name in (
+        "CPU",
+        "amx_bf16",
+        "avx2",
+        "scalar",
+        "compiler",
+        "packages",
+        "native engine",
+        "memory",
+        "deepseek_v3_t4",
+    ):
+        assert any(line[6:].startswith(name) for line in lines), name
+    # the states stand under one another, and so do the names
+    assert len({line.index(line.split()[1]) for line in lines if line[6] != " "}) == 1
+
+
+def lines_of(**changes: object) -> dict[str, doctor.Line]:
+    machine = type(MACHINE)(**{**vars(MACHINE), **changes})
+    return {line.name: line for line in doctor.examine(machine)}
+
+
+@pytest.mark.parametrize(
+    ("amx", "wanted"),
+    [
+        (Amx(cpu=False, kernel=False, permitted=False, emulated=False), "this CPU has no AMX"),
+        (Amx(cpu=True, kernel=False, permitted=False, emulated=False), "the kernel does not offer the tile state"),
+    ],
+)
+def test_doctor_tells_why_there_is_no_amx(amx: Amx, wanted: str) -> None:
+    line = lines_of(amx=amx)["amx_bf16"]
+    assert line.state == "no"
+    assert wanted in line.text
+
+
+def test_doctor_finds_what_is_missing() -> None:
+    assert lines_of(memory_available_bytes=4 << 30)["deepseek_v3_t4"].state == "no"
+    assert lines_of(memory_available_bytes=20 << 30)["memory"].state == "ok"
+    assert lines_of(memory_available_bytes=1 << 30)["memory"].state == "no"
+    assert lines_of(versions={})["compiler"].state == "no"
+    assert lines_of(versions={"compiler": "g++ (Debian 10.2.1-6) 10.2.1"})["compiler"].state == "no"
+    assert lines_of(versions={"compiler": "g++ (Debian 12.2.0-14+deb12u1) 12.2.0"})["compiler"].state == "ok"
+    assert lines_of(huge_pages="never")["huge pages"].state == "note"
+    assert lines_of(threads=1)["threads"].state == "note"
+    lacking = lines_of(isas=("scalar",), flags=())
+    assert "this CPU lacks avx2, fma" in lacking["avx2"].text
+
+
+def test_help_in_a_narrow_terminal_stays_readable() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ktverify", "gate", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
