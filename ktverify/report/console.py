@@ -31,9 +31,10 @@ UNBOUNDED = 1000
 
 def make_console(*, stderr: bool = False) -> Console:
     """A console that never cuts a number: a narrow terminal wraps lines, a file or a pipe gets them whole."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    # no markup: cases and indices have brackets of their own
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
     width = max(console.width, NARROWEST) if console.is_terminal else UNBOUNDED
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, width=width)
 
 
 def print_run(run: Run, console: Console | None = None, *, header: bool = True) -> bool:
