@@ -141,16 +141,18 @@ def plain_expert(
     down_b: torch.Tensor,
     *,
     scaling: float,
+    skip_lora: bool = False,
 ) -> torch.Tensor:
     """[n, H]: one expert's y of x [n, H] as a torch user writes it, in x's dtype; differentiable.
 
     gate, up [I, H], down [H, I] in x's dtype; LoRA [r, in], [out, r] in x's dtype or fp32, which then computes in fp32.
+    skip_lora: no gradient flows through the LoRA terms.
     """
 
     def linear(value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         base = functional.linear(value, weight)
         low = functional.linear(functional.linear(value.to(a.dtype), a), b) * scaling
-        return (base + low).to(value.dtype)
+        return (base + (low.detach() if skip_lora else low)).to(value.dtype)
 
     h = functional.silu(linear(x, gate, gate_a, gate_b)) * linear(x, up, up_a, up_b)
     return linear(h, down, down_a, down_b)

@@ -185,7 +185,8 @@ class TorchBf16:
             x = hidden_states.detach()[rows].requires_grad_()
             w = weights.detach()[rows, slots].to(torch.bfloat16).requires_grad_()
             with torch.set_grad_enabled(save_for_backward):
-                y = self.expert(x, *(self._base[name][slot] for name in _BASE_NAMES), *lora, scaling=self.scaling)
+                base = [self._base[name][slot] for name in _BASE_NAMES]
+                y = self.expert(x, *base, *lora, scaling=self.scaling, skip_lora=self.skip_lora)
                 y = y * w.unsqueeze(1)
             output.index_add_(0, rows, y.detach())
             if save_for_backward:

@@ -27,6 +27,8 @@ from typing import IO, Any
 from suites.support import locks
 
 ROOT = Path(__file__).resolve().parents[2]
+# several tests compute at once; torch's own threads, spinning for a processor that another test has, cost minutes
+_SHARED_CPU = {"OMP_NUM_THREADS": "1"}
 _LENGTH = struct.Struct("<Q")
 
 
@@ -76,7 +78,7 @@ class Child:
         python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(request_read), str(answer_write)],
-            env={**os.environ, "PYTHONPATH": python_path, locks.HELD_BY_PARENT: "1", **(env or {})},
+            env={**os.environ, **_SHARED_CPU, "PYTHONPATH": python_path, locks.HELD_BY_PARENT: "1", **(env or {})},
             cwd=ROOT,
             pass_fds=(request_read, answer_write),
             stdin=subprocess.DEVNULL,
