@@ -23,10 +23,10 @@ int panels_of(int blocks) {
 }
 
 struct Part {
-    bf16* out;                                // dO by expert: [rows][hidden]
+    bf16* out;                                // dO by expert: [rows][hidden_ld]
     const bf16** out_rows;                    // [k_rows], a zero row for padding
     Pair ob, ob_t;                            // s dO Bd: [rows][rank]; (w s dO Bd)ᵀ: per expert [rank_rows][tokens]
-    bf16 *g, *u, *h;                          // dg, du, h: [rows][inter]
+    bf16 *g, *u, *h;                          // dg, du, h: [rows][inter_ld]
     const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
     float* dot;                               // partial sums of dw: [rows][panels of I]
     Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
@@ -92,7 +92,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     const int i_panels = panels_of(size.ib), h_panels = panels_of(size.hb);
     const std::size_t T = z(rows), R = z(routing.rows), K = z(routing.k_rows), H = z(size.H), I = z(size.I),
                       r = z(size.r);
-    const std::size_t hidden = z(size.hidden()), inter = z(size.inter()), rank = z(size.rank()),
+    const std::size_t hidden = z(size.hidden_ld()), inter = z(size.inter_ld()), rank = z(size.rank()),
                       rank2 = z(size.rank2());
     const bool with_lora = config.lora_backward;
 

@@ -28,18 +28,21 @@ void take(Carver& carver, Pair& pair, std::size_t count) {
 }
 
 // Element (token t, index n) of one group of a token pack.
-std::size_t pack_index(int n, int t) {
+std::size_t pack_index(int n, int t, bool few) {
+    if (few) return z(n / kBlock) * kPackSize + z(t) * kBlock + z(n % kBlock);
     return z(n / kBlock) * kPackSize + z(n % kBlock / 2) * 2 * kGroup + z(t) * 2 + z(n & 1);
 }
 
 // Where a group's 16 tokens stand when the token is the reduction index of its expert.
 struct Columns {
     std::size_t ld, first, width;  // of a [rows][ld] operand; width 32 where this group also closes the last k-block
+    int tokens;                    // of the 16, those that are no padding
 };
 Columns columns_of(const Routing::Expert& expert, int group) {
     const int local = group - expert.first_row / kGroup;
     const bool closes = local == expert.groups - 1 && expert.groups % 2 == 1;
-    return {z(expert.kblocks) * kBlock, z(local) * kGroup, closes ? z(kBlock) : z(kGroup)};
+    return {z(expert.kblocks) * kBlock, z(local) * kGroup, closes ? z(kBlock) : z(kGroup),
+            std::min(kGroup, expert.rows - local * kGroup)};
 }
 
 void clear(const Pair& to, std::size_t at, std::size_t count) {
@@ -86,11 +89,11 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     };
     kept.parts.resize(z(config.parts));
     const auto carve_kept = [&](Carver& carver) {
-        carver.take(kept.x, (T + 1) * z(size.hidden()));
+        carver.take(kept.x, (T + 1) * z(size.hidden_ld()));
         take(carver, kept.xa_t, z(routing.k_rows) * 2 * z(size.rank_rows()));
         for (Saved::Part& part : kept.parts) {
-            carver.take(part.g, R * z(size.inter()));
-            carver.take(part.u, R * z(size.inter()));
+            carver.take(part.g, R * z(size.inter_ld()));
+            carver.take(part.u, R * z(size.inter_ld()));
             take(carver, part.ha_t, z(routing.k_rows) * z(size.rank_rows()));
         }
     };
@@ -125,11 +128,22 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         return routing.experts[z(routing.expert_of_group[z(group)])];
     };
 
+    const auto is_few = [&](const Routing::Expert& expert) { return expert.rows <= kernels.few_rows; };
+    // nt for `count` groups of an expert.
+    const auto multiply = [&](const Routing::Expert& expert, const NtSegment* segments, int used, int count, float* c,
+                              std::size_t ldc) {
+        if (is_few(expert)) {
+            kernels.nt_few(segments, used, expert.rows, c, ldc);
+        } else {
+            kernels.nt(segments, used, count, c, ldc);
+        }
+    };
+
     const auto pack = [&](int p, int index, float* c) {
         if (index >= groups) {  // the rows of x that backward wants, with room for whole blocks, and a zero row
             const int first = (index - groups) * kGroup;
             for (int t = first; t < std::min(rows + 1, first + kGroup); ++t) {
-                bf16* row = kept.x + z(t) * z(size.hidden());
+                bf16* row = kept.x + z(t) * z(size.hidden_ld());
                 const std::size_t have = t < rows ? z(size.H) : 0;
                 if (have) std::memcpy(row, x + z(t) * have, have * sizeof(bf16));
                 std::memset(row + have, 0, (z(size.hidden()) - have) * sizeof(bf16));
@@ -144,7 +158,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             token[t] = id < 0 ? nullptr : x + z(id) * z(size.H);
         }
         bf16* packed_x = part.x_pack + z(index) * x_stride;
-        kernels.pack_tokens(token, size.H, size.hb, packed_x);
+        const bool few = is_few(expert);
+        kernels.pack_tokens(token, size.H, size.hb, few, packed_x);
 
         const bool keep = save && p == 0 && config.lora_backward;
         const Columns to = columns_of(expert, index);
@@ -161,15 +176,15 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 const bf16* matrix = term == 0 ? lora.gate_up_a.hi : lora.gate_up_a.lo;
                 segments[term] = {matrix + z(expert.expert) * a + z(nb) * panel(size.hb), packed_x, x_stride, size.hb};
             }
-            kernels.nt(segments, terms(), 1, c, kGroup);
+            multiply(expert, segments, terms(), 1, c, kGroup);
             for (int j = 0; j < kBlock && nb * kBlock + j < 2 * size.r; ++j) {
                 const bool is_up = nb * kBlock + j >= size.r;
                 const int n = nb * kBlock + j - (is_up ? size.r : 0);
                 const Pair& pack_to = is_up ? part.up_xa : part.gate_xa;
                 const std::size_t row = z(is_up ? size.rank_rows() + n : n);
-                for (int t = 0; t < kGroup; ++t) {
+                for (int t = 0; t < to.tokens; ++t) {
                     const float value = scaling * c[j * kGroup + t];
-                    put(pack_to, z(index) * r_stride + pack_index(n, t), value);
+                    put(pack_to, z(index) * r_stride + pack_index(n, t, few), value);
                     if (keep) put(kept.xa_t, kept_at + row * to.ld + to.first + z(t), value);
                 }
             }
@@ -197,12 +212,12 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             const std::size_t ldc = z(count) * kGroup;
             float* g = c;
             float* u = c + kBlock * ldc;
-            kernels.nt(gate_segments, 1 + more, count, g, ldc);
-            kernels.nt(up_segments, 1 + more, count, u, ldc);
-            const std::size_t keep_at = group * kGroup * z(size.inter()) + z(ib) * kBlock;
+            multiply(expert, gate_segments, 1 + more, count, g, ldc);
+            multiply(expert, up_segments, 1 + more, count, u, ldc);
+            const std::size_t keep_at = group * kGroup * z(size.inter_ld()) + z(ib) * kBlock;
             kernels.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride + z(ib) * kPackSize, h_stride,
-                             save ? kept.parts[z(p)].g + keep_at : nullptr,
-                             save ? kept.parts[z(p)].u + keep_at : nullptr, z(size.inter()));
+                             is_few(expert), save ? kept.parts[z(p)].g + keep_at : nullptr,
+                             save ? kept.parts[z(p)].u + keep_at : nullptr, z(size.inter_ld()));
         }
     };
 
@@ -213,6 +228,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         const Pair& kept_to = kept.parts[z(p)].ha_t;
         const Columns to = columns_of(expert, group);
         const std::size_t kept_at = z(expert.first_k) * z(size.rank_rows());
+        const bool few = is_few(expert);
         clear(part.ha, z(group) * r_stride, r_stride);
         if (keep) {
             for (int row = 0; row < size.rank_rows(); ++row)
@@ -225,14 +241,13 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 segments[term] = {matrix + z(expert.expert) * da + z(nb) * panel(size.ib),
                                   part.h_pack + z(group) * h_stride, h_stride, size.ib};
             }
-            kernels.nt(segments, terms(), 1, c, kGroup);
+            multiply(expert, segments, terms(), 1, c, kGroup);
             for (int j = 0; j < kBlock && nb * kBlock + j < size.r; ++j) {
                 const int n = nb * kBlock + j;
-                for (int t = 0; t < kGroup; ++t) {
+                for (int t = 0; t < to.tokens; ++t) {
                     const float value = scaling * c[j * kGroup + t];
-                    put(part.ha, z(group) * r_stride + pack_index(n, t), value);
-                    // A padding row has no token and no weight; 0 * value would not be 0 for what lies beyond fp32.
-                    if (keep && routing.token[z(group * kGroup + t)] >= 0)
+                    put(part.ha, z(group) * r_stride + pack_index(n, t, few), value);
+                    if (keep)
                         put(kept_to, kept_at + z(n) * to.ld + to.first + z(t),
                             routing.weight[z(group * kGroup + t)] * value);
                 }
@@ -265,7 +280,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                                                at(part.ha, group * r_stride), r_stride, size.rb, config.lora_fp32},
                                               segments + 1);
             const std::size_t ldc = z(count) * kGroup;
-            kernels.nt(segments, 1 + more, count, c, ldc);
+            multiply(expert, segments, 1 + more, count, c, ldc);
             if (first == 0) {
                 turns.wait(p, hb, ticket);
                 if (ticket == 0) std::memset(sum, 0, T * kBlock * sizeof(float));

@@ -27,6 +27,10 @@ struct Sizes {
     int hb, ib, rb, ab;  // blocks of H, I, r and 2 r (gate_a above up_a)
     int hidden() const { return hb * kBlock; }
     int inter() const { return ib * kBlock; }
+    // Rows of wide operands stand one cache line further apart than they are long: at a distance of a power of two,
+    // the rows of a register block would share a few sets of the first-level cache.
+    int hidden_ld() const { return hidden() + kBlock; }
+    int inter_ld() const { return inter() + kBlock; }
     int rank() const { return rb * kBlock; }
     int rank2() const { return ab * kBlock; }
     int rank_rows() const { return groups_of(r) * kGroup; }  // rows of a transposed [r, tokens] operand
@@ -59,10 +63,10 @@ struct LoraPack {
 struct Saved {
     Routing routing;
     Block block;
-    bf16* x = nullptr;  // [T + 1][hidden], the last row zero
+    bf16* x = nullptr;  // [T + 1][hidden_ld], the last row zero
     Pair xa_t;          // (s x Aᵀ)ᵀ: per expert [2][rank_rows][tokens], gate then up
     struct Part {
-        float* g = nullptr;  // [rows][inter]
+        float* g = nullptr;  // [rows][inter_ld]
         float* u = nullptr;
         Pair ha_t;  // (w s h Adᵀ)ᵀ: per expert [rank_rows][tokens]
     };

@@ -50,6 +50,28 @@ void nt(const Kernels& k, check::Random& random, int groups, int kblocks, int co
     check::that(check::rel_l2(c, expected) < kSumError, what);
 }
 
+void nt_few(const Kernels& k, check::Random& random, int rows) {
+    constexpr int kblocks = 5;
+    const auto w = random.bf16s(kblocks * kBlockSize, 1), x = random.bf16s(kblocks * kPackSize, 1);
+    const NtSegment segment{w.data(), x.data(), 0, kblocks};
+    std::vector<float> c(kBlock * kGroup, kGuard);
+    k.nt_few(&segment, 1, rows, c.data(), kGroup);
+    std::vector<double> got, expected;
+    for (int n = 0; n < kBlock; ++n) {
+        for (int t = 0; t < rows; ++t) {
+            double sum = 0;
+            for (int i = 0; i < kblocks * kBlock; ++i) {
+                sum += double(to_float(w[std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
+                       double(to_float(x[std::size_t(i / kBlock) * kPackSize + t * kBlock + i % kBlock]));
+            }
+            expected.push_back(sum);
+            got.push_back(c[n * kGroup + t]);
+        }
+    }
+    check::that(check::rel_l2(got, expected) < kSumError,
+                std::string(name_of(k.isa)) + " nt_few rows=" + std::to_string(rows));
+}
+
 void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblocks, bool gathered) {
     const int padded = (rows + 15) / 16 * 16, width = 4 * kBlock;
     const std::size_t ld = std::size_t(kblocks) * kBlock;
@@ -85,7 +107,7 @@ void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblo
     check::that(check::rel_l2(got, expected) < kSumError, what);
 }
 
-void activation(const Kernels& k, check::Random& random) {
+void activation(const Kernels& k, check::Random& random, bool few) {
     constexpr int groups = 2, tokens = groups * kGroup;
     std::vector<float> g(kBlock * tokens), u(kBlock * tokens);
     for (auto& v : g) v = 120.0f * random.uniform();
@@ -97,15 +119,16 @@ void activation(const Kernels& k, check::Random& random) {
     g[4] = NAN;
     std::vector<bf16> pack(groups * kPackSize);
     std::vector<float> keep_g(tokens * kBlock), keep_u(tokens * kBlock);
-    k.silu_mul(g.data(), u.data(), tokens, groups, pack.data(), kPackSize, keep_g.data(), keep_u.data(), kBlock);
+    k.silu_mul(g.data(), u.data(), tokens, groups, pack.data(), kPackSize, few, keep_g.data(), keep_u.data(), kBlock);
     bool kept = true, right = true;
     for (int n = 0; n < kBlock; ++n) {
         for (int t = 0; t < tokens; ++t) {
             const float gate = g[n * tokens + t], up = u[n * tokens + t];
             const float was = keep_g[t * kBlock + n];
             kept &= (std::isnan(gate) ? std::isnan(was) : was == gate) && keep_u[t * kBlock + n] == up;
-            const float h =
-                to_float(pack[std::size_t(t / kGroup) * kPackSize + (n / 2 * kGroup + t % kGroup) * 2 + n % 2]);
+            const bf16* group = pack.data() + std::size_t(t / kGroup) * kPackSize;
+            const int at = few ? t % kGroup * kBlock + n : (n / 2 * kGroup + t % kGroup) * 2 + n % 2;
+            const float h = to_float(group[at]);
             const double expected = gate / (1 + std::exp(-double(gate))) * up;
             right &= std::isnan(gate) ? std::isnan(h) : std::abs(h - expected) <= 0.004 * std::abs(expected) + 1e-35;
         }
@@ -128,7 +151,9 @@ int main() {
         nn(k, random, 40, 19, 4, false);
         nn(k, random, 7, 9, 1, true);
         nn(k, random, 32, 3, 3, true);
-        activation(k, random);
+        activation(k, random, false);
+        activation(k, random, true);
+        for (int rows = 1; rows <= k.few_rows; ++rows) nt_few(k, random, rows);
     }
     return check::finish();
 }

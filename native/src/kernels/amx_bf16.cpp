@@ -159,7 +159,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 const Kernels* amx_bf16_kernels() {
-    static const Kernels table{Isa::amx_bf16, enter, leave, nt, nn, KTV_ELEMENTWISE};
+    static const Kernels table{Isa::amx_bf16, enter, leave, nt, 0, nullptr, nn, KTV_ELEMENTWISE};
     return &table;
 }
 

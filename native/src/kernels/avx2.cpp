@@ -120,7 +120,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 const Kernels* avx2_kernels() {
-    static const Kernels table{Isa::avx2, nothing, nothing, nt, nn, KTV_ELEMENTWISE};
+    static const Kernels table{Isa::avx2, nothing, nothing, nt, 0, nullptr, nn, KTV_ELEMENTWISE};
     return &table;
 }
 

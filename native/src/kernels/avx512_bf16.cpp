@@ -91,6 +91,45 @@ void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t 
     }
 }
 
+// Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
+// once. The sixteen lanes are added up at the end of k.
+constexpr int few_rows = 6;
+
+template <int T>
+void nt_dots(const NtSegment* segments, int count, float* c, std::size_t ldc) {
+    constexpr int N = 4;
+    for (int n = 0; n < kBlock; n += N) {
+        __m512 sum[N][T];
+        for (int i = 0; i < N; ++i) {
+            for (int t = 0; t < T; ++t) sum[i][t] = _mm512_setzero_ps();
+        }
+        for (int s = 0; s < count; ++s) {
+            const bf16* w = segments[s].weights + n * kBlock;
+            const bf16* x = segments[s].tokens;
+            for (int kb = 0; kb < segments[s].kblocks; ++kb, w += kBlockSize, x += kPackSize) {
+                for (int i = 0; i < N; ++i)
+                    _mm_prefetch(reinterpret_cast<const char*>(w + 16 * kBlockSize + i * kBlock), _MM_HINT_T0);
+                __m512i token[T];
+                for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
+                for (int i = 0; i < N; ++i) {
+                    const __m512i weight = _mm512_loadu_si512(w + i * kBlock);
+                    for (int t = 0; t < T; ++t) sum[i][t] = dot(sum[i][t], weight, token[t]);
+                }
+            }
+        }
+        for (int i = 0; i < N; ++i) {
+            for (int t = 0; t < T; ++t) c[(n + i) * ldc + t] = sum_of_lanes((F)sum[i][t]);
+        }
+    }
+}
+
+void nt_few(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
+    constexpr void (*dots[])(const NtSegment*, int, float*, std::size_t) = {nt_dots<1>, nt_dots<2>, nt_dots<3>,
+                                                                            nt_dots<4>, nt_dots<5>, nt_dots<6>};
+    static_assert(sizeof dots / sizeof *dots == few_rows);
+    dots[rows - 1](segments, count, c, ldc);
+}
+
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R>
 KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
@@ -116,6 +155,29 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int k
     }
 }
 
+// What is left below eight rows, in one block: two accumulators a row hide the latency only when they are many.
+void nn_rest(int rows, const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
+             bool add) {
+    switch (rows) {
+        case 1:
+            return nn_block<1>(g, ld, panel, kblocks, c, ldc, add);
+        case 2:
+            return nn_block<2>(g, ld, panel, kblocks, c, ldc, add);
+        case 3:
+            return nn_block<3>(g, ld, panel, kblocks, c, ldc, add);
+        case 4:
+            return nn_block<4>(g, ld, panel, kblocks, c, ldc, add);
+        case 5:
+            return nn_block<5>(g, ld, panel, kblocks, c, ldc, add);
+        case 6:
+            return nn_block<6>(g, ld, panel, kblocks, c, ldc, add);
+        case 7:
+            return nn_block<7>(g, ld, panel, kblocks, c, ldc, add);
+        default:
+            return;
+    }
+}
+
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
     alignas(64) bf16 panel[kNnBlocks * kBlockSize];
     bool add = false;
@@ -132,11 +194,9 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
                 float* out = c + cb * kBlock;
                 const bf16* g = seg.rows + kb * kBlock;
                 int r = 0;
-                for (; r + 12 <= rows; r += 12)
-                    nn_block<12>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
-                for (; r + 4 <= rows; r += 4)
-                    nn_block<4>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
-                for (; r < rows; ++r) nn_block<1>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
+                for (; r + 8 <= rows; r += 8)
+                    nn_block<8>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
+                nn_rest(rows - r, g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
             }
         }
     }
@@ -145,7 +205,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
-    static const Kernels table{Isa::avx512_bf16, nothing, nothing, nt, nn, KTV_ELEMENTWISE};
+    static const Kernels table{Isa::avx512_bf16, nothing, nothing, nt, few_rows, nt_few, nn, KTV_ELEMENTWISE};
     return &table;
 }
 

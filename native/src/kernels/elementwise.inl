@@ -16,6 +16,15 @@ KTV_INLINE F load(const float* p) {
 KTV_INLINE void store(float* p, F v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
+// In halves: 16 lanes, 8, 4, 2, 1.
+KTV_INLINE float sum_of_lanes(F v) {
+    float lane[16];
+    store(lane, v);
+    for (int width = 8; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    }
+    return lane[0];
+}
 KTV_INLINE U bits(F v) {
     return (U)v;
 }
@@ -109,7 +118,7 @@ KTV_INLINE void load_transposed(const float* c, std::size_t ldc, F (&m)[16]) {
     transpose(m);
 }
 
-void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
+void pack_tokens(const bf16* const* rows, int k, int kblocks, bool few, bf16* pack) {
     // A k-pair is one 32-bit unit, so that packing is a 16 x 16 transpose of units: [token][pair] -> [pair][token].
     for (int kb = 0; kb < kblocks; ++kb) {
         F unit[16];
@@ -125,13 +134,13 @@ void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
                 __builtin_memcpy(&unit[t], padded, sizeof(F));
             }
         }
-        transpose(unit);
+        if (!few) transpose(unit);
         __builtin_memcpy(pack + static_cast<std::size_t>(kb) * kPackSize, unit, sizeof unit);
     }
 }
 
 void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
-              float* keep_g, float* keep_u, std::size_t keep_ld) {
+              bool few, float* keep_g, float* keep_u, std::size_t keep_ld) {
     for (int group = 0; group < groups; ++group) {
         const float* gg = g + group * kGroup;
         const float* uu = u + group * kGroup;
@@ -141,7 +150,14 @@ void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16*
                 const F gate = load(gg + (n + i) * ldc);
                 h[i] = gate * sigmoid(gate).value * load(uu + (n + i) * ldc);
             }
-            store_pairs(pack + group * group_stride + n * kGroup, h[0], h[1]);
+            bf16* to = pack + group * group_stride;
+            if (!few) {
+                store_pairs(to + n * kGroup, h[0], h[1]);
+            } else {
+                for (int t = 0; t < kGroup; ++t) {
+                    for (int i = 0; i < 2; ++i) to[t * kBlock + n + i] = to_bf16(h[i][t]);
+                }
+            }
         }
         if (!keep_g) continue;
         for (int half = 0; half < kBlock; half += 16) {
@@ -172,12 +188,7 @@ void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const fl
             store_bf16(grad_u + at, dh * silu);
             store_bf16(grad_g + at, dh * up * (s.value * (splat(1.0f) + gate * s.complement)));
         }
-        float lanes[16];
-        store(lanes, sum);
-        for (int width = 8; width > 0; width /= 2) {
-            for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-        }
-        dot[row * dot_stride] = lanes[0];
+        dot[row * dot_stride] = sum_of_lanes(sum);
     }
 }
 

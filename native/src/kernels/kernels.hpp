@@ -6,6 +6,9 @@
 //   of
 //                                                W·x, and two neighbouring rows, interleaved, the B operand of g·W
 //   token pack      [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
+//   few tokens      [group][K/32][16 tokens][32 k]            natural, where an expert has so few rows that dot
+//   products
+//                                                along k are faster: Kernels::few_rows
 //   rows            [row][K]                     natural, padded with zero rows to a multiple of 16
 // N and K are padded with zeros to multiples of 32, tokens of an expert to multiples of 16.
 #pragma once
@@ -53,15 +56,19 @@ struct Kernels {
 
     // c [32][ldc] fp32, overwritten; groups <= kChunkGroups.
     void (*nt)(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc);
+    // The same for one group with at most few_rows tokens, `tokens` in the layout of few tokens; only c[.][0..rows)
+    // counts.
+    int few_rows;
+    void (*nt_few)(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc);
     // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks.
     void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc);
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
-    void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
+    void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bool few, bf16* pack);
     // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is
     // not null also g and u as they are, transposed to [row][keep_ld] fp32.
     void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
-                     float* keep_g, float* keep_u, std::size_t keep_ld);
+                     bool few, float* keep_g, float* keep_u, std::size_t keep_ld);
     // c [rows][ldc] = dO Wd + s (dO Bd) Ad, without the routing weight; g, u [rows][ld] fp32. Writes grad_g, grad_u, h
     // [rows][ld] bf16 and the partial sums of <grad_h, h> over these columns to dot[rows * dot_stride].
     void (*silu_mul_grad)(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g,

@@ -55,7 +55,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 const Kernels* scalar_kernels() {
-    static const Kernels table{Isa::scalar, nothing, nothing, nt, nn, KTV_ELEMENTWISE};
+    static const Kernels table{Isa::scalar, nothing, nothing, nt, 0, nullptr, nn, KTV_ELEMENTWISE};
     return &table;
 }
 
