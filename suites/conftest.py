@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ktverify import cases
 from ktverify.cases import Case
@@ -50,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_worker(config):
+        # workers share the processors; torch's own threads would spin for one that another worker has
+        torch.set_num_threads(1)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

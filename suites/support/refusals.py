@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ktverify.data import Inputs, make_inputs
-from ktverify.names import LORA_NAMES
+from ktverify.names import LORA_NAMES, lora_shapes
 from ktverify.running import run_layer
 from suites.support.subject import SMALL, Subject, expect, expect_same_bits
 
@@ -328,25 +328,29 @@ REFUSALS = _as_table(_constructor(), _weights(), _order(), _inputs())
 
 
 def check_out_of_memory(subject: Subject) -> None:
-    """AssertionError unless terabytes of weights get a MemoryError that says how much was needed and how much there is.
+    """AssertionError unless 1.2 TB of weights get a MemoryError that says how much was needed and how much there is.
 
     The tensors have stride 0, so that they take nothing here. Other layers work afterwards.
     """
     inputs = make_inputs(SMALL)
     before = subject.run(SMALL, inputs)
-    experts, hidden, intermediate = 64, 7168, 3_000_000
+    # wide both ways, so that only the base weights are large
+    hidden = intermediate = 450_000
     wide = torch.empty(1, dtype=torch.bfloat16)
+    token = torch.zeros(1, hidden, dtype=torch.bfloat16)
+    sizes = {"num_experts": 1, "num_experts_per_tok": 1, "hidden_size": hidden, "lora_rank": 1}
     try:
-        layer = subject.bare(SMALL, num_experts=experts, hidden_size=hidden, moe_intermediate_size=intermediate)
-        layer.load_weights_from_tensors(
-            wide.expand(experts, intermediate, hidden),
-            wide.expand(experts, intermediate, hidden),
-            wide.expand(experts, hidden, intermediate),
-            torch.arange(experts),
+        # an engine that packs an expert when its first token comes needs the memory only then
+        layer = subject.bare(SMALL, moe_intermediate_size=intermediate, **sizes)
+        shapes = [(1, intermediate, hidden), (1, intermediate, hidden), (1, hidden, intermediate)]
+        layer.load_weights_from_tensors(*(wide.expand(shape) for shape in shapes), torch.zeros(1, dtype=torch.int64))
+        layer.init_lora_weights(
+            *(torch.zeros(shape, dtype=torch.bfloat16) for shape in lora_shapes(1, hidden, intermediate, 1).values())
         )
+        layer.forward_sft(token, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), save_for_backward=True)
     except MemoryError as error:
         amounts = re.findall(r"\d[\d.,]*\s*(?:[kMGT]i?B|bytes)", str(error))
         expect(len(amounts) >= 2, f"the error must say how much was needed and how much there is, it says {error}")
     else:
-        raise AssertionError("8 TB of weights were accepted")
+        raise AssertionError("1.2 TB of weights were accepted")
     expect_same_bits("before the MemoryError and after it", before, subject.run(SMALL, inputs))

@@ -6,7 +6,7 @@ import pytest
 
 from ktverify.cases import Case
 from suites.support import tensor_parallel
-from suites.support.child import call_fresh
+from suites.support.child import ChildPool, call_fresh
 from suites.support.isas import Isa
 from suites.support.subject import Subject
 
@@ -50,8 +50,18 @@ def results(isa: Isa, engine: str, fresh: int | None) -> dict[str, tensor_parall
 
 @pytest.mark.parametrize("name", CASES)
 def test_degrees_agree(
-    engine: str, isa: Isa, results: dict[str, tensor_parallel.TpResults], name: str, fresh: int | None
+    engine: str,
+    children: ChildPool,
+    isa: Isa,
+    results: dict[str, tensor_parallel.TpResults],
+    name: str,
+    fresh: int | None,
 ) -> None:
     case = _cases(fresh)[name]
-    wrong = tensor_parallel.compare_degrees(Subject(engine, isa.name), case, results[name])
+    wrong = children.get().call(
+        "suites.support.tensor_parallel:compare_degrees",
+        subject=Subject(engine, isa.name),
+        case=case,
+        found=results[name],
+    )
     assert not wrong, "\n".join([case.id, *wrong])
