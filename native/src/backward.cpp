@@ -431,8 +431,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         }
     };
 
-    TaskQueue gathering(config.parts), downing(config.parts), ranking(config.parts), inputs(config.parts), loras(1),
-        idles(1), routings(1);
+    TaskQueue gathering(config.parts, team), downing(config.parts, team), ranking(config.parts, team),
+        inputs(config.parts, team), loras(1, team), idles(1, team), routings(1, team);
     const int token_chunks = (rows + kChunkRows - 1) / kChunkRows;
     const std::function<void(int)> body = [&](int worker) {
         float* c = scratch + z(worker) * kScratch;

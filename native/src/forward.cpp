@@ -294,7 +294,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             finish(hb);
     };
 
-    TaskQueue packing(config.parts), upping(config.parts), ranking(config.parts), downing(config.parts);
+    TaskQueue packing(config.parts, team), upping(config.parts, team), ranking(config.parts, team),
+        downing(config.parts, team);
     const int copies = save ? groups_of(rows + 1) : 0;
     const std::function<void(int)> body = [&](int worker) {
         float* c = scratch + z(worker) * kScratch;

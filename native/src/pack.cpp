@@ -77,7 +77,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         }
     }
     const int per_expert = 2 * size.ib + size.hb;  // rows of blocks
-    TaskQueue queue(config.parts);
+    TaskQueue queue(config.parts, team);
     const std::function<void(int)> body = [&](int worker) {
         queue.work(worker, static_cast<int>(wanted.size()) * per_expert, [&](int part, int index) {
             const int e = wanted[z(index / per_expert)], slot = slot_of[z(e)];
@@ -133,9 +133,9 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     }
     const std::size_t H = z(size.H), I = z(size.I), r = z(size.r), all_I = I * z(config.parts);
     const bool fp32 = config.lora_fp32;
-    TaskQueue queue(1);
+    TaskQueue queue(1, team);
     const std::function<void(int)> body = [&](int worker) {
-        queue.work(worker == 0 ? 0 : worker, config.num_experts, [&](int, int expert) {
+        queue.work(worker, config.num_experts, [&](int, int expert) {
             const std::size_t e = z(expert);
             put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, offset(lora.gate_up_a, e * a));
             put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, offset(lora.gate_up_a, e * a));

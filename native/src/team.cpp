@@ -3,6 +3,8 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <fstream>
+#include <sstream>
 
 namespace ktv {
 namespace {
@@ -34,9 +36,51 @@ int allowed_processors() {
     return std::max(1, CPU_COUNT(&set));
 }
 
-Team::Team(int workers, int parts) : workers_(workers), parts_(parts) {
+std::vector<int> parse_cpu_list(const std::string& text) {
+    std::vector<int> cpus;
+    std::istringstream ranges(text);
+    for (std::string range; std::getline(ranges, range, ',');) {
+        int first = 0, last = 0;
+        char dash = 0;
+        std::istringstream numbers(range);
+        if (!(numbers >> first)) continue;
+        if (!(numbers >> dash >> last)) last = first;
+        for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+    }
+    return cpus;
+}
+
+std::vector<std::vector<int>> numa_nodes() {
+    cpu_set_t allowed;
+    CPU_ZERO(&allowed);
+    std::vector<std::vector<int>> nodes;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return nodes;
+    constexpr int most = 64;
+    for (int node = 0; node < most; ++node) {
+        std::ifstream file("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist");
+        std::string text;
+        if (!std::getline(file, text)) continue;
+        std::vector<int> cpus = parse_cpu_list(text);
+        std::erase_if(cpus, [&](int cpu) { return cpu >= CPU_SETSIZE || !CPU_ISSET(cpu, &allowed); });
+        if (!cpus.empty()) nodes.push_back(std::move(cpus));
+    }
+    return nodes;
+}
+
+Team::Team(int workers, int parts) : workers_(workers) {
+    const auto nodes = numa_nodes();
+    const bool pin = nodes.size() > 1 && parts > 1;
+    helps_ = !pin || workers < parts;
     threads_.reserve(static_cast<std::size_t>(workers - 1));
-    for (int worker = 1; worker < workers; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+    for (int worker = 1; worker < workers; ++worker) {
+        threads_.emplace_back([this, worker] { serve(worker); });
+        if (!pin) continue;
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        for (const int cpu : nodes[static_cast<std::size_t>(worker % parts) % nodes.size()]) CPU_SET(cpu, &set);
+        // Where the kernel refuses, the worker runs anywhere: slower, and just as right.
+        (void)pthread_setaffinity_np(threads_.back().native_handle(), sizeof set, &set);
+    }
 }
 
 Team::~Team() {

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -16,17 +17,25 @@ namespace ktv {
 
 // Processors this process may run on.
 int allowed_processors();
+// Of them, those of each NUMA node, in the order of the nodes; nodes without any are left out.
+std::vector<std::vector<int>> numa_nodes();
+// "0-3,8,10-11", as the kernel writes it.
+std::vector<int> parse_cpu_list(const std::string& text);
 
 class Team {
   public:
-    // `workers` threads in all, the caller of run() being one of them; worker w belongs to part w % parts.
+    // `workers` threads in all, the caller of run() being one of them; worker w belongs to part w % parts. Where there
+    // are several NUMA nodes and parts, the workers of part p stay on node p % nodes, except the caller, whose thread
+    // is not ours to move.
     Team(int workers, int parts);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
     int workers() const { return workers_; }
-    int parts() const { return parts_; }
+    // Whether a worker that has run out of tasks may take those of another part: not across NUMA nodes, unless a part
+    // has no worker of its own.
+    bool helps() const { return helps_; }
     // Calls body(worker) on every worker and returns when all have come back. body must not throw.
     void run(const std::function<void(int)>& body);
     // Only inside run(), by every worker.
@@ -34,7 +43,8 @@ class Team {
 
   private:
     void serve(int worker);
-    int workers_, parts_;
+    int workers_;
+    bool helps_ = true;
     std::vector<std::thread> threads_;
     const std::function<void(int)>* body_ = nullptr;
     std::atomic<bool> stop_{false};
@@ -43,14 +53,15 @@ class Team {
     alignas(64) std::atomic<int> phase_{0};
 };
 
-// Tasks 0..count-1 of each part, handed out in order. A worker starts with its own part and then helps the others.
+// Tasks 0..count-1 of each part, handed out in order. A worker starts with its own part and then may help the others.
 class TaskQueue {
   public:
-    explicit TaskQueue(int parts) : next_(static_cast<std::size_t>(parts)) {}
+    TaskQueue(int parts, const Team& team)
+        : helps_(team.helps() || parts == 1), next_(static_cast<std::size_t>(parts)) {}
     template <typename Task>  // task(part, index)
     void work(int worker, int count, Task&& task) {
         const int parts = static_cast<int>(next_.size());
-        for (int i = 0; i < parts; ++i) {
+        for (int i = 0; i < (helps_ ? parts : 1); ++i) {
             const int part = (worker + i) % parts;
             auto& next = next_[static_cast<std::size_t>(part)].value;
             for (int index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(part, index);
@@ -61,6 +72,7 @@ class TaskQueue {
     struct alignas(64) Counter {
         std::atomic<int> value{0};
     };
+    bool helps_;
     std::vector<Counter> next_;
 };
 

@@ -10,6 +10,7 @@
 #include "cpu.hpp"
 #include "emulation/amx_trap.hpp"
 #include "ktv/layer.hpp"
+#include "team.hpp"
 
 using namespace ktv;
 
@@ -161,5 +162,6 @@ int main() {
         refused = true;
     }
     check::that(refused && small.run(*a) == want_a, "an id out of range is refused and leaves the layer usable");
+    check::that(parse_cpu_list("0-2,8,10-11") == std::vector<int>{0, 1, 2, 8, 10, 11}, "a list of processors");
     return check::finish();
 }
