@@ -136,10 +136,15 @@ class Case:
         """The case as text that `parse` takes: `name@seed=0`, `name,T=1@seed=0` or `E=8,k=2,...@seed=0`."""
         row = catalogue().get(self.name)
         if row is None:
-            return f"{','.join(f'{key}={_text(getattr(self, field))}' for key, field in self._told())}@seed={self.seed}"
+            return f"{self.spec}@seed={self.seed}"
         changed = [key for key, field in _KEYS.items() if getattr(self, field) != getattr(row, field)]
         overrides = "".join(f",{key}={_text(getattr(self, _KEYS[key]))}" for key in changed)
         return f"{self.name}{overrides}@seed={self.seed}"
+
+    @property
+    def spec(self) -> str:
+        """All that the case computes, without its name and seed: `E=8,k=2,H=64,I=96,T=33,r=4,alpha=8,...`."""
+        return ",".join(f"{key}={_text(getattr(self, field))}" for key, field in self._told())
 
     def _told(self) -> list[tuple[str, str]]:
         """The keys that a hand-written case prints: all but the map, which it prints only where it is not plain."""

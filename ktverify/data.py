@@ -338,10 +338,10 @@ class _Integer:
         out[:] = _to_bf16(values) if out.dtype == np.uint16 else values
 
     def weights(self) -> npt.NDArray[np.float32]:
-        """[T, k]: 1, 1/2 or 1/4."""
+        """[T, k]: 1, 1/4 or 1/64: far enough apart that sums over slots and tokens take more bits than bf16 has."""
         shape = (self.case.qlen, self.case.top_k)
         draws = _hashes(_key(self.case, "weights"), shape[0] * shape[1]) % np.uint64(3)
-        power: npt.NDArray[np.float32] = np.array([1, 0.5, 0.25], np.float32)[draws.astype(np.intp)].reshape(shape)
+        power: npt.NDArray[np.float32] = np.array([1, 0.25, 1 / 64], np.float32)[draws.astype(np.intp)].reshape(shape)
         return power
 
 
