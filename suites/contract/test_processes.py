@@ -1,0 +1,85 @@
+"""Forks, threads, memory, the interpreter's lock, and instruction sets chosen by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from suites.support import isas
+from suites.support.child import ChildPool, call_fresh
+from suites.support.isas import AMX, Isa
+from suites.support.processes import loaded_modules
+from suites.support.subject import Subject
+
+# these depend on what happened in the process before
+IN_A_FRESH_PROCESS = ["fork_before_use", "threads_have_a_ceiling", "idle_experts_take_no_memory"]
+CHECKS = [
+    "threads_with_layers_of_their_own",
+    "threads_that_share_a_layer",
+    "interpreter_runs_on",
+    "update_while_forward_waits",
+]
+
+
+@pytest.fixture
+def best(engine: str, pytestconfig: pytest.Config) -> Isa:
+    """The best instruction set of the run: these checks look at what all of them share."""
+    return isas.planned(engine, pytestconfig.option.isa)[0]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_process(engine: str, children: ChildPool, best: Isa, check: str) -> None:
+    children.get(best.env).call(f"suites.support.processes:check_{check}", subject=Subject(engine, best.name))
+
+
+@pytest.mark.parametrize("check", IN_A_FRESH_PROCESS)
+def test_fresh_process(engine: str, best: Isa, check: str) -> None:
+    call_fresh(f"suites.support.processes:check_{check}", env=best.env, subject=Subject(engine, best.name))
+
+
+@pytest.fixture
+def native(engine: str) -> None:
+    if engine != "native":
+        pytest.skip("only the native engine lets its instruction set be chosen")
+
+
+@pytest.mark.usefixtures("native")
+def test_chosen_isa_is_kept(children: ChildPool, isa: Isa) -> None:
+    children.get(isa.env).call("suites.support.processes:check_isa_is_kept", isa=isa.name)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("by_variable", [False, True], ids=["argument", "variable"])
+@pytest.mark.parametrize("isa_name", ["sse9", "AVX2", "avx512", " avx2"])
+def test_unknown_isa(children: ChildPool, isa_name: str, by_variable: bool) -> None:
+    children.get().call(
+        "suites.support.processes:check_isa_refused",
+        isa=isa_name,
+        error_name="ValueError",
+        mention=isa_name,
+        by_variable=by_variable,
+    )
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("by_variable", [False, True], ids=["argument", "variable"])
+def test_amx_is_never_replaced(engine: str, children: ChildPool, by_variable: bool) -> None:
+    if any(isa.name == AMX and not isa.emulated for isa in isas.planned(engine)):
+        pytest.skip("this CPU has AMX")
+    children.get().call(
+        "suites.support.processes:check_isa_refused",
+        isa=AMX,
+        error_name="RuntimeError",
+        mention="Intel AMX not supported on this CPU",
+        by_variable=by_variable,
+    )
+
+
+@pytest.mark.usefixtures("native")
+def test_accumulation(children: ChildPool, isa: Isa) -> None:
+    children.get(isa.env).call("suites.support.processes:check_accumulation", isa=isa.name)
+
+
+def test_import_is_light() -> None:
+    modules = loaded_modules("import ktverify")
+    assert "torch" not in modules
+    assert "numpy" not in modules

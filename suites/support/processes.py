@@ -1,0 +1,285 @@
+"""How a layer behaves as a part of a process: threads, forks, the interpreter's lock, memory, instruction sets.
+
+Those that depend on what happened in their process before say so; they want a fresh one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from ktverify.cases import Case
+from ktverify.data import make_inputs
+from ktverify.names import ALL_TENSORS, LORA_NAMES, OUTPUT
+from ktverify.running import run_layer
+from suites.support.contract import MIDDLE
+from suites.support.subject import ODD, SMALL, Subject, bits, expect, expect_same_bits, same_bits
+
+
+def digest(found: dict[str, Tensor]) -> str:
+    """Hash of all tensors' bytes."""
+    total = hashlib.sha256()
+    for name in ALL_TENSORS:
+        total.update(bits(found[name]).numpy().tobytes())
+    return total.hexdigest()
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process ever had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fork_and_run(subject: Subject, case: Case, layer: object | None = None) -> str:
+    """The digest that a forked child computes, on `layer` or on one of its own. AssertionError if it dies or hangs."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            inputs = make_inputs(case)
+            found = subject.run(case, inputs) if layer is None else run_layer(layer, inputs)
+            os.write(write, digest(found).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    deadline = time.monotonic() + 60
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            raise AssertionError("a forked process hangs")
+        time.sleep(0.01)
+    with os.fdopen(read, "rb") as stream:
+        text = stream.read().decode()
+    expect(status == 0, f"a forked process ended with status {status}")
+    return text
+
+
+def check_fork_before_use(subject: Subject) -> None:
+    """Forked after the import, and after a layer was built and loaded, parent and child compute the same bits."""
+    torch.set_num_threads(1)
+    _ = subject.factory
+    forked = [fork_and_run(subject, MIDDLE)]
+    layer = subject.layer(MIDDLE, make_inputs(MIDDLE))
+    forked.append(fork_and_run(subject, MIDDLE, layer))
+    own = digest(run_layer(layer, make_inputs(MIDDLE)))
+    expect(forked == [own, own], "a forked process computes other bits than its parent")
+
+
+def check_threads_with_layers_of_their_own(subject: Subject) -> None:
+    """Python threads that each have a layer get the bits that one thread gets."""
+    torch.set_num_threads(1)
+    cases = [MIDDLE, ODD, SMALL, MIDDLE.with_seed(3)]
+    expected = [digest(subject.run(case)) for case in cases]
+    failed: list[str] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(5):
+                if digest(subject.run(cases[index])) != expected[index]:
+                    failed.append(f"thread {index} got other bits")
+        except Exception as error:
+            failed.append(f"thread {index}: {type(error).__name__}: {error}")
+
+    _in_threads(work, len(cases))
+    expect(not failed, "; ".join(failed[:4]))
+
+
+def check_threads_that_share_a_layer(subject: Subject) -> None:
+    """Python threads that call one layer's forward at once each get their own batch's bits."""
+    torch.set_num_threads(1)
+    batches = [make_inputs(MIDDLE.with_seed(seed)) for seed in range(4)]
+    weights = batches[0]
+    layer = subject.layer(MIDDLE, weights)
+
+    def forward(index: int) -> Tensor:
+        batch = batches[index]
+        output: Tensor = layer.forward_sft(
+            batch.hidden_states, batch.expert_ids, batch.weights, save_for_backward=False
+        )
+        return output
+
+    expected = [forward(index) for index in range(4)]
+    failed: list[str] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(10):
+                if not same_bits(forward(index), expected[index]):
+                    failed.append(f"thread {index} got other bits")
+        except Exception as error:
+            failed.append(f"thread {index}: {type(error).__name__}: {error}")
+
+    _in_threads(work, 4)
+    expect(not failed, "; ".join(failed[:4]))
+
+
+def _in_threads(work: object, count: int) -> None:
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(count)]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        expect(not thread.is_alive(), "a thread hangs")
+
+
+def check_interpreter_runs_on(subject: Subject) -> None:
+    """While one thread is inside forward and backward, another Python thread makes progress."""
+    case = Case.parse("E=4,k=2,H=512,I=512,T=256,r=8,alpha=16")
+    inputs = make_inputs(case)
+    layer = subject.layer(case, inputs, threads=1)
+    run_layer(layer, inputs)
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    windows: list[tuple[float, float]] = []
+    try:
+        # a loaded machine may not give the other thread a turn in any single call
+        for _ in range(200):
+            begin = time.perf_counter()
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+            between = time.perf_counter()
+            layer.backward(inputs.grad_output)
+            windows += [(begin, between), (between, time.perf_counter())]
+            # only the middle of a call counts: at its edges the interpreter itself changes threads
+            found = [_inside(ticks, windows[part::2]) for part in (0, 1)]
+            if min(found) >= 3:
+                return
+    finally:
+        stop.set()
+        ticker.join()
+    raise AssertionError(f"another Python thread ran {found[0]} times inside forward, {found[1]} inside backward")
+
+
+def _inside(ticks: list[float], windows: list[tuple[float, float]]) -> int:
+    middles = [(begin + 0.3 * (end - begin), begin + 0.7 * (end - begin)) for begin, end in windows]
+    return sum(any(begin < tick < end for begin, end in middles) for tick in list(ticks))
+
+
+def check_threads_have_a_ceiling(subject: Subject) -> None:
+    """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut."""
+    torch.set_num_threads(1)
+    inputs = make_inputs(MIDDLE)
+    allowed = sorted(os.sched_getaffinity(0))
+    for processors in {1, len(allowed)}:
+        os.sched_setaffinity(0, allowed[:processors])
+        before = psutil.Process().num_threads()
+        layer = subject.layer(MIDDLE, inputs, threads=64)
+        run_layer(layer, inputs)
+        more = psutil.Process().num_threads() - before
+        expect(more <= processors, f"{more} threads were started on {processors} processors")
+        del layer
+
+
+def check_idle_experts_take_no_memory(subject: Subject) -> None:
+    """A layer of 128 experts, of which one token reaches two, holds the memory of a few experts."""
+    case = Case.parse("E=128,k=2,H=1024,I=1024,T=1,r=1,alpha=2")
+    inputs = make_inputs(case)
+    one = 3 * 2 * case.hidden * case.intermediate
+    lora = sum(tensor.numel() * tensor.element_size() for tensor in inputs.lora.values())
+    subject.run(SMALL)
+    before = psutil.Process().memory_info().rss
+    layer = subject.layer(case, inputs)
+    run_layer(layer, inputs)
+    grown = psutil.Process().memory_info().rss - before
+    # LoRA is dense: the parameters, the engine's copy in fp32, and the gradients of one call
+    budget = 16 * one + 8 * lora
+    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each")
+    del layer
+
+
+def check_update_while_forward_waits(subject: Subject) -> None:
+    """A forward that waits for its backward is not disturbed by update_lora_weights with the same values."""
+    inputs = make_inputs(MIDDLE)
+    expected = subject.run(MIDDLE, inputs)
+    layer = subject.layer(MIDDLE, inputs)
+    output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    layer.update_lora_weights()
+    grad_input, gradients = layer.backward(inputs.grad_output)
+    found = {OUTPUT: output, "grad_input": grad_input, **gradients, "grad_weights": layer.grad_weights}
+    expect_same_bits("update_lora_weights between forward and backward", expected, found)
+
+
+# ---- instruction sets: of the native engine
+
+
+@contextlib.contextmanager
+def _variable(isa: str | None) -> Iterator[None]:
+    """KTVERIFY_ISA is `isa` inside, and not set for None."""
+    before = os.environ.pop("KTVERIFY_ISA", None)
+    if isa is not None:
+        os.environ["KTVERIFY_ISA"] = isa
+    try:
+        yield
+    finally:
+        os.environ.pop("KTVERIFY_ISA", None)
+        if before is not None:
+            os.environ["KTVERIFY_ISA"] = before
+
+
+def check_isa_is_kept(isa: str) -> None:
+    """A layer that was asked for `isa` says that it computes with it; so does one that KTVERIFY_ISA asked for."""
+    expect(Subject("native", isa).bare().isa == isa, f"isa={isa!r} gave another")
+    with _variable(isa):
+        expect(Subject("native").bare().isa == isa, f"KTVERIFY_ISA={isa} gave another")
+
+
+def check_isa_refused(isa: str, error_name: str, mention: str, by_variable: bool) -> None:
+    """AssertionError unless a layer for `isa` is refused with that error, whose text holds `mention`."""
+    subject = Subject("native", None if by_variable else isa)
+    try:
+        with _variable(isa if by_variable else None):
+            layer = subject.bare()
+    except Exception as error:
+        expect(type(error).__name__ == error_name, f"isa {isa}: must raise {error_name}, raised {error!r}")
+        expect(mention in str(error), f"isa {isa}: the error must say {mention!r}, it says {error}")
+        return
+    raise AssertionError(f"isa {isa} was asked for and {layer.isa} computes: a fallback in silence")
+
+
+def check_accumulation(isa: str | None) -> None:
+    """backward(..., accumulate=True) sums the LoRA gradients of several calls in fp32 and rounds once."""
+    subject = Subject("native", isa)
+    inputs = make_inputs(MIDDLE)
+    layer = subject.layer(MIDDLE, inputs)
+    calls = []
+    for _ in range(3):
+        layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+        calls.append(layer.backward(inputs.grad_output, accumulate=True)[1])
+    for name in LORA_NAMES:
+        one, three = calls[0][f"grad_{name}"].double(), calls[2][f"grad_{name}"].double()
+        # three equal fp32 terms, rounded once: within one rounding of three times the first, which was rounded too
+        apart = float(torch.linalg.vector_norm(three - 3 * one) / torch.linalg.vector_norm(3 * one))
+        expect(apart < 2**-8, f"grad_{name} of three equal calls is {apart:.1e} from three times that of one")
+
+
+def loaded_modules(statement: str) -> list[str]:
+    """Top-level modules that a new interpreter has loaded after `statement`."""
+    import subprocess
+    import sys
+
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    return done.stdout.split()
