@@ -28,7 +28,7 @@ struct Part {
     Pair ob, ob_t;                            // s dO Bd: [rows][rank]; (w s dO Bd)ᵀ: per expert [rank_rows][tokens]
     bf16 *g, *u, *h;                          // dg, du, h: [rows][inter_ld]
     const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
-    float* dot;                               // partial sums of dw: [rows][panels of I]
+    float* dot;                               // partial sums of dw: [rows][dots]
     Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
     float* sum;     // [panels of H][T][128]
 };
@@ -90,6 +90,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     const Routing& routing = kept.routing;
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
     const int i_panels = panels_of(size.ib), h_panels = panels_of(size.hb);
+    const int dots = config.lora_backward ? i_panels : 2 * i_panels;  // partial sums of dw, a row
     const std::size_t T = z(rows), R = z(routing.rows), K = z(routing.k_rows), H = z(size.H), I = z(size.I),
                       r = z(size.r);
     const std::size_t hidden = z(size.hidden_ld()), inter = z(size.inter_ld()), rank = z(size.rank()),
@@ -111,7 +112,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             carver.take(part.g_rows, K);
             carver.take(part.u_rows, K);
             carver.take(part.h_rows, K);
-            carver.take(part.dot, R * z(i_panels));
+            carver.take(part.dot, R * z(dots));
             take(carver, part.xa, R * rank2);
             take(carver, part.xa_t, K * z(size.rank2_rows()));
             carver.take(part.sum, z(h_panels) * T * kPanelCols);
@@ -190,7 +191,6 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             std::memcpy(row, grad_output + z(routing.token[z(group * kGroup + t)]) * H, H * sizeof(bf16));
             std::memset(row + H, 0, (hidden - H) * sizeof(bf16));
         }
-        if (!with_lora) return;
         const std::size_t k = z(expert.first_k) + place.first;
         for (std::size_t t = 0; t < place.width; ++t) {
             const bool real = t < z(place.rows);
@@ -237,16 +237,23 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
                            nullptr,
                            0,
                            size.hb};
-            int used = 1;
-            if (with_lora)
-                used +=
-                    nn_lora_segments(at(part.ob, row * rank), rank, at(lora.down_a[z(p)], z(expert.expert) * da + cb),
-                                     panel(size.ib), size.rb, segments + 1);
-            kernels.nn(segments, used, count, cblocks, c, kPanelCols);
+            const int more =
+                nn_lora_segments(at(part.ob, row * rank), rank, at(lora.down_a[z(p)], z(expert.expert) * da + cb),
+                                 panel(size.ib), size.rb, segments + 1);
             const std::size_t to = row * inter + col;
-            kernels.silu_mul_grad(c, kPanelCols, count, cblocks * kBlock, routing.weight.data() + row, was.g + to,
-                                  was.u + to, inter, part.g + to, part.u + to, part.h + to,
-                                  part.dot + row * z(i_panels) + z(ip), z(i_panels));
+            const auto product = [&](const NnSegment* first_segment, int used, int slot) {
+                kernels.nn(first_segment, used, count, cblocks, c, kPanelCols);
+                kernels.silu_mul_grad(c, kPanelCols, count, cblocks * kBlock, routing.weight.data() + row, was.g + to,
+                                      was.u + to, inter, part.g + to, part.u + to, part.h + to,
+                                      part.dot + row * z(dots) + z(slot), z(dots));
+            };
+            if (with_lora) {
+                product(segments, 1 + more, ip);
+            } else {
+                // dw is <dO, y> of the forward as it was, LoRA included; the gradients that go on have the base alone.
+                product(segments + 1, more, i_panels + ip);
+                product(segments, 1, ip);
+            }
         }
     };
 
@@ -425,7 +432,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             float sum = 0.0f;
             const int row = routing.row_of[i];
             for (std::size_t p = 0; row >= 0 && p < parts.size(); ++p) {
-                for (int ip = 0; ip < i_panels; ++ip) sum += parts[p].dot[z(row) * z(i_panels) + z(ip)];
+                for (int i_dot = 0; i_dot < dots; ++i_dot) sum += parts[p].dot[z(row) * z(dots) + z(i_dot)];
             }
             grad_weights[i] = sum;
         }
