@@ -31,7 +31,8 @@ _RULE = "#e3e6ea"
 def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
     """One row per tensor, one dot per record at its rel_l2 (log axis), coloured by ISA; a tick marks each budget.
 
-    Records that equal the oracle bit by bit have no place on a log axis; they are counted in the row's right margin.
+    Records that equal the oracle bit by bit have no place on a log axis, and those far below every budget (fp32
+    results) would squeeze all others into a corner: they are counted in the row's right margin.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
@@ -39,6 +40,9 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
     shown = [r for r in rows if math.isfinite(r.rel_l2) and r.rel_l2 > 0]
     if not shown:
         return ""
+    budgets_of_all = [budget for r in shown if (budget := _rel_l2_budget(r)) > 0]
+    least = min(budgets_of_all) / 20 if budgets_of_all else 0.0
+    on_axis = [r for r in shown if r.rel_l2 >= least]
     tensors = _in_order([r.tensor for r in rows])
     isas = sorted({r.isa for r in shown}, key=isa_rank)
     figure, axes = _figure(height=0.75 + (0.2 + 0.12 * len(isas)) * len(tensors))
@@ -50,7 +54,7 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
             budgets = sorted({budget for r in members if (budget := _rel_l2_budget(r)) > 0})
             axes.vlines(budgets, centre - lane / 2, centre + lane / 2, colors="#8f979f", linewidths=1.3, zorder=1)
             for failed in (False, True):
-                points = [r for r in members if (r.verdict != "PASS") == failed]
+                points = [r for r in members if (r.verdict != "PASS") == failed and r.rel_l2 >= least]
                 axes.scatter(
                     [r.rel_l2 for r in points],
                     [centre + _jitter(i) * lane * 0.6 for i in range(len(points))],
@@ -62,21 +66,25 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
                     zorder=3 if failed else 2,
                 )
         exact = sum(1 for r in rows if r.tensor == tensor and r.rel_l2 == 0)
-        if exact:
-            axes.text(1.01, row, f"{exact} exact", transform=axes.get_yaxis_transform(), va="center", color=_QUIET)
+        below = sum(1 for r in shown if r.tensor == tensor and r.rel_l2 < least)
+        lost = sum(1 for r in rows if r.tensor == tensor and not math.isfinite(r.rel_l2))
+        beside = {f"{exact} exact": exact, f"{below} below {_power(least)}": below, f"{lost} not finite": lost}
+        text = "\n".join(words for words, count in beside.items() if count)
+        if text:
+            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=_QUIET)
         if row:
             axes.axhline(row - 0.5, color=_RULE, linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_yticks(range(len(tensors)), tensors)
     axes.set_ylim(len(tensors) - 0.5, -0.5)
-    low = min(min(r.rel_l2 for r in shown), *(b for r in shown if (b := _rel_l2_budget(r)) > 0), math.inf)
-    high = max(max(r.rel_l2 for r in shown), *(b for r in shown if (b := _rel_l2_budget(r)) > 0), 0.0)
+    ends = [r.rel_l2 for r in on_axis] + budgets_of_all
+    low, high = min(ends), max(ends)
     axes.set_xlim(low / 1.25, high * 1.25)
     # the narrower the axis, the more labels fit between two decades
     span = high / low
     subs = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if span < 12 else (1.0, 2.0, 5.0) if span < 3e3 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(lambda value, _position: f"{value:.0e}".replace("e-0", "e-"))
+    axes.xaxis.set_major_formatter(lambda value, _position: _power(value))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("rel_l2 against the fp64 oracle; grey ticks are budgets")
@@ -206,6 +214,12 @@ def _in_order(tensors: Sequence[str]) -> list[str]:
 
     present = set(tensors)
     return [t for t in ALL_TENSORS if t in present] + sorted(present - set(ALL_TENSORS))
+
+
+def _power(value: float) -> str:
+    """0.002 -> "2e-3"."""
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _jitter(index: int) -> float:
