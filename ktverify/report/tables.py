@@ -195,7 +195,10 @@ def head_lines(run: Run) -> list[tuple[str, str]]:
         *lines,
         ("engine", head.engine),
         ("CPU", f"{machine.cpu} ({machine.architecture})"),
-        ("ISA", f"{', '.join(used) or 'none'} used; this machine runs {', '.join(machine.isas)}{amx}"),
+        (
+            "ISA",
+            f"{', '.join(used) + ' used' if used else 'the engine tells none'}; this machine runs {', '.join(machine.isas)}{amx}",
+        ),
         ("threads", f"{machine.threads} allowed of {machine.cpus_online}, {head.workers} worker(s)"),
         ("NUMA", "; ".join(nodes) or "not told by the system"),
         ("memory", f"{memory}; transparent huge pages: {machine.huge_pages or 'not told'}"),
