@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ceilings.hpp"
 #include "cpu.hpp"
 #include "emulation/amx_trap.hpp"
 #include "ktv/layer.hpp"
@@ -81,6 +82,16 @@ PYBIND11_MODULE(_native, m) {
     m.def("available_memory", &available_memory,
           "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
     m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
+    m.def("read_rate", &read_rate, py::arg("threads"), py::arg("bytes"), py::arg("passes"),
+          py::call_guard<py::gil_scoped_release>(), "Bytes per second that the threads together read, best pass.");
+    m.def(
+        "multiply_rate",
+        [](const std::string& isa, int threads, double seconds) {
+            const Isa checked = require_isa(isa);
+            const py::gil_scoped_release release;
+            return multiply_rate(checked, threads, seconds);
+        },
+        py::arg("isa"), py::arg("threads"), py::arg("seconds"), "Register-only flop per second of an ISA's kernels.");
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 
     py::class_<Layer>(m, "Layer")

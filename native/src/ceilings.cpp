@@ -1,0 +1,107 @@
+#include "ceilings.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "kernels/kernels.hpp"
+#include "kernels/multiply.hpp"
+#include "memory.hpp"
+#include "process.hpp"
+
+namespace ktv {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+int team_size(int threads) {
+    if (threads < 1) throw BadInput("threads is " + std::to_string(threads) + ", it takes 1 or more");
+    return std::min(threads, allowed_processors());
+}
+
+using Line = std::uint64_t __attribute__((vector_size(64)));
+constexpr std::size_t kStep = 8 * sizeof(Line);
+// Some CPUs' own prefetchers reach the memory's rate alone, others only when asked a page ahead.
+constexpr std::size_t kAhead = 4096;
+
+// The sum keeps the loads alive.
+template <bool prefetch>
+std::uint64_t read(const std::byte* from, std::size_t bytes) {
+    Line sum[8] = {};
+    for (std::size_t at = 0; at < bytes; at += kStep) {
+        const Line* lines = reinterpret_cast<const Line*>(from + at);
+        for (int i = 0; i < 8; ++i) {
+            if (prefetch) __builtin_prefetch(from + at + kAhead + static_cast<std::size_t>(i) * sizeof(Line));
+            sum[i] += lines[i];
+        }
+    }
+    std::uint64_t total = 0;
+    for (const Line& line : sum) {
+        for (int lane = 0; lane < 8; ++lane) total += line[lane];
+    }
+    return total;
+}
+
+}  // namespace
+
+double read_rate(int threads, std::size_t bytes, int passes) {
+    const int workers = team_size(threads);
+    if (passes < 1) throw BadInput("passes is " + std::to_string(passes) + ", it takes 1 or more");
+    const std::size_t share = bytes / static_cast<std::size_t>(workers) / kStep * kStep;
+    if (share == 0) throw BadInput("bytes is " + std::to_string(bytes) + ", too few to share among the threads");
+    const std::lock_guard lock(process().mutex);
+    require_memory(bytes, "the memory that the bandwidth is measured on");
+    const Block block(share * static_cast<std::size_t>(workers) + kAhead + kStep);
+    std::vector<std::uint64_t> sums(static_cast<std::size_t>(workers) * 8);
+    Team& team = process().team(workers, 1);
+    const auto begin = [&](int worker) { return block.data() + share * static_cast<std::size_t>(worker); };
+    // Each worker touches first what it will read, so that the pages lie on its NUMA node.
+    team.run([&](int worker) { std::memset(begin(worker), 1, share); });
+    double best = 0;
+    for (int pass = 0; pass < passes; ++pass) {
+        const auto start = Clock::now();
+        team.run([&](int worker) {
+            const auto sum = pass % 2 == 0 ? read<false>(begin(worker), share) : read<true>(begin(worker), share);
+            sums[static_cast<std::size_t>(worker) * 8] += sum;
+        });
+        best = std::max(best, static_cast<double>(share) * workers / seconds_since(start));
+    }
+    // What was written is all ones, so the sums are known: a compiler that dropped the loads would show here.
+    const std::uint64_t expected = 0x0101010101010101u * (share / 8) * static_cast<std::uint64_t>(passes);
+    for (int worker = 0; worker < workers; ++worker) {
+        if (sums[static_cast<std::size_t>(worker) * 8] != expected) throw BadState("memory read back wrong");
+    }
+    return best;
+}
+
+double multiply_rate(Isa isa, int threads, double seconds) {
+    const int workers = team_size(threads);
+    if (!(seconds > 0)) throw BadInput("seconds is " + std::to_string(seconds) + ", it takes more than 0");
+    const std::lock_guard lock(process().mutex);
+    const Kernels& kernels = kernels_for(isa);
+    std::vector<double> done(static_cast<std::size_t>(workers) * 8);
+    Team& team = process().team(workers, 1);
+    const auto start = Clock::now();
+    team.run([&](int worker) {
+        kernels.enter();
+        double flops = 0;
+        do {
+            flops += multiply_registers(isa);
+        } while (seconds_since(start) < seconds);
+        kernels.leave();
+        done[static_cast<std::size_t>(worker) * 8] = flops;
+    });
+    const double took = seconds_since(start);
+    double total = 0;
+    for (const double flops : done) total += flops;
+    return total / took;
+}
+
+}  // namespace ktv
