@@ -26,7 +26,7 @@ CUSTOM = "custom"
 DATA_KINDS: dict[str, str] = {
     "gaussian": "hidden_states and grad_output N(0, 1); weights scaled so that gate and up are of order 1",
     "integer": "sparse small integers: every sum is exact in bf16 operands with fp32 sums, in any order",
-    "large": "gaussian, hidden_states and grad_output times 2^12",
+    "large": "gaussian, hidden_states times 2^8 and grad_output times 2^12",
     "tiny": "gaussian, hidden_states and grad_output times 2^-20",
     "strong_lora": "gaussian, LoRA B four times as large as the base, so that LoRA rules the output",
     "zero_b": "gaussian, every LoRA B zero, as a fresh adapter has it",

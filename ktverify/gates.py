@@ -15,7 +15,7 @@ from typing import Any
 
 from ktverify.cases import Case, expects_zero
 from ktverify.metrics import Difference
-from ktverify.names import OUTPUT, TOKEN_TENSORS
+from ktverify.names import GRAD_NAMES, OUTPUT, TOKEN_TENSORS
 from ktverify.toml import read_toml
 
 TOLERANCES = Path(__file__).with_name("tolerances.toml")
@@ -60,12 +60,32 @@ def tolerances() -> dict[str, Any]:
     return read_toml(TOLERANCES)
 
 
-def peer_budget(peer: float) -> float:
-    """rel_l2 that an engine may have where plain bf16 torch has `peer`: min(cap, max(factor * peer, floor))."""
+def peer_budget(peer: float, numbers_deciding: int | None = None) -> float:
+    """rel_l2 that an engine may have where plain bf16 torch has `peer`: min(cap, max(factor * peer, floor)).
+
+    numbers_deciding: how many independent numbers the tensor is made of, n. Where n < few, factor is multiplied by
+    a = 1 + spread (1 / sqrt(n) - 1 / sqrt(few)) and cap by a^2.
+    """
     numbers = tolerances()["peer"]
+    allowance = 1.0
+    if numbers_deciding is not None and numbers_deciding < numbers["few"]:
+        least = 1 / math.sqrt(numbers["few"])
+        allowance += numbers["spread"] * (1 / math.sqrt(max(1, numbers_deciding)) - least)
     if math.isnan(peer):
         return float(numbers["floor"])
-    return float(min(numbers["cap"], max(numbers["factor"] * peer, numbers["floor"])))
+    cap = numbers["cap"] * allowance**2
+    return float(min(cap, max(numbers["factor"] * allowance * peer, numbers["floor"])))
+
+
+def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
+    """How many independent numbers the relative error of `tensor` is made of; nonzero: its elements other than 0.
+
+    A LoRA gradient is a sum of outer products of r-vectors, one for each of the T k token slots: its elements err
+    together, and T k r numbers decide. Every other tensor has its elements.
+    """
+    if tensor in GRAD_NAMES:
+        return min(nonzero, case.qlen * case.top_k * case.rank)
+    return nonzero
 
 
 def own_limit(case: Case, tensor: str, isa: str) -> float | None:
@@ -114,7 +134,8 @@ def _asked(
         asked.append(("zero", difference.norm_actual, 0.0, "must be exactly zero"))
     else:
         asked.append(("mean_rel", difference.mean_rel, float(numbers["outer"][direction]), "the contract's ceiling"))
-        asked.append(("rel_l2", difference.rel_l2, peer_budget(peer), f"the plain bf16 peer errs by {peer:.2e}"))
+        budget = peer_budget(peer, numbers_deciding(case, tensor, difference.nonzero))
+        asked.append(("rel_l2", difference.rel_l2, budget, f"the plain bf16 peer errs by {peer:.2e}"))
         limit_own = own_limit(case, tensor, isa) if own_engine else None
         if limit_own is not None:
             asked.append(("rel_l2_own", difference.rel_l2, limit_own, "what fp32 sums and one rounding leave"))

@@ -35,7 +35,8 @@ from ktverify.files import write_whole
 from ktverify.golden.sketch import SKETCH_VERSION, Sketch, compare_sketch, make_sketch, same_sketch
 from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_WEIGHTS
-from ktverify.reference import forward_backward, peer_bf16
+from ktverify.peer import peer_error
+from ktverify.reference import forward_backward
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -217,9 +218,7 @@ def _make(case: Case) -> tuple[Golden, dict[str, torch.Tensor]]:
     inputs = make_inputs(case)
     sha256 = inputs_sha256(inputs)
     expected = forward_backward(inputs)
-    peer = {}
-    for name, tensor in peer_bf16(inputs).items():
-        peer[name] = compare(tensor, expected[name]).rel_l2
+    peer = peer_error(inputs, expected)
     kept = {name: _keep(case, name, expected[name]) for name in ALL_TENSORS}
     return Golden(case, sha256, torch.__version__, kept, peer), expected
 
