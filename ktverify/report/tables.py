@@ -190,15 +190,13 @@ def head_lines(run: Run) -> list[tuple[str, str]]:
     memory = format_bytes(machine.memory_total_bytes)
     if machine.memory_limit_bytes and machine.memory_limit_bytes < machine.memory_total_bytes:
         memory += f", control group allows {format_bytes(machine.memory_limit_bytes)}"
+    told = f"{', '.join(used)} used" if used else "the engine tells none"
     amx = " (AMX emulated)" if machine.amx.emulated else ""
     return [
         *lines,
         ("engine", head.engine),
         ("CPU", f"{machine.cpu} ({machine.architecture})"),
-        (
-            "ISA",
-            f"{', '.join(used) + ' used' if used else 'the engine tells none'}; this machine runs {', '.join(machine.isas)}{amx}",
-        ),
+        ("ISA", f"{told}; this machine runs {', '.join(machine.isas)}{amx}"),
         ("threads", f"{machine.threads} allowed of {machine.cpus_online}, {head.workers} worker(s)"),
         ("NUMA", "; ".join(nodes) or "not told by the system"),
         ("memory", f"{memory}; transparent huge pages: {machine.huge_pages or 'not told'}"),
