@@ -8,6 +8,7 @@ Run as `python -m suites.support.child`, it is the other end: requests and answe
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -182,7 +183,11 @@ def call_fresh(
 
 def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
+    is_new = module not in sys.modules
     found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    if is_new:
+        # torch brings half a million objects; a layer's release collects garbage, and need not look through them
+        gc.freeze()
     return found
 
 
