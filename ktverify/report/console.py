@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ktverify.report import tables
-from ktverify.report.record import NOT_RUN, AccuracyRecord, worst_first
+from ktverify.report.record import AccuracyRecord
 from ktverify.report.store import Run
 
 STYLES = {
@@ -23,7 +23,7 @@ STYLES = {
     "SKIP": "dim",
     "UNSUPPORTED": "dim",
 }
-PROBLEMS_SHOWN = 20
+PROBLEMS_SHOWN = 10
 # columns: what the widest table of numbers needs; and more than any line has
 NARROWEST = 160
 UNBOUNDED = 1000
@@ -46,11 +46,11 @@ def print_run(run: Run, console: Console | None = None, *, header: bool = True) 
     if header:
         console.print()
         print_pairs(console, tables.head_lines(run))
-    problems = [r for r in worst_first(run.records) if r.verdict not in (*NOT_RUN, "PASS")]
+    problems = tables.problems(run)
     if problems:
         console.print()
-        for record in problems[:PROBLEMS_SHOWN]:
-            console.print(Text(tables.problem_text(record)))
+        for problem in problems[:PROBLEMS_SHOWN]:
+            console.print(Text(tables.group_text(problem)))
         if len(problems) > PROBLEMS_SHOWN:
             console.print(Text(f"and {len(problems) - PROBLEMS_SHOWN} more, see accuracy.md"))
     overview = tables.overview(run.records)

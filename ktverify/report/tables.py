@@ -25,6 +25,8 @@ from ktverify.report.record import (
 )
 from ktverify.report.store import Run
 
+LINES_OF_A_PROBLEM = 12
+
 # the order in which an overview counts them
 OVERVIEW_VERDICTS: tuple[VerdictName, ...] = ("PASS", "FAIL", "CRASH", "MISTRUSTED", "SKIP", "UNSUPPORTED")
 
@@ -70,6 +72,7 @@ def _budget(record: AccuracyRecord) -> str:
     return error_text(gate.budget) if gate is not None else ""
 
 
+# where nothing was compared (a crash, a skip) there are no numbers: empty, since nan would be a finding
 ACCURACY_COLUMNS: tuple[Column, ...] = (
     Column("verdict", lambda r: r.verdict),
     Column("family", lambda r: r.family),
@@ -77,10 +80,10 @@ ACCURACY_COLUMNS: tuple[Column, ...] = (
     Column("tensor", lambda r: r.tensor),
     Column("ISA", lambda r: r.isa),
     Column("TP", lambda r: str(r.tp), numeric=True),
-    Column("mean-rel", lambda r: error_text(r.mean_rel), numeric=True),
-    Column("rel-L2", lambda r: error_text(r.rel_l2), numeric=True),
-    Column("cosine", lambda r: cosine_text(r.cosine), numeric=True),
-    Column("max abs", lambda r: error_text(r.max_abs), numeric=True),
+    Column("mean-rel", lambda r: error_text(r.mean_rel) if r.gates else "", numeric=True),
+    Column("rel-L2", lambda r: error_text(r.rel_l2) if r.gates else "", numeric=True),
+    Column("cosine", lambda r: cosine_text(r.cosine) if r.gates else "", numeric=True),
+    Column("max abs", lambda r: error_text(r.max_abs) if r.gates else "", numeric=True),
     Column("gate", lambda r: r.deciding_gate.gate if r.deciding_gate else ""),
     Column("budget", _budget, numeric=True),
     Column("used", lambda r: used_text(r.used), numeric=True),
@@ -255,8 +258,47 @@ def _head_markdown(run: Run) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in head_lines(run))
 
 
-def _not_passed(run: Run) -> list[Result]:
-    return [r for r in worst_first(run.records) if r.verdict not in (*NOT_RUN, "PASS")]
+@dataclass(frozen=True)
+class Problem:
+    """What did not pass of one case on one ISA, or one check: the worst verdict, a heading, lines, how to repeat it."""
+
+    verdict: VerdictName
+    where: str
+    lines: tuple[str, ...]
+    repro: str
+
+
+def problems(run: Run) -> list[Problem]:
+    """What did not pass, worst first; the tensors of a case stand together, since they fail together."""
+    groups: dict[str, list[Result]] = {}
+    for record in worst_first(run.records):
+        if record.verdict not in (*NOT_RUN, "PASS"):
+            groups.setdefault(_where(record), []).append(record)
+    found = []
+    for where, members in groups.items():
+        # a crash says the same of every tensor
+        counts = Counter(line for record in members for line in _message_lines(record))
+        lines = [f"{line} ({count} times)" if count > 1 else line for line, count in counts.items()]
+        if len(lines) > LINES_OF_A_PROBLEM:
+            lines = [*lines[:LINES_OF_A_PROBLEM], f"and {len(lines) - LINES_OF_A_PROBLEM} more lines"]
+        found.append(Problem(members[0].verdict, where, tuple(lines), members[0].repro))
+    return found
+
+
+def _where(record: Result) -> str:
+    """Family, ISA and what was checked, for the heading of a problem."""
+    if isinstance(record, AccuracyRecord):
+        parts = (record.family, record.isa, record.case, f"TP {record.tp}" if record.tp != 1 else "")
+    elif isinstance(record, LatencyRecord):
+        parts = (record.family, record.isa, record.case, record.what)
+    else:
+        parts = (record.family, record.isa, record.name, "")
+    return " · ".join(part for part in parts if part)
+
+
+def _message_lines(record: Result) -> list[str]:
+    """The message without the repro command, which stands below it."""
+    return [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
 
 
 def problem_text(record: Result) -> str:
@@ -277,6 +319,12 @@ def problem_text(record: Result) -> str:
     return "\n".join(lines)
 
 
+def group_text(problem: Problem) -> str:
+    """A problem as lines: verdict and where, what was found, how to repeat it."""
+    lines = [f"{problem.verdict} {problem.where}", *(f"    {line}" for line in problem.lines)]
+    return "\n".join([*lines, f"    {problem.repro}"] if problem.repro else lines)
+
+
 def accuracy_markdown(run: Run) -> str:
     """accuracy.md: verdict, header, overview by family and ISA, what did not pass, then every tensor, worst first."""
     passed, sentence = run_verdict(run)
@@ -284,9 +332,9 @@ def accuracy_markdown(run: Run) -> str:
     parts = [f"# Accuracy: {'PASS' if passed else 'FAIL'}", sentence, _head_markdown(run)]
     if rows:
         parts += ["## Overview", markdown(overview_columns(rows), rows)]
-    problems = _not_passed(run)
-    if problems:
-        parts += ["## What did not pass", "```\n" + "\n".join(problem_text(r) for r in problems) + "\n```"]
+    found = problems(run)
+    if found:
+        parts += ["## What did not pass", "```\n" + "\n".join(map(group_text, found)) + "\n```"]
     if run.accuracy:
         parts += [
             "## Every tensor",
