@@ -83,7 +83,7 @@ class TorchBf16:
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
-        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16; slot p holds logical expert physical_map[p] (int64 [E]).
+        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map [E] int64: the expert in each slot.
 
         The tensors are kept, not copied.
         """
@@ -138,7 +138,7 @@ class TorchBf16:
             x = hidden_states.detach()[rows].requires_grad_()
             w = weights.detach()[rows, slots].to(torch.bfloat16).requires_grad_()
             with torch.set_grad_enabled(save_for_backward):
-                y = plain_expert(x, *base, *lora, scaling=self.spec.scaling, lora_backward=trained) * w.unsqueeze(1)
+                y = plain_expert(x, *base, *lora, scaling=self.spec.scaling, skip_lora=not trained) * w.unsqueeze(1)
             output.index_add_(0, rows, y.detach())
             if save_for_backward:
                 saved.graphs[expert] = (rows, slots, y, [x, w, *lora])
