@@ -7,8 +7,12 @@ reference.plain_expert, what is refused in ktverify.contract; here stand the cal
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
 from ktverify import contract
@@ -83,7 +87,7 @@ class TorchBf16:
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
-        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map [E] int64: the expert in each slot.
+        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: a slot's expert.
 
         The tensors are kept, not copied.
         """
@@ -125,24 +129,30 @@ class TorchBf16:
     ) -> torch.Tensor:
         """output [T, H] bf16 of hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32."""
         contract.check_ready(bool(self._base), bool(self._lora), "forward_sft")
-        rows_given = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
+        contract.check_forward(self.spec, hidden_states, expert_ids, weights)
         contract.check_expert_ids(expert_ids, self.spec.num_experts)
         if save_for_backward:
             contract.check_room(len(self._saved), self.spec.max_cache_depth)
+        with _memory_told():
+            return self._forward(hidden_states.detach(), expert_ids, weights.detach(), save_for_backward)
+
+    def _forward(
+        self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, save: bool
+    ) -> torch.Tensor:
         trained = self.spec.lora_backward
-        saved = _Saved(rows_given, expert_ids.shape, self._lora[LORA_NAMES[0]].dtype)
+        saved = _Saved(len(hidden_states), expert_ids.shape, self._lora[LORA_NAMES[0]].dtype)
         output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16)
         for expert, rows, slots in routed(expert_ids):
             base = (tensor[self._slot_of[expert]] for tensor in self._base)
             lora = [self._lora[name][expert].requires_grad_(trained) for name in LORA_NAMES]
-            x = hidden_states.detach()[rows].requires_grad_()
-            w = weights.detach()[rows, slots].to(torch.bfloat16).requires_grad_()
-            with torch.set_grad_enabled(save_for_backward):
+            x = hidden_states[rows].requires_grad_()
+            w = weights[rows, slots].to(torch.bfloat16).requires_grad_()
+            with torch.set_grad_enabled(save):
                 y = plain_expert(x, *base, *lora, scaling=self.spec.scaling, skip_lora=not trained) * w.unsqueeze(1)
             output.index_add_(0, rows, y.detach())
-            if save_for_backward:
+            if save:
                 saved.graphs[expert] = (rows, slots, y, [x, w, *lora])
-        if save_for_backward:
+        if save:
             self._saved.append(saved)
         return output
 
@@ -152,13 +162,16 @@ class TorchBf16:
         Where the method leaves LoRA out, its gradients are zero and grad_input has the base's part only.
         """
         contract.check_backward(self.spec, grad_output, self._saved[-1].rows if self._saved else None)
-        saved = self._saved.pop()
+        with _memory_told():
+            return self._backward(self._saved.pop(), grad_output.detach())
+
+    def _backward(self, saved: _Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16)
         grad_weights = torch.zeros(saved.slots)
         grad_loras = {f"grad_{name}": zeros(shape, saved.lora_dtype) for name, shape in self.spec.lora_shapes.items()}
         for expert, (rows, slots, y, leaves) in saved.graphs.items():
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
-            dx, dw, *d_lora = torch.autograd.grad(y, wanted, grad_output.detach()[rows])
+            dx, dw, *d_lora = torch.autograd.grad(y, wanted, grad_output[rows])
             grad_input.index_add_(0, rows, dx)
             grad_weights[rows, slots] = dw.float()
             # without LoRA in the backward d_lora is empty, and the gradients stay zero
@@ -170,3 +183,16 @@ class TorchBf16:
     @staticmethod
     def clear_sft_buffer_cache() -> None:
         """Nothing is shared between layers here."""
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """MemoryError with how much was needed and how much there is, instead of torch's RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        refused = re.search(r"allocate (\d+) bytes", str(error))
+        if refused is None:
+            raise
+        needed, there = int(refused.group(1)) / 2**30, psutil.virtual_memory().available / 2**30
+        raise MemoryError(f"one tensor needs {needed:.1f} GiB and {there:.1f} GiB are available") from error
