@@ -27,6 +27,8 @@ from suites.support.isas import Isa
 
 SUITES = Path(__file__).resolve().parent
 ACCURACY_FAMILIES = ("forward", "backward")
+# the most that the process of a big case may have resident: four workers have to fit into 16 GiB
+BIG_MEMORY = 12 * 2**30
 _RUN_DIR = "ktverify_run_dir"
 
 recorder_key = pytest.StashKey[Recorder]()
@@ -175,6 +177,12 @@ def record(request: pytest.FixtureRequest) -> Callable[[Result], None]:
 # ---- which tests there are, and who runs beside whom
 
 
+def _isas_of(case: Case, planned: list[Isa]) -> list[Isa]:
+    """Big cases skip kernels that would take minutes and show nothing that small cases do not: portable, emulated."""
+    fast = [isa for isa in planned if not (isa.emulated or isa.name == "scalar")]
+    return planned if case.tier == "default" else fast or planned[:1]
+
+
 def _cases_and_isas(config: pytest.Config, family: str) -> Iterator[Any]:
     option = config.option
     planned = isas.planned(option.engine, option.isa)
@@ -184,7 +192,7 @@ def _cases_and_isas(config: pytest.Config, family: str) -> Iterator[Any]:
         raise ValueError(f"--cases {option.cases} --tier {option.tier}: no such case; see python -m ktverify list")
     for case in chosen:
         big = case.tier != "default"
-        for isa in planned[:1] if big else planned:
+        for isa in _isas_of(case, planned):
             marks = [pytest.mark.xdist_group(f"{family}-big" if big else f"{family}-{isa.id}")]
             yield pytest.param(
                 case, isa, id=f"{isa.id}-{case.name}", marks=[*marks, *([pytest.mark.big] if big else [])]
@@ -256,8 +264,10 @@ def judge_case(
     """Runs a case of a family in a child process, records every tensor and fails unless all of them passed."""
 
     def judge(family: str, case: Case, isa: Isa) -> None:
+        big = case.tier != "default"
+        child = children.get(isa.env, big=big)
         try:
-            records = children.get(isa.env).call(
+            records = child.call(
                 "suites.support.accuracy:check_case",
                 family=family,
                 engine=engine,
@@ -273,5 +283,8 @@ def judge_case(
         for result in records:
             record(result)
         accuracy.assert_passed(records)
+        if big:
+            peak = child.call("suites.support.processes:peak_memory")
+            assert peak <= BIG_MEMORY, f"{case.id} took {peak / 2**30:.1f} GiB, it takes at most 12 GiB"
 
     return judge

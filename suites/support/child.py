@@ -149,7 +149,7 @@ class ChildPool:
 
     def __init__(self) -> None:
         self._child: Child | None = None
-        self._env: dict[str, str] = {}
+        self._kind: tuple[dict[str, str], bool] = ({}, False)
 
     def __enter__(self) -> ChildPool:
         return self
@@ -159,12 +159,15 @@ class ChildPool:
     ) -> None:
         self.close()
 
-    def get(self, env: Mapping[str, str] | None = None) -> Child:
-        """A living child with this environment: the last one if it fits, else a new one in its place."""
-        wanted = dict(env or {})
-        if self._child is None or not self._child.alive or self._env != wanted:
+    def get(self, env: Mapping[str, str] | None = None, *, big: bool = False) -> Child:
+        """A living child with this environment: the last one if it fits, else a new one in its place.
+
+        A child for `big` cases keeps gigabytes, so no other test goes on with it.
+        """
+        wanted = (dict(env or {}), big)
+        if self._child is None or not self._child.alive or self._kind != wanted:
             self.close()
-            self._child, self._env = Child(wanted), wanted
+            self._child, self._kind = Child(wanted[0]), wanted
         return self._child
 
     def close(self) -> None:

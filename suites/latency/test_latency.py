@@ -1,0 +1,53 @@
+"""Times of one layer at qlen 128: forward, forward and backward, and what tensor parallelism gains.
+
+These tests never run while another test computes. They assert that the timed results were right, never a time: a
+baseline for that is `python -m ktverify gate RUN --baseline reports/baseline.json`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pytest
+
+from ktverify.cases import Case
+from ktverify.report.record import Result
+from suites.support import isas, latency
+from suites.support.child import ChildPool, call_fresh
+from suites.support.subject import Subject
+
+# DeepSeek-V2-Lite's layer, whole
+CASE = Case.parse("deepseek_v2_lite_t16,T=128")
+
+pytestmark = [pytest.mark.latency, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def medians() -> dict[tuple[str, int], float]:
+    """Median milliseconds by (what, TP) of the tests that ran so far."""
+    return {}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_layer(
+    engine: str,
+    children: ChildPool,
+    pytestconfig: pytest.Config,
+    medians: dict[tuple[str, int], float],
+    record: Callable[[Result], None],
+    tp: int,
+) -> None:
+    isa = isas.planned(engine, pytestconfig.option.isa)[0]
+    if isa.emulated:
+        pytest.skip("AMX is emulated here, its times mean nothing")
+    # an idle child's memory is not this test's to use
+    children.close()
+    subject = Subject(engine, isa.name)
+    timings = call_fresh("suites.support.latency:measure", env=latency.environment(), subject=subject, case=CASE, tp=tp)
+    latency.check_samples(timings)
+    for timing in timings:
+        medians[timing.what, tp] = statistics.median(timing.samples_ms)
+        single = medians.get((timing.what, 1))
+        message = f"{single / medians[timing.what, tp]:.2f} times as fast as TP 1" if single and tp > 1 else ""
+        record(latency.record_of(timing, engine, CASE, isa=isa.label, tp=tp, message=message))
