@@ -109,29 +109,24 @@ def _judge(case: Case, inputs: Inputs, found: dict[str, Tensor], expert: int | N
     expect(not lines, "\n".join(["the timed calls gave wrong results", *lines]))
 
 
-def records(
-    subject: Subject, case: Case, tp: int, timings: list[Timing], label: str, message: str
-) -> list[LatencyRecord]:
-    """One record per timing."""
-    return [
-        LatencyRecord(
-            family="latency",
-            engine=subject.engine,
-            isa=label,
-            verdict="PASS",
-            message=message,
-            case=case.id,
-            what=timing.what,
-            threads=processors(),
-            tp=tp,
-            samples_ms=timing.samples_ms,
-            warmup=WARMUP,
-            tokens=case.qlen,
-            flops=flops(case, backward=timing.what != "forward"),
-            bytes=timing.bytes,
-        )
-        for timing in timings
-    ]
+def record_of(timing: Timing, engine: str, case: Case, *, isa: str, tp: int, message: str) -> LatencyRecord:
+    """The record of one timing whose results were right."""
+    return LatencyRecord(
+        family="latency",
+        engine=engine,
+        isa=isa,
+        verdict="PASS",
+        message=message,
+        case=case.id,
+        what=timing.what,
+        threads=processors(),
+        tp=tp,
+        samples_ms=timing.samples_ms,
+        warmup=WARMUP,
+        tokens=case.qlen,
+        flops=flops(case, backward=timing.what != "forward"),
+        bytes=timing.bytes,
+    )
 
 
 def check_samples(timings: list[Timing]) -> None:
