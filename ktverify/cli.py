@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from ktverify.bench.command import bench
+
 if TYPE_CHECKING:
     from ktverify.cases import Case
     from ktverify.report.record import AccuracyRecord
@@ -449,6 +451,9 @@ def _progress(text: str) -> Any:
     from ktverify.report.console import make_console
 
     return make_console(stderr=True).status(text)
+
+
+app.command()(_one_line_errors(bench))
 
 
 def main() -> None:

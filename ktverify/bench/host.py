@@ -1,0 +1,175 @@
+"""A process that holds one engine and computes when it is told to; between turns it blocks on a pipe.
+
+Run by path, under any Python from 3.10 on that has torch and the peer: it imports nothing of ktverify. Requests and
+answers are lines of JSON: {"do": "load" | "forward" | "backward" | "write" | "call", ...} -> {"ok": true, ...} or
+{"ok": false, "error": "..."}. Times are nanoseconds of this process's monotonic clock around the call alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Problem:
+    """What a peer's `load` gets: sizes, threads, and the tensors of one case.
+
+    num_experts, top_k, hidden, intermediate, qlen, rank: int; scaling: alpha / rank; threads: int; isa: str, "" for the
+    best; options: what the controller passes on to this peer alone.
+    tensors: hidden_states, grad_output [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32, gate_proj, up_proj
+    [E, I, H], down_proj [E, H, I] bf16, and the six LoRA tensors in bf16. The base weights are a mapped file, gone
+    after `load`: a peer copies what it keeps.
+    """
+
+    def __init__(self, directory: Path, threads: int, isa: str, options: dict[str, str]) -> None:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        sizes = manifest["sizes"]
+        self.num_experts: int = sizes["num_experts"]
+        self.top_k: int = sizes["top_k"]
+        self.hidden: int = sizes["hidden"]
+        self.intermediate: int = sizes["intermediate"]
+        self.qlen: int = sizes["qlen"]
+        self.rank: int = sizes["rank"]
+        self.alpha: float = sizes["alpha"]
+        self.scaling: float = self.alpha / self.rank
+        self.threads = threads
+        self.isa = isa
+        self.options = options
+        self.lora_names: tuple[str, ...] = tuple(manifest["lora_names"])
+        self.tensors: dict[str, Any] = {}
+        for name, entry in manifest["tensors"].items():
+            mapped = _mapped(directory / "inputs" / name, entry["dtype"], entry["shape"])
+            self.tensors[name] = mapped if name in BASE_NAMES else mapped.clone()
+
+    def base(self, name: str) -> Any:
+        """A copy of a base weight in memory of this process."""
+        return self.tensors[name].clone()
+
+
+def _mapped(path: Path, dtype: str, shape: list[int]) -> Any:
+    import torch
+
+    size = math.prod(shape)
+    kind = getattr(torch, dtype)
+    if size == 0:
+        return torch.empty(shape, dtype=kind)
+    return torch.from_file(str(path), shared=False, size=size, dtype=kind).view(shape)
+
+
+def load_module(path: Path) -> ModuleType:
+    """The Python file at `path` as a module under a name that no installed package has."""
+    spec = importlib.util.spec_from_file_location(f"ktverify_bench_peer_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, after giving back what the allocators hold unused."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class Host:
+    """One engine and the requests to it."""
+
+    def __init__(self, peer: Path) -> None:
+        self.module = load_module(peer)
+        self.engine: Any = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        action: Callable[..., dict[str, Any]] = getattr(self, f"do_{request.pop('do')}")
+        return action(**request)
+
+    def do_load(self, directory: str, threads: int, isa: str, options: dict[str, str]) -> dict[str, Any]:
+        import torch
+
+        torch.set_num_threads(threads)
+        problem = Problem(Path(directory), threads, isa, options)
+        before = resident_bytes()
+        start = time.perf_counter_ns()
+        self.engine = self.module.load(problem)
+        took = time.perf_counter_ns() - start
+        for name in BASE_NAMES:
+            del problem.tensors[name]
+        # an engine may prepare weights only when a token needs them
+        self.engine.forward()
+        release = getattr(self.engine, "release", None)
+        if release is not None:
+            release()
+        return {"ns": took, "resident": resident_bytes() - before, "about": dict(self.engine.about)}
+
+    def do_forward(self) -> dict[str, Any]:
+        engine = self.engine
+        start = time.perf_counter_ns()
+        engine.forward()
+        return {"forward": time.perf_counter_ns() - start}
+
+    def do_backward(self) -> dict[str, Any]:
+        engine = self.engine
+        start = time.perf_counter_ns()
+        engine.forward_saving()
+        middle = time.perf_counter_ns()
+        engine.backward()
+        end = time.perf_counter_ns()
+        return {"forward_saving": middle - start, "backward": end - middle}
+
+    def do_write(self, directory: str) -> dict[str, Any]:
+        import torch
+
+        written = {}
+        for name, tensor in self.engine.results().items():
+            flat = tensor.detach().contiguous()
+            dtype = str(flat.dtype).removeprefix("torch.")
+            flat.view(torch.uint8).numpy().tofile(os.path.join(directory, name))
+            written[name] = {"dtype": dtype, "shape": list(flat.shape)}
+        return {"tensors": written}
+
+    def do_call(self, function: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"value": getattr(self.module, function)(**arguments)}
+
+
+def serve(peer: Path, requests: int, answers: int) -> None:
+    """Answer the lines of `requests` until it closes."""
+    host: Host | None = None
+    with os.fdopen(requests, encoding="utf-8") as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
+        for line in lines:
+            try:
+                host = host or Host(peer)
+                reply = {"ok": True, **host.answer(json.loads(line))}
+            except Exception as error:
+                traceback.print_exc()
+                reply = {"ok": False, "error": " ".join(f"{type(error).__name__}: {error}".split())}
+            out.write(json.dumps(reply) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    import faulthandler
+
+    faulthandler.enable()
+    # the folder of this file comes first on the path: nothing in it may stand for an installed package
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
+    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,395 @@
+"""Runs the bench: engines in turn, round after round, after their results were found right.
+
+Comes in: shapes, engines, settings. Goes out: lines into a journal, as they are made. One round is: forward of every
+engine, A B C, then a training step of every engine, A B C, then the machine's ceilings; so whatever the machine does
+meanwhile, it does to all alike, and ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from ktverify import machine
+from ktverify.bench import problem
+from ktverify.bench.engines import OWN, Died, Engine, Process
+from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, TurnLine
+from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
+from ktverify.names import BACKWARD_TENSORS, OUTPUT
+
+# rel_l2 from which on a result is wrong and its time worth nothing. A right bf16 engine stands at 2e-3 to 1e-2; the
+# finer question of how good it is belongs to the suites
+WRONG = 5e-2
+
+# an interpreter with torch; the memory that the bandwidth is measured on; what the system should keep
+_PROCESS_BYTES = 500 << 20
+_CEILING_BYTES = 600 << 20
+_RESERVE = 0.04
+
+# an engine is idle when its threads together had less than a tenth of the last hundredth of a second
+_LOOK_S = 0.01
+_IDLE_NS = 1_000_000
+_PATIENCE_S = 2.0
+
+
+class Progress(Protocol):
+    """What the bench tells whoever watches."""
+
+    def begin(self, text: str, steps: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def advance(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. rounds, warmup, threads, runs: counts; pause_s: seconds between turns; isa: "" for the best."""
+
+    rounds: int = 15
+    warmup: int = 3
+    threads: int = 2
+    runs: int = 1
+    isa: str = ""
+    pause_s: float = 0.02
+    timeout_s: float = 900.0
+    scratch: Path | None = None
+
+
+@dataclass
+class _Seat:
+    """One engine of a group while it is being measured. timed: what of it is right, and therefore timed."""
+
+    engine: Engine
+    process: Process
+    line: EngineLine
+    timed: list[str] = field(default_factory=list)
+
+
+def plan(
+    engines: Sequence[Engine], weights: int, available: int
+) -> tuple[list[list[Engine]], list[tuple[Engine, str]]]:
+    """Who is measured together: (groups, [(engine, why it does not fit)]).
+
+    weights, available: bytes. All in one group where memory allows, else the native engine with one peer at a time,
+    still interleaved: every ratio is against the native engine in the same rounds.
+    """
+
+    def needed(group: Sequence[Engine]) -> int:
+        return sum(int(engine.held * weights) + _PROCESS_BYTES for engine in group) + _CEILING_BYTES
+
+    room = int(available * (1 - _RESERVE))
+    if needed(engines) <= room:
+        return [list(engines)], []
+    own = [engine for engine in engines if engine.name == OWN]
+    groups, left_out = [], []
+    for engine in engines:
+        if engine.name == OWN:
+            continue
+        pair = [*own, engine]
+        if needed(pair) <= room:
+            groups.append(pair)
+        else:
+            left_out.append(
+                (engine, f"needs {needed(pair) / 1e9:.1f} GB with the native engine; {room / 1e9:.1f} free")
+            )
+    if not groups and own:
+        if needed(own) <= room:
+            groups.append(own)
+        else:
+            left_out.append((own[0], f"needs {needed(own) / 1e9:.1f} GB; {room / 1e9:.1f} are free"))
+    return groups, left_out
+
+
+class Bench:
+    """One run of the bench over some shapes."""
+
+    def __init__(self, engines: Sequence[Engine], settings: Settings, journal: Journal, progress: Progress) -> None:
+        self.engines = list(engines)
+        self.settings = settings
+        self.journal = journal
+        self.progress = progress
+
+    def measure(self, shape: Shape) -> None:
+        """All runs of one shape. KeyboardInterrupt passes through; what was measured is in the journal."""
+        with tempfile.TemporaryDirectory(prefix="ktverify-bench-", dir=self.settings.scratch) as name:
+            directory = Path(name)
+            present = [engine for engine in self.engines if not engine.missing]
+            self.progress.begin(f"{shape.name}: inputs and oracle", 0)
+            manifest = self._prepare(shape, directory, plain=any(not engine.lora for engine in present))
+            self._write_shape(shape, int(manifest["active"]))
+            for run in range(1, self.settings.runs + 1):
+                for engine in self.engines:
+                    if engine.missing:
+                        self._leave_out(shape, run, engine, engine.missing)
+                available = machine.read_machine().memory_available_bytes
+                groups, left_out = plan(present, weight_bytes(shape.case, shape.case.num_experts), available)
+                for engine, reason in left_out:
+                    self._leave_out(shape, run, engine, reason)
+                for number, group in enumerate(groups):
+                    _Group(self, shape, directory, manifest, run, number).measure(group)
+
+    def _prepare(self, shape: Shape, directory: Path, *, plain: bool) -> dict[str, Any]:
+        import json
+
+        problem.check_space(shape.case, directory)
+        arguments = [shape.case.id, str(directory), str(self.settings.threads), *(["--plain"] if plain else [])]
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", problem.__name__, *arguments],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            _, errors = process.communicate()
+        finally:
+            process.kill()
+            process.wait()
+        if process.returncode:
+            last = (errors.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+            raise RuntimeError(f"the inputs of {shape.name} could not be made (exit code {process.returncode}): {last}")
+        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        return manifest
+
+    def _write_shape(self, shape: Shape, active: int) -> None:
+        forward, backward = forward_work(shape.case, active), backward_work(shape.case, active)
+        self.journal.add(
+            ShapeLine(
+                shape=shape.name,
+                why=shape.why,
+                case=shape.case.id,
+                active=active,
+                weight_bytes=weight_bytes(shape.case, shape.case.num_experts),
+                forward_bytes=forward.bytes,
+                forward_flops=forward.flops,
+                backward_bytes=backward.bytes,
+                backward_flops=backward.flops,
+            )
+        )
+
+    def _leave_out(self, shape: Shape, run: int, engine: Engine, reason: str) -> None:
+        self.journal.add(
+            EngineLine(
+                shape=shape.name,
+                run=run,
+                group=0,
+                engine=engine.name,
+                title=engine.title,
+                lora=engine.lora,
+                forward="SKIP",
+                backward="SKIP" if engine.backward else "UNSUPPORTED",
+                reason=reason,
+            )
+        )
+
+
+class _Group:
+    """Some engines that are in memory together, at one shape."""
+
+    def __init__(
+        self, bench: Bench, shape: Shape, directory: Path, manifest: dict[str, Any], run: int, number: int
+    ) -> None:
+        self.bench, self.settings, self.journal = bench, bench.settings, bench.journal
+        self.shape, self.directory, self.manifest = shape, directory, manifest
+        self.place: dict[str, Any] = {"shape": shape.name, "run": run, "group": number}
+        self.seats: list[_Seat] = []
+        self.restless: dict[str, None] = {}
+
+    def measure(self, group: Sequence[Engine]) -> None:
+        rounds = self.settings.warmup + self.settings.rounds
+        titles = ", ".join(engine.title for engine in group)
+        of = f" (run {self.place['run']} of {self.settings.runs})" if self.settings.runs > 1 else ""
+        self.bench.progress.begin(f"{self.shape.name}{of}: {titles}", len(group) + rounds)
+        ceilings = Engine("ceilings", "ceilings", Path(__file__).with_name("ceilings.py"), 0, False, False, _own())
+        ceiling = self._start(ceilings)
+        try:
+            for engine in group:
+                self.bench.progress.say(f"loading and checking {engine.title}")
+                self._load(engine)
+                self.bench.progress.advance()
+            started, busy, ours = time.monotonic(), _busy_seconds(), self._our_seconds(ceiling)
+            for number in range(-self.settings.warmup, self.settings.rounds):
+                self.bench.progress.say(f"round {number + 1}" if number >= 0 else "warm-up")
+                self._round(number, ceiling)
+                self.bench.progress.advance()
+            elapsed = (time.monotonic() - started) * (os.cpu_count() or 1)
+            others = _busy_seconds() - busy - (self._our_seconds(ceiling) - ours)
+            share = min(1.0, max(0.0, others / elapsed))
+            self.journal.add(QuietLine(**self.place, others=share, restless=tuple(self.restless)))
+            for seat in list(self.seats):
+                self._check(seat, f"after {rounds} rounds: ")
+        finally:
+            for seat in self.seats:
+                seat.process.close()
+            ceiling.close()
+
+    def _start(self, engine: Engine) -> Process:
+        s = self.settings
+        return Process(engine, threads=s.threads, isa=s.isa, timeout_s=s.timeout_s)
+
+    def _load(self, engine: Engine) -> None:
+        """Load one engine and compare its results; it gets a seat, or a line that says why not."""
+        line = EngineLine(
+            **self.place,
+            engine=engine.name,
+            title=engine.title,
+            lora=engine.lora,
+            forward="PASS",
+            backward="PASS" if engine.backward else "UNSUPPORTED",
+        )
+        seat = _Seat(engine, self._start(engine), line)
+        self.seats.append(seat)
+        try:
+            loaded = seat.process.ask(
+                "load",
+                directory=str(self.directory),
+                threads=self.settings.threads,
+                isa=self.settings.isa,
+                options=engine.options,
+            )
+        except Died as died:
+            self._drop(seat, f"while loading: {died}")
+            return
+        seat.line = line.model_copy(
+            update={"about": loaded["about"], "resident": loaded["resident"], "load_ns": loaded["ns"]}
+        )
+        if self._check(seat, ""):
+            self.journal.add(seat.line)
+
+    def _check(self, seat: _Seat, when: str) -> bool:
+        """Compute once more and compare with the oracle. What is wrong loses its time; a line says so."""
+        before = seat.line
+        results = self.directory / "results"
+        try:
+            seat.process.ask("forward")
+            found = self._compare(seat, results, (OUTPUT,))
+            wrong = _wrong(found)
+            if wrong:
+                backward = "FAIL" if seat.engine.backward else "UNSUPPORTED"
+                seat.line = before.model_copy(
+                    update={"forward": "FAIL", "backward": backward, "reason": when + wrong, "rel_l2": _errors(found)}
+                )
+            elif seat.engine.backward and before.backward == "PASS":
+                seat.process.ask("backward")
+                found |= self._compare(seat, results, (OUTPUT, *BACKWARD_TENSORS))
+                wrong = _wrong(found)
+                update: dict[str, Any] = {"rel_l2": {**before.rel_l2, **_errors(found)}}
+                if wrong:
+                    update |= {"backward": "FAIL", "reason": when + wrong}
+                seat.line = before.model_copy(update=update)
+            else:
+                seat.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **_errors(found)}})
+        except Died as died:
+            self._drop(seat, when + str(died))
+            return False
+        finally:
+            shutil.rmtree(results, ignore_errors=True)
+        if when and (seat.line.forward, seat.line.backward) != (before.forward, before.backward):
+            self.journal.add(seat.line)
+        seat.timed = [what for what in ("forward", "backward") if getattr(seat.line, what) == "PASS"]
+        return True
+
+    def _compare(self, seat: _Seat, results: Path, names: Sequence[str]) -> dict[str, float | str]:
+        """rel_l2 of each tensor of `names`, or what is wrong with it beyond a number."""
+        from ktverify.metrics import compare
+
+        results.mkdir(exist_ok=True)
+        written = seat.process.ask("write", directory=str(results))["tensors"]
+        found: dict[str, float | str] = {}
+        for name in names:
+            if name not in written:
+                found[name] = "is missing"
+                continue
+            right = name if name != OUTPUT or seat.engine.lora else problem.OUTPUT_PLAIN
+            expected = problem.read_tensor(self.directory / "expected" / right, **self.manifest["expected"][right])
+            actual = problem.read_tensor(results / name, **written[name])
+            try:
+                difference = compare(actual, expected)
+            except ValueError as error:
+                found[name] = str(error)
+                continue
+            broken = difference.non_finite
+            found[name] = f"holds {broken} NaN or Inf" if broken else difference.rel_l2
+        return found
+
+    def _round(self, number: int, ceiling: Process) -> None:
+        """One round; negative numbers are warm-ups and leave no line."""
+        for what in ("forward", "backward"):
+            for seat in [seat for seat in self.seats if what in seat.timed]:
+                try:
+                    times = seat.process.ask(what)
+                except Died as died:
+                    self._drop(seat, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
+                    continue
+                if number >= 0:
+                    for name, ns in times.items():
+                        self._add_turn(number, seat.engine.name, name, ns)
+                self._settle(seat.process)
+        own = next((seat.line.about.get("isa", "") for seat in self.seats if seat.engine.name == OWN), "")
+        asked = {"threads": self.settings.threads, "isa": own or self.settings.isa}
+        value = ceiling.ask("call", function="measure", arguments=asked)["value"]
+        if number >= 0:
+            self.journal.add(CeilingLine(**self.place, round=number, **value))
+        self._settle(ceiling)
+
+    def _add_turn(self, number: int, engine: str, what: Any, ns: int) -> None:
+        self.journal.add(TurnLine(**self.place, round=number, engine=engine, what=what, ns=ns))
+
+    def _settle(self, process: Process) -> None:
+        """Wait until the threads of `process` sleep: workers may look for work a while after a call has returned."""
+        time.sleep(self.settings.pause_s)
+        deadline = time.monotonic() + _PATIENCE_S
+        before = process.cpu_ns()
+        while time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            after = process.cpu_ns()
+            if after - before < _IDLE_NS:
+                return
+            before = after
+        self.restless[process.engine.name] = None
+
+    def _drop(self, seat: _Seat, reason: str) -> None:
+        """The engine is gone; the others go on."""
+        seat.process.close()
+        self.seats = [other for other in self.seats if other is not seat]
+        crashed = {"forward": "CRASH", "backward": "CRASH" if seat.engine.backward else "UNSUPPORTED"}
+        self.journal.add(seat.line.model_copy(update={**crashed, "reason": reason}))
+
+    def _our_seconds(self, ceiling: Process) -> float:
+        return time.process_time() + sum(p.cpu_seconds() for p in [ceiling, *(seat.process for seat in self.seats)])
+
+
+def _wrong(found: dict[str, float | str]) -> str:
+    """What is wrong with the results of `found`, "" for nothing."""
+    for name, value in found.items():
+        if isinstance(value, str):
+            return f"{name} {value}"
+        if not value <= WRONG:
+            return f"{name} is wrong: rel_l2 {value:.1e}, at most {WRONG:.0e}"
+    return ""
+
+
+def _errors(found: dict[str, float | str]) -> dict[str, float]:
+    return {name: value for name, value in found.items() if not isinstance(value, str)}
+
+
+def _busy_seconds() -> float:
+    """Processor seconds that the machine has spent on anything, all processors together."""
+    times = psutil.cpu_times()._asdict()
+    return float(sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice")))
+
+
+def _own() -> Path:
+    return Path(sys.executable)

