@@ -190,9 +190,10 @@ def _line(case: Case, tensor: str, difference: Difference, verdict: Verdict, gat
 
 
 def _number(value: float) -> str:
-    return f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else _short(value)
-
-
-def _short(value: float) -> str:
+    """Two digits (3.1e-2) for a measure, all of them for a count, and the word for what is not finite."""
+    if not math.isfinite(value):
+        return str(value)
+    if value.is_integer() and abs(value) < 1e6:
+        return f"{value:.0f}"
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}"
