@@ -5,20 +5,18 @@ Comes in: threads and an instruction set. Goes out: bytes read and operations do
 
 from __future__ import annotations
 
-# well beyond any cache; each pass reads all of it
-READ_BYTES = 1 << 29
 PASSES = 4
 MULTIPLY_SECONDS = 0.03
 
 
-def measure(threads: int, isa: str) -> dict[str, float | str]:
+def measure(threads: int, isa: str, read_bytes: int) -> dict[str, float | str]:
     """read: bytes per second; multiply: operations per second of `isa` ("" for the best that runs here), which `isa`
-    tells. A multiplication and an addition are two operations."""
+    tells; a multiplication and an addition are two. `read_bytes`: how much there is to read, well beyond any cache."""
     import ktverify._native as _native
 
     name = isa or str(_native.available_isas()[0])
     return {
-        "read": float(_native.read_rate(threads, READ_BYTES, PASSES)),
+        "read": float(_native.read_rate(threads, read_bytes, PASSES)),
         "multiply": float(_native.multiply_rate(name, threads, MULTIPLY_SECONDS)),
         "isa": name,
     }

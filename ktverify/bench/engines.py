@@ -148,12 +148,13 @@ class Process:
         return f"{how}; last line: {last}" if last else f"{how} without a word"
 
     def last_line(self) -> str:
-        """The last line that the process wrote of its own; the frames of a fault handler's dump are passed over."""
+        """The last line that the process wrote; of a fault handler's dump only the first, where nothing came before."""
         size = os.fstat(self._log.fileno()).st_size
-        tail = os.pread(self._log.fileno(), 1 << 14, max(0, size - (1 << 14))).decode(errors="replace")
+        tail = os.pread(self._log.fileno(), 1 << 15, max(0, size - (1 << 15))).decode(errors="replace")
         lines = [line.strip() for line in tail.splitlines() if line.strip()]
-        told = [line for line in lines if not line.startswith(("File ", "Extension modules:", "<no Python frame>"))]
-        return (told or lines or [""])[-1][:200]
+        fault = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
+        told = lines[:fault] or lines[: fault + 1]
+        return told[-1][:200] if told else ""
 
     def cpu_ns(self) -> int:
         """Processor time that all of its threads have had; 0 where the system does not tell."""

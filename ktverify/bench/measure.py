@@ -31,7 +31,7 @@ from ktverify.names import BACKWARD_TENSORS, OUTPUT
 # finer question of how good it is belongs to the suites
 WRONG = 5e-2
 
-# an interpreter with torch; the memory that the bandwidth is measured on; what the system should keep
+# an interpreter with torch; the memory that the bandwidth is measured on, with its process; what the system should keep
 _PROCESS_BYTES = 500 << 20
 _CEILING_BYTES = 600 << 20
 _RESERVE = 0.04
@@ -52,7 +52,10 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. rounds, warmup, threads, runs: counts; pause_s: seconds between turns; isa: "" for the best."""
+    """How to measure. rounds, warmup, threads, runs: counts; pause_s: seconds between turns; isa: "" for the best.
+
+    read_bytes: the memory that the bandwidth is measured on, well beyond any cache.
+    """
 
     rounds: int = 15
     warmup: int = 3
@@ -62,6 +65,7 @@ class Settings:
     pause_s: float = 0.02
     timeout_s: float = 900.0
     scratch: Path | None = None
+    read_bytes: int = 1 << 29
 
 
 @dataclass
@@ -338,7 +342,11 @@ class _Group:
                         self._add_turn(number, seat.engine.name, name, ns)
                 self._settle(seat.process)
         own = next((seat.line.about.get("isa", "") for seat in self.seats if seat.engine.name == OWN), "")
-        asked = {"threads": self.settings.threads, "isa": own or self.settings.isa}
+        asked = {
+            "threads": self.settings.threads,
+            "isa": own or self.settings.isa,
+            "read_bytes": self.settings.read_bytes,
+        }
         value = ceiling.ask("call", function="measure", arguments=asked)["value"]
         if number >= 0:
             self.journal.add(CeilingLine(**self.place, round=number, **value))

@@ -64,9 +64,9 @@ def draw(summaries: Sequence[ShapeSummary], path: Path) -> bool:
         axes = figure.add_subplot(grid[0, column], sharey=left, sharex=left)
         left = left or axes
         _panel(axes, rows, list(names), colours, what)
-        axes.set_xlim(lowest / 1.12, highest * 1.45)
+        axes.set_xlim(lowest / 1.12, highest * (highest / lowest) ** 0.15)
         axes.set_title(what, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=8)
-        ticks = [tick for tick in _TICKS if lowest / 1.1 <= tick <= highest * 1.3]
+        ticks = [tick for tick in _TICKS if lowest / 1.1 <= tick <= highest * 1.1]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xlabel("times the roofline", color=_QUIET, fontsize=9)
         if column:

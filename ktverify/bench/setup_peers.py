@@ -36,6 +36,7 @@ def install_kt(home: Path) -> None:
     pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
     run([*pip, *pinned, TORCH])
     run([*pip, "--no-deps", KT_KERNEL])
+    print("pip now notes that kt-kernel asks for another torch and for triton: it runs without", flush=True)
     run([*pip, *pinned, *KT_IMPORTS])
     run([str(home / "bin" / "python"), "-c", "import kt_kernel"])
 
