@@ -148,7 +148,7 @@ def check_spec(
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
-    """`value` itself, when it is a CPU tensor of this shape and one of these dtypes; TypeError or ValueError otherwise."""
+    """`value` itself, if it is a CPU tensor of this shape and one of these dtypes; else TypeError or ValueError."""
     import torch
 
     wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {list(shape)} on the CPU"
@@ -179,8 +179,8 @@ def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:
 
     slots: list[int] = check_tensor("physical_map", physical_map, (spec.num_experts,), (torch.int64,)).tolist()
     if sorted(slots) != list(range(spec.num_experts)):
-        odd = next((f"{l} at slot {p}" for p, l in enumerate(slots) if not 0 <= l < spec.num_experts), None)
-        twice = next((f"{l} twice" for p, l in enumerate(slots) if l in slots[:p]), "")
+        odd = next((f"{e} at slot {p}" for p, e in enumerate(slots) if not 0 <= e < spec.num_experts), None)
+        twice = next((f"{e} twice" for p, e in enumerate(slots) if e in slots[:p]), "")
         raise ValueError(
             f"physical_map has {odd or twice}; it takes a permutation of 0..{spec.num_experts - 1}: "
             "the logical expert that each slot holds"

@@ -36,9 +36,10 @@ def amx_is_emulated() -> bool:
 
 
 class KTMoEWrapper:
-    """E experts of gate_proj, up_proj [I, H] and down_proj [H, I] (bf16, frozen) with LoRA of rank r (bf16 or fp32).
+    """E experts of gate_proj, up_proj [I, H], down_proj [H, I] (bf16, frozen) with LoRA of rank r (bf16 or fp32).
 
-        g = x Wgᵀ + s (x Agᵀ) Bgᵀ,  u likewise,  h = silu(g) ⊙ u,  y = h Wdᵀ + s (h Adᵀ) Bdᵀ,  s = lora_alpha / lora_rank
+        g = x Wgᵀ + s (x Agᵀ) Bgᵀ,  u likewise,  h = silu(g) ⊙ u,  y = h Wdᵀ + s (h Adᵀ) Bdᵀ
+        s = lora_alpha / lora_rank
         out[t] = Σ_j weights[t, j] · y of expert expert_ids[t, j]
 
     Operands are bf16, sums fp32, and each result is rounded once. The same call gives the same bits whatever the
@@ -155,15 +156,16 @@ class KTMoEWrapper:
         down_lora_a: torch.Tensor,
         down_lora_b: torch.Tensor,
     ) -> None:
-        """gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b [E, H, r],
-        all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …; a non-contiguous one is copied."""
+        """gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b
+        [E, H, r], all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …;
+        a non-contiguous one is copied."""
         given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         lora = contract.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
         lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
         dtype = lora[LORA_NAMES[0]].dtype
         with self._lock:
             if self._native.saved_forwards:
-                raise RuntimeError("init_lora_weights while a saved forward waits for its backward: call backward first")
+                raise RuntimeError("init_lora_weights while a saved forward waits for its backward: call that first")
             if dtype != (self._lora_dtype or torch.bfloat16):
                 native = self._build(lora_fp32=dtype == torch.float32)
                 if self._weights_loaded:
@@ -186,8 +188,8 @@ class KTMoEWrapper:
         lora = contract.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
         if lora[LORA_NAMES[0]].dtype != self._lora_dtype:
             raise TypeError(
-                f"the LoRA parameters have dtype {lora[LORA_NAMES[0]].dtype}; init_lora_weights got {self._lora_dtype}: "
-                "call it again to change the dtype"
+                f"the LoRA parameters have dtype {lora[LORA_NAMES[0]].dtype}; init_lora_weights got "
+                f"{self._lora_dtype}: call it again to change the dtype"
             )
         contiguous = [t.detach().contiguous() for t in lora.values()]
         with self._lock:
@@ -200,7 +202,9 @@ class KTMoEWrapper:
         weights: torch.Tensor,
         save_for_backward: bool = True,
     ) -> torch.Tensor:
-        """hidden_states [T, H] bf16, expert_ids [T, k] int64 (-1: not this layer's), weights [T, k] fp32 -> [T, H] bf16."""
+        """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32 -> output [T, H] bf16.
+
+        An id of -1 says that the slot is not this layer's: it contributes nothing."""
         contract.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
         inputs = [t.detach().contiguous() for t in (hidden_states, expert_ids, weights)]
