@@ -155,7 +155,7 @@ def compare_sketch(sketch: Sketch, actual: torch.Tensor) -> Difference:
     return Difference(
         rel_l2=relative(math.sqrt(square), sketch.norm),
         mean_rel=mean_relative(mean_error * live_numel, sketch.sum_abs, math.prod(sketch.shape)),
-        cosine=cosine_of((square_actual + sketch.norm**2 - square) / 2, norm_actual, sketch.norm),
+        cosine=max(-1.0, min(1.0, cosine_of((square_actual + sketch.norm**2 - square) / 2, norm_actual, sketch.norm))),
         max_abs=float(error[worst]) if worst >= 0 else 0.0,
         worst_index=unravel(at, sketch.shape),
         worst_actual=float(flat[at]),
