@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from ktverify import cases
+from ktverify import cases, engines
 from ktverify.cases import Case
 from ktverify.report.record import AccuracyRecord, CheckRecord, Result, VerdictName
 from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
@@ -61,6 +62,17 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def _check_choices(config: pytest.Config) -> None:
+    """pytest.UsageError for an engine, instruction set or case that is not there: at once, and with no run left."""
+    option = config.option
+    try:
+        engines.find(option.engine)
+        isas.planned(option.engine, option.isa)
+        _chosen_cases(config)
+    except (ValueError, ImportError) as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     config = session.config
     if config.option.collectonly:
@@ -68,6 +80,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     if _is_worker(config):
         config.stash[recorder_key] = Recorder(config.workerinput[_RUN_DIR])  # type: ignore[attr-defined]
         return
+    _check_choices(config)
     config.stash[seen_key] = _Seen()
     config.pluginmanager.register(config.stash[seen_key])
     run_dir = config.option.run_dir or new_run_dir(config.rootpath / "reports")
@@ -183,45 +196,79 @@ def _isas_of(case: Case, planned: list[Isa]) -> list[Isa]:
     return planned if case.tier == "default" else fast or planned[:1]
 
 
-def _cases_and_isas(config: pytest.Config, family: str) -> Iterator[Any]:
+def _chosen_cases(config: pytest.Config) -> list[Case]:
+    """The cases that --cases and --tier select. ValueError where there are none."""
     option = config.option
-    planned = isas.planned(option.engine, option.isa)
     tiers = (option.tier,) if option.tier else ("default", "big")
     chosen = [case for case in cases.select(option.cases) if case.tier in tiers]
     if not chosen:
-        raise ValueError(f"--cases {option.cases} --tier {option.tier}: no such case; see python -m ktverify list")
-    for case in chosen:
+        where = f"--cases {option.cases or '*'} in tier {' or '.join(tiers)}"
+        raise ValueError(f"{where}: there is no such case; python -m ktverify list prints all")
+    return chosen
+
+
+def _cases_and_isas(config: pytest.Config) -> Iterator[Any]:
+    option = config.option
+    planned = isas.planned(option.engine, option.isa)
+    for case in _chosen_cases(config):
         big = case.tier != "default"
         for isa in _isas_of(case, planned):
-            marks = [pytest.mark.xdist_group(f"{family}-big" if big else f"{family}-{isa.id}")]
-            yield pytest.param(
-                case, isa, id=f"{isa.id}-{case.name}", marks=[*marks, *([pytest.mark.big] if big else [])]
-            )
+            group, marks = ("big-", [pytest.mark.big]) if big else ("", [])
+            yield pytest.param(case, isa, id=f"{group}{isa.id}-{case.name}", marks=marks)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
-    family = metafunc.definition.path.relative_to(SUITES).parts[0]
     if "isa" not in names or any("isa" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
         return
     option = metafunc.config.option
-    try:
-        if "case" in names and family in ACCURACY_FAMILIES:
-            metafunc.parametrize("case,isa", list(_cases_and_isas(metafunc.config, family)))
-        else:
-            planned = isas.planned(option.engine, option.isa)
-            marks = [pytest.mark.xdist_group(f"{family}-{isa.id}") for isa in planned]
-            params = [pytest.param(isa, id=isa.id, marks=mark) for isa, mark in zip(planned, marks, strict=True)]
-            metafunc.parametrize("isa", params, scope="session")
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
+    if "case" in names and family_of(metafunc.definition) in ACCURACY_FAMILIES:
+        metafunc.parametrize("case,isa", list(_cases_and_isas(metafunc.config)))
+    else:
+        planned = isas.planned(option.engine, option.isa)
+        metafunc.parametrize("isa", planned, ids=[isa.id for isa in planned], scope="session")
 
 
-@pytest.hookimpl(tryfirst=True)
+def group_of(nodeid: str) -> str:
+    """The group of tests that one worker runs one after the other, read from a test's id.
+
+    A family, and in it each instruction set and the big cases by themselves; of meta, each file.
+    """
+    path, _, name = nodeid.partition("::")
+    family, file = Path(path).parts[-2:]
+    if family == "meta":
+        return f"{family}-{file}"
+    found = re.search(r"\[(big|" + "|".join(isas.IDS) + r")[-\]]", name)
+    return f"{family}-{found.group(1)}" if found else family
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole groups go to a worker, in the order in which they were collected.
+
+    xdist's own loadgroup writes the group into an attribute that pytest 9.2 no longer reads, so it groups nothing.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class ByGroup(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    # by default the groups with the most tests come first; here the longest have few
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
+
+
+def _urgency(item: pytest.Item) -> int:
+    """Long groups first, so that no worker begins one when the others are done; timings when most are done."""
+    if item.get_closest_marker("big"):
+        return 0
+    return 2 if item.get_closest_marker("latency") else 1
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(family_of(item)))
+    items.sort(key=_urgency)
 
 
 @pytest.hookimpl(wrapper=True)

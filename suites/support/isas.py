@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
 AMX = "amx_bf16"
+# every id that an Isa can have: how a test's id tells its instruction set
+IDS = (AMX, f"{AMX}_emulated", "avx512_bf16", "avx2", "scalar", "engine")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""The families' own checks, run on engines with one defect each: every defect is found, and a right engine passes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktverify import cases
+from ktverify.cases import Case
+from ktverify.report.store import load
+from suites.support import accuracy, tensor_parallel
+from suites.support.child import ROOT, Child, ChildCrash, ChildPool
+from suites.support.subject import Subject
+
+RIGHT = "torch_bf16"
+SMALL = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
+ODD = Case.parse("E=5,k=3,H=97,I=47,T=24,r=8,alpha=16")
+TRAINED = Case.parse("E=6,k=2,H=128,I=96,T=32,r=8,alpha=16,lora=float32")
+INTEGER = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16,data=integer")
+
+
+def forward(child: Child, engine: str, case: Case) -> None:
+    """What suites/forward does with a case."""
+    accuracy.assert_passed(
+        child.call("suites.support.accuracy:check_case", family="forward", engine=engine, case=case, fresh=1)
+    )
+
+
+def backward(child: Child, engine: str, case: Case) -> None:
+    """What suites/backward does with a case."""
+    accuracy.assert_passed(
+        child.call("suites.support.accuracy:check_case", family="backward", engine=engine, case=case, fresh=1)
+    )
+
+
+def tp_consistency(child: Child, engine: str, case: Case) -> None:
+    """What suites/tp_consistency does with a case, but for the fresh processes."""
+    subject = Subject(engine)
+    run = "suites.support.tensor_parallel:run_degree"
+    found = {degree: child.call(run, subject=subject, cases=[case], degree=degree)[0] for degree in (1, 2, 4)}
+    wrong = tensor_parallel.compare_degrees(subject, case, found)
+    assert not wrong, "\n".join(wrong)
+
+
+def exact(child: Child, engine: str, case: Case) -> None:
+    """What suites/exact does with a case."""
+    child.call("suites.support.exact:check_exact", subject=Subject(engine), case=case)
+
+
+def training(child: Child, engine: str, case: Case) -> None:
+    """What suites/training_loop does with a case."""
+    child.call("suites.support.training:check_trajectory", subject=Subject(engine), case=case)
+
+
+def update(child: Child, engine: str, case: Case) -> None:
+    """The other half of suites/training_loop."""
+    child.call("suites.support.training:check_update", subject=Subject(engine), case=case)
+
+
+def behaviour(name: str) -> Any:
+    """A check of suites/contract."""
+
+    def check(child: Child, engine: str, case: Case) -> None:
+        child.call(f"suites.support.contract:check_{name}", subject=Subject(engine))
+
+    return check
+
+
+def refusal(name: str) -> Any:
+    """A row of the refusal table."""
+
+    def check(child: Child, engine: str, case: Case) -> None:
+        child.call("suites.support.refusals:check_refusal", subject=Subject(engine), name=name)
+
+    return check
+
+
+# defect, the check that has to find it, on which case, and a part of what it has to say
+CAUGHT = [
+    ("lora_scale_one", forward, SMALL, "FAIL output"),
+    ("lora_scale_one", backward, SMALL, "FAIL grad_up_lora_a"),
+    ("lora_scale_one", exact, INTEGER, "FAIL output"),
+    ("lora_scale_one", training, TRAINED, "FAIL loss"),
+    ("gate_up_exchanged", forward, SMALL, "FAIL output"),
+    ("gate_up_exchanged", backward, SMALL, "FAIL grad_gate_lora_b"),
+    ("gate_up_exchanged", exact, INTEGER, "FAIL output"),
+    ("no_routing_weight_in_backward", backward, SMALL, "FAIL grad_input"),
+    ("no_routing_weight_in_backward", exact, INTEGER, "FAIL grad_down_lora_b"),
+    ("no_routing_weight_in_backward", training, TRAINED, "FAIL"),
+    ("tp_part_lost", tp_consistency, SMALL, "TP 2: FAIL output"),
+    ("tp_part_lost", tp_consistency, INTEGER, "TP 4: FAIL output"),
+    ("update_does_nothing", training, TRAINED, "FAIL loss"),
+    ("update_does_nothing", update, SMALL, "then update_lora_weights"),
+    ("k_remainder_skipped", forward, ODD, "FAIL output"),
+    ("k_remainder_skipped", backward, ODD, "FAIL grad_gate_lora_a"),
+    ("idle_gradients_stale", behaviour("idle_experts"), SMALL, "idle experts [5]"),
+    ("expert_off_by_one", forward, SMALL, "FAIL output"),
+    ("expert_off_by_one", backward, SMALL, "FAIL grad_input"),
+    ("expert_off_by_one", exact, INTEGER, "FAIL output"),
+    ("unsynchronised", update, SMALL, "no update_lora_weights"),
+    ("update_takes_half", update, SMALL, "then update_lora_weights"),
+    ("results_reused", behaviour("nothing_is_written"), SMALL, "output of call 1 lies where output of call 0 lies"),
+    ("input_scaled_in_place", behaviour("nothing_is_written"), SMALL, "written"),
+    ("nan_spreads", behaviour("non_finite_isolation"), SMALL, "reached other rows of output"),
+    ("nan_hidden", behaviour("non_finite_isolation"), SMALL, "was hidden"),
+    ("physical_map_ignored", behaviour("physical_map"), SMALL, "physical_map [3, 5, 0, 1, 4, 2]"),
+    ("never_the_same", behaviour("repeats"), SMALL, "the same layer again"),
+    ("never_the_same", behaviour("varying_tokens"), SMALL, "the bits differ"),
+    ("ids_clamped", refusal("expert id 6"), SMALL, "was accepted"),
+]
+
+
+@pytest.mark.parametrize(
+    ("defect", "check", "case", "says"),
+    CAUGHT,
+    ids=[f"{row[0]}-{row[1].__name__}-{index}" for index, row in enumerate(CAUGHT)],
+)
+def test_defect_is_found(children: ChildPool, defect: str, check: Any, case: Case, says: str) -> None:
+    with pytest.raises(AssertionError) as found:
+        check(children.get(), f"suites.support.broken:{defect}", case)
+    assert says in str(found.value)
+
+
+def test_backward_takes_the_newest(children: ChildPool) -> None:
+    # rows of the oldest and the newest forward differ, so the engine itself may be what complains
+    with pytest.raises(Exception, match=r"rows|bits differ|shape|depth"):
+        behaviour("outstanding_forwards")(children.get(), "suites.support.broken:oldest_first", SMALL)
+
+
+@pytest.mark.parametrize("check", [forward, backward, tp_consistency, exact, training, update])
+def test_right_engine_passes(children: ChildPool, check: Any) -> None:
+    check(children.get(), RIGHT, {exact: INTEGER, training: TRAINED}.get(check, SMALL))
+
+
+@pytest.mark.parametrize(
+    ("defect", "check"), [("no_routing_weight_in_backward", forward), ("update_does_nothing", backward)]
+)
+def test_defect_is_not_seen_where_it_does_no_harm(children: ChildPool, defect: str, check: Any) -> None:
+    check(children.get(), f"suites.support.broken:{defect}", SMALL)
+
+
+def test_crash_is_told_from_failure(children: ChildPool) -> None:
+    with pytest.raises(ChildCrash, match="SIGSEGV"):
+        forward(children.get(), "suites.support.broken:dies", SMALL)
+    # and the next case gets a new process
+    forward(children.get(), RIGHT, SMALL)
+
+
+# ---- whole runs
+
+
+def _pytest(run_dir: Path, *arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    if plugin is not None:
+        environment["PYTHONPATH"] = str(plugin.parent)
+        arguments = ("-p", plugin.stem, *arguments)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--run-dir", str(run_dir), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def _small_golden() -> str:
+    return next(case.name for case in cases.select("small*") if case.tier == "default")
+
+
+def test_run_of_a_broken_engine_fails(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = _pytest(
+        run_dir, "suites/forward", "suites/backward", "--engine=suites.support.broken:no_routing_weight_in_backward",
+        f"--cases={_small_golden()}",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    verdicts = {record.tensor: record.verdict for record in load(run_dir).accuracy}
+    assert verdicts["output"] == "PASS"
+    assert verdicts["grad_input"] == "FAIL"
+    assert "FAIL" in (run_dir / "accuracy.md").read_text()
+    assert "python -m ktverify repro" in done.stdout
+
+
+def test_run_of_a_dying_engine_fails(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = _pytest(
+        run_dir, "suites/forward", "--engine=suites.support.broken:dies", f"--cases={_small_golden()}", "-n", "2"
+    )
+    assert done.returncode == 1, done.stdout
+    assert {record.verdict for record in load(run_dir).accuracy} == {"CRASH"}
+    assert "SIGSEGV" in (run_dir / "accuracy.md").read_text() + done.stdout
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_run_that_compared_nothing_fails(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    plugin = tmp_path / "skip_everything.py"
+    plugin.write_text(
+        "import pytest\n"
+        "def pytest_runtest_setup(item):\n"
+        "    pytest.skip('nothing runs')\n"
+    )  # fmt: skip
+    done = _pytest(
+        tmp_path / "run", "suites/forward", f"--engine={RIGHT}", f"--cases={_small_golden()}", *workers, plugin=plugin
+    )
+    assert done.returncode == 1, done.stdout
+    assert "compared nothing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--cases=no_such_case",), "no_such_case"),
+        (("--isa=no_such_isa",), "no_such_isa"),
+        (("--engine=no_such_engine",), "no_such_engine"),
+        (("--engine=suites.support.broken:no_such_factory",), "no_such_factory"),
+    ],
+)
+def test_run_of_a_wrong_choice_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    engine = () if any(argument.startswith("--engine") for argument in arguments) else (f"--engine={RIGHT}",)
+    done = _pytest(tmp_path / "run", "suites/forward", *engine, *arguments)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert says in done.stdout + done.stderr
