@@ -13,7 +13,7 @@ from ktverify.names import GRAD_NAMES, LORA_NAMES
 
 try:
     from ktverify import _native
-except ImportError as error:  # pragma: no cover - an installation without its compiled part
+except ImportError as error:  # an installation without its compiled part
     raise ImportError(
         f"ktverify's native engine is not installed ({error}); run `make setup` or `pip install .` in the repository"
     ) from error
