@@ -6,7 +6,7 @@ Comes in: threads and an instruction set. Goes out: bytes read and operations do
 from __future__ import annotations
 
 PASSES = 4
-MULTIPLY_SECONDS = 0.03
+MULTIPLY_SECONDS = 0.1
 
 
 def measure(threads: int, isa: str, read_bytes: int) -> dict[str, float | str]:

@@ -140,6 +140,11 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False)
     console = make_console()
     head: HeadLine | None = next((line for line in lines if isinstance(line, HeadLine)), None)
     summaries = summarise(lines)
+    # the files first: a terminal or a pipe may be gone by now
+    write_whole(directory / "bench.md", tables.markdown(head, summaries))
+    names = [FILE, "bench.md"]
+    if plot.draw(summaries, directory / "bench.png"):
+        names.append("bench.png")
     if not shapes_shown:
         for summary in summaries:
             print_shape(console, summary)
@@ -148,10 +153,6 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False)
     if head is not None:
         console.print()
         print_pairs(console, tables.head_pairs(head))
-    write_whole(directory / "bench.md", tables.markdown(head, summaries))
-    names = [FILE, "bench.md"]
-    if plot.draw(summaries, directory / "bench.png"):
-        names.append("bench.png")
     console.print()
     for name in names:
         typer.echo(str(directory / name))

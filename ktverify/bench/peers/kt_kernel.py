@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ktverify.bench.host import Problem
 
 TITLE = "kt-kernel"
-HELD = 2.25
+HELD = 2.15
 BACKWARD = True
 LORA = True
 NEEDS = "kt_python"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ktverify.bench.host import Problem
 
 TITLE = "native"
-HELD = 1.1
+HELD = 1.05
 BACKWARD = True
 LORA = True
 NEEDS = ""
