@@ -196,7 +196,7 @@ def tensors_of(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def flops(case: Case, *, backward: bool = False) -> int:
-    """Floating-point operations of one forward (or forward and backward) when every slot is taken; no unit but one."""
+    """Floating-point operations of one forward (or forward and backward) when every slot is taken; a product is two."""
     rows = case.qlen * case.top_k
     base = 3 * 2 * rows * case.hidden * case.intermediate
     lora = 2 * rows * case.rank * 3 * (case.hidden + case.intermediate)

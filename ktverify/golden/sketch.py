@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ktverify.metrics import Difference, check_shapes, cosine_of, mean_relative, relative, unravel
+from ktverify.metrics import Difference, check_shapes, cosine_of, count_nonzero, mean_relative, relative, unravel
 
 SKETCH_VERSION = 1
 BUCKETS = 1024
@@ -67,7 +67,7 @@ def make_sketch(expected: torch.Tensor, seed: str) -> Sketch:
     buckets = np.zeros(BUCKETS)
     peaks: list[tuple[float, int]] = []
     for place, part in enumerate(expected):
-        count = int(torch.count_nonzero(part))
+        count = count_nonzero(part)
         if not count:
             continue
         values = _fp64(part)
@@ -118,7 +118,7 @@ def compare_sketch(sketch: Sketch, actual: torch.Tensor) -> Difference:
     buckets = np.zeros(BUCKETS)
     for place, part in enumerate(actual.detach()):
         live = sketch.slice_norms[place] > 0
-        if not live and not int(torch.count_nonzero(part)):
+        if not live and not count_nonzero(part):
             continue
         values = _fp64(part)
         finite = np.isfinite(values)
@@ -132,7 +132,7 @@ def compare_sketch(sketch: Sketch, actual: torch.Tensor) -> Difference:
             buckets += _project(values, sketch.seed, place * size)
         else:
             square_stray += square
-            stray += int(torch.count_nonzero(part))
+            stray += count_nonzero(part)
             stray_at = place * size + int(np.abs(values).argmax()) if stray_at < 0 else stray_at
     residual = buckets - sketch.buckets
     square = float(residual @ residual) + square_stray
@@ -220,6 +220,12 @@ def _mix(counter: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint
 
 
 def _fp64(tensor: torch.Tensor) -> F64:
-    array: Any = tensor.detach().reshape(-1).double().numpy()
-    found: F64 = array
+    """[n]: the elements of `tensor`, in this thread (see metrics.count_nonzero)."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.dtype == torch.bfloat16:
+        bits: Any = flat.view(torch.int16).numpy()
+        array: Any = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    else:
+        array = flat.numpy()
+    found: F64 = array.astype(np.float64, copy=False)
     return found

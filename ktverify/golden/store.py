@@ -33,7 +33,7 @@ from ktverify.cases import Case, catalogue, flops, select, tensors_of
 from ktverify.data import GENERATOR_VERSION, inputs_sha256, make_inputs
 from ktverify.files import write_whole
 from ktverify.golden.sketch import SKETCH_VERSION, Sketch, compare_sketch, make_sketch, same_sketch
-from ktverify.metrics import Difference, compare
+from ktverify.metrics import Difference, compare, count_nonzero
 from ktverify.names import ALL_TENSORS, GRAD_WEIGHTS
 from ktverify.peer import peer_error
 from ktverify.reference import forward_backward
@@ -226,7 +226,7 @@ def _make(case: Case) -> tuple[Golden, dict[str, torch.Tensor]]:
 def _keep(case: Case, name: str, tensor: torch.Tensor) -> Kept:
     shape = tuple(tensor.shape)
     sha256 = _tensor_sha256(tensor)
-    if not int(torch.count_nonzero(tensor)):
+    if not any(count_nonzero(part) for part in tensor):
         return Kept(shape, "zero", sha256, None)
     if case.exact:
         return Kept(shape, "full", sha256, tensor.to(_output_dtype(case, name)))
@@ -424,7 +424,7 @@ def _tensor_sha256(tensor: torch.Tensor) -> str:
     """Of the fp64 values, row by row. Zeros are hashed as such, without reading what idle experts left untouched."""
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     for part in tensor:
-        if int(torch.count_nonzero(part)):
+        if count_nonzero(part):
             array: Any = part.contiguous().reshape(-1).numpy()
             digest.update(memoryview(array).cast("B"))
         else:
