@@ -45,12 +45,16 @@ class Died(RuntimeError):
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine. held: the most memory that loading takes, over the bf16 weights. missing: why it cannot run."""
+    """One engine. missing: why it cannot run.
+
+    held: the most memory that loading takes, over the bf16 weights; lazy: those of active experts only.
+    """
 
     name: str
     title: str
     file: Path
     held: float
+    lazy: bool
     backward: bool
     lora: bool
     python: Path
@@ -86,7 +90,18 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
                 python = place
             elif place is not None:
                 more[need] = str(place)
-        return Engine(path.stem, module.TITLE, path, module.HELD, module.BACKWARD, module.LORA, python, more, missing)
+        return Engine(
+            name=path.stem,
+            title=module.TITLE,
+            file=path,
+            held=module.HELD,
+            lazy=module.LAZY,
+            backward=module.BACKWARD,
+            lora=module.LORA,
+            python=python,
+            options=more,
+            missing=missing,
+        )
     except AttributeError as error:
         raise ValueError(f"{path} is no engine: {error}") from None
 

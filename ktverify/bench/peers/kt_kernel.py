@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TITLE = "kt-kernel"
 HELD = 2.15
+LAZY = False
 BACKWARD = True
 LORA = True
 NEEDS = "kt_python"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 TITLE = "torch grouped_mm"
 HELD = 1.05
+LAZY = False
 BACKWARD = True
 LORA = True
 NEEDS = ""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TITLE = "torch loop"
 HELD = 1.05
+LAZY = False
 BACKWARD = True
 LORA = True
 NEEDS = ""

