@@ -79,16 +79,20 @@ class _Seat:
 
 
 def plan(
-    engines: Sequence[Engine], weights: int, available: int
+    engines: Sequence[Engine], weights: int, active: int, available: int
 ) -> tuple[list[list[Engine]], list[tuple[Engine, str]]]:
     """Who is measured together: (groups, [(engine, why it does not fit)]).
 
-    weights, available: bytes. All in one group where memory allows, else the native engine with one peer at a time,
-    still interleaved: every ratio is against the native engine in the same rounds.
+    weights, active (the weights of experts that tokens reach), available: bytes. All in one group where memory allows,
+    else the native engine with one peer at a time, still interleaved: every ratio is against the native engine in the
+    same rounds.
     """
 
     def needed(group: Sequence[Engine]) -> int:
-        return sum(int(engine.held * weights) + _PROCESS_BYTES for engine in group) + _CEILING_BYTES
+        return (
+            sum(int(engine.held * (active if engine.lazy else weights)) + _PROCESS_BYTES for engine in group)
+            + _CEILING_BYTES
+        )
 
     room = int(available * (1 - _RESERVE))
     if needed(engines) <= room:
@@ -134,8 +138,10 @@ class Bench:
                 for engine in self.engines:
                     if engine.missing:
                         self._leave_out(shape, run, engine, engine.missing)
+                weights = weight_bytes(shape.case, shape.case.num_experts)
+                active = weight_bytes(shape.case, int(manifest["active"]))
                 available = machine.read_machine().memory_available_bytes
-                groups, left_out = plan(present, weight_bytes(shape.case, shape.case.num_experts), available)
+                groups, left_out = plan(present, weights, active, available)
                 for engine, reason in left_out:
                     self._leave_out(shape, run, engine, reason)
                 for number, group in enumerate(groups):
@@ -216,7 +222,9 @@ class _Group:
         titles = ", ".join(engine.title for engine in group)
         of = f" (run {self.place['run']} of {self.settings.runs})" if self.settings.runs > 1 else ""
         self.bench.progress.begin(f"{self.shape.name}{of}: {titles}", len(group) + rounds)
-        ceilings = Engine("ceilings", "ceilings", Path(__file__).with_name("ceilings.py"), 0, False, False, _own())
+        ceilings = Engine(
+            "ceilings", "ceilings", Path(__file__).with_name("ceilings.py"), 0, False, False, False, _own()
+        )
         ceiling = self._start(ceilings)
         try:
             for engine in group:

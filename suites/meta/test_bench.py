@@ -22,7 +22,7 @@ SETTINGS = Settings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, read_bytes=
 
 PEER = """
 import os, signal
-from ktverify.bench.peers.torch_loop import BACKWARD, HELD, LORA, NEEDS, TorchLoop
+from ktverify.bench.peers.torch_loop import BACKWARD, HELD, LAZY, LORA, NEEDS, TorchLoop
 TITLE = {title!r}
 class Peer(TorchLoop):
     calls = 0
@@ -82,7 +82,9 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     """One run over one shape with right, wrong, dying and missing engines."""
     folder = tmp_path_factory.mktemp("bench")
     found = engines.find(["torch_loop", *(peer(folder, name) for name in PEERS)], {})
-    missing = Engine("absent", "absent", Path("absent.py"), 1.0, True, True, Path("python"), missing="not installed")
+    missing = Engine(
+        "absent", "absent", Path("absent.py"), 1.0, False, True, True, Path("python"), missing="not installed"
+    )
     written = Journal(folder / "run")
     written.add(head([engine.name for engine in [*found, missing]]))
     Bench([*found, missing], SETTINGS, written, Silent()).measure(SHAPE)
@@ -278,23 +280,26 @@ def test_every_shape_of_the_table_is_a_case_that_repro_takes() -> None:
 
 
 def pretended(name: str, held: float) -> Engine:
-    return Engine(name, name, Path(f"{name}.py"), held, True, True, Path("python"))
+    return Engine(name, name, Path(f"{name}.py"), held, name == "native", True, True, Path("python"))
 
 
 def test_engines_that_do_not_fit_together_run_in_pairs() -> None:
     every = [pretended("native", 1.0), pretended("a", 1.0), pretended("b", 2.0)]
     weights = 5 << 30
-    assert plan(every, weights, 40 << 30) == ([every], [])
-    groups, left_out = plan(every, weights, 18 << 30)
+    assert plan(every, weights, weights, 40 << 30) == ([every], [])
+    groups, left_out = plan(every, weights, weights, 18 << 30)
     assert [[engine.name for engine in group] for group in groups] == [["native", "a"], ["native", "b"]]
     assert not left_out
-    groups, left_out = plan(every, weights, 14 << 30)
+    groups, left_out = plan(every, weights, weights, 14 << 30)
     assert [[engine.name for engine in group] for group in groups] == [["native", "a"]]
     assert [engine.name for engine, _ in left_out] == ["b"]
     assert "needs 17.8 GB" in left_out[0][1]
-    groups, left_out = plan(every, weights, 8 << 30)
+    # the native engine holds only the experts that are used
+    groups, _ = plan(every, weights, weights // 4, 14 << 30)
+    assert [[engine.name for engine in group] for group in groups] == [["native", "a"], ["native", "b"]]
+    groups, left_out = plan(every, weights, weights, 8 << 30)
     assert [[engine.name for engine in group] for group in groups] == [["native"]]
-    groups, left_out = plan(every, weights, 4 << 30)
+    groups, left_out = plan(every, weights, weights, 4 << 30)
     assert not groups
     assert {engine.name for engine, _ in left_out} == {"native", "a", "b"}
 

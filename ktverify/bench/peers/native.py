@@ -1,8 +1,9 @@
 """The native engine, through its public face.
 
 What a file in this folder holds: TITLE, as tables print it; HELD, the most memory that loading takes, in units of the
-bf16 weights; LAZY, whether that is of the experts that tokens reach, not of all; BACKWARD and LORA, whether it computes them; NEEDS, which part of places.py it cannot do without ("" for
-none); and `load(problem)`, which returns an object with
+bf16 weights; LAZY, whether that is of the experts that tokens reach, not of all; BACKWARD and LORA, whether it computes
+them; NEEDS, which part of places.py it cannot do without ("" for none); and `load(problem)`, which returns an object
+with
     about: dict[str, str]       version, isa and the like, for the records
     forward()                   output, keeping nothing
     forward_saving(), backward()    one step of training: output; then grad_input, LoRA and routing gradients
