@@ -58,8 +58,10 @@ def _is_worker(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     if _is_worker(config):
-        # workers share the processors; torch's own threads would spin for one that another worker has
+        # workers share the processors; torch's own threads, here and in processes that tests start, would spin for
+        # one that another worker has
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _check_choices(config: pytest.Config) -> None:
