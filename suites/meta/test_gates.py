@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ktverify.cases import DATA_KINDS, ROUTING_KINDS, Case
+from ktverify.cases import DATA_KINDS, ROUTING_KINDS, Case, catalogue
 from ktverify.data import Inputs, make_inputs
 from ktverify.engines import find
-from ktverify.gates import TOLERANCES, Judgement, Verdict, judge, own_limit, peer_budget, tolerances
+from ktverify.gates import TOLERANCES, Judgement, Verdict, judge, numbers_deciding, own_limit, peer_budget, tolerances
 from ktverify.metrics import compare
 from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 from ktverify.peer import peer_error
@@ -176,7 +176,30 @@ def test_peer_budget_by_hand() -> None:
     assert peer_budget(math.inf) == 0.03
     assert peer_budget(5e-3, 256) == pytest.approx(7.5e-3)
     assert peer_budget(5e-3, 64) == pytest.approx(7.5e-3 * (1 + 3 / 8 - 3 / 16))
+    assert peer_budget(1.0, 1, capped=False) == pytest.approx(1.5 * (1 + 3 - 3 / 16))
     assert peer_budget(1.0, 1) == pytest.approx(0.03 * (1 + 3 - 3 / 16) ** 2)
+
+
+def test_numbers_deciding_by_hand() -> None:
+    case = Case.parse("E=6,k=2,H=96,I=80,T=5,r=3,alpha=6")
+    assert numbers_deciding(case, OUTPUT, 480) == 480
+    assert numbers_deciding(case, "grad_up_lora_b", 1440) == 30
+    assert numbers_deciding(case, "grad_up_lora_b", 7) == 7
+    assert numbers_deciding(case, GRAD_WEIGHTS, 10) == 10
+    strong, large = (Case.parse(f"E=6,k=2,H=96,I=80,T=5,r=3,alpha=6,data={kind}") for kind in ("strong_lora", "large"))
+    assert [numbers_deciding(strong, name, 480) for name in (OUTPUT, GRAD_WEIGHTS)] == [30, 480]
+    assert [numbers_deciding(large, name, 480) for name in (OUTPUT, GRAD_INPUT)] == [480, 12]
+
+
+def test_the_catalogue_is_judged_by_the_plain_factor() -> None:
+    """The allowance for few numbers is for cases that are about few numbers."""
+    few = {"one_token", "one_token_odd", "mostly_idle"}
+    for case in catalogue().values():
+        if case.name in few or case.exact or case.tier != "default" or case.qlen == 0:
+            continue
+        for name in (OUTPUT, GRAD_INPUT, *GRAD_NAMES):
+            if case.data != "strong_lora" and case.rank >= 8 and case.qlen >= 16:
+                assert numbers_deciding(case, name, 10**9) >= tolerances()["peer"]["few"], (case.name, name)
 
 
 def test_the_peer_budget_bites_between_peer_and_twice_the_peer(setting: Setting) -> None:
@@ -301,6 +324,22 @@ def test_empty_inputs_are_mistrusted() -> None:
     assert judge(EXACT, OUTPUT, compare(thin, thin), 0.0).verdict is Verdict.PASS
     nothing = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16,routing=all_masked")
     assert judge(nothing, OUTPUT, compare(zero, zero), 0.0).verdict is Verdict.PASS
+
+
+def test_a_sum_that_cancels_is_mistrusted_and_never_passes(setting: Setting) -> None:
+    """Whatever the peer does: a sloppy one cannot buy a pass, a gross error stays a failure."""
+    right = setting.expected[GRAD_WEIGHTS]
+    for error, peer, verdict in (
+        (0.0, 0.049, Verdict.PASS),
+        (0.0, 0.051, Verdict.MISTRUSTED),
+        (0.1, 0.1, Verdict.MISTRUSTED),
+        (0.1, 10.0, Verdict.MISTRUSTED),
+        (0.3, 0.1, Verdict.FAIL),
+        (0.04, 0.049, Verdict.FAIL),
+    ):
+        judgement = judge(CASE, GRAD_WEIGHTS, compare(right * (1 + error), right), peer)
+        assert judgement.verdict is verdict, (error, peer, judgement.line)
+    assert "the sum cancels" in judge(CASE, GRAD_WEIGHTS, compare(right, right), 0.2).line
 
 
 def test_a_failure_is_never_hidden_by_mistrust() -> None:
