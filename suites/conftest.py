@@ -322,7 +322,6 @@ def judge_case(
                 engine=engine,
                 case=case,
                 isa=isa.name,
-                label=isa.label,
                 fresh=fresh,
             )
         except Exception as error:
