@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,9 @@ def bench(
     peers: Annotated[
         str | None, typer.Option(help="kt_kernel,torch_loop,torch_grouped_mm,vllm or paths of .py files")
     ] = None,
+    patience: Annotated[
+        float, typer.Option(help="seconds that a turn waits for other programs to leave the processors alone", min=0)
+    ] = 1.0,
     isa: Annotated[str | None, typer.Option(help="hold every engine to this instruction set")] = None,
     kt_python: Annotated[
         str | None, typer.Option(help="a Python that has kt-kernel (or KTVERIFY_KT_PYTHON; default: .peers/kt)")
@@ -88,6 +92,7 @@ def bench(
         runs=runs,
         threads=min(threads or facts.threads, facts.threads),
         isa=isa or "",
+        patience_s=patience,
         scratch=scratch,
     )
     directory = out if out is not None else _new_directory()
@@ -106,6 +111,8 @@ def bench(
             isa=settings.isa,
         )
     )
+    # a terminated run ends like an interrupted one
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console()
     watch = Watch(make_console(stderr=True), len(chosen))
     stopped = False

@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
-
 from ktverify.bench import places
 from ktverify.bench.host import load_module
 
@@ -178,14 +176,6 @@ class Process:
             with contextlib.suppress(OSError, ValueError):
                 total += int(task.read_text(encoding="ascii").split()[0])
         return total
-
-    def cpu_seconds(self) -> float:
-        """Processor time so far, with that of threads that have ended; to a hundredth of a second."""
-        try:
-            times = psutil.Process(self._process.pid).cpu_times()
-        except psutil.Error:
-            return 0.0
-        return float(times.user + times.system)
 
     def close(self) -> None:
         """End the process at once: it keeps nothing that matters."""

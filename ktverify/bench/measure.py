@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from ktverify import machine
 from ktverify.bench import problem
 from ktverify.bench.engines import OWN, Died, Engine, Process
+from ktverify.bench.quiet import Neighbours
 from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, TurnLine
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
@@ -39,7 +38,7 @@ _RESERVE = 0.04
 # an engine is idle when its threads together had less than a tenth of the last hundredth of a second
 _LOOK_S = 0.01
 _IDLE_NS = 1_000_000
-_PATIENCE_S = 2.0
+_RESTLESS_S = 2.0
 
 
 class Progress(Protocol):
@@ -52,7 +51,8 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. rounds, warmup, threads, runs: counts; pause_s: seconds between turns; isa: "" for the best.
+    """How to measure. rounds, warmup, threads, runs: counts; isa: "" for the best; pause_s: seconds between
+    turns; patience_s: how long a turn waits for other programs to leave the processors alone.
 
     read_bytes: the memory that the bandwidth is measured on, well beyond any cache.
     """
@@ -63,6 +63,7 @@ class Settings:
     runs: int = 1
     isa: str = ""
     pause_s: float = 0.02
+    patience_s: float = 1.0
     timeout_s: float = 900.0
     scratch: Path | None = None
     read_bytes: int = 1 << 29
@@ -231,14 +232,13 @@ class _Group:
                 self.bench.progress.say(f"loading and checking {engine.title}")
                 self._load(engine)
                 self.bench.progress.advance()
-            started, busy, ours = time.monotonic(), _busy_seconds(), self._our_seconds(ceiling)
+            self.neighbours = Neighbours(lambda: [ceiling, *(seat.process for seat in self.seats)])
+            start = self.neighbours.read()
             for number in range(-self.settings.warmup, self.settings.rounds):
                 self.bench.progress.say(f"round {number + 1}" if number >= 0 else "warm-up")
                 self._round(number, ceiling)
                 self.bench.progress.advance()
-            elapsed = (time.monotonic() - started) * (os.cpu_count() or 1)
-            others = _busy_seconds() - busy - (self._our_seconds(ceiling) - ours)
-            share = min(1.0, max(0.0, others / elapsed))
+            share = start.share_until(self.neighbours.read())
             self.journal.add(QuietLine(**self.place, others=share, restless=tuple(self.restless)))
             for seat in list(self.seats):
                 self._check(seat, f"after {rounds} rounds: ")
@@ -340,14 +340,17 @@ class _Group:
         """One round; negative numbers are warm-ups and leave no line."""
         for what in ("forward", "backward"):
             for seat in [seat for seat in self.seats if what in seat.timed]:
+                self.neighbours.wait(self.settings.patience_s)
+                before = self.neighbours.read()
                 try:
                     times = seat.process.ask(what)
                 except Died as died:
                     self._drop(seat, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
                     continue
+                others = before.share_until(self.neighbours.read())
                 if number >= 0:
                     for name, ns in times.items():
-                        self._add_turn(number, seat.engine.name, name, ns)
+                        self._add_turn(number, seat.engine.name, name, ns, others)
                 self._settle(seat.process)
         own = next((seat.line.about.get("isa", "") for seat in self.seats if seat.engine.name == OWN), "")
         asked = {
@@ -355,18 +358,21 @@ class _Group:
             "isa": own or self.settings.isa,
             "read_bytes": self.settings.read_bytes,
         }
+        self.neighbours.wait(self.settings.patience_s)
+        before = self.neighbours.read()
         value = ceiling.ask("call", function="measure", arguments=asked)["value"]
+        others = before.share_until(self.neighbours.read())
         if number >= 0:
-            self.journal.add(CeilingLine(**self.place, round=number, **value))
+            self.journal.add(CeilingLine(**self.place, round=number, **value, others=others))
         self._settle(ceiling)
 
-    def _add_turn(self, number: int, engine: str, what: Any, ns: int) -> None:
-        self.journal.add(TurnLine(**self.place, round=number, engine=engine, what=what, ns=ns))
+    def _add_turn(self, number: int, engine: str, what: Any, ns: int, others: float) -> None:
+        self.journal.add(TurnLine(**self.place, round=number, engine=engine, what=what, ns=ns, others=others))
 
     def _settle(self, process: Process) -> None:
         """Wait until the threads of `process` sleep: workers may look for work a while after a call has returned."""
         time.sleep(self.settings.pause_s)
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _RESTLESS_S
         before = process.cpu_ns()
         while time.monotonic() < deadline:
             time.sleep(_LOOK_S)
@@ -383,9 +389,6 @@ class _Group:
         crashed = {"forward": "CRASH", "backward": "CRASH" if seat.engine.backward else "UNSUPPORTED"}
         self.journal.add(seat.line.model_copy(update={**crashed, "reason": reason}))
 
-    def _our_seconds(self, ceiling: Process) -> float:
-        return time.process_time() + sum(p.cpu_seconds() for p in [ceiling, *(seat.process for seat in self.seats)])
-
 
 def _wrong(found: dict[str, float | str]) -> str:
     """What is wrong with the results of `found`, "" for nothing."""
@@ -399,12 +402,6 @@ def _wrong(found: dict[str, float | str]) -> str:
 
 def _errors(found: dict[str, float | str]) -> dict[str, float]:
     return {name: value for name, value in found.items() if not isinstance(value, str)}
-
-
-def _busy_seconds() -> float:
-    """Processor seconds that the machine has spent on anything, all processors together."""
-    times = psutil.cpu_times()._asdict()
-    return float(sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice")))
 
 
 def _own() -> Path:

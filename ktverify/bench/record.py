@@ -81,7 +81,7 @@ class EngineLine(_Line):
 
 
 class TurnLine(_Line):
-    """One call of one engine."""
+    """One call of one engine. others: the share of the processors that other programs had meanwhile."""
 
     kind: Literal["turn"] = "turn"
     shape: str
@@ -91,6 +91,7 @@ class TurnLine(_Line):
     engine: str
     what: What
     ns: int
+    others: float = 0.0
 
 
 class CeilingLine(_Line):
@@ -104,6 +105,7 @@ class CeilingLine(_Line):
     read: float
     multiply: float
     isa: str
+    others: float = 0.0
 
 
 class QuietLine(_Line):

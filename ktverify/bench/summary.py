@@ -9,14 +9,19 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ktverify.bench.engines import OWN
+from ktverify.bench.quiet import BUSY
 from ktverify.bench.record import CeilingLine, EngineLine, HeadLine, Line, QuietLine, ShapeLine, TurnLine
 from ktverify.bench.shapes import Work
 from ktverify.report.record import VerdictName
 
 # a round of a group: (group, round)
 Round = tuple[int, int]
+L = TypeVar("L", TurnLine, CeilingLine)
+
+ENOUGH = 5  # undisturbed turns that a median may be taken of, where others were disturbed
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Roofline:
 @dataclass(frozen=True)
 class ShapeSummary:
     """One shape in one run. read: bytes per second; multiply: operations per second; others: the largest share of the
-    processors that other programs had during a group of rounds."""
+    processors that other programs had during a group of rounds; left_out: disturbed turns of all `turns`."""
 
     shape: ShapeLine
     run: int
@@ -86,6 +91,8 @@ class ShapeSummary:
     backward: Roofline | None
     groups: int
     others: float
+    turns: int
+    left_out: int
     restless: tuple[str, ...]
 
     def engine(self, name: str) -> EngineSummary | None:
@@ -121,11 +128,15 @@ def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
 def _summary(
     shape: ShapeLine, run: int, lines: list[EngineLine | TurnLine | CeilingLine | QuietLine], order: dict[str, int]
 ) -> ShapeSummary:
-    times: dict[tuple[str, str], dict[Round, float]] = defaultdict(dict)
+    every: dict[tuple[str, str], dict[Round, TurnLine]] = defaultdict(dict)
     for line in lines:
         if isinstance(line, TurnLine):
-            times[line.engine, line.what][line.group, line.round] = line.ns / 1e6
-    ceilings = {(line.group, line.round): line for line in lines if isinstance(line, CeilingLine)}
+            every[line.engine, line.what][line.group, line.round] = line
+    kept = {series: _undisturbed(turns) for series, turns in every.items()}
+    times: dict[tuple[str, str], dict[Round, float]] = defaultdict(
+        dict, {series: {at: line.ns / 1e6 for at, line in turns.items()} for series, turns in kept.items()}
+    )
+    ceilings = _undisturbed({(line.group, line.round): line for line in lines if isinstance(line, CeilingLine)})
     forward = Work(shape.forward_bytes, shape.forward_flops)
     backward = Work(shape.backward_bytes, shape.backward_flops)
 
@@ -169,8 +180,16 @@ def _summary(
         backward=_roofline(backward, ceilings, bounds["backward"]),
         groups=len({line.group for line in lines if isinstance(line, TurnLine)}),
         others=max((line.others for line in quiet), default=0.0),
+        turns=sum(map(len, every.values())),
+        left_out=sum(map(len, every.values())) - sum(map(len, kept.values())),
         restless=tuple(sorted({name for line in quiet for name in line.restless})),
     )
+
+
+def _undisturbed(turns: dict[Round, L]) -> dict[Round, L]:
+    """The turns during which other programs left the processors alone; all, where those are too few to tell."""
+    quiet = {at: line for at, line in turns.items() if line.others < BUSY}
+    return quiet if len(quiet) >= max(ENOUGH, len(turns) / 3) else turns
 
 
 def _states(lines: Sequence[Line]) -> dict[str, EngineLine]:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ktverify.bench.engines import OWN
+from ktverify.bench.quiet import BUSY
 from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary, Spread, Timing
 from ktverify.cases import Case
 from ktverify.machine import format_bytes
 
-BUSY = 0.10  # a share of the processors for other programs from which on times are to be doubted
 NOTHING = "–"
 
 
@@ -114,7 +114,8 @@ def warnings(summary: ShapeSummary) -> list[str]:
     """What makes the times of this shape less than they seem."""
     found = []
     if summary.others >= BUSY:
-        found.append(f"other programs had {100 * summary.others:.0f} % of the processors: believe ratios, not times")
+        left = f"{summary.left_out} of {summary.turns} turns were disturbed and do not count"
+        found.append(f"other programs had {100 * summary.others:.0f} % of the processors; {left}")
     if summary.restless:
         found.append(f"{', '.join(summary.restless)} kept computing between turns, at the others' expense")
     if summary.groups > 1:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ktverify.bench import engines, plot, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
 from ktverify.bench.measure import Bench, Settings, plan
+from ktverify.bench.quiet import Reading
 from ktverify.bench.record import HeadLine, Journal, QuietLine, TurnLine
 from ktverify.cases import Case
 from ktverify.names import BACKWARD_TENSORS
@@ -18,7 +21,7 @@ from suites.meta.test_reports import MACHINE
 
 SHAPE = shapes.Shape("tiny", "small enough to wait for", Case.parse("E=4,k=2,H=64,I=32,T=17,r=8"))
 ROUNDS = 3
-SETTINGS = Settings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, read_bytes=1 << 22)
+SETTINGS = Settings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, patience_s=0.0, read_bytes=1 << 22)
 
 PEER = """
 import os, signal
@@ -345,3 +348,37 @@ def test_all_engines_get_the_same_threads_and_patience() -> None:
         assert variables["OMP_WAIT_POLICY"] == "passive"
         assert variables["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
     assert "PYTHONPATH" not in engines.environment(foreign, threads=3, isa="")
+
+
+# ---- other programs
+
+
+def turn(round_: int, ns: int, others: float) -> TurnLine:
+    return TurnLine(shape="s", run=1, group=0, round=round_, engine="native", what="forward", ns=ns, others=others)
+
+
+@pytest.mark.parametrize(("quiet", "median"), [(6, 1.0), (4, 9.0)])
+def test_disturbed_turns_do_not_count_where_enough_others_are_there(quiet: int, median: float) -> None:
+    work: dict[str, Any] = {"forward_bytes": 1, "forward_flops": 1, "backward_bytes": 1, "backward_flops": 1}
+    lines: list[record.Line] = [
+        record.ShapeLine(shape="s", why="", case=SHAPE.case.id, active=4, weight_bytes=1, **work),
+        record.EngineLine(
+            shape="s", run=1, group=0, engine="native", title="native", forward="PASS", backward="UNSUPPORTED"
+        ),
+        *(turn(number, 1_000_000, 0.0) for number in range(quiet)),
+        *(turn(number, 9_000_000, 0.5) for number in range(quiet, 15)),
+    ]
+    (found,) = summary.summarise(lines)
+    engine = found.engine("native")
+    assert engine is not None
+    assert engine.forward is not None
+    assert engine.forward.ms.median == median
+    assert found.left_out == (15 - quiet if median == 1.0 else 0)
+
+
+def test_the_share_of_others() -> None:
+    processors = os.cpu_count() or 1
+    start = Reading(10.0, 100.0)
+    assert start.share_until(Reading(11.0, 100.02 + processors / 2)) == pytest.approx(0.5)
+    assert start.share_until(Reading(11.0, 100.0)) == 0
+    assert start.share_until(Reading(11.0, 200.0)) == 1
