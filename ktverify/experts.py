@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import torch
@@ -101,7 +100,6 @@ class KTMoEWrapper:
         self.up_lora_b: torch.Tensor
         self.down_lora_a: torch.Tensor
         self.down_lora_b: torch.Tensor
-        self._lock = threading.Lock()  # one call at a time: forward and backward change what is saved
         self._lora_dtype: torch.dtype | None = None
         self._sources: tuple[dict[str, torch.Tensor], list[int]] | None = None
         self._weights_loaded = False
@@ -142,10 +140,9 @@ class KTMoEWrapper:
         expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
         base = contract.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = contract.check_physical_map(self.spec, physical_map)
-        with self._lock:
-            self._native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
-            self._sources = (base, slots)
-            self._weights_loaded = True
+        self._native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
+        self._sources = (base, slots)
+        self._weights_loaded = True
 
     def init_lora_weights(
         self,
@@ -163,27 +160,27 @@ class KTMoEWrapper:
         lora = contract.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
         lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
         dtype = lora[LORA_NAMES[0]].dtype
-        with self._lock:
+        if dtype != (self._lora_dtype or torch.bfloat16):
             if self._native.saved_forwards:
-                raise RuntimeError("init_lora_weights while a saved forward waits for its backward: call that first")
-            if dtype != (self._lora_dtype or torch.bfloat16):
-                native = self._build(lora_fp32=dtype == torch.float32)
-                if self._weights_loaded:
-                    if self._sources is None:
-                        raise TypeError(
-                            f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
-                            "call load_weights_from_tensors again before changing it"
-                        )
-                    base, slots = self._sources
-                    native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
-                self._native = native
-            self._native.update_lora([t.data_ptr() for t in lora.values()])
-            self._lora_dtype = dtype
-            for name, tensor in lora.items():
-                setattr(self, name, tensor)
+                raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
+            native = self._build(lora_fp32=dtype == torch.float32)
+            if self._weights_loaded:
+                if self._sources is None:
+                    raise TypeError(
+                        f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
+                        "call load_weights_from_tensors again before changing it"
+                    )
+                base, slots = self._sources
+                native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
+            self._native = native
+        self._native.update_lora([t.data_ptr() for t in lora.values()])
+        self._lora_dtype = dtype
+        for name, tensor in lora.items():
+            setattr(self, name, tensor)
 
     def update_lora_weights(self) -> None:
-        """Takes over the values of all six parameters at once. Until then the engine computes with the last ones."""
+        """Takes over the values of all six parameters at once. Until then the engine computes with the last ones, and
+        the backward of a forward that was saved before computes with those of its forward."""
         contract.check_ready(True, self._lora_dtype is not None, "update_lora_weights")
         lora = contract.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
         if lora[LORA_NAMES[0]].dtype != self._lora_dtype:
@@ -192,8 +189,7 @@ class KTMoEWrapper:
                 f"{self._lora_dtype}: call it again to change the dtype"
             )
         contiguous = [t.detach().contiguous() for t in lora.values()]
-        with self._lock:
-            self._native.update_lora([t.data_ptr() for t in contiguous])
+        self._native.update_lora([t.data_ptr() for t in contiguous])
 
     def forward_sft(
         self,
@@ -209,10 +205,9 @@ class KTMoEWrapper:
         tokens = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
         inputs = [t.detach().contiguous() for t in (hidden_states, expert_ids, weights)]
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        with self._lock:
-            self._native.forward(tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward)
-            if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
-                self._sources = None  # every expert is packed: the caller's tensors may go
+        self._native.forward(tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward)
+        if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
+            self._sources = None  # every expert is packed: the caller's tensors may go
         return output
 
     def backward(
@@ -223,27 +218,26 @@ class KTMoEWrapper:
 
         accumulate: the LoRA gradients are the sum over the backward calls since update_lora_weights that had it set,
         added in fp32 and rounded once."""
-        with self._lock:
-            contract.check_backward(
-                self.spec, grad_output, self._native.saved_rows if self._native.saved_forwards else None
-            )
-            tokens = grad_output.shape[0]
-            upstream = grad_output.detach().contiguous()
-            grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-            grads = {
-                grad: torch.empty(shape, dtype=self._lora_dtype)
-                for grad, shape in zip(GRAD_NAMES, self.spec.lora_shapes.values(), strict=True)
-            }
-            grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
-            self._native.backward(
-                tokens,
-                upstream.data_ptr(),
-                grad_input.data_ptr(),
-                [g.data_ptr() for g in grads.values()],
-                grad_weights.data_ptr(),
-                accumulate,
-            )
-            self.grad_weights = grad_weights
+        contract.check_backward(
+            self.spec, grad_output, self._native.saved_rows if self._native.saved_forwards else None
+        )
+        tokens = grad_output.shape[0]
+        upstream = grad_output.detach().contiguous()
+        grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
+        grads = {
+            grad: torch.empty(shape, dtype=self._lora_dtype)
+            for grad, shape in zip(GRAD_NAMES, self.spec.lora_shapes.values(), strict=True)
+        }
+        grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
+        self._native.backward(
+            tokens,
+            upstream.data_ptr(),
+            grad_input.data_ptr(),
+            [g.data_ptr() for g in grads.values()],
+            grad_weights.data_ptr(),
+            accumulate,
+        )
+        self.grad_weights = grad_weights
         return grad_input, grads
 
     @staticmethod

@@ -86,7 +86,13 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
+    if (saved.empty())
+        throw BadState("backward without a saved forward: call forward_sft(..., save_for_backward=True) first");
     const Saved& kept = saved.back();
+    if (rows != kept.routing.tokens)
+        throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " +
+                       std::to_string(kept.routing.tokens));
+    const LoraPack& snapshot = *kept.lora;
     const Routing& routing = kept.routing;
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
     const int i_panels = panels_of(size.ib), h_panels = panels_of(size.hb);
@@ -205,7 +211,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             const int cblocks = std::min(kPanelBlocks, size.rb - nb);
             NnSegment segments[2];
             for (int term = 0; term < terms(); ++term) {
-                const bf16* matrix = term == 0 ? lora.down_b.hi : lora.down_b.lo;
+                const bf16* matrix = term == 0 ? snapshot.down_b.hi : snapshot.down_b.lo;
                 segments[term] = {part.out + z(group) * kGroup * hidden,
                                   hidden,
                                   matrix + z(expert.expert) * db + z(nb) * kBlockSize,
@@ -238,7 +244,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
                            0,
                            size.hb};
             const int more =
-                nn_lora_segments(at(part.ob, row * rank), rank, at(lora.down_a[z(p)], z(expert.expert) * da + cb),
+                nn_lora_segments(at(part.ob, row * rank), rank, at(snapshot.down_a[z(p)], z(expert.expert) * da + cb),
                                  panel(size.ib), size.rb, segments + 1);
             const std::size_t to = row * inter + col;
             const auto product = [&](const NnSegment* first_segment, int used, int slot) {
@@ -270,7 +276,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             for (std::size_t n = 2 * r; n < rank2; ++n) put(part.xa, (z(group) * kGroup + z(t)) * rank2 + n, 0.0f);
         }
         for (int which = 0; which < 2; ++which) {
-            const Pair& w = which == 0 ? lora.gate_b[z(p)] : lora.up_b[z(p)];
+            const Pair& w = which == 0 ? snapshot.gate_b[z(p)] : snapshot.up_b[z(p)];
             const bf16* from = (which == 0 ? part.g : part.u) + z(group) * kGroup * inter;
             for (int nb = 0; nb < size.rb; nb += kPanelBlocks) {
                 const int cblocks = std::min(kPanelBlocks, size.rb - nb);
@@ -314,8 +320,9 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             segments[1] = {part.u + row * inter, inter, base.up + cb, panel(size.hb), nullptr, 0, size.ib};
             int used = 2;
             if (with_lora)
-                used += nn_lora_segments(at(part.xa, row * rank2), rank2, at(lora.gate_up_a, z(expert.expert) * a + cb),
-                                         panel(size.hb), size.ab, segments + 2);
+                used +=
+                    nn_lora_segments(at(part.xa, row * rank2), rank2, at(snapshot.gate_up_a, z(expert.expert) * a + cb),
+                                     panel(size.hb), size.ab, segments + 2);
             kernels.nn(segments, used, count, cblocks, c, kPanelCols);
             if (first == 0) {
                 turns.wait(p, hp, ticket);
@@ -464,6 +471,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     shared.cache.give(std::move(work));
     shared.cache.give(std::move(saved.back().block));
     saved.pop_back();
+    note_saved();
 }
 
 }  // namespace ktv

@@ -66,7 +66,14 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
 
+    if (save && static_cast<int>(saved.size()) >= config.max_cache_depth)
+        throw BadState("forward_sft(save_for_backward=True): " + std::to_string(saved.size()) +
+                       " forwards already wait for their backward, and max_cache_depth is " +
+                       std::to_string(config.max_cache_depth) + "; call backward first or raise max_cache_depth");
+    const LoraPack& snapshot = *lora;
+
     Saved kept;
+    kept.lora = lora;
     kept.routing = route(ids, weights, rows, config.top_k, config.num_experts);
     const Routing& routing = kept.routing;
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
@@ -105,11 +112,6 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     for (const Routing::Expert& e : routing.experts) {
         if (!experts[0][z(e.expert)].block) wanted.push_back(e.expert);
     }
-    if (!wanted.empty()) {
-        require_memory(wanted.size() * z(config.parts) * expert_bytes() + measure_work.used() + measure_kept.used(),
-                       "packing " + std::to_string(wanted.size()) + " experts and a forward of " +
-                           std::to_string(rows) + " tokens");
-    }
     Block work = shared.cache.take(measure_work.used(), "a forward of " + std::to_string(rows) + " tokens");
     Carver cut_work(work.data());
     carve_work(cut_work);
@@ -118,7 +120,13 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         Carver cut_kept(kept.block.data());
         carve_kept(cut_kept);
     }
-    pack_experts(team, wanted);
+    if (!wanted.empty()) {
+        const std::size_t need = wanted.size() * z(config.parts) * Block::footprint(expert_bytes());
+        const std::string what = "packing the weights of " + std::to_string(wanted.size()) + " experts";
+        if (need > available_memory()) shared.cache.clear();
+        require_memory(need, what);
+        pack_experts(team, wanted);
+    }
 
     const float scaling = config.scaling;
     const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
@@ -173,7 +181,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         for (int nb = 0; nb < size.ab; ++nb) {
             NtSegment segments[2];
             for (int term = 0; term < terms(); ++term) {
-                const bf16* matrix = term == 0 ? lora.gate_up_a.hi : lora.gate_up_a.lo;
+                const bf16* matrix = term == 0 ? snapshot.gate_up_a.hi : snapshot.gate_up_a.lo;
                 segments[term] = {matrix + z(expert.expert) * a + z(nb) * panel(size.hb), packed_x, x_stride, size.hb};
             }
             multiply(expert, segments, terms(), 1, c, kGroup);
@@ -203,11 +211,11 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             NtSegment gate_segments[4], up_segments[4];
             gate_segments[0] = {base.gate + z(ib) * panel(size.hb), part.x_pack + group * x_stride, x_stride, size.hb};
             up_segments[0] = {base.up + z(ib) * panel(size.hb), part.x_pack + group * x_stride, x_stride, size.hb};
-            const int more = nt_lora_segments(
-                {at(lora.gate_b[z(p)], b_at), at(part.gate_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
-                gate_segments + 1);
+            const int more = nt_lora_segments({at(snapshot.gate_b[z(p)], b_at), at(part.gate_xa, group * r_stride),
+                                               r_stride, size.rb, config.lora_fp32},
+                                              gate_segments + 1);
             nt_lora_segments(
-                {at(lora.up_b[z(p)], b_at), at(part.up_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
+                {at(snapshot.up_b[z(p)], b_at), at(part.up_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
                 up_segments + 1);
             const std::size_t ldc = z(count) * kGroup;
             float* g = c;
@@ -237,7 +245,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         for (int nb = 0; nb < size.rb; ++nb) {
             NtSegment segments[2];
             for (int term = 0; term < terms(); ++term) {
-                const bf16* matrix = term == 0 ? lora.down_a[z(p)].hi : lora.down_a[z(p)].lo;
+                const bf16* matrix = term == 0 ? snapshot.down_a[z(p)].hi : snapshot.down_a[z(p)].lo;
                 segments[term] = {matrix + z(expert.expert) * da + z(nb) * panel(size.ib),
                                   part.h_pack + z(group) * h_stride, h_stride, size.ib};
             }
@@ -276,7 +284,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             NtSegment segments[4];
             segments[0] = {experts[z(p)][z(expert.expert)].down + z(hb) * panel(size.ib),
                            part.h_pack + group * h_stride, h_stride, size.ib};
-            const int more = nt_lora_segments({at(lora.down_b, z(expert.expert) * db + z(hb) * panel(size.rb)),
+            const int more = nt_lora_segments({at(snapshot.down_b, z(expert.expert) * db + z(hb) * panel(size.rb)),
                                                at(part.ha, group * r_stride), r_stride, size.rb, config.lora_fp32},
                                               segments + 1);
             const std::size_t ldc = z(count) * kGroup;
@@ -314,7 +322,10 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     team.run(body);
     if (active == 0 && T > 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
     shared.cache.give(std::move(work));
-    if (save) saved.push_back(std::move(kept));
+    if (save) {
+        saved.push_back(std::move(kept));
+        note_saved();
+    }
 }
 
 }  // namespace ktv

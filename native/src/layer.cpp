@@ -51,6 +51,9 @@ void Layer::load_weights(const WeightSource& gate, const WeightSource& up, const
     }
     if (!permutation) throw BadInput("physical_map must be a permutation of 0.." + std::to_string(E - 1));
     const std::lock_guard lock(process().mutex);
+    if (!s.saved.empty())
+        throw BadState("load_weights_from_tensors while " + std::to_string(s.saved.size()) +
+                       " saved forwards wait for their backward: call backward first");
     s.gate = gate;
     s.up = up;
     s.down = down;
@@ -79,21 +82,12 @@ void Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const floa
         throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
                        std::to_string(s.config.max_rows));
     check_ids(ids, rows, s.config.top_k, s.config.num_experts);
-    if (save && static_cast<int>(s.saved.size()) >= s.config.max_cache_depth)
-        throw BadState("forward_sft(save_for_backward=True): " + std::to_string(s.saved.size()) +
-                       " forwards already wait for their backward, and max_cache_depth is " +
-                       std::to_string(s.config.max_cache_depth) + "; call backward first or raise max_cache_depth");
     s.forward(rows, x, ids, weights, output, save);
 }
 
 void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
                      float* grad_weights, bool accumulate) {
     State& s = *state_;
-    if (s.saved.empty())
-        throw BadState("backward without a saved forward: call forward_sft(..., save_for_backward=True) first");
-    if (rows != saved_rows())
-        throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " +
-                       std::to_string(saved_rows()));
     s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate);
 }
 
@@ -101,7 +95,7 @@ int Layer::saved_forwards() const {
     return static_cast<int>(state_->saved.size());
 }
 int Layer::saved_rows() const {
-    return state_->saved.empty() ? -1 : state_->saved.back().routing.tokens;
+    return state_->saved_rows;
 }
 int Layer::packed_experts() const {
     return state_->packed;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
+#include <initializer_list>
 #include <limits>
 
 namespace ktv {
@@ -14,6 +15,10 @@ namespace {
 
 constexpr std::size_t kHuge = std::size_t{2} << 20;
 constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
+
+bool is_huge(std::size_t bytes) {
+    return bytes >= 2 * kHuge;
+}
 
 std::size_t page_size() {
     static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -38,13 +43,29 @@ std::size_t meminfo_available() {
     return kUnlimited;
 }
 
+// The sum of these keys of a file with a "key number" on each line.
+std::size_t sum_in(const char* path, std::initializer_list<const char*> keys) {
+    std::ifstream file(path);
+    std::size_t sum = 0, value;
+    for (std::string key; file >> key >> value;) {
+        if (std::any_of(keys.begin(), keys.end(), [&](const char* wanted) { return key == wanted; })) sum += value;
+    }
+    return sum;
+}
+
+// A cgroup counts cached files as used, and gives them up when memory is asked for: after reading a checkpoint they
+// fill it.
 std::size_t cgroup_left() {
-    const auto left = [](std::size_t limit, std::size_t used) {
-        return limit == kUnlimited || used == kUnlimited ? kUnlimited : limit > used ? limit - used : 0;
+    const auto left = [](std::size_t limit, std::size_t used, std::size_t cached) {
+        if (limit == kUnlimited || used == kUnlimited) return kUnlimited;
+        used -= std::min(used, cached);
+        return limit > used ? limit - used : 0;
     };
-    return std::min(left(number_in("/sys/fs/cgroup/memory.max"), number_in("/sys/fs/cgroup/memory.current")),
+    return std::min(left(number_in("/sys/fs/cgroup/memory.max"), number_in("/sys/fs/cgroup/memory.current"),
+                         sum_in("/sys/fs/cgroup/memory.stat", {"inactive_file", "active_file"})),
                     left(number_in("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-                         number_in("/sys/fs/cgroup/memory/memory.usage_in_bytes")));
+                         number_in("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+                         sum_in("/sys/fs/cgroup/memory/memory.stat", {"total_inactive_file", "total_active_file"})));
 }
 
 std::size_t address_space_left() {
@@ -78,11 +99,15 @@ void require_memory(std::size_t bytes, const std::string& what) {
     }
 }
 
+std::size_t Block::footprint(std::size_t bytes) {
+    const std::size_t page = page_size();
+    return (bytes + page - 1) / page * page + (is_huge(bytes) ? kHuge : 0);
+}
+
 Block::Block(std::size_t bytes) : size_(bytes) {
     if (bytes == 0) return;
-    const bool huge = bytes >= 2 * kHuge;
-    const std::size_t page = page_size();
-    mapped_size_ = (bytes + page - 1) / page * page + (huge ? kHuge : 0);
+    const bool huge = is_huge(bytes);
+    mapped_size_ = footprint(bytes);
     mapped_ = mmap(nullptr, mapped_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped_ == MAP_FAILED) {
         mapped_ = nullptr;

@@ -21,6 +21,8 @@ class Block {
   public:
     Block() = default;
     explicit Block(std::size_t bytes);
+    // What a block of so many bytes takes of the address space.
+    static std::size_t footprint(std::size_t bytes);
     ~Block();
     Block(Block&& other) noexcept { swap(other); }
     Block& operator=(Block&& other) noexcept {

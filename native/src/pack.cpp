@@ -66,9 +66,11 @@ std::size_t Layer::State::expert_bytes() const {
 
 void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     if (wanted.empty()) return;
-    for (const int e : wanted) {
-        for (auto& part : experts) {
-            PackedExpert& expert = part[z(e)];
+    // All memory first: an expert whose block is there counts as packed, so none may stay behind half made.
+    std::vector<std::vector<PackedExpert>> made(z(config.parts));
+    for (auto& part : made) {
+        part.resize(wanted.size());
+        for (PackedExpert& expert : part) {
             expert.block = Block(expert_bytes());
             Carver carver(expert.block.data());
             carver.take(expert.gate, z(size.ib) * panel(size.hb));
@@ -82,7 +84,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         queue.work(worker, static_cast<int>(wanted.size()) * per_expert, [&](int part, int index) {
             const int e = wanted[z(index / per_expert)], slot = slot_of[z(e)];
             int row = index % per_expert;
-            PackedExpert& to = experts[z(part)][z(e)];
+            PackedExpert& to = made[z(part)][z(index / per_expert)];
             if (row < 2 * size.ib) {
                 const WeightSource& from = row < size.ib ? gate : up;
                 bf16* out = row < size.ib ? to.gate : to.up;
@@ -100,6 +102,9 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         });
     };
     team.run(body);
+    for (std::size_t part = 0; part < made.size(); ++part) {
+        for (std::size_t i = 0; i < wanted.size(); ++i) experts[part][z(wanted[i])] = std::move(made[part][i]);
+    }
     packed += static_cast<int>(wanted.size());
 }
 
@@ -107,29 +112,32 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const std::size_t E = z(config.num_experts);
     const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
                       da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
-    const auto carve = [&](Carver& carver) {
+    const auto carve = [&](LoraPack& pack, Carver& carver) {
         const auto take = [&](Pair& pair, std::size_t count) {
             carver.take(pair.hi, E * count);
             if (config.lora_fp32) carver.take(pair.lo, E * count);
         };
-        take(lora.gate_up_a, a);
-        take(lora.down_b, db);
+        take(pack.gate_up_a, a);
+        take(pack.down_b, db);
         for (int p = 0; p < config.parts; ++p) {
-            take(lora.gate_b[z(p)], b);
-            take(lora.up_b[z(p)], b);
-            take(lora.down_a[z(p)], da);
+            take(pack.gate_b[z(p)], b);
+            take(pack.up_b[z(p)], b);
+            take(pack.down_a[z(p)], da);
         }
     };
-    if (!lora.block) {
-        lora.gate_b.resize(z(config.parts));
-        lora.up_b.resize(z(config.parts));
-        lora.down_a.resize(z(config.parts));
+    // A snapshot that a saved forward still needs stays as it is: its backward belongs to the same values.
+    std::shared_ptr<LoraPack> to = lora;
+    if (!to || to.use_count() > 2) {
+        to = std::make_shared<LoraPack>();
+        to->gate_b.resize(z(config.parts));
+        to->up_b.resize(z(config.parts));
+        to->down_a.resize(z(config.parts));
         Carver measure;
-        carve(measure);
+        carve(*to, measure);
         require_memory(measure.used(), "the snapshot of the LoRA weights");
-        lora.block = Block(measure.used());  // fresh pages are zero, and padding is never written
-        Carver cut(lora.block.data());
-        carve(cut);
+        to->block = Block(measure.used());  // fresh pages are zero, and padding is never written
+        Carver cut(to->block.data());
+        carve(*to, cut);
     }
     const std::size_t H = z(size.H), I = z(size.I), r = z(size.r), all_I = I * z(config.parts);
     const bool fp32 = config.lora_fp32;
@@ -137,19 +145,19 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const std::function<void(int)> body = [&](int worker) {
         queue.work(worker, config.num_experts, [&](int, int expert) {
             const std::size_t e = z(expert);
-            put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, offset(lora.gate_up_a, e * a));
-            put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, offset(lora.gate_up_a, e * a));
-            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, offset(lora.down_b, e * db));
+            put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, offset(to->gate_up_a, e * a));
+            put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, offset(to->gate_up_a, e * a));
+            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, offset(to->down_b, e * db));
             for (std::size_t p = 0; p < z(config.parts); ++p) {
                 const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
-                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(lora.gate_b[p], e * b));
-                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(lora.up_b[p], e * b));
-                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib,
-                           offset(lora.down_a[p], e * da));
+                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(to->gate_b[p], e * b));
+                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(to->up_b[p], e * b));
+                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, offset(to->down_a[p], e * da));
             }
         });
     };
     team.run(body);
+    lora = std::move(to);
 }
 
 }  // namespace ktv

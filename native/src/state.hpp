@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -62,6 +64,7 @@ struct LoraPack {
 // What backward needs of a forward.
 struct Saved {
     Routing routing;
+    std::shared_ptr<const LoraPack> lora;  // the snapshot that it was computed with
     Block block;
     bf16* x = nullptr;  // [T + 1][hidden_ld], the last row zero
     Pair xa_t;          // (s x Aᵀ)ᵀ: per expert [2][rank_rows][tokens], gate then up
@@ -86,9 +89,15 @@ struct Layer::State {
     std::vector<int> slot_of;                        // logical expert -> physical slot
     std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
     int packed = 0;
-    LoraPack lora;
+    std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
-    Block grad_sums;           // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
+    // The same for those who only want to know, without waiting for a computation.
+    std::atomic<int> saved_forwards{0}, saved_rows{-1};
+    void note_saved() {
+        saved_rows = saved.empty() ? -1 : saved.back().routing.tokens;
+        saved_forwards = static_cast<int>(saved.size());
+    }
+    Block grad_sums;  // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
 
     int terms() const { return config.lora_fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;

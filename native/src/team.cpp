@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <fstream>
 #include <sstream>
+#include <system_error>
+
+#include "ktv/layer.hpp"
 
 namespace ktv {
 namespace {
@@ -15,7 +18,8 @@ void pause() {
 #endif
 }
 
-// Spins for some tens of microseconds, the time between two stages, and only then blocks on a futex.
+// Spins for about the time between two stages, some tens to some hundreds of microseconds as `pause` is short or long
+// on this CPU, and only then blocks on a futex.
 constexpr int kSpins = 4000;
 
 void wait_while(const std::atomic<int>& word, int value) {
@@ -73,7 +77,13 @@ Team::Team(int workers, int parts) : workers_(workers) {
     helps_ = !pin || workers < parts;
     threads_.reserve(static_cast<std::size_t>(workers - 1));
     for (int worker = 1; worker < workers; ++worker) {
-        threads_.emplace_back([this, worker] { serve(worker); });
+        try {
+            threads_.emplace_back([this, worker] { serve(worker); });
+        } catch (const std::system_error& error) {
+            dismiss();
+            throw BadState("worker " + std::to_string(worker) + " of " + std::to_string(workers) +
+                           " could not be started (" + error.what() + "); lower cpuinfer_threads or raise the limit");
+        }
         if (!pin) continue;
         cpu_set_t set;
         CPU_ZERO(&set);
@@ -84,6 +94,10 @@ Team::Team(int workers, int parts) : workers_(workers) {
 }
 
 Team::~Team() {
+    dismiss();
+}
+
+void Team::dismiss() {
     stop_.store(true, std::memory_order_relaxed);
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();

@@ -43,6 +43,7 @@ class Team {
 
   private:
     void serve(int worker);
+    void dismiss();
     int workers_;
     bool helps_ = true;
     std::vector<std::thread> threads_;

@@ -12,6 +12,8 @@ from suites.support.subject import Subject
 
 # these depend on what happened in the process before
 IN_A_FRESH_PROCESS = ["fork_before_use", "threads_have_a_ceiling", "idle_experts_take_no_memory"]
+# more than CONTRACT.md asks of every engine
+OF_THE_NATIVE_ENGINE = ["fork_during_a_call", "no_memory_half_way", "reload_refused_while_forward_waits"]
 CHECKS = [
     "threads_with_layers_of_their_own",
     "threads_that_share_a_layer",
@@ -40,6 +42,12 @@ def test_fresh_process(engine: str, best: Isa, check: str) -> None:
 def native(engine: str) -> None:
     if engine != "native":
         pytest.skip("only the native engine lets its instruction set be chosen")
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
+def test_native_process(engine: str, best: Isa, check: str) -> None:
+    call_fresh(f"suites.support.processes:check_{check}", env=best.env, subject=Subject(engine, best.name))
 
 
 @pytest.mark.usefixtures("native")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 
@@ -51,9 +50,9 @@ def planned(engine: str, wanted: str = "all") -> list[Isa]:
 
 
 def _native() -> list[Isa]:
-    from ktverify.experts import available_isas
+    from ktverify.experts import amx_is_emulated, available_isas
 
-    trapped = bool(os.environ.get(EMULATION_ENV))
+    trapped = amx_is_emulated()
     isas = [Isa(name, emulated=trapped and name == AMX) for name in available_isas()]
     if AMX not in [isa.name for isa in isas] and platform.machine() == "x86_64":
         isas.append(Isa(AMX, emulated=True))

@@ -9,17 +9,22 @@ import contextlib
 import hashlib
 import os
 import resource
+import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
 
+from ktverify import reference
 from ktverify.cases import Case
 from ktverify.data import make_inputs
+from ktverify.gates import own_limit
+from ktverify.metrics import compare
 from ktverify.names import ALL_TENSORS, LORA_NAMES, OUTPUT
 from ktverify.running import run_layer
 from suites.support.contract import MIDDLE
@@ -210,15 +215,89 @@ def check_idle_experts_take_no_memory(subject: Subject) -> None:
 
 
 def check_update_while_forward_waits(subject: Subject) -> None:
-    """A forward that waits for its backward is not disturbed by update_lora_weights with the same values."""
+    """The backward of a forward that was saved before update_lora_weights belongs to the values of its forward."""
     inputs = make_inputs(MIDDLE)
     expected = subject.run(MIDDLE, inputs)
     layer = subject.layer(MIDDLE, inputs)
     output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    with torch.no_grad():
+        for name in LORA_NAMES:
+            getattr(layer, name).mul_(-1.5)
     layer.update_lora_weights()
     grad_input, gradients = layer.backward(inputs.grad_output)
     found = {OUTPUT: output, "grad_input": grad_input, **gradients, "grad_weights": layer.grad_weights}
     expect_same_bits("update_lora_weights between forward and backward", expected, found)
+    changed = replace(inputs, lora={name: getattr(layer, name).detach().clone() for name in LORA_NAMES})
+    expect_same_bits("the forward after the update", subject.run(MIDDLE, changed), run_layer(layer, inputs))
+
+
+def check_fork_during_a_call(subject: Subject) -> None:
+    """A process forked while another thread computes has a layer that works."""
+    inputs = make_inputs(MIDDLE)
+    layer = subject.layer(MIDDLE, inputs)
+    expected = run_layer(layer, inputs)
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+
+    busy = threading.Thread(target=compute)
+    busy.start()
+    try:
+        for _ in range(4):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                try:
+                    expect_same_bits("in a forked child", expected, run_layer(layer, inputs))
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            expect(status == 0, f"a child forked during a call ended with status {status} (14: it hung)")
+    finally:
+        stop.set()
+        busy.join()
+
+
+def check_reload_refused_while_forward_waits(subject: Subject) -> None:
+    """New base weights are refused while a saved forward waits for its backward, which then works."""
+    inputs = make_inputs(SMALL)
+    expected = subject.run(SMALL, inputs)
+    layer = subject.layer(SMALL, inputs)
+    layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    bases = (inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"))
+    try:
+        layer.load_weights_from_tensors(*bases, inputs.physical_map)
+    except RuntimeError as error:
+        expect("backward" in str(error), f"the error must say to call backward first, it says {error}")
+    else:
+        raise AssertionError("base weights were exchanged under a saved forward")
+    grad_input, _ = layer.backward(inputs.grad_output)
+    expect(torch.equal(grad_input, expected["grad_input"]), "the backward after the refusal gives other bits")
+
+
+def check_no_memory_half_way(subject: Subject) -> None:
+    """Memory that ends while experts are packed: MemoryError, and the same call is right once there is enough."""
+    case = Case.parse("E=16,k=8,H=1024,I=1024,T=16,r=4,alpha=8")
+    inputs = make_inputs(case)
+    expected = subject.run(case, inputs)[OUTPUT]
+    refused = 0
+    for extra in (16 << 20, 40 << 20, 70 << 20, 100 << 20, 115 << 20):
+        layer = subject.layer(case, inputs)
+        layer.clear_sft_buffer_cache()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + extra, hard))
+        try:
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        except MemoryError:
+            refused += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        found = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        expect(torch.equal(found, expected), f"other bits after {extra >> 20} MiB were all there was")
+    expect(refused > 0, "no limit was low enough: nothing was tried")
 
 
 # ---- instruction sets: of the native engine
@@ -259,19 +338,25 @@ def check_isa_refused(isa: str, error_name: str, mention: str, by_variable: bool
 
 
 def check_accumulation(isa: str | None) -> None:
-    """backward(..., accumulate=True) sums the LoRA gradients of several calls in fp32 and rounds once."""
+    """backward(..., accumulate=True) sums the LoRA gradients of many different calls with the error of one call."""
     subject = Subject("native", isa)
     inputs = make_inputs(MIDDLE)
     layer = subject.layer(MIDDLE, inputs)
-    calls = []
-    for _ in range(3):
-        layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
-        calls.append(layer.backward(inputs.grad_output, accumulate=True)[1])
-    for name in LORA_NAMES:
-        one, three = calls[0][f"grad_{name}"].double(), calls[2][f"grad_{name}"].double()
-        # three equal fp32 terms, rounded once: within one rounding of three times the first, which was rounded too
-        apart = float(torch.linalg.vector_norm(three - 3 * one) / torch.linalg.vector_norm(3 * one))
-        expect(apart < 2**-8, f"grad_{name} of three equal calls is {apart:.1e} from three times that of one")
+    total = {name: torch.zeros_like(inputs.lora[name], dtype=torch.float64) for name in LORA_NAMES}
+    found: dict[str, torch.Tensor] = {}
+    for call in range(24):
+        # every call has the tokens in another order and another sign: its terms neither repeat nor vanish
+        here = replace(inputs, grad_output=inputs.grad_output.roll(call, 0) * (1 if call % 3 else -1))
+        layer.forward_sft(here.hidden_states, here.expert_ids, here.weights, save_for_backward=True)
+        found = layer.backward(here.grad_output, accumulate=True)[1]
+        for name, gradient in reference.forward_backward(here).items():
+            if name.removeprefix("grad_") in total:
+                total[name.removeprefix("grad_")] += gradient
+    for name, exact in total.items():
+        apart = compare(found[f"grad_{name}"], exact).rel_l2
+        limit = own_limit(MIDDLE, f"grad_{name}", isa or "")
+        assert limit is not None
+        expect(apart < limit, f"grad_{name} summed over 24 calls is {apart:.1e} from the oracle, limit {limit:.1e}")
 
 
 def loaded_modules(statement: str) -> list[str]:
