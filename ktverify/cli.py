@@ -399,7 +399,8 @@ def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     for problem in problems:
         typer.echo(problem)
     if bad or problems or not records:
-        typer.echo(f"FAIL {len(bad) + len(problems)} of {len(records)} comparisons")
+        more = f", and {len(problems)} more" if problems else ""
+        typer.echo(f"FAIL {len(bad)} of {len(records)} comparisons{more}")
         raise typer.Exit(1)
     typer.echo(f"PASS {len(records)} comparisons")
 

@@ -74,7 +74,7 @@ PYBIND11_MODULE(_native, m) {
             if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
             return emulation::amx_trap_installed();
         },
-        "Runs tile instructions in a trap handler on a CPU that has none: to check the AMX kernels, too slow for anything "
+        "Runs tile instructions in a trap handler on a CPU that has none: to check the AMX kernels, too slow for all "
         "else. Does nothing on a CPU with AMX. True when emulation is on.");
     m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");

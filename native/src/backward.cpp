@@ -1,13 +1,12 @@
 // Backward in four parallel stages:
-//   1 gather     per (part, group of 16 rows):        rows of dO by expert, and dO Bd
-//   2 down       per (part, expert, 128 columns of I): dh with its LoRA; dg, du, h and the routing gradient's partial
-//   sums 3 rank       per (part, group):                   dg Bg, du Bu 4 input      per (part, expert, 128 columns of
-//   H): dx with its LoRA, added in the order of the experts; and the six
-//                LoRA gradients as products whose reduction runs over the tokens
+//   1 gather  per (part, group of 16 rows):         rows of dO by expert, and dO Bd
+//   2 down    per (part, expert, 128 columns of I): dh with its LoRA; dg, du, h, and partial sums of dw
+//   3 rank    per (part, group):                    dg Bg, du Bu
+//   4 input   per (part, expert, 128 columns of H): dx with its LoRA, added in the order of the experts; and the six
+//             LoRA gradients, as products whose reduction runs over the tokens
 //
 // The routing weight w is left out of the wide products and applied in fp32 where their results are used: dO goes into
-// the down product as it came, without a rounding of w dO, and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> falls out of
-// it.
+// the down product as it came, without a rounding of w dO, and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> falls out.
 #include <cstring>
 
 #include "state.hpp"

@@ -2,14 +2,13 @@
 // instruction set may do differently is one of these functions.
 //
 // Layouts (all bf16 unless said otherwise):
-//   weight blocks   [N/32][K/32][32 n][32 k]     one copy of W serves both directions: natural rows are the A operand
-//   of
-//                                                W·x, and two neighbouring rows, interleaved, the B operand of g·W
-//   token pack      [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
-//   few tokens      [group][K/32][16 tokens][32 k]            natural, where an expert has so few rows that dot
-//   products
-//                                                along k are faster: Kernels::few_rows
-//   rows            [row][K]                     natural, padded with zero rows to a multiple of 16
+//   weight blocks  [N/32][K/32][32 n][32 k]                  one copy of W serves both directions: natural rows are the
+//                                                            A operand of W·x, and two neighbouring rows, interleaved,
+//                                                            the B operand of g·W
+//   token pack     [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
+//   few tokens     [group][K/32][16 tokens][32 k]            natural, where an expert has so few rows that dot products
+//                                                            along k are faster: Kernels::few_rows
+//   rows           [row][K]                                  natural, padded with zero rows to a multiple of 16
 // N and K are padded with zeros to multiples of 32, tokens of an expert to multiples of 16.
 #pragma once
 
