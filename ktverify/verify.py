@@ -21,6 +21,7 @@ from ktverify.gates import GateResult, Judgement, Verdict, judge
 from ktverify.machine import amx_state
 from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_NAMES, LORA_NAMES, OUTPUT
+from ktverify.peer import peer_error
 from ktverify.report.record import AccuracyRecord, accuracy_record, worst_first
 from ktverify.running import METHOD, build_layer, run_case, run_layer
 
@@ -52,8 +53,7 @@ class LiveOracle:
         """The oracle and the plain bf16 peer of `inputs`. The peer always has LoRA; its budget only widens a little."""
         tensors = reference.forward_backward(inputs, skip_lora=skip_lora)
         whole = reference.forward_backward(inputs) if skip_lora else tensors
-        peer = {name: compare(value, whole[name]).rel_l2 for name, value in reference.peer_bf16(inputs).items()}
-        return cls(tensors, peer)
+        return cls(tensors, peer_error(inputs, whole))
 
     def compare(self, name: str, actual: torch.Tensor) -> Difference:
         return compare(actual, self.tensors[name])

@@ -17,6 +17,7 @@ from ktverify import gates, metrics, reference
 from ktverify.cases import Case
 from ktverify.data import Inputs, make_inputs
 from ktverify.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
+from ktverify.peer import peer_error
 from ktverify.running import run_layer
 from suites.support.subject import ODD, SMALL, Subject, expect, expect_same_bits, same_bits
 
@@ -29,11 +30,11 @@ MIDDLE = Case.parse("E=6,k=2,H=200,I=136,T=70,r=8,alpha=16")
 
 def judged(what: str, case: Case, found: Tensors, inputs: Inputs) -> None:
     """AssertionError unless every tensor of `found` is within the budgets of plain bf16 torch on these inputs."""
-    oracle, plain = reference.forward_backward(inputs), reference.peer_bf16(inputs)
+    oracle = reference.forward_backward(inputs)
+    peer = peer_error(inputs, oracle)
     lines = []
     for name, tensor in found.items():
-        peer = metrics.compare(plain[name], oracle[name]).rel_l2
-        judgement = gates.judge(case, name, metrics.compare(tensor, oracle[name]), peer)
+        judgement = gates.judge(case, name, metrics.compare(tensor, oracle[name]), peer[name])
         if judgement.verdict is not gates.Verdict.PASS:
             lines.append(judgement.line.partition("\n")[0])
     expect(not lines, "\n".join([what, *lines]))

@@ -10,6 +10,7 @@ from ktverify import engines, gates, metrics, reference
 from ktverify.cases import Case
 from ktverify.data import make_inputs
 from ktverify.names import ALL_TENSORS
+from ktverify.peer import peer_error
 from suites.support.subject import SMALL, Subject, expect, expect_same_bits
 
 TpResults = dict[int, dict[str, Tensor]]
@@ -63,7 +64,7 @@ def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]
     """
     inputs = make_inputs(case)
     oracle = reference.forward_backward(inputs)
-    plain = reference.peer_bf16(inputs)
+    peer = peer_error(inputs, oracle)
     wrong = []
     first, *others = sorted(found)
     for degree in (first, *others):
@@ -73,7 +74,7 @@ def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]
                 case,
                 name,
                 metrics.compare(actual, oracle[name]),
-                metrics.compare(plain[name], oracle[name]).rel_l2,
+                peer[name],
                 own_engine=subject.engine == engines.NATIVE,
                 isa=subject.isa or "",
             )

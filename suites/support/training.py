@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ktverify import gates, metrics, reference
+from ktverify import gates, reference
 from ktverify.cases import Case
 from ktverify.data import make_inputs
-from ktverify.names import ALL_TENSORS, LORA_NAMES, OUTPUT
+from ktverify.names import LORA_NAMES, OUTPUT
 from ktverify.running import run_layer
+from suites.support.contract import judged
 from suites.support.subject import Subject, expect, expect_same_bits
 
 STEPS = 10
@@ -167,28 +168,17 @@ def check_update(subject: Subject, case: Case) -> None:
                 getattr(layer, name).copy_(other.lora[name])
                 inputs.lora[name] = other.lora[name]
 
-    def judged(what: str, found: dict[str, Tensor]) -> None:
-        oracle = reference.forward_backward(inputs)
-        plain = reference.peer_bf16(inputs)
-        lines = []
-        for name in ALL_TENSORS:
-            peer = metrics.compare(plain[name], oracle[name]).rel_l2
-            judgement = gates.judge(case, name, metrics.compare(found[name], oracle[name]), peer)
-            if judgement.verdict is not gates.Verdict.PASS:
-                lines.append(judgement.line.partition("\n")[0])
-        expect(not lines, "\n".join([what, *lines]))
-
     # gate first, the rest later: a mixture of old and new must never be computed with
     half, rest = LORA_NAMES[:3], LORA_NAMES[3:]
     change(half)
     expect_same_bits("parameters changed, no update_lora_weights", before, run_layer(layer, inputs))
     layer.update_lora_weights()
     after_half = run_layer(layer, inputs)
-    judged("three parameters changed, then update_lora_weights", after_half)
+    judged("three parameters changed, then update_lora_weights", case, after_half, inputs)
     change(rest)
     expect_same_bits("the other three changed, no update_lora_weights", after_half, run_layer(layer, inputs))
     layer.update_lora_weights()
-    judged("all parameters changed, then update_lora_weights", run_layer(layer, inputs))
+    judged("all parameters changed, then update_lora_weights", case, run_layer(layer, inputs), inputs)
 
 
 def check_update_between(subject: Subject, case: Case) -> None:
