@@ -14,8 +14,9 @@ from ktverify import cases
 from ktverify.cases import Case
 from ktverify.report.store import load
 from suites.support import accuracy, tensor_parallel
-from suites.support.child import ROOT, Child, ChildCrash, ChildPool
+from suites.support.child import Child, ChildCrash, ChildPool
 from suites.support.subject import Subject
+from suites.support.zygote import ROOT
 
 RIGHT = "torch_bf16"
 SMALL = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")

@@ -2,32 +2,29 @@
 
 `Child(env=...)` starts it; `child.call("package.module:function", **kwargs)` returns the function's value or raises
 its exception here. A child that dies raises ChildCrash with the signal and the last lines it wrote.
-Run as `python -m suites.support.child`, it is the other end: requests and answers are pickles over two pipes.
+`serve` is the other end: requests and answers are pickles over two pipes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import pickle
 import select
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from suites.support import locks
+from suites.support.zygote import find, zygote
 
-ROOT = Path(__file__).resolve().parents[2]
 # several tests compute at once; torch's own threads, spinning for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}
 _LENGTH = struct.Struct("<Q")
@@ -76,15 +73,11 @@ class Child:
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         request_read, self._request = os.pipe()
         self._answer, answer_write = os.pipe()
-        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(request_read), str(answer_write)],
-            env={**os.environ, **_SHARED_CPU, "PYTHONPATH": python_path, locks.HELD_BY_PARENT: "1", **(env or {})},
-            cwd=ROOT,
-            pass_fds=(request_read, answer_write),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
+        self._process = zygote().fork(
+            "suites.support.child:serve",
+            (request_read, answer_write),
+            {**os.environ, **_SHARED_CPU, locks.HELD_BY_PARENT: "1", **(env or {})},
+            self._log.fileno(),
         )
         os.close(request_read)
         os.close(answer_write)
@@ -138,7 +131,7 @@ class Child:
                 os.close(fd)
         try:
             self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             self._process.kill()
             self._process.wait()
         self._log.close()
@@ -185,11 +178,10 @@ def call_fresh(
 
 
 def _function(name: str) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    is_new = module not in sys.modules
-    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    is_new = name.partition(":")[0] not in sys.modules
+    found = find(name)
     if is_new:
-        # torch brings half a million objects; a layer's release collects garbage, and need not look through them
+        # modules live as long as the process: a layer's release collects garbage, and need not look through them
         gc.freeze()
     return found
 
@@ -215,10 +207,3 @@ def serve(request: int, answer: int) -> None:
         except Exception as error:
             data = pickle.dumps((False, (_portable(error), traceback.format_exc())))
         _write_all(answer, data)
-
-
-if __name__ == "__main__":
-    import faulthandler
-
-    faulthandler.enable()
-    serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,204 @@
+"""Processes that start in milliseconds: forked from one that has imported torch, and has computed nothing.
+
+A run needs some fifty processes, and importing torch takes each of them two seconds. So a test process keeps one
+zygote, which imports what all need and forks whoever asks. No engine is imported before the fork, nor has torch used
+a thread, so a forked process is as fresh as any other.
+Run as `python -m suites.support.zygote`, it is the other end of the socket.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import gc
+import importlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+_PRELOADED = ("ktverify.verify", "suites.support.accuracy", "suites.support.contract", "suites.support.training")
+_NOT_YET = ("ktverify.experts", "ktverify._native")
+_LENGTH = struct.Struct("<Q")
+
+
+def _send(connection: socket.socket, value: object, fds: Sequence[int] = ()) -> None:
+    data = pickle.dumps(value)
+    # a message of its own for the descriptors: they arrive with its first byte
+    socket.send_fds(connection, [b"."], list(fds))
+    connection.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
+    """The next message and its file descriptors. EOFError when the other end has gone."""
+    first, fds, _, _ = socket.recv_fds(connection, 1, 8)
+    if not first:
+        raise EOFError
+    (size,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
+    return pickle.loads(_exactly(connection, size)), fds
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+class Forked:
+    """A forked process, as its grandparent sees it."""
+
+    def __init__(self, zygote: Zygote, pid: int) -> None:
+        self._zygote = zygote
+        self.pid = pid
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, minus the signal's number if one ended it; None while it runs."""
+        if self._code is None:
+            self._code = self._zygote.ask("poll", self.pid)
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """poll() once it has ended. TimeoutError after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(0.005)
+        return code
+
+    def kill(self) -> None:
+        # until poll() has told its end, the zygote keeps its number from being given to another process
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class Zygote:
+    """The process that forks. Not for several threads at once."""
+
+    def __init__(self) -> None:
+        self._connection, other = socket.socketpair()
+        python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        # one thread: threads that torch had before the fork would be missing after it
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(other.fileno())],
+            env=environment,
+            cwd=ROOT,
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        other.close()
+        atexit.register(self.close)
+
+    def fork(self, function: str, fds: Sequence[int], env: Mapping[str, str], log: int) -> Forked:
+        """A process that calls `function` ("package.module:name") with `fds`, in environment `env`; writes to `log`.
+
+        The descriptors are copied into it; the caller closes its own.
+        """
+        return Forked(self, self.ask("fork", function, dict(env), len(fds), fds=[*fds, log]))
+
+    def ask(self, *request: object, fds: Sequence[int] = ()) -> Any:
+        """The zygote's answer. RuntimeError when it has died: an import of the suites themselves is broken then."""
+        try:
+            _send(self._connection, request, fds)
+            return _receive(self._connection)[0]
+        except (EOFError, OSError):
+            code = self._process.wait()
+            raise RuntimeError(f"the process that forks the tests' children has died with exit code {code}") from None
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self._connection.close()
+        self._process.wait()
+
+
+_zygote: Zygote | None = None
+
+
+def zygote() -> Zygote:
+    """The one of this process, started when it is first wanted."""
+    global _zygote
+    if _zygote is None:
+        _zygote = Zygote()
+    return _zygote
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function that "package.module:name" names."""
+    module, _, attribute = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+# ---- the other end
+
+
+def _become(function: str, fds: list[int], env: dict[str, str], log: int) -> int:
+    """What a forked process does; its exit code."""
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        find(function)(*fds)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _serve(connection: socket.socket) -> None:
+    while True:
+        try:
+            (what, *rest), fds = _receive(connection)
+        except (EOFError, ConnectionError):
+            return
+        if what == "fork":
+            function, env, count = rest
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                os._exit(_become(function, fds[:count], env, fds[count]))
+            for fd in fds:
+                os.close(fd)
+            _send(connection, pid)
+        else:
+            done, status = os.waitpid(rest[0], os.WNOHANG)
+            _send(connection, os.waitstatus_to_exitcode(status) if done else None)
+
+
+def main(fd: int) -> None:
+    faulthandler.enable()
+    for module in _PRELOADED:
+        importlib.import_module(module)
+    early = [module for module in _NOT_YET if module in sys.modules]
+    if early:
+        raise SystemExit(f"{early[0]} is imported by the suites' own modules; engines belong into the forked processes")
+    # shared pages stay shared, and a child's collections need not look through torch's half a million objects
+    gc.collect()
+    gc.freeze()
+    _serve(socket.socket(fileno=fd))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
