@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ktverify import contract
 from ktverify.names import GRAD_NAMES, LORA_NAMES
+from ktverify.stages import StageTimes
 
 try:
     from ktverify import _native
@@ -32,6 +36,19 @@ def available_isas() -> list[str]:
 def amx_is_emulated() -> bool:
     """True when tile instructions run in a trap handler: right for checking kernels, meaningless for speed."""
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
+
+
+def _fresh_zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Zeros of these shapes as the kernel hands them out, in one block of memory.
+
+    Pages that nobody writes, those of idle experts, are never there at all; torch.zeros would write each of them. One
+    block, because numpy asks for huge pages from 4 MiB on, and most single tensors stay below: at small pages, the
+    page faults took longer than the gradients' arithmetic.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    words = np.zeros(sum(sizes), np.float32 if dtype is torch.float32 else np.int16)
+    parts = torch.split(torch.from_numpy(words).view(dtype), sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class KTMoEWrapper:
@@ -103,6 +120,7 @@ class KTMoEWrapper:
         self._lora_dtype: torch.dtype | None = None
         self._sources: tuple[dict[str, torch.Tensor], list[int]] | None = None
         self._weights_loaded = False
+        self._record_stages = False
         self._native: Any = self._build(lora_fp32=False)
 
     def _build(self, *, lora_fp32: bool) -> Any:
@@ -172,6 +190,7 @@ class KTMoEWrapper:
                     )
                 base, slots = self._sources
                 native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
+            native.record_stages(self._record_stages)
             self._native = native
         self._native.update_lora([t.data_ptr() for t in lora.values()])
         self._lora_dtype = dtype
@@ -224,10 +243,9 @@ class KTMoEWrapper:
         tokens = grad_output.shape[0]
         upstream = grad_output.detach().contiguous()
         grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        grads = {
-            grad: torch.empty(shape, dtype=self._lora_dtype)
-            for grad, shape in zip(GRAD_NAMES, self.spec.lora_shapes.values(), strict=True)
-        }
+        assert self._lora_dtype is not None  # a saved forward had its LoRA
+        zeros = _fresh_zeros(list(self.spec.lora_shapes.values()), self._lora_dtype)
+        grads = dict(zip(GRAD_NAMES, zeros, strict=True))
         grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
         self._native.backward(
             tokens,
@@ -239,6 +257,18 @@ class KTMoEWrapper:
         )
         self.grad_weights = grad_weights
         return grad_input, grads
+
+    def record_stages(self, on: bool = True) -> None:
+        """From now on each forward and backward keeps where its time went; it costs a clock read a task."""
+        self._record_stages = on
+        self._native.record_stages(on)
+
+    def stage_times(self) -> StageTimes:
+        """Of the last forward or backward since `record_stages()`; RuntimeError without one."""
+        found = self._native.stage_times()
+        if not found["workers"]:
+            raise RuntimeError("no call was recorded: call record_stages(), then forward_sft or backward")
+        return StageTimes.of(found)
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:

@@ -41,6 +41,7 @@ def bench(
     scratch: Annotated[Path | None, typer.Option(help="a folder with room for the inputs, up to 6 GB")] = None,
     out: Annotated[Path | None, typer.Option(help="where it is written (default: reports/runs/<stamp>-bench)")] = None,
     show: Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="print where the native engine's time goes")] = False,
     list_shapes: Annotated[
         bool, typer.Option("--list", help="list the shapes and engines, and what is missing")
     ] = False,
@@ -57,14 +58,14 @@ def bench(
     Examples:  python -m ktverify bench
                python -m ktverify bench e16_t128 --runs 3
                python -m ktverify bench 'e64*' --peers torch_loop --threads 2
-               python -m ktverify bench E=8,k=2,H=1024,I=512,T=64,r=8
+               python -m ktverify bench E=8,k=2,H=1024,I=512,T=64,r=8 --stages
     """
     from ktverify.bench import engines as hosting
     from ktverify.bench import record
     from ktverify.bench.shapes import select
 
     if show is not None:
-        if not _conclude(show, record.read(show)):
+        if not _conclude(show, record.read(show), stages=stages):
             raise typer.Exit(1)
         return
     chosen = select(shapes or [])
@@ -123,18 +124,18 @@ def bench(
                 bench_run.measure(shape)
                 for summary in summarise(journal.lines):
                     if summary.shape.shape == shape.name:
-                        print_shape(console, summary)
+                        print_shape(console, summary, stages=stages)
     except KeyboardInterrupt:
         stopped = True
         typer.echo("stopped; what was measured is kept", err=True)
     finally:
         journal.close()
-        right = _conclude(directory, journal.lines, shapes_shown=not stopped)
+        right = _conclude(directory, journal.lines, shapes_shown=not stopped, stages=stages)
     if stopped or not right:
         raise typer.Exit(INTERRUPTED if stopped else 1)
 
 
-def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False) -> bool:
+def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False, stages: bool = False) -> bool:
     """Print what is not yet printed, write bench.md and bench.png; whether the native engine was right throughout."""
     from ktverify.bench import plot, tables
     from ktverify.bench.console import print_overview, print_shape
@@ -154,7 +155,7 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False)
         names.append("bench.png")
     if not shapes_shown:
         for summary in summaries:
-            print_shape(console, summary)
+            print_shape(console, summary, stages=stages)
     if summaries:
         print_overview(console, summaries)
     if head is not None:

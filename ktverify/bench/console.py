@@ -63,13 +63,16 @@ def print_grid(console: Console, grid: tables.Grid) -> None:
     console.print(table)
 
 
-def print_shape(console: Console, summary: ShapeSummary) -> None:
-    """The table of one shape, and what kept engines out of it."""
+def print_shape(console: Console, summary: ShapeSummary, *, stages: bool = False) -> None:
+    """The table of one shape, and what kept engines out of it; with `stages`, where the native engine's time goes."""
     print_grid(console, tables.shape_grid(summary))
     for line in tables.problems(summary):
         word = line.partition(" ")[0]
         console.print(Text.assemble((word, STYLES[word]), line.removeprefix(word)))
     console.print()
+    for grid in tables.stage_grids(summary) if stages else ():
+        print_grid(console, grid)
+        console.print()
 
 
 def print_overview(console: Console, summaries: list[ShapeSummary]) -> None:

@@ -1,8 +1,9 @@
 """A process that holds one engine and computes when it is told to; between turns it blocks on a pipe.
 
 Run by path, under any Python from 3.10 on that has torch and the peer: it imports nothing of ktverify. Requests and
-answers are lines of JSON: {"do": "load" | "forward" | "backward" | "write" | "call", ...} -> {"ok": true, ...} or
-{"ok": false, "error": "..."}. Times are nanoseconds of this process's monotonic clock around the call alone.
+answers are lines of JSON: {"do": "load" | "forward" | "backward" | "stages" | "write" | "call", ...} ->
+{"ok": true, ...} or {"ok": false, "error": "..."}. Times are nanoseconds of this process's monotonic clock around the
+call alone.
 """
 
 from __future__ import annotations
@@ -134,6 +135,9 @@ class Host:
         engine.backward()
         end = time.perf_counter_ns()
         return {"forward_saving": middle - start, "backward": end - middle}
+
+    def do_stages(self) -> dict[str, Any]:
+        return {"steps": self.engine.stages()}
 
     def do_write(self, directory: str) -> dict[str, Any]:
         import torch

@@ -22,9 +22,10 @@ from ktverify import machine
 from ktverify.bench import problem
 from ktverify.bench.engines import OWN, Died, Engine, Process
 from ktverify.bench.quiet import Neighbours
-from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, TurnLine
+from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
+from ktverify.stages import StageTimes
 
 # rel_l2 from which on a result is wrong and its time worth nothing. A right bf16 engine stands at 2e-3 to 1e-2; the
 # finer question of how good it is belongs to the suites
@@ -54,7 +55,8 @@ class Settings:
     """How to measure. rounds, warmup, threads, runs: counts; isa: "" for the best; pause_s: seconds between
     turns; patience_s: how long a turn waits for other programs to leave the processors alone.
 
-    read_bytes: the memory that the bandwidth is measured on, well beyond any cache.
+    read_bytes: the memory that the bandwidth is measured on, well beyond any cache. recorded: training steps of the
+    native engine whose stages are recorded, after the rounds.
     """
 
     rounds: int = 15
@@ -67,6 +69,7 @@ class Settings:
     timeout_s: float = 900.0
     scratch: Path | None = None
     read_bytes: int = 1 << 29
+    recorded: int = 5
 
 
 @dataclass
@@ -240,6 +243,7 @@ class _Group:
                 self.bench.progress.advance()
             share = start.share_until(self.neighbours.read())
             self.journal.add(QuietLine(**self.place, others=share, restless=tuple(self.restless)))
+            self._record_stages()
             for seat in list(self.seats):
                 self._check(seat, f"after {rounds} rounds: ")
         finally:
@@ -365,6 +369,20 @@ class _Group:
         if number >= 0:
             self.journal.add(CeilingLine(**self.place, round=number, **value, others=others))
         self._settle(ceiling)
+
+    def _record_stages(self) -> None:
+        """The stages of some training steps of the native engine, in the first group that has it."""
+        own = next((seat for seat in self.seats if seat.engine.name == OWN and "backward" in seat.timed), None)
+        if own is None or self.place["group"] > 0:
+            return
+        for _ in range(self.settings.recorded):
+            try:
+                steps = own.process.ask("stages")["steps"]
+            except Died as died:
+                self._drop(own, f"while its stages were recorded: {died}")
+                return
+            for step in steps:
+                self.journal.add(StagesLine(**self.place, times=StageTimes.of(step)))
 
     def _add_turn(self, number: int, engine: str, what: Any, ns: int, others: float) -> None:
         self.journal.add(TurnLine(**self.place, round=number, engine=engine, what=what, ns=ns, others=others))

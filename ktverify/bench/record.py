@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ktverify.machine import Machine
 from ktverify.report.record import VerdictName
+from ktverify.stages import StageTimes
 
 FILE = "bench.jsonl"
 
@@ -108,6 +109,16 @@ class CeilingLine(_Line):
     others: float = 0.0
 
 
+class StagesLine(_Line):
+    """Where one call of the native engine spent its time, after the rounds of a group: it has no part in them."""
+
+    kind: Literal["stages"] = "stages"
+    shape: str
+    run: int
+    group: int
+    times: StageTimes
+
+
 class QuietLine(_Line):
     """After a group: the share of the processors that others than this bench used (0 to 1), and who never fell idle."""
 
@@ -119,7 +130,7 @@ class QuietLine(_Line):
     restless: tuple[str, ...] = ()
 
 
-Line = HeadLine | ShapeLine | EngineLine | TurnLine | CeilingLine | QuietLine
+Line = HeadLine | ShapeLine | EngineLine | TurnLine | CeilingLine | StagesLine | QuietLine
 
 _ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 

@@ -13,9 +13,10 @@ from typing import TypeVar
 
 from ktverify.bench.engines import OWN
 from ktverify.bench.quiet import BUSY
-from ktverify.bench.record import CeilingLine, EngineLine, HeadLine, Line, QuietLine, ShapeLine, TurnLine
+from ktverify.bench.record import CeilingLine, EngineLine, HeadLine, Line, QuietLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Work
 from ktverify.report.record import VerdictName
+from ktverify.stages import StageTimes
 
 # a round of a group: (group, round)
 Round = tuple[int, int]
@@ -94,6 +95,8 @@ class ShapeSummary:
     turns: int
     left_out: int
     restless: tuple[str, ...]
+    # of the native engine, the recorded call of median length: forward, then backward
+    stages: tuple[StageTimes, ...]
 
     def engine(self, name: str) -> EngineSummary | None:
         return next((engine for engine in self.engines if engine.line.engine == name), None)
@@ -126,7 +129,10 @@ def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
 
 
 def _summary(
-    shape: ShapeLine, run: int, lines: list[EngineLine | TurnLine | CeilingLine | QuietLine], order: dict[str, int]
+    shape: ShapeLine,
+    run: int,
+    lines: list[EngineLine | TurnLine | CeilingLine | QuietLine | StagesLine],
+    order: dict[str, int],
 ) -> ShapeSummary:
     every: dict[tuple[str, str], dict[Round, TurnLine]] = defaultdict(dict)
     for line in lines:
@@ -183,7 +189,17 @@ def _summary(
         turns=sum(map(len, every.values())),
         left_out=sum(map(len, every.values())) - sum(map(len, kept.values())),
         restless=tuple(sorted({name for line in quiet for name in line.restless})),
+        stages=_typical([line.times for line in lines if isinstance(line, StagesLine)]),
     )
+
+
+def _typical(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:
+    """Of each direction the call of median length; medians of single phases would not add up."""
+    found = []
+    for direction in ("forward", "backward"):
+        calls = sorted((t for t in recorded if t.direction == direction), key=lambda times: times.wall_ns)
+        found += calls[len(calls) // 2 : len(calls) // 2 + 1]
+    return tuple(found)
 
 
 def _undisturbed(turns: dict[Round, L]) -> dict[Round, L]:

@@ -14,6 +14,7 @@ from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary, Spread, Timing
 from ktverify.cases import Case
 from ktverify.machine import format_bytes
+from ktverify.stages import StageTimes
 
 NOTHING = "–"
 
@@ -70,6 +71,71 @@ def shape_grid(summary: ShapeSummary) -> Grid:
         "rel_l2 grad",
     )
     return Grid(title, tuple(notes), headings, tuple(_engine_row(summary, engine) for engine in summary.engines))
+
+
+# what people call the engine's phases; ktverify/stages.py has the engine's own names
+PHASES = {
+    "routing": "routing",
+    "allocation": "buffers",
+    "pack_weights": "pack weights",
+    "pack_input": "pack input",
+    "gate_up_lora_a": "gate, up: x A",
+    "gate_up": "gate + up (+ LoRA B)",
+    "activation": "activation",
+    "down_lora_a": "down: h A",
+    "down": "down (+ LoRA B)",
+    "merge": "merge",
+    "scatter": "scatter",
+    "down_lora_b": "down: dO B",
+    "down_grad": "down grad (+ LoRA A)",
+    "activation_grad": "activation grad",
+    "gate_up_lora_b": "gate, up: dg B, du B",
+    "gate_up_grad": "gate + up grad (+ LoRA A)",
+    "gate_up_lora_grad": "gate, up LoRA grads",
+    "down_lora_grad": "down LoRA grads",
+    "routing_grad": "routing grad",
+    "wait": "waiting",
+}
+
+
+def stage_grids(summary: ShapeSummary) -> list[Grid]:
+    """Where the native engine's time goes, forward and backward: a row for each phase, and their sum."""
+    return [_stage_grid(summary, times) for times in summary.stages]
+
+
+def _stage_grid(summary: ShapeSummary, times: StageTimes) -> Grid:
+    run = f", run {summary.run}" if summary.run > 1 else ""
+    title = f"{summary.shape.shape}{run}: where the native engine's {times.direction} goes"
+    share = [times.busy_ns(worker) / times.wall_ns for worker in range(times.workers)]
+    notes = (
+        f"{times.stages} parallel stages, {times.workers} workers, busy {min(share):.0%} to {max(share):.0%}".replace(
+            "%", " %"
+        ),
+    )
+    multiply = summary.multiply.median if summary.multiply is not None else 0.0
+    read = summary.read.median if summary.read is not None else 0.0
+    rows = [
+        _stage_row(PHASES[phase.name], phase.wall_ns, times.wall_ns, phase.flops, phase.bytes, multiply, read)
+        for phase in times.phases
+    ]
+    total = (sum(phase.flops for phase in times.phases), sum(phase.bytes for phase in times.phases))
+    rows.append(_stage_row("all", times.wall_ns, times.wall_ns, *total, multiply, read))
+    headings = ("phase", "ms", "share", "GFLOP/s", "of ceiling", "GB/s", "of ceiling")
+    return Grid(title, notes, headings, tuple(rows))
+
+
+def _stage_row(
+    name: str, ns: float, wall_ns: float, flops: float, bytes_: float, multiply: float, read: float
+) -> tuple[str, ...]:
+    """One phase: its part of the wall time, and its rates (operations and bytes per ns are GFLOP/s and GB/s)."""
+
+    def rate(amount: float, ceiling: float) -> tuple[str, str]:
+        if amount == 0 or ns == 0:
+            return NOTHING, NOTHING
+        share = f"{100 * 1e9 * amount / ns / ceiling:.0f} %" if ceiling else NOTHING
+        return number(amount / ns), share
+
+    return (name, number(ns / 1e6), f"{100 * ns / wall_ns:.1f} %", *rate(flops, multiply), *rate(bytes_, read))
 
 
 def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
@@ -144,7 +210,8 @@ def markdown(head: HeadLine | None, summaries: Sequence[ShapeSummary]) -> str:
     if head is not None:
         parts.append("\n".join(f"- {name}: {value}" for name, value in head_pairs(head)))
     grids = [overview_grid(summaries, what) for what in ("forward", "backward")] if summaries else []
-    for grid in [*grids, *(shape_grid(summary) for summary in summaries)]:
+    shapes = [grid for summary in summaries for grid in (shape_grid(summary), *stage_grids(summary))]
+    for grid in [*grids, *shapes]:
         align = ("left", *["right"] * (len(grid.headings) - 1))
         parts.append(f"## {grid.title}")
         parts += ["\n".join(f"- {note}" for note in grid.notes)] if grid.notes else []

@@ -12,6 +12,7 @@
 
 namespace py = pybind11;
 using namespace ktv;
+using namespace py::literals;
 
 namespace {
 
@@ -24,6 +25,22 @@ T* pointer(std::uintptr_t address) {
 using Source = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t>;
 WeightSource source(const Source& s) {
     return {pointer<const bf16>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+}
+
+py::dict as_dict(const StageTimes& t) {
+    py::list phases, spans;
+    for (const StageTimes::Row& row : t.phases)
+        phases.append(
+            py::dict("name"_a = name_of(row.phase), "ns"_a = row.ns, "flops"_a = row.flops, "bytes"_a = row.bytes));
+    for (const auto& worker : t.spans) {
+        py::list of_worker;
+        for (const StageTimes::Span& s : worker)
+            of_worker.append(
+                py::dict("stage"_a = s.stage, "begin"_a = s.begin, "work_end"_a = s.work_end, "end"_a = s.end));
+        spans.append(std::move(of_worker));
+    }
+    return py::dict("direction"_a = t.backward ? "backward" : "forward", "rows"_a = t.rows, "workers"_a = t.workers,
+                    "stages"_a = t.stages, "wall_ns"_a = t.wall_ns, "phases"_a = phases, "spans"_a = spans);
 }
 
 using Six = std::array<std::uintptr_t, 6>;
@@ -140,6 +157,16 @@ PYBIND11_MODULE(_native, m) {
                  const py::gil_scoped_release release;
                  layer.backward(rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
                                 pointer<float>(grad_weights), accumulate);
+             })
+        .def("record_stages", &Layer::record_stages, py::arg("on"), py::call_guard<py::gil_scoped_release>())
+        .def("stage_times",
+             [](const Layer& layer) {
+                 StageTimes times;
+                 {
+                     const py::gil_scoped_release release;
+                     times = layer.stage_times();
+                 }
+                 return as_dict(times);
              })
         .def_property_readonly("saved_forwards", &Layer::saved_forwards)
         .def_property_readonly("saved_rows", &Layer::saved_rows)

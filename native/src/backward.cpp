@@ -21,6 +21,14 @@ int panels_of(int blocks) {
     return (blocks + kPanelBlocks - 1) / kPanelBlocks;
 }
 
+// What a worker has at hand in a call.
+struct Hand {
+    int worker;
+    float* c;       // [kScratch]
+    float* turned;  // [kScratch], the transpose of a LoRA gradient's piece
+    Watch watch;
+};
+
 struct Part {
     bf16* out;                                // dO by expert: [rows][hidden_ld]
     const bf16** out_rows;                    // [k_rows], a zero row for padding
@@ -50,25 +58,28 @@ int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std:
     return 3;
 }
 
-// Writes gradients in the parameters' dtype; with `sums` it first adds them to what is there, in fp32.
+// Writes one LoRA tensor's gradient in the parameter's dtype; with `sums` it first adds to them, in fp32.
 struct GradWriter {
+    const Kernels& kernels;
     void* to;
     float* sums;
     bool fp32;
-    void operator()(std::size_t i, float value) const {
-        if (sums) value = sums[i] += value;
-        if (fp32) {
-            static_cast<float*>(to)[i] = value;
-        } else {
-            static_cast<bf16*>(to)[i] = to_bf16(value);
-        }
-    }
-    void zero(std::size_t first, std::size_t count) const {
+    // values[0..count) to elements first..
+    void put(std::size_t first, const float* values, std::size_t count) const {
         if (sums) {
-            for (std::size_t i = first; i < first + count; ++i) (*this)(i, 0.0f);
+            for (std::size_t i = 0; i < count; ++i) sums[first + i] += values[i];
+        }
+        round(first, sums ? sums + first : values, count);
+    }
+    // The sums as they are.
+    void repeat(std::size_t first, std::size_t count) const { round(first, sums + first, count); }
+
+  private:
+    void round(std::size_t first, const float* values, std::size_t count) const {
+        if (fp32) {
+            std::memcpy(static_cast<float*>(to) + first, values, count * sizeof(float));
         } else {
-            const std::size_t width = fp32 ? sizeof(float) : sizeof(bf16);
-            std::memset(static_cast<std::byte*>(to) + first * width, 0, count * width);
+            kernels.round_sum(&values, 1, count, static_cast<bf16*>(to) + first);
         }
     }
 };
@@ -78,6 +89,29 @@ struct GradWriter {
 std::vector<std::size_t> Layer::State::grad_sizes() const {
     const std::size_t E = z(config.num_experts), H = z(config.hidden), I = z(config.intermediate), r = z(config.rank);
     return {E * r * H, E * I * r, E * r * H, E * I * r, E * r * I, E * H * r};
+}
+
+Costs Layer::State::backward_costs(const Routing& routing) const {
+    Costs costs;
+    const auto set = [&](Phase phase, double flops, double bytes) {
+        costs.flops[static_cast<int>(phase)] = flops;
+        costs.bytes[static_cast<int>(phase)] = bytes;
+    };
+    double rows = 0;
+    for (const Routing::Expert& e : routing.experts) rows += e.rows;
+    const double H = config.hidden, I = config.intermediate, r = config.lora_backward ? config.rank : 0,
+                 T = routing.tokens, experts = static_cast<double>(routing.experts.size()), element = sizeof(bf16),
+                 lora = element * terms();
+    set(Phase::scatter, 0, T * H * element);
+    set(Phase::down_lora_b, 2 * rows * config.rank * H, experts * config.rank * H * lora);
+    set(Phase::down_grad, 2 * rows * I * (H + config.rank), experts * I * (H * element + config.rank * lora));
+    set(Phase::activation_grad, 0, rows * I * 2 * sizeof(float));
+    set(Phase::gate_up_lora_b, 4 * rows * I * r, experts * 2 * I * r * lora);
+    set(Phase::gate_up_grad, 4 * rows * H * (I + r), experts * 2 * H * (I * element + r * lora));
+    set(Phase::gate_up_lora_grad, 4 * rows * r * (H + I), experts * 2 * r * (H + I) * lora);
+    set(Phase::down_lora_grad, 2 * rows * r * (H + I), experts * r * (H + I) * lora);
+    set(Phase::merge, rows * H, T * H * element);
+    return costs;
 }
 
 void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
@@ -91,6 +125,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     if (rows != kept.routing.tokens)
         throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " +
                        std::to_string(kept.routing.tokens));
+    Recording recording_of(recording, workers, config.lora_backward ? 4 : 3);
+    Watch caller = recording_of.watch(0);
     const LoraPack& snapshot = *kept.lora;
     const Routing& routing = kept.routing;
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
@@ -105,6 +141,9 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     std::vector<Part> parts(z(config.parts));
     float* scratch;
     bf16* zeros;
+    // Per worker, for workers allocate nothing: nobody could catch what that throws.
+    const float** part_sums;       // [worker][part]
+    NnSegment* gradient_segments;  // [worker][2 parts]
     const auto carve = [&](Carver& carver) {
         for (Part& part : parts) {
             carver.take(part.out, R * hidden);
@@ -123,7 +162,9 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             carver.take(part.sum, z(h_panels) * T * kPanelCols);
         }
         carver.take(zeros, std::max(hidden, inter));
-        carver.take(scratch, z(workers) * kScratch);
+        carver.take(scratch, z(workers) * 2 * kScratch);
+        carver.take(part_sums, z(workers * config.parts));
+        carver.take(gradient_segments, z(workers * 2 * config.parts));
     };
     Carver measure;
     carve(measure);
@@ -138,13 +179,14 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         for (const std::size_t n : sizes) count += n;
         require_memory(count * sizeof(float), "the fp32 sums of the LoRA gradients");
         grad_sums = Block(count * sizeof(float));  // fresh pages are zero
+        has_sums.assign(z(config.num_experts), false);
     }
-    GradWriter write[6];
+    std::vector<GradWriter> write;
     {
         void* const to[6] = {grads.gate_a, grads.gate_b, grads.up_a, grads.up_b, grads.down_a, grads.down_b};
         float* sums = accumulate ? reinterpret_cast<float*>(grad_sums.data()) : nullptr;
         for (std::size_t i = 0; i < 6; ++i) {
-            write[i] = {to[i], sums, config.lora_fp32};
+            write.push_back({kernels, to[i], sums, config.lora_fp32});
             if (sums) sums += sizes[i];
         }
     }
@@ -187,7 +229,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         }
     };
 
-    const auto gather = [&](int p, int group, float* c) {
+    const auto gather = [&](Hand& hand, int p, int group) {
+        float* c = hand.c;
         Part& part = parts[z(p)];
         const Routing::Expert& expert = expert_of(group);
         const Place place = place_of(group);
@@ -205,6 +248,7 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             part.u_rows[k + t] = real ? part.u + row * inter : zeros;
             part.h_rows[k + t] = real ? part.h + row * inter : zeros;
         }
+        hand.watch.lap(Phase::scatter);
         const Pair t_rows = at(part.ob_t, z(expert.first_k) * z(size.rank_rows()));
         for (int nb = 0; nb < size.rb; nb += kPanelBlocks) {
             const int cblocks = std::min(kPanelBlocks, size.rb - nb);
@@ -223,9 +267,11 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             put_small(c, kPanelCols, cblocks * kBlock, config.scaling, group, place, part.ob, rank, z(nb) * kBlock,
                       t_rows, z(size.rank_rows()), true);
         }
+        hand.watch.lap(Phase::down_lora_b);
     };
 
-    const auto down_grad = [&](int p, int index, float* c) {
+    const auto down_grad = [&](Hand& hand, int p, int index) {
+        float* c = hand.c;
         Part& part = parts[z(p)];
         const Saved::Part& was = kept.parts[z(p)];
         const Routing::Expert& expert = routing.experts[z(index / i_panels)];
@@ -248,9 +294,11 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
             const std::size_t to = row * inter + col;
             const auto product = [&](const NnSegment* first_segment, int used, int slot) {
                 kernels.nn(first_segment, used, count, cblocks, c, kPanelCols);
+                hand.watch.lap(Phase::down_grad);
                 kernels.silu_mul_grad(c, kPanelCols, count, cblocks * kBlock, routing.weight.data() + row, was.g + to,
                                       was.u + to, inter, part.g + to, part.u + to, part.h + to,
                                       part.dot + row * z(dots) + z(slot), z(dots));
+                hand.watch.lap(Phase::activation_grad);
             };
             if (with_lora) {
                 product(segments, 1 + more, ip);
@@ -262,7 +310,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         }
     };
 
-    const auto rank_grad = [&](int p, int group, float* c) {
+    const auto rank_grad = [&](Hand& hand, int p, int group) {
+        float* c = hand.c;
         Part& part = parts[z(p)];
         const Routing::Expert& expert = expert_of(group);
         const Place place = place_of(group);
@@ -291,19 +340,21 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
                           part.xa, rank2, z(which * size.r + nb * kBlock), t_rows, z(size.rank2_rows()), false);
             }
         }
+        hand.watch.lap(Phase::gate_up_lora_b);
     };
 
     Turns turns(config.parts, h_panels);
     std::vector<std::atomic<int>> parts_done(z(h_panels));
-    const auto finish = [&](int hp) {
-        std::vector<const float*> sums(z(config.parts));
+    const auto finish = [&](int worker, int hp) {
+        const float** sums = part_sums + z(worker * config.parts);
         const std::size_t cols = z(std::min(kPanelCols, size.H - hp * kPanelCols));
         for (std::size_t t = 0; t < T; ++t) {
-            for (std::size_t p = 0; p < sums.size(); ++p) sums[p] = parts[p].sum + (z(hp) * T + t) * kPanelCols;
-            kernels.round_sum(sums.data(), config.parts, cols, grad_input + t * H + z(hp) * kPanelCols);
+            for (std::size_t p = 0; p < parts.size(); ++p) sums[p] = parts[p].sum + (z(hp) * T + t) * kPanelCols;
+            kernels.round_sum(sums, config.parts, cols, grad_input + t * H + z(hp) * kPanelCols);
         }
     };
-    const auto input_grad = [&](int p, int index, float* c) {
+    const auto input_grad = [&](Hand& hand, int p, int index) {
+        float* c = hand.c;
         Part& part = parts[z(p)];
         const int ticket = index / h_panels, hp = index % h_panels;
         const Routing::Expert& expert = routing.experts[z(ticket)];
@@ -323,15 +374,18 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
                     nn_lora_segments(at(part.xa, row * rank2), rank2, at(snapshot.gate_up_a, z(expert.expert) * a + cb),
                                      panel(size.hb), size.ab, segments + 2);
             kernels.nn(segments, used, count, cblocks, c, kPanelCols);
+            hand.watch.lap(Phase::gate_up_grad);
             if (first == 0) {
                 turns.wait(p, hp, ticket);
+                hand.watch.lap(Phase::wait);
                 if (ticket == 0) std::memset(sum, 0, T * kPanelCols * sizeof(float));
             }
             kernels.add_rows(c, kPanelCols, count, cblocks * kBlock, routing.token.data() + row, sum, kPanelCols);
         }
         turns.pass(p, hp, ticket);
         if (ticket == active - 1 && parts_done[z(hp)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1)
-            finish(hp);
+            finish(hand.worker, hp);
+        hand.watch.lap(Phase::merge);
     };
 
     // One LoRA gradient, or its transpose: small [rows][tokens] of every part times gathered rows, columns of panel
@@ -347,89 +401,124 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         Pair small;
         const bf16* const* gathered;
     };
-    const auto lora_product = [&](const Term* terms_of, int count, const Routing::Expert& expert, int small_rows,
-                                  int used_rows, int blocks, int cols, int cp, float* c, const auto& emit) {
+    // Sizes of one product: rows of the small operand and how many of them are no padding; column blocks and columns
+    // of the gathered one.
+    struct Extent {
+        int small_rows, used_rows, blocks, cols;
+    };
+    const auto lora_product = [&](Hand& hand, int count, const auto& term_of, const Routing::Expert& expert,
+                                  const Extent& extent, int cp, const auto& emit) {
+        float* c = hand.c;
         const std::size_t ld = z(expert.kblocks) * kBlock;
-        const int cblocks = std::min(kPanelBlocks, blocks - cp * kPanelBlocks);
-        const int width = std::min(cblocks * kBlock, cols - cp * kPanelCols);
-        std::vector<NnSegment> segments;
-        for (int first = 0; first < small_rows; first += kChunkRows) {
-            segments.clear();
+        const int cblocks = std::min(kPanelBlocks, extent.blocks - cp * kPanelBlocks);
+        const int width = std::min(cblocks * kBlock, extent.cols - cp * kPanelCols);
+        NnSegment* segments = gradient_segments + z(hand.worker * 2 * config.parts);
+        for (int first = 0; first < extent.small_rows; first += kChunkRows) {
+            int used = 0;
             for (int i = 0; i < count; ++i) {
-                const Term& term = terms_of[i];
+                const Term term = term_of(z(i));
                 for (const bf16* half : {term.small.hi, term.small.lo}) {
-                    segments.push_back({half + z(first) * ld, ld, nullptr, 0, term.gathered + expert.first_k,
-                                        z(cp) * kPanelCols, expert.kblocks});
+                    segments[used++] = {
+                        half + z(first) * ld, ld, nullptr, 0, term.gathered + expert.first_k, z(cp) * kPanelCols,
+                        expert.kblocks};
                 }
             }
-            const int chunk = std::min(kChunkRows, small_rows - first);
-            kernels.nn(segments.data(), static_cast<int>(segments.size()), chunk, cblocks, c, kPanelCols);
-            for (int n = 0; n < chunk && first + n < used_rows; ++n) {
-                for (int j = 0; j < width; ++j)
-                    emit(z(first + n), z(cp) * kPanelCols + z(j), c[z(n) * kPanelCols + z(j)]);
-            }
+            const int chunk = std::min(kChunkRows, extent.small_rows - first);
+            kernels.nn(segments, used, chunk, cblocks, c, kPanelCols);
+            emit(first, std::min(chunk, extent.used_rows - first), z(cp) * kPanelCols, z(width));
+        }
+    };
+    // The result, rows n of hand.c, into a gradient [..][cols] of which `to` is row 0.
+    const auto put_rows = [&](const Hand& hand, const GradWriter& writer, std::size_t to, std::size_t cols, int n,
+                              int count, std::size_t col, std::size_t width) {
+        for (int i = 0; i < count; ++i) writer.put(to + z(n + i) * cols + col, hand.c + z(i) * kPanelCols, width);
+    };
+    // The same into a gradient [cols][r]: its transpose.
+    const auto put_columns = [&](const Hand& hand, const GradWriter& writer, std::size_t to, int n, int count,
+                                 std::size_t col, std::size_t width) {
+        for (std::size_t j = 0; j < width; ++j) {
+            for (int i = 0; i < count; ++i) hand.turned[j * z(count) + z(i)] = hand.c[z(i) * kPanelCols + j];
+        }
+        if (z(count) == r) {
+            writer.put(to + col * r, hand.turned, width * r);
+        } else {
+            for (std::size_t j = 0; j < width; ++j)
+                writer.put(to + (col + j) * r + z(n), hand.turned + j * z(count), z(count));
         }
     };
 
     const std::size_t all_I = I * z(config.parts);
     const int lora_tasks = with_lora ? 2 * h_panels + 3 * config.parts * i_panels : 0;
-    const auto lora_grad = [&](const Routing::Expert& expert, int task, float* c) {
+    const auto lora_grad = [&](Hand& hand, const Routing::Expert& expert, int task) {
         const std::size_t e = z(expert.expert), k = z(expert.first_k);
-        std::vector<Term> terms_of;
         if (task < h_panels) {  // dA of gate and up: (s dxa)ᵀ x, summed over the parts
-            for (const Part& part : parts) terms_of.push_back({at(part.xa_t, k * z(size.rank2_rows())), x_rows.data()});
-            lora_product(terms_of.data(), config.parts, expert, size.rank2_rows(), 2 * size.r, size.hb, size.H, task, c,
-                         [&](std::size_t n, std::size_t col, float value) {
-                             if (n < r) {
-                                 gate_a((e * r + n) * H + col, value);
-                             } else {
-                                 up_a((e * r + n - r) * H + col, value);
-                             }
-                         });
+            lora_product(
+                hand, config.parts,
+                [&](std::size_t p) { return Term{at(parts[p].xa_t, k * z(size.rank2_rows())), x_rows.data()}; }, expert,
+                {size.rank2_rows(), 2 * size.r, size.hb, size.H}, task,
+                [&](int n, int count, std::size_t col, std::size_t width) {
+                    const int of_gate = std::clamp(size.r - n, 0, count);
+                    put_rows(hand, gate_a, e * r * H, H, n, of_gate, col, width);
+                    const Hand rest{hand.worker, hand.c + z(of_gate) * kPanelCols, hand.turned, hand.watch};
+                    put_rows(rest, up_a, e * r * H, H, n + of_gate - size.r, count - of_gate, col, width);
+                });
+            hand.watch.lap(Phase::gate_up_lora_grad);
             return;
         }
         task -= h_panels;
         if (task < h_panels) {  // dB of down, transposed: (w s h Adᵀ)ᵀ dO
-            for (std::size_t p = 0; p < parts.size(); ++p)
-                terms_of.push_back({at(kept.parts[p].ha_t, k * z(size.rank_rows())), parts[p].out_rows});
-            lora_product(terms_of.data(), config.parts, expert, size.rank_rows(), size.r, size.hb, size.H, task, c,
-                         [&](std::size_t n, std::size_t col, float value) { down_b((e * H + col) * r + n, value); });
+            lora_product(
+                hand, config.parts,
+                [&](std::size_t p) { return Term{at(kept.parts[p].ha_t, k * z(size.rank_rows())), parts[p].out_rows}; },
+                expert, {size.rank_rows(), size.r, size.hb, size.H}, task,
+                [&](int n, int count, std::size_t col, std::size_t width) {
+                    put_columns(hand, down_b, e * H * r, n, count, col, width);
+                });
+            hand.watch.lap(Phase::down_lora_grad);
             return;
         }
         task -= h_panels;
         const std::size_t p = z(task / (3 * i_panels));
         const int which = task / i_panels % 3, ip = task % i_panels;
         const Part& part = parts[p];
+        const Extent extent{size.rank_rows(), size.r, size.ib, size.I};
         if (which == 2) {  // dA of down: (w s dO Bd)ᵀ h
             const Term term{at(part.ob_t, k * z(size.rank_rows())), part.h_rows};
             lora_product(
-                &term, 1, expert, size.rank_rows(), size.r, size.ib, size.I, ip, c,
-                [&](std::size_t n, std::size_t col, float value) { down_a((e * r + n) * all_I + p * I + col, value); });
+                hand, 1, [&](std::size_t) { return term; }, expert, extent, ip,
+                [&](int n, int count, std::size_t col, std::size_t width) {
+                    put_rows(hand, down_a, e * r * all_I + p * I, all_I, n, count, col, width);
+                });
+            hand.watch.lap(Phase::down_lora_grad);
         } else {  // dB of gate or up, transposed: (s x Aᵀ)ᵀ dg
             const GradWriter& to = which == 0 ? gate_b : up_b;
             const std::size_t from = (2 * k + z(which) * z(expert.kblocks) * kBlock) * z(size.rank_rows());
             const Term term{at(kept.xa_t, from), which == 0 ? part.g_rows : part.u_rows};
             lora_product(
-                &term, 1, expert, size.rank_rows(), size.r, size.ib, size.I, ip, c,
-                [&](std::size_t n, std::size_t col, float value) { to((e * all_I + p * I + col) * r + n, value); });
+                hand, 1, [&](std::size_t) { return term; }, expert, extent, ip,
+                [&](int n, int count, std::size_t col, std::size_t width) {
+                    put_columns(hand, to, (e * all_I + p * I) * r, n, count, col, width);
+                });
+            hand.watch.lap(Phase::gate_up_lora_grad);
         }
     };
 
-    // Experts without a gradient: idle ones, or all of them when LoRA is left out.
+    // Gradients of experts without a token are zero already, for LoraPointers are given so; not so where earlier calls
+    // left a sum.
     std::vector<int> idle;
-    {
-        std::vector<bool> has(z(config.num_experts));
+    if (accumulate) {
+        std::vector<bool> now(z(config.num_experts));
         if (with_lora) {
-            for (const Routing::Expert& e : routing.experts) has[z(e.expert)] = true;
+            for (const Routing::Expert& e : routing.experts) now[z(e.expert)] = has_sums[z(e.expert)] = true;
         }
         for (int e = 0; e < config.num_experts; ++e) {
-            if (!has[z(e)]) idle.push_back(e);
+            if (has_sums[z(e)] && !now[z(e)]) idle.push_back(e);
         }
     }
-    const auto clear_idle = [&](int expert) {
+    const auto copy_sums = [&](int expert) {
         for (std::size_t i = 0; i < 6; ++i) {
-            const std::size_t per_expert = sizes[i] / z(config.num_experts);
-            write[i].zero(z(expert) * per_expert, per_expert);
+            const std::size_t count = sizes[i] / z(config.num_experts);
+            write[i].repeat(z(expert) * count, count);
         }
     };
     const auto weight_grad = [&](int first) {
@@ -448,25 +537,36 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
         inputs(config.parts, team), loras(1, team), idles(1, team), routings(1, team);
     const int token_chunks = (rows + kChunkRows - 1) / kChunkRows;
     const std::function<void(int)> body = [&](int worker) {
-        float* c = scratch + z(worker) * kScratch;
-        kernels.enter();
-        gathering.work(worker, groups, [&](int p, int i) { gather(p, i, c); });
-        team.barrier();
-        downing.work(worker, active * i_panels, [&](int p, int i) { down_grad(p, i, c); });
-        team.barrier();
-        if (with_lora) {
-            ranking.work(worker, groups, [&](int p, int i) { rank_grad(p, i, c); });
+        float* own = scratch + z(worker) * 2 * kScratch;
+        Hand hand{worker, own, own + kScratch, recording_of.watch(worker)};
+        const auto stage_ends = [&] {
+            hand.watch.tasks_done();
             team.barrier();
+            hand.watch.stage_done();
+        };
+        kernels.enter();
+        gathering.work(worker, groups, [&](int p, int i) { gather(hand, p, i); });
+        stage_ends();
+        downing.work(worker, active * i_panels, [&](int p, int i) { down_grad(hand, p, i); });
+        stage_ends();
+        if (with_lora) {
+            ranking.work(worker, groups, [&](int p, int i) { rank_grad(hand, p, i); });
+            stage_ends();
         }
-        inputs.work(worker, active * h_panels, [&](int p, int i) { input_grad(p, i, c); });
+        inputs.work(worker, active * h_panels, [&](int p, int i) { input_grad(hand, p, i); });
         loras.work(worker, active * lora_tasks,
-                   [&](int, int i) { lora_grad(routing.experts[z(i / lora_tasks)], i % lora_tasks, c); });
-        idles.work(worker, static_cast<int>(idle.size()), [&](int, int i) { clear_idle(idle[z(i)]); });
+                   [&](int, int i) { lora_grad(hand, routing.experts[z(i / lora_tasks)], i % lora_tasks); });
+        idles.work(worker, static_cast<int>(idle.size()), [&](int, int i) { copy_sums(idle[z(i)]); });
         routings.work(worker, token_chunks, [&](int, int i) { weight_grad(i * kChunkRows); });
+        hand.watch.lap(Phase::routing_grad);
         kernels.leave();
+        hand.watch.tasks_done();
+        hand.watch.stage_done();
     };
+    caller.lap(Phase::allocation);
     team.run(body);
     if (active == 0 && T > 0) std::memset(grad_input, 0, T * H * sizeof(bf16));
+    if (recording_of.on()) recorded = recording_of.finish(true, rows, backward_costs(routing));
     shared.cache.give(std::move(work));
     shared.cache.give(std::move(saved.back().block));
     saved.pop_back();

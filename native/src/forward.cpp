@@ -14,6 +14,13 @@ namespace {
 
 constexpr std::size_t kScratch = 2 * std::size_t{kBlock} * kChunkRows;  // fp32: two nt results
 
+// What a worker has at hand in a call.
+struct Hand {
+    int worker;
+    float* c;  // [kScratch]
+    Watch watch;
+};
+
 struct Part {
     bf16* x_pack;         // [group][hb]
     Pair gate_xa, up_xa;  // s x Aᵀ: [group][rb]
@@ -60,6 +67,27 @@ int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
     return 3;
 }
 
+Costs Layer::State::forward_costs(const Routing& routing) const {
+    Costs costs;
+    const auto set = [&](Phase phase, double flops, double bytes) {
+        costs.flops[static_cast<int>(phase)] = flops;
+        costs.bytes[static_cast<int>(phase)] = bytes;
+    };
+    double rows = 0;
+    for (const Routing::Expert& e : routing.experts) rows += e.rows;
+    const double H = config.hidden, I = config.intermediate, r = config.rank, T = routing.tokens,
+                 experts = static_cast<double>(routing.experts.size()), element = sizeof(bf16),
+                 lora = element * terms();
+    set(Phase::pack_input, 0, T * H * element);
+    set(Phase::gate_up_lora_a, 4 * rows * r * H, experts * 2 * r * H * lora);
+    set(Phase::gate_up, 4 * rows * I * (H + r), experts * 2 * I * (H * element + r * lora));
+    set(Phase::activation, 0, 0);
+    set(Phase::down_lora_a, 2 * rows * r * I, experts * r * I * lora);
+    set(Phase::down, 2 * rows * H * (I + r), experts * H * (I * element + r * lora));
+    set(Phase::merge, 2 * rows * H, T * H * element);
+    return costs;
+}
+
 void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
                            bool save) {
     Process& shared = process();
@@ -72,10 +100,13 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                        std::to_string(config.max_cache_depth) + "; call backward first or raise max_cache_depth");
     const LoraPack& snapshot = *lora;
 
+    Recording recording_of(recording, workers, 4);
+    Watch caller = recording_of.watch(0);
     Saved kept;
     kept.lora = lora;
     kept.routing = route(ids, weights, rows, config.top_k, config.num_experts);
     const Routing& routing = kept.routing;
+    caller.lap(Phase::routing);
     const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
     const std::size_t T = z(rows), R = z(routing.rows), G = z(groups);
     const std::size_t x_stride = z(size.hb) * kPackSize, h_stride = z(size.ib) * kPackSize,
@@ -83,6 +114,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
 
     std::vector<Part> parts(z(config.parts));
     float* scratch;
+    const float** part_sums;  // [worker][part]: workers allocate nothing, for nobody could catch what that throws
     const auto carve_work = [&](Carver& carver) {
         for (Part& part : parts) {
             carver.take(part.x_pack, G * x_stride);
@@ -93,6 +125,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             carver.take(part.sum, T * z(size.hidden()));
         }
         carver.take(scratch, z(workers) * kScratch);
+        carver.take(part_sums, z(workers * config.parts));
     };
     kept.parts.resize(z(config.parts));
     const auto carve_kept = [&](Carver& carver) {
@@ -120,12 +153,14 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         Carver cut_kept(kept.block.data());
         carve_kept(cut_kept);
     }
+    caller.lap(Phase::allocation);
     if (!wanted.empty()) {
         const std::size_t need = wanted.size() * z(config.parts) * Block::footprint(expert_bytes());
         const std::string what = "packing the weights of " + std::to_string(wanted.size()) + " experts";
         if (need > available_memory()) shared.cache.clear();
         require_memory(need, what);
         pack_experts(team, wanted);
+        caller.lap(Phase::pack_weights);
     }
 
     const float scaling = config.scaling;
@@ -147,7 +182,8 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         }
     };
 
-    const auto pack = [&](int p, int index, float* c) {
+    const auto pack = [&](Hand& hand, int p, int index) {
+        float* c = hand.c;
         if (index >= groups) {  // the rows of x that backward wants, with room for whole blocks, and a zero row
             const int first = (index - groups) * kGroup;
             for (int t = first; t < std::min(rows + 1, first + kGroup); ++t) {
@@ -156,6 +192,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 if (have) std::memcpy(row, x + z(t) * have, have * sizeof(bf16));
                 std::memset(row + have, 0, (z(size.hidden()) - have) * sizeof(bf16));
             }
+            hand.watch.lap(Phase::pack_input);
             return;
         }
         Part& part = parts[z(p)];
@@ -168,6 +205,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         bf16* packed_x = part.x_pack + z(index) * x_stride;
         const bool few = is_few(expert);
         kernels.pack_tokens(token, size.H, size.hb, few, packed_x);
+        hand.watch.lap(Phase::pack_input);
 
         const bool keep = save && p == 0 && config.lora_backward;
         const Columns to = columns_of(expert, index);
@@ -197,9 +235,10 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 }
             }
         }
+        hand.watch.lap(Phase::gate_up_lora_a);
     };
 
-    const auto up = [&](int p, int index, float* c) {
+    const auto up = [&](Hand& hand, int p, int index) {
         Part& part = parts[z(p)];
         const Routing::Expert& expert = routing.experts[z(index / size.ib)];
         const int ib = index % size.ib;
@@ -218,18 +257,21 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 {at(snapshot.up_b[z(p)], b_at), at(part.up_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
                 up_segments + 1);
             const std::size_t ldc = z(count) * kGroup;
-            float* g = c;
-            float* u = c + kBlock * ldc;
+            float* g = hand.c;
+            float* u = hand.c + kBlock * ldc;
             multiply(expert, gate_segments, 1 + more, count, g, ldc);
             multiply(expert, up_segments, 1 + more, count, u, ldc);
+            hand.watch.lap(Phase::gate_up);
             const std::size_t keep_at = group * kGroup * z(size.inter_ld()) + z(ib) * kBlock;
             kernels.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride + z(ib) * kPackSize, h_stride,
                              is_few(expert), save ? kept.parts[z(p)].g + keep_at : nullptr,
                              save ? kept.parts[z(p)].u + keep_at : nullptr, z(size.inter_ld()));
+            hand.watch.lap(Phase::activation);
         }
     };
 
-    const auto rank = [&](int p, int group, float* c) {
+    const auto rank = [&](Hand& hand, int p, int group) {
+        float* c = hand.c;
         Part& part = parts[z(p)];
         const Routing::Expert& expert = expert_of(group);
         const bool keep = save && config.lora_backward;
@@ -261,19 +303,21 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 }
             }
         }
+        hand.watch.lap(Phase::down_lora_a);
     };
 
     Turns turns(config.parts, size.hb);
     std::vector<std::atomic<int>> parts_done(z(size.hb));
-    const auto finish = [&](int hb) {
-        std::vector<const float*> sums(z(config.parts));
+    const auto finish = [&](int worker, int hb) {
+        const float** sums = part_sums + z(worker * config.parts);
         const std::size_t cols = z(std::min(kBlock, size.H - hb * kBlock));
         for (std::size_t t = 0; t < T; ++t) {
-            for (std::size_t p = 0; p < sums.size(); ++p) sums[p] = parts[p].sum + (z(hb) * T + t) * kBlock;
-            kernels.round_sum(sums.data(), config.parts, cols, output + t * z(size.H) + z(hb) * kBlock);
+            for (std::size_t p = 0; p < parts.size(); ++p) sums[p] = parts[p].sum + (z(hb) * T + t) * kBlock;
+            kernels.round_sum(sums, config.parts, cols, output + t * z(size.H) + z(hb) * kBlock);
         }
     };
-    const auto down_proj = [&](int p, int index, float* c) {
+    const auto down_proj = [&](Hand& hand, int p, int index) {
+        float* c = hand.c;
         Part& part = parts[z(p)];
         const int ticket = index / size.hb, hb = index % size.hb;
         const Routing::Expert& expert = routing.experts[z(ticket)];
@@ -289,8 +333,10 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                                               segments + 1);
             const std::size_t ldc = z(count) * kGroup;
             multiply(expert, segments, 1 + more, count, c, ldc);
+            hand.watch.lap(Phase::down);
             if (first == 0) {
                 turns.wait(p, hb, ticket);
+                hand.watch.lap(Phase::wait);
                 if (ticket == 0) std::memset(sum, 0, T * kBlock * sizeof(float));
             }
             const std::size_t row = group * kGroup;
@@ -299,28 +345,38 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         }
         turns.pass(p, hb, ticket);
         if (ticket == active - 1 && parts_done[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1)
-            finish(hb);
+            finish(hand.worker, hb);
+        hand.watch.lap(Phase::merge);
     };
 
     TaskQueue packing(config.parts, team), upping(config.parts, team), ranking(config.parts, team),
         downing(config.parts, team);
     const int copies = save ? groups_of(rows + 1) : 0;
     const std::function<void(int)> body = [&](int worker) {
-        float* c = scratch + z(worker) * kScratch;
+        Hand hand{worker, scratch + z(worker) * kScratch, recording_of.watch(worker)};
+        const auto stage_ends = [&] {
+            hand.watch.tasks_done();
+            team.barrier();
+            hand.watch.stage_done();
+        };
         kernels.enter();
         packing.work(worker, groups + copies, [&](int p, int i) {
-            if (i < groups || p == 0) pack(p, i, c);
+            if (i < groups || p == 0) pack(hand, p, i);
         });
-        team.barrier();
-        upping.work(worker, active * size.ib, [&](int p, int i) { up(p, i, c); });
-        team.barrier();
-        ranking.work(worker, groups, [&](int p, int i) { rank(p, i, c); });
-        team.barrier();
-        downing.work(worker, active * size.hb, [&](int p, int i) { down_proj(p, i, c); });
+        stage_ends();
+        upping.work(worker, active * size.ib, [&](int p, int i) { up(hand, p, i); });
+        stage_ends();
+        ranking.work(worker, groups, [&](int p, int i) { rank(hand, p, i); });
+        stage_ends();
+        downing.work(worker, active * size.hb, [&](int p, int i) { down_proj(hand, p, i); });
         kernels.leave();
+        hand.watch.tasks_done();
+        hand.watch.stage_done();
     };
+    caller.lap(Phase::allocation);
     team.run(body);
     if (active == 0 && T > 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
+    if (recording_of.on()) recorded = recording_of.finish(false, rows, forward_costs(routing));
     shared.cache.give(std::move(work));
     if (save) {
         saved.push_back(std::move(kept));

@@ -91,6 +91,16 @@ void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const 
     s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate);
 }
 
+void Layer::record_stages(bool on) {
+    const std::lock_guard lock(process().mutex);
+    state_->recording = on;
+}
+
+StageTimes Layer::stage_times() const {
+    const std::lock_guard lock(process().mutex);
+    return state_->recorded;
+}
+
 int Layer::saved_forwards() const {
     return static_cast<int>(state_->saved.size());
 }

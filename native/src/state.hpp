@@ -10,6 +10,7 @@
 #include "ktv/layer.hpp"
 #include "process.hpp"
 #include "routing.hpp"
+#include "stages.hpp"
 
 namespace ktv {
 
@@ -97,7 +98,13 @@ struct Layer::State {
         saved_rows = saved.empty() ? -1 : saved.back().routing.tokens;
         saved_forwards = static_cast<int>(saved.size());
     }
-    Block grad_sums;  // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
+    Block grad_sums;             // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
+    std::vector<bool> has_sums;  // experts that have added to them
+
+    bool recording = false;
+    StageTimes recorded;
+    Costs forward_costs(const Routing& routing) const;
+    Costs backward_costs(const Routing& routing) const;
 
     int terms() const { return config.lora_fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;

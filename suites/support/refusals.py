@@ -5,6 +5,8 @@ Each is tried on a layer that works, which has to work afterwards and to give th
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -328,14 +330,16 @@ REFUSALS = _as_table(_constructor(), _weights(), _order(), _inputs())
 
 
 def check_out_of_memory(subject: Subject) -> None:
-    """AssertionError unless 1.2 TB of weights get a MemoryError that says how much was needed and how much there is.
+    """AssertionError unless four times this machine's memory of weights gets a MemoryError with both figures: how much
+    was needed and how much there is.
 
     The tensors have stride 0, so that they take nothing here. Other layers work afterwards.
     """
     inputs = make_inputs(SMALL)
     before = subject.run(SMALL, inputs)
     # wide both ways, so that only the base weights are large
-    hidden = intermediate = 450_000
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    hidden = intermediate = math.isqrt(4 * memory // 6)
     wide = torch.empty(1, dtype=torch.bfloat16)
     token = torch.zeros(1, hidden, dtype=torch.bfloat16)
     sizes = {"num_experts": 1, "num_experts_per_tok": 1, "hidden_size": hidden, "lora_rank": 1}
@@ -352,5 +356,5 @@ def check_out_of_memory(subject: Subject) -> None:
         amounts = re.findall(r"\d[\d.,]*\s*(?:[kMGT]i?B|bytes)", str(error))
         expect(len(amounts) >= 2, f"the error must say how much was needed and how much there is, it says {error}")
     else:
-        raise AssertionError("1.2 TB of weights were accepted")
+        raise AssertionError(f"{4 * memory / 2**30:.0f} GiB of weights were accepted")
     expect_same_bits("before the MemoryError and after it", before, subject.run(SMALL, inputs))

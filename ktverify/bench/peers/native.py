@@ -9,6 +9,7 @@ with
     forward_saving(), backward()    one step of training: output; then grad_input, LoRA and routing gradients
     results()                   the tensors of the last calls by their names in ktverify.names
     release()                   optional: gives back working memory
+    stages()                    optional: stage times (ktverify.stages) of one training step, forward then backward
 Only `load` and what it calls may import more than the standard library: the controller reads the constants.
 """
 
@@ -70,6 +71,17 @@ class Native:
     def results(self) -> dict[str, Any]:
         grad_weights = self.layer.grad_weights
         return {**self.made, **({} if grad_weights is None else {"grad_weights": grad_weights})}
+
+    def stages(self) -> list[dict[str, Any]]:
+        from dataclasses import asdict
+
+        found = []
+        self.layer.record_stages()
+        for step in (self.forward_saving, self.backward):
+            step()
+            found.append(asdict(self.layer.stage_times()))
+        self.layer.record_stages(False)
+        return found
 
     def release(self) -> None:
         self.made.clear()

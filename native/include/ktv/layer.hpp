@@ -68,6 +68,56 @@ struct LoraPointers {
     void* down_b = nullptr;
 };
 
+// What a worker does at a given moment of a call. Phases of one stage follow each other within a task.
+enum class Phase {
+    routing,            // which rows go to which expert (one worker)
+    allocation,         // working buffers, and whatever is prepared once a call (one worker)
+    pack_weights,       // experts that are reached for the first time
+    pack_input,         // forward 1: rows of x, packed; kept for backward
+    gate_up_lora_a,     //            x Aᵀ of gate and up
+    gate_up,            // forward 2: x Wᵀ + (x Aᵀ) Bᵀ of gate and up
+    activation,         //            silu(g) u, packed
+    down_lora_a,        // forward 3: h Aᵀ
+    down,               // forward 4: h Wᵀ + (h Aᵀ) Bᵀ
+    merge,              //            weighted sum over experts and parts, rounded; backward: that of grad_input
+    scatter,            // backward 1: rows of grad_output by expert
+    down_lora_b,        //             dO B
+    down_grad,          // backward 2: dO W + (dO B) A
+    activation_grad,    //             dg, du, h, parts of dw
+    gate_up_lora_b,     // backward 3: dg B, du B
+    gate_up_grad,       // backward 4: dg W + (dg B) A + du W + (du B) A
+    gate_up_lora_grad,  //           dA, dB of gate and up
+    down_lora_grad,     //           dA, dB of down
+    routing_grad,       //           dw
+    wait,               // for the others: at barriers, for a turn, before the first task
+};
+inline constexpr int kPhases = static_cast<int>(Phase::wait) + 1;
+const char* name_of(Phase phase);
+
+// Floating-point operations, and bytes that at least come from memory, by phase; without padding.
+struct Costs {
+    double flops[kPhases] = {}, bytes[kPhases] = {};
+};
+
+// Where one call spent its time. For every worker the phases add up to wall_ns.
+struct StageTimes {
+    struct Row {
+        Phase phase;
+        std::vector<std::int64_t> ns;  // by worker
+        double flops, bytes;
+    };
+    // One worker in one parallel stage, ns since the call began: `work_end` to `end` it waited at the barrier.
+    struct Span {
+        int stage;
+        std::int64_t begin, work_end, end;
+    };
+    bool backward = false;
+    int rows = 0, workers = 0, stages = 0;
+    std::int64_t wall_ns = 0;
+    std::vector<Row> phases;               // those that took time, in the order of Phase
+    std::vector<std::vector<Span>> spans;  // [worker]
+};
+
 class Layer {
   public:
     explicit Layer(const LayerConfig& config);
@@ -85,10 +135,15 @@ class Layer {
     // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16.
     void forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
     // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T,
-    // k] fp32; of the newest saved forward, which is dropped. `accumulate` adds to the LoRA gradients of the calls
-    // before it in fp32 and stores the rounded sum.
+    // k] fp32; of the newest saved forward, which is dropped. The memory of the LoRA gradients must be zero: experts
+    // without a token are not written, so that fresh pages of theirs cost nothing. `accumulate` adds to the LoRA
+    // gradients of the calls before it in fp32 and stores the rounded sum.
     void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
                   bool accumulate);
+
+    // Off by default; costs a clock read a task when on. `stage_times` are those of the last call that was recorded.
+    void record_stages(bool on);
+    StageTimes stage_times() const;
 
     int saved_forwards() const;
     int saved_rows() const;  // of the newest saved forward; -1 without one

@@ -185,6 +185,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
         const NnSegment& seg = segments[s];
         for (int kb = 0; kb < seg.kblocks; kb += kNnBlocks, add = true) {
             const int blocks = seg.kblocks - kb < kNnBlocks ? seg.kblocks - kb : kNnBlocks;
+            prefetch_gathered(seg, kb, blocks, cblocks);
             for (int cb = 0; cb < cblocks; ++cb) {
                 const bool last = cb + 1 == cblocks;
                 for (int i = 0; i < blocks; ++i) {

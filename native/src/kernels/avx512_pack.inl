@@ -33,3 +33,14 @@ inline void prefetch_block(const NnSegment& seg, int kb, int cb) {
     const bf16* block = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
     for (int k = 0; k < 32; ++k) _mm_prefetch(reinterpret_cast<const char*>(block + k * kBlock), _MM_HINT_T1);
 }
+
+// Gathered rows lie far apart, a few lines in each: no hardware prefetcher finds them, and one after the other they
+// cost more than the product. All lines of `blocks` k-blocks are asked for at once.
+inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblocks) {
+    if (seg.weights) return;
+    for (int k = 0; k < blocks * kBlock; ++k) {
+        const bf16* row = seg.gathered[kb * kBlock + k] + seg.column;
+        for (int cb = 0; cb < cblocks; ++cb)
+            _mm_prefetch(reinterpret_cast<const char*>(row + cb * kBlock), _MM_HINT_T0);
+    }
+}

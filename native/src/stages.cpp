@@ -1,0 +1,68 @@
+#include "stages.hpp"
+
+#include <numeric>
+
+namespace ktv {
+
+const char* name_of(Phase phase) {
+    static constexpr const char* names[kPhases] = {"routing",
+                                                   "allocation",
+                                                   "pack_weights",
+                                                   "pack_input",
+                                                   "gate_up_lora_a",
+                                                   "gate_up",
+                                                   "activation",
+                                                   "down_lora_a",
+                                                   "down",
+                                                   "merge",
+                                                   "scatter",
+                                                   "down_lora_b",
+                                                   "down_grad",
+                                                   "activation_grad",
+                                                   "gate_up_lora_b",
+                                                   "gate_up_grad",
+                                                   "gate_up_lora_grad",
+                                                   "down_lora_grad",
+                                                   "routing_grad",
+                                                   "wait"};
+    return names[static_cast<int>(phase)];
+}
+
+Recording::Recording(bool on, int workers, int stages) {
+    if (!on) return;
+    began_ = now_ns();
+    lanes_.resize(static_cast<std::size_t>(workers));
+    for (Lane& lane : lanes_) lane.spans.reserve(static_cast<std::size_t>(stages));
+}
+
+StageTimes Recording::finish(bool backward, int rows, const Costs& costs) const {
+    StageTimes out;
+    out.backward = backward;
+    out.rows = rows;
+    out.workers = static_cast<int>(lanes_.size());
+    out.wall_ns = now_ns() - began_;
+    for (int phase = 0; phase < kPhases; ++phase) {
+        StageTimes::Row row{static_cast<Phase>(phase), {}, costs.flops[phase], costs.bytes[phase]};
+        std::int64_t total = 0;
+        for (const Lane& lane : lanes_) {
+            std::int64_t ns = lane.ns[phase];
+            if (row.phase == Phase::wait)
+                ns += out.wall_ns - std::accumulate(lane.ns, lane.ns + kPhases, std::int64_t{0});
+            row.ns.push_back(ns);
+            total += ns;
+        }
+        if (total > 0) out.phases.push_back(std::move(row));
+    }
+    for (const Lane& lane : lanes_) {
+        auto& spans = out.spans.emplace_back(lane.spans);
+        for (StageTimes::Span& span : spans) {
+            span.begin -= began_;
+            span.work_end -= began_;
+            span.end -= began_;
+        }
+        out.stages = std::max(out.stages, static_cast<int>(spans.size()));
+    }
+    return out;
+}
+
+}  // namespace ktv
