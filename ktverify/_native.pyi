@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-_Source = tuple[int, int, int, int]
+_Source = tuple[Sequence[int], int, int, bool]  # addresses by slot, row stride, column stride, mapped
 
 def available_isas() -> list[str]: ...
 def require_isa(name: str) -> None: ...

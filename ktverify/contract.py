@@ -52,6 +52,11 @@ class LayerSpec:
         return {"gate_proj": (e, i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}
 
     @property
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of one expert."""
+        return {name: shape[1:] for name, shape in self.base_shapes.items()}
+
+    @property
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
         return lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
 
@@ -81,7 +86,6 @@ def check_spec(
     num_gpu_experts: int,
     cpuinfer_threads: int,
     threadpool_count: int,
-    weight_path: str,
     chunked_prefill_size: int,
     method: str,
     mode: str,
@@ -128,10 +132,6 @@ def check_spec(
     check_tp(moe_intermediate_size, threadpool_count)
     if lora_dropout > 0:
         raise ValueError(f"lora_dropout is {lora_dropout!r}; this engine computes without dropout: pass 0")
-    if weight_path:
-        raise ValueError(
-            f"weight_path is {weight_path!r}; this engine takes its weights from load_weights_from_tensors: pass ''"
-        )
     return LayerSpec(
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
@@ -171,6 +171,14 @@ def check_base_weights(spec: LayerSpec, gate_proj: Any, up_proj: Any, down_proj:
 
     given = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
     return {n: check_tensor(n, given[n], shape, (torch.bfloat16,)).detach() for n, shape in spec.base_shapes.items()}
+
+
+def check_no_weight_path(weight_path: str) -> None:
+    """For engines that read no files."""
+    if weight_path:
+        raise ValueError(
+            f"weight_path is {weight_path!r}; this engine takes its weights from load_weights_from_tensors: pass ''"
+        )
 
 
 def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:

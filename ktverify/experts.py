@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,25 @@ def _fresh_zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[
     words = np.zeros(sum(sizes), np.float32 if dtype is torch.float32 else np.int16)
     parts = torch.split(torch.from_numpy(words).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where the base weights are until they are packed. weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot.
+
+    mapped: views of files that are mapped and never written."""
+
+    weights: list[list[torch.Tensor]]
+    slots: list[int]
+    mapped: bool
+
+    def arguments(self) -> list[Any]:
+        """Those of _native.Layer.load_weights. Of one matrix all experts have the same strides."""
+        found: list[Any] = []
+        for matrix in self.weights:
+            addresses = [tensor.data_ptr() for tensor in matrix]
+            found.append((addresses, *matrix[0].stride(), self.mapped))
+        return [*found, self.slots]
 
 
 class KTMoEWrapper:
@@ -98,7 +118,6 @@ class KTMoEWrapper:
             num_gpu_experts=num_gpu_experts,
             cpuinfer_threads=cpuinfer_threads,
             threadpool_count=threadpool_count,
-            weight_path=weight_path,
             chunked_prefill_size=chunked_prefill_size,
             method=method,
             mode=mode,
@@ -108,6 +127,7 @@ class KTMoEWrapper:
             max_cache_depth=max_cache_depth,
         )
         self.layer_idx = layer_idx
+        self.weight_path = weight_path
         self.isa: str = isa or os.environ.get(ISA_VARIABLE) or available_isas()[0]
         _native.require_isa(self.isa)
         self.grad_weights: torch.Tensor | None = None
@@ -118,7 +138,7 @@ class KTMoEWrapper:
         self.down_lora_a: torch.Tensor
         self.down_lora_b: torch.Tensor
         self._lora_dtype: torch.dtype | None = None
-        self._sources: tuple[dict[str, torch.Tensor], list[int]] | None = None
+        self._sources: _Sources | None = None
         self._weights_loaded = False
         self._record_stages = False
         self._native: Any = self._build(lora_fp32=False)
@@ -158,8 +178,28 @@ class KTMoEWrapper:
         expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
         base = contract.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = contract.check_physical_map(self.spec, physical_map)
-        self._native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
-        self._sources = (base, slots)
+        self._load(_Sources([list(tensor) for tensor in base.values()], slots, mapped=False))
+
+    def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
+        """The base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file, or a folder
+        of them; ktverify/checkpoint.py tells which names are known.
+
+        The files are mapped: an expert's pages are read when its first token arrives, and given back once they are
+        packed. physical_map as above, the checkpoint's expert p being slot p; None: slots are logical experts.
+        """
+        from ktverify import checkpoint
+
+        if physical_map is None:
+            physical_map = torch.arange(self.spec.num_experts)
+        slots = contract.check_physical_map(self.spec, physical_map)
+        base = checkpoint.expert_weights(
+            self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts
+        )
+        self._load(_Sources(list(base.values()), slots, mapped=True))
+
+    def _load(self, sources: _Sources) -> None:
+        self._native.load_weights(*sources.arguments())
+        self._sources = sources
         self._weights_loaded = True
 
     def init_lora_weights(
@@ -188,8 +228,7 @@ class KTMoEWrapper:
                         f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
                         "call load_weights_from_tensors again before changing it"
                     )
-                base, slots = self._sources
-                native.load_weights(*((t.data_ptr(), *t.stride()) for t in base.values()), slots)
+                native.load_weights(*self._sources.arguments())
             native.record_stages(self._record_stages)
             self._native = native
         self._native.update_lora([t.data_ptr() for t in lora.values()])

@@ -5,6 +5,11 @@ Sizes in this package: T tokens (qlen), E experts, k experts per token, H hidden
 
 from __future__ import annotations
 
+BASE_NAMES: tuple[str, ...] = (
+    "gate_proj",  # [E, I, H]
+    "up_proj",  # [E, I, H]
+    "down_proj",  # [E, H, I]
+)
 LORA_NAMES: tuple[str, ...] = (
     "gate_lora_a",  # [E, r, H]
     "gate_lora_b",  # [E, I, r]

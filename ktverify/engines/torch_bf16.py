@@ -67,7 +67,6 @@ class TorchBf16:
             num_gpu_experts=num_gpu_experts,
             cpuinfer_threads=cpuinfer_threads,
             threadpool_count=threadpool_count,
-            weight_path=weight_path,
             chunked_prefill_size=chunked_prefill_size,
             method=method,
             mode=mode,
@@ -76,6 +75,7 @@ class TorchBf16:
             lora_dropout=lora_dropout,
             max_cache_depth=max_cache_depth,
         )
+        contract.check_no_weight_path(weight_path)
         self.layer_idx = layer_idx
         self.isa = "torch"
         self.grad_weights: torch.Tensor | None = None

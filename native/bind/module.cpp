@@ -21,10 +21,13 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (address, expert stride, row stride, column stride), strides in elements.
-using Source = std::tuple<std::uintptr_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t>;
+// (addresses by slot, row stride, column stride, mapped), strides in elements.
+using Source = std::tuple<std::vector<std::uintptr_t>, std::ptrdiff_t, std::ptrdiff_t, bool>;
 WeightSource source(const Source& s) {
-    return {pointer<const bf16>(std::get<0>(s)), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+    WeightSource from;
+    for (const std::uintptr_t address : std::get<0>(s)) from.experts.push_back(pointer<const bf16>(address));
+    std::tie(std::ignore, from.row_stride, from.col_stride, from.mapped) = s;
+    return from;
 }
 
 py::dict as_dict(const StageTimes& t) {

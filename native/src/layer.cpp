@@ -49,6 +49,11 @@ void Layer::load_weights(const WeightSource& gate, const WeightSource& up, const
         permutation = logical >= 0 && logical < s.config.num_experts && slot_of[static_cast<std::size_t>(logical)] < 0;
         if (permutation) slot_of[static_cast<std::size_t>(logical)] = static_cast<int>(p);
     }
+    for (const WeightSource* from : {&gate, &up, &down}) {
+        if (from->experts.size() != E)
+            throw BadInput("base weights of " + std::to_string(from->experts.size()) + " experts; the layer has " +
+                           std::to_string(E));
+    }
     if (!permutation) throw BadInput("physical_map must be a permutation of 0.." + std::to_string(E - 1));
     const std::lock_guard lock(process().mutex);
     if (!s.saved.empty())

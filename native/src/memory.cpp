@@ -99,6 +99,14 @@ void require_memory(std::size_t bytes, const std::string& what) {
     }
 }
 
+void release_mapped(const void* first, std::size_t bytes) {
+    const std::size_t page = page_size();
+    const auto begin = (reinterpret_cast<std::uintptr_t>(first) + page - 1) / page * page,
+               end = (reinterpret_cast<std::uintptr_t>(first) + bytes) / page * page;
+    // Advice only: where it is refused, the pages stay.
+    if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 std::size_t Block::footprint(std::size_t bytes) {
     const std::size_t page = page_size();
     return (bytes + page - 1) / page * page + (is_huge(bytes) ? kHuge : 0);

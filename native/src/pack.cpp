@@ -66,6 +66,11 @@ std::size_t Layer::State::expert_bytes() const {
 
 void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     if (wanted.empty()) return;
+    if (gate.mapped && wanted.size() > 1) {
+        // One by one: the pages of a file that are in memory at a time are those of one expert.
+        for (const int e : wanted) pack_experts(team, {e});
+        return;
+    }
     // All memory first: an expert whose block is there counts as packed, so none may stay behind half made.
     std::vector<std::vector<PackedExpert>> made(z(config.parts));
     for (auto& part : made) {
@@ -89,13 +94,12 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
                 const WeightSource& from = row < size.ib ? gate : up;
                 bf16* out = row < size.ib ? to.gate : to.up;
                 row %= size.ib;
-                pack_row(from.data + slot * from.expert_stride + (part * size.I + row * kBlock) * from.row_stride,
-                         from.row_stride, from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
+                pack_row(from.experts[z(slot)] + (part * size.I + row * kBlock) * from.row_stride, from.row_stride,
+                         from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
                          out + z(row) * panel(size.hb));
             } else {
                 row -= 2 * size.ib;
-                pack_row(down.data + slot * down.expert_stride + row * kBlock * down.row_stride +
-                             part * size.I * down.col_stride,
+                pack_row(down.experts[z(slot)] + row * kBlock * down.row_stride + part * size.I * down.col_stride,
                          down.row_stride, down.col_stride, std::min(kBlock, size.H - row * kBlock), size.I,
                          to.down + z(row) * panel(size.ib));
             }
@@ -106,6 +110,17 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         for (std::size_t i = 0; i < wanted.size(); ++i) experts[part][z(wanted[i])] = std::move(made[part][i]);
     }
     packed += static_cast<int>(wanted.size());
+    for (const int e : wanted) {
+        release(gate, e, config.intermediate, config.hidden);
+        release(up, e, config.intermediate, config.hidden);
+        release(down, e, config.hidden, config.intermediate);
+    }
+}
+
+void Layer::State::release(const WeightSource& from, int expert, int rows, int cols) const {
+    if (!from.mapped) return;
+    const std::ptrdiff_t last = (rows - 1) * from.row_stride + (cols - 1) * from.col_stride;
+    release_mapped(from.experts[z(slot_of[z(expert)])], (static_cast<std::size_t>(last) + 1) * sizeof(bf16));
 }
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {

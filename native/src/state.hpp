@@ -111,6 +111,7 @@ struct Layer::State {
     std::size_t panel(int kblocks) const { return z(kblocks) * kBlockSize; }
 
     void pack_experts(Team& team, const std::vector<int>& wanted);
+    void release(const WeightSource& from, int expert, int rows, int cols) const;
     void pack_lora(Team& team, const LoraPointers& lora);
     void forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
     void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,

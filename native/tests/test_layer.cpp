@@ -62,9 +62,13 @@ struct Problem {
         auto made = std::make_unique<Layer>(c);
         std::vector<std::int64_t> map;
         for (int e = 0; e < s.E; ++e) map.push_back(e);
-        made->load_weights({gate.data(), std::ptrdiff_t(s.I) * s.H, s.H, 1},
-                           {up.data(), std::ptrdiff_t(s.I) * s.H, s.H, 1},
-                           {down.data(), std::ptrdiff_t(s.H) * s.I, s.I, 1}, map);
+        const auto source = [&](const std::vector<bf16>& all, int rows, int cols) {
+            WeightSource from{{}, cols, 1, false};
+            for (std::size_t e = 0; e < std::size_t(s.E); ++e)
+                from.experts.push_back(all.data() + e * std::size_t(rows) * std::size_t(cols));
+            return from;
+        };
+        made->load_weights(source(gate, s.I, s.H), source(up, s.I, s.H), source(down, s.H, s.I), map);
         made->update_lora(s.fp32 ? pointers(lora32) : pointers(lora16));
         return made;
     }

@@ -51,10 +51,12 @@ struct LayerConfig {
     Isa isa = Isa::scalar;
 };
 
-// A [E, rows, cols] bf16 tensor anywhere in memory; strides in elements.
+// E matrices [rows, cols] of bf16, by slot, anywhere in memory; strides in elements.
 struct WeightSource {
-    const bf16* data = nullptr;
-    std::ptrdiff_t expert_stride = 0, row_stride = 0, col_stride = 0;
+    std::vector<const bf16*> experts;
+    std::ptrdiff_t row_stride = 0, col_stride = 0;
+    // The memory is a private mapping of a file that nobody writes: its pages are given back once they are packed.
+    bool mapped = false;
 };
 
 // The six LoRA tensors, contiguous, in the order of the contract: gate_a [E,r,H], gate_b [E,I,r], up_a, up_b,
