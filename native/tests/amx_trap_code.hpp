@@ -1,0 +1,415 @@
+// Tile instructions for test_amx_trap.cpp: in every form that the assembler has, written by it, and as functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../emulation/amx_trap.hpp"
+
+using namespace ktv::emulation;
+
+// All that an instruction could disturb. Offsets are used by the assembly below.
+struct alignas(64) Context {
+    std::uint64_t gpr[16];              // 0, in the order of their numbers: rax rcx rdx rbx rsp rbp rsi rdi r8 ...
+    std::uint64_t flags;                // 128
+    std::uint64_t mxcsr;                // 136
+    alignas(64) std::uint64_t mask[8];  // 192, k0 to k7
+    std::uint8_t vector[32][64];        // 256
+};
+static_assert(offsetof(Context, mask) == 192 && offsetof(Context, vector) == 256);
+
+extern "C" {
+extern std::uint64_t vector_level;  // 0: xmm, 1: ymm, 2: zmm and masks
+extern Context* snippet_context;
+// Loads every register from the context, jumps to the code, which ends with a jump to snippet_return, and stores them.
+void run_snippet(const void* code, Context* context);
+extern const char load_forms[], store_forms[], absolute_forms[],
+    absolute_extended[];  // 32 bytes each, ending in jmp snippet_return
+extern const char config_load_forms[], config_store_forms[];
+extern const char load_tile[], load_t1_tile[], store_tile[], zero_tile[];  // 16 bytes each, ending in ret
+extern const char release_tiles[], padded_load[], load_rip_config[], store_rip_config[], illegal_ret[];
+extern const char product_bf16[], product_ssd[], product_sud[], product_usd[], product_uud[];
+extern const char no_sib[], malformed[], tmm_eight[], same_tile_twice[], run_of_eight[];
+extern std::uint8_t rip_config[64], rip_stored[64];
+}
+
+constexpr std::uint64_t kAbsolute = 0x20000000;  // as in absolute_forms
+constexpr std::array<std::int32_t, 5> kDisplacements = {0, 64, -64, 0x1240, -0x1240};
+constexpr unsigned kRsp = 4;
+
+asm(R"(
+    .data
+    .balign 64
+rip_config:      .zero 64
+rip_stored:      .zero 64
+vector_level:    .quad 0
+snippet_context: .quad 0
+snippet_target:  .quad 0
+snippet_stack:   .quad 0
+snippet_rsi:     .quad 0
+snippet_rsp:     .quad 0
+
+    .text
+    .macro each_of_16 what
+        .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+            \what \n
+        .endr
+    .endm
+    .macro each_of_32 what
+        each_of_16 \what
+        .irp n, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+            \what \n
+        .endr
+    .endm
+    .macro each_mask what
+        .irp n, 0,1,2,3,4,5,6,7
+            \what \n
+        .endr
+    .endm
+    .macro get_xmm n
+        movups 256+64*\n(%rsi), %xmm\n
+    .endm
+    .macro put_xmm n
+        movups %xmm\n, 256+64*\n(%rsi)
+    .endm
+    .macro get_ymm n
+        vmovups 256+64*\n(%rsi), %ymm\n
+    .endm
+    .macro put_ymm n
+        vmovups %ymm\n, 256+64*\n(%rsi)
+    .endm
+    .macro get_zmm n
+        vmovups 256+64*\n(%rsi), %zmm\n
+    .endm
+    .macro put_zmm n
+        vmovups %zmm\n, 256+64*\n(%rsi)
+    .endm
+    .macro get_mask n
+        kmovq 192+8*\n(%rsi), %k\n
+    .endm
+    .macro put_mask n
+        kmovq %k\n, 192+8*\n(%rsi)
+    .endm
+
+run_snippet:
+    .irp register, rbx, rbp, r12, r13, r14, r15
+        push %\register
+    .endr
+    mov %rdi, snippet_target(%rip)
+    mov %rsi, snippet_context(%rip)
+    mov %rsp, snippet_stack(%rip)
+    ldmxcsr 136(%rsi)
+    cmpq $1, vector_level(%rip)
+    jb 1f
+    je 2f
+    each_of_32 get_zmm
+    each_mask get_mask
+    jmp 3f
+2:  each_of_16 get_ymm
+    jmp 3f
+1:  each_of_16 get_xmm
+3:  pushq 128(%rsi)
+    popfq
+    mov 0(%rsi), %rax
+    mov 8(%rsi), %rcx
+    mov 16(%rsi), %rdx
+    mov 24(%rsi), %rbx
+    mov 32(%rsi), %rsp
+    mov 40(%rsi), %rbp
+    mov 56(%rsi), %rdi
+    .irp n, 8,9,10,11,12,13,14,15
+        mov 8*\n(%rsi), %r\n
+    .endr
+    mov 48(%rsi), %rsi
+    jmp *snippet_target(%rip)
+
+snippet_return:
+    mov %rsi, snippet_rsi(%rip)
+    mov %rsp, snippet_rsp(%rip)
+    mov snippet_stack(%rip), %rsp
+    mov snippet_context(%rip), %rsi
+    pushfq
+    popq 128(%rsi)
+    cld
+    mov %rax, 0(%rsi)
+    mov %rcx, 8(%rsi)
+    mov %rdx, 16(%rsi)
+    mov %rbx, 24(%rsi)
+    mov %rbp, 40(%rsi)
+    mov %rdi, 56(%rsi)
+    .irp n, 8,9,10,11,12,13,14,15
+        mov %r\n, 8*\n(%rsi)
+    .endr
+    mov snippet_rsi(%rip), %rax
+    mov %rax, 48(%rsi)
+    mov snippet_rsp(%rip), %rax
+    mov %rax, 32(%rsi)
+    stmxcsr 136(%rsi)
+    cmpq $1, vector_level(%rip)
+    jb 1f
+    je 2f
+    each_mask put_mask
+    each_of_32 put_zmm
+    vzeroupper
+    jmp 3f
+2:  each_of_16 put_ymm
+    vzeroupper
+    jmp 3f
+1:  each_of_16 put_xmm
+3:  pushq $0x1f80
+    ldmxcsr (%rsp)
+    add $8, %rsp
+    .irp register, r15, r14, r13, r12, rbp, rbx
+        pop %\register
+    .endr
+    ret
+
+    # [base 16][index 16, rsp for none][scale 4][displacement 5]
+    .macro address_form table, base, index, scale, displacement
+        .balign 32
+        .ifc \index, rsp
+            .ifc \table, load
+                tileloadd \displacement(%\base), %tmm5
+            .else
+                tilestored %tmm5, \displacement(%\base)
+            .endif
+        .else
+            .ifc \table, load
+                tileloadd \displacement(%\base,%\index,\scale), %tmm5
+            .else
+                tilestored %tmm5, \displacement(%\base,%\index,\scale)
+            .endif
+        .endif
+        jmp snippet_return
+    .endm
+    .macro address_forms table
+        .irp base, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+            .irp index, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+                .irp scale, 1,2,4,8
+                    .irp displacement, 0, 64, -64, 0x1240, -0x1240
+                        address_form \table, \base, \index, \scale, \displacement
+                    .endr
+                .endr
+            .endr
+        .endr
+    .endm
+    .balign 32
+load_forms:
+    address_forms load
+    .balign 32
+store_forms:
+    address_forms store
+
+    # [index 16, rsp for none][scale 4]
+    .balign 32
+absolute_forms:
+    .irp index, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+        .irp scale, 1,2,4,8
+            .balign 32
+            .ifc \index, rsp
+                tileloadd 0x20000000, %tmm5
+            .else
+                tileloadd 0x20000000(,%\index,\scale), %tmm5
+            .endif
+            jmp snippet_return
+        .endr
+    .endr
+
+absolute_extended:
+    .byte 0xc4, 0xc2, 0x7b, 0x4b, 0x2c, 0x05  # as tileloadd 0x20000000(,%rax), %tmm5, with a VEX.B that means nothing
+    .long 0x20000000
+    jmp snippet_return
+
+    # [base 16][displacement 5, then displacement 0x1240 with an index 4 * (r8, or r9 beside r8)]
+    .macro config_forms instruction
+        .irp base, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+            .irp displacement, 0, 64, -64, 0x1240, -0x1240
+                .balign 32
+                \instruction \displacement(%\base)
+                jmp snippet_return
+            .endr
+            .balign 32
+            .ifc \base, r8
+                \instruction 0x1240(%\base,%r9,4)
+            .else
+                \instruction 0x1240(%\base,%r8,4)
+            .endif
+            jmp snippet_return
+        .endr
+    .endm
+    .balign 32
+config_load_forms:
+    config_forms ldtilecfg
+    .balign 32
+config_store_forms:
+    config_forms sttilecfg
+
+    # Called as functions: base in rdi, stride in rsi.
+    .macro per_tile text:vararg
+        .irp tile, 0,1,2,3,4,5,6,7
+            .balign 16
+            \text\tile
+            ret
+        .endr
+    .endm
+    .balign 16
+load_tile:
+    per_tile tileloadd (%rdi,%rsi), %tmm
+    .balign 16
+load_t1_tile:
+    per_tile tileloaddt1 (%rdi,%rsi), %tmm
+    .balign 16
+zero_tile:
+    per_tile tilezero %tmm
+    .balign 16
+store_tile:
+    .irp tile, 0,1,2,3,4,5,6,7
+        .balign 16
+        tilestored %tmm\tile, (%rdi,%rsi)
+        ret
+    .endr
+    .balign 16
+release_tiles:
+    tilerelease
+    ret
+padded_load:
+    .byte 0x2e, 0x3e
+    tileloadd (%rdi,%rsi), %tmm0
+    ret
+load_rip_config:
+    ldtilecfg rip_config(%rip)
+    ret
+store_rip_config:
+    sttilecfg rip_stored(%rip)
+    ret
+illegal_ret:
+    ud2
+    ret
+no_sib:
+    .byte 0xc4, 0xe2, 0x7b, 0x4b, 0x07      # tileloadd (%rdi), %tmm0 without its SIB byte
+    ret
+    .balign 16
+malformed:                                  # tileloadd (%rdi,%rsi), %tmm0, but
+    .byte 0xc4, 0xe2, 0x73, 0x4b, 0x04, 0x37, 0xc3  # with a second operand in vvvv
+    .balign 16
+    .byte 0xc4, 0xe2, 0xfb, 0x4b, 0x04, 0x37, 0xc3  # with W = 1
+    .balign 16
+    .byte 0xc4, 0xe2, 0x7f, 0x4b, 0x04, 0x37, 0xc3  # with L = 1
+    .balign 16
+    .byte 0xc4, 0xe1, 0x7b, 0x4b, 0x04, 0x37, 0xc3  # in another opcode map
+    .balign 16
+    .byte 0xc4, 0xe2, 0x7b, 0x4b, 0xc7, 0xc3        # from a register
+    .balign 16
+tmm_eight:
+    .byte 0xc4, 0x62, 0x7b, 0x4b, 0x04, 0x37  # tileloadd (%rdi,%rsi), %tmm8
+    ret
+same_tile_twice:
+    .byte 0xc4, 0xe2, 0x72, 0x5c, 0xc0      # tdpbf16ps tmm0, tmm0, tmm1: the assembler refuses it
+    ret
+run_of_eight:
+    tileloadd (%rdi,%rsi), %tmm4
+    tileloadd (%rdi,%rsi), %tmm5
+    tileloadd (%rdi,%rsi), %tmm6
+    tileloadd (%rdi,%rsi), %tmm7
+    tdpbf16ps %tmm6, %tmm4, %tmm0
+    tdpbf16ps %tmm7, %tmm4, %tmm1
+    tdpbf16ps %tmm6, %tmm5, %tmm2
+    tdpbf16ps %tmm7, %tmm5, %tmm3
+    ret
+
+    # [dest 8][a 8][b 8], empty where two are the same
+    .macro products instruction
+        .irp dest, 0,1,2,3,4,5,6,7
+            .irp a, 0,1,2,3,4,5,6,7
+                .irp b, 0,1,2,3,4,5,6,7
+                    .balign 16
+                    .if (\dest - \a) * (\dest - \b) * (\a - \b)
+                        \instruction %tmm\b, %tmm\a, %tmm\dest
+                    .endif
+                    ret
+                .endr
+            .endr
+        .endr
+    .endm
+    .balign 16
+product_bf16: products tdpbf16ps
+    .balign 16
+product_ssd: products tdpbssd
+    .balign 16
+product_sud: products tdpbsud
+    .balign 16
+product_usd: products tdpbusd
+    .balign 16
+product_uud: products tdpbuud
+)");
+
+// ---------------------------------------------------------------------------------------------------------------
+// Tile instructions as functions
+// ---------------------------------------------------------------------------------------------------------------
+
+// As ldtilecfg reads it.
+struct alignas(64) Config {
+    std::uint8_t palette = 1;
+    std::uint8_t start_row = 0;
+    std::uint8_t reserved_a[14] = {};
+    std::uint16_t colsb[8] = {};
+    std::uint8_t reserved_b[16] = {};
+    std::uint8_t rows[8] = {};
+    std::uint8_t reserved_c[8] = {};
+
+    Config& set(unsigned tile, unsigned tile_rows, unsigned tile_colsb) {
+        rows[tile] = static_cast<std::uint8_t>(tile_rows);
+        colsb[tile] = static_cast<std::uint16_t>(tile_colsb);
+        return *this;
+    }
+    static Config full() {
+        Config config;
+        for (unsigned tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+        return config;
+    }
+};
+static_assert(sizeof(Config) == 64);
+
+void load_config(const Config& config) {
+    asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+}
+Config store_config() {
+    Config config;
+    asm volatile("sttilecfg %0" : "=m"(config) : : "memory");
+    return config;
+}
+
+using Move = void (*)(void* base, std::int64_t stride);
+Move entry(const char* table, unsigned number = 0) {
+    return reinterpret_cast<Move>(const_cast<char*>(table) + 16 * number);
+}
+void load(unsigned tile, const void* base, std::int64_t stride = 64) {
+    entry(load_tile, tile)(const_cast<void*>(base), stride);
+}
+void store(unsigned tile, void* base, std::int64_t stride = 64) {
+    entry(store_tile, tile)(base, stride);
+}
+void zero(unsigned tile) {
+    entry(zero_tile, tile)(nullptr, 0);
+}
+void release() {
+    entry(release_tiles)(nullptr, 0);
+}
+void multiply(const char* product, unsigned dest, unsigned a, unsigned b) {
+    entry(product, dest * 64 + a * 8 + b)(nullptr, 0);
+}
+
+// dest += a * b with the instruction itself, in tiles c, l and r.
+void multiply_in_tiles(const char* product, Tile& dest, const Tile& a, const Tile& b, Shape shape, unsigned c = 0,
+                       unsigned l = 1, unsigned r = 2) {
+    load_config(Config{}
+                    .set(c, shape.rows, 4 * shape.columns)
+                    .set(l, shape.rows, 4 * shape.depth)
+                    .set(r, shape.depth, 4 * shape.columns));
+    load(c, &dest);
+    load(l, &a);
+    load(r, &b);
+    multiply(product, c, l, r);
+    store(c, &dest);
+    release();
+}
