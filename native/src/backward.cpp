@@ -195,26 +195,11 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
 
     const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
                       da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
-    const auto expert_of = [&](int group) -> const Routing::Expert& {
-        return routing.experts[z(routing.expert_of_group[z(group)])];
-    };
-    // Rows of `group` that are not padding, and its place when tokens are the reduction index.
-    struct Place {
-        int rows;
-        std::size_t ld, first, width;
-    };
-    const auto place_of = [&](int group) {
-        const Routing::Expert& e = expert_of(group);
-        const int local = group - e.first_row / kGroup;
-        const bool last = local == e.groups - 1;
-        return Place{std::min(kGroup, e.rows - local * kGroup), z(e.kblocks) * kBlock, z(local) * kGroup,
-                     last && e.groups % 2 == 1 ? z(kBlock) : z(kGroup)};
-    };
     // c [16][ldc], columns n0..n0+cols of a small activation -> rows [row][ld] as they are, and transposed with a
     // factor per row; the columns of padding rows are zero.
-    const auto put_small = [&](const float* c, std::size_t ldc, int cols, float scale, int group, const Place& place,
-                               const Pair& plain, std::size_t ld, std::size_t n0, const Pair& transposed,
-                               std::size_t t_rows, bool weighted) {
+    const auto put_small = [&](const float* c, std::size_t ldc, int cols, float scale, int group,
+                               const Routing::Columns& place, const Pair& plain, std::size_t ld, std::size_t n0,
+                               const Pair& transposed, std::size_t t_rows, bool weighted) {
         for (int t = 0; t < place.rows; ++t) {
             for (int n = 0; n < cols; ++n)
                 put(plain, (z(group) * kGroup + z(t)) * ld + n0 + z(n), scale * c[z(t) * ldc + z(n)]);
@@ -232,8 +217,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     const auto gather = [&](Hand& hand, int p, int group) {
         float* c = hand.c;
         Part& part = parts[z(p)];
-        const Routing::Expert& expert = expert_of(group);
-        const Place place = place_of(group);
+        const Routing::Expert& expert = routing.expert_at(group);
+        const Routing::Columns place = routing.columns(group);
         for (int t = 0; t < place.rows; ++t) {
             bf16* row = part.out + (z(group) * kGroup + z(t)) * hidden;
             std::memcpy(row, grad_output + z(routing.token[z(group * kGroup + t)]) * H, H * sizeof(bf16));
@@ -313,8 +298,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     const auto rank_grad = [&](Hand& hand, int p, int group) {
         float* c = hand.c;
         Part& part = parts[z(p)];
-        const Routing::Expert& expert = expert_of(group);
-        const Place place = place_of(group);
+        const Routing::Expert& expert = routing.expert_at(group);
+        const Routing::Columns place = routing.columns(group);
         const Pair t_rows = at(part.xa_t, z(expert.first_k) * z(size.rank2_rows()));
         // Rows and columns beyond 2 r multiply padding: zero, not what the last call left there.
         for (std::size_t n = 2 * r; n < z(size.rank2_rows()); ++n) {

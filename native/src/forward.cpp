@@ -40,18 +40,6 @@ std::size_t pack_index(int n, int t, bool few) {
     return z(n / kBlock) * kPackSize + z(n % kBlock / 2) * 2 * kGroup + z(t) * 2 + z(n & 1);
 }
 
-// Where a group's 16 tokens stand when the token is the reduction index of its expert.
-struct Columns {
-    std::size_t ld, first, width;  // of a [rows][ld] operand; width 32 where this group also closes the last k-block
-    int tokens;                    // of the 16, those that are no padding
-};
-Columns columns_of(const Routing::Expert& expert, int group) {
-    const int local = group - expert.first_row / kGroup;
-    const bool closes = local == expert.groups - 1 && expert.groups % 2 == 1;
-    return {z(expert.kblocks) * kBlock, z(local) * kGroup, closes ? z(kBlock) : z(kGroup),
-            std::min(kGroup, expert.rows - local * kGroup)};
-}
-
 void clear(const Pair& to, std::size_t at, std::size_t count) {
     std::memset(to.hi + at, 0, count * sizeof(bf16));
     std::memset(to.lo + at, 0, count * sizeof(bf16));
@@ -167,10 +155,6 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
                       da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
     const auto at = [](const Pair& p, std::size_t by) { return Pair{p.hi + by, p.lo ? p.lo + by : nullptr}; };
-    const auto expert_of = [&](int group) -> const Routing::Expert& {
-        return routing.experts[z(routing.expert_of_group[z(group)])];
-    };
-
     const auto is_few = [&](const Routing::Expert& expert) { return expert.rows <= kernels.few_rows; };
     // nt for `count` groups of an expert.
     const auto multiply = [&](const Routing::Expert& expert, const NtSegment* segments, int used, int count, float* c,
@@ -196,7 +180,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             return;
         }
         Part& part = parts[z(p)];
-        const Routing::Expert& expert = expert_of(index);
+        const Routing::Expert& expert = routing.expert_at(index);
         const bf16* token[kGroup];
         for (int t = 0; t < kGroup; ++t) {
             const int id = routing.token[z(index * kGroup + t)];
@@ -208,7 +192,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
         hand.watch.lap(Phase::pack_input);
 
         const bool keep = save && p == 0 && config.lora_backward;
-        const Columns to = columns_of(expert, index);
+        const Routing::Columns to = routing.columns(index);
         const std::size_t kept_at = z(expert.first_k) * 2 * z(size.rank_rows());
         clear(part.gate_xa, z(index) * r_stride, r_stride);
         clear(part.up_xa, z(index) * r_stride, r_stride);
@@ -228,7 +212,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
                 const int n = nb * kBlock + j - (is_up ? size.r : 0);
                 const Pair& pack_to = is_up ? part.up_xa : part.gate_xa;
                 const std::size_t row = z(is_up ? size.rank_rows() + n : n);
-                for (int t = 0; t < to.tokens; ++t) {
+                for (int t = 0; t < to.rows; ++t) {
                     const float value = scaling * c[j * kGroup + t];
                     put(pack_to, z(index) * r_stride + pack_index(n, t, few), value);
                     if (keep) put(kept.xa_t, kept_at + row * to.ld + to.first + z(t), value);
@@ -273,10 +257,10 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     const auto rank = [&](Hand& hand, int p, int group) {
         float* c = hand.c;
         Part& part = parts[z(p)];
-        const Routing::Expert& expert = expert_of(group);
+        const Routing::Expert& expert = routing.expert_at(group);
         const bool keep = save && config.lora_backward;
         const Pair& kept_to = kept.parts[z(p)].ha_t;
-        const Columns to = columns_of(expert, group);
+        const Routing::Columns to = routing.columns(group);
         const std::size_t kept_at = z(expert.first_k) * z(size.rank_rows());
         const bool few = is_few(expert);
         clear(part.ha, z(group) * r_stride, r_stride);
@@ -294,7 +278,7 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
             multiply(expert, segments, terms(), 1, c, kGroup);
             for (int j = 0; j < kBlock && nb * kBlock + j < size.r; ++j) {
                 const int n = nb * kBlock + j;
-                for (int t = 0; t < to.tokens; ++t) {
+                for (int t = 0; t < to.rows; ++t) {
                     const float value = scaling * c[j * kGroup + t];
                     put(part.ha, z(group) * r_stride + pack_index(n, t, few), value);
                     if (keep)

@@ -1,5 +1,7 @@
 #include "routing.hpp"
 
+#include <algorithm>
+
 #include "kernels/kernels.hpp"
 
 namespace ktv {
@@ -48,6 +50,14 @@ Routing route(const std::int64_t* ids, const float* weights, int tokens, int slo
         r.row_of[i] = row;
     }
     return r;
+}
+
+Routing::Columns Routing::columns(int group) const {
+    const Expert& e = expert_at(group);
+    const int local = group - e.first_row / kGroup;
+    const bool closes = local == e.groups - 1 && e.groups % 2 == 1;
+    return {std::min(kGroup, e.rows - local * kGroup), static_cast<std::size_t>(e.kblocks) * kBlock,
+            static_cast<std::size_t>(local) * kGroup, static_cast<std::size_t>(closes ? kBlock : kGroup)};
 }
 
 }  // namespace ktv

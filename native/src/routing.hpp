@@ -27,6 +27,17 @@ struct Routing {
     std::vector<float> weight;                  // [rows]
     std::vector<std::int32_t> row_of;           // [tokens * slots], -1 where the slot is nobody's
     std::vector<std::int32_t> expert_of_group;  // [rows / 16] index into experts
+
+    // Where a group's 16 rows stand when they are a reduction index: columns first..first + width of an operand
+    // [..][ld] of its expert, which is `ld` wide. width is 32 where the group also closes the last k-block.
+    struct Columns {
+        int rows;  // of the 16, those that are no padding
+        std::size_t ld, first, width;
+    };
+    const Expert& expert_at(int group) const {
+        return experts[static_cast<std::size_t>(expert_of_group[static_cast<std::size_t>(group)])];
+    }
+    Columns columns(int group) const;
 };
 
 // Throws BadInput with the position of an id that is neither -1 nor an expert.
