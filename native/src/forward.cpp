@@ -76,8 +76,8 @@ Costs Layer::State::forward_costs(const Routing& routing) const {
     return costs;
 }
 
-void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
-                           bool save) {
+Layer::Ticket Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights,
+                                    bf16* output, bool save) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
@@ -362,10 +362,11 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     if (active == 0 && T > 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
     if (recording_of.on()) recorded = recording_of.finish(false, rows, forward_costs(routing));
     shared.cache.give(std::move(work));
-    if (save) {
-        saved.push_back(std::move(kept));
-        note_saved();
-    }
+    if (!save) return 0;
+    kept.ticket = ++last_ticket;
+    saved.push_back(std::move(kept));
+    note_saved();
+    return last_ticket;
 }
 
 }  // namespace ktv
