@@ -152,8 +152,8 @@ Layer::Ticket Layer::State::forward(int rows, const bf16* x, const std::int64_t*
     }
 
     const float scaling = config.scaling;
-    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
-                      da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
+    const LoraStrides strides = lora_strides();
+    const std::size_t a = strides.gate_up_a, b = strides.gate_b, da = strides.down_a, db = strides.down_b;
     const auto at = [](const Pair& p, std::size_t by) { return Pair{p.hi + by, p.lo ? p.lo + by : nullptr}; };
     const auto is_few = [&](const Routing::Expert& expert) { return expert.rows <= kernels.few_rows; };
     // nt for `count` groups of an expert.

@@ -1,6 +1,7 @@
 // The layer's public calls: what they refuse, and what they hand on.
 #include "ktv/layer.hpp"
 
+#include "backward.hpp"
 #include "state.hpp"
 
 namespace ktv {
@@ -93,8 +94,7 @@ Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, c
 
 void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
                      float* grad_weights, bool accumulate, Ticket ticket) {
-    State& s = *state_;
-    s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate, ticket);
+    state_->backward({rows, grad_output, grad_input, grads, grad_weights, accumulate}, ticket);
 }
 
 void Layer::drop(Ticket ticket) {

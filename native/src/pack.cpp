@@ -125,8 +125,8 @@ void Layer::State::release(const WeightSource& from, int expert, int rows, int c
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const std::size_t E = z(config.num_experts);
-    const std::size_t a = z(size.ab) * panel(size.hb), b = z(size.ib) * panel(size.rb),
-                      da = z(size.rb) * panel(size.ib), db = z(size.hb) * panel(size.rb);
+    const LoraStrides strides = lora_strides();
+    const std::size_t a = strides.gate_up_a, b = strides.gate_b, da = strides.down_a, db = strides.down_b;
     const auto carve = [&](LoraPack& pack, Carver& carver) {
         const auto take = [&](Pair& pair, std::size_t count) {
             carver.take(pair.hi, E * count);

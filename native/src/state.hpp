@@ -79,6 +79,13 @@ struct Saved {
     std::vector<Part> parts;
 };
 
+// Elements of one expert in each of LoraPack's tensors; gate_b is also that of up_b.
+struct LoraStrides {
+    std::size_t gate_up_a, gate_b, down_a, down_b;
+};
+
+struct BackwardArguments;
+
 struct Layer::State {
     explicit State(const LayerConfig& config);
 
@@ -116,14 +123,17 @@ struct Layer::State {
     int terms() const { return config.lora_fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;
     std::size_t panel(int kblocks) const { return z(kblocks) * kBlockSize; }
+    LoraStrides lora_strides() const {
+        return {z(size.ab) * panel(size.hb), z(size.ib) * panel(size.rb), z(size.rb) * panel(size.ib),
+                z(size.hb) * panel(size.rb)};
+    }
 
     void pack_experts(Team& team, const std::vector<int>& wanted);
     void release(const WeightSource& from, int expert, int rows, int cols) const;
     void pack_lora(Team& team, const LoraPointers& lora);
     Layer::Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
                           bool save);
-    void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
-                  bool accumulate, Layer::Ticket ticket);
+    void backward(const BackwardArguments& arguments, Layer::Ticket ticket);
     std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
 };
 

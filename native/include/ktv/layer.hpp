@@ -122,6 +122,8 @@ struct StageTimes {
 
 class Layer {
   public:
+    struct State;  // src/state.hpp
+
     explicit Layer(const LayerConfig& config);
     ~Layer();
     Layer(const Layer&) = delete;
@@ -159,7 +161,6 @@ class Layer {
     const LayerConfig& config() const;
 
   private:
-    struct State;
     std::unique_ptr<State> state_;
 };
 

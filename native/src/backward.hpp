@@ -1,0 +1,164 @@
+// One backward call: its working buffers, and a function for each kind of task.
+//
+//   1 gather  per (part, group of 16 rows):         rows of dO by expert, and dO Bd
+//   2 down    per (part, expert, 128 columns of I): dh with its LoRA; dg, du, h, and partial sums of dw
+//   3 rank    per (part, group):                    dg Bg, du Bu
+//   4 input   per (part, expert, 128 columns of H): dx with its LoRA, added in the order of the experts; and the six
+//             LoRA gradients (lora_grads.cpp), as products whose reduction runs over the tokens
+//
+// The routing weight w is left out of the wide products and applied in fp32 where their results are used: dO goes into
+// the down product as it came, without a rounding of w dO, and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> falls out.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "state.hpp"
+
+namespace ktv {
+
+inline constexpr int kPanelCols = kPanelBlocks * kBlock;  // columns of one nn task
+inline constexpr int panels_of(int blocks) {
+    return (blocks + kPanelBlocks - 1) / kPanelBlocks;
+}
+
+// What the caller gave, and where the results go.
+struct BackwardArguments {
+    int rows;
+    const bf16* grad_output;
+    bf16* grad_input;
+    LoraPointers grads;
+    float* grad_weights;
+    bool accumulate;
+};
+
+// Writes one LoRA tensor's gradient in the parameter's dtype; with `sums` it first adds to them, in fp32.
+class GradWriter {
+  public:
+    GradWriter(const Kernels& kernels, void* to, float* sums, bool fp32)
+        : kernels_(kernels), to_(to), sums_(sums), fp32_(fp32) {}
+    // values[0..count) to elements first..
+    void put(std::size_t first, const float* values, std::size_t count) const;
+    // The sums of elements first.. as they are.
+    void repeat(std::size_t first, std::size_t count) const { round(first, sums_ + first, count); }
+
+  private:
+    void round(std::size_t first, const float* values, std::size_t count) const;
+    const Kernels& kernels_;
+    void* to_;
+    float* sums_;
+    bool fp32_;
+};
+
+class Backward {
+  public:
+    Backward(Layer::State& layer, const Saved& kept, const BackwardArguments& arguments, Watch caller);
+    // Takes the working buffers, computes, and gives them back.
+    void run(Process& shared, Team& team, Recording& recording);
+
+  private:
+    static constexpr std::size_t kScratch = std::size_t{kChunkRows} * kPanelCols;  // fp32: one nn result
+
+    // What a worker has at hand.
+    struct Hand {
+        int worker;
+        float* c;       // [kScratch]
+        float* turned;  // [kScratch], the transpose of a LoRA gradient's piece
+        Watch watch;
+    };
+    struct Part {
+        bf16* out;                                // dO by expert: [rows][hidden_ld]
+        const bf16** out_rows;                    // [k_rows], a zero row for padding
+        Pair ob, ob_t;                            // s dO Bd: [rows][rank]; (w s dO Bd)ᵀ: per expert [rank_rows][tokens]
+        bf16 *g, *u, *h;                          // dg, du, h: [rows][inter_ld]
+        const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
+        float* dot;                               // partial sums of dw: [rows][dots]
+        Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
+        float* sum;     // [panels of H][T][128]
+    };
+    // A small activation of 16 rows, and where it goes: rows [row][ld] from column `first` on; and transposed, of
+    // which `rows` are kept.
+    struct Small {
+        const Pair& plain;
+        std::size_t ld, first;
+        const Pair& transposed;
+        std::size_t rows;
+        bool weighted;  // the transposed copy has the routing weight in it
+    };
+    // One LoRA gradient of one expert, or its transpose, for one panel of columns: a sum over parts of
+    // small [small_rows][tokens] x gathered [tokens][cols], of which used_rows are no padding.
+    struct Product {
+        const Routing::Expert& expert;
+        int small_rows, used_rows, blocks, cols, panel;
+    };
+    struct Term {
+        Pair small;
+        const bf16* const* gathered;  // row pointers of the expert's tokens
+    };
+    // Rows n.. of a result in hand.c, and the columns that they are of.
+    struct Piece {
+        int n, count;
+        std::size_t col, width;
+    };
+
+    void carve(Carver& carver);
+    void prepare_sums();
+    void prepare_rows_of_x();
+
+    void gather(Hand& hand, int p, int group);
+    void down_grad(Hand& hand, int p, int index);
+    void rank_grad(Hand& hand, int p, int group);
+    void input_grad(Hand& hand, int p, int index);
+    void finish(int worker, int panel);
+    void weight_grad(int first);
+    void put_small(const float* c, int cols, int group, const Small& to) const;
+
+    // lora_grads.cpp
+    int lora_tasks() const;  // of one expert
+    void lora_grad(Hand& hand, const Routing::Expert& expert, int task);
+    void grad_gate_up_a(Hand& hand, const Routing::Expert& expert, int panel);
+    void grad_down_b(Hand& hand, const Routing::Expert& expert, int panel);
+    void grad_down_a(Hand& hand, const Routing::Expert& expert, std::size_t p, int panel);
+    void grad_gate_up_b(Hand& hand, const Routing::Expert& expert, std::size_t p, int which, int panel);
+    template <typename TermOf, typename Emit>
+    void multiply(Hand& hand, const Product& product, int parts, const TermOf& term_of, const Emit& emit);
+    void put_rows(const float* c, const GradWriter& writer, std::size_t to, std::size_t cols, const Piece& piece) const;
+    void put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const;
+    void repeat_sums(int expert) const;
+
+    Layer::State& layer_;
+    const LayerConfig& config_;
+    const Sizes& size_;
+    const Kernels& kernels_;
+    const Saved& kept_;
+    const Routing& routing_;
+    const LoraPack& lora_;
+    const BackwardArguments& given_;
+    Watch caller_;
+
+    const bool with_lora_;
+    const int groups_, active_, i_panels_, h_panels_;
+    const int dots_;  // partial sums of dw, a row
+    const std::size_t T_, H_, I_, r_, hidden_, inter_, rank_, rank2_;
+
+    std::vector<Part> parts_;
+    bf16* zeros_ = nullptr;
+    float* scratch_ = nullptr;
+    // Per worker, for workers allocate nothing: nobody could catch what that throws.
+    const float** part_sums_ = nullptr;  // [worker][part]
+    NnSegment* segments_ = nullptr;      // [worker][2 parts]
+
+    std::vector<std::size_t> grad_sizes_;
+    std::vector<GradWriter> write_;    // in the order of LoraPointers
+    std::vector<const bf16*> x_rows_;  // [k_rows]
+    std::vector<int> idle_;            // experts without a token that have sums
+    Turns turns_;
+    std::vector<std::atomic<int>> parts_done_;  // [h_panels]
+};
+
+// Where an expert's share of a Pair begins.
+inline Pair at(const Pair& p, std::size_t by) {
+    return {p.hi + by, p.lo ? p.lo + by : nullptr};
+}
+
+}  // namespace ktv

@@ -1,0 +1,133 @@
+// The six LoRA gradients of an expert: products whose reduction runs over its tokens, in tasks of 128 columns.
+#include <cstring>
+
+#include "backward.hpp"
+
+namespace ktv {
+
+void GradWriter::put(std::size_t first, const float* values, std::size_t count) const {
+    if (sums_) {
+        for (std::size_t i = 0; i < count; ++i) sums_[first + i] += values[i];
+    }
+    round(first, sums_ ? sums_ + first : values, count);
+}
+
+void GradWriter::round(std::size_t first, const float* values, std::size_t count) const {
+    if (fp32_) {
+        std::memcpy(static_cast<float*>(to_) + first, values, count * sizeof(float));
+    } else {
+        kernels_.round_sum(&values, 1, count, static_cast<bf16*>(to_) + first);
+    }
+}
+
+void Backward::repeat_sums(int expert) const {
+    for (std::size_t i = 0; i < write_.size(); ++i) {
+        const std::size_t count = grad_sizes_[i] / z(config_.num_experts);
+        write_[i].repeat(z(expert) * count, count);
+    }
+}
+
+// dA of gate and up together, dB of down; then for each part dB of gate, dB of up, dA of down.
+int Backward::lora_tasks() const {
+    return with_lora_ ? 2 * h_panels_ + 3 * config_.parts * i_panels_ : 0;
+}
+
+void Backward::lora_grad(Hand& hand, const Routing::Expert& expert, int task) {
+    if (task < h_panels_) return grad_gate_up_a(hand, expert, task);
+    task -= h_panels_;
+    if (task < h_panels_) return grad_down_b(hand, expert, task);
+    task -= h_panels_;
+    const std::size_t p = z(task / (3 * i_panels_));
+    const int which = task / i_panels_ % 3, panel = task % i_panels_;
+    if (which == 2) return grad_down_a(hand, expert, p, panel);
+    grad_gate_up_b(hand, expert, p, which, panel);
+}
+
+// Computes the product into hand.c, in pieces of at most kChunkRows rows; emit(piece) stores each.
+template <typename TermOf, typename Emit>
+void Backward::multiply(Hand& hand, const Product& product, int parts, const TermOf& term_of, const Emit& emit) {
+    const Routing::Expert& expert = product.expert;
+    const std::size_t ld = z(expert.kblocks) * kBlock, col = z(product.panel) * kPanelCols;
+    const int cblocks = std::min(kPanelBlocks, product.blocks - product.panel * kPanelBlocks);
+    const int width = std::min(cblocks * kBlock, product.cols - product.panel * kPanelCols);
+    NnSegment* segments = segments_ + z(hand.worker * 2 * config_.parts);
+    for (int first = 0; first < product.small_rows; first += kChunkRows) {
+        int used = 0;
+        for (int p = 0; p < parts; ++p) {
+            const Term term = term_of(z(p));
+            for (const bf16* half : {term.small.hi, term.small.lo})
+                segments[used++] = {half + z(first) * ld,           ld,  nullptr,       0,
+                                    term.gathered + expert.first_k, col, expert.kblocks};
+        }
+        const int chunk = std::min(kChunkRows, product.small_rows - first);
+        kernels_.nn(segments, used, chunk, cblocks, hand.c, kPanelCols);
+        emit(Piece{first, std::min(chunk, product.used_rows - first), col, z(width)});
+    }
+}
+
+// Rows of c into a gradient [..][cols] of which `to` is row 0.
+void Backward::put_rows(const float* c, const GradWriter& writer, std::size_t to, std::size_t cols,
+                        const Piece& piece) const {
+    for (int i = 0; i < piece.count; ++i)
+        writer.put(to + z(piece.n + i) * cols + piece.col, c + z(i) * kPanelCols, piece.width);
+}
+
+// hand.c into a gradient [cols][r], which begins at `to`: its transpose.
+void Backward::put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const {
+    const std::size_t count = z(piece.count);
+    for (std::size_t j = 0; j < piece.width; ++j) {
+        for (std::size_t i = 0; i < count; ++i) hand.turned[j * count + i] = hand.c[i * kPanelCols + j];
+    }
+    if (count == r_) return writer.put(to + piece.col * r_, hand.turned, piece.width * r_);
+    for (std::size_t j = 0; j < piece.width; ++j)
+        writer.put(to + (piece.col + j) * r_ + z(piece.n), hand.turned + j * count, count);
+}
+
+// dA of gate above dA of up: (s dg Bg beside s du Bu)ᵀ x, summed over the parts.
+void Backward::grad_gate_up_a(Hand& hand, const Routing::Expert& expert, int panel) {
+    const GradWriter &gate_a = write_[0], &up_a = write_[2];
+    const std::size_t to = z(expert.expert) * r_ * H_, from = z(expert.first_k) * z(size_.rank2_rows());
+    multiply(
+        hand, {expert, size_.rank2_rows(), 2 * size_.r, size_.hb, size_.H, panel}, config_.parts,
+        [&](std::size_t p) { return Term{at(parts_[p].xa_t, from), x_rows_.data()}; },
+        [&](const Piece& piece) {
+            const int of_gate = std::clamp(size_.r - piece.n, 0, piece.count);
+            put_rows(hand.c, gate_a, to, H_, {piece.n, of_gate, piece.col, piece.width});
+            put_rows(hand.c + z(of_gate) * kPanelCols, up_a, to, H_,
+                     {piece.n + of_gate - size_.r, piece.count - of_gate, piece.col, piece.width});
+        });
+    hand.watch.lap(Phase::gate_up_lora_grad);
+}
+
+// dB of down, transposed: (w s h Adᵀ)ᵀ dO, summed over the parts.
+void Backward::grad_down_b(Hand& hand, const Routing::Expert& expert, int panel) {
+    const std::size_t from = z(expert.first_k) * z(size_.rank_rows());
+    multiply(
+        hand, {expert, size_.rank_rows(), size_.r, size_.hb, size_.H, panel}, config_.parts,
+        [&](std::size_t p) { return Term{at(kept_.parts[p].ha_t, from), parts_[p].out_rows}; },
+        [&](const Piece& piece) { put_columns(hand, write_[5], z(expert.expert) * H_ * r_, piece); });
+    hand.watch.lap(Phase::down_lora_grad);
+}
+
+// dA of down, the part's columns: (w s dO Bd)ᵀ h.
+void Backward::grad_down_a(Hand& hand, const Routing::Expert& expert, std::size_t p, int panel) {
+    const std::size_t all_I = I_ * z(config_.parts), to = z(expert.expert) * r_ * all_I + p * I_;
+    const Term term{at(parts_[p].ob_t, z(expert.first_k) * z(size_.rank_rows())), parts_[p].h_rows};
+    multiply(
+        hand, {expert, size_.rank_rows(), size_.r, size_.ib, size_.I, panel}, 1, [&](std::size_t) { return term; },
+        [&](const Piece& piece) { put_rows(hand.c, write_[4], to, all_I, piece); });
+    hand.watch.lap(Phase::down_lora_grad);
+}
+
+// dB of gate (which = 0) or up (1), the part's rows, transposed: (s x Aᵀ)ᵀ dg.
+void Backward::grad_gate_up_b(Hand& hand, const Routing::Expert& expert, std::size_t p, int which, int panel) {
+    const std::size_t all_I = I_ * z(config_.parts), to = (z(expert.expert) * all_I + p * I_) * r_;
+    const std::size_t from = (2 * z(expert.first_k) + z(which * expert.kblocks) * kBlock) * z(size_.rank_rows());
+    const Term term{at(kept_.xa_t, from), which == 0 ? parts_[p].g_rows : parts_[p].u_rows};
+    multiply(
+        hand, {expert, size_.rank_rows(), size_.r, size_.ib, size_.I, panel}, 1, [&](std::size_t) { return term; },
+        [&](const Piece& piece) { put_columns(hand, write_[which == 0 ? 1 : 3], to, piece); });
+    hand.watch.lap(Phase::gate_up_lora_grad);
+}
+
+}  // namespace ktv
