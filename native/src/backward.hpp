@@ -156,9 +156,4 @@ class Backward {
     std::vector<std::atomic<int>> parts_done_;  // [h_panels]
 };
 
-// Where an expert's share of a Pair begins.
-inline Pair at(const Pair& p, std::size_t by) {
-    return {p.hi + by, p.lo ? p.lo + by : nullptr};
-}
-
 }  // namespace ktv

@@ -1,33 +1,9 @@
-// Forward in four parallel stages:
-//   1 pack    per (part, group of 16 rows):      token pack of x, and x Aᵀ of gate and up while the pack is in cache
-//   2 up      per (part, expert, 32 rows of I):  g, u with their LoRA in one product each; h = silu(g) u, packed
-//   3 rank    per (part, group):                 h Adᵀ
-//   4 down    per (part, expert, 32 rows of H):  y with its LoRA, added to the output in the order of the experts
-// An expert's tasks are neighbours, so that its packed tokens stay in cache while its weights stream by once.
-#include <atomic>
-#include <cstring>
+#include "forward.hpp"
 
-#include "state.hpp"
+#include <cstring>
 
 namespace ktv {
 namespace {
-
-constexpr std::size_t kScratch = 2 * std::size_t{kBlock} * kChunkRows;  // fp32: two nt results
-
-// What a worker has at hand in a call.
-struct Hand {
-    int worker;
-    float* c;  // [kScratch]
-    Watch watch;
-};
-
-struct Part {
-    bf16* x_pack;         // [group][hb]
-    Pair gate_xa, up_xa;  // s x Aᵀ: [group][rb]
-    bf16* h_pack;         // [group][ib]
-    Pair ha;              // s h Adᵀ: [group][rb]
-    float* sum;           // [hb][T][32]
-};
 
 void take(Carver& carver, Pair& pair, std::size_t count) {
     carver.take(pair.hi, count);
@@ -45,15 +21,24 @@ void clear(const Pair& to, std::size_t at, std::size_t count) {
     std::memset(to.lo + at, 0, count * sizeof(bf16));
 }
 
-}  // namespace
+// A small activation as operands: token packs [group][rb], r_stride elements a group.
+struct LoraFactor {
+    Pair b;           // one row of weight blocks
+    Pair activation;  // from the first group on
+    std::size_t group_stride;
+    int kblocks;
+};
 
+// nt segments of B (s A x)ᵀ: hi and lo of the small activation, and lo of an fp32 B. Returns how many.
 int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
     out[0] = {lora.b.hi, lora.activation.hi, lora.group_stride, lora.kblocks};
     out[1] = {lora.b.hi, lora.activation.lo, lora.group_stride, lora.kblocks};
-    if (!lora.fp32) return 2;
+    if (!lora.b.lo) return 2;
     out[2] = {lora.b.lo, lora.activation.hi, lora.group_stride, lora.kblocks};
     return 3;
 }
+
+}  // namespace
 
 Costs Layer::State::forward_costs(const Routing& routing) const {
     Costs costs;
@@ -76,297 +61,301 @@ Costs Layer::State::forward_costs(const Routing& routing) const {
     return costs;
 }
 
-Layer::Ticket Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights,
-                                    bf16* output, bool save) {
+Layer::Ticket Layer::State::forward(const ForwardArguments& arguments) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
-
-    if (save && static_cast<int>(saved.size()) >= config.max_cache_depth)
+    if (arguments.save && static_cast<int>(saved.size()) >= config.max_cache_depth)
         throw BadState("forward_sft(save_for_backward=True): " + std::to_string(saved.size()) +
                        " forwards already wait for their backward, and max_cache_depth is " +
                        std::to_string(config.max_cache_depth) + "; call backward first or raise max_cache_depth");
-    const LoraPack& snapshot = *lora;
-
     Recording recording_of(recording, workers, 4);
     Watch caller = recording_of.watch(0);
     Saved kept;
     kept.lora = lora;
-    kept.routing = route(ids, weights, rows, config.top_k, config.num_experts);
-    const Routing& routing = kept.routing;
-    caller.lap(Phase::routing);
-    const int groups = routing.rows / kGroup, active = static_cast<int>(routing.experts.size());
-    const std::size_t T = z(rows), R = z(routing.rows), G = z(groups);
-    const std::size_t x_stride = z(size.hb) * kPackSize, h_stride = z(size.ib) * kPackSize,
-                      r_stride = z(size.rb) * kPackSize;
-
-    std::vector<Part> parts(z(config.parts));
-    float* scratch;
-    const float** part_sums;  // [worker][part]: workers allocate nothing, for nobody could catch what that throws
-    const auto carve_work = [&](Carver& carver) {
-        for (Part& part : parts) {
-            carver.take(part.x_pack, G * x_stride);
-            take(carver, part.gate_xa, G * r_stride);
-            take(carver, part.up_xa, G * r_stride);
-            carver.take(part.h_pack, G * h_stride);
-            take(carver, part.ha, G * r_stride);
-            carver.take(part.sum, T * z(size.hidden()));
-        }
-        carver.take(scratch, z(workers) * kScratch);
-        carver.take(part_sums, z(workers * config.parts));
-    };
+    kept.routing = route(arguments.ids, arguments.weights, arguments.rows, config.top_k, config.num_experts);
     kept.parts.resize(z(config.parts));
-    const auto carve_kept = [&](Carver& carver) {
-        carver.take(kept.x, (T + 1) * z(size.hidden_ld()));
-        take(carver, kept.xa_t, z(routing.k_rows) * 2 * z(size.rank_rows()));
-        for (Saved::Part& part : kept.parts) {
-            carver.take(part.g, R * z(size.inter_ld()));
-            carver.take(part.u, R * z(size.inter_ld()));
-            take(carver, part.ha_t, z(routing.k_rows) * z(size.rank_rows()));
-        }
-    };
-    Carver measure_work, measure_kept;
-    carve_work(measure_work);
-    if (save) carve_kept(measure_kept);
+    caller.lap(Phase::routing);
+    Forward(*this, kept, arguments, caller).run(shared, team, recording_of);
+    if (recording_of.on()) recorded = recording_of.finish(false, arguments.rows, forward_costs(kept.routing));
+    if (!arguments.save) return 0;
+    kept.ticket = ++last_ticket;
+    saved.push_back(std::move(kept));
+    note_saved();
+    return last_ticket;
+}
 
-    std::vector<int> wanted;
-    for (const Routing::Expert& e : routing.experts) {
-        if (!experts[0][z(e.expert)].block) wanted.push_back(e.expert);
+Forward::Forward(Layer::State& layer, Saved& kept, const ForwardArguments& arguments, Watch caller)
+    : layer_(layer),
+      config_(layer.config),
+      size_(layer.size),
+      kernels_(layer.kernels),
+      kept_(kept),
+      routing_(kept.routing),
+      lora_(*kept.lora),
+      strides_(layer.lora_strides()),
+      given_(arguments),
+      caller_(caller),
+      keep_lora_(arguments.save && config_.lora_backward),
+      groups_(routing_.rows / kGroup),
+      active_(static_cast<int>(routing_.experts.size())),
+      T_(z(arguments.rows)),
+      x_stride_(z(size_.hb) * kPackSize),
+      h_stride_(z(size_.ib) * kPackSize),
+      r_stride_(z(size_.rb) * kPackSize),
+      parts_(z(config_.parts)),
+      turns_(config_.parts, size_.hb),
+      parts_done_(z(size_.hb)) {}
+
+void Forward::carve_work(Carver& carver) {
+    const std::size_t G = z(groups_);
+    for (Part& part : parts_) {
+        carver.take(part.x_pack, G * x_stride_);
+        take(carver, part.gate_xa, G * r_stride_);
+        take(carver, part.up_xa, G * r_stride_);
+        carver.take(part.h_pack, G * h_stride_);
+        take(carver, part.ha, G * r_stride_);
+        carver.take(part.sum, T_ * z(size_.hidden()));
     }
-    Block work = shared.cache.take(measure_work.used(), "a forward of " + std::to_string(rows) + " tokens");
+    carver.take(scratch_, z(layer_.workers) * kScratch);
+    carver.take(part_sums_, z(layer_.workers * config_.parts));
+}
+
+void Forward::carve_kept(Carver& carver) {
+    const std::size_t R = z(routing_.rows), K = z(routing_.k_rows);
+    carver.take(kept_.x, (T_ + 1) * z(size_.hidden_ld()));
+    take(carver, kept_.xa_t, K * 2 * z(size_.rank_rows()));
+    for (Saved::Part& part : kept_.parts) {
+        carver.take(part.g, R * z(size_.inter_ld()));
+        carver.take(part.u, R * z(size_.inter_ld()));
+        take(carver, part.ha_t, K * z(size_.rank_rows()));
+    }
+}
+
+void Forward::run(Process& shared, Team& team, Recording& recording) {
+    const std::string tokens = std::to_string(given_.rows) + " tokens";
+    Carver measure_work;
+    carve_work(measure_work);
+    Block work = shared.cache.take(measure_work.used(), "a forward of " + tokens);
     Carver cut_work(work.data());
     carve_work(cut_work);
-    if (save) {
-        kept.block = shared.cache.take(measure_kept.used(), "saving a forward of " + std::to_string(rows) + " tokens");
-        Carver cut_kept(kept.block.data());
+    if (given_.save) {
+        Carver measure_kept;
+        carve_kept(measure_kept);
+        kept_.block = shared.cache.take(measure_kept.used(), "saving a forward of " + tokens);
+        Carver cut_kept(kept_.block.data());
         carve_kept(cut_kept);
     }
-    caller.lap(Phase::allocation);
-    if (!wanted.empty()) {
-        const std::size_t need = wanted.size() * z(config.parts) * Block::footprint(expert_bytes());
-        const std::string what = "packing the weights of " + std::to_string(wanted.size()) + " experts";
-        if (need > available_memory()) shared.cache.clear();
-        require_memory(need, what);
-        pack_experts(team, wanted);
-        caller.lap(Phase::pack_weights);
-    }
+    caller_.lap(Phase::allocation);
+    pack_new_experts(shared, team);
 
-    const float scaling = config.scaling;
-    const LoraStrides strides = lora_strides();
-    const std::size_t a = strides.gate_up_a, b = strides.gate_b, da = strides.down_a, db = strides.down_b;
-    const auto at = [](const Pair& p, std::size_t by) { return Pair{p.hi + by, p.lo ? p.lo + by : nullptr}; };
-    const auto is_few = [&](const Routing::Expert& expert) { return expert.rows <= kernels.few_rows; };
-    // nt for `count` groups of an expert.
-    const auto multiply = [&](const Routing::Expert& expert, const NtSegment* segments, int used, int count, float* c,
-                              std::size_t ldc) {
-        if (is_few(expert)) {
-            kernels.nt_few(segments, used, expert.rows, c, ldc);
-        } else {
-            kernels.nt(segments, used, count, c, ldc);
-        }
-    };
-
-    const auto pack = [&](Hand& hand, int p, int index) {
-        float* c = hand.c;
-        if (index >= groups) {  // the rows of x that backward wants, with room for whole blocks, and a zero row
-            const int first = (index - groups) * kGroup;
-            for (int t = first; t < std::min(rows + 1, first + kGroup); ++t) {
-                bf16* row = kept.x + z(t) * z(size.hidden_ld());
-                const std::size_t have = t < rows ? z(size.H) : 0;
-                if (have) std::memcpy(row, x + z(t) * have, have * sizeof(bf16));
-                std::memset(row + have, 0, (z(size.hidden()) - have) * sizeof(bf16));
-            }
-            hand.watch.lap(Phase::pack_input);
-            return;
-        }
-        Part& part = parts[z(p)];
-        const Routing::Expert& expert = routing.expert_at(index);
-        const bf16* token[kGroup];
-        for (int t = 0; t < kGroup; ++t) {
-            const int id = routing.token[z(index * kGroup + t)];
-            token[t] = id < 0 ? nullptr : x + z(id) * z(size.H);
-        }
-        bf16* packed_x = part.x_pack + z(index) * x_stride;
-        const bool few = is_few(expert);
-        kernels.pack_tokens(token, size.H, size.hb, few, packed_x);
-        hand.watch.lap(Phase::pack_input);
-
-        const bool keep = save && p == 0 && config.lora_backward;
-        const Routing::Columns to = routing.columns(index);
-        const std::size_t kept_at = z(expert.first_k) * 2 * z(size.rank_rows());
-        clear(part.gate_xa, z(index) * r_stride, r_stride);
-        clear(part.up_xa, z(index) * r_stride, r_stride);
-        if (keep) {
-            for (int row = 0; row < 2 * size.rank_rows(); ++row)
-                clear(kept.xa_t, kept_at + z(row) * to.ld + to.first, to.width);
-        }
-        for (int nb = 0; nb < size.ab; ++nb) {
-            NtSegment segments[2];
-            for (int term = 0; term < terms(); ++term) {
-                const bf16* matrix = term == 0 ? snapshot.gate_up_a.hi : snapshot.gate_up_a.lo;
-                segments[term] = {matrix + z(expert.expert) * a + z(nb) * panel(size.hb), packed_x, x_stride, size.hb};
-            }
-            multiply(expert, segments, terms(), 1, c, kGroup);
-            for (int j = 0; j < kBlock && nb * kBlock + j < 2 * size.r; ++j) {
-                const bool is_up = nb * kBlock + j >= size.r;
-                const int n = nb * kBlock + j - (is_up ? size.r : 0);
-                const Pair& pack_to = is_up ? part.up_xa : part.gate_xa;
-                const std::size_t row = z(is_up ? size.rank_rows() + n : n);
-                for (int t = 0; t < to.rows; ++t) {
-                    const float value = scaling * c[j * kGroup + t];
-                    put(pack_to, z(index) * r_stride + pack_index(n, t, few), value);
-                    if (keep) put(kept.xa_t, kept_at + row * to.ld + to.first + z(t), value);
-                }
-            }
-        }
-        hand.watch.lap(Phase::gate_up_lora_a);
-    };
-
-    const auto up = [&](Hand& hand, int p, int index) {
-        Part& part = parts[z(p)];
-        const Routing::Expert& expert = routing.experts[z(index / size.ib)];
-        const int ib = index % size.ib;
-        const PackedExpert& base = experts[z(p)][z(expert.expert)];
-        const std::size_t b_at = z(expert.expert) * b + z(ib) * panel(size.rb);
-        for (int first = 0; first < expert.groups; first += kChunkGroups) {
-            const int count = std::min(kChunkGroups, expert.groups - first);
-            const std::size_t group = z(expert.first_row / kGroup + first);
-            NtSegment gate_segments[4], up_segments[4];
-            gate_segments[0] = {base.gate + z(ib) * panel(size.hb), part.x_pack + group * x_stride, x_stride, size.hb};
-            up_segments[0] = {base.up + z(ib) * panel(size.hb), part.x_pack + group * x_stride, x_stride, size.hb};
-            const int more = nt_lora_segments({at(snapshot.gate_b[z(p)], b_at), at(part.gate_xa, group * r_stride),
-                                               r_stride, size.rb, config.lora_fp32},
-                                              gate_segments + 1);
-            nt_lora_segments(
-                {at(snapshot.up_b[z(p)], b_at), at(part.up_xa, group * r_stride), r_stride, size.rb, config.lora_fp32},
-                up_segments + 1);
-            const std::size_t ldc = z(count) * kGroup;
-            float* g = hand.c;
-            float* u = hand.c + kBlock * ldc;
-            multiply(expert, gate_segments, 1 + more, count, g, ldc);
-            multiply(expert, up_segments, 1 + more, count, u, ldc);
-            hand.watch.lap(Phase::gate_up);
-            const std::size_t keep_at = group * kGroup * z(size.inter_ld()) + z(ib) * kBlock;
-            kernels.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride + z(ib) * kPackSize, h_stride,
-                             is_few(expert), save ? kept.parts[z(p)].g + keep_at : nullptr,
-                             save ? kept.parts[z(p)].u + keep_at : nullptr, z(size.inter_ld()));
-            hand.watch.lap(Phase::activation);
-        }
-    };
-
-    const auto rank = [&](Hand& hand, int p, int group) {
-        float* c = hand.c;
-        Part& part = parts[z(p)];
-        const Routing::Expert& expert = routing.expert_at(group);
-        const bool keep = save && config.lora_backward;
-        const Pair& kept_to = kept.parts[z(p)].ha_t;
-        const Routing::Columns to = routing.columns(group);
-        const std::size_t kept_at = z(expert.first_k) * z(size.rank_rows());
-        const bool few = is_few(expert);
-        clear(part.ha, z(group) * r_stride, r_stride);
-        if (keep) {
-            for (int row = 0; row < size.rank_rows(); ++row)
-                clear(kept_to, kept_at + z(row) * to.ld + to.first, to.width);
-        }
-        for (int nb = 0; nb < size.rb; ++nb) {
-            NtSegment segments[2];
-            for (int term = 0; term < terms(); ++term) {
-                const bf16* matrix = term == 0 ? snapshot.down_a[z(p)].hi : snapshot.down_a[z(p)].lo;
-                segments[term] = {matrix + z(expert.expert) * da + z(nb) * panel(size.ib),
-                                  part.h_pack + z(group) * h_stride, h_stride, size.ib};
-            }
-            multiply(expert, segments, terms(), 1, c, kGroup);
-            for (int j = 0; j < kBlock && nb * kBlock + j < size.r; ++j) {
-                const int n = nb * kBlock + j;
-                for (int t = 0; t < to.rows; ++t) {
-                    const float value = scaling * c[j * kGroup + t];
-                    put(part.ha, z(group) * r_stride + pack_index(n, t, few), value);
-                    if (keep)
-                        put(kept_to, kept_at + z(n) * to.ld + to.first + z(t),
-                            routing.weight[z(group * kGroup + t)] * value);
-                }
-            }
-        }
-        hand.watch.lap(Phase::down_lora_a);
-    };
-
-    Turns turns(config.parts, size.hb);
-    std::vector<std::atomic<int>> parts_done(z(size.hb));
-    const auto finish = [&](int worker, int hb) {
-        const float** sums = part_sums + z(worker * config.parts);
-        const std::size_t cols = z(std::min(kBlock, size.H - hb * kBlock));
-        for (std::size_t t = 0; t < T; ++t) {
-            for (std::size_t p = 0; p < parts.size(); ++p) sums[p] = parts[p].sum + (z(hb) * T + t) * kBlock;
-            kernels.round_sum(sums, config.parts, cols, output + t * z(size.H) + z(hb) * kBlock);
-        }
-    };
-    const auto down_proj = [&](Hand& hand, int p, int index) {
-        float* c = hand.c;
-        Part& part = parts[z(p)];
-        const int ticket = index / size.hb, hb = index % size.hb;
-        const Routing::Expert& expert = routing.experts[z(ticket)];
-        float* sum = part.sum + z(hb) * T * kBlock;
-        for (int first = 0; first < expert.groups; first += kChunkGroups) {
-            const int count = std::min(kChunkGroups, expert.groups - first);
-            const std::size_t group = z(expert.first_row / kGroup + first);
-            NtSegment segments[4];
-            segments[0] = {experts[z(p)][z(expert.expert)].down + z(hb) * panel(size.ib),
-                           part.h_pack + group * h_stride, h_stride, size.ib};
-            const int more = nt_lora_segments({at(snapshot.down_b, z(expert.expert) * db + z(hb) * panel(size.rb)),
-                                               at(part.ha, group * r_stride), r_stride, size.rb, config.lora_fp32},
-                                              segments + 1);
-            const std::size_t ldc = z(count) * kGroup;
-            multiply(expert, segments, 1 + more, count, c, ldc);
-            hand.watch.lap(Phase::down);
-            if (first == 0) {
-                turns.wait(p, hb, ticket);
-                hand.watch.lap(Phase::wait);
-                if (ticket == 0) std::memset(sum, 0, T * kBlock * sizeof(float));
-            }
-            const std::size_t row = group * kGroup;
-            kernels.add_transposed(c, ldc, std::min(expert.rows - first * kGroup, kChunkRows),
-                                   routing.token.data() + row, routing.weight.data() + row, sum, kBlock);
-        }
-        turns.pass(p, hb, ticket);
-        if (ticket == active - 1 && parts_done[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config.parts - 1)
-            finish(hand.worker, hb);
-        hand.watch.lap(Phase::merge);
-    };
-
-    TaskQueue packing(config.parts, team), upping(config.parts, team), ranking(config.parts, team),
-        downing(config.parts, team);
-    const int copies = save ? groups_of(rows + 1) : 0;
+    const int parts = config_.parts, copies = given_.save ? groups_of(given_.rows + 1) : 0;
+    TaskQueue copying(1, team), packing(parts, team), upping(parts, team), ranking(parts, team), downing(parts, team);
     const std::function<void(int)> body = [&](int worker) {
-        Hand hand{worker, scratch + z(worker) * kScratch, recording_of.watch(worker)};
+        Hand hand{worker, scratch_ + z(worker) * kScratch, recording.watch(worker)};
         const auto stage_ends = [&] {
             hand.watch.tasks_done();
             team.barrier();
             hand.watch.stage_done();
         };
-        kernels.enter();
-        packing.work(worker, groups + copies, [&](int p, int i) {
-            if (i < groups || p == 0) pack(hand, p, i);
-        });
+        kernels_.enter();
+        packing.work(worker, groups_, [&](int p, int i) { pack(hand, p, i); });
+        copying.work(worker, copies, [&](int, int i) { keep_rows(hand, i); });
         stage_ends();
-        upping.work(worker, active * size.ib, [&](int p, int i) { up(hand, p, i); });
+        upping.work(worker, active_ * size_.ib, [&](int p, int i) { up(hand, p, i); });
         stage_ends();
-        ranking.work(worker, groups, [&](int p, int i) { rank(hand, p, i); });
+        ranking.work(worker, groups_, [&](int p, int i) { rank(hand, p, i); });
         stage_ends();
-        downing.work(worker, active * size.hb, [&](int p, int i) { down_proj(hand, p, i); });
-        kernels.leave();
+        downing.work(worker, active_ * size_.hb, [&](int p, int i) { down(hand, p, i); });
+        kernels_.leave();
         hand.watch.tasks_done();
         hand.watch.stage_done();
     };
-    caller.lap(Phase::allocation);
+    caller_.lap(Phase::allocation);
     team.run(body);
-    if (active == 0 && T > 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
-    if (recording_of.on()) recorded = recording_of.finish(false, rows, forward_costs(routing));
+    if (active_ == 0 && T_ > 0) std::memset(given_.output, 0, T_ * z(size_.H) * sizeof(bf16));
     shared.cache.give(std::move(work));
-    if (!save) return 0;
-    kept.ticket = ++last_ticket;
-    saved.push_back(std::move(kept));
-    note_saved();
-    return last_ticket;
+}
+
+void Forward::pack_new_experts(Process& shared, Team& team) {
+    std::vector<int> wanted;
+    for (const Routing::Expert& e : routing_.experts) {
+        if (!layer_.experts[0][z(e.expert)].block) wanted.push_back(e.expert);
+    }
+    if (wanted.empty()) return;
+    const std::size_t need = wanted.size() * z(config_.parts) * Block::footprint(layer_.expert_bytes());
+    if (need > available_memory()) shared.cache.clear();
+    require_memory(need, "packing the weights of " + std::to_string(wanted.size()) + " experts");
+    layer_.pack_experts(team, wanted);
+    caller_.lap(Phase::pack_weights);
+}
+
+// nt for `count` groups of an expert.
+void Forward::multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int count, float* c,
+                       std::size_t ldc) const {
+    if (is_few(expert)) {
+        kernels_.nt_few(segments, used, expert.rows, c, ldc);
+    } else {
+        kernels_.nt(segments, used, count, c, ldc);
+    }
+}
+
+// 32 rows of a LoRA A, from element `at` of its pack on, times one group: c [32][16].
+void Forward::multiply_a(const Routing::Expert& expert, const Pair& a, std::size_t at, const bf16* tokens,
+                         std::size_t stride, int kblocks, float* c) const {
+    NtSegment segments[2];
+    for (int term = 0; term < layer_.terms(); ++term)
+        segments[term] = {(term == 0 ? a.hi : a.lo) + at, tokens, stride, kblocks};
+    multiply(expert, segments, layer_.terms(), 1, c, kGroup);
+}
+
+// A group's columns of the first `rows` rows of an operand whose reduction index is the token.
+void Forward::clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const {
+    for (int row = 0; row < rows; ++row) clear(to, at + z(row) * columns.ld + columns.first, columns.width);
+}
+
+// 16 of the rows of x that backward wants, with room for whole blocks; a zero row follows the last.
+void Forward::keep_rows(Hand& hand, int first_group) {
+    const int first = first_group * kGroup;
+    for (int t = first; t < std::min(given_.rows + 1, first + kGroup); ++t) {
+        bf16* row = kept_.x + z(t) * z(size_.hidden_ld());
+        const std::size_t have = t < given_.rows ? z(size_.H) : 0;
+        if (have) std::memcpy(row, given_.x + z(t) * have, have * sizeof(bf16));
+        std::memset(row + have, 0, (z(size_.hidden()) - have) * sizeof(bf16));
+    }
+    hand.watch.lap(Phase::pack_input);
+}
+
+void Forward::pack(Hand& hand, int p, int group) {
+    Part& part = parts_[z(p)];
+    const Routing::Expert& expert = routing_.expert_at(group);
+    const bf16* token[kGroup];
+    for (int t = 0; t < kGroup; ++t) {
+        const int id = routing_.token[z(group * kGroup + t)];
+        token[t] = id < 0 ? nullptr : given_.x + z(id) * z(size_.H);
+    }
+    bf16* packed_x = part.x_pack + z(group) * x_stride_;
+    const bool few = is_few(expert);
+    kernels_.pack_tokens(token, size_.H, size_.hb, few, packed_x);
+    hand.watch.lap(Phase::pack_input);
+
+    const bool keep = keep_lora_ && p == 0;  // the same for every part
+    const Routing::Columns to = routing_.columns(group);
+    const std::size_t kept_at = z(expert.first_k) * 2 * z(size_.rank_rows()), pack_at = z(group) * r_stride_;
+    clear(part.gate_xa, pack_at, r_stride_);
+    clear(part.up_xa, pack_at, r_stride_);
+    if (keep) clear_kept(kept_.xa_t, kept_at, 2 * size_.rank_rows(), to);
+    for (int nb = 0; nb < size_.ab; ++nb) {
+        multiply_a(expert, lora_.gate_up_a, z(expert.expert) * strides_.gate_up_a + z(nb) * layer_.panel(size_.hb),
+                   packed_x, x_stride_, size_.hb, hand.c);
+        for (int j = 0; j < kBlock && nb * kBlock + j < 2 * size_.r; ++j) {
+            const bool is_up = nb * kBlock + j >= size_.r;
+            const int n = nb * kBlock + j - (is_up ? size_.r : 0);
+            const Pair& pack_to = is_up ? part.up_xa : part.gate_xa;
+            const std::size_t kept_row = kept_at + z(is_up ? size_.rank_rows() + n : n) * to.ld + to.first;
+            for (int t = 0; t < to.rows; ++t) {
+                const float value = config_.scaling * hand.c[j * kGroup + t];
+                put(pack_to, pack_at + pack_index(n, t, few), value);
+                if (keep) put(kept_.xa_t, kept_row + z(t), value);
+            }
+        }
+    }
+    hand.watch.lap(Phase::gate_up_lora_a);
+}
+
+void Forward::up(Hand& hand, int p, int index) {
+    Part& part = parts_[z(p)];
+    Saved::Part& kept = kept_.parts[z(p)];
+    const Routing::Expert& expert = routing_.experts[z(index / size_.ib)];
+    const int ib = index % size_.ib;
+    const PackedExpert& base = layer_.experts[z(p)][z(expert.expert)];
+    const std::size_t b_at = z(expert.expert) * strides_.gate_b + z(ib) * layer_.panel(size_.rb),
+                      w_at = z(ib) * layer_.panel(size_.hb);
+    for (int first = 0; first < expert.groups; first += kChunkGroups) {
+        const int count = std::min(kChunkGroups, expert.groups - first);
+        const std::size_t group = z(expert.first_row / kGroup + first), ldc = z(count) * kGroup;
+        const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c) {
+            NtSegment segments[4];
+            segments[0] = {w + w_at, part.x_pack + group * x_stride_, x_stride_, size_.hb};
+            const int more =
+                nt_lora_segments({at(b, b_at), at(xa, group * r_stride_), r_stride_, size_.rb}, segments + 1);
+            multiply(expert, segments, 1 + more, count, c, ldc);
+        };
+        float* g = hand.c;
+        float* u = hand.c + kBlock * ldc;
+        product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g);
+        product(base.up, lora_.up_b[z(p)], part.up_xa, u);
+        hand.watch.lap(Phase::gate_up);
+        const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
+        kernels_.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride_ + z(ib) * kPackSize, h_stride_,
+                          is_few(expert), given_.save ? kept.g + keep_at : nullptr,
+                          given_.save ? kept.u + keep_at : nullptr, z(size_.inter_ld()));
+        hand.watch.lap(Phase::activation);
+    }
+}
+
+void Forward::rank(Hand& hand, int p, int group) {
+    Part& part = parts_[z(p)];
+    const Routing::Expert& expert = routing_.expert_at(group);
+    const Pair& kept_to = kept_.parts[z(p)].ha_t;
+    const Routing::Columns to = routing_.columns(group);
+    const std::size_t kept_at = z(expert.first_k) * z(size_.rank_rows()), pack_at = z(group) * r_stride_;
+    const float* weight = routing_.weight.data() + z(group) * kGroup;
+    const bool few = is_few(expert);
+    clear(part.ha, pack_at, r_stride_);
+    if (keep_lora_) clear_kept(kept_to, kept_at, size_.rank_rows(), to);
+    for (int nb = 0; nb < size_.rb; ++nb) {
+        multiply_a(expert, lora_.down_a[z(p)], z(expert.expert) * strides_.down_a + z(nb) * layer_.panel(size_.ib),
+                   part.h_pack + z(group) * h_stride_, h_stride_, size_.ib, hand.c);
+        for (int j = 0; j < kBlock && nb * kBlock + j < size_.r; ++j) {
+            const int n = nb * kBlock + j;
+            for (int t = 0; t < to.rows; ++t) {
+                const float value = config_.scaling * hand.c[j * kGroup + t];
+                put(part.ha, pack_at + pack_index(n, t, few), value);
+                if (keep_lora_) put(kept_to, kept_at + z(n) * to.ld + to.first + z(t), weight[t] * value);
+            }
+        }
+    }
+    hand.watch.lap(Phase::down_lora_a);
+}
+
+void Forward::down(Hand& hand, int p, int index) {
+    Part& part = parts_[z(p)];
+    const int ticket = index / size_.hb, hb = index % size_.hb;
+    const Routing::Expert& expert = routing_.experts[z(ticket)];
+    const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + z(hb) * layer_.panel(size_.ib);
+    const Pair b = at(lora_.down_b, z(expert.expert) * strides_.down_b + z(hb) * layer_.panel(size_.rb));
+    float* sum = part.sum + z(hb) * T_ * kBlock;
+    for (int first = 0; first < expert.groups; first += kChunkGroups) {
+        const int count = std::min(kChunkGroups, expert.groups - first);
+        const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
+        NtSegment segments[4];
+        segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib};
+        const int more = nt_lora_segments({b, at(part.ha, group * r_stride_), r_stride_, size_.rb}, segments + 1);
+        multiply(expert, segments, 1 + more, count, hand.c, ldc);
+        hand.watch.lap(Phase::down);
+        if (first == 0) {
+            turns_.wait(p, hb, ticket);
+            hand.watch.lap(Phase::wait);
+            if (ticket == 0) std::memset(sum, 0, T_ * kBlock * sizeof(float));
+        }
+        kernels_.add_transposed(hand.c, ldc, std::min(expert.rows - first * kGroup, kChunkRows),
+                                routing_.token.data() + row, routing_.weight.data() + row, sum, kBlock);
+    }
+    turns_.pass(p, hb, ticket);
+    if (ticket == active_ - 1 && parts_done_[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config_.parts - 1)
+        finish(hand.worker, hb);
+    hand.watch.lap(Phase::merge);
+}
+
+// The sum over the parts of 32 columns of the output, rounded.
+void Forward::finish(int worker, int hb) {
+    const float** sums = part_sums_ + z(worker * config_.parts);
+    const std::size_t cols = z(std::min(kBlock, size_.H - hb * kBlock));
+    for (std::size_t t = 0; t < T_; ++t) {
+        for (std::size_t p = 0; p < parts_.size(); ++p) sums[p] = parts_[p].sum + (z(hb) * T_ + t) * kBlock;
+        kernels_.round_sum(sums, config_.parts, cols, given_.output + t * z(size_.H) + z(hb) * kBlock);
+    }
 }
 
 }  // namespace ktv

@@ -2,6 +2,7 @@
 #include "ktv/layer.hpp"
 
 #include "backward.hpp"
+#include "forward.hpp"
 #include "state.hpp"
 
 namespace ktv {
@@ -89,7 +90,7 @@ Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, c
         throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
                        std::to_string(s.config.max_rows));
     check_ids(ids, rows, s.config.top_k, s.config.num_experts);
-    return s.forward(rows, x, ids, weights, output, save);
+    return s.forward({rows, x, ids, weights, output, save});
 }
 
 void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,

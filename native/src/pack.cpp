@@ -54,10 +54,6 @@ void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int 
     }
 }
 
-Pair offset(const Pair& p, std::size_t by) {
-    return {p.hi + by, p.lo ? p.lo + by : nullptr};
-}
-
 }  // namespace
 
 std::size_t Layer::State::expert_bytes() const {
@@ -160,14 +156,14 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const std::function<void(int)> body = [&](int worker) {
         queue.work(worker, config.num_experts, [&](int, int expert) {
             const std::size_t e = z(expert);
-            put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, offset(to->gate_up_a, e * a));
-            put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, offset(to->gate_up_a, e * a));
-            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, offset(to->down_b, e * db));
+            put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
+            put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, at(to->gate_up_a, e * a));
+            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db));
             for (std::size_t p = 0; p < z(config.parts); ++p) {
                 const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
-                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(to->gate_b[p], e * b));
-                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, offset(to->up_b[p], e * b));
-                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, offset(to->down_a[p], e * da));
+                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->gate_b[p], e * b));
+                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->up_b[p], e * b));
+                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, at(to->down_a[p], e * da));
             }
         });
     };

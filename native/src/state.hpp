@@ -84,6 +84,7 @@ struct LoraStrides {
     std::size_t gate_up_a, gate_b, down_a, down_b;
 };
 
+struct ForwardArguments;
 struct BackwardArguments;
 
 struct Layer::State {
@@ -131,21 +132,15 @@ struct Layer::State {
     void pack_experts(Team& team, const std::vector<int>& wanted);
     void release(const WeightSource& from, int expert, int rows, int cols) const;
     void pack_lora(Team& team, const LoraPointers& lora);
-    Layer::Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
-                          bool save);
+    Layer::Ticket forward(const ForwardArguments& arguments);
     void backward(const BackwardArguments& arguments, Layer::Ticket ticket);
     std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
 };
 
-// nt segments of W xᵀ + B (s A x)ᵀ: the base, then hi and lo of the small activation (and lo of an fp32 B).
-struct LoraFactor {
-    Pair b;           // one row of weight blocks
-    Pair activation;  // token packs [group][rb]
-    std::size_t group_stride;
-    int kblocks;
-    bool fp32;
-};
-int nt_lora_segments(const LoraFactor& lora, NtSegment* out);
+// Where an expert's share of a Pair begins.
+inline Pair at(const Pair& p, std::size_t by) {
+    return {p.hi + by, p.lo ? p.lo + by : nullptr};
+}
 
 // Transposes one row of values into an operand whose reduction index is the token.
 inline void put(const Pair& to, std::size_t at, float value) {
