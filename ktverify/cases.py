@@ -34,8 +34,8 @@ DATA_KINDS: dict[str, str] = {
     "inf_row": "gaussian, one Inf in the hidden state of the middle token",
 }
 # kind of data -> magnitude of hidden_states, of grad_output, where it is not the case's own. Gates of 2^8 saturate and
-# overflow exp; at 2^12 a rounding to bf16 moves a gate by more than SiLU's whole bend, and what is left of silu' is luck.
-# grad_output enters linearly
+# overflow exp; at 2^12 a rounding to bf16 moves a gate by more than SiLU's whole bend, and what is left of silu' is
+# luck. grad_output enters linearly
 _MAGNITUDES: dict[str, tuple[float, float]] = {"large": (2.0**8, 2.0**12), "tiny": (2.0**-20, 2.0**-20)}
 # kind of routing -> what it is
 ROUTING_KINDS: dict[str, str] = {
