@@ -7,6 +7,7 @@ A property is added by writing a function under @states; its name is the test's.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ def permuted_slots(trial: Trial) -> None:
 def _cuts(trial: Trial, parts: int) -> list[slice]:
     ends = torch.randint(0, trial.case.qlen + 1, (parts - 1,), generator=_generator(trial)).sort().values.tolist()
     bounds = [0, *ends, trial.case.qlen]
-    return [slice(begin, end) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def _joined(parts: list[Tensors]) -> Tensors:
@@ -211,7 +212,8 @@ def merged_slots(trial: Trial) -> None:
     expect(not bool(found[GRAD_WEIGHTS][:, 1].any()), "grad_weights of a slot of id -1 must be zero")
     found[GRAD_WEIGHTS][:, 1] = found[GRAD_WEIGHTS][:, 0]
     trial.keeps("as drawn", trial.plain)
-    trial.keeps("one slot with the sum of two weights", found)
+    # the sum of two weights takes more bits than either, so integer data is no longer exact
+    trial.keeps("one slot with the sum of two weights", found, exact=False)
 
 
 @states("experts that no token reaches do not matter, even if their weights are NaN")
