@@ -88,11 +88,12 @@ def search(
     sizes: Sizes = ORDINARY,
     fresh: int = 0,
     options: str = "",
+    shrink: bool = True,
 ) -> None:
     """Runs the property on drawn cases. Violated for the smallest that breaks it, or if too few could be believed.
 
     run(case) gives (comparisons, believed ones). fresh: another seed draws other cases. options: what a pytest line
-    that repeats the case needs besides.
+    that repeats the case needs besides. shrink=False stops at the first case that breaks it.
     """
     compared = believed = 0
 
@@ -103,7 +104,7 @@ def search(
         database=None,
         print_blob=False,
         report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
+        phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
         suppress_health_check=list(HealthCheck),
     )
     @given(case=cases(wanted, sizes))
