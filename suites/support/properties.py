@@ -279,7 +279,7 @@ def _oracle_differences(trial: Trial) -> None:
     inputs, floor = trial.inputs, float(gates.tolerances()["peer"]["floor"])
     upstream = inputs.grad_output.double()
     for name in ("hidden_states", "weights", *LORA_NAMES):
-        tensor = (inputs.lora.get(name) if name in LORA_NAMES else getattr(inputs, name)).double()
+        tensor = (inputs.lora[name] if name in LORA_NAMES else getattr(inputs, name)).double()
         gradient = trial.right.tensors[GRAD_INPUT if name == "hidden_states" else f"grad_{name}"]
         if not bool(gradient.any()):
             continue
