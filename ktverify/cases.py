@@ -33,6 +33,10 @@ DATA_KINDS: dict[str, str] = {
     "nan_row": "gaussian, one NaN in the hidden state of the middle token",
     "inf_row": "gaussian, one Inf in the hidden state of the middle token",
 }
+# kind of data -> magnitude of hidden_states, of grad_output, where it is not the case's own. Gates of 2^8 saturate and
+# overflow exp; at 2^12 a rounding to bf16 moves a gate by more than SiLU's whole bend, and what is left of silu' is
+# luck. grad_output enters linearly
+_MAGNITUDES: dict[str, tuple[float, float]] = {"large": (2.0**8, 2.0**12), "tiny": (2.0**-20, 2.0**-20)}
 # kind of routing -> what it is
 ROUTING_KINDS: dict[str, str] = {
     "uniform": "k different experts per token, all equally likely",
@@ -59,7 +63,10 @@ _KEYS: dict[str, str] = {
     "routing": "routing",
     "lora": "lora_dtype",
     "map": "physical",
+    "magnitude": "magnitude",
 }
+# keys that a hand-written case prints only where they are not the plain ones
+_SELDOM: dict[str, object] = {"map": "identity", "magnitude": 1.0}
 _SIZES = ("E", "k", "H", "I", "T", "r")
 _WHY_CUSTOM = "written by hand"
 
@@ -87,6 +94,7 @@ class Case:
     tier: str = "default"
     tp: tuple[int, ...] = (1,)
     physical: str = "identity"  # physical_map: identity, or a permutation of the slots
+    magnitude: float = 1.0  # of hidden_states (2^8 at most) and grad_output, gaussian data only
 
     def __post_init__(self) -> None:
         for key in _SIZES:
@@ -98,6 +106,10 @@ class Case:
             raise ValueError(f"k is {self.top_k}, it takes at most E = {self.num_experts}")
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha is {self.alpha!r}, it takes a positive finite number")
+        if not 0 < self.magnitude < float("inf"):
+            raise ValueError(f"magnitude is {self.magnitude!r}, it takes a positive finite number")
+        if self.magnitude != 1 and self.data != "gaussian":
+            raise ValueError(f"magnitude is {self.magnitude:g}, data={self.data} has its own; it takes data=gaussian")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}, it takes a whole number of 0 or more")
         for label, value, allowed in (
@@ -127,6 +139,12 @@ class Case:
         return self.alpha / self.rank
 
     @property
+    def magnitudes(self) -> tuple[float, float]:
+        """Standard deviations of hidden_states, and with it of the gates, and of grad_output; no unit."""
+        most = _MAGNITUDES["large"][0]
+        return _MAGNITUDES.get(self.data, (min(self.magnitude, most), self.magnitude))
+
+    @property
     def exact(self) -> bool:
         """True where every engine that follows the contract gives the same bits."""
         return self.data == "integer"
@@ -147,8 +165,8 @@ class Case:
         return ",".join(f"{key}={_text(getattr(self, field))}" for key, field in self._told())
 
     def _told(self) -> list[tuple[str, str]]:
-        """The keys that a hand-written case prints: all but the map, which it prints only where it is not plain."""
-        return [(key, field) for key, field in _KEYS.items() if field != "physical" or self.physical != "identity"]
+        """The keys that a hand-written case prints: all but those of _SELDOM that are plain."""
+        return [(key, field) for key, field in _KEYS.items() if getattr(self, field) != _SELDOM.get(key)]
 
     def with_seed(self, seed: int) -> Case:
         """The same case on other numbers."""
@@ -260,6 +278,7 @@ class _Row(BaseModel):
     routing: str = "uniform"
     lora: str = "bfloat16"
     map: str = "identity"
+    magnitude: float = 1.0
     tier: str = "default"
     tp: tuple[int, ...] = (1,)
 

@@ -45,13 +45,6 @@ _DEVIATION = 214038  # round(1024 * 209.0215...)
 # |LoRA part| / |base part| of gate, up and down: a wrong LoRA scale then stands far above every budget
 _LORA_SHARE = Fraction(2, 5)
 _STRONG_LORA_SHARE = Fraction(4)
-# kind of data -> scale of hidden_states, of grad_output. Gates of 2^8 saturate and overflow exp; at 2^12 a rounding to
-# bf16 moves a gate by more than SiLU's whole bend, and what is left of silu' is luck. grad_output enters linearly
-_MAGNITUDES = {
-    "large": (Fraction(1 << 8), Fraction(1 << 12)),
-    "tiny": (Fraction(1, 1 << 20), Fraction(1, 1 << 20)),
-}
-
 # integer data: gates are multiples of 64, so sigmoid is exactly 1 (e^-64 < 2^-53) or exactly 0 (e^896 overflows) in
 # fp32 and in fp64 alike
 _GATE_UNIT = 64
@@ -261,8 +254,7 @@ class _Gaussian:
         self.b_scale = share * case.rank / (Fraction(case.alpha) * root)
 
     def tokens(self, name: str, out: npt.NDArray[np.uint16]) -> None:
-        scales = _MAGNITUDES.get(self.case.data, (Fraction(1), Fraction(1)))
-        scale = scales[0 if name == "hidden_states" else 1]
+        scale = Fraction(self.case.magnitudes[0 if name == "hidden_states" else 1])
         _look_up(out.reshape(-1), _key(self.case, name), _gaussian_table(scale))
 
     def base(self, name: str, expert: int, out: npt.NDArray[np.uint16]) -> None:

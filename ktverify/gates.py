@@ -20,6 +20,7 @@ from ktverify.toml import read_toml
 
 TOLERANCES = Path(__file__).with_name("tolerances.toml")
 AMX = "amx_bf16"
+_BEND = 4.0  # |g| above which a gate is open or shut: silu'(4) is within 6 % of 1, silu'(-4) of 0
 
 
 class Verdict(enum.Enum):
@@ -81,23 +82,24 @@ def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
     """How many independent numbers the relative error of `tensor` is made of; nonzero: its elements other than 0.
 
     A LoRA gradient is a sum of outer products of r-vectors, one for each of the T k token slots: its elements err
-    together, and T k r numbers decide; so they do everywhere where LoRA rules. Gates of magnitude 2^8 (data=large) are
-    open or shut but for some 1 in 64, and those carry the error of all that silu' multiplies. Every other tensor has
-    its elements.
+    together, and T k r numbers decide; so they do everywhere where LoRA rules. Gates of magnitude m > 4 are open or
+    shut but for some 4 / m of them, and those carry the error of all that silu' multiplies. Every other tensor has its
+    elements.
     """
     slots = case.qlen * case.top_k
     found = nonzero
     if tensor in GRAD_NAMES or (case.data == "strong_lora" and tensor != GRAD_WEIGHTS):
         found = min(found, slots * case.rank)
-    if case.data == "large" and tensor in BACKWARD_TENSORS:
-        found = min(found, slots * case.intermediate // 64)
+    if case.magnitudes[0] > _BEND and tensor in BACKWARD_TENSORS:
+        found = min(found, int(slots * case.intermediate * _BEND / case.magnitudes[0]))
     return found
 
 
 def own_limit(case: Case, tensor: str, isa: str) -> float | None:
     """rel_l2 that the project's own engine keeps on this case; None where only the peer's budget rules."""
     numbers = tolerances()["own"]
-    if case.data != "gaussian" or case.qlen < numbers["min_tokens"] or case.rank < numbers["min_rank"]:
+    ordinary = case.data == "gaussian" and case.magnitude == 1
+    if not ordinary or case.qlen < numbers["min_tokens"] or case.rank < numbers["min_rank"]:
         return None
     direction = "forward" if tensor == OUTPUT else "backward"
     return float(numbers[direction if isa in ("", AMX) else f"{direction}_other_isa"])

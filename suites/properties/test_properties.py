@@ -1,0 +1,57 @@
+"""What holds of every right layer, on cases that hypothesis draws and makes small: see suites/support/properties.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktverify import engines
+from ktverify.cases import Case
+from suites.support import drawn, isas
+from suites.support.child import ChildPool
+from suites.support.isas import Isa
+from suites.support.properties import PROPERTIES
+from suites.support.subject import Subject
+
+# cases for each property: on the best instruction set, on each of the others, on an emulated one
+BEST, OTHER, EMULATED = 15, 2, 1
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_property(
+    name: str, engine: str, isa: Isa, children: ChildPool, fresh: int | None, pytestconfig: pytest.Config
+) -> None:
+    def run(case: Case) -> tuple[int, int]:
+        compared, believed = children.get(isa.env).call(
+            "suites.support.properties:check", subject=Subject(engine, isa.name), name=name, case=case
+        )
+        return int(compared), int(believed)
+
+    # pytest knows a family's own options only where the family was named on the command line
+    text = pytestconfig.getoption("--case", default=None)
+    if text is not None:
+        run(_given(text, name))
+        return
+    best = isa == isas.planned(engine)[0]
+    usual = EMULATED if isa.emulated else BEST if best else OTHER
+    drawn.search(
+        name,
+        PROPERTIES[name],
+        run,
+        examples=pytestconfig.getoption("--examples", default=None) or usual,
+        sizes=drawn.TINY if isa.emulated else drawn.ORDINARY,
+        fresh=fresh or 0,
+        options=_options(engine, isa),
+    )
+
+
+def _given(text: str, name: str) -> Case:
+    case = Case.parse(text)
+    lacking = [f"{field}={value}" for field, value in PROPERTIES[name].fixed.items() if getattr(case, field) != value]
+    if lacking:
+        pytest.skip(f"{name} is a property of cases with {', '.join(lacking)}")
+    return case
+
+
+def _options(engine: str, isa: Isa) -> str:
+    chosen = f" --isa {isa.id}" if isa.name else ""
+    return chosen if engine == engines.NATIVE else f" --engine {engine}{chosen}"
