@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from ktverify.bench.command import bench
+from ktverify.bench.group import bench_app
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -454,7 +454,7 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-app.command()(_one_line_errors(bench))
+app.add_typer(bench_app(_one_line_errors), name="bench")
 
 
 def main() -> None:
