@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ktverify.bench.group import bench_app
+from ktverify.profile.command import profile
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -454,6 +455,7 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
+app.command()(_one_line_errors(profile))
 app.add_typer(bench_app(_one_line_errors), name="bench")
 
 

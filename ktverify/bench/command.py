@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,6 +61,7 @@ def bench(
     """
     from ktverify.bench import engines as hosting
     from ktverify.bench import record
+    from ktverify.bench.journal import new_directory
     from ktverify.bench.shapes import select
 
     if show is not None:
@@ -96,7 +96,7 @@ def bench(
         patience_s=patience,
         scratch=scratch,
     )
-    directory = out if out is not None else _new_directory()
+    directory = out if out is not None else new_directory("bench")
     journal = record.Journal(directory)
     journal.add(
         record.HeadLine(
@@ -166,19 +166,3 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False,
         typer.echo(str(directory / name))
     own = [summary.engine(OWN) for summary in summaries]
     return bool(own) and all(e is not None and e.line.forward == e.line.backward == "PASS" for e in own)
-
-
-def _new_directory() -> Path:
-    from ktverify.report.store import reports_dir
-
-    runs = reports_dir() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    for attempt in range(1, 1000):
-        directory = runs / (f"{stamp}-bench" if attempt == 1 else f"{stamp}-bench-{attempt}")
-        try:
-            directory.mkdir()
-        except FileExistsError:
-            continue
-        return directory
-    raise FileExistsError(f"{runs / stamp}-bench: a thousand runs within one second")

@@ -8,12 +8,12 @@ SKIP (not installed, or does not fit), UNSUPPORTED (does not compute this).
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from ktverify.bench.journal import LineFile, whole_lines
 from ktverify.machine import Machine
 from ktverify.report.record import VerdictName
 from ktverify.stages import StageTimes
@@ -135,24 +135,19 @@ Line = HeadLine | ShapeLine | EngineLine | TurnLine | CeilingLine | StagesLine |
 _ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
-class Journal:
-    """Keeps the lines of a run and appends each to its file, in one write."""
+class Journal(LineFile):
+    """Keeps the lines of a run and appends each to its file."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        super().__init__(directory / FILE)
         self.directory = directory
         self.lines: list[Line] = []
-        self._descriptor = os.open(directory / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
 
     def add(self, line: Line) -> None:
         self.lines.append(line)
-        os.write(self._descriptor, line.model_dump_json().encode("utf-8") + b"\n")
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+        self.write(line)
 
 
 def read(directory: Path) -> list[Line]:
     """The lines of a run. FileNotFoundError without one; a last line that was cut off is left out."""
-    text = (directory / FILE).read_text(encoding="utf-8")
-    return [_ADAPTER.validate_json(line) for line in text.split("\n")[:-1] if line]
+    return [_ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

@@ -100,28 +100,39 @@ PHASES = {
 
 def stage_grids(summary: ShapeSummary) -> list[Grid]:
     """Where the native engine's time goes, forward and backward: a row for each phase, and their sum."""
-    return [_stage_grid(summary, times) for times in summary.stages]
-
-
-def _stage_grid(summary: ShapeSummary, times: StageTimes) -> Grid:
     run = f", run {summary.run}" if summary.run > 1 else ""
-    title = f"{summary.shape.shape}{run}: where the native engine's {times.direction} goes"
-    share = [times.busy_ns(worker) / times.wall_ns for worker in range(times.workers)]
-    notes = (
-        f"{times.stages} parallel stages, {times.workers} workers, busy {min(share):.0%} to {max(share):.0%}".replace(
-            "%", " %"
-        ),
-    )
     multiply = summary.multiply.median if summary.multiply is not None else 0.0
     read = summary.read.median if summary.read is not None else 0.0
+    return [
+        Grid(
+            f"{summary.shape.shape}{run}: where the native engine's {times.direction} goes",
+            (stage_note(times),),
+            STAGE_HEADINGS,
+            tuple(stage_rows(times, multiply, read)),
+        )
+        for times in summary.stages
+    ]
+
+
+STAGE_HEADINGS = ("phase", "ms", "share", "GFLOP/s", "of ceiling", "GB/s", "of ceiling")
+
+
+def stage_note(times: StageTimes) -> str:
+    """How many barriers a call has, and how busy its idlest and its busiest worker are."""
+    share = [times.busy_ns(worker) / times.wall_ns for worker in range(times.workers)]
+    note = f"{times.stages} parallel stages, {times.workers} workers, busy {min(share):.0%} to {max(share):.0%}"
+    return note.replace("%", " %")
+
+
+def stage_rows(times: StageTimes, multiply: float, read: float) -> list[tuple[str, ...]]:
+    """A row of STAGE_HEADINGS for each phase, and one for all. multiply, read: ceilings per second, 0: not known."""
     rows = [
         _stage_row(PHASES[phase.name], phase.wall_ns, times.wall_ns, phase.flops, phase.bytes, multiply, read)
         for phase in times.phases
     ]
     total = (sum(phase.flops for phase in times.phases), sum(phase.bytes for phase in times.phases))
     rows.append(_stage_row("all", times.wall_ns, times.wall_ns, *total, multiply, read))
-    headings = ("phase", "ms", "share", "GFLOP/s", "of ceiling", "GB/s", "of ceiling")
-    return Grid(title, notes, headings, tuple(rows))
+    return rows
 
 
 def _stage_row(
@@ -202,24 +213,25 @@ def head_pairs(head: HeadLine) -> list[tuple[str, str]]:
     ]
 
 
-def markdown(head: HeadLine | None, summaries: Sequence[ShapeSummary]) -> str:
-    """The whole run as a page."""
+def grid_markdown(grid: Grid) -> str:
+    """Heading, notes, table."""
     from tabulate import tabulate
 
+    align = ("left", *["right"] * (len(grid.headings) - 1))
+    parts = [f"## {grid.title}", *(["\n".join(f"- {note}" for note in grid.notes)] if grid.notes else [])]
+    table = tabulate(grid.rows, grid.headings, tablefmt="github", colalign=align, disable_numparse=True)
+    return "\n\n".join([*parts, table if grid.rows else "nothing was measured"])
+
+
+def markdown(head: HeadLine | None, summaries: Sequence[ShapeSummary]) -> str:
+    """The whole run as a page."""
     parts = ["# Bench"]
     if head is not None:
         parts.append("\n".join(f"- {name}: {value}" for name, value in head_pairs(head)))
     grids = [overview_grid(summaries, what) for what in ("forward", "backward")] if summaries else []
     shapes = [grid for summary in summaries for grid in (shape_grid(summary), *stage_grids(summary))]
     for grid in [*grids, *shapes]:
-        align = ("left", *["right"] * (len(grid.headings) - 1))
-        parts.append(f"## {grid.title}")
-        parts += ["\n".join(f"- {note}" for note in grid.notes)] if grid.notes else []
-        parts.append(
-            tabulate(grid.rows, grid.headings, tablefmt="github", colalign=align, disable_numparse=True)
-            if grid.rows
-            else "nothing was measured"
-        )
+        parts.append(grid_markdown(grid))
         matching = [s for s in summaries if shape_grid(s).title == grid.title]
         lines = [f"- {line}" for summary in matching for line in problems(summary)]
         parts += ["\n".join(lines)] if lines else []
