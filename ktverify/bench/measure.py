@@ -24,6 +24,7 @@ from ktverify.bench.engines import OWN, Engine, Process
 from ktverify.bench.quiet import Neighbours
 from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, TurnLine
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
+from ktverify.hosting import Died
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 
 # rel_l2 from which on a result is wrong and its time worth nothing. A right bf16 engine stands at 2e-3 to 1e-2; the

@@ -62,7 +62,7 @@ class Parcel:
     def _tensor(self, tensor: Any) -> dict[str, Any]:
         import torch
 
-        found = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        found: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         if tensor.device.type == "meta":
             return {"meta": found}
         found |= {"stride": list(tensor.stride()), "grad": bool(tensor.requires_grad)}
@@ -194,7 +194,7 @@ class Host:
         return (result, getattr(layer, "grad_weights", None)) if method == "backward" else result
 
     def do_update(self, number: int, exchanged: dict[str, Any]) -> Any:
-        """update_lora_weights with what the optimizer left in the parameters; `exchanged`: those that are new tensors."""
+        """update_lora_weights after an optimizer's step; `exchanged`: the parameters that are other tensors now."""
         layer, shared = self.layers[number], self.shared.get(number, {})
         for name, value in exchanged.items():
             setattr(layer, name, value)

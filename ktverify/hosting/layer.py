@@ -72,20 +72,22 @@ class _Host:
         """The value that the host answers with. Raises what the engine raised, or Died."""
         parcel = Parcel(given)
         try:
-            return self._ask(do, parcel)
+            return self.send(do, parcel, do if do != "call" else str(given[1]))
         finally:
             parcel.close()
 
-    def _ask(self, do: str, parcel: Parcel) -> Any:
+    def send(self, do: str, parcel: Parcel, what: str) -> Any:
+        """As ask, with the arguments packed; `what` is the call's name in an error."""
         with self._lock:
             if self.died:
-                raise Died(f"{do}: the engine's process is gone: {self.died}")
+                raise Died(f"{what}: the engine's process is gone: {self.died}")
             drop = self.dropped[:]
             try:
                 answer = self._process.exchange({"do": do, "drop": drop, "given": parcel.description})
             except Died as died:
                 self.died = str(died)
-                raise Died(f"{do}: the engine's process {died}; last words:\n{self._process.last_words()}") from None
+                how = self.died.partition("; last line")[0]
+                raise Died(f"{what}: the engine's process {how}; last words:\n{self._process.last_words()}") from None
             del self.dropped[: len(drop)]
             self.layers -= len(drop)
             if answer["ok"]:
@@ -153,7 +155,7 @@ class HostedLayer:
         """The parameters from now on are tensors that both processes see, so an optimizer's step needs no copy."""
         parcel = Parcel((self._number, "init_lora_weights", given, named))
         try:
-            self._host._ask("call", parcel)
+            self._host.send("call", parcel, "init_lora_weights")
             _, _, given, named = parcel.opened()
         finally:
             parcel.close()
@@ -162,9 +164,8 @@ class HostedLayer:
             setattr(self, name, tensor)
 
     def update_lora_weights(self) -> None:
-        exchanged = {
-            name: getattr(self, name) for name, tensor in self._shared.items() if self.__dict__[name] is not tensor
-        }
+        present = {name: self.__dict__[name] for name in self._shared}
+        exchanged = {name: tensor for name, tensor in present.items() if tensor is not self._shared[name]}
         self._host.ask("update", self._number, exchanged)
 
     def forward_sft(self, *given: Any, **named: Any) -> Any:
@@ -178,7 +179,7 @@ class HostedLayer:
         """A call whose arguments are small: what the engine wrote into them reaches the caller's tensors."""
         parcel = Parcel((self._number, method, given, named))
         try:
-            result = self._host._ask("call", parcel)
+            result = self._host.send("call", parcel, method)
             _, _, after, named_after = parcel.opened()
         finally:
             parcel.close()

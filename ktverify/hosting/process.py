@@ -31,6 +31,8 @@ class Died(Exception):
     No RuntimeError: a check that expects an engine to refuse something must not take its death for a refusal.
     """
 
+    verdict = "CRASH"
+
 
 def how_it_ended(code: int) -> str:
     """-11 -> "died of SIGSEGV", 3 -> "ended with exit code 3"."""

@@ -25,10 +25,19 @@ from ktverify.report.record import (
 )
 from ktverify.report.store import Run
 
-LINES_OF_A_PROBLEM = 12
+LINES_OF_A_PROBLEM = 14
 
 # the order in which an overview counts them
-OVERVIEW_VERDICTS: tuple[VerdictName, ...] = ("PASS", "FAIL", "CRASH", "MISTRUSTED", "SKIP", "UNSUPPORTED")
+OVERVIEW_VERDICTS: tuple[VerdictName, ...] = (
+    "PASS",
+    "FAIL",
+    "CRASH",
+    "TIMEOUT",
+    "OOM",
+    "MISTRUSTED",
+    "UNSUPPORTED",
+    "SKIP",
+)
 
 
 @dataclass(frozen=True)
