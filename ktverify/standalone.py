@@ -53,6 +53,4 @@ def write(checked: Checked, engine: str, directory: str | os.PathLike[str], *, t
 
 def _budgets(checked: Checked) -> dict[str, float]:
     """rel_l2 that the suite allows, by tensor; a tensor without such a gate has to be exact."""
-    return {
-        record.tensor: gate.budget for record in checked.records for gate in record.gates if gate.gate == "rel_l2"
-    }
+    return {record.tensor: gate.budget for record in checked.records for gate in record.gates if gate.gate == "rel_l2"}

@@ -1,6 +1,6 @@
 """An engine of one's own, written with nothing but ktverify's README: plain torch, one expert after the other.
 
-    PYTHONPATH=examples/engine_outside pytest suites/ -n 4 --engine my_engine:Engine
+PYTHONPATH=examples/engine_outside pytest suites/ -n 4 --engine my_engine:Engine
 """
 
 import torch
