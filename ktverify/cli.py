@@ -167,9 +167,7 @@ def repro(
     dump: Annotated[Path | None, typer.Option(help="save inputs, actual and expected as safetensors")] = None,
     stand_alone: Annotated[
         Path | None,
-        typer.Option(
-            "--stand-alone", metavar="DIR", help="write a folder that repeats it without ktverify (kt_kernel)"
-        ),
+        typer.Option("--stand-alone", metavar="DIR", help="write a folder that repeats it without ktverify"),
     ] = None,
 ) -> None:
     """Run one case and say for every tensor what its gates said.

@@ -1,7 +1,8 @@
 """One case through kt-kernel with nothing of ktverify: prints each tensor's error against the expected values.
 
-    python run.py [case.safetensors]        # a Python with torch, safetensors and kt-kernel; exit code 1 beyond a budget
+    python run.py [case.safetensors]      # exit code 1: a tensor is beyond its budget
 
+Any Python that has torch, safetensors and kt-kernel will do.
 The file holds the inputs (as inputs.*), the fp64 oracle's answers (expected.*), and as metadata the sizes, the suite's
 budgets (relative L2) and what the suite found.
 """
