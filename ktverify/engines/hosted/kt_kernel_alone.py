@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from kt_kernel import KTMoEWrapper
+from kt_kernel import KTMoEWrapper  # type: ignore[import-not-found]
 from safetensors import safe_open
 
 LORA = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
