@@ -165,6 +165,10 @@ def repro(
     method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
     fresh: Annotated[bool, typer.Option("--fresh", help="compare with the live oracle, not with the golden")] = False,
     dump: Annotated[Path | None, typer.Option(help="save inputs, actual and expected as safetensors")] = None,
+    stand_alone: Annotated[
+        Path | None,
+        typer.Option("--stand-alone", metavar="DIR", help="write a folder that repeats it without ktverify"),
+    ] = None,
 ) -> None:
     """Run one case and say for every tensor what its gates said.
 
@@ -176,12 +180,16 @@ def repro(
                python -m ktverify repro 'small,T=1@seed=3' --isa scalar --tensor grad_up_lora_a
                python -m ktverify repro 'E=8,k=2,H=64,I=96,T=33,r=4' --engine torch_bf16
                python -m ktverify repro small --fresh --dump small.safetensors
+               python -m ktverify repro small --engine kt_kernel --stand-alone small
     """
+    from ktverify import standalone
     from ktverify import verify as checking
     from ktverify.cases import Case
 
     parsed = Case.parse(case)
     checking.check_names(tensor, backward=True)
+    if stand_alone is not None:
+        standalone.check(engine)
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
@@ -204,6 +212,9 @@ def repro(
             typer.echo(f"    {record.repro}")
     if dump is not None:
         typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
+    if stand_alone is not None:
+        script = standalone.write(checked, engine, stand_alone, tp=tp, threads=threads or 0)
+        typer.echo(f"{script}: run it with a Python that has {engine}")
     if not checked.passed:
         raise typer.Exit(1)
 
@@ -369,7 +380,9 @@ def _verify_training(
     engine: str, case: Case, degrees: tuple[int, ...], steps: int, options: dict[str, Any]
 ) -> tuple[list[AccuracyRecord], list[str]]:
     """The worst step's record of each tensor at every TP degree, and what else was wrong with the losses."""
+    from ktverify import names
     from ktverify import verify as checking
+    from ktverify.hosting import Died
 
     records: list[AccuracyRecord] = []
     problems: list[str] = []
@@ -377,10 +390,15 @@ def _verify_training(
         done: list[list[AccuracyRecord]] = []
         losses: list[float] = []
         training = checking.check_training(engine, case, tp=degree, steps=steps, **options)
-        for loss, found in training:
-            done.append(found)
-            losses.append(loss)
-            typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
+        try:
+            for loss, found in training:
+                done.append(found)
+                losses.append(loss)
+                typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
+        except (NotImplementedError, Died) as error:
+            label = checking.isa_label(engine, options["isa"])
+            records += checking.lost(error, names.ALL_TENSORS, engine, case, label, tp=degree, source="fresh")
+            continue
         records += checking.worst_of_steps(done)
         problem = checking.loss_problem(losses)
         if problem:

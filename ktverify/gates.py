@@ -24,11 +24,17 @@ _BEND = 4.0  # |g| above which a gate is open or shut: silu'(4) is within 6 % of
 
 
 class Verdict(enum.Enum):
-    """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass."""
+    """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass.
+
+    CRASH: the engine raised or its process died; TIMEOUT: it did not answer in time; OOM: it took more memory than
+    it may; UNSUPPORTED: it says that it cannot do this.
+    """
 
     PASS = "PASS"
     FAIL = "FAIL"
     CRASH = "CRASH"
+    TIMEOUT = "TIMEOUT"
+    OOM = "OOM"
     SKIP = "SKIP"
     UNSUPPORTED = "UNSUPPORTED"
     MISTRUSTED = "MISTRUSTED"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from ktverify import doctor, verify
+from ktverify import doctor, standalone, verify
 from ktverify.cases import Case, catalogue
 from ktverify.cli import app
 from ktverify.machine import Amx
@@ -125,6 +127,26 @@ def test_repro_fails_with_a_command_that_repeats_it() -> None:
     assert len(commands) == 2
     case = Case.parse(TINY)
     assert commands[0] == f"python -m ktverify repro '{case.id}' --engine {engine} --tensor output"
+
+
+def test_repro_says_what_is_unsupported() -> None:
+    text = ends(call("repro", TINY, "--engine", "suites.support.unruly:Nothing", "--tensor", "output"), 1)
+    assert re.search(r"^UNSUPPORTED nothing is done here$", text, re.MULTILINE)
+    text = ends(call("verify", "--engine", "suites.support.unruly:Nothing", "--case", TINY, "--mode", "training"), 1)
+    assert "UNSUPPORTED nothing is done here" in text
+    assert "PASS" not in text
+
+
+def test_a_case_stands_alone(tmp_path: Path) -> None:
+    checked = verify.check_case("torch_bf16", Case.parse(TINY))
+    script = standalone.write(checked, "kt_kernel", tmp_path / "case")
+    assert not re.search(r"^\s*(import|from) ktverify", script.read_text(encoding="utf-8"), re.MULTILINE)
+    with safe_open(tmp_path / "case" / "case.safetensors", framework="pt") as stored:
+        assert torch.equal(stored.get_tensor("inputs.up_proj"), checked.inputs.up_proj)
+        assert {f"expected.{name}" for name in ALL_TENSORS} < set(stored.keys())
+        budgets = json.loads(stored.metadata()["budgets"])
+        assert json.loads(stored.metadata()["suite"]).keys() == budgets.keys() == set(ALL_TENSORS)
+    refused(call("repro", TINY, "--engine", "torch_bf16", "--stand-alone", str(tmp_path)), "takes one of kt_kernel")
 
 
 def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:

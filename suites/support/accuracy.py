@@ -7,6 +7,7 @@ from ktverify.cases import Case
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.report.record import AccuracyRecord
 from ktverify.verify import Checked
+from suites.support.unsupported import Unsupported
 
 TENSORS: dict[str, tuple[str, ...]] = {"forward": (OUTPUT,), "backward": BACKWARD_TENSORS}
 
@@ -56,29 +57,22 @@ def source(live: bool) -> str:
     return "fresh" if live else "golden"
 
 
-def crashed(family: str, engine: str, case: Case, label: str, error: BaseException) -> list[AccuracyRecord]:
+def lost(family: str, engine: str, case: Case, label: str, error: BaseException) -> list[AccuracyRecord]:
     """The records of a case whose engine gave no tensors at all."""
-    return [
-        AccuracyRecord(
-            family=family,
-            engine=engine,
-            isa=label,
-            verdict="CRASH",
-            message=f"{type(error).__name__}: {error}"[:4000],
-            case=case.id,
-            why=case.why,
-            tensor=name,
-            repro=verify.repro_command(case, engine=engine, isa=label),
-        )
-        for name in TENSORS[family]
-    ]
+    return verify.lost(error, TENSORS[family], engine, case, label)
+
+
+class NotPassed(AssertionError):
+    """A case of which a tensor did not pass; its records have told it."""
 
 
 def assert_passed(records: list[AccuracyRecord]) -> None:
-    """AssertionError with the line of every tensor that did not pass, each followed by what repeats it."""
+    """NotPassed with the line of every tensor that did not pass and what repeats it; Unsupported where nothing ran."""
     failed = [record for record in records if record.verdict != "PASS"]
+    if failed and all(record.verdict == "UNSUPPORTED" for record in failed):
+        raise Unsupported(failed[0].message.removeprefix("UNSUPPORTED "))
     if failed:
-        lines = [record.message.partition("\n")[0] for record in failed]
-        raise AssertionError("\n".join([*lines, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
+        lines = dict.fromkeys(record.message.partition("\n")[0] for record in failed)
+        raise NotPassed("\n".join([*lines, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
     if not records:
         raise AssertionError("nothing was compared")

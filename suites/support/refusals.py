@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ktverify.data import Inputs, make_inputs
+from ktverify.hosting import Died
 from ktverify.names import LORA_NAMES, lora_shapes
 from ktverify.running import run_layer
 from suites.support.subject import SMALL, Subject, expect, expect_same_bits
+from suites.support.unsupported import Unsupported
 
 BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -30,6 +32,13 @@ class Stage:
     subject: Subject
     inputs: Inputs
     layer: Any
+
+    def another(self, **more: Any) -> Stage:
+        """The same with a layer of other, permitted arguments. Unsupported where the engine has none such."""
+        try:
+            return Stage(self.subject, self.inputs, self.subject.layer(SMALL, self.inputs, **more))
+        except NotImplementedError as error:
+            raise Unsupported(str(error)) from error
 
     def forward(self, *, save_for_backward: bool = True, **changed: Any) -> Tensor:
         """forward_sft with some arguments exchanged."""
@@ -76,6 +85,8 @@ def check_refusal(subject: Subject, name: str) -> None:
     before = run_layer(stage.layer, inputs)
     try:
         refusal.act(stage)
+    except (Died, Unsupported):
+        raise
     except Exception as error:
         kinds = " or ".join(kind.__name__ for kind in refusal.errors)
         # RuntimeError has children (NotImplementedError, RecursionError) that say something else
@@ -228,8 +239,7 @@ def _order() -> Iterable[tuple[str, Refusal]]:
     )
 
     def four_forwards(stage: Stage) -> None:
-        layer = stage.subject.layer(SMALL, stage.inputs, max_cache_depth=3)
-        deep = Stage(stage.subject, stage.inputs, layer)
+        deep = stage.another(max_cache_depth=3)
         for _ in range(4):
             deep.forward()
 
@@ -280,8 +290,7 @@ def _inputs() -> Iterable[tuple[str, Refusal]]:
         )
 
     def too_long(stage: Stage) -> None:
-        layer = stage.subject.layer(SMALL, stage.inputs, chunked_prefill_size=SMALL.qlen - 1)
-        Stage(stage.subject, stage.inputs, layer).forward()
+        stage.another(chunked_prefill_size=SMALL.qlen - 1).forward()
 
     rows = str(SMALL.qlen)
     yield (
