@@ -149,7 +149,7 @@ def check_case(
             checked.records.append(_skipped_gradient(actual[name], where))
             continue
         difference = expected.compare(name, actual[name])
-        own = engine == engines.NATIVE
+        own = engines.strict(engine)
         judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
         checked.records.append(accuracy_record(judgement, difference, **where))
     return checked
@@ -203,7 +203,7 @@ def check_training(
         records = []
         for name in ALL_TENSORS:
             difference = expected.compare(name, actual[name])
-            own = engine == engines.NATIVE
+            own = engines.strict(engine)
             judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
             record = accuracy_record(
                 judgement,

@@ -75,7 +75,7 @@ def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]
                 name,
                 metrics.compare(actual, oracle[name]),
                 peer[name],
-                own_engine=subject.engine == engines.NATIVE,
+                own_engine=engines.strict(subject.engine),
                 isa=subject.isa or "",
             )
             if judgement.verdict is not gates.Verdict.PASS:
@@ -86,7 +86,7 @@ def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]
                 expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])
             except AssertionError as error:
                 wrong.append(str(error))
-        elif subject.engine == engines.NATIVE:
+        elif engines.strict(subject.engine):
             budget = float(gates.tolerances()["tp"]["rel_l2"])
             for name in ALL_TENSORS:
                 apart = metrics.compare(found[degree][name], found[first][name].double())
