@@ -342,6 +342,6 @@ def _skipped_gradient(actual: torch.Tensor, where: dict[str, Any]) -> AccuracyRe
     count = float(torch.count_nonzero(actual))
     verdict = Verdict.PASS if count == 0 else Verdict.FAIL
     used = 0.0 if count == 0 else float("inf")
-    gate = GateResult("zero", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
-    line = f"{verdict.value} {where['tensor']} zero {count:.0f}, budget 0"
+    gate = GateResult("stray", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
+    line = f"{verdict.value} {where['tensor']} stray {count:.0f}, budget 0"
     return accuracy_record(Judgement(verdict, (gate,), line), difference, **where)

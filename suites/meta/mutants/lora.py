@@ -85,7 +85,7 @@ class _Remembers(Plain):
         super()._take_over()
 
 
-@mutant(Cause.STALE_LORA, "update", "rel_l2")
+@mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_does_nothing(_Remembers):
     """Computes with the LoRA weights of init_lora_weights for ever."""
 
@@ -93,7 +93,7 @@ class update_does_nothing(_Remembers):
         return
 
 
-@mutant(Cause.STALE_LORA, "update", "rel_l2")
+@mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_takes_half(_Remembers):
     """update_lora_weights forgets the LoRA of down, so that the engine computes with a mixture."""
 
@@ -102,7 +102,7 @@ class update_takes_half(_Remembers):
         self._lora.update({name: self.before[name] for name in LORA_NAMES[4:]})
 
 
-@mutant(Cause.STALE_LORA, "update", "rel_l2")
+@mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_of_expert_0_only(_Remembers):
     """update_lora_weights copies expert 0 and leaves the others as they were."""
 
@@ -112,17 +112,19 @@ class update_of_expert_0_only(_Remembers):
             self._lora[name][1:] = self.before[name][1:]
 
 
-@mutant(Cause.STALE_LORA, "update", "rel_l2")
+@mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_one_late(_Remembers):
     """Double-buffered LoRA whose buffers are exchanged after the copy: always one update behind."""
 
+    _latest: dict[str, Tensor] | None = None
+
     def update_lora_weights(self) -> None:
-        late = dict(self._latest) if hasattr(self, "_latest") else dict(self._lora)
+        late = self._lora if self._latest is None else self._latest
         super().update_lora_weights()
         self._latest, self._lora = self._lora, late
 
 
-@mutant(Cause.STALE_LORA, "update", "bits")
+@mutant(Cause.STALE_LORA, "training/update", "bits")
 class unsynchronised(Plain):
     """Computes with parameters that were not handed over."""
 
@@ -130,7 +132,7 @@ class unsynchronised(Plain):
         return {name: getattr(self, name)[expert].detach().float() for name in LORA_NAMES}
 
 
-@mutant(Cause.STALE_LORA, "update_between", "bits")
+@mutant(Cause.STALE_LORA, "training/update_between", "bits")
 class backward_reads_the_parameters(Plain):
     """The backward reads the optimizer's tensors instead of those that its forward computed with."""
 
@@ -139,7 +141,7 @@ class backward_reads_the_parameters(Plain):
         return super().backward_of(at, d_out)
 
 
-@mutant(Cause.STALE_LORA, "update_while_forward_waits", "bits")
+@mutant(Cause.STALE_LORA, "processes/update_while_forward_waits", "bits")
 class backward_reads_the_last_update(Plain):
     """The backward computes with the values of the last update, not with those of its forward."""
 
@@ -161,7 +163,7 @@ class failed_update_takes_some(Plain):
 
 def tensor_of(layer: Plain, name: str) -> Tensor:
     """The parameter `name` if it can be one, else what the layer has of it."""
-    tensor = getattr(layer, name)
+    tensor: Tensor = getattr(layer, name)
     fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == layer.spec.lora_shapes[name]
     return tensor if fits and tensor.dtype in (torch.bfloat16, torch.float32) else layer._lora.get(name, tensor)
 
@@ -169,6 +171,8 @@ def tensor_of(layer: Plain, name: str) -> Tensor:
 @mutant(Cause.ACCUMULATION_TYPE, "training/fp32_parameters", "loss")
 class update_by_truncated_differences(Plain):
     """An update adds the parameters' change to a bf16 copy and cuts the sum off: the copy drifts, step by step."""
+
+    _last: dict[str, Tensor]
 
     def _take_over(self) -> None:
         present = {name: getattr(self, name).detach().float().clone() for name in LORA_NAMES}
@@ -190,7 +194,7 @@ def _cut(value: Tensor) -> Tensor:
 
 @mutant(Cause.STALE_LORA, "training/fp32_parameters", "parameters")
 class fourth_update_one_row_short(_Remembers):
-    """The ring of buffers that updates go into has a fourth that is one row short: gate's last row of A stays behind."""
+    """The fourth buffer of the ring that updates go into is one row short: gate's last row of A stays behind."""
 
     _updates = 0
 
@@ -246,7 +250,7 @@ class no_lora_on_down(Plain):
         return torch.zeros_like(at.x)
 
 
-@mutant(Cause.OTHER, "behaviour/skip_lora", "zero")
+@mutant(Cause.OTHER, "behaviour/skip_lora", "stray")
 class skip_lora_ignored(Plain):
     """The method that leaves LoRA out of the backward computes its gradients all the same."""
 

@@ -69,7 +69,7 @@ class fp32_gradients_hold_bf16(Plain):
         return bf16(value).to(dtype)
 
 
-@mutant(Cause.ACCUMULATION_TYPE, "behaviour/edge fp32", "form")
+@mutant(Cause.ACCUMULATION_TYPE, "edge/multiples_of_nothing_many_rows", "form")
 class fp32_gradients_come_as_bf16(Plain):
     """Gradients of fp32 parameters are handed out as bf16 tensors."""
 

@@ -129,7 +129,7 @@ class masked_slot_is_the_last_expert(Plain):
         return routed(torch.where(expert_ids < 0, self.spec.num_experts - 1, expert_ids))
 
 
-@mutant(Cause.IDS, "refusals/expert id", "refusal")
+@mutant(Cause.IDS, "refusals/expert id 6", "refusal")
 class ids_clamped(Plain):
     """An expert id that does not exist is taken for the nearest that does."""
 
@@ -139,7 +139,7 @@ class ids_clamped(Plain):
         return super().forward_sft(hidden_states, expert_ids.clamp(-1, self.spec.num_experts - 1), *rest, **more)
 
 
-@mutant(Cause.IDS, "refusals/expert id", "refusal")
+@mutant(Cause.IDS, "refusals/expert id 6", "refusal")
 class ids_out_of_range_ignored(Plain):
     """An expert id that does not exist contributes nothing, in silence."""
 

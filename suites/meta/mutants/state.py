@@ -1,4 +1,4 @@
-"""Wrong with what outlives a call: buffers, outstanding forwards, the caller's memory; and with refusals and threads."""
+"""Wrong with what outlives a call: buffers, outstanding forwards, the caller's memory; with threads and refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from suites.meta.mutants.registry import mutant
 # ---- values left over
 
 
-@mutant(Cause.STALE_VALUES, "behaviour/idle_experts", "zero")
+@mutant(Cause.STALE_VALUES, "behaviour/idle_experts", "stray")
 class idle_gradients_stale(Plain):
     """The gradient of an expert that received no token is what the last call left there."""
 
@@ -31,7 +31,7 @@ class idle_gradients_stale(Plain):
         return grad_input, gradients
 
 
-@mutant(Cause.STALE_VALUES, "backward/mostly_idle", "zero")
+@mutant(Cause.STALE_VALUES, "backward/mostly_idle", "stray")
 class idle_experts_beyond_32_not_cleared(Plain):
     """The set of busy experts has 32 bits: idle ones beyond are not cleared and hold what memory held, tiny numbers."""
 
@@ -241,7 +241,7 @@ class never_the_same(Plain):
 # ---- refusals
 
 
-@mutant(Cause.REFUSAL, "tp_constraint", "refusal")
+@mutant(Cause.REFUSAL, "tp_constraint/2049/2", "refusal")
 class tp_remainder_accepted(Plain):
     """A degree that does not divide the intermediate size is accepted, and the remainder left out."""
 
@@ -251,7 +251,7 @@ class tp_remainder_accepted(Plain):
         super().__init__(**{**arguments, "threadpool_count": 1 if uneven else degree})
 
 
-@mutant(Cause.REFUSAL, "refusals/grad_output", "refusal")
+@mutant(Cause.REFUSAL, "refusals/grad_output columns", "refusal")
 class refused_backward_uses_its_forward_up(Plain):
     """A backward that is refused has taken its forward away already."""
 
@@ -263,7 +263,7 @@ class refused_backward_uses_its_forward_up(Plain):
             raise
 
 
-@mutant(Cause.REFUSAL, "refusals/outstanding", "refusal")
+@mutant(Cause.REFUSAL, "refusals/two forwards outstanding", "refusal")
 class cache_depth_ignored(Plain):
     """Any number of forwards may be outstanding, whatever max_cache_depth says."""
 
@@ -271,3 +271,18 @@ class cache_depth_ignored(Plain):
         super().__init__(**arguments)
         deep = {**arguments, "max_cache_depth": 1 << 20}
         super().__init__(**deep)
+
+
+# ---- resources
+
+
+@mutant(Cause.OTHER, "processes/idle_experts_take_no_memory", "resources")
+class every_expert_packed(Plain):
+    """The first call packs all experts, also those that no token reaches."""
+
+    _packed_of: tuple[Tensor, ...] = ()
+
+    def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
+        if self._packed_of is not self._base:
+            self._base = self._packed_of = tuple(tensor.clone() for tensor in self._base)
+        return super()._forward(hidden_states, expert_ids, weights, save)
