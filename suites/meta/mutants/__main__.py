@@ -27,12 +27,11 @@ def main(
         raise typer.Exit(2)
     chosen = [MUTANTS[name] for name in names or MUTANTS]
     with Progress(console=make_console(stderr=True)) as progress:
-        tasks = {}
+        tasks = {kind: progress.add_task(kind, total=None) for kind in ("checks", "gates")}
 
         def step(done: int, of: int, what: str) -> None:
             kind = "gates" if " without " in what else "checks"
-            task = tasks.setdefault(kind, progress.add_task(kind, total=of) if kind not in tasks else 0)
-            progress.update(task, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
+            progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
 
         result = run(chosen, jobs, step)
     if json_path is not None:

@@ -105,7 +105,10 @@ def _fresh(name: str) -> Check:
 
 
 def _of(function: Callable[..., object], *arguments: object) -> Check:
-    return lambda engine: function(Subject(engine), *arguments) and None
+    def check(engine: str) -> None:
+        function(Subject(engine), *arguments)
+
+    return check
 
 
 def _table() -> dict[str, Check]:
