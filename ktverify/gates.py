@@ -35,7 +35,6 @@ GATES: dict[str, str] = {
     "exact": "other bits than the one right answer of integer data",
     "trust": "expected values too empty to believe a pass",
     "loss": "ten steps' losses beside the oracle's",
-    "parameters": "ten steps' parameters beside the oracle's",
     "tp": "more than the order of one sum between tensor-parallel degrees or batches",
     "bits": "other bits from what has to be the same computation",
     "form": "another shape or dtype than the contract's",
@@ -64,6 +63,11 @@ def without(gate: str) -> Iterator[None]:
 def asked(gate: str) -> bool:
     """False inside `without(gate)`."""
     return gate not in _off
+
+
+def turned_off() -> tuple[str, ...]:
+    """The gates inside whose `without` we are: what a process that a check starts has to be told."""
+    return tuple(sorted(_off))
 
 
 class Verdict(enum.Enum):

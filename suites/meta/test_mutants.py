@@ -29,6 +29,47 @@ RIGHT = "suites.meta.mutants.base:Plain"
 # gate -> a mutant that lives without it, and every check that kills it (`python -m ktverify mutants` finds them)
 NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "non_finite": ("nan_spreads_in_whole_blocks", ("forward/nan_row", "forward/inf_row")),
+    "hidden_non_finite": (
+        "nan_comes_out_as_zero",
+        (
+            "forward/nan_row",
+            "backward/nan_row",
+            "forward/inf_row",
+            "behaviour/non_finite_isolation",
+        ),
+    ),
+    "stray": ("idle_experts_beyond_32_not_cleared", ("backward/mostly_idle",)),
+    "mean_rel": ("small_rows_taken_for_padding", ("behaviour/outlier_token",)),
+    "rel_l2": (
+        "single_row_with_a_coarse_exp",
+        (
+            "forward/one_token",
+            "backward/one_token",
+            "forward/one_token_odd",
+            "backward/one_token_odd",
+            "edge/one_token",
+            "tp/decode",
+        ),
+    ),
+    "rel_l2_own": ("gate_and_up_rounded", ("forward/small", "backward/small")),
+    "exact": (
+        "fp32_gradients_hold_bf16",
+        (
+            "backward/exact_fp32_lora",
+            "exact/exact_fp32_lora",
+            "exact/E=5,k=3,H=97,I=47,T=19,r=3,alpha=6,data=integer,routing=uniform,lora=float32@seed=0",
+        ),
+    ),
+    "loss": (
+        "update_by_truncated_differences",
+        ("training/fp32_parameters", "training/odd_sizes_idle_experts", "training/tp"),
+    ),
+    "tp": ("tp_parts_with_a_coarse_exp", ("tp/gaussian", "tp/odd_parts", "tp/decode", "tp/permuted")),
+    "bits": ("one_share_a_thread", ("behaviour/threads",)),
+    "form": ("fp32_gradients_come_as_bf16", ("edge/multiples_of_nothing_many_rows",)),
+    "written": ("padding_written_behind_the_input", ("behaviour/nothing_is_written",)),
+    "refusal": ("ids_clamped", ("refusals/expert id 6",)),
+    "resources": ("every_expert_packed", ("processes/idle_experts_take_no_memory",)),
 }
 
 

@@ -194,14 +194,14 @@ def check_company(subject: Subject) -> None:
 
 
 def check_outlier_token(subject: Subject) -> None:
-    """One token 64 times as large as the others, as first tokens are in real models: the others are still computed.
+    """One token 48 times as large as the others, as first tokens are in real models: the others are still computed.
 
     It alone makes up the norm, so rel_l2 is blind to all the rest; the mean is not.
     """
     case = Case.parse("E=2,k=2,H=96,I=80,T=300,r=8,alpha=16")
     inputs = make_inputs(case)
-    inputs.hidden_states[0] *= 64
-    judged("a token 64 times as large as the others", case, subject.run(case, inputs), inputs)
+    inputs.hidden_states[0] *= 48
+    judged("a token 48 times as large as the others", case, subject.run(case, inputs), inputs)
 
 
 # ---- isolation

@@ -88,6 +88,7 @@ def check_refusal(subject: Subject, name: str) -> None:
         expect(len(text.splitlines()) == 1, f"{name}: an error is one line, this has more: {text!r}", "refusal")
     else:
         accepted(f"{name}:")
+        return
     if refusal.after is not None:
         refusal.after(stage)
     expect_same_bits(f"{name}: before the refusal and after it", before, run_layer(stage.layer, inputs))

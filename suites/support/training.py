@@ -135,7 +135,7 @@ def _beside(case: Case) -> tuple[Tensor, Trajectory, Drift]:
 
 
 def check_trajectory(subject: Subject, case: Case, tp: int = 1) -> dict[str, float]:
-    """AssertionError unless losses and parameters keep to the oracle's as well as plain torch in bf16 does.
+    """GateFailed unless the losses keep to the oracle's as well as plain torch in bf16 does.
 
     Returns the share of its budget that each used, by name ("loss" and LORA_NAMES).
     """
@@ -153,10 +153,10 @@ def check_trajectory(subject: Subject, case: Case, tp: int = 1) -> dict[str, flo
     ]:
         budget = min(numbers["cap"], max(numbers["factor"] * plain, floor))
         used[name] = value / budget
-        gate = "loss" if name == "loss" else "parameters"
-        # NaN is over every budget
-        if gates.asked(gate) and not value <= budget:
-            exceeded.append((gate, used[name]))
+        # NaN is over every budget. How far the parameters drift is told, not judged: no engine could be found that is
+        # wrong in them and not, and by more, in the loss
+        if name == "loss" and gates.asked("loss") and not value <= budget:
+            exceeded.append(("loss", used[name]))
             wrong.append(f"FAIL {name} drift {value:.1e}, budget {budget:.1e} ({used[name]:.0%})".replace("%", " %"))
     if wrong:
         raise GateFailed("\n".join([f"{case.id}, {STEPS} steps, TP {tp}", *wrong]), tuple(exceeded))

@@ -6,6 +6,7 @@ Not here: latency, which judges nothing; whether the interpreter runs on during 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -99,9 +100,17 @@ def _exact(case: Case) -> Check:
 
 def _fresh(name: str) -> Check:
     def check(engine: str) -> None:
-        call_fresh(f"suites.support.processes:check_{name}", subject=Subject(engine))
+        call_fresh("suites.meta.mutants.checks:in_this_process", name=name, engine=engine, off=gates.turned_off())
 
     return check
+
+
+def in_this_process(name: str, engine: str, off: tuple[str, ...]) -> None:
+    """A check of suites.support.processes, with the same gates turned off as where it was asked for."""
+    with contextlib.ExitStack() as without:
+        for gate in off:
+            without.enter_context(gates.without(gate))
+        getattr(processes, f"check_{name}")(Subject(engine))
 
 
 def _of(function: Callable[..., object], *arguments: object) -> Check:

@@ -175,15 +175,14 @@ class update_by_truncated_differences(Plain):
     _last: dict[str, Tensor]
 
     def _take_over(self) -> None:
-        present = {name: getattr(self, name).detach().float().clone() for name in LORA_NAMES}
-        dtype = getattr(self, LORA_NAMES[0]).dtype
-        if not self._lora or any(self._lora[name].dtype != dtype for name in self._lora):
+        given = contract.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
+        present = {name: tensor.detach().float().clone() for name, tensor in given.items()}
+        before, dtype = self._lora, given[LORA_NAMES[0]].dtype
+        if not before or before[LORA_NAMES[0]].dtype != dtype:
             super()._take_over()
         else:
-            contract.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
-            for name in LORA_NAMES:
-                moved = self._lora[name].float() + (present[name] - self._last[name])
-                self._lora[name] = _cut(moved).to(dtype)
+            moved = {name: before[name].float() + (present[name] - self._last[name]) for name in LORA_NAMES}
+            self._lora = {name: _cut(value).to(dtype) for name, value in moved.items()}
         self._last = present
 
 
@@ -192,17 +191,22 @@ def _cut(value: Tensor) -> Tensor:
     return (value.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32)
 
 
-@mutant(Cause.STALE_LORA, "training/fp32_parameters", "parameters")
-class fourth_update_one_row_short(_Remembers):
-    """The fourth buffer of the ring that updates go into is one row short: gate's last row of A stays behind."""
+@mutant(Cause.ACCUMULATION_TYPE, "training/fp32_parameters", "loss")
+class gradients_compressed_after_warm_up(Plain):
+    """After three updates, the warm-up, LoRA gradients are compressed to 4 bits and back."""
 
     _updates = 0
 
     def update_lora_weights(self) -> None:
         super().update_lora_weights()
         self._updates += 1
-        if self._updates > 3:
-            self._lora["gate_lora_a"][:, -1] = self.before["gate_lora_a"][:, -1]
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        gradient = tuple(value.shape) in {shape[1:] for shape in self.spec.lora_shapes.values()}
+        if gradient and self._updates > 3 and value.any():
+            step = value.abs().max() / 7
+            value = torch.round(value / step) * step
+        return super().stored(value, dtype)
 
 
 @mutant(Cause.OTHER, "behaviour/outstanding_forwards", "bits")

@@ -204,9 +204,11 @@ class row_remainder_lost_in_gradients(Plain):
 
 @mutant(Cause.OTHER, "behaviour/outlier_token", "mean_rel")
 class small_rows_taken_for_padding(Plain):
-    """Rows whose elements are all below 1/32 of the batch's largest are taken for padding and skipped."""
+    """Tokens whose elements are all below 1/16 of the batch's largest count as padding: their output stays zero."""
 
-    def groups(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> list[Group]:
+    def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
         size = torch.where(torch.isfinite(hidden_states), hidden_states, 0).float().abs()
-        empty = size.amax(1) < size.max() / 32 if size.numel() else torch.zeros(len(size), dtype=torch.bool)
-        return super().groups(hidden_states, torch.where(empty.unsqueeze(1), -1, expert_ids), weights)
+        output = super()._forward(hidden_states, expert_ids, weights, save)
+        if size.numel():
+            output[size.amax(1) < size.max() / 16] = 0
+        return output
