@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ktverify.bench.command import bench
+from ktverify.power import clean, mutants
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -472,7 +473,8 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-app.command()(_one_line_errors(bench))
+for _command in (bench, mutants, clean):
+    app.command()(_one_line_errors(_command))
 
 
 def main() -> None:

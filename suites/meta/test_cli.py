@@ -20,11 +20,11 @@ from ktverify.cli import app
 from ktverify.machine import Amx
 from ktverify.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
 from ktverify.report import store
+from suites.meta.mutants import MUTANTS
 from suites.meta.test_reports import MACHINE, accuracy, check, latency, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
-BROKEN = "suites.support.broken"
 
 
 def call(*arguments: str) -> Result:
@@ -119,7 +119,7 @@ def test_repro_passes_and_prints_a_line_per_tensor() -> None:
 
 
 def test_repro_fails_with_a_command_that_repeats_it() -> None:
-    engine = f"{BROKEN}:lora_scale_one"
+    engine = MUTANTS["lora_scale_one"].engine
     text = ends(call("repro", TINY, "--engine", engine, "--tensor", "output", "--tensor", "grad_up_lora_a"), 1)
     assert re.search(r"^FAIL output rel_l2", text, re.MULTILINE)
     assert "grad_input" not in text
@@ -210,7 +210,7 @@ def test_verify_one_mode(mode: str, tensors: tuple[str, ...]) -> None:
     ],
 )
 def test_verify_fails_a_wrong_engine(defect: str, mode: str) -> None:
-    arguments = ("verify", "--engine", f"{BROKEN}:{defect}", "--case", TINY, "--mode", mode, "--steps", "3")
+    arguments = ("verify", "--engine", MUTANTS[defect].engine, "--case", TINY, "--mode", mode, "--steps", "3")
     text = ends(call(*arguments), 1)
     assert re.search(r"^FAIL \d+ of \d+ comparisons(, and \d+ more)?$", text, re.MULTILINE)
     assert "python -m ktverify" in text
