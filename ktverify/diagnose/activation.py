@@ -1,0 +1,68 @@
+"""Hypotheses about silu and its derivative: another function in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ktverify.diagnose.causes import Cause
+from ktverify.diagnose.situation import Finding, Situation
+from ktverify.diagnose.stages import Formula
+
+_Function = Callable[[Tensor], Tensor]
+
+FUNCTIONS: dict[str, _Function] = {
+    "gelu": functional.gelu,
+    "gelu by tanh": lambda g: functional.gelu(g, approximate="tanh"),
+    "g sigmoid(1.702 g)": lambda g: g * torch.sigmoid(1.702 * g),
+    "relu": torch.relu,
+    "hardswish": functional.hardswish,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": functional.softplus,
+    "mish": functional.mish,
+    "g itself": lambda g: g,
+    "silu of a clamped g": lambda g: functional.silu(g.clamp(-7, 7)),
+}
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sigmoid(g)": lambda g, sigma: sigma,
+    "1": lambda g, sigma: torch.ones_like(g),
+    "sigmoid(g) (1 - sigmoid(g))": lambda g, sigma: sigma * (1 - sigma),
+    "sigmoid(g) (1 + g)": lambda g, sigma: sigma * (1 + g),
+    "sigmoid(g) (1 - g (1 - sigmoid(g)))": lambda g, sigma: sigma * (1 - g * (1 - sigma)),
+    "sigmoid(g) (1 + g sigmoid(g))": lambda g, sigma: sigma * (1 + g * sigma),
+    "sigmoid(g) + g (1 - sigmoid(g))": lambda g, sigma: sigma + g * (1 - sigma),
+    "1 + g (1 - sigmoid(g))": lambda g, sigma: 1 + g * (1 - sigma),
+    "silu(g)": lambda g, sigma: g * sigma,
+    "g > 0": lambda g, sigma: (g > 0).double(),
+    "sigmoid(g), clamped": lambda g, sigma: (0.5 + g / 4).clamp(0, 1),
+    "1/2 + g / 2": lambda g, sigma: 0.5 + g / 2,
+    "hardswish'(g)": lambda g, sigma: _slope(functional.hardswish)(g),
+    "gelu'(g)": lambda g, sigma: _slope(functional.gelu)(g),
+}
+
+
+def activation(situation: Situation) -> Iterator[Finding]:
+    """Another function than silu, with its own derivative or silu's; or silu with another derivative."""
+    for text, function in FUNCTIONS.items():
+        forward: dict[str, Formula] = {"silu": lambda v, f=function: f(v["g"])}  # type: ignore[misc]
+        whole = {**forward, "dsilu": lambda v, f=function: _slope(f)(v["g"])}  # type: ignore[misc]
+        yield from situation.tried(Cause.ACTIVATION, f"the activation is {text}, expected silu", whole)
+        said = f"the activation is {text}, expected silu (its derivative is silu's)"
+        yield from situation.tried(Cause.ACTIVATION, said, forward)
+    for text, slope in DERIVATIVES.items():
+        change: dict[str, Formula] = {"dsilu": lambda v, f=slope: f(v["g"], v["sigma"])}  # type: ignore[misc]
+        said = f"silu' is {text}, expected sigmoid(g) (1 + g (1 - sigmoid(g)))"
+        yield from situation.tried(Cause.ACTIVATION, said, change)
+
+
+def _slope(function: _Function) -> _Function:
+    def slope(g: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = g.detach().clone().requires_grad_()
+            return torch.autograd.grad(function(at).sum(), at)[0]
+
+    return slope
