@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional
 
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding, Situation
-from ktverify.diagnose.stages import Formula
+from ktverify.diagnose.stages import Formula, label
 
 _Function = Callable[[Tensor], Tensor]
 
@@ -57,6 +58,32 @@ def activation(situation: Situation) -> Iterator[Finding]:
         change: dict[str, Formula] = {"dsilu": lambda v, f=slope: f(v["g"], v["sigma"])}  # type: ignore[misc]
         said = f"silu' is {text}, expected sigmoid(g) (1 + g (1 - sigmoid(g)))"
         yield from situation.tried(Cause.ACTIVATION, said, change)
+
+
+def shifted(situation: Situation) -> Iterator[Finding]:
+    """sigmoid at a g + b instead of g (an exp that is off by a factor is b), and silu' at another value."""
+    ways: dict[str, tuple[float, float, Callable[[float], dict[str, Formula]]]] = {
+        "shifted": (0.0, 0.0, lambda b: {"silu": lambda v: v["g"] * torch.sigmoid(v["g"] + b)}),
+        "scaled": (1.0, 1.0, lambda a: {"silu": lambda v: v["g"] * torch.sigmoid(a * v["g"])}),
+    }
+    for way, (start, right, change) in ways.items():
+        for where in ("", " (its derivative is silu's)"):
+            whole = change if where else lambda b, c=change: {**c(b), "sigma": _sigma(way, b)}  # type: ignore[misc]  # noqa: B023
+            fitted = situation.fit_factor(whole, start)
+            if fitted is None or abs(fitted[0] - right) < 1e-4:
+                continue
+            found = fitted[0]
+            said = f"silu takes sigmoid(g {found:+.4f})" if way == "shifted" else f"silu takes sigmoid({found:.4f} g)"
+            more = f", as an exp that is off by {100 * abs(math.expm1(-found)):.1f} % has it" if way == "shifted" else ""
+            yield situation.finding(Cause.ACTIVATION, f"{said}, expected sigmoid(g){more}{where}", fitted[1])
+    for other in ("silu", "u", "h", "g_base", "sigma"):
+        at: dict[str, Formula] = {"dsilu": lambda v, n=other: _slope(functional.silu)(v[n])}  # type: ignore[misc]
+        said = f"silu' is evaluated at {label(other)}, expected g"
+        yield from situation.tried(Cause.ACTIVATION, said, at)
+
+
+def _sigma(way: str, value: float) -> Formula:
+    return lambda v: torch.sigmoid(v["g"] + value if way == "shifted" else value * v["g"])
 
 
 def _slope(function: _Function) -> _Function:

@@ -13,7 +13,6 @@ from ktverify.cases import Case
 from ktverify.data import Inputs
 from ktverify.diagnose.situation import Tensors
 from ktverify.engines import EngineFactory
-from ktverify.metrics import compare
 from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_WEIGHTS, OUTPUT
 from ktverify.running import layer_arguments, run_layer
 
@@ -58,17 +57,17 @@ def where(left: Tensors, right: Tensors) -> str:
     return f"{names[0]} differs in {len(places)} of {a.numel()} elements, first {first}{more}"
 
 
-def distance(left: Tensors, right: Tensors) -> str:
-    """rel_l2 of the tensor that differs most."""
-    far = {name: compare(right[name], left[name].double()).rel_l2 for name in unequal(left, right)}
-    worst = max(far, key=far.__getitem__)
-    return f"{worst} is {far[worst]:.1e} from the first call's"
-
-
 def everywhere(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """`inputs` with every tensor that a layer takes put through `change`."""
     lora = {name: change(tensor) for name, tensor in inputs.lora.items()}
     return replace(inputs, lora=lora, **{name: change(getattr(inputs, name)) for name in _INPUTS})
+
+
+def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """(the same values, the bytes of the buffer in which they lie between two margins)."""
+    size, margin = tensor.numel() * tensor.element_size(), 4096
+    buffer = torch.full((size + 2 * margin,), 0xA5, dtype=torch.uint8)
+    return buffer[margin : margin + size].view(tensor.dtype).view(tensor.shape).copy_(tensor), buffer
 
 
 def strided(tensor: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def bad_calls(
         "an unknown method": {"method": "NO_SUCH_METHOD"},
         "an unknown mode": {"mode": "no_such_mode"},
         "dropout 1": {"lora_dropout": 1.0},
-        "TP that does not divide I": {"threadpool_count": case.intermediate + 1},
+        "TP that does not divide I": {"threadpool_count": min(n for n in range(2, 99) if case.intermediate % n)},
     }
     for text, more in wrong.items():
         yield text, lambda more=more: factory(**{**layer_arguments(case, threads=2), **more})  # type: ignore[misc]

@@ -185,7 +185,7 @@ def _factors(
     situation: Situation, what: str, places: Sequence[int], mine: Callable[[Values, int], Tensor]
 ) -> Iterator[Finding]:
     """Everything is linear in the routing weight but grad_weights, which is left as it is, or cut like the rest."""
-    cause = {"expert": Cause.EXPERT_WRONG, "slot": Cause.SLOT_WRONG, "token": Cause.IDS}[what]
+    cause = {"expert": Cause.EXPERT_WRONG, "slot": Cause.SLOT_WRONG, "token": Cause.TOKEN_TAIL}[what]
     parts = []
     for place in places:
         change: Change = {"w": lambda v, p=place: v["w"] * mine(v, p).unsqueeze(1)}  # type: ignore[misc]
@@ -217,6 +217,30 @@ def _factors(
 
 def _cut(v: Values, mine: Tensor) -> Values:
     return v.with_values({**v.of, "grad_weights": v["grad_weights"] * mine})
+
+
+def rows_cut(situation: Situation) -> Iterator[Finding]:
+    """An expert takes only so many rows, or begins again with the first ones."""
+    case = situation.case
+    fair = case.qlen * case.top_k / case.num_experts
+    rooms = {size: str(size) for size in (8, 16, 32, 64, 128, 256)}
+    for factor in (1.0, 1.25, 1.5, 2.0):
+        rooms[max(1, int(factor * fair))] = f"{max(1, int(factor * fair))} ({factor:g} times its share)"
+    most = max((len(v.rows) for v in situation.layer.experts), default=0)
+    for room, said in rooms.items():
+        if room >= most:
+            continue
+        dropped: Change = {
+            "w": lambda v, n=room: v["w"] * _below(v, n).unsqueeze(1),  # type: ignore[misc]
+            "grad_weights": lambda v, n=room: (v["d_out"] * v["y"]).sum(1) * _below(v, n),  # type: ignore[misc]
+        }
+        yield from situation.tried(Cause.TOKEN_TAIL, f"rows of an expert beyond {said} are left out", dropped)
+        again: Change = {"x": lambda v, n=room: v["x"][torch.arange(len(v.rows)) % n]}  # type: ignore[misc]
+        yield from situation.tried(Cause.TOKEN_TAIL, f"rows of an expert beyond {said} compute with the first ones", again)
+
+
+def _below(v: Values, room: int) -> Tensor:
+    return (torch.arange(len(v.rows)) < room).double()
 
 
 def where_it_is(situation: Situation) -> Iterator[Finding]:

@@ -130,7 +130,24 @@ def routing_weight(situation: Situation) -> Iterator[Finding]:
             cause = Cause.SLOT_WRONG if "slot" in text else Cause.ROUTING_WEIGHT
             change = {stage: _with_weight(stage, make(weights)) for stage in stages}
             yield from situation.tried(cause, f"{site} {text}", change)
+    yield from _weight_in_gradients(situation)
     yield from _weight_gradient(situation)
+
+
+def _weight_in_gradients(situation: Situation) -> Iterator[Finding]:
+    """The LoRA gradients of one projection without the weight, or with it twice."""
+    for projection in ("gate", "up", "down"):
+        names = [name for name in GRAD_NAMES if projection in name]
+        for text, make in (
+            ("is left out", lambda value, w: value / w),
+            ("is used twice", lambda value, w: value * w),
+        ):
+            change: dict[str, Formula] = {}
+            for name in names:
+                rows = operands(name)[1]  # the one that comes from dy
+                change[name] = exchanged(name, **{rows: lambda v, n=rows, f=make: f(v[n], v["w"])})  # type: ignore[misc]
+            said = f"the routing weight in the gradients of {projection}'s LoRA {text}"
+            yield from situation.tried(Cause.ROUTING_WEIGHT, said, change)
 
 
 def _with_weight(stage: str, weights: Tensor) -> Formula:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from ktverify.diagnose.causes import Cause
@@ -135,6 +136,41 @@ def _cause_of_exchange(stage: str, operand: str, other: str) -> Cause:
     if stage in ("sigma", "silu", "dsilu") or {operand, other} & {"dsilu", "sigma"} or other == "silu":
         return Cause.ACTIVATION
     return Cause.WRONG_PROJECTION
+
+
+def rolled(situation: Situation) -> Iterator[Finding]:
+    """An operand of one product is taken from the row before or after: another token of the expert."""
+    for stage in FORMULAS:
+        for operand in operands(stage):
+            if operand in _MATRICES or operand == "s":
+                continue
+            for text, shift in (("the row before", 1), ("the next row", -1)):
+                turned: Formula = lambda v, n=operand, d=shift: v[n].roll(d, 0)  # type: ignore[misc]  # noqa: E731
+                said = f"{label(stage)} takes {label(operand)} from {text}"
+                yield from situation.tried(Cause.SLOT_WRONG, said, {stage: exchanged(stage, **{operand: turned})}, rank=2)
+
+
+def interleaved(situation: Situation) -> Iterator[Finding]:
+    """gate and up fused in one way and taken apart in another: row by row, or one after the other."""
+
+    def by_rows(v: Values) -> Tensor:
+        return torch.stack([v["gate"], v["up"]], 1).reshape(-1, v["gate"].shape[1])
+
+    def by_halves(v: Values) -> Tensor:
+        return torch.cat([v["gate"], v["up"]])
+
+    ways: dict[str, tuple[Formula, Formula]] = {
+        "fused row by row and taken apart by halves": (
+            lambda v: by_rows(v)[: len(v["gate"])],
+            lambda v: by_rows(v)[len(v["gate"]) :],
+        ),
+        "fused one after the other and taken apart row by row": (
+            lambda v: by_halves(v)[0::2],
+            lambda v: by_halves(v)[1::2],
+        ),
+    }
+    for text, (gate, up) in ways.items():
+        yield from situation.tried(Cause.MEMORY_LAYOUT, f"gate_proj and up_proj are {text}", {"gate": gate, "up": up})
 
 
 def two_sided(situation: Situation) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding, Situation
 from ktverify.diagnose.stages import FORMULAS, Change, Formula, Values, exchanged, operands
-from ktverify.names import BACKWARD_TENSORS, GRAD_INPUT, OUTPUT
+from ktverify.names import BACKWARD_TENSORS, OUTPUT
 
 _NEAR = 0.03
 # what a part holds of a token: its columns of I
@@ -22,6 +22,7 @@ def tp_parts(situation: Situation) -> Iterator[Finding]:
     degree = situation.probe.tp if situation.probe is not None else 1
     if degree < 2:
         return
+    yield from _one_part(situation, degree)
     parts = [situation.layer.changed(_only(part, degree, situation.case.intermediate)) for part in range(degree)]
     for where, names in (
         ("", tuple(situation.actual)),
@@ -44,6 +45,46 @@ def tp_parts(situation: Situation) -> Iterator[Finding]:
         }
         said = ", ".join(f"TP part {i} of {degree}{where} {_word(1 + float(moved[i]))}" for i in odd)
         yield situation.finding(Cause.TP_PART, said, predicted, rank=1)
+
+
+# where a part's share may be lost: the sum of the forward, of the backward, the columns of dh
+_SUMS: dict[str, tuple[str, ...]] = {
+    "the sum of the output": ("y_base", "h_da"),
+    "the base's sum of the output": ("y_base",),
+    "LoRA's sum of the output": ("h_da",),
+    "the sum of grad_input": ("dx_gate", "dx_up", "dg_gb", "du_ub"),
+    "the base's sum of grad_input": ("dx_gate", "dx_up"),
+    "LoRA's sum of grad_input": ("dg_gb", "du_ub"),
+}
+
+
+def _one_part(situation: Situation, degree: int) -> Iterator[Finding]:
+    """One part's factor in one of the layer's sums over I, or its columns of down_proj in forward and backward."""
+    width = situation.case.intermediate // degree
+    for part in range(degree):
+        mine = torch.zeros(situation.case.intermediate, dtype=torch.float64)
+        mine[part * width : (part + 1) * width] = 1
+        changes = {text: _weighted(stages, mine) for text, stages in _SUMS.items()}
+        changes["down_proj's product"] = lambda factor, mine=mine: {"down": lambda v: v["down"] * (1 + (factor - 1) * mine)}  # type: ignore[misc]
+        for text, change in changes.items():
+            fitted = situation.fit_factor(change)
+            if fitted is None or abs(fitted[0] - 1) < _NEAR:
+                continue
+            said = f"TP part {part} of {degree} in {text} {_word(fitted[0])}"
+            yield situation.finding(Cause.TP_PART, said, fitted[1])
+
+
+def _weighted(stages: tuple[str, ...], mine: Tensor) -> Callable[[float], Change]:
+    def operand(name: str, factor: float) -> Formula:
+        return lambda v: v[name] * (1 + (factor - 1) * mine)
+
+    def change(factor: float) -> Change:
+        return {
+            stage: exchanged(stage, **{name: operand(name, factor) for name in _SPLIT if name in operands(stage)})
+            for stage in stages
+        }
+
+    return change
 
 
 def _word(factor: float) -> str:
@@ -69,5 +110,4 @@ def _only(part: int, degree: int, intermediate: int) -> Change:
         used = {name: masked(name) for name in _SPLIT if name in operands(stage)}
         if used:
             change[stage] = exchanged(stage, **used)
-    assert GRAD_INPUT in FORMULAS
     return change

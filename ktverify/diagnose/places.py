@@ -8,7 +8,33 @@ import torch
 
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding, Situation
-from ktverify.names import GRAD_NAMES
+from ktverify.names import GRAD_NAMES, TOKEN_TENSORS
+
+
+def forms(situation: Situation) -> Iterator[Finding]:
+    """A result of another dtype or shape."""
+    if situation.forms:
+        dtype = not any("[" in text for text in situation.forms)
+        more = f", and {len(situation.forms) - 1} more" if len(situation.forms) > 1 else ""
+        cause = Cause.ACCUMULATION_TYPE if dtype else Cause.MEMORY_LAYOUT
+        yield Finding(cause, situation.forms[0] + more, 1.0, -1.0, complete=True)
+
+
+def stray(situation: Situation) -> Iterator[Finding]:
+    """Numbers right wherever there is one, and others where all must be zero: memory that nobody wrote."""
+    guilty = [name for name in situation.failing if name in situation.actual]
+    strays = [name for name in guilty if situation.differences[name].stray]
+    if not strays or any(situation.differences[name].rel_l2 > situation.budgets[name] for name in guilty):
+        return
+    name = strays[0]
+    idle = ~situation.right[name].flatten(1).any(1)
+    left = situation.actual[name].flatten(1).ne(0).any(1) & idle
+    axis = "token" if name in TOKEN_TENSORS else "idle expert"
+    first = int(left.nonzero()[0])
+    row = situation.actual[name][first].flatten()
+    value = float(row[row.ne(0)][0])
+    said = f"{name} of {axis} {first} is not zero ({value:.3g}): {int(left.sum())} of {int(idle.sum())} hold such values"
+    yield Finding(Cause.STALE_VALUES, said, 1.0, -1.0, complete=True)
 
 
 def moved(situation: Situation) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.stages import Change, Layer, reached_tensors
 from ktverify.engines import EngineFactory
 from ktverify.metrics import Difference
-from ktverify.names import ALL_TENSORS
+from ktverify.names import ALL_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, tensor_shapes
 from ktverify.peer import peer_error
 from ktverify.running import run_case
 
@@ -59,6 +59,7 @@ class Probe:
     isa: str | None = None
     tp: int = 1
     threads: int | None = None
+    strict: bool = False
 
     def run(self, case: Case, inputs: Inputs, **more: Any) -> dict[str, Tensor]:
         """ALL_TENSORS of a new layer; `more` overrides tp, threads and constructor arguments."""
@@ -66,6 +67,21 @@ class Probe:
             self.factory, case, inputs=inputs, **{"isa": self.isa, "tp": self.tp, "threads": self.threads, **more}
         )
         return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def wrong_forms(case: Case, actual: Tensors) -> dict[str, str]:
+    """By name, which tensors have another shape or dtype than CONTRACT.md sections 1 and 3 say."""
+    shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
+    wrong = {}
+    for name, tensor in actual.items():
+        dtype = getattr(torch, case.lora_dtype) if name in GRAD_NAMES else torch.bfloat16
+        dtype = torch.float32 if name == GRAD_WEIGHTS else dtype
+        if tuple(tensor.shape) != shapes[name]:
+            wrong[name] = f"{name} is {list(tensor.shape)}, expected {list(shapes[name])}"
+        elif tensor.dtype != dtype:
+            words = [str(each).removeprefix("torch.") for each in (tensor.dtype, dtype)]
+            wrong[name] = f"{name} is {words[0]}, expected {words[1]}"
+    return wrong
 
 
 @dataclass
@@ -80,9 +96,11 @@ class Situation:
     differences: dict[str, Difference]
     failing: tuple[str, ...]
     deadline: float
+    dtypes: dict[str, torch.dtype]
     probe: Probe | None = None
     weights: dict[str, float] = field(default_factory=dict)
     finite: dict[str, Tensor | None] = field(default_factory=dict)
+    forms: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -102,11 +120,19 @@ class Situation:
         found: dict[str, Difference] = {}
         budgets: dict[str, float] = {}
         failing = []
+        forms = wrong_forms(case, actual)
+        strict = probe is not None and probe.strict
         for name in (name for name in ALL_TENSORS if name in actual):
+            if actual[name].shape != right[name].shape:
+                failing.append(name)
+                continue
             found[name] = metrics.compare(actual[name], right[name])
             deciding = gates.numbers_deciding(case, name, found[name].nonzero)
             budgets[name] = gates.peer_budget(peer[name], deciding)
-            if gates.judge(case, name, found[name], peer[name]).verdict is gates.Verdict.FAIL:
+            judged = gates.judge(
+                case, name, found[name], peer[name], own_engine=strict, isa=(probe.isa if probe else None) or ""
+            )
+            if judged.verdict is gates.Verdict.FAIL or name in forms:
                 failing.append(name)
         situation = cls(
             case=case,
@@ -118,6 +144,8 @@ class Situation:
             failing=tuple(failing),
             deadline=time.monotonic() + seconds,
             probe=probe,
+            dtypes={name: actual[name].dtype for name in found},
+            forms=tuple(forms.values()),
         )
         situation._weigh()
         return situation
@@ -135,7 +163,8 @@ class Situation:
 
     def off(self, name: str, predicted: Tensor) -> float:
         """The error of one tensor that `predicted` leaves, in squared budgets, over what is finite in both."""
-        apart = self.actual[name] - predicted
+        # an engine rounds its result once; so is what it is compared with
+        apart = self.actual[name] - predicted.to(self.dtypes[name]).double()
         finite = self.finite[name]
         if finite is not None:
             apart = torch.where(finite & torch.isfinite(predicted), apart, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding, Situation
-from ktverify.diagnose.stages import FORMULAS, Formula, Values, exchanged, label, operands
+from ktverify.diagnose.stages import FORMULAS, LEAVES, Formula, Values, exchanged, label, operands
 from ktverify.names import GRAD_NAMES, OUTPUT, TOKEN_TENSORS
 
 BLOCKS = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -35,7 +35,34 @@ def k_tail(situation: Situation) -> Iterator[Finding]:
                         change[stage] = exchanged(stage, **cut)
                 said = f"the sum over {axis}{where} stops at {first} of {size}"
                 yield from situation.tried(Cause.K_TAIL, said, change, rank=1 if len(stages) > 1 else 2)
+    yield from _cut_inputs(situation)
     yield from _rows_left_out(situation)
+
+
+def _cut_inputs(situation: Situation) -> Iterator[Finding]:
+    """The last columns of an input, a weight or a stage count as zero wherever they are used."""
+    case = situation.case
+    sizes = {case.hidden: "H", case.intermediate: "I", case.rank: "r"}
+    if not situation.layer.experts:
+        return
+    for name, value in situation.layer.experts[0].of.items():
+        if value.dim() != 2 or name in _OUTER or name == "w" or value.shape[1] not in sizes:
+            continue
+        cause = Cause.K_TAIL if name in LEAVES else Cause.N_TAIL
+        for first in _cuts(value.shape[1]):
+            formula = FORMULAS.get(name, lambda v, name=name: v[name])  # type: ignore[misc]
+            change: dict[str, Formula] = {name: _cut(formula, first)}
+            said = f"columns {first} to {value.shape[1] - 1} of {label(name)} count as zero"
+            yield from situation.tried(cause, said, change)
+
+
+def _cut(formula: Formula, first: int) -> Formula:
+    def cut(v: Values) -> Tensor:
+        value = formula(v).clone()
+        value[:, first:] = 0
+        return value
+
+    return cut
 
 
 def _groups(names: list[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -73,13 +100,13 @@ def _rows_left_out(situation: Situation) -> Iterator[Finding]:
                 for stage, first in ((name, operands(name)[1]) for name in names)
             }
             said = f"the sum over tokens in {where} {text}"
-            yield from situation.tried(Cause.K_TAIL, said, change, rank=1 if len(names) > 1 else 2)
+            yield from situation.tried(Cause.TOKEN_TAIL, said, change, rank=1 if len(names) > 1 else 2)
 
 
 def _rows_kept(value: Tensor, keep: slice | int) -> Tensor:
     rows = len(value)
     if isinstance(keep, int):
-        keep = slice(0, max(rows // keep * keep, 0))
+        keep = slice(0, rows // keep * keep or rows)
     mask = torch.zeros(rows, 1, dtype=value.dtype)
     mask[keep] = 1
     return value * mask
