@@ -149,7 +149,7 @@ def check_case(
             checked.records.append(_skipped_gradient(actual[name], where))
             continue
         difference = expected.compare(name, actual[name])
-        own = engine == engines.NATIVE
+        own = engines.strict(engine)
         judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
         checked.records.append(accuracy_record(judgement, difference, **where))
     return checked
@@ -203,7 +203,7 @@ def check_training(
         records = []
         for name in ALL_TENSORS:
             difference = expected.compare(name, actual[name])
-            own = engine == engines.NATIVE
+            own = engines.strict(engine)
             judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
             record = accuracy_record(
                 judgement,
@@ -342,6 +342,6 @@ def _skipped_gradient(actual: torch.Tensor, where: dict[str, Any]) -> AccuracyRe
     count = float(torch.count_nonzero(actual))
     verdict = Verdict.PASS if count == 0 else Verdict.FAIL
     used = 0.0 if count == 0 else float("inf")
-    gate = GateResult("zero", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
-    line = f"{verdict.value} {where['tensor']} zero {count:.0f}, budget 0"
+    gate = GateResult("stray", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
+    line = f"{verdict.value} {where['tensor']} stray {count:.0f}, budget 0"
     return accuracy_record(Judgement(verdict, (gate,), line), difference, **where)

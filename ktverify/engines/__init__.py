@@ -46,3 +46,10 @@ def find(name: str) -> EngineFactory:
         raise ValueError(f"engine {name!r}: {attribute} is {type(found).__name__}, it takes a callable")
     factory: EngineFactory = found
     return factory
+
+
+def strict(name: str) -> bool:
+    """True for an engine that is held to what fp32 sums and one rounding leave: the project's own, and any whose
+    factory says `fp32_sums = True`. Others need only be as good as plain torch in bf16.
+    """
+    return name == NATIVE or bool(getattr(find(name), "fp32_sums", False))

@@ -193,7 +193,7 @@ def check_threads_have_a_ceiling(subject: Subject) -> None:
         layer = subject.layer(MIDDLE, inputs, threads=64)
         run_layer(layer, inputs)
         more = psutil.Process().num_threads() - before
-        expect(more <= processors, f"{more} threads were started on {processors} processors")
+        expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
         del layer
 
 
@@ -210,7 +210,7 @@ def check_idle_experts_take_no_memory(subject: Subject) -> None:
     grown = psutil.Process().memory_info().rss - before
     # LoRA is dense: the parameters, the engine's copy in fp32, and the gradients of one call
     budget = 16 * one + 8 * lora
-    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each")
+    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources")
     del layer
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ktverify.data import Inputs, make_inputs
 from ktverify.names import LORA_NAMES, lora_shapes
 from ktverify.running import run_layer
-from suites.support.subject import SMALL, Subject, expect, expect_same_bits
+from suites.support.subject import SMALL, Subject, accepted, expect, expect_same_bits
 
 BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -77,13 +77,17 @@ def check_refusal(subject: Subject, name: str) -> None:
     except Exception as error:
         kinds = " or ".join(kind.__name__ for kind in refusal.errors)
         # RuntimeError has children (NotImplementedError, RecursionError) that say something else
-        expect(type(error) in refusal.errors, f"{name}: must raise {kinds}, raised {type(error).__name__}: {error}")
+        expect(
+            type(error) in refusal.errors,
+            f"{name}: must raise {kinds}, raised {type(error).__name__}: {error}",
+            "refusal",
+        )
         text = str(error)
         missing = [mention for mention in refusal.mentions if mention not in text]
-        expect(not missing, f"{name}: the error must tell {missing}, it says {text!r}")
-        expect(len(text.splitlines()) == 1, f"{name}: an error is one line, this has more: {text!r}")
+        expect(not missing, f"{name}: the error must tell {missing}, it says {text!r}", "refusal")
+        expect(len(text.splitlines()) == 1, f"{name}: an error is one line, this has more: {text!r}", "refusal")
     else:
-        raise AssertionError(f"{name}: was accepted")
+        accepted(f"{name}:")
     if refusal.after is not None:
         refusal.after(stage)
     expect_same_bits(f"{name}: before the refusal and after it", before, run_layer(stage.layer, inputs))
@@ -350,7 +354,11 @@ def check_out_of_memory(subject: Subject) -> None:
         layer.forward_sft(token, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), save_for_backward=True)
     except MemoryError as error:
         amounts = re.findall(r"\d[\d.,]*\s*(?:[kMGT]i?B|bytes)", str(error))
-        expect(len(amounts) >= 2, f"the error must say how much was needed and how much there is, it says {error}")
+        expect(
+            len(amounts) >= 2,
+            f"the error must say how much was needed and how much there is, it says {error}",
+            "refusal",
+        )
     else:
-        raise AssertionError("1.2 TB of weights were accepted")
+        accepted("a layer with 1.2 TB of weights")
     expect_same_bits("before the MemoryError and after it", before, subject.run(SMALL, inputs))
