@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ktverify.bench.command import bench
+from ktverify.diagnose.command import DEBUG, diagnose
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -179,6 +180,7 @@ def repro(
     """
     from ktverify import verify as checking
     from ktverify.cases import Case
+    from ktverify.diagnose.hook import add_cause
 
     parsed = Case.parse(case)
     checking.check_names(tensor, backward=True)
@@ -194,6 +196,8 @@ def repro(
             backward=tensor != ["output"],
             tensors=tensor,
         )
+    if method == "AMXBF16_SFT":
+        add_cause(checked, engine, isa=isa, tp=tp)
     against = checked.records[0].source
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
@@ -344,6 +348,7 @@ def _verify_calls(
     """The records of forward and backward at every TP degree; expected values are computed once."""
     from ktverify import names
     from ktverify import verify as checking
+    from ktverify.diagnose.hook import add_cause
 
     wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode)
     records: list[AccuracyRecord] = []
@@ -361,6 +366,8 @@ def _verify_calls(
                 given=checked,
                 **options,
             )
+        if method == "AMXBF16_SFT":
+            add_cause(checked, engine, isa=options["isa"], tp=degree)
         records += checked.records
     return records
 
@@ -390,12 +397,15 @@ def _verify_training(
 
 def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     """Print the table, what failed and the verdict; exit 1 unless every record passed."""
+    from ktverify.diagnose.hook import cause_of
     from ktverify.report import console, tables
 
     console.print_accuracy(records)
     bad = [record for record in records if record.verdict != "PASS"]
     for record in bad:
         typer.echo(tables.problem_text(record))
+        if cause_of(record.message):
+            typer.echo(f"    {cause_of(record.message)}")
     for problem in problems:
         typer.echo(problem)
     if bad or problems or not records:
@@ -455,6 +465,11 @@ def _progress(text: str) -> Any:
 
 
 app.command()(_one_line_errors(bench))
+app.command()(_one_line_errors(diagnose))
+_debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
+for _name, _command in DEBUG.items():
+    _debug.command(_name)(_one_line_errors(_command))
+app.add_typer(_debug, name="debug")
 
 
 def main() -> None:

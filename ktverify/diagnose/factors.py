@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding, Situation
-from ktverify.diagnose.stages import FORMULAS, Change, Formula, Values, exchanged, label, operands, reached_tensors
+from ktverify.diagnose.stages import FORMULAS, LABELS, Change, Formula, Values, exchanged, label, operands, reached_tensors
 from ktverify.names import GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
 _SCALED = tuple(stage for stage in FORMULAS if "s" in operands(stage))
@@ -46,7 +46,10 @@ def lora_scale(situation: Situation) -> Iterator[Finding]:
         found = case.scaling * factor
         said = f"{text}: found {_short(found)}{_named(found, case.alpha, case.rank)}, "
         said += f"expected alpha / rank = {_short(case.scaling)}"
-        yield situation.finding(Cause.LORA_SCALE, said, predicted, rank=1 if len(stages) > 1 else 2)
+        cause = Cause.LORA_SCALE
+        if stages[0] in LABELS and len(stages) == 1 and abs(factor) < 0.01:
+            cause, said = Cause.WRONG_PROJECTION, f"{label(stages[0])} is missing"
+        yield situation.finding(cause, said, predicted, rank=1 if len(stages) > 1 else 2)
 
 
 def _scaled(stages: tuple[str, ...], factor: float) -> Change:

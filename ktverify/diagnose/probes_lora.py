@@ -141,7 +141,7 @@ def _grown(
     slope = 0.0
     if len(wrong) > 2:
         slope = math.log(last[1] / first[1]) / math.log(last[0] / first[0])
-    if slope > 0.3:
+    if slope > 0.3 and first[0] == grown[0][0]:
         said = f"the error grows with the updates, about as steps^{slope:.1f}: rel_l2 {told}"
         return certain(Cause.ACCUMULATION_TYPE, f"{said}; a running sum of a coarser type than fp32 does that")
     after = replace(stand.inputs, lora=lora)

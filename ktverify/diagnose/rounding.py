@@ -1,7 +1,7 @@
 """Hypotheses of a type: a sum kept in bf16, a value rounded on its way, parameters or results cast.
 
-They are tried on top of the roundings that an engine may have (CONTRACT.md section 2: operands are bf16), where those
-fit the tensors better than none, so that what is left is the rounding that should not be there.
+They are tried on top of the roundings that every engine may have (CONTRACT.md section 2: operands are bf16), so that
+what is left is the rounding that should not be there; and without them.
 """
 
 from __future__ import annotations
@@ -43,17 +43,14 @@ def rounded(value: Tensor, dtype: torch.dtype = LOW) -> Tensor:
 
 def types(situation: Situation) -> Iterator[Finding]:
     """Sums in bf16, values rounded where they should not be, results rounded in another way."""
-    base = min(({}, _OPERANDS), key=lambda change: sum(_left(situation, change).values()))
-    experts = [recomputed(v, base) for v in situation.layer.experts] if base else situation.layer.experts
-    right = {name: add_up(situation.inputs, experts, name) for name in situation.actual}
-    yield from _sums(situation, experts, right)
-    yield from _blocks(situation, base)
-    yield from _results(situation, right)
-    yield from _greedy(situation, base, right)
-
-
-def _left(situation: Situation, change: Change) -> dict[str, float]:
-    return situation.left(situation.layer.changed(change)) if change else situation.errors
+    plain: Change = {}
+    for base in (_OPERANDS, plain):
+        experts = [recomputed(v, base) for v in situation.layer.experts] if base else situation.layer.experts
+        right = {name: add_up(situation.inputs, experts, name) for name in situation.actual}
+        yield from _sums(situation, experts, right)
+        yield from _blocks(situation, base)
+        yield from _results(situation, right)
+        yield from _greedy(situation, base, right)
 
 
 def _stage(name: str) -> Formula:

@@ -145,7 +145,8 @@ class Situation:
             judged = gates.judge(
                 case, name, found[name], peer[name], own_engine=strict, isa=(probe.isa if probe else None) or ""
             )
-            if judged.verdict is gates.Verdict.FAIL or name in forms:
+            inexact = case.exact and found[name].mismatched != 0
+            if judged.verdict is gates.Verdict.FAIL or name in forms or inexact:
                 failing.append(name)
         situation = cls(
             case=case,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ktverify import golden, verify
 from ktverify.cases import Case
+from ktverify.diagnose.hook import add_cause, cause_of
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.report.record import AccuracyRecord
 from ktverify.verify import Checked
@@ -48,6 +49,7 @@ def check_case(
         tensors=TENSORS[family],
         given=given,
     )
+    add_cause(_last, engine, isa=isa, tp=tp)
     return _last.records
 
 
@@ -79,6 +81,7 @@ def assert_passed(records: list[AccuracyRecord]) -> None:
     failed = [record for record in records if record.verdict != "PASS"]
     if failed:
         lines = [record.message.partition("\n")[0] for record in failed]
+        lines += [cause for cause in (cause_of(record.message) for record in failed) if cause]
         raise AssertionError("\n".join([*lines, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
     if not records:
         raise AssertionError("nothing was compared")
