@@ -14,6 +14,7 @@ from ktverify.diagnose.situation import Finding, Situation
 from ktverify.diagnose.stages import Formula, label
 
 _Function = Callable[[Tensor], Tensor]
+_Shift = Callable[[Tensor, float], Tensor]
 
 FUNCTIONS: dict[str, _Function] = {
     "gelu": functional.gelu,
@@ -54,6 +55,9 @@ def activation(situation: Situation) -> Iterator[Finding]:
         yield from situation.tried(Cause.ACTIVATION, f"the activation is {text}, expected silu", whole)
         said = f"the activation is {text}, expected silu (its derivative is silu's)"
         yield from situation.tried(Cause.ACTIVATION, said, forward)
+        only: dict[str, Formula] = {"h": lambda v, f=function: f(v["g"]) * v["u"]}  # type: ignore[misc]
+        said = f"the activation in the forward is {text}, expected silu (the backward's is silu)"
+        yield from situation.tried(Cause.ACTIVATION, said, only)
     for text, slope in DERIVATIVES.items():
         change: dict[str, Formula] = {"dsilu": lambda v, f=slope: f(v["g"], v["sigma"])}  # type: ignore[misc]
         said = f"silu' is {text}, expected sigmoid(g) (1 + g (1 - sigmoid(g)))"
@@ -62,28 +66,34 @@ def activation(situation: Situation) -> Iterator[Finding]:
 
 def shifted(situation: Situation) -> Iterator[Finding]:
     """sigmoid at a g + b instead of g (an exp that is off by a factor is b), and silu' at another value."""
-    ways: dict[str, tuple[float, float, Callable[[float], dict[str, Formula]]]] = {
-        "shifted": (0.0, 0.0, lambda b: {"silu": lambda v: v["g"] * torch.sigmoid(v["g"] + b)}),
-        "scaled": (1.0, 1.0, lambda a: {"silu": lambda v: v["g"] * torch.sigmoid(a * v["g"])}),
+    ways: dict[str, tuple[float, _Shift]] = {
+        "shifted": (0.0, lambda g, b: g * torch.sigmoid(g + b)),
+        "scaled": (1.0, lambda g, a: g * torch.sigmoid(a * g)),
     }
-    for way, (start, right, change) in ways.items():
-        for where in ("", " (its derivative is silu's)"):
-            whole = change if where else lambda b, c=change: {**c(b), "sigma": _sigma(way, b)}  # type: ignore[misc]  # noqa: B023
-            fitted = situation.fit_factor(whole, start)
+    for way, (right, shift) in ways.items():
+        for where, change in _places(shift):
+            fitted = situation.fit_factor(change, right)
             if fitted is None or abs(fitted[0] - right) < 1e-4:
                 continue
             found = fitted[0]
             said = f"silu takes sigmoid(g {found:+.4f})" if way == "shifted" else f"silu takes sigmoid({found:.4f} g)"
             more = f", as an exp that is off by {100 * abs(math.expm1(-found)):.1f} % has it" if way == "shifted" else ""
-            yield situation.finding(Cause.ACTIVATION, f"{said}, expected sigmoid(g){more}{where}", fitted[1])
+            yield situation.finding(Cause.ACTIVATION, f"{said}{where}, expected sigmoid(g){more}", fitted[1])
     for other in ("silu", "u", "h", "g_base", "sigma"):
         at: dict[str, Formula] = {"dsilu": lambda v, n=other: _slope(functional.silu)(v[n])}  # type: ignore[misc]
         said = f"silu' is evaluated at {label(other)}, expected g"
         yield from situation.tried(Cause.ACTIVATION, said, at)
 
 
-def _sigma(way: str, value: float) -> Formula:
-    return lambda v: torch.sigmoid(v["g"] + value if way == "shifted" else value * v["g"])
+def _places(shift: _Shift) -> Iterator[tuple[str, Callable[[float], dict[str, Formula]]]]:
+    """Where silu may be another function: with its derivative, without, or in h alone."""
+
+    def slope(number: float) -> Formula:
+        return lambda v: _slope(lambda g: shift(g, number))(v["g"])
+
+    yield "", lambda number: {"silu": lambda v: shift(v["g"], number), "dsilu": slope(number)}
+    yield " (its derivative is silu's)", lambda number: {"silu": lambda v: shift(v["g"], number)}
+    yield " in the forward", lambda number: {"h": lambda v: shift(v["g"], number) * v["u"]}
 
 
 def _slope(function: _Function) -> _Function:

@@ -19,6 +19,7 @@ _SUMS: dict[str, tuple[tuple[str, int], ...]] = {
     "I": (("h", 1), ("dg", 1), ("du", 1)),
     "r": (("x_ga", 1), ("x_ua", 1), ("h_da", 1), ("dy_db", 1), ("dg_gb", 1), ("du_ub", 1)),
 }
+_SUMMED = frozenset(name for sums in _SUMS.values() for name, _ in sums)
 _OUTER = frozenset(GRAD_NAMES)  # these sum over rows: a tail of their operands' columns is no tail of a sum
 
 
@@ -48,7 +49,7 @@ def _cut_inputs(situation: Situation) -> Iterator[Finding]:
     for name, value in situation.layer.experts[0].of.items():
         if value.dim() != 2 or name in _OUTER or name == "w" or value.shape[1] not in sizes:
             continue
-        cause = Cause.K_TAIL if name in LEAVES else Cause.N_TAIL
+        cause = Cause.K_TAIL if name in LEAVES or name in _SUMMED else Cause.N_TAIL
         for first in _cuts(value.shape[1]):
             formula = FORMULAS.get(name, lambda v, name=name: v[name])  # type: ignore[misc]
             change: dict[str, Formula] = {name: _cut(formula, first)}
