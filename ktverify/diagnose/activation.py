@@ -77,7 +77,9 @@ def shifted(situation: Situation) -> Iterator[Finding]:
                 continue
             found = fitted[0]
             said = f"silu takes sigmoid(g {found:+.4f})" if way == "shifted" else f"silu takes sigmoid({found:.4f} g)"
-            more = f", as an exp that is off by {100 * abs(math.expm1(-found)):.1f} % has it" if way == "shifted" else ""
+            more = (
+                f", as an exp that is off by {100 * abs(math.expm1(-found)):.1f} % has it" if way == "shifted" else ""
+            )
             yield situation.finding(Cause.ACTIVATION, f"{said}{where}, expected sigmoid(g){more}", fitted[1])
     for other in ("silu", "u", "h", "g_base", "sigma"):
         at: dict[str, Formula] = {"dsilu": lambda v, n=other: _slope(functional.silu)(v[n])}  # type: ignore[misc]

@@ -60,7 +60,8 @@ def where(left: Tensors, right: Tensors) -> str:
 def everywhere(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """`inputs` with every tensor that a layer takes put through `change`."""
     lora = {name: change(tensor) for name, tensor in inputs.lora.items()}
-    return replace(inputs, lora=lora, **{name: change(getattr(inputs, name)) for name in _INPUTS})
+    tensors: dict[str, Any] = {name: change(getattr(inputs, name)) for name in _INPUTS}
+    return replace(inputs, lora=lora, **tensors)
 
 
 def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:

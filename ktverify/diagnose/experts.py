@@ -1,4 +1,4 @@
-"""Hypotheses about routing: ids moved, experts permuted, one expert or one slot wrong, ids of -1, experts named twice."""
+"""Hypotheses about routing: ids moved, experts permuted, one expert, slot or token wrong, experts named twice."""
 
 from __future__ import annotations
 
@@ -190,7 +190,9 @@ def _factors(
     for place in places:
         change: Change = {"w": lambda v, p=place: v["w"] * mine(v, p).unsqueeze(1)}  # type: ignore[misc]
         part = situation.layer.changed(change)
-        part["grad_weights"] = add_up(situation.inputs, [_cut(v, mine(v, place)) for v in situation.layer.experts], "grad_weights")
+        part["grad_weights"] = add_up(
+            situation.inputs, [_cut(v, mine(v, place)) for v in situation.layer.experts], "grad_weights"
+        )
         parts.append(part)
     halves = (("", tuple(situation.actual)), (" of the output", (OUTPUT,)), (" of the gradients", BACKWARD_TENSORS))
     for where, names in halves:
@@ -209,7 +211,9 @@ def _factors(
         }
         factors = [(places[i], 1 + float(moved[i])) for i in odd]
         said = ", ".join(
-            f"{what} {place}'s share{where} is missing" if abs(f) < _NEAR else f"{what} {place}'s share{where} has the factor {f:.2f}"
+            f"{what} {place}'s share{where} is missing"
+            if abs(f) < _NEAR
+            else f"{what} {place}'s share{where} has the factor {f:.2f}"
             for place, f in factors
         )
         yield situation.finding(cause, said, predicted, rank=1 if len(odd) == 1 else 3)
@@ -236,7 +240,9 @@ def rows_cut(situation: Situation) -> Iterator[Finding]:
         }
         yield from situation.tried(Cause.TOKEN_TAIL, f"rows of an expert beyond {said} are left out", dropped)
         again: Change = {"x": lambda v, n=room: v["x"][torch.arange(len(v.rows)) % n]}  # type: ignore[misc]
-        yield from situation.tried(Cause.TOKEN_TAIL, f"rows of an expert beyond {said} compute with the first ones", again)
+        yield from situation.tried(
+            Cause.TOKEN_TAIL, f"rows of an expert beyond {said} compute with the first ones", again
+        )
 
 
 def _below(v: Values, room: int) -> Tensor:
@@ -253,5 +259,11 @@ def where_it_is(situation: Situation) -> Iterator[Finding]:
         share = float(apart[worst] / apart.sum()) if float(apart.sum()) > 0 else 0.0
         if share > 0.9 and len(situation.layer.experts) > 2:
             left = (1 - 0.9 * share) * situation.error
-            yield Finding(Cause.EXPERT_WRONG, f"expert {worst} alone is wrong ({share:.0%} of the error of {name})", 0.9 * share, left, rank=4)
+            yield Finding(
+                Cause.EXPERT_WRONG,
+                f"expert {worst} alone is wrong ({share:.0%} of the error of {name})",
+                0.9 * share,
+                left,
+                rank=4,
+            )
             return

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding, Situation
-from ktverify.diagnose.stages import FORMULAS, LABELS, Change, Formula, Values, exchanged, label, operands, reached_tensors
+from ktverify.diagnose.stages import (
+    FORMULAS,
+    LABELS,
+    Change,
+    Formula,
+    Values,
+    exchanged,
+    label,
+    operands,
+    reached_tensors,
+)
 from ktverify.names import GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
 _SCALED = tuple(stage for stage in FORMULAS if "s" in operands(stage))
@@ -148,7 +158,7 @@ def _weight_in_gradients(situation: Situation) -> Iterator[Finding]:
             change: dict[str, Formula] = {}
             for name in names:
                 rows = operands(name)[1]  # the one that comes from dy
-                change[name] = exchanged(name, **{rows: lambda v, n=rows, f=make: f(v[n], v["w"])})  # type: ignore[misc]
+                change[name] = exchanged(name, **{rows: lambda v, n=rows, f=make: f(v[n], v["w"])})
             said = f"the routing weight in the gradients of {projection}'s LoRA {text}"
             yield from situation.tried(Cause.ROUTING_WEIGHT, said, change)
 

@@ -1,7 +1,7 @@
 """The cause below a failing line: looked for once per failing case, in bounded time, from the tensors alone.
 
-Comes in: a `Checked` of ktverify.verify. Goes out: the same records; the first that failed has one more line of message.
-No verdict is touched, and what goes wrong in here is one line too.
+Comes in: a `Checked` of ktverify.verify. Goes out: the same records; the first that failed has one more line in its
+message. No verdict is touched, and what goes wrong in here is one line too.
 """
 
 from __future__ import annotations

@@ -80,7 +80,9 @@ def first_of(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[s
 def unexpected(situation: Situation) -> Iterator[Finding]:
     """A NaN or Inf where the oracle has none, or none where the oracle has one."""
     spread = {n: d.non_finite for n, d in situation.differences.items() if d.non_finite}
-    hidden = {n: d.missing_non_finite for n, d in situation.differences.items() if n in TOKEN_TENSORS and d.missing_non_finite}
+    hidden = {
+        n: d.missing_non_finite for n, d in situation.differences.items() if n in TOKEN_TENSORS and d.missing_non_finite
+    }
     source = first_in(situation.inputs) if spread or hidden else None
     given = f"; the inputs have {source.text}" if source is not None else "; the inputs and the oracle are finite"
     if spread:

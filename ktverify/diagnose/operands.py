@@ -1,4 +1,4 @@
-"""Hypotheses of a wrong matrix: projections exchanged or transposed, and any operand of any formula in another's place."""
+"""Hypotheses of a wrong matrix: exchanged or transposed projections, any operand of any formula in another's place."""
 
 from __future__ import annotations
 
@@ -147,7 +147,9 @@ def rolled(situation: Situation) -> Iterator[Finding]:
             for text, shift in (("the row before", 1), ("the next row", -1)):
                 turned: Formula = lambda v, n=operand, d=shift: v[n].roll(d, 0)  # type: ignore[misc]  # noqa: E731
                 said = f"{label(stage)} takes {label(operand)} from {text}"
-                yield from situation.tried(Cause.SLOT_WRONG, said, {stage: exchanged(stage, **{operand: turned})}, rank=2)
+                yield from situation.tried(
+                    Cause.SLOT_WRONG, said, {stage: exchanged(stage, **{operand: turned})}, rank=2
+                )
 
 
 def interleaved(situation: Situation) -> Iterator[Finding]:
@@ -175,6 +177,7 @@ def interleaved(situation: Situation) -> Iterator[Finding]:
 
 def two_sided(situation: Situation) -> Iterator[Finding]:
     """silu on the up projection: g and u change places in the activation, with or without their gradients."""
+
     def forward(v: Values) -> Tensor:
         return v["g"] * v["u"].sigmoid() * v["u"]
 

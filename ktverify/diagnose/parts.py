@@ -65,7 +65,9 @@ def _one_part(situation: Situation, degree: int) -> Iterator[Finding]:
         mine = torch.zeros(situation.case.intermediate, dtype=torch.float64)
         mine[part * width : (part + 1) * width] = 1
         changes = {text: _weighted(stages, mine) for text, stages in _SUMS.items()}
-        changes["down_proj's product"] = lambda factor, mine=mine: {"down": lambda v: v["down"] * (1 + (factor - 1) * mine)}  # type: ignore[misc]
+        changes["down_proj's product"] = lambda factor, mine=mine: {
+            "down": lambda v: v["down"] * (1 + (factor - 1) * mine)
+        }  # type: ignore[misc]
         for text, change in changes.items():
             fitted = situation.fit_factor(change)
             if fitted is None or abs(fitted[0] - 1) < _NEAR:

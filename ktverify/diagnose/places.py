@@ -33,13 +33,15 @@ def stray(situation: Situation) -> Iterator[Finding]:
     first = int(left.nonzero()[0])
     row = situation.actual[name][first].flatten()
     value = float(row[row.ne(0)][0])
-    said = f"{name} of {axis} {first} is not zero ({value:.3g}): {int(left.sum())} of {int(idle.sum())} hold such values"
+    said = (
+        f"{name} of {axis} {first} is not zero ({value:.3g}): {int(left.sum())} of {int(idle.sum())} hold such values"
+    )
     yield Finding(Cause.STALE_VALUES, said, 1.0, -1.0, complete=True)
 
 
 def moved(situation: Situation) -> Iterator[Finding]:
     """One result (or all six LoRA gradients) shifted by one along an axis, reversed, zero, or of the other sign."""
-    groups = [(name, (name,)) for name in situation.actual]
+    groups: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in situation.actual]
     groups += [("the LoRA gradients", GRAD_NAMES)]
     for text, names in groups:
         names = tuple(name for name in names if name in situation.actual)

@@ -85,7 +85,9 @@ def ids(stand: Stand) -> Iterator[Finding]:
         weights = torch.where(holes < 0, torch.tensor(value), inputs.weights)
         other = stand.run(None, replace(masked, weights=weights))
         if calls.unequal(plain, other):
-            yield certain(cause, f"the weight of a slot with id -1 matters: {value} changes {calls.where(plain, other)}")
+            yield certain(
+                cause, f"the weight of a slot with id -1 matters: {value} changes {calls.where(plain, other)}"
+            )
             return
     for bad in (stand.case.num_experts, -2):
         wrong = inputs.expert_ids.clone()

@@ -55,7 +55,8 @@ def _set(layer: Any, lora: dict[str, Tensor]) -> None:
 
 def stale(situation: Situation, old: dict[str, Tensor], when: str) -> Finding:
     """Which of the six are still those of before: one after the other is put back where that lowers the error."""
-    lora, error, found = dict(situation.inputs.lora), situation.error, []
+    lora, error = dict(situation.inputs.lora), situation.error
+    found: list[str] = []
     groups = (LORA_NAMES, LORA_NAMES[4:], LORA_NAMES[2:4], LORA_NAMES[:2], LORA_NAMES[::2], LORA_NAMES[1::2])
     for names in (*groups, *((name,) for name in LORA_NAMES)):
         tried = {**lora, **{name: old[name] for name in names}}

@@ -1,7 +1,8 @@
 """What a hypothesis is tried on: an engine's tensors beside the right ones, and how much of the error is explained.
 
-The error is measured in budgets: per tensor (||actual - right|| / (budget ||right||))^2, added up, so that every tensor
-counts as far as it is over what plain bf16 would be allowed. A prediction explains 1 - error(prediction) / error(right).
+The error is measured in budgets: per tensor (||actual - right|| / (budget ||right||))^2, added up, so that every
+tensor counts as far as it is over what plain bf16 would be allowed. A prediction explains
+1 - error(prediction) / error(right).
 """
 
 from __future__ import annotations
@@ -200,8 +201,7 @@ class Situation:
     def left(self, predicted: Tensors) -> dict[str, float]:
         """The error that is left of each tensor; those that `predicted` has not keep theirs."""
         return {
-            name: self.off(name, predicted[name]) if name in predicted else error
-            for name, error in self.errors.items()
+            name: self.off(name, predicted[name]) if name in predicted else error for name, error in self.errors.items()
         }
 
     def finding(
@@ -271,4 +271,5 @@ class Situation:
         if not bool(torch.isfinite(normal).all()) or float(normal.abs().max()) == 0:
             return None
         small = 1e-12 * float(normal.diagonal().max())
-        return torch.linalg.solve(normal + small * torch.eye(size, dtype=torch.float64), beside)
+        solved: Tensor = torch.linalg.solve(normal + small * torch.eye(size, dtype=torch.float64), beside)
+        return solved

@@ -28,7 +28,7 @@ _LORA_LEAVES = dict(zip(("ga", "gb", "ua", "ub", "da", "db"), LORA_NAMES, strict
 
 @dataclass
 class Values:
-    """One expert's values by name: leaves and stages. expert: its index; rows, slots [n]: which (token, slot) it has."""
+    """One expert's values by name: leaves and stages. rows, slots [n]: which (token, slot) the expert has."""
 
     expert: int
     rows: Tensor

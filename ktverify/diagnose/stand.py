@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,13 @@ class Stand:
     def others(self, seed: int) -> Inputs:
         """The same layer with tokens of another seed."""
         drawn = make_inputs(self.case.with_seed(self.case.seed + seed))
-        return replace(self.inputs, **{name: getattr(drawn, name) for name in TOKENS})
+        return with_tokens(self.inputs, lambda name: getattr(drawn, name))
+
+
+def with_tokens(inputs: Inputs, make: Callable[[str], Tensor]) -> Inputs:
+    """`inputs` with other hidden_states, expert_ids, weights and grad_output, each made from its name."""
+    tensors: dict[str, Any] = {name: make(name) for name in TOKENS}
+    return replace(inputs, **tensors)
 
 
 def certain(cause: Cause, text: str, *evidence: str, rank: int = 1) -> Finding:

@@ -1,4 +1,4 @@
-"""Hypotheses of an end: a sum that stops early (a tail of K), a result whose end is wrong (a tail of N), rows left out."""
+"""Hypotheses of an end: a sum that stops early (tail of K), a result whose end is wrong (tail of N), rows left out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _cut_inputs(situation: Situation) -> Iterator[Finding]:
             continue
         cause = Cause.K_TAIL if name in LEAVES or name in _SUMMED else Cause.N_TAIL
         for first in _cuts(value.shape[1]):
-            formula = FORMULAS.get(name, lambda v, name=name: v[name])  # type: ignore[misc]
+            formula = FORMULAS.get(name, lambda v, name=name: v[name])
             change: dict[str, Formula] = {name: _cut(formula, first)}
             said = f"columns {first} to {value.shape[1] - 1} of {label(name)} count as zero"
             yield from situation.tried(cause, said, change)
@@ -97,7 +97,7 @@ def _rows_left_out(situation: Situation) -> Iterator[Finding]:
         where = "the LoRA gradients" if len(names) > 1 else names[0]
         for text, keep in _ROWS:
             change = {
-                stage: exchanged(stage, **{first: lambda v, n=first, k=keep: _rows_kept(v[n], k)})  # type: ignore[misc]
+                stage: exchanged(stage, **{first: lambda v, n=first, k=keep: _rows_kept(v[n], k)})
                 for stage, first in ((name, operands(name)[1]) for name in names)
             }
             said = f"the sum over tokens in {where} {text}"

@@ -1,4 +1,4 @@
-"""How many of the engines that are wrong on purpose get the right first-ranked cause: `python -m suites.meta.diagnosed`.
+"""How many of the engines that are wrong on purpose get the right first-ranked cause.
 
 Each is diagnosed on the case that its expected check runs; where that check is about behaviour, on the small case of
 the probes. `python -m ktverify diagnose --mutants` starts this.

@@ -166,7 +166,9 @@ def test_large_cases_are_looked_at_in_part() -> None:
 def test_cause_stands_below_a_failing_case() -> None:
     engine = MUTANT + "lora:lora_b_gradient_unscaled"
     records = accuracy.check_case("backward", engine, SMALL, fresh=1)
-    with pytest.raises(AssertionError, match=r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected") as said:
+    with pytest.raises(
+        AssertionError, match=r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected"
+    ) as said:
         accuracy.assert_passed(records)
     assert str(said.value).count("cause: ") == 1
 
