@@ -19,7 +19,6 @@ from ktverify.diagnose.stages import (
     exchanged,
     label,
     operands,
-    reached_tensors,
 )
 from ktverify.names import GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
@@ -118,7 +117,7 @@ def routing_weight(situation: Situation) -> Iterator[Finding]:
     weights = situation.inputs.weights.double()
     masked = situation.inputs.expert_ids < 0
     sums = torch.where(masked, 0.0, weights).sum(1, keepdim=True)
-    other = {
+    other: dict[str, Callable[[Tensor], Tensor]] = {
         "is left out (1 instead of w)": lambda w: torch.ones_like(w),
         "is used twice (w^2)": lambda w: w * w,
         "is made to add up to 1 a token": lambda w: w / sums,
@@ -200,8 +199,3 @@ def _weight_gradient(situation: Situation) -> Iterator[Finding]:
 def _short(value: float) -> str:
     """2.0, 0.125, 3.2e-05."""
     return f"{value:.1f}" if abs(value - round(value, 1)) < 1e-2 * max(abs(value), 0.1) else f"{value:.3g}"
-
-
-def unreached(situation: Situation, stage: str) -> bool:
-    """True where no failing tensor depends on `stage`."""
-    return not reached_tensors((stage,)).intersection(situation.failing)

@@ -12,7 +12,7 @@ from ktverify.data import Inputs, make_inputs
 from ktverify.diagnose import calls
 from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.situation import Finding
-from ktverify.diagnose.stand import BEHAVIOUR, TOKENS, Stand, certain, with_tokens
+from ktverify.diagnose.stand import BEHAVIOUR, Stand, certain, with_tokens
 from ktverify.metrics import compare
 from ktverify.names import GRAD_NAMES, LORA_NAMES, OUTPUT
 
