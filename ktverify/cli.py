@@ -16,6 +16,7 @@ import typer
 
 from ktverify.bench.command import bench
 from ktverify.diagnose.command import DEBUG, diagnose
+from ktverify.power import clean, mutants
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -464,11 +465,11 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-app.command()(_one_line_errors(bench))
-app.command()(_one_line_errors(diagnose))
+for _command in (bench, mutants, clean, diagnose):
+    app.command()(_one_line_errors(_command))
 _debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
-for _name, _command in DEBUG.items():
-    _debug.command(_name)(_one_line_errors(_command))
+for _name, _look in DEBUG.items():
+    _debug.command(_name)(_one_line_errors(_look))
 app.add_typer(_debug, name="debug")
 
 

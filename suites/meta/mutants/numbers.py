@@ -79,14 +79,6 @@ class fp32_gradients_come_as_bf16(Plain):
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "exact/exact_zipf", "exact")
-class routing_gradient_from_rounded_y(Plain):
-    """dw is formed from the experts' outputs after they were rounded to bf16."""
-
-    def routing_gradient(self, at: Group, d_out: Tensor) -> Tensor:
-        return (d_out * bf16(at.y)).sum(1)
-
-
-@mutant(Cause.ACCUMULATION_TYPE, "exact/exact_zipf", "exact")
 class rounded_twice(Plain):
     """Results are rounded to 11 bits and then to bf16."""
 
@@ -344,7 +336,7 @@ class tp_parts_with_a_coarse_exp(_Parts):
         return g / (1 + torch.exp(-g) * 1.004) * u if self.degree > 1 else super().activation(g, u)
 
 
-@mutant(Cause.TP_PART, "exact/exact_odd_tp", "exact")
+@mutant(Cause.TP_PART, "tp/gaussian", "tp")
 class tp_parts_summed_in_bf16(_Parts):
     """The parts' shares are rounded to bf16 before they are added."""
 

@@ -6,6 +6,7 @@ inputs, oracle and peer are made once for all mutants.
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 from collections.abc import Callable
@@ -47,8 +48,14 @@ def worst(kills: dict[str, list[Exceeded]]) -> Exceeded:
     return max(finite, key=lambda exceeded: exceeded.used) if finite else found[0]
 
 
-def _one_check(key: str, names: list[str]) -> tuple[str, dict[str, list[Exceeded]]]:
+def prepare() -> None:
+    """What a process does before it computes: a layer's release collects garbage, and need not look through modules."""
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+
+
+def _one_check(key: str, names: list[str]) -> tuple[str, dict[str, list[Exceeded]]]:
     return key, {name: ask(TABLE[key], MUTANTS[name].engine) for name in names}
 
 
@@ -57,7 +64,6 @@ def _one_gate(gate: str, name: str, keys: list[str]) -> tuple[str, str, bool]:
 
     Turning a gate off adds no failure, so the checks that the mutant passes need not be asked again.
     """
-    torch.set_num_threads(1)
     return gate, name, not any(ask_without(gate, key, MUTANTS[name].engine) for key in keys)
 
 
@@ -74,7 +80,7 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
     names = [mutant.name for mutant in mutants]
     result = Result(len(TABLE), {name: {} for name in names})
     order = {key: place for place, key in enumerate(TABLE)}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare) as pool:
         waiting = [pool.submit(_one_check, key, names) for key in TABLE]
         for done, future in enumerate(as_completed(waiting), start=1):
             key, found = future.result()
@@ -97,4 +103,4 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
     return result
 
 
-__all__ = ["NOT_OF_ENGINES", "RAISED", "Result", "candidates", "run", "worst"]
+__all__ = ["NOT_OF_ENGINES", "RAISED", "Result", "candidates", "prepare", "run", "worst"]

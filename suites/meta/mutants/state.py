@@ -251,7 +251,7 @@ class tp_remainder_accepted(Plain):
         super().__init__(**{**arguments, "threadpool_count": 1 if uneven else degree})
 
 
-@mutant(Cause.REFUSAL, "refusals/grad_output columns", "refusal")
+@mutant(Cause.REFUSAL, "refusals/grad_output columns", "raised")
 class refused_backward_uses_its_forward_up(Plain):
     """A backward that is refused has taken its forward away already."""
 
