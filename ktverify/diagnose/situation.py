@@ -20,10 +20,10 @@ from ktverify import gates, metrics
 from ktverify.cases import Case
 from ktverify.data import Inputs, inputs_sha256
 from ktverify.diagnose.causes import Cause
-from ktverify.diagnose.stages import Change, Layer, reached_tensors
+from ktverify.diagnose.stages import Change, Layer, Values, reached_tensors, recomputed
 from ktverify.engines import EngineFactory
 from ktverify.metrics import Difference
-from ktverify.names import ALL_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, tensor_shapes
+from ktverify.names import ALL_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, TOKEN_TENSORS, tensor_shapes
 from ktverify.peer import peer_error
 from ktverify.running import run_case
 
@@ -228,8 +228,35 @@ class Situation:
         self, cause: Cause, text: str, change: Change, *, rank: int = 1, evidence: tuple[str, ...] = ()
     ) -> Iterator[Finding]:
         """The finding of a changed formula; nothing where it cannot be what is wrong."""
-        if self.worth(reached_tensors(change)):
+        if self.worth(reached_tensors(change)) and self._gains(change):
             yield self.finding(cause, text, self.layer.changed(change), rank=rank, evidence=evidence)
+
+    @functools.cached_property
+    def _busiest(self) -> Values | None:
+        return max(self.layer.experts, key=lambda v: len(v.rows), default=None)
+
+    def _gains(self, change: Change) -> bool:
+        """False where `change`, tried on the busiest expert alone, takes its rows and gradients further off.
+
+        With d what the change moves, ||actual - right||^2 falls by 2 <actual - right, d> - ||d||^2. Most hypotheses end
+        here, at the cost of one expert.
+        """
+        v = self._busiest
+        if v is None:
+            return True
+        here, gain, moves = recomputed(v, change), 0.0, False
+        for name in reached_tensors(change).intersection(self.errors):
+            moved = here[name] - v[name]
+            if name in TOKEN_TENSORS:
+                at: tuple[Tensor, ...] = (v.rows, v.slots) if name == GRAD_WEIGHTS else (v.rows,)
+                apart = self.actual[name][at] - self.right[name][at]
+            else:
+                apart = self.actual[name][v.expert] - self.right[name][v.expert]
+            fine = torch.isfinite(apart) & torch.isfinite(moved)
+            apart, moved = torch.where(fine, apart, 0.0), torch.where(fine, moved, 0.0)
+            moves = moves or bool(moved.any())
+            gain += self.weights[name] * float((2 * apart * moved - moved.square()).sum())
+        return gain > 0 or not moves
 
     # ---- fits
 
