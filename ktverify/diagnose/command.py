@@ -52,7 +52,7 @@ def diagnose(
 
     parsed = Case.parse(case)
     with make_console(stderr=True).status(f"{parsed.id} on {engine}"):
-        found = search(parsed, engine, isa=isa, tp=tp, tensors=check_names(tensor, True), seconds=60.0)
+        found = search(parsed, engine, isa=isa, tp=tp, tensors=check_names(tensor, True), seconds=120.0)
     if as_json:
         typer.echo(_as_json(found, engine))
     else:

@@ -148,6 +148,10 @@ def diagnose(
     if behaviour and not (first is not None and first.share > SURE):
         extra, tried = probes.examine(situation, probe)
         diagnosis.tried += tried
+        kinds = len(probes.REMEDIES if situation.failing else probes.PROBES)
+        if tried < kinds and not extra:
+            late = f"the time was up after {tried} of {kinds} kinds of call"
+            diagnosis.note = f"{diagnosis.note}; {late}" if diagnosis.note else late
         diagnosis.findings = ranked([*diagnosis.findings, *extra])
     return diagnosis
 
