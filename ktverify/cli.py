@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ktverify.bench.command import bench
+from ktverify.diagnose.command import DEBUG, diagnose
 from ktverify.power import clean, mutants
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def repro(
     from ktverify import standalone
     from ktverify import verify as checking
     from ktverify.cases import Case
+    from ktverify.diagnose.hook import add_cause
 
     parsed = Case.parse(case)
     checking.check_names(tensor, backward=True)
@@ -203,6 +205,8 @@ def repro(
             backward=tensor != ["output"],
             tensors=tensor,
         )
+    if method == "AMXBF16_SFT":
+        add_cause(checked, engine, isa=isa, tp=tp)
     against = checked.records[0].source
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
@@ -356,6 +360,7 @@ def _verify_calls(
     """The records of forward and backward at every TP degree; expected values are computed once."""
     from ktverify import names
     from ktverify import verify as checking
+    from ktverify.diagnose.hook import add_cause
 
     wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode)
     records: list[AccuracyRecord] = []
@@ -373,6 +378,8 @@ def _verify_calls(
                 given=checked,
                 **options,
             )
+        if method == "AMXBF16_SFT":
+            add_cause(checked, engine, isa=options["isa"], tp=degree)
         records += checked.records
     return records
 
@@ -409,12 +416,15 @@ def _verify_training(
 
 def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     """Print the table, what failed and the verdict; exit 1 unless every record passed."""
+    from ktverify.diagnose.hook import cause_of
     from ktverify.report import console, tables
 
     console.print_accuracy(records)
     bad = [record for record in records if record.verdict != "PASS"]
     for record in bad:
         typer.echo(tables.problem_text(record))
+        if cause_of(record.message):
+            typer.echo(f"    {cause_of(record.message)}")
     for problem in problems:
         typer.echo(problem)
     if bad or problems or not records:
@@ -473,8 +483,12 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-for _command in (bench, mutants, clean):
+for _command in (bench, mutants, clean, diagnose):
     app.command()(_one_line_errors(_command))
+_debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
+for _name, _look in DEBUG.items():
+    _debug.command(_name)(_one_line_errors(_look))
+app.add_typer(_debug, name="debug")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ktverify import golden, verify
 from ktverify.cases import Case
+from ktverify.diagnose.hook import add_cause, cause_of
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.report.record import AccuracyRecord
 from ktverify.verify import Checked
@@ -49,6 +50,7 @@ def check_case(
         tensors=TENSORS[family],
         given=given,
     )
+    add_cause(_last, engine, isa=isa, tp=tp)
     return _last.records
 
 
@@ -73,6 +75,7 @@ def assert_passed(records: list[AccuracyRecord]) -> None:
         raise Unsupported(failed[0].message.removeprefix("UNSUPPORTED "))
     if failed:
         lines = dict.fromkeys(record.message.partition("\n")[0] for record in failed)
-        raise NotPassed("\n".join([*lines, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
+        causes = dict.fromkeys(cause for cause in (cause_of(record.message) for record in failed) if cause)
+        raise NotPassed("\n".join([*lines, *causes, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
     if not records:
         raise AssertionError("nothing was compared")
