@@ -94,6 +94,7 @@ class KTMoEWrapper:
         self.isa: str = isa or os.environ.get(ISA_VARIABLE) or available_isas()[0]
         _native.require_isa(self.isa)
         self.grad_weights: torch.Tensor | None = None
+        self.last_ticket = 0
         self.gate_lora_a: torch.Tensor
         self.gate_lora_b: torch.Tensor
         self.up_lora_a: torch.Tensor
@@ -200,27 +201,32 @@ class KTMoEWrapper:
     ) -> torch.Tensor:
         """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32 -> output [T, H] bf16.
 
-        An id of -1 says that the slot is not this layer's: it contributes nothing."""
+        An id of -1 says that the slot is not this layer's: it contributes nothing. `last_ticket` then names what was
+        saved, for `backward` or `drop`; 0 without save_for_backward."""
         contract.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
         inputs = [t.detach().contiguous() for t in (hidden_states, expert_ids, weights)]
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        self._native.forward(tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward)
+        self.last_ticket = self._native.forward(
+            tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward
+        )
         if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
             self._sources = None  # every expert is packed: the caller's tensors may go
         return output
 
     def backward(
-        self, grad_output: torch.Tensor, *, accumulate: bool = False
+        self, grad_output: torch.Tensor, *, accumulate: bool = False, ticket: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """grad_output [T, H] bf16 of the newest saved forward -> grad_input [T, H] bf16 and the six LoRA gradients in
         their parameters' shapes and dtype; `grad_weights` then holds that of the routing weights, fp32 [T, k].
 
         accumulate: the LoRA gradients are the sum over the backward calls since update_lora_weights that had it set,
-        added in fp32 and rounded once."""
-        contract.check_backward(
-            self.spec, grad_output, self._native.saved_rows if self._native.saved_forwards else None
-        )
+        added in fp32 and rounded once.
+        ticket: that of another saved forward than the newest. RuntimeError for one that was used or dropped."""
+        waiting = self._native.saved_rows if self._native.saved_forwards else None
+        if ticket and isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2:
+            waiting = grad_output.shape[0]  # the engine knows the rows of each ticket, and compares
+        contract.check_backward(self.spec, grad_output, waiting)
         tokens = grad_output.shape[0]
         upstream = grad_output.detach().contiguous()
         grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
@@ -236,9 +242,14 @@ class KTMoEWrapper:
             [g.data_ptr() for g in grads.values()],
             grad_weights.data_ptr(),
             accumulate,
+            ticket,
         )
         self.grad_weights = grad_weights
         return grad_input, grads
+
+    def drop(self, ticket: int) -> None:
+        """Frees what the forward of this ticket saved; nothing where it was used or dropped before."""
+        self._native.drop(ticket)
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:

@@ -131,16 +131,17 @@ PYBIND11_MODULE(_native, m) {
              [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
                 std::uintptr_t output, bool save) {
                  const py::gil_scoped_release release;
-                 layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
-                               pointer<const float>(weights), pointer<bf16>(output), save);
+                 return layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
+                                      pointer<const float>(weights), pointer<bf16>(output), save);
              })
         .def("backward",
              [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,
-                std::uintptr_t grad_weights, bool accumulate) {
+                std::uintptr_t grad_weights, bool accumulate, Layer::Ticket ticket) {
                  const py::gil_scoped_release release;
                  layer.backward(rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
-                                pointer<float>(grad_weights), accumulate);
+                                pointer<float>(grad_weights), accumulate, ticket);
              })
+        .def("drop", &Layer::drop, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("saved_forwards", &Layer::saved_forwards)
         .def_property_readonly("saved_rows", &Layer::saved_rows)
         .def_property_readonly("packed_experts", &Layer::packed_experts)

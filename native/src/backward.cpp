@@ -81,13 +81,16 @@ std::vector<std::size_t> Layer::State::grad_sizes() const {
 }
 
 void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
-                            float* grad_weights, bool accumulate) {
+                            float* grad_weights, bool accumulate, Layer::Ticket ticket) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
-    if (saved.empty())
-        throw BadState("backward without a saved forward: call forward_sft(..., save_for_backward=True) first");
-    const Saved& kept = saved.back();
+    const auto found = find_saved(ticket);
+    if (found == saved.end())
+        throw BadState(ticket == 0
+                           ? "backward without a saved forward: call forward_sft(..., save_for_backward=True) first"
+                           : "backward of ticket " + std::to_string(ticket) + ", which was used or dropped before");
+    const Saved& kept = *found;
     if (rows != kept.routing.tokens)
         throw BadInput("grad_output has " + std::to_string(rows) + " rows; the saved forward had " +
                        std::to_string(kept.routing.tokens));
@@ -468,8 +471,8 @@ void Layer::State::backward(int rows, const bf16* grad_output, bf16* grad_input,
     team.run(body);
     if (active == 0 && T > 0) std::memset(grad_input, 0, T * H * sizeof(bf16));
     shared.cache.give(std::move(work));
-    shared.cache.give(std::move(saved.back().block));
-    saved.pop_back();
+    shared.cache.give(std::move(found->block));
+    saved.erase(found);
     note_saved();
 }
 

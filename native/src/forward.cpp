@@ -60,8 +60,8 @@ int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
     return 3;
 }
 
-void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
-                           bool save) {
+Layer::Ticket Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights,
+                                    bf16* output, bool save) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
@@ -322,10 +322,11 @@ void Layer::State::forward(int rows, const bf16* x, const std::int64_t* ids, con
     team.run(body);
     if (active == 0 && T > 0) std::memset(output, 0, T * z(size.H) * sizeof(bf16));
     shared.cache.give(std::move(work));
-    if (save) {
-        saved.push_back(std::move(kept));
-        note_saved();
-    }
+    if (!save) return 0;
+    kept.ticket = ++last_ticket;
+    saved.push_back(std::move(kept));
+    note_saved();
+    return last_ticket;
 }
 
 }  // namespace ktv

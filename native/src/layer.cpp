@@ -74,7 +74,8 @@ void Layer::update_lora(const LoraPointers& lora) {
     state_->lora_loaded = true;
 }
 
-void Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save) {
+Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
+                             bool save) {
     State& s = *state_;
     if (!s.weights_loaded) throw BadState("forward_sft before the base weights: call load_weights_from_tensors first");
     if (!s.lora_loaded) throw BadState("forward_sft before the LoRA weights: call init_lora_weights first");
@@ -82,13 +83,24 @@ void Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const floa
         throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
                        std::to_string(s.config.max_rows));
     check_ids(ids, rows, s.config.top_k, s.config.num_experts);
-    s.forward(rows, x, ids, weights, output, save);
+    return s.forward(rows, x, ids, weights, output, save);
 }
 
 void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
-                     float* grad_weights, bool accumulate) {
+                     float* grad_weights, bool accumulate, Ticket ticket) {
     State& s = *state_;
-    s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate);
+    s.backward(rows, grad_output, grad_input, grads, grad_weights, accumulate, ticket);
+}
+
+void Layer::drop(Ticket ticket) {
+    State& s = *state_;
+    Process& shared = process();
+    const std::lock_guard lock(shared.mutex);
+    const auto found = ticket == 0 ? s.saved.end() : s.find_saved(ticket);
+    if (found == s.saved.end()) return;
+    shared.cache.give(std::move(found->block));
+    s.saved.erase(found);
+    s.note_saved();
 }
 
 int Layer::saved_forwards() const {

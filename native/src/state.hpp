@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <memory>
 #include <vector>
 
@@ -63,6 +64,7 @@ struct LoraPack {
 
 // What backward needs of a forward.
 struct Saved {
+    Layer::Ticket ticket = 0;
     Routing routing;
     std::shared_ptr<const LoraPack> lora;  // the snapshot that it was computed with
     Block block;
@@ -91,6 +93,11 @@ struct Layer::State {
     int packed = 0;
     std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
+    Layer::Ticket last_ticket = 0;
+    std::vector<Saved>::iterator find_saved(Layer::Ticket ticket) {  // 0: the newest
+        if (ticket == 0 && !saved.empty()) return std::prev(saved.end());
+        return std::find_if(saved.begin(), saved.end(), [&](const Saved& s) { return s.ticket == ticket; });
+    }
     // The same for those who only want to know, without waiting for a computation.
     std::atomic<int> saved_forwards{0}, saved_rows{-1};
     void note_saved() {
@@ -105,9 +112,10 @@ struct Layer::State {
 
     void pack_experts(Team& team, const std::vector<int>& wanted);
     void pack_lora(Team& team, const LoraPointers& lora);
-    void forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
+    Layer::Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
+                          bool save);
     void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
-                  bool accumulate);
+                  bool accumulate, Layer::Ticket ticket);
     std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
 };
 

@@ -82,13 +82,18 @@ class Layer {
     // Takes a snapshot of all six tensors; the caller may change them afterwards.
     void update_lora(const LoraPointers& lora);
 
-    // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16.
-    void forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
+    // Names one saved forward of this layer; never 0, never used twice.
+    using Ticket = std::uint64_t;
+
+    // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16. The ticket of what was saved; 0 without.
+    Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
     // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T,
-    // k] fp32; of the newest saved forward, which is dropped. `accumulate` adds to the LoRA gradients of the calls
-    // before it in fp32 and stores the rounded sum.
+    // k] fp32; of the saved forward that `ticket` names, 0 for the newest, which is dropped. `accumulate` adds to the
+    // LoRA gradients of the calls before it in fp32 and stores the rounded sum.
     void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
-                  bool accumulate);
+                  bool accumulate, Ticket ticket = 0);
+    // Frees a saved forward that will not see its backward; nothing where there is none of this ticket.
+    void drop(Ticket ticket);
 
     int saved_forwards() const;
     int saved_rows() const;  // of the newest saved forward; -1 without one
