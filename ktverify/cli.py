@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ktverify.bench.command import bench
+from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -455,6 +456,8 @@ def _progress(text: str) -> Any:
 
 
 app.command()(_one_line_errors(bench))
+for _name, (_command, _settings) in TRAINING_COMMANDS.items():
+    app.command(_name, context_settings=_settings)(_one_line_errors(_command))
 
 
 def main() -> None:

@@ -19,12 +19,14 @@ from ktverify.training.curves import LOSS_FILE
 
 
 class Journal(TrainerCallback):
-    """Writes loss.jsonl in `directory`; `rows` has what it wrote, `rss` the resident bytes after every step."""
+    """Writes loss.jsonl in `directory`; `rows` has what it wrote, `rss` the resident bytes after every step,
+    `rss_before` those before the first."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOSS_FILE
         self.rows: list[dict[str, Any]] = []
         self.rss: list[int] = []
+        self.rss_before = 0
         self._process = psutil.Process()
         self._since = (0.0, 0)
 
@@ -33,6 +35,7 @@ class Journal(TrainerCallback):
             kept = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
             self.rows = [row for row in kept if row["step"] <= state.global_step]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.rss_before = self._process.memory_info().rss
         self._since = (time.perf_counter(), int(state.num_input_tokens_seen))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -44,7 +44,21 @@ class Summary:
     peak_rss: int
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A training that is done: what it left in memory."""
+
+    summary: Summary
+    journal: Journal
+    model: Any
+
+
 def train(config: TrainConfig, beside: Path) -> Summary:
+    """Run the training that `config` describes and write what it left; see `run`."""
+    return run(config, beside).summary
+
+
+def run(config: TrainConfig, beside: Path) -> Trained:
     """Run the training that `config` describes; relative data paths are also looked for in the directory `beside`.
 
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
@@ -86,7 +100,7 @@ def train(config: TrainConfig, beside: Path) -> Summary:
     adapted.save_pretrained(str(output))
     tokenizer.save_pretrained(str(output))
     trainer.save_state()
-    return _conclude(trainer, journal, seconds, output)
+    return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
 
 
 def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:

@@ -21,7 +21,7 @@ _COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "initializer_range": 0.05,
+    "initializer_range": 0.15,
     "use_cache": True,
     "tie_word_embeddings": False,
 }
