@@ -7,6 +7,7 @@ tokens_per_s, rss} a line; rss in bytes. After a resume the lines beyond the che
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -57,5 +58,8 @@ class Journal(TrainerCallback):
         }
         self._since = (now, tokens)
         self.rows.append(row)
+        if not sys.stderr.isatty():  # a terminal has the Trainer's progress bar
+            speed = f"{row['tokens_per_s']} tokens/s"
+            print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

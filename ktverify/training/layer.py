@@ -6,14 +6,16 @@ output, differentiable. Parameters belong to peft: this module has none of its o
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ktverify import contract, experts
 from ktverify.names import LORA_NAMES
@@ -22,7 +24,18 @@ from ktverify.training.function import Call, MOEAMXFunction
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
 BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
-_SAMPLE = 4096  # elements of a parameter that are looked at to see whether somebody wrote past autograd's counter
+_SAMPLE = 4096  # elements of a parameter that are looked at to see whether somebody wrote past all counters
+_steps = itertools.count()
+_last_step = 0
+
+
+def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    global _last_step
+    _last_step = next(_steps) + 1
+
+
+# of every optimizer in this process: fused ones change parameters without moving autograd's counter
+register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -92,9 +105,10 @@ class MOELayerWrapper(nn.Module):
     """E experts behind hidden_states [T, H], expert_ids [T, k], weights [T, k] -> [T, H], any float dtype and device.
 
     The engine computes in bf16 with fp32 sums on the CPU; what comes from elsewhere goes there and back. Before every
-    call the adapters' parameters are compared with those that the engine holds, by autograd's version counters, by
-    address and by a sample of their values, and taken over when they changed: an optimizer's step needs no hook. With
-    `auto_update = False` a call with changed parameters raises RuntimeError until `update_lora_pointers()`.
+    call the adapters' parameters are compared with those that the engine holds, by autograd's version counters, the
+    steps of all optimizers, address and a sample of their values, and taken over when they changed: nobody has to call
+    anything after a step. With `auto_update = False` a call with changed parameters raises RuntimeError until
+    `update_lora_pointers()`.
     """
 
     def __init__(self, layer_idx: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, infer: CpuInfer) -> None:
@@ -249,11 +263,10 @@ def _engine_lora(
     return [a, b[:, :intermediate], a, b[:, intermediate:], down_a, down_b]
 
 
-def _state(parameter: torch.Tensor) -> tuple[int, int, float]:
-    """What changes when a parameter does: its address, autograd's counter, and the sum of a sample of its values.
-
-    The sample is for writes through `.data`, which the counter does not see; a step moves nearly all elements.
-    """
+def _state(parameter: torch.Tensor) -> tuple[object, ...]:
+    """What changes when a parameter does: its address, autograd's counter, the steps of all optimizers, and the bits
+    of a sample of its values, for writes through `.data`, which nothing counts."""
     flat = parameter.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)]
-    return parameter.data_ptr(), parameter._version, float(sample.double().sum())
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
+    bits = sample.view(torch.uint8).numpy().tobytes()
+    return parameter.data_ptr(), parameter._version, _last_step, bits

@@ -56,4 +56,4 @@ def _few_steps(config: TrainConfig, beside: Path, steps: int) -> Trained:
                 "resume_from_checkpoint": None,
             }
         )
-        return run(short, beside)
+        return run(short, beside, one_length=True)

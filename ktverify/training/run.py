@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from ktverify.files import write_whole
 from ktverify.training import checkpoints, curves
@@ -58,8 +59,10 @@ def train(config: TrainConfig, beside: Path) -> Summary:
     return run(config, beside).summary
 
 
-def run(config: TrainConfig, beside: Path) -> Trained:
+def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Trained:
     """Run the training that `config` describes; relative data paths are also looked for in the directory `beside`.
+
+    one_length pads every batch to the longest example: torch keeps memory for each shape that it has seen.
 
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
     """
@@ -90,10 +93,11 @@ def run(config: TrainConfig, beside: Path) -> Trained:
         model=adapted,
         args=_arguments(config),
         train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
         processing_class=tokenizer,
         callbacks=[journal],
     )
+    trainer.remove_callback(PrinterCallback)  # the journal prints a line for a step, shorter
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - started
@@ -151,6 +155,11 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:
+    padding = "longest" if length is None else "max_length"
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=padding, max_length=length)
 
 
 def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) -> Summary:
