@@ -457,7 +457,8 @@ def _progress(text: str) -> Any:
 
 app.command()(_one_line_errors(bench))
 for _name, (_command, _settings) in TRAINING_COMMANDS.items():
-    app.command(_name, context_settings=_settings)(_one_line_errors(_command))
+    _checked: Callable[..., None] = _one_line_errors(_command)
+    app.command(_name, context_settings=_settings)(_checked)
 
 
 def main() -> None:

@@ -46,7 +46,9 @@ def verify_training(directory: Path, base: str | None = None) -> Iterator[Findin
     yield Finding("finite", not broken, f"NaN or Inf in {broken[0]}" if broken else "no NaN, no Inf")
     zero = [name for name, tensor in tensors.items() if "lora_B" in name and not bool(tensor.any())]
     count = sum("lora_B" in name for name in tensors)
-    yield Finding("trained", not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else f"{count} lora_B moved")
+    yield Finding(
+        "trained", not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else f"{count} lora_B moved"
+    )
     yield _loss(directory)
     yield from _with_base(directory, base, tensors)
 

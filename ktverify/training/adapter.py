@@ -37,11 +37,17 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
 
     def factors(self) -> Factors | None:
         """The active adapter's; None while adapters are disabled. ValueError for several at a time."""
+        return None if self.disable_adapters else self.held()
+
+    def held(self) -> Factors | None:
+        """The active adapter's, disabled or not."""
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or not active:
+        if not active:
             return None
         if len(active) > 1:
-            raise ValueError(f"the engine computes one adapter at a time, {len(active)} are active: {', '.join(active)}")
+            raise ValueError(
+                f"the engine computes one adapter at a time, {len(active)} are active: {', '.join(active)}"
+            )
         name = active[0]
         return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
 
@@ -92,7 +98,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout}; it takes a number from 0 up to, not including, 1")
     _compute_experts_in_engine(model, config)
-    adapted: PeftModel = get_peft_model(model, config)  # type: ignore[arg-type,assignment]
+    adapted: PeftModel = get_peft_model(model, config)
     if dropout:
         for module in adapted.modules():
             if isinstance(module, lora_layer.Linear):
@@ -111,7 +117,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     config.inference_mode = not trainable
     _compute_experts_in_engine(model, config)
     try:
-        return PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)  # type: ignore[arg-type]
+        return PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {path} does not fit this base model: {first}") from error
@@ -121,7 +127,7 @@ def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
     """On a wrapped model, let peft use our ParamWrapper; its extension point for layers it does not know."""
     kinds = {type(module) for module in model.modules() if hasattr(module, "_kt_layer")}
     if kinds:
-        config._register_custom_module({kind: ParamWrapper for kind in kinds})
+        config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
 
 
 def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list[str]]:

@@ -5,8 +5,9 @@ Parses, calls the module that does the work, prints. Light until a command is ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,9 +55,13 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     from ktverify.training.run import train as run
 
     done = run(chosen, config.resolve().parent)
-    typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f} in {done.steps} steps, slope {done.slope:.2e} a step")
-    typer.echo(f"{done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak memory "
-               f"{format_bytes(done.peak_rss)}")
+    typer.echo(
+        f"loss {done.first_loss:.4f} to {done.last_loss:.4f} in {done.steps} steps, slope {done.slope:.2e} a step"
+    )
+    typer.echo(
+        f"{done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak memory "
+        f"{format_bytes(done.peak_rss)}"
+    )
     typer.echo(f"{chosen.output_dir}: adapter_model.safetensors, loss.jsonl, loss.png, training.json")
 
 
@@ -96,8 +101,10 @@ def compare_curves(
 
     first, second = curves.read_curve(old), curves.read_curve(new)
     found = curves.compare(first, second)
-    typer.echo(f"{len(found.steps)} steps: mean {found.mean:.2%}, largest {found.largest:.2%} at step "
-               f"{found.largest_at}, final {found.final:.2%}")
+    typer.echo(
+        f"{len(found.steps)} steps: mean {found.mean:.2%}, largest {found.largest:.2%} at step "
+        f"{found.largest_at}, final {found.final:.2%}"
+    )
     typer.echo(f"slope {found.slopes[0]:.3e} and {found.slopes[1]:.3e} a step")
     if plot is not None:
         curves.draw({str(old): first, str(new): second}, plot)
@@ -169,7 +176,7 @@ def throughput(
     typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "make-tiny": (make_tiny, {}),
     "train": (train, PASS_THROUGH),
     "verify-training": (verify_training, {}),
@@ -188,7 +195,7 @@ def _verdict(passed: bool, text: str) -> None:
 
 
 def _quiet() -> None:
-    """transformers' progress bars and deprecation notes off; ImportError that says what to install where it is missing."""
+    """transformers' progress bars and deprecation notes off; ImportError that says what to install."""
     import warnings
 
     try:
@@ -200,7 +207,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def _status(text: str):  # type: ignore[no-untyped-def]
+def _status(text: str) -> Any:
     from ktverify.report.console import make_console
 
     return make_console(stderr=True).status(text)

@@ -28,7 +28,7 @@ def export_merged(adapter: Path, out: Path, *, base: str | None = None, dtype: s
     if not path:
         raise ValueError(f"{adapter} does not name its base model: give --base")
     model, tokenizer = load_base(path, dtype)
-    merged = load_adapter(model, adapter).merge_and_unload()  # type: ignore[operator]
+    merged = load_adapter(model, adapter).merge_and_unload()
     out.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:

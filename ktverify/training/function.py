@@ -36,7 +36,7 @@ class Call:
 class MOEAMXFunction(torch.autograd.Function):
     """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32, Call, six LoRA tensors -> [T, H] bf16.
 
-    Gradients: hidden_states, weights, and the LoRA tensors in their dtype, in the shapes that `names.lora_shapes` gives;
+    Gradients: hidden_states, weights, and the LoRA tensors in their dtype, in the shapes of `names.lora_shapes`;
     the engine computes with the values of its last update, the six tensors given here only receive the gradients.
 
     Forwards may wait for their backward in any number and order. As many as `room` keep what backward needs in the
@@ -63,7 +63,7 @@ class MOEAMXFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_states, expert_ids, weights, ticket = ctx.saved_tensors
         engine: KTMoEWrapper = ctx.call.engine

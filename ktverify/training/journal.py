@@ -19,7 +19,7 @@ from ktverify.files import write_whole
 from ktverify.training.curves import LOSS_FILE
 
 
-class Journal(TrainerCallback):
+class Journal(TrainerCallback):  # type: ignore[misc]
     """Writes loss.jsonl in `directory`; `rows` has what it wrote, `rss` the resident bytes after every step,
     `rss_before` those before the first."""
 

@@ -94,11 +94,12 @@ class Factors:
 
 
 class Adapter(Protocol):
-    """What holds one parameter's LoRA; `factors` is None while it is switched off."""
+    """What holds one parameter's LoRA; `factors` is None while it is switched off, `held` is there all the same."""
 
     @property
     def parameter_name(self) -> str: ...
     def factors(self) -> Factors | None: ...
+    def held(self) -> Factors | None: ...
 
 
 class MOELayerWrapper(nn.Module):
@@ -132,7 +133,7 @@ class MOELayerWrapper(nn.Module):
         down_lora_a [E r, I], down_lora_b [H, r E]; none without an adapter on the experts."""
         found: dict[str, nn.Parameter] = {}
         for parameter, adapter in self.adapters.items():
-            factors = adapter.factors()
+            factors = adapter.held()
             if factors is not None:
                 short = parameter.removesuffix("_proj")
                 found.update({f"{short}_lora_a": factors.a, f"{short}_lora_b": factors.b})  # type: ignore[dict-item]
@@ -153,14 +154,15 @@ class MOELayerWrapper(nn.Module):
         assert engine is not None
         call = Call(engine, self._version, lambda: self._version, save, self.infer.max_cache_depth)
         rows = self.infer.chunked_prefill_size
+        apply: Any = MOEAMXFunction.apply
         pieces = [
-            MOEAMXFunction.apply(x[first : first + rows], ids[first : first + rows], w[first : first + rows], call, *lora)
-            for first in range(0, max(1, len(x)), rows)
+            apply(x[at : at + rows], ids[at : at + rows], w[at : at + rows], call, *lora)
+            for at in range(0, max(1, len(x)), rows)
         ]
-        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        output: torch.Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if engine.packed_experts == self.num_experts:
             self._sources = None
-        return output.to(hidden_states.device, hidden_states.dtype)  # type: ignore[no-any-return]
+        return output.to(hidden_states.device, hidden_states.dtype)
 
     # ---- from peft's parameters to the engine's
 
@@ -168,25 +170,38 @@ class MOELayerWrapper(nn.Module):
         """The six LoRA tensors of the present call, differentiable; () without LoRA. The engine then holds them."""
         factors = {a.parameter_name: f for a in calling if (f := a.factors()) is not None}
         lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
+        if self.engine is None:
+            # by what is held, so that an adapter which is off at first can be switched on
+            held = {a.parameter_name: f for a in self.adapters.values() if (f := a.held()) is not None}
+            self._build(held, top_k)
         scaling = next(iter(factors.values())).scaling if factors else None
         key = tuple((name, f.scaling, _state(f.a), _state(f.b)) for name, f in sorted(factors.items()))
-        if self.engine is None or (lora and lora[0].shape[1] != self.engine.spec.lora_rank) or self._other(scaling):
-            self._build(lora, scaling, top_k)
+        if self._other(lora, scaling):
+            self._build(factors, top_k)
+            self._held = key
         elif key != self._held:
-            if not may_update:
+            if self._held is not None and not may_update:
                 raise RuntimeError(
                     f"the LoRA parameters of MoE layer {self.layer_idx} changed since the engine took them over, and "
                     "auto_update is off: call update_lora_pointers() after the optimizer's step"
                 )
             self._load(lora)
-        self._held = key
+            self._held = key
         return tuple(lora)
 
-    def _other(self, scaling: float | None) -> bool:
+    def _other(self, lora: list[torch.Tensor], scaling: float | None) -> bool:
+        """Whether an engine of another rank, method or scaling is needed than the one that is there."""
         assert self.engine is not None
-        return scaling is not None and abs(self.engine.spec.scaling - scaling) > 1e-6 * scaling
+        spec = self.engine.spec
+        if scaling is None:
+            return False
+        if spec.method != METHOD or lora[0].shape[1] != spec.lora_rank:
+            return True
+        return abs(spec.scaling - scaling) > 1e-6 * scaling
 
-    def _build(self, lora: list[torch.Tensor], scaling: float | None, top_k: int) -> None:
+    def _build(self, factors: dict[str, Factors], top_k: int) -> None:
+        lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
+        scaling = next(iter(factors.values())).scaling if factors else 1.0
         if self._sources is None:
             raise RuntimeError(
                 f"MoE layer {self.layer_idx} has packed its base weights for another LoRA rank or scaling: attach the "
@@ -204,7 +219,7 @@ class MOELayerWrapper(nn.Module):
             chunked_prefill_size=self.infer.chunked_prefill_size,
             method=METHOD if lora else METHOD_WITHOUT_LORA,
             lora_rank=rank,
-            lora_alpha=(scaling or 1.0) * rank,
+            lora_alpha=scaling * rank,
             # one more than ever wait, for a forward that is computed again
             max_cache_depth=self.infer.max_cache_depth + 1,
             isa=self.infer.isa,
@@ -231,12 +246,10 @@ class MOELayerWrapper(nn.Module):
         self._version += 1
 
 
-def _engine_lora(
-    factors: dict[str, Factors], num_experts: int, hidden: int, intermediate: int
-) -> list[torch.Tensor]:
+def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, intermediate: int) -> list[torch.Tensor]:
     """The six tensors in the order of LORA_NAMES, differentiable with respect to the factors; [] without any.
 
-    gate and up share the A that peft gives their stacked parameter. Where ranks differ, the smaller ones are padded with
+    gate and up share the A that peft gives their stacked parameter. Where ranks differ, the smaller are padded with
     zeros; where scalings do, the engine has the first one's and the other stands in B.
     """
     if not factors:

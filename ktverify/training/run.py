@@ -92,7 +92,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     trainer = Trainer(
         model=adapted,
         args=_arguments(config),
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=rows,
         data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
         processing_class=tokenizer,
         callbacks=[journal],
@@ -113,7 +113,9 @@ def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tup
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model_name_or_path {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(
+            f"model_name_or_path {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
     return model, tokenizer
 
 

@@ -111,8 +111,9 @@ def _hand_over(block: nn.Module, wrapper: MOELayerWrapper) -> None:
         empty = torch.zeros(1, dtype=old.dtype).expand(old.shape)
         setattr(block, name, nn.Parameter(empty, requires_grad=False))
     # a placeholder that is moved or cast would become a whole tensor, and one that is saved would be zeros
-    block._apply = lambda fn, recurse=True: block  # type: ignore[assignment,method-assign]
-    block.register_state_dict_post_hook(_leave_out)
+    block._apply = lambda fn, recurse=True: block  # type: ignore[method-assign]
+    hooked: Any = block
+    hooked.register_state_dict_post_hook(_leave_out)
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
