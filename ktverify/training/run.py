@@ -76,9 +76,6 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     rows = encode(records, tokenizer, config.cutoff_len)
     if infer is not None:
         wrap_moe_layers(model, infer)
-    else:
-        # the stock model's own loop over experts: grouped_mm, its default, takes only aligned sizes
-        model.set_experts_implementation("eager")
     torch.manual_seed(config.seed)
     settings = lora_config(
         model,
@@ -108,7 +105,13 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
 
 
 def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:
-    """The stock model and its tokenizer. ValueError where `path` holds none."""
+    """The stock model and its tokenizer, from a directory or by a hub's name. ValueError where there is none."""
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if local and not Path(path).is_dir():
+        raise ValueError(
+            f"model_name_or_path {path!r} is no directory; a tiny model to try with: "
+            f"python -m ktverify make-tiny FAMILY --out {path}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)

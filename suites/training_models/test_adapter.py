@@ -89,7 +89,7 @@ def test_other_ranks_and_scalings_for_single_parameters() -> None:
         config = lora_config(model, rank=4)
         config.rank_pattern, config.alpha_pattern = {r".*\.gate_up_proj": 8}, {r".*\.gate_up_proj": 12}
         pair.append(models.fill(add_adapter(model, config)))
-    peer = models.with_peer(copy.deepcopy(stock))
+    peer = models.with_peer(copy.deepcopy(pair[1]))
     found = [models.forward_backward(model, IDS) for model in (*pair, peer)]
     assert found[0].keys() == found[1].keys()
     assert pair[0]._kt_wrappers[0].engine.spec.lora_rank == 8
@@ -98,7 +98,7 @@ def test_other_ranks_and_scalings_for_single_parameters() -> None:
 
 def test_dropout_acts_in_training_only_and_is_seeded(tmp_path: Path) -> None:
     model = models.with_engine(build_model("qwen3_moe").float())
-    adapted = models.fill(add_adapter(model, lora_config(model), dropout=0.5))
+    adapted: Any = models.fill(add_adapter(model, lora_config(model), dropout=0.5))
 
     def trained(seed: int, checkpointing: bool = False) -> dict[str, Tensor]:
         adapted.train()

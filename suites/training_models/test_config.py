@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from ktverify.cli import app
 from ktverify.training.config import read_config
-from ktverify.training.dataset import IGNORED, EXAMPLE, encode, example_data, read_records
+from ktverify.training.dataset import EXAMPLE, IGNORED, encode, example_data, read_records
 from ktverify.training.tiny import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -57,7 +57,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
         ("dataset: nothing.json", "dataset 'nothing.json' is no file"),
         ("resume_from_checkpoint: true", "holds no checkpoint to resume from"),
         ("- a list", "is no YAML"),
-        ("", "model_name_or_path 'nowhere' cannot be loaded"),
+        ("", "model_name_or_path 'nowhere' is no directory"),
     ],
 )
 def test_wrong_configurations(line: str, wanted: str, config: Callable[..., Path]) -> None:
@@ -112,7 +112,7 @@ def test_labels_are_on_the_answer_only() -> None:
     assert len(rows) == len(records)
     for record, row in zip(records, rows, strict=True):
         answer = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
-        assert answer == f"{record.answer}</s>\n"
+        assert answer == f"{record.answer}</s>"
         asked = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
         assert record.prompt in tokenizer.decode(asked)
     cut = encode(records, tokenizer, 40)
