@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -81,24 +82,29 @@ def _record(row: Any, where: str) -> Record:
     return Record(prompt, row["output"], row.get("system", ""))
 
 
-def encode(records: Sequence[Record], tokenizer: Any, cutoff_len: int) -> list[dict[str, list[int]]]:
-    """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens.
+def encode(
+    records: Sequence[Record], tokenizer: Any, cutoff_len: int, *, workers: int = 1
+) -> list[dict[str, list[int]]]:
+    """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens; by `workers` threads.
 
     ValueError where the tokenizer has no chat template, or where nothing of any answer is left."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, and template: default takes the tokenizer's own")
-    rows = []
-    for record in records:
-        prompt = _template(tokenizer, record.messages, add_generation_prompt=True)
-        whole = _template(tokenizer, [*record.messages, {"role": "assistant", "content": record.answer}])
-        # a template may write the answer's beginning otherwise than its prompt: mask what the two have in common
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        labels = [IGNORED] * shared + whole[shared:]
-        rows.append({"input_ids": whole[:cutoff_len], "labels": labels[:cutoff_len]})
+    with ThreadPoolExecutor(workers) as pool:
+        rows = list(pool.map(lambda record: _encode_one(record, tokenizer, cutoff_len), records))
     answered = [row for row in rows if any(label != IGNORED for label in row["labels"])]
     if not answered:
         raise ValueError(f"cutoff_len {cutoff_len} leaves nothing of any answer; raise it")
     return answered
+
+
+def _encode_one(record: Record, tokenizer: Any, cutoff_len: int) -> dict[str, list[int]]:
+    prompt = _template(tokenizer, record.messages, add_generation_prompt=True)
+    whole = _template(tokenizer, [*record.messages, {"role": "assistant", "content": record.answer}])
+    # a template may write the answer's beginning otherwise than its prompt: mask what the two have in common
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    labels = [IGNORED] * shared + whole[shared:]
+    return {"input_ids": whole[:cutoff_len], "labels": labels[:cutoff_len]}
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:

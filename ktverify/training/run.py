@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,7 +75,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.threadpool_count, backend=config.kt_backend)
     model, tokenizer = load_base(config.model_name_or_path, config.torch_dtype, trust=config.trust_remote_code)
-    rows = encode(records, tokenizer, config.cutoff_len)
+    rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
     if infer is not None:
         wrap_moe_layers(model, infer)
     torch.manual_seed(config.seed)
@@ -98,8 +100,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     seconds = time.perf_counter() - started
-    adapted.save_pretrained(str(output))
-    tokenizer.save_pretrained(str(output))
+    _save_whole((adapted, tokenizer), output)
     trainer.save_state()
     return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
 
@@ -160,6 +161,16 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
+
+
+def _save_whole(parts: tuple[Any, ...], output: Path) -> None:
+    """`save_pretrained` of each of `parts` into `output`; every file appears whole, the adapter's weights last."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=output) as place:
+        for part in parts:
+            part.save_pretrained(place)
+        files = sorted(Path(place).iterdir(), key=lambda path: path.suffix == ".safetensors")
+        for path in files:
+            os.replace(path, output / path.name)
 
 
 def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:

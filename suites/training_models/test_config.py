@@ -115,6 +115,7 @@ def test_labels_are_on_the_answer_only() -> None:
         assert answer == f"{record.answer}</s>"
         asked = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
         assert record.prompt in tokenizer.decode(asked)
+    assert encode(records, tokenizer, 512, workers=3) == rows
     cut = encode(records, tokenizer, 40)
     assert all(len(row["input_ids"]) <= 40 for row in cut)
     with pytest.raises(ValueError, match="cutoff_len 3 leaves nothing of any answer"):

@@ -95,6 +95,17 @@ def test_long_inputs_are_computed_in_pieces() -> None:
         assert float((actual[name] - expected[name]).norm() / expected[name].norm()) < 1e-2, name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing to move hidden states from")
+def test_hidden_states_on_a_gpu() -> None:
+    stock, engine = models.pair("deepseek_v3")
+    peer = models.with_peer(copy.deepcopy(stock))
+    ids = models.token_ids()
+    engine.to("cuda")
+    assert {p.device.type for n, p in engine.named_parameters() if "lora" in n} == {"cuda"}
+    actual = {name: tensor.cpu() for name, tensor in models.forward_backward(engine, ids.cuda()).items()}
+    models.expect_within_budget(actual, models.forward_backward(stock, ids), models.forward_backward(peer, ids))
+
+
 # ---- what is refused
 
 
