@@ -17,6 +17,7 @@ import typer
 from ktverify.bench.command import bench
 from ktverify.diagnose.command import DEBUG, diagnose
 from ktverify.power import clean, mutants
+from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -489,6 +490,9 @@ _debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at 
 for _name, _look in DEBUG.items():
     _debug.command(_name)(_one_line_errors(_look))
 app.add_typer(_debug, name="debug")
+for _name, (_command, _settings) in TRAINING_COMMANDS.items():
+    _checked: Callable[..., None] = _one_line_errors(_command)
+    app.command(_name, context_settings=_settings)(_checked)
 
 
 def main() -> None:

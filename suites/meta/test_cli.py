@@ -25,6 +25,7 @@ from suites.meta.test_reports import MACHINE, accuracy, check, latency, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
+TRAINING = ("make-tiny", "train", "verify-training", "compare-curves", "export-merged", "memory", "throughput")
 
 
 def call(*arguments: str) -> Result:
@@ -66,7 +67,7 @@ def test_a_light_start_imports_no_torch(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify"])
+@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify", *TRAINING])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     text = ends(call(command, "--help"), 0)
     assert re.search(r"Examples?:\s+python -m ktverify " + command, text)
