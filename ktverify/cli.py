@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 import typer
 
 from ktverify.bench.group import bench_app
+from ktverify.diagnose.command import DEBUG, diagnose
+from ktverify.power import clean, mutants
 from ktverify.profile.command import profile
+from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
@@ -166,6 +169,10 @@ def repro(
     method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
     fresh: Annotated[bool, typer.Option("--fresh", help="compare with the live oracle, not with the golden")] = False,
     dump: Annotated[Path | None, typer.Option(help="save inputs, actual and expected as safetensors")] = None,
+    stand_alone: Annotated[
+        Path | None,
+        typer.Option("--stand-alone", metavar="DIR", help="write a folder that repeats it without ktverify"),
+    ] = None,
 ) -> None:
     """Run one case and say for every tensor what its gates said.
 
@@ -177,12 +184,17 @@ def repro(
                python -m ktverify repro 'small,T=1@seed=3' --isa scalar --tensor grad_up_lora_a
                python -m ktverify repro 'E=8,k=2,H=64,I=96,T=33,r=4' --engine torch_bf16
                python -m ktverify repro small --fresh --dump small.safetensors
+               python -m ktverify repro small --engine kt_kernel --stand-alone small
     """
+    from ktverify import standalone
     from ktverify import verify as checking
     from ktverify.cases import Case
+    from ktverify.diagnose.hook import add_cause
 
     parsed = Case.parse(case)
     checking.check_names(tensor, backward=True)
+    if stand_alone is not None:
+        standalone.check(engine)
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
@@ -195,6 +207,8 @@ def repro(
             backward=tensor != ["output"],
             tensors=tensor,
         )
+    if method == "AMXBF16_SFT":
+        add_cause(checked, engine, isa=isa, tp=tp)
     against = checked.records[0].source
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
@@ -205,6 +219,9 @@ def repro(
             typer.echo(f"    {record.repro}")
     if dump is not None:
         typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
+    if stand_alone is not None:
+        script = standalone.write(checked, engine, stand_alone, tp=tp, threads=threads or 0)
+        typer.echo(f"{script}: run it with a Python that has {engine}")
     if not checked.passed:
         raise typer.Exit(1)
 
@@ -345,6 +362,7 @@ def _verify_calls(
     """The records of forward and backward at every TP degree; expected values are computed once."""
     from ktverify import names
     from ktverify import verify as checking
+    from ktverify.diagnose.hook import add_cause
 
     wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode)
     records: list[AccuracyRecord] = []
@@ -362,6 +380,8 @@ def _verify_calls(
                 given=checked,
                 **options,
             )
+        if method == "AMXBF16_SFT":
+            add_cause(checked, engine, isa=options["isa"], tp=degree)
         records += checked.records
     return records
 
@@ -370,7 +390,9 @@ def _verify_training(
     engine: str, case: Case, degrees: tuple[int, ...], steps: int, options: dict[str, Any]
 ) -> tuple[list[AccuracyRecord], list[str]]:
     """The worst step's record of each tensor at every TP degree, and what else was wrong with the losses."""
+    from ktverify import names
     from ktverify import verify as checking
+    from ktverify.hosting import Died
 
     records: list[AccuracyRecord] = []
     problems: list[str] = []
@@ -378,10 +400,15 @@ def _verify_training(
         done: list[list[AccuracyRecord]] = []
         losses: list[float] = []
         training = checking.check_training(engine, case, tp=degree, steps=steps, **options)
-        for loss, found in training:
-            done.append(found)
-            losses.append(loss)
-            typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
+        try:
+            for loss, found in training:
+                done.append(found)
+                losses.append(loss)
+                typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
+        except (NotImplementedError, Died) as error:
+            label = checking.isa_label(engine, options["isa"])
+            records += checking.lost(error, names.ALL_TENSORS, engine, case, label, tp=degree, source="fresh")
+            continue
         records += checking.worst_of_steps(done)
         problem = checking.loss_problem(losses)
         if problem:
@@ -391,12 +418,15 @@ def _verify_training(
 
 def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     """Print the table, what failed and the verdict; exit 1 unless every record passed."""
+    from ktverify.diagnose.hook import cause_of
     from ktverify.report import console, tables
 
     console.print_accuracy(records)
     bad = [record for record in records if record.verdict != "PASS"]
     for record in bad:
         typer.echo(tables.problem_text(record))
+        if cause_of(record.message):
+            typer.echo(f"    {cause_of(record.message)}")
     for problem in problems:
         typer.echo(problem)
     if bad or problems or not records:
@@ -455,7 +485,15 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-app.command()(_one_line_errors(profile))
+for _command in (mutants, clean, diagnose, profile):
+    app.command()(_one_line_errors(_command))
+_debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
+for _name, _look in DEBUG.items():
+    _debug.command(_name)(_one_line_errors(_look))
+app.add_typer(_debug, name="debug")
+for _name, (_command, _settings) in TRAINING_COMMANDS.items():
+    _checked: Callable[..., None] = _one_line_errors(_command)
+    app.command(_name, context_settings=_settings)(_checked)
 app.add_typer(bench_app(_one_line_errors), name="bench")
 
 

@@ -172,6 +172,11 @@ class KTMoEWrapper:
         """Experts whose weights the engine holds: those that a token has reached."""
         return int(self._native.packed_experts)
 
+    @property
+    def saved_forwards(self) -> int:
+        """Forwards that wait for their backward."""
+        return int(self._native.saved_forwards)
+
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:

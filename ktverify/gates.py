@@ -6,9 +6,11 @@ is what a person reads.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,65 @@ TOLERANCES = Path(__file__).with_name("tolerances.toml")
 AMX = "amx_bf16"
 _BEND = 4.0  # |g| above which a gate is open or shut: silu'(4) is within 6 % of 1, silu'(-4) of 0
 
+# Every gate that the suite has, and what it is that exceeds it. The first block is asked here, the second by the checks
+# of suites/support. For each stands a wrong engine in suites/meta/mutants that nothing else finds.
+GATES: dict[str, str] = {
+    "non_finite": "a NaN or Inf where the oracle has none",
+    "hidden_non_finite": "a number where the oracle has NaN or Inf",
+    "stray": "something other than 0 in an idle expert's gradient or a masked token's row",
+    "mean_rel": "the contract's ceiling on the mean relative error",
+    "rel_l2": "the budget that plain bf16 torch's own error leaves",
+    "rel_l2_own": "the limit of fp32 sums and one rounding",
+    "exact": "other bits than the one right answer of integer data",
+    "trust": "expected values too empty to believe a pass",
+    "loss": "ten steps' losses beside the oracle's",
+    "tp": "more than the order of one sum between tensor-parallel degrees or batches",
+    "bits": "other bits from what has to be the same computation",
+    "form": "another shape or dtype than the contract's",
+    "written": "an input or an earlier result that was written to",
+    "refusal": "bad input that was accepted, or refused in other words than the contract's",
+    "resources": "more threads or memory than the contract allows",
+}
+_off: set[str] = set()
+
+
+@contextlib.contextmanager
+def without(gate: str) -> Iterator[None]:
+    """Inside, `gate` is not asked: for the tests that show what each gate is good for, and for nothing else.
+
+    ValueError for a name that is not in GATES.
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate is {gate!r}, it takes one of {', '.join(GATES)}")
+    _off.add(gate)
+    try:
+        yield
+    finally:
+        _off.discard(gate)
+
+
+def asked(gate: str) -> bool:
+    """False inside `without(gate)`."""
+    return gate not in _off
+
+
+def turned_off() -> tuple[str, ...]:
+    """The gates inside whose `without` we are: what a process that a check starts has to be told."""
+    return tuple(sorted(_off))
+
 
 class Verdict(enum.Enum):
-    """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass."""
+    """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass.
+
+    CRASH: the engine raised or its process died; TIMEOUT: it did not answer in time; OOM: it took more memory than
+    it may; UNSUPPORTED: it says that it cannot do this.
+    """
 
     PASS = "PASS"
     FAIL = "FAIL"
     CRASH = "CRASH"
+    TIMEOUT = "TIMEOUT"
+    OOM = "OOM"
     SKIP = "SKIP"
     UNSUPPORTED = "UNSUPPORTED"
     MISTRUSTED = "MISTRUSTED"
@@ -116,12 +170,15 @@ def judge(
     gates = [
         _gate(name, value, budget, reason)
         for name, value, budget, reason in _asked(case, tensor, difference, peer, own_engine, isa)
+        if asked(name)
     ]
     if any(gate.verdict is Verdict.FAIL for gate in gates):
         verdict = Verdict.FAIL
-    else:
+    elif asked("trust"):
         gates.append(_trust(case, tensor, difference, peer))
         verdict = gates[-1].verdict
+    else:
+        verdict = Verdict.PASS
     return Judgement(verdict, tuple(gates), _line(case, tensor, difference, verdict, gates))
 
 
@@ -130,32 +187,32 @@ def _asked(
 ) -> list[tuple[str, float, float, str]]:
     numbers = tolerances()
     direction = "forward" if tensor == OUTPUT else "backward"
-    asked = [
+    found = [
         ("non_finite", float(difference.non_finite), float(numbers["non_finite"]["unexpected"]), "NaN or Inf"),
     ]
     # experts that a broken token reached may or may not show it; the token's own rows must
     if tensor in TOKEN_TENSORS:
         limit = float(numbers["non_finite"]["missing"])
-        asked.append(("hidden_non_finite", float(difference.missing_non_finite), limit, "a NaN was hidden"))
-    asked.append(("stray", float(difference.stray), float(numbers["zero"]["stray"]), "must be exactly zero"))
+        found.append(("hidden_non_finite", float(difference.missing_non_finite), limit, "a NaN was hidden"))
+    found.append(("stray", float(difference.stray), float(numbers["zero"]["stray"]), "must be exactly zero"))
     if difference.norm_expected == 0:
-        asked.append(("zero", difference.norm_actual, 0.0, "must be exactly zero"))
+        pass  # all of it is zero, idle or not finite: the gates above have seen every element
     elif _cancels(peer):
         # nobody's relative error is small here; a pass is out of reach (see _trust), a gross error is still one
         deciding = numbers_deciding(case, tensor, difference.nonzero)
-        asked.append(("rel_l2", difference.rel_l2, peer_budget(peer, deciding, capped=False), "the sum cancels"))
+        found.append(("rel_l2", difference.rel_l2, peer_budget(peer, deciding, capped=False), "the sum cancels"))
     else:
-        asked.append(("mean_rel", difference.mean_rel, float(numbers["outer"][direction]), "the contract's ceiling"))
+        found.append(("mean_rel", difference.mean_rel, float(numbers["outer"][direction]), "the contract's ceiling"))
         budget = peer_budget(peer, numbers_deciding(case, tensor, difference.nonzero))
-        asked.append(("rel_l2", difference.rel_l2, budget, f"the plain bf16 peer errs by {peer:.2e}"))
+        found.append(("rel_l2", difference.rel_l2, budget, f"the plain bf16 peer errs by {peer:.2e}"))
         limit_own = own_limit(case, tensor, isa) if own_engine else None
         if limit_own is not None:
-            asked.append(("rel_l2_own", difference.rel_l2, limit_own, "what fp32 sums and one rounding leave"))
+            found.append(("rel_l2_own", difference.rel_l2, limit_own, "what fp32 sums and one rounding leave"))
     if case.exact and own_engine:
         # -1: a golden that cannot tell. An exact case without the full tensor proves nothing, so it must not pass
         count = math.inf if difference.mismatched < 0 else float(difference.mismatched)
-        asked.append(("exact", count, float(numbers["exact"]["mismatched"]), "integer data has one right answer"))
-    return asked
+        found.append(("exact", count, float(numbers["exact"]["mismatched"]), "integer data has one right answer"))
+    return found
 
 
 def _gate(name: str, value: float, budget: float, reason: str) -> GateResult:
@@ -192,8 +249,8 @@ def _trust(case: Case, tensor: str, difference: Difference, peer: float) -> Gate
 def _line(case: Case, tensor: str, difference: Difference, verdict: Verdict, gates: list[GateResult]) -> str:
     shown = next((gate for gate in gates if gate.verdict is not Verdict.PASS), None)
     if shown is None:
-        asked = [gate for gate in gates if gate.gate != "trust"]
-        shown = max(asked, key=lambda gate: (gate.used, gate.gate == "rel_l2"))
+        numeric = [gate for gate in gates if gate.gate != "trust"]
+        shown = max(numeric, key=lambda gate: (gate.used, gate.gate == "rel_l2"))
     elif shown.gate == "mean_rel":
         # both relative gates usually break together; rel_l2 is the one that people compare
         shown = next((g for g in gates if g.gate == "rel_l2" and g.verdict is Verdict.FAIL), shown)

@@ -18,11 +18,12 @@ from ktverify import engines, reference
 from ktverify.cases import Case, catalogue
 from ktverify.data import Inputs, inputs_sha256, make_inputs
 from ktverify.gates import GateResult, Judgement, Verdict, judge
+from ktverify.hosting import Died
 from ktverify.machine import amx_state
 from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_NAMES, LORA_NAMES, OUTPUT
 from ktverify.peer import peer_error
-from ktverify.report.record import AccuracyRecord, accuracy_record, worst_first
+from ktverify.report.record import AccuracyRecord, VerdictName, accuracy_record, worst_first
 from ktverify.running import METHOD, build_layer, run_case, run_layer
 
 METHODS = (METHOD, f"{METHOD}_SkipLoRA")
@@ -31,6 +32,8 @@ TP_CHOICES = ("no-tp", "tp", "all")
 DEFAULT_CASE = "qwen3_30b_a3b_e8"
 TRAINING_STEPS = 10
 LEARNING_RATE = 1e-3
+# characters of an error that a record keeps
+MESSAGE = 4000
 
 
 class Expected(Protocol):
@@ -127,10 +130,15 @@ def check_case(
         inputs = make_inputs(case)
         expected, source = expected_of(case, inputs, fresh=fresh, method=method)
     more = {} if method == METHOD else {"method": method}
-    actual = run_case(factory, case, inputs=inputs, isa=isa, tp=tp, threads=threads, backward=backward, **more)
+    label = isa_label(engine, isa)
+    try:
+        actual = run_case(factory, case, inputs=inputs, isa=isa, tp=tp, threads=threads, backward=backward, **more)
+    except (NotImplementedError, Died) as error:
+        checked = Checked(case, inputs, {}, expected)
+        checked.records += lost(error, wanted, engine, case, label, tp=tp, source=source, method=method)
+        return checked
     checked = Checked(case, inputs, actual, expected)
     duration = time.perf_counter() - started
-    label = isa_label(engine, isa)
     for name in wanted:
         repro = repro_command(case, engine=engine, isa=label, tensor=name, tp=tp, fresh=fresh, method=method)
         where: dict[str, Any] = {
@@ -149,10 +157,54 @@ def check_case(
             checked.records.append(_skipped_gradient(actual[name], where))
             continue
         difference = expected.compare(name, actual[name])
-        own = engine == engines.NATIVE
+        own = engines.strict(engine)
         judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
         checked.records.append(accuracy_record(judgement, difference, **where))
     return checked
+
+
+def lost(
+    error: BaseException,
+    tensors: Sequence[str],
+    engine: str,
+    case: Case,
+    label: str,
+    *,
+    tp: int = 1,
+    source: str = "golden",
+    method: str = METHOD,
+) -> list[AccuracyRecord]:
+    """The records of `tensors` of a case whose engine gave none: UNSUPPORTED where it says so, else what `error` is."""
+    verdict, message = verdict_of(error)
+    return [
+        AccuracyRecord(
+            family="forward" if name == OUTPUT else "backward",
+            engine=engine,
+            isa=label,
+            verdict=verdict,
+            message=message,
+            case=case.id,
+            why=case.why,
+            tensor=name,
+            tp=tp,
+            source=source,
+            repro=repro_command(case, engine=engine, isa=label, tp=tp, fresh=source == "fresh", method=method),
+        )
+        for name in tensors
+    ]
+
+
+def verdict_of(error: BaseException) -> tuple[VerdictName, str]:
+    """What an engine's exception means where nothing was to be refused, and its text.
+
+    NotImplementedError is an engine's word for what it cannot do; an exception that has a `verdict` tells it.
+    """
+    if isinstance(error, NotImplementedError):
+        reason = " ".join(str(error).split()) or "the engine gave no reason"
+        return "UNSUPPORTED", f"UNSUPPORTED {reason}"[:MESSAGE]
+    verdict: VerdictName = getattr(error, "verdict", "CRASH")
+    name = "" if hasattr(error, "verdict") else f"{type(error).__name__}: "
+    return verdict, f"{name}{error}"[:MESSAGE]
 
 
 def check_names(tensors: Sequence[str] | None, backward: bool) -> tuple[str, ...]:
@@ -203,7 +255,7 @@ def check_training(
         records = []
         for name in ALL_TENSORS:
             difference = expected.compare(name, actual[name])
-            own = engine == engines.NATIVE
+            own = engines.strict(engine)
             judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
             record = accuracy_record(
                 judgement,
@@ -342,6 +394,6 @@ def _skipped_gradient(actual: torch.Tensor, where: dict[str, Any]) -> AccuracyRe
     count = float(torch.count_nonzero(actual))
     verdict = Verdict.PASS if count == 0 else Verdict.FAIL
     used = 0.0 if count == 0 else float("inf")
-    gate = GateResult("zero", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
-    line = f"{verdict.value} {where['tensor']} zero {count:.0f}, budget 0"
+    gate = GateResult("stray", count, 0.0, used, verdict, "SkipLoRA gives base gradients only")
+    line = f"{verdict.value} {where['tensor']} stray {count:.0f}, budget 0"
     return accuracy_record(Judgement(verdict, (gate,), line), difference, **where)

@@ -20,21 +20,29 @@ import torch
 
 from ktverify import cases, engines
 from ktverify.cases import Case
-from ktverify.report.record import AccuracyRecord, CheckRecord, Result, VerdictName
+from ktverify.hosting import Died
+from ktverify.report.record import NOT_RUN, AccuracyRecord, CheckRecord, Result, VerdictName
 from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
+from ktverify.verify import verdict_of
 from suites.support import accuracy, isas, locks
-from suites.support.child import ChildCrash, ChildPool
+from suites.support.child import ChildCrash, ChildPool, choose_limits, limits_of
 from suites.support.isas import Isa
+from suites.support.unsupported import Unsupported
 
 SUITES = Path(__file__).resolve().parent
 ACCURACY_FAMILIES = ("forward", "backward")
-# the most that the process of a big case may have resident: four workers have to fit into 16 GiB
-BIG_MEMORY = 12 * 2**30
 _RUN_DIR = "ktverify_run_dir"
 
 recorder_key = pytest.StashKey[Recorder]()
 run_key = pytest.StashKey[Run]()
 nothing_key = pytest.StashKey[bool]()
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{text} is not above 0")
+    return value
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +53,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cases", metavar="GLOB", help="only the catalogue's cases whose name matches")
     group.addoption(
         "--tier", choices=("default", "big", "full"), help="only the cases of one tier (default: default and big)"
+    )
+    group.addoption(
+        "--time-limit", type=_above_zero, metavar="SECONDS", help="for one call (default: 300, of a big case 900)"
+    )
+    group.addoption(
+        "--memory-limit", type=_above_zero, metavar="GIB", help="resident, for one call (default: 3, of a big case 7)"
     )
     group.addoption("--run-dir", type=Path, help="where the records go (default: reports/runs/<stamp>)")
 
@@ -57,6 +71,7 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    choose_limits(config.option.time_limit, config.option.memory_limit)
     if _is_worker(config):
         # workers share the processors; torch's own threads, here and in processes that tests start, would spin for
         # one that another worker has
@@ -120,11 +135,13 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     recorder = config.stash[recorder_key]
     records = load(recorder.run_dir).records
-    compared = any(isinstance(record, AccuracyRecord) for record in records)
+    compared = any(isinstance(record, AccuracyRecord) and record.verdict not in NOT_RUN for record in records)
     selected = not config.stash[seen_key].folders.isdisjoint(ACCURACY_FAMILIES)
     config.stash[nothing_key] = selected and not compared
-    broken = any(record.verdict in ("FAIL", "CRASH", "MISTRUSTED") for record in records)
-    if session.exitstatus == pytest.ExitCode.OK and (broken or config.stash[nothing_key]):
+    broken = any(record.verdict not in ("PASS", *NOT_RUN) for record in records)
+    # where everything is UNSUPPORTED or skipped, nothing was shown to be right
+    passed = any(record.verdict == "PASS" for record in records) or not records
+    if session.exitstatus == pytest.ExitCode.OK and (broken or config.stash[nothing_key] or not passed):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     config.stash[run_key] = recorder.finish(int(session.exitstatus))
 
@@ -153,12 +170,15 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     config = item.config
-    # accuracy and latency tests write records of their own, one per tensor or timing; all others get one per test
-    own_records = bool(item.stash.get(own_records_key, False))
-    if recorder_key in config.stash and (report.when == "call" or not report.passed) and not own_records:
-        verdict: VerdictName = "PASS" if report.passed else "SKIP" if report.skipped else "FAIL"
-        if call.excinfo is not None and call.excinfo.errisinstance(ChildCrash):
-            verdict = "CRASH"
+    raised = None if call.excinfo is None else call.excinfo.value
+    verdict, message = _verdict(report, raised)
+    if verdict == "UNSUPPORTED":
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1] or 0, message)
+    # accuracy and latency tests write records of their own, one per tensor or timing; all others get one per test, and
+    # so does a failure that those records do not tell of
+    told = item.stash.get(own_records_key, False) and (raised is None or raised is item.stash.get(told_key, None))
+    if recorder_key in config.stash and (report.when == "call" or not report.passed) and not told:
         isa = getattr(item, "callspec", None)
         chosen = isa.params.get("isa") if isa is not None else None
         config.stash[recorder_key].add(
@@ -168,14 +188,25 @@ def pytest_runtest_makereport(
                 engine=config.option.engine,
                 isa=chosen.label if isinstance(chosen, Isa) else "",
                 verdict=verdict,
-                message="" if call.excinfo is None else call.excinfo.exconly(tryshort=True).strip()[:2000],
+                message=message,
                 duration_s=call.duration,
             )
         )
     return report
 
 
+def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[VerdictName, str]:
+    """The verdict on a test, and what was raised in it."""
+    if raised is None:
+        return ("PASS" if report.passed else "SKIP" if report.skipped else "FAIL"), ""
+    if isinstance(raised, (ChildCrash, Died, Unsupported)):
+        return verdict_of(raised)
+    text = str(raised) if isinstance(raised, (AssertionError, pytest.skip.Exception)) else ""
+    return ("SKIP" if report.skipped else "FAIL"), (text or f"{type(raised).__name__}: {raised}").strip()[:2000]
+
+
 own_records_key = pytest.StashKey[bool]()
+told_key = pytest.StashKey[BaseException]()
 
 
 @pytest.fixture
@@ -308,7 +339,11 @@ def children() -> Iterator[ChildPool]:
 
 @pytest.fixture
 def judge_case(
-    engine: str, fresh: int | None, children: ChildPool, record: Callable[[Result], None]
+    engine: str,
+    fresh: int | None,
+    children: ChildPool,
+    record: Callable[[Result], None],
+    request: pytest.FixtureRequest,
 ) -> Callable[[str, Case, Isa], None]:
     """Runs a case of a family in a child process, records every tensor and fails unless all of them passed."""
 
@@ -325,14 +360,20 @@ def judge_case(
                 fresh=fresh,
             )
         except Exception as error:
-            for lost in accuracy.crashed(family, engine, case, isa.label, error):
+            for lost in accuracy.lost(family, engine, case, isa.label, error):
                 record(lost)
+            request.node.stash[told_key] = error
             raise
         for result in records:
             record(result)
-        accuracy.assert_passed(records)
+        try:
+            accuracy.assert_passed(records)
+        except (accuracy.NotPassed, Unsupported) as error:
+            request.node.stash[told_key] = error
+            raise
         if big:
-            peak = child.call("suites.support.processes:peak_memory")
-            assert peak <= BIG_MEMORY, f"{case.id} took {peak / 2**30:.1f} GiB, it takes at most 12 GiB"
+            # a peak too short to be seen while it lasted
+            peak, most = child.call("suites.support.processes:peak_memory"), limits_of(big=True).memory
+            assert peak <= most, f"{case.id} took {peak / 2**30:.1f} GiB, it takes at most {most / 2**30:.1f} GiB"
 
     return judge

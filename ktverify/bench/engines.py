@@ -6,22 +6,17 @@ raises `Died`.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import select
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from ktverify.bench import places
+from ktverify import places
 from ktverify.bench.host import load_module
+from ktverify.hosting.process import Died
+from ktverify.hosting.process import Process as AnsweringProcess
 
 HOST = Path(__file__).with_name("host.py")
 PEERS = Path(__file__).with_name("peers")
@@ -35,10 +30,6 @@ ISA_VARIABLES: dict[str, dict[str, str]] = {
     "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "KT_KERNEL_CPU_VARIANT": "avx2", "ATEN_CPU_CAPABILITY": "avx2"},
     "scalar": {},
 }
-
-
-class Died(RuntimeError):
-    """An engine's process ended, fell silent, or its engine raised; one line that says how."""
 
 
 @dataclass(frozen=True)
@@ -104,87 +95,20 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
         raise ValueError(f"{path} is no engine: {error}") from None
 
 
-class Process:
-    """A running host.py. Its output goes to a file whose last line tells how it died. Not for several threads."""
+class Process(AnsweringProcess):
+    """A running host.py that holds `engine`."""
 
     def __init__(self, engine: Engine, *, threads: int, isa: str = "", timeout_s: float = 900.0) -> None:
         self.engine = engine
-        self.timeout_s = timeout_s
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        request_read, self._request = os.pipe()
-        self._answer, answer_write = os.pipe()
-        self._pending = b""
-        self._process = subprocess.Popen(
-            [str(engine.python), str(HOST), str(engine.file), str(request_read), str(answer_write)],
-            env=environment(engine, threads=threads, isa=isa),
-            pass_fds=(request_read, answer_write),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            # Ctrl-C is for the controller: it ends its engines in order
-            start_new_session=True,
-        )
-        os.close(request_read)
-        os.close(answer_write)
+        command = [str(engine.python), str(HOST), str(engine.file)]
+        super().__init__(command, environment(engine, threads=threads, isa=isa), timeout_s=timeout_s)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request. Died when there is none."""
-        line = json.dumps({"do": do, **arguments}).encode("utf-8") + b"\n"
-        try:
-            os.write(self._request, line)
-            answer: dict[str, Any] = json.loads(self._read_line(time.monotonic() + self.timeout_s))
-        except (EOFError, BrokenPipeError):
-            raise Died(self._end()) from None
-        except TimeoutError:
-            self._process.kill()
-            raise Died(f"no answer after {self.timeout_s:.0f} s; {self._end()}") from None
+        """The answer to one request. Died when there is none, or when the engine raised."""
+        answer = self.exchange({"do": do, **arguments})
         if not answer.pop("ok"):
             raise Died(str(answer["error"])[:400])
         return answer
-
-    def _read_line(self, deadline: float) -> bytes:
-        while b"\n" not in self._pending:
-            ready, _, _ = select.select([self._answer], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            part = os.read(self._answer, 1 << 16)
-            if not part:
-                raise EOFError
-            self._pending += part
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
-
-    def _end(self) -> str:
-        code = self._process.wait()
-        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        last = self.last_line()
-        return f"{how}; last line: {last}" if last else f"{how} without a word"
-
-    def last_line(self) -> str:
-        """The last line that the process wrote; of a fault handler's dump only the first, where nothing came before."""
-        size = os.fstat(self._log.fileno()).st_size
-        tail = os.pread(self._log.fileno(), 1 << 15, max(0, size - (1 << 15))).decode(errors="replace")
-        lines = [line.strip() for line in tail.splitlines() if line.strip()]
-        fault = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
-        told = lines[:fault] or lines[: fault + 1]
-        return told[-1][:200] if told else ""
-
-    def cpu_ns(self) -> int:
-        """Processor time that all of its threads have had; 0 where the system does not tell."""
-        total = 0
-        for task in Path(f"/proc/{self._process.pid}/task").glob("*/schedstat"):
-            with contextlib.suppress(OSError, ValueError):
-                total += int(task.read_text(encoding="ascii").split()[0])
-        return total
-
-    def close(self) -> None:
-        """End the process at once: it keeps nothing that matters."""
-        for descriptor in (self._request, self._answer):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
 
 
 def environment(engine: Engine, *, threads: int, isa: str) -> dict[str, str]:

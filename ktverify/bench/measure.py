@@ -20,10 +20,11 @@ from typing import Any, Protocol
 
 from ktverify import machine
 from ktverify.bench import problem
-from ktverify.bench.engines import OWN, Died, Engine, Process
+from ktverify.bench.engines import OWN, Engine, Process
 from ktverify.bench.quiet import Neighbours
 from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
+from ktverify.hosting import Died
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.stages import StageTimes
 

@@ -11,12 +11,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from ktverify.hosting import Hosted
+
 EngineFactory = Callable[..., Any]
 
 NATIVE = "native"
 _BUILT_IN: dict[str, str] = {
     NATIVE: "ktverify.experts:KTMoEWrapper",
     "torch_bf16": "ktverify.engines.torch_bf16:TorchBf16",
+    "torch_grouped_mm": "ktverify.engines.torch_grouped_mm:TorchGroupedMm",
+    "kt_kernel": "ktverify.engines.kt_kernel:KtKernel",
 }
 
 
@@ -44,5 +48,14 @@ def find(name: str) -> EngineFactory:
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"engine {name!r}: {attribute} is {type(found).__name__}, it takes a callable")
+    if isinstance(found, Hosted):
+        found.check()
     factory: EngineFactory = found
     return factory
+
+
+def strict(name: str) -> bool:
+    """True for an engine that is held to what fp32 sums and one rounding leave: the project's own, and any whose
+    factory says `fp32_sums = True`. Others need only be as good as plain torch in bf16.
+    """
+    return name == NATIVE or bool(getattr(find(name), "fp32_sums", False))

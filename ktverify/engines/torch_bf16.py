@@ -21,7 +21,7 @@ from ktverify.reference import plain_expert, routed, zeros
 
 
 @dataclass
-class _Saved:
+class Saved:
     """One outstanding forward: T, the shape of its weights and, per expert, (rows, slots, w y, [x, w, six LoRA])."""
 
     rows: int
@@ -82,7 +82,7 @@ class TorchBf16:
         self._base: tuple[torch.Tensor, ...] = ()
         self._slot_of: list[int] = []  # logical expert -> physical slot
         self._lora: dict[str, torch.Tensor] = {}  # the values of the last update
-        self._saved: list[_Saved] = []
+        self._saved: list[Saved] = []
 
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
@@ -140,7 +140,7 @@ class TorchBf16:
         self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, save: bool
     ) -> torch.Tensor:
         trained = self.spec.lora_backward
-        saved = _Saved(len(hidden_states), expert_ids.shape, self._lora[LORA_NAMES[0]].dtype)
+        saved = Saved(len(hidden_states), expert_ids.shape, self._lora[LORA_NAMES[0]].dtype)
         output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16)
         for expert, rows, slots in routed(expert_ids):
             base = (tensor[self._slot_of[expert]] for tensor in self._base)
@@ -165,7 +165,7 @@ class TorchBf16:
         with _memory_told():
             return self._backward(self._saved.pop(), grad_output.detach())
 
-    def _backward(self, saved: _Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16)
         grad_weights = torch.zeros(saved.slots)
         grad_loras = {f"grad_{name}": zeros(shape, saved.lora_dtype) for name, shape in self.spec.lora_shapes.items()}

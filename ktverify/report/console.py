@@ -19,6 +19,8 @@ STYLES = {
     "PASS": "green",
     "FAIL": "bold red",
     "CRASH": "bold red",
+    "TIMEOUT": "bold red",
+    "OOM": "bold red",
     "MISTRUSTED": "yellow",
     "SKIP": "dim",
     "UNSUPPORTED": "dim",

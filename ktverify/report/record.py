@@ -16,10 +16,19 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ktverify.machine import Machine
 
-VerdictName = Literal["PASS", "FAIL", "CRASH", "SKIP", "UNSUPPORTED", "MISTRUSTED"]
+VerdictName = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "OOM", "SKIP", "UNSUPPORTED", "MISTRUSTED"]
 
 # worst first: the order of every table. What did not run stands last, it has no numbers to look at
-VERDICT_ORDER: tuple[VerdictName, ...] = ("CRASH", "FAIL", "MISTRUSTED", "PASS", "UNSUPPORTED", "SKIP")
+VERDICT_ORDER: tuple[VerdictName, ...] = (
+    "CRASH",
+    "TIMEOUT",
+    "OOM",
+    "FAIL",
+    "MISTRUSTED",
+    "PASS",
+    "UNSUPPORTED",
+    "SKIP",
+)
 
 # nothing was computed, so there is neither a pass nor a failure to tell
 NOT_RUN: frozenset[str] = frozenset({"SKIP", "UNSUPPORTED"})
@@ -90,7 +99,7 @@ class AccuracyRecord(_Checked):
 
     @model_validator(mode="after")
     def _verdict_agrees(self) -> AccuracyRecord:
-        failed = [gate.gate for gate in self.gates if gate.verdict in ("FAIL", "CRASH", "MISTRUSTED")]
+        failed = [gate.gate for gate in self.gates if gate.verdict not in ("PASS", *NOT_RUN)]
         if self.verdict == "PASS" and failed:
             raise ValueError(f"verdict is PASS although gate {failed[0]} is not")
         return self

@@ -25,10 +25,19 @@ from ktverify.report.record import (
 )
 from ktverify.report.store import Run
 
-LINES_OF_A_PROBLEM = 12
+LINES_OF_A_PROBLEM = 14
 
 # the order in which an overview counts them
-OVERVIEW_VERDICTS: tuple[VerdictName, ...] = ("PASS", "FAIL", "CRASH", "MISTRUSTED", "SKIP", "UNSUPPORTED")
+OVERVIEW_VERDICTS: tuple[VerdictName, ...] = (
+    "PASS",
+    "FAIL",
+    "CRASH",
+    "TIMEOUT",
+    "OOM",
+    "MISTRUSTED",
+    "UNSUPPORTED",
+    "SKIP",
+)
 
 
 @dataclass(frozen=True)
@@ -277,8 +286,9 @@ def problems(run: Run) -> list[Problem]:
     found = []
     for where, members in groups.items():
         # a crash says the same of every tensor
-        counts = Counter(line for record in members for line in _message_lines(record))
-        lines = [f"{line} ({count} times)" if count > 1 else line for line, count in counts.items()]
+        lines = []
+        for (first, *others), count in Counter(tuple(_message_lines(record)) or ("",) for record in members).items():
+            lines += [f"{first} ({count} times)" if count > 1 else first, *others]
         if len(lines) > LINES_OF_A_PROBLEM:
             lines = [*lines[:LINES_OF_A_PROBLEM], f"and {len(lines) - LINES_OF_A_PROBLEM} more lines"]
         found.append(Problem(members[0].verdict, where, tuple(lines), members[0].repro))

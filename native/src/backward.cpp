@@ -5,11 +5,6 @@
 namespace ktv {
 namespace {
 
-void take(Carver& carver, Pair& pair, std::size_t count) {
-    carver.take(pair.hi, count);
-    carver.take(pair.lo, count);
-}
-
 // nn segments of (activation) · W for a small activation kept as hi + lo, and an fp32 W.
 int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std::size_t stride, int kblocks,
                      NnSegment* out) {
@@ -33,24 +28,20 @@ std::vector<std::size_t> Layer::State::grad_sizes() const {
 
 Costs Layer::State::backward_costs(const Routing& routing) const {
     Costs costs;
-    const auto set = [&](Phase phase, double flops, double bytes) {
-        costs.flops[static_cast<int>(phase)] = flops;
-        costs.bytes[static_cast<int>(phase)] = bytes;
-    };
     double rows = 0;
     for (const Routing::Expert& e : routing.experts) rows += e.rows;
     const double H = config.hidden, I = config.intermediate, r = config.lora_backward ? config.rank : 0,
                  T = routing.tokens, experts = static_cast<double>(routing.experts.size()), element = sizeof(bf16),
                  lora = element * terms();
-    set(Phase::scatter, 0, T * H * element);
-    set(Phase::down_lora_b, 2 * rows * config.rank * H, experts * config.rank * H * lora);
-    set(Phase::down_grad, 2 * rows * I * (H + config.rank), experts * I * (H * element + config.rank * lora));
-    set(Phase::activation_grad, 0, rows * I * 2 * sizeof(float));
-    set(Phase::gate_up_lora_b, 4 * rows * I * r, experts * 2 * I * r * lora);
-    set(Phase::gate_up_grad, 4 * rows * H * (I + r), experts * 2 * H * (I * element + r * lora));
-    set(Phase::gate_up_lora_grad, 4 * rows * r * (H + I), experts * 2 * r * (H + I) * lora);
-    set(Phase::down_lora_grad, 2 * rows * r * (H + I), experts * r * (H + I) * lora);
-    set(Phase::merge, rows * H, T * H * element);
+    costs.set(Phase::scatter, 0, T * H * element);
+    costs.set(Phase::down_lora_b, 2 * rows * config.rank * H, experts * config.rank * H * lora);
+    costs.set(Phase::down_grad, 2 * rows * I * (H + config.rank), experts * I * (H * element + config.rank * lora));
+    costs.set(Phase::activation_grad, 0, rows * I * 2 * sizeof(float));
+    costs.set(Phase::gate_up_lora_b, 4 * rows * I * r, experts * 2 * I * r * lora);
+    costs.set(Phase::gate_up_grad, 4 * rows * H * (I + r), experts * 2 * H * (I * element + r * lora));
+    costs.set(Phase::gate_up_lora_grad, 4 * rows * r * (H + I), experts * 2 * r * (H + I) * lora);
+    costs.set(Phase::down_lora_grad, 2 * rows * r * (H + I), experts * r * (H + I) * lora);
+    costs.set(Phase::merge, rows * H, T * H * element);
     return costs;
 }
 

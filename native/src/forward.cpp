@@ -5,11 +5,6 @@
 namespace ktv {
 namespace {
 
-void take(Carver& carver, Pair& pair, std::size_t count) {
-    carver.take(pair.hi, count);
-    carver.take(pair.lo, count);
-}
-
 // Element (token t, index n) of one group of a token pack.
 std::size_t pack_index(int n, int t, bool few) {
     if (few) return z(n / kBlock) * kPackSize + z(t) * kBlock + z(n % kBlock);
@@ -42,22 +37,17 @@ int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
 
 Costs Layer::State::forward_costs(const Routing& routing) const {
     Costs costs;
-    const auto set = [&](Phase phase, double flops, double bytes) {
-        costs.flops[static_cast<int>(phase)] = flops;
-        costs.bytes[static_cast<int>(phase)] = bytes;
-    };
     double rows = 0;
     for (const Routing::Expert& e : routing.experts) rows += e.rows;
     const double H = config.hidden, I = config.intermediate, r = config.rank, T = routing.tokens,
                  experts = static_cast<double>(routing.experts.size()), element = sizeof(bf16),
                  lora = element * terms();
-    set(Phase::pack_input, 0, T * H * element);
-    set(Phase::gate_up_lora_a, 4 * rows * r * H, experts * 2 * r * H * lora);
-    set(Phase::gate_up, 4 * rows * I * (H + r), experts * 2 * I * (H * element + r * lora));
-    set(Phase::activation, 0, 0);
-    set(Phase::down_lora_a, 2 * rows * r * I, experts * r * I * lora);
-    set(Phase::down, 2 * rows * H * (I + r), experts * H * (I * element + r * lora));
-    set(Phase::merge, 2 * rows * H, T * H * element);
+    costs.set(Phase::pack_input, 0, T * H * element);
+    costs.set(Phase::gate_up_lora_a, 4 * rows * r * H, experts * 2 * r * H * lora);
+    costs.set(Phase::gate_up, 4 * rows * I * (H + r), experts * 2 * I * (H * element + r * lora));
+    costs.set(Phase::down_lora_a, 2 * rows * r * I, experts * r * I * lora);
+    costs.set(Phase::down, 2 * rows * H * (I + r), experts * H * (I * element + r * lora));
+    costs.set(Phase::merge, 2 * rows * H, T * H * element);
     return costs;
 }
 

@@ -47,6 +47,15 @@ struct Pair {
     bf16* lo = nullptr;
 };
 
+inline void take(Carver& carver, Pair& pair, std::size_t count) {
+    carver.take(pair.hi, count);
+    carver.take(pair.lo, count);
+}
+// Where an expert's share of a Pair begins.
+inline Pair at(const Pair& p, std::size_t by) {
+    return {p.hi + by, p.lo ? p.lo + by : nullptr};
+}
+
 // Base weights of one expert in one part, as weight blocks: gate, up [ib][hb], down [hb][ib].
 struct PackedExpert {
     Block block;
@@ -137,12 +146,6 @@ struct Layer::State {
     std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
 };
 
-// Where an expert's share of a Pair begins.
-inline Pair at(const Pair& p, std::size_t by) {
-    return {p.hi + by, p.lo ? p.lo + by : nullptr};
-}
-
-// Transposes one row of values into an operand whose reduction index is the token.
 inline void put(const Pair& to, std::size_t at, float value) {
     const Split s = split(value);
     to.hi[at] = s.hi;

@@ -29,6 +29,7 @@ CHECKS = [
     "repeats",
     "threads",
     "company",
+    "outlier_token",
     "non_finite_isolation",
     "idle_experts",
     "nothing_is_written",

@@ -83,6 +83,11 @@ def test_amx_is_never_replaced(engine: str, children: ChildPool, by_variable: bo
 
 
 @pytest.mark.usefixtures("native")
+def test_sentinels(engine: str, children: ChildPool, isa: Isa) -> None:
+    children.get(isa.env).call("suites.support.sentinels:check_sentinels", subject=Subject(engine, isa.name))
+
+
+@pytest.mark.usefixtures("native")
 def test_accumulation(children: ChildPool, isa: Isa) -> None:
     children.get(isa.env).call("suites.support.processes:check_accumulation", isa=isa.name)
 

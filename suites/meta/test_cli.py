@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,20 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from ktverify import doctor, verify
+from ktverify import doctor, standalone, verify
 from ktverify.cases import Case, catalogue
 from ktverify.cli import app
 from ktverify.machine import Amx
 from ktverify.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
 from ktverify.report import store
+from suites.meta.mutants import MUTANTS
 from suites.meta.test_reports import MACHINE, accuracy, check, latency, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
-BROKEN = "suites.support.broken"
+TRAINING = ("make-tiny", "train", "verify-training", "compare-curves", "export-merged", "memory", "throughput")
 
 
 def call(*arguments: str) -> Result:
@@ -64,7 +67,7 @@ def test_a_light_start_imports_no_torch(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify"])
+@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify", *TRAINING])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     text = ends(call(command, "--help"), 0)
     assert re.search(r"Examples?:\s+python -m ktverify " + command, text)
@@ -117,7 +120,7 @@ def test_repro_passes_and_prints_a_line_per_tensor() -> None:
 
 
 def test_repro_fails_with_a_command_that_repeats_it() -> None:
-    engine = f"{BROKEN}:lora_scale_one"
+    engine = MUTANTS["lora_scale_one"].engine
     text = ends(call("repro", TINY, "--engine", engine, "--tensor", "output", "--tensor", "grad_up_lora_a"), 1)
     assert re.search(r"^FAIL output rel_l2", text, re.MULTILINE)
     assert "grad_input" not in text
@@ -125,6 +128,26 @@ def test_repro_fails_with_a_command_that_repeats_it() -> None:
     assert len(commands) == 2
     case = Case.parse(TINY)
     assert commands[0] == f"python -m ktverify repro '{case.id}' --engine {engine} --tensor output"
+
+
+def test_repro_says_what_is_unsupported() -> None:
+    text = ends(call("repro", TINY, "--engine", "suites.support.unruly:Nothing", "--tensor", "output"), 1)
+    assert re.search(r"^UNSUPPORTED nothing is done here$", text, re.MULTILINE)
+    text = ends(call("verify", "--engine", "suites.support.unruly:Nothing", "--case", TINY, "--mode", "training"), 1)
+    assert "UNSUPPORTED nothing is done here" in text
+    assert "PASS" not in text
+
+
+def test_a_case_stands_alone(tmp_path: Path) -> None:
+    checked = verify.check_case("torch_bf16", Case.parse(TINY))
+    script = standalone.write(checked, "kt_kernel", tmp_path / "case")
+    assert not re.search(r"^\s*(import|from) ktverify", script.read_text(encoding="utf-8"), re.MULTILINE)
+    with safe_open(tmp_path / "case" / "case.safetensors", framework="pt") as stored:
+        assert torch.equal(stored.get_tensor("inputs.up_proj"), checked.inputs.up_proj)
+        assert {f"expected.{name}" for name in ALL_TENSORS} < set(stored.keys())
+        budgets = json.loads(stored.metadata()["budgets"])
+        assert json.loads(stored.metadata()["suite"]).keys() == budgets.keys() == set(ALL_TENSORS)
+    refused(call("repro", TINY, "--engine", "torch_bf16", "--stand-alone", str(tmp_path)), "takes one of kt_kernel")
 
 
 def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
@@ -188,7 +211,7 @@ def test_verify_one_mode(mode: str, tensors: tuple[str, ...]) -> None:
     ],
 )
 def test_verify_fails_a_wrong_engine(defect: str, mode: str) -> None:
-    arguments = ("verify", "--engine", f"{BROKEN}:{defect}", "--case", TINY, "--mode", mode, "--steps", "3")
+    arguments = ("verify", "--engine", MUTANTS[defect].engine, "--case", TINY, "--mode", mode, "--steps", "3")
     text = ends(call(*arguments), 1)
     assert re.search(r"^FAIL \d+ of \d+ comparisons(, and \d+ more)?$", text, re.MULTILINE)
     assert "python -m ktverify" in text

@@ -9,119 +9,65 @@ import torch
 from torch import Tensor
 
 from ktverify.cases import Case
+from suites.meta.mutants import MUTANTS
+from suites.meta.mutants.base import Group, Plain
 from suites.support import drawn, properties
-from suites.support.broken import _Spoiled
 from suites.support.properties import PROPERTIES
 from suites.support.subject import Subject
 
 
-class last_token_lost(_Spoiled):
-    """The last of several tokens gets nothing: an off-by-one in the loop over tokens."""
-
-    def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.layer.forward_sft(*args, **kwargs).clone()
-        if len(output) > 1:
-            output[-1] = 0
-        return output
-
-
-class last_slot_lost(_Spoiled):
-    """The last of several slots gets nothing."""
-
-    def forward_sft(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, **kwargs: Any) -> Tensor:
-        weights = weights.clone()
-        weights[:, 1:][:, -1:] = 0
-        output: Tensor = self.layer.forward_sft(hidden_states, expert_ids, weights, **kwargs)
-        return output
-
-
-class third_token_doubled(_Spoiled):
+class third_token_doubled(Plain):
     """What a token gets depends on its place in the call."""
 
     def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.layer.forward_sft(*args, **kwargs).clone()
+        output = super().forward_sft(*args, **kwargs)
         output[2:3] *= 2
         return output
 
 
-class gradients_left_over(_Spoiled):
-    """Every backward after the first has the gradients of the one before in it."""
-
-    _left: dict[str, Tensor] | None = None
-
-    def backward(self, grad_output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        grad_input, found = self.layer.backward(grad_output)
-        total = found if self._left is None else {name: found[name] + self._left[name] for name in found}
-        self._left = {name: tensor.clone() for name, tensor in found.items()}
-        return grad_input, total
-
-
-class b_never_zero(_Spoiled):
+class b_never_zero(Plain):
     """Takes a LoRA B that is all zero for one that was not initialised."""
 
     def init_lora_weights(self, *given: Tensor) -> None:
-        self.layer.init_lora_weights(*(tensor if bool(tensor.any()) else tensor + 1 for tensor in given))
+        super().init_lora_weights(*(tensor if bool(tensor.any()) else tensor + 1 for tensor in given))
 
 
-class duplicates_counted_once(_Spoiled):
-    """An expert that is in two slots of a token counts once."""
-
-    def forward_sft(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, **kwargs: Any) -> Tensor:
-        if expert_ids.shape[1] > 1:
-            again = expert_ids[:, 1] == expert_ids[:, 0]
-            weights = weights.clone()
-            weights[:, 1][again] = 0
-        output: Tensor = self.layer.forward_sft(hidden_states, expert_ids, weights, **kwargs)
-        return output
-
-
-class nan_times_zero(_Spoiled):
+class idle_times_zero(Plain):
     """Multiplies idle experts' results by zero instead of leaving them out."""
 
-    def load_weights_from_tensors(self, *given: Tensor) -> None:
-        self._spoil = given[0].float().sum() * 0
-        self.layer.load_weights_from_tensors(*given)
-
     def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.layer.forward_sft(*args, **kwargs)
-        return output + self._spoil.to(output.dtype)
+        gate, _, _ = self._base
+        return super().forward_sft(*args, **kwargs) + (gate.float().sum() * 0).to(torch.bfloat16)
 
 
-class weights_normalised(_Spoiled):
-    """Divides a token's routing weights by their sum, as a router may but a layer must not."""
+class expert_0_doubled(Plain):
+    """Expert 0 counts twice: the order of experts matters."""
 
-    def forward_sft(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, **kwargs: Any) -> Tensor:
-        total = weights.sum(dim=1, keepdim=True)
-        weights = weights / torch.where(total == 0, 1.0, total)
-        output: Tensor = self.layer.forward_sft(hidden_states, expert_ids, weights, **kwargs)
-        return output
-
-
-class first_expert_twice(_Spoiled):
-    """Expert 0 is computed with half its rows' weight: the order of experts matters."""
-
-    def forward_sft(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, **kwargs: Any) -> Tensor:
-        weights = torch.where(expert_ids == 0, 2 * weights, weights)
-        output: Tensor = self.layer.forward_sft(hidden_states, expert_ids, weights, **kwargs)
-        return output
+    def combine(self, output: Tensor, at: Group) -> None:
+        super().combine(output, at)
+        if at.expert == 0:
+            super().combine(output, at)
 
 
-HERE = "suites.meta.test_properties_catch"
+def _here(factory: type[Plain]) -> str:
+    return f"{__name__}:{factory.__name__}"
+
+
 # property, an engine that violates it
 VIOLATED = {
-    "within_budget": "suites.support.broken:k_remainder_skipped",
-    "permuted_experts": f"{HERE}:first_expert_twice",
-    "permuted_tokens": f"{HERE}:last_token_lost",
-    "permuted_slots": f"{HERE}:last_slot_lost",
-    "split_batch": f"{HERE}:third_token_doubled",
-    "accumulated_gradients": f"{HERE}:gradients_left_over",
-    "zero_lora_b": f"{HERE}:b_never_zero",
-    "scaled_alpha": "suites.support.broken:lora_scale_one",
-    "merged_slots": f"{HERE}:duplicates_counted_once",
-    "idle_experts": f"{HERE}:nan_times_zero",
-    "linear_weights": f"{HERE}:weights_normalised",
-    "tensor_parallel": "suites.support.broken:tp_part_lost",
-    "finite_differences": "suites.support.broken:no_routing_weight_in_backward",
+    "within_budget": MUTANTS["hidden_remainder_skipped"].engine,
+    "permuted_experts": _here(expert_0_doubled),
+    "permuted_tokens": MUTANTS["last_token_left_out"].engine,
+    "permuted_slots": MUTANTS["last_slot_dropped"].engine,
+    "split_batch": _here(third_token_doubled),
+    "accumulated_gradients": MUTANTS["gradients_accumulate_inside"].engine,
+    "zero_lora_b": _here(b_never_zero),
+    "scaled_alpha": MUTANTS["lora_scale_one"].engine,
+    "merged_slots": MUTANTS["duplicate_counted_once"].engine,
+    "idle_experts": _here(idle_times_zero),
+    "linear_weights": MUTANTS["routing_weights_normalised"].engine,
+    "tensor_parallel": MUTANTS["tp_part_lost"].engine,
+    "finite_differences": MUTANTS["no_routing_weight_in_backward"].engine,
 }
 # those whose smallest case is also looked for here: it takes hundreds of runs of an engine
 SHRUNK = ("zero_lora_b", "idle_experts")

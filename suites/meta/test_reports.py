@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ktverify.gates import Verdict
 from ktverify.machine import Amx, Machine, NumaNode, isas_of, read_machine
 from ktverify.names import ALL_TENSORS
 from ktverify.report import console, gate, html, plots, store, tables
@@ -484,10 +485,15 @@ def test_a_good_run_passes(tmp_path: Path) -> None:
     assert finding.checked == 3
 
 
-@pytest.mark.parametrize("verdict", ["FAIL", "CRASH", "MISTRUSTED"])
+@pytest.mark.parametrize("verdict", ["FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED"])
 def test_one_verdict_that_is_no_pass_flips_the_gate(verdict: VerdictName, tmp_path: Path) -> None:
     finding = gated(write(tmp_path / "run", [accuracy(), check(), check(verdict, "test_broken")]))
     assert finding.breaks == (f"contract/- test_broken: {verdict} told why",)
+
+
+def test_gates_records_and_pages_know_the_same_verdicts() -> None:
+    names = {verdict.value for verdict in Verdict}
+    assert names == set(VERDICT_ORDER) == set(tables.OVERVIEW_VERDICTS) == set(console.STYLES)
 
 
 def test_a_failed_tensor_is_named_with_its_repro(tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from ktverify import golden, verify
 from ktverify.cases import Case
+from ktverify.diagnose.hook import add_cause, cause_of
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.report.record import AccuracyRecord
 from ktverify.verify import Checked
+from suites.support.unsupported import Unsupported
 
 TENSORS: dict[str, tuple[str, ...]] = {"forward": (OUTPUT,), "backward": BACKWARD_TENSORS}
 
@@ -48,6 +50,7 @@ def check_case(
         tensors=TENSORS[family],
         given=given,
     )
+    add_cause(_last, engine, isa=isa, tp=tp)
     return _last.records
 
 
@@ -56,29 +59,23 @@ def source(live: bool) -> str:
     return "fresh" if live else "golden"
 
 
-def crashed(family: str, engine: str, case: Case, label: str, error: BaseException) -> list[AccuracyRecord]:
+def lost(family: str, engine: str, case: Case, label: str, error: BaseException) -> list[AccuracyRecord]:
     """The records of a case whose engine gave no tensors at all."""
-    return [
-        AccuracyRecord(
-            family=family,
-            engine=engine,
-            isa=label,
-            verdict="CRASH",
-            message=f"{type(error).__name__}: {error}"[:4000],
-            case=case.id,
-            why=case.why,
-            tensor=name,
-            repro=verify.repro_command(case, engine=engine, isa=label),
-        )
-        for name in TENSORS[family]
-    ]
+    return verify.lost(error, TENSORS[family], engine, case, label)
+
+
+class NotPassed(AssertionError):
+    """A case of which a tensor did not pass; its records have told it."""
 
 
 def assert_passed(records: list[AccuracyRecord]) -> None:
-    """AssertionError with the line of every tensor that did not pass, each followed by what repeats it."""
+    """NotPassed with the line of every tensor that did not pass and what repeats it; Unsupported where nothing ran."""
     failed = [record for record in records if record.verdict != "PASS"]
+    if failed and all(record.verdict == "UNSUPPORTED" for record in failed):
+        raise Unsupported(failed[0].message.removeprefix("UNSUPPORTED "))
     if failed:
-        lines = [record.message.partition("\n")[0] for record in failed]
-        raise AssertionError("\n".join([*lines, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
+        lines = dict.fromkeys(record.message.partition("\n")[0] for record in failed)
+        causes = dict.fromkeys(cause for cause in (cause_of(record.message) for record in failed) if cause)
+        raise NotPassed("\n".join([*lines, *causes, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
     if not records:
         raise AssertionError("nothing was compared")

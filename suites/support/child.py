@@ -12,40 +12,84 @@ import gc
 import os
 import pickle
 import select
-import signal
 import struct
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
 
+import psutil
+
+from ktverify.hosting.process import LAST_LINES, how_it_ended, last_lines
 from suites.support import locks
+from suites.support.unsupported import Unsupported
 from suites.support.zygote import find, zygote
 
 # several tests compute at once; torch's own threads, spinning for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}
 _LENGTH = struct.Struct("<Q")
+# how often a waiting parent looks at its child
+WATCH_S = 0.05
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one call may take: seconds on the clock; bytes resident, of the process and all that it started."""
+
+    time_s: float
+    memory: int
+
+
+# Big cases take turns, so that one of them and three others fit into 16 GiB; see suites/support/locks.py
+DEFAULT, BIG = Limits(300.0, 3 << 30), Limits(900.0, 7 << 30)
+_chosen: dict[str, float] = {}
+
+
+def choose_limits(time_s: float | None, memory_gib: float | None) -> None:
+    """Replace the limits of all calls from now on; None leaves one as it is."""
+    _chosen.clear()
+    _chosen.update({name: value for name, value in (("time", time_s), ("memory", memory_gib)) if value is not None})
+
+
+def limits_of(*, big: bool = False) -> Limits:
+    """The limits of a call, those of a big case's or those that the command line chose."""
+    usual = BIG if big else DEFAULT
+    memory = int(_chosen["memory"] * 2**30) if "memory" in _chosen else usual.memory
+    return Limits(_chosen.get("time", usual.time_s), memory)
 
 
 class ChildCrash(AssertionError):
-    """The child process ended or fell silent instead of answering."""
+    """The child process ended instead of answering."""
+
+    verdict = "CRASH"
+
+
+class ChildTimeout(ChildCrash):
+    """The child process did not answer in time, and was ended."""
+
+    verdict = "TIMEOUT"
+
+
+class ChildOutOfMemory(ChildCrash):
+    """The child process and those that it started took more memory than they may, and were ended."""
+
+    verdict = "OOM"
 
 
 class ChildError(AssertionError):
     """The called function raised an exception that cannot travel between processes; the text of it."""
 
 
-def _read_exactly(fd: int, size: int, deadline: float | None) -> bytes:
-    """`size` bytes from the pipe; EOFError when it closes first, TimeoutError after `deadline` (monotonic seconds)."""
+def _read_exactly(fd: int, size: int, watch: Callable[[], None] | None) -> bytes:
+    """`size` bytes from the pipe; EOFError when it closes first. `watch` is called while there is nothing to read."""
     parts: list[bytes] = []
     while size:
-        if deadline is not None:
-            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
+        while watch is not None and not select.select([fd], [], [], WATCH_S)[0]:
+            watch()
         part = os.read(fd, min(size, 1 << 20))
         if not part:
             raise EOFError
@@ -60,16 +104,34 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def _read_message(fd: int, deadline: float | None = None) -> Any:
-    (size,) = _LENGTH.unpack(_read_exactly(fd, _LENGTH.size, deadline))
-    return pickle.loads(_read_exactly(fd, size, deadline))
+def _read_message(fd: int, watch: Callable[[], None] | None = None) -> Any:
+    (size,) = _LENGTH.unpack(_read_exactly(fd, _LENGTH.size, watch))
+    return pickle.loads(_read_exactly(fd, size, watch))
+
+
+def processes_of(pid: int) -> list[psutil.Process]:
+    """The process and all that it started, as far as they live."""
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def resident_of(pid: int) -> int:
+    """Bytes in RAM of the process and all that it started; what they share counts for each."""
+    total = 0
+    for process in processes_of(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            total += process.memory_info().rss
+    return total
 
 
 class Child:
     """One child process that answers calls until it is closed. Not for several threads at once."""
 
-    def __init__(self, env: Mapping[str, str] | None = None, *, timeout_s: float = 300.0) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, env: Mapping[str, str] | None = None, *, limits: Limits | None = None) -> None:
+        self.limits = limits or limits_of()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         request_read, self._request = os.pipe()
         self._answer, answer_write = os.pipe()
@@ -101,29 +163,46 @@ class Child:
         """
         try:
             _write_all(self._request, pickle.dumps((function, kwargs)))
-            answered, value = _read_message(self._answer, time.monotonic() + self.timeout_s)
+            answered, value = _read_message(self._answer, self._watch(function))
         except (EOFError, BrokenPipeError):
-            raise ChildCrash(f"{function}: the process died: {self._end()}") from None
-        except TimeoutError:
-            self._process.kill()
-            raise ChildCrash(f"{function}: no answer after {self.timeout_s:.0f} s: {self._end()}") from None
+            how = how_it_ended(self._process.wait())
+            raise ChildCrash(f"{function}: the process {how}; last words:\n{self.last_words()}") from None
         if answered:
             return value
         error, text = value
+        if isinstance(error, NotImplementedError):
+            raise Unsupported(str(error)) from ChildError(text)
         if isinstance(error, BaseException):
             raise error from ChildError(text)
         raise ChildError(text)
 
-    def _end(self) -> str:
-        code = self._process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{how}; last words:\n{self.last_words()}"
+    def _watch(self, function: str) -> Callable[[], None]:
+        """Ends the child, and what it started, once it is beyond its limits, and raises what it was beyond."""
+        limits, deadline = self.limits, time.monotonic() + self.limits.time_s
 
-    def last_words(self, lines: int = 12) -> str:
+        def watch() -> None:
+            held = resident_of(self._process.pid)
+            if held > limits.memory:
+                self._kill()
+                text = f"{function}: {held / 2**30:.1f} GiB were resident, the limit is {limits.memory / 2**30:.1f} GiB"
+                raise ChildOutOfMemory(f"{text}; last words:\n{self.last_words()}")
+            if time.monotonic() > deadline:
+                self._kill()
+                text = f"{function}: no answer after {limits.time_s:g} s, ended with SIGKILL"
+                raise ChildTimeout(f"{text}; last words:\n{self.last_words()}")
+
+        return watch
+
+    def _kill(self) -> None:
+        for process in processes_of(self._process.pid)[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.kill()
+        self._process.wait()
+
+    def last_words(self) -> str:
         """The last lines that the child wrote to stdout or stderr."""
-        size = os.fstat(self._log.fileno()).st_size
-        tail = os.pread(self._log.fileno(), 1 << 14, max(0, size - (1 << 14)))
-        return "\n".join(tail.decode(errors="replace").splitlines()[-lines:])
+        return "\n".join(last_lines(self._log)[-LAST_LINES:])
 
     def close(self) -> None:
         for fd in (self._request, self._answer):
@@ -132,8 +211,7 @@ class Child:
         try:
             self._process.wait(timeout=10)
         except TimeoutError:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
         self._log.close()
 
 
@@ -160,7 +238,7 @@ class ChildPool:
         wanted = (dict(env or {}), big)
         if self._child is None or not self._child.alive or self._kind != wanted:
             self.close()
-            self._child, self._kind = Child(wanted[0]), wanted
+            self._child, self._kind = Child(wanted[0], limits=limits_of(big=big)), wanted
         return self._child
 
     def close(self) -> None:
@@ -170,10 +248,10 @@ class ChildPool:
 
 
 def call_fresh(
-    function: str, /, *, env: Mapping[str, str] | None = None, timeout_s: float = 300.0, **kwargs: Any
+    function: str, /, *, env: Mapping[str, str] | None = None, limits: Limits | None = None, **kwargs: Any
 ) -> Any:
     """One call in a process of its own; see Child.call."""
-    with Child(env, timeout_s=timeout_s) as child:
+    with Child(env, limits=limits) as child:
         return child.call(function, **kwargs)
 
 

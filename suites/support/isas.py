@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 
+from ktverify import engines
+
 EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
 AMX = "amx_bf16"
 # every id that an Isa can have: how a test's id tells its instruction set
@@ -39,14 +41,22 @@ def planned(engine: str, wanted: str = "all") -> list[Isa]:
 
     Raises ValueError when `wanted` is neither "all" nor one of them: a forced choice never falls back silently.
     """
-    isas = _native() if engine == "native" else [Isa()]
+    isas = _native() if engine == engines.NATIVE else _declared(engine)
     if wanted == "all":
         return isas
     chosen = [isa for isa in isas if wanted in (isa.name, isa.id)]
     if not chosen:
-        names = ", ".join(isa.id for isa in isas) if engine == "native" else "all"
+        names = ", ".join(isa.id for isa in isas if isa.name) or "all"
         raise ValueError(f"--isa {wanted}: engine {engine} has no such instruction set on this CPU; it takes {names}")
     return chosen
+
+
+def _declared(engine: str) -> list[Isa]:
+    """What the factory's attribute `isas` names, a tuple of what its `isa=` takes; one without a name otherwise."""
+    names = getattr(engines.find(engine), "isas", None) or (None,)
+    if any(name is not None and name not in IDS for name in names):
+        raise ValueError(f"engine {engine}: isas is {names!r}, it takes some of {', '.join(IDS[:-1])}")
+    return [Isa(name) for name in names]
 
 
 def _native() -> list[Isa]:

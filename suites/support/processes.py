@@ -27,6 +27,7 @@ from ktverify.gates import own_limit
 from ktverify.metrics import compare
 from ktverify.names import ALL_TENSORS, LORA_NAMES, OUTPUT
 from ktverify.running import run_layer
+from suites.support.child import processes_of, resident_of
 from suites.support.contract import MIDDLE
 from suites.support.subject import ODD, SMALL, Subject, bits, expect, expect_same_bits, same_bits
 
@@ -182,6 +183,11 @@ def _inside(ticks: list[float], windows: list[tuple[float, float]]) -> int:
     return sum(any(begin < tick < end for begin, end in middles) for tick in list(ticks))
 
 
+def _workers() -> int:
+    """Threads beyond the first of this process and of each that it started: a hosted engine's are over there."""
+    return sum(process.num_threads() - 1 for process in processes_of(os.getpid()))
+
+
 def check_threads_have_a_ceiling(subject: Subject) -> None:
     """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut."""
     torch.set_num_threads(1)
@@ -189,11 +195,11 @@ def check_threads_have_a_ceiling(subject: Subject) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     for processors in {1, len(allowed)}:
         os.sched_setaffinity(0, allowed[:processors])
-        before = psutil.Process().num_threads()
+        before = _workers()
         layer = subject.layer(MIDDLE, inputs, threads=64)
         run_layer(layer, inputs)
-        more = psutil.Process().num_threads() - before
-        expect(more <= processors, f"{more} threads were started on {processors} processors")
+        more = _workers() - before
+        expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
         del layer
 
 
@@ -204,13 +210,13 @@ def check_idle_experts_take_no_memory(subject: Subject) -> None:
     one = 3 * 2 * case.hidden * case.intermediate
     lora = sum(tensor.numel() * tensor.element_size() for tensor in inputs.lora.values())
     subject.run(SMALL)
-    before = psutil.Process().memory_info().rss
+    before = resident_of(os.getpid())
     layer = subject.layer(case, inputs)
     run_layer(layer, inputs)
-    grown = psutil.Process().memory_info().rss - before
+    grown = resident_of(os.getpid()) - before
     # LoRA is dense: the parameters, the engine's copy in fp32, and the gradients of one call
     budget = 16 * one + 8 * lora
-    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each")
+    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources")
     del layer
 
 

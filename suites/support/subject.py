@@ -5,6 +5,7 @@ The check functions of this package take a Subject, so that they run in a child 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify import engines
+from ktverify import engines, gates
 from ktverify.cases import Case
 from ktverify.data import Inputs, make_inputs
 from ktverify.names import ALL_TENSORS
@@ -57,10 +58,31 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and bool(torch.equal(bits(left), bits(right)))
 
 
+class GateFailed(AssertionError):
+    """What a check found: its text, and (gate, share of the budget that was used) for each gate that was exceeded."""
+
+    def __init__(self, text: str, exceeded: tuple[tuple[str, float], ...]) -> None:
+        super().__init__(text, exceeded)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def exceeded(self) -> tuple[tuple[str, float], ...]:
+        found: tuple[tuple[str, float], ...] = self.args[1]
+        return found
+
+
 def expect_same_bits(
-    what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: tuple[str, ...] = ALL_TENSORS
+    what: str,
+    left: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    names: tuple[str, ...] = ALL_TENSORS,
+    gate: str = "bits",
 ) -> None:
-    """AssertionError that names each of the tensors whose bits differ, and where first."""
+    """GateFailed that names each of the tensors whose bits differ, and where first."""
+    if not gates.asked(gate):
+        return
     wrong = []
     for name in names:
         a, b = left[name], right[name]
@@ -75,10 +97,23 @@ def expect_same_bits(
             f"{name}: {len(places)} of {a.numel()} differ, first {list(first)}: {float(a[first])} {float(b[first])}"
         )
     if wrong:
-        raise AssertionError(f"{what}: the bits differ\n" + "\n".join(wrong))
+        raise GateFailed(f"{what}: the bits differ\n" + "\n".join(wrong), ((gate, math.inf),))
 
 
-def expect(condition: bool, message: str) -> None:
-    """AssertionError with `message` unless `condition`; unlike assert, it survives python -O and needs no rewriting."""
-    if not condition:
+def expect(condition: bool, message: str, gate: str = "", used: float = math.inf) -> None:
+    """GateFailed with `message` unless `condition`; unlike assert, it survives python -O and needs no rewriting.
+
+    gate: one of gates.GATES, which a test may turn off; "" for what a check demands of itself: AssertionError then.
+    used: the share of the gate's budget, inf for one that has none.
+    """
+    if condition:
+        return
+    if not gate:
         raise AssertionError(message)
+    if gates.asked(gate):
+        raise GateFailed(message, ((gate, used),))
+
+
+def accepted(what: str) -> None:
+    """GateFailed: `what` should have been refused."""
+    expect(False, f"{what} was accepted", "refusal")

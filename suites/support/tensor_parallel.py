@@ -6,12 +6,12 @@ import re
 
 from torch import Tensor
 
-from ktverify import engines, gates, metrics, reference
+from ktverify import engines, gates, metrics
 from ktverify.cases import Case
 from ktverify.data import make_inputs
 from ktverify.names import ALL_TENSORS
-from ktverify.peer import peer_error
-from suites.support.subject import SMALL, Subject, expect, expect_same_bits
+from suites.support.expected import expected_of
+from suites.support.subject import SMALL, GateFailed, Subject, accepted, expect, expect_same_bits
 
 TpResults = dict[int, dict[str, Tensor]]
 
@@ -26,18 +26,25 @@ def check_degree(subject: Subject, intermediate: int, degree: int) -> None:
     what = f"moe_intermediate_size {intermediate}, threadpool_count {degree}"
     try:
         layer = subject.bare(moe_intermediate_size=intermediate, threadpool_count=degree, cpuinfer_threads=2)
+    except NotImplementedError:
+        # a RuntimeError too, but one that declares
+        raise
     except RuntimeError as error:
-        expect(intermediate % degree != 0, f"{what}: refused though it divides: {error}")
+        expect(intermediate % degree != 0, f"{what}: refused though it divides: {error}", "refusal")
         text = str(error)
         sentence = f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({degree})"
-        expect(sentence in text, f"{what}: the error must say {sentence!r}, it says {text!r}")
+        expect(sentence in text, f"{what}: the error must say {sentence!r}, it says {text!r}", "refusal")
         named = {int(number) for number in re.findall(r"\d+", text.replace(sentence, ""))}
         needed = set(degrees_that_work(intermediate, degree))
-        expect(needed <= named, f"{what}: the degrees that would work, {sorted(needed)}, must be named: {text!r}")
+        expect(
+            needed <= named,
+            f"{what}: the degrees that would work, {sorted(needed)}, must be named: {text!r}",
+            "refusal",
+        )
         lies = {number for number in named if intermediate % max(number, 1)}
-        expect(not lies, f"{what}: {sorted(lies)} would not work but is named: {text!r}")
+        expect(not lies, f"{what}: {sorted(lies)} would not work but is named: {text!r}", "refusal")
         return
-    expect(intermediate % degree == 0, f"{what}: accepted, though {degree} does not divide {intermediate}")
+    expect(intermediate % degree == 0, f"{what}: accepted, though {degree} does not divide {intermediate}", "refusal")
     del layer
 
 
@@ -45,10 +52,12 @@ def check_bad_degree(subject: Subject, degree: int) -> None:
     """AssertionError unless a threadpool_count that is no degree at all is refused by name."""
     try:
         subject.bare(SMALL, threadpool_count=degree)
+    except NotImplementedError:
+        raise
     except (ValueError, RuntimeError) as error:
-        expect("threadpool_count" in str(error), f"the error must name threadpool_count, it says {error}")
+        expect("threadpool_count" in str(error), f"the error must name threadpool_count, it says {error}", "refusal")
         return
-    raise AssertionError(f"threadpool_count {degree} was accepted")
+    accepted(f"threadpool_count {degree}")
 
 
 def run_degree(subject: Subject, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
@@ -57,15 +66,19 @@ def run_degree(subject: Subject, cases: list[Case], degree: int) -> list[dict[st
 
 
 def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]:
-    """What is wrong with the results of `case` at several degrees, against the oracle and each other; [] if nothing.
+    """What is wrong with the results of `case` at several degrees, in words; [] if nothing. See exceeded_by."""
+    return [line for _, _, line in exceeded_by(subject, case, found)]
+
+
+def exceeded_by(subject: Subject, case: Case, found: TpResults) -> list[tuple[str, float, str]]:
+    """(gate, share of its budget, line) for all that is wrong with `found`, against the oracle and each other.
 
     Integer cases must have the same bits. Else each degree keeps the budgets of `gates`, and the project's own engine
     differs between degrees by no more than a sum in another order may.
     """
     inputs = make_inputs(case)
-    oracle = reference.forward_backward(inputs)
-    peer = peer_error(inputs, oracle)
-    wrong = []
+    oracle, peer = expected_of(inputs)
+    wrong: list[tuple[str, float, str]] = []
     first, *others = sorted(found)
     for degree in (first, *others):
         for name in ALL_TENSORS:
@@ -75,24 +88,27 @@ def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]
                 name,
                 metrics.compare(actual, oracle[name]),
                 peer[name],
-                own_engine=subject.engine == engines.NATIVE,
+                own_engine=engines.strict(subject.engine),
                 isa=subject.isa or "",
             )
             if judgement.verdict is not gates.Verdict.PASS:
-                wrong.append(f"TP {degree}: {judgement.line.partition(chr(10))[0]}")
+                line = f"TP {degree}: {judgement.line.partition(chr(10))[0]}"
+                bad = [gate for gate in judgement.gates if gate.verdict is not gates.Verdict.PASS]
+                wrong += [(gate.gate, gate.used, line) for gate in bad]
     for degree in others:
         if case.exact:
             try:
                 expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])
-            except AssertionError as error:
-                wrong.append(str(error))
-        elif subject.engine == engines.NATIVE:
+            except GateFailed as error:
+                wrong += [(gate, used, str(error)) for gate, used in error.exceeded]
+        elif engines.strict(subject.engine):
             budget = float(gates.tolerances()["tp"]["rel_l2"])
             for name in ALL_TENSORS:
                 apart = metrics.compare(found[degree][name], found[first][name].double())
-                if not apart.rel_l2 <= budget:
-                    wrong.append(
+                if gates.asked("tp") and not apart.rel_l2 <= budget:
+                    line = (
                         f"FAIL {name}: TP {degree} is {apart.rel_l2:.1e} from TP {first}, budget {budget:.1e}, "
                         f"worst {list(apart.worst_index)}"
                     )
+                    wrong.append(("tp", apart.rel_l2 / budget, line))
     return wrong

@@ -6,7 +6,7 @@ Loss: 0.5 ||output - target||^2, so grad_output = output - target; AdamW steps l
 from __future__ import annotations
 
 import copy
-import math
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from ktverify.data import make_inputs
 from ktverify.names import LORA_NAMES, OUTPUT
 from ktverify.running import run_layer
 from suites.support.contract import judged
-from suites.support.subject import Subject, expect, expect_same_bits
+from suites.support.subject import GateFailed, Subject, expect, expect_same_bits
 
 STEPS = 10
 LEARNING_RATE = 1e-2
@@ -126,33 +126,40 @@ def drift(found: Trajectory, oracle: Trajectory) -> Drift:
     return Drift(loss, parameters)
 
 
+@functools.lru_cache(maxsize=8)
+def _beside(case: Case) -> tuple[Tensor, Trajectory, Drift]:
+    """What every engine is held against: the target, the oracle's steps, and how far plain bf16 torch is from them."""
+    target = target_of(case)
+    oracle = oracle_trajectory(case, target)
+    return target, oracle, drift(engine_trajectory(Subject("torch_bf16"), case, target), oracle)
+
+
 def check_trajectory(subject: Subject, case: Case, tp: int = 1) -> dict[str, float]:
-    """AssertionError unless losses and parameters keep to the oracle's as well as plain torch in bf16 does.
+    """GateFailed unless the losses keep to the oracle's as well as plain torch in bf16 does.
 
     Returns the share of its budget that each used, by name ("loss" and LORA_NAMES).
     """
-    target = target_of(case)
-    oracle = oracle_trajectory(case, target)
+    target, oracle, peer = _beside(case)
     found = engine_trajectory(subject, case, target, tp)
-    peer = drift(engine_trajectory(Subject("torch_bf16"), case, target), oracle)
-    for name, tensor in found.parameters.items():
-        expect(bool(torch.isfinite(tensor).all()), f"{name} holds NaN or Inf after {STEPS} steps")
-    expect(all(math.isfinite(loss) for loss in found.losses), f"a loss is not finite: {found.losses}")
     # a trajectory that goes nowhere would agree with anything
     expect(oracle.losses[-1] < 0.8 * oracle.losses[0], f"the oracle learns nothing: {oracle.losses}")
 
     own = drift(found, oracle)
     numbers = gates.tolerances()["training"]
-    used, wrong = {}, []
+    used, wrong, exceeded = {}, [], []
     for name, value, plain, floor in [
         ("loss", own.loss, peer.loss, numbers["loss_floor"]),
         *[(name, own.parameters[name], peer.parameters[name], numbers["parameter_floor"]) for name in LORA_NAMES],
     ]:
         budget = min(numbers["cap"], max(numbers["factor"] * plain, floor))
         used[name] = value / budget
-        if not value <= budget:
+        # NaN is over every budget. How far the parameters drift is told, not judged: no engine could be found that is
+        # wrong in them and not, and by more, in the loss
+        if name == "loss" and gates.asked("loss") and not value <= budget:
+            exceeded.append(("loss", used[name]))
             wrong.append(f"FAIL {name} drift {value:.1e}, budget {budget:.1e} ({used[name]:.0%})".replace("%", " %"))
-    expect(not wrong, "\n".join([f"{case.id}, {STEPS} steps, TP {tp}", *wrong]))
+    if wrong:
+        raise GateFailed("\n".join([f"{case.id}, {STEPS} steps, TP {tp}", *wrong]), tuple(exceeded))
     return used
 
 

@@ -21,9 +21,28 @@ CASES = {
 }
 
 
-def _run(subject: Subject, isa: Isa, fresh: int | None) -> dict[str, tensor_parallel.TpResults]:
-    """name -> degree -> ALL_TENSORS. One fresh process for each degree computes all the cases."""
+Found = dict[str, tensor_parallel.TpResults | Exception]
+
+
+def _run(subject: Subject, isa: Isa, fresh: int | None) -> Found:
+    """name -> degree -> ALL_TENSORS, or what was raised. One fresh process for each degree computes all the cases.
+
+    Where that fails, each case gets processes of its own, so that it costs no other.
+    """
     cases = _cases(fresh)
+    try:
+        return dict(_run_together(subject, isa, cases))
+    except Exception:
+        found: Found = {}
+        for name, case in cases.items():
+            try:
+                found.update(_run_together(subject, isa, {name: case}))
+            except Exception as error:
+                found[name] = error
+        return found
+
+
+def _run_together(subject: Subject, isa: Isa, cases: dict[str, Case]) -> dict[str, tensor_parallel.TpResults]:
     found: dict[str, tensor_parallel.TpResults] = {name: {} for name in cases}
     for degree in DEGREES:
         results = call_fresh(
@@ -44,7 +63,7 @@ def _cases(fresh: int | None) -> dict[str, Case]:
 
 
 @pytest.fixture(scope="module")
-def results(isa: Isa, engine: str, fresh: int | None) -> dict[str, tensor_parallel.TpResults]:
+def results(isa: Isa, engine: str, fresh: int | None) -> Found:
     return _run(Subject(engine, isa.name), isa, fresh)
 
 
@@ -53,15 +72,17 @@ def test_degrees_agree(
     engine: str,
     children: ChildPool,
     isa: Isa,
-    results: dict[str, tensor_parallel.TpResults],
+    results: Found,
     name: str,
     fresh: int | None,
 ) -> None:
-    case = _cases(fresh)[name]
+    case, found = _cases(fresh)[name], results[name]
+    if isinstance(found, Exception):
+        raise found
     wrong = children.get().call(
         "suites.support.tensor_parallel:compare_degrees",
         subject=Subject(engine, isa.name),
         case=case,
-        found=results[name],
+        found=found,
     )
     assert not wrong, "\n".join([case.id, *wrong])

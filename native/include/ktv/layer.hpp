@@ -99,6 +99,10 @@ const char* name_of(Phase phase);
 // Floating-point operations, and bytes that at least come from memory, by phase; without padding.
 struct Costs {
     double flops[kPhases] = {}, bytes[kPhases] = {};
+    void set(Phase phase, double flop_count, double byte_count) {
+        flops[static_cast<int>(phase)] = flop_count;
+        bytes[static_cast<int>(phase)] = byte_count;
+    }
 };
 
 // Where one call spent its time. For every worker the phases add up to wall_ns.

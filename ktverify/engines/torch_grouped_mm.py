@@ -1,0 +1,99 @@
+"""torch_grouped_mm: the layer as torch.nn.functional.grouped_mm computes it, all experts in one call; autograd.
+
+Comes in: KTMoEWrapper's keyword arguments. Goes out: a layer with its methods. Calls, refusals and their order are
+torch_bf16's; here stands the arithmetic. grouped_mm wants rows of a multiple of 16 bytes: a rank that is none is padded
+with zeros, other sizes are refused with NotImplementedError.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from ktverify.engines.torch_bf16 import Saved, TorchBf16
+from ktverify.names import LORA_NAMES
+
+# elements of bf16 in 16 bytes
+MULTIPLE = 8
+
+
+@dataclass
+class _SavedBatch(Saved):
+    """An outstanding forward of n token slots: rows, slots [n], w y [n, H], and x, w and six LoRA tensors as leaves."""
+
+    row: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    slot: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    y: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    leaves: list[torch.Tensor] = field(default_factory=list)
+
+
+class TorchGroupedMm(TorchBf16):
+    """A layer as TorchBf16 has it; NotImplementedError where hidden or intermediate is no multiple of 8."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for name, size in (("hidden", self.spec.hidden_size), ("intermediate", self.spec.moe_intermediate_size)):
+            if size % MULTIPLE:
+                raise NotImplementedError(f"{name} {size}: torch's grouped_mm takes multiples of {MULTIPLE} in bf16")
+
+    def load_weights_from_tensors(
+        self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
+    ) -> None:
+        """As TorchBf16; the weights are put into the experts' order and made contiguous, which grouped_mm wants."""
+        super().load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map)
+        if self._slot_of != list(range(len(self._slot_of))):
+            self._base = tuple(tensor[self._slot_of] for tensor in self._base)
+        self._base = tuple(tensor.detach().contiguous() for tensor in self._base)
+
+    def _forward(
+        self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, save: bool
+    ) -> torch.Tensor:
+        trained = self.spec.lora_backward
+        order = torch.argsort(expert_ids.reshape(-1), stable=True)
+        # slots of id -1 come first
+        order = order[int((expert_ids < 0).sum()) :]
+        row = order // expert_ids.shape[1]
+        slot = order % expert_ids.shape[1]
+        counts = torch.bincount(expert_ids.reshape(-1)[order], minlength=self.spec.num_experts)
+        lora = [self._lora[name].detach().requires_grad_(trained) for name in LORA_NAMES]
+        x = hidden_states[row].requires_grad_()
+        w = weights[row, slot].to(torch.bfloat16).requires_grad_()
+        with torch.set_grad_enabled(save):
+            y = self._experts(x, lora, torch.cumsum(counts, 0).int()) * w.unsqueeze(1)
+        output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16).index_add_(0, row, y.detach())
+        if save:
+            kept = _SavedBatch(len(hidden_states), expert_ids.shape, lora[0].dtype)
+            kept.row, kept.slot, kept.y, kept.leaves = row, slot, y, [x, w, *lora]
+            self._saved.append(kept)
+        return output
+
+    def _experts(self, x: torch.Tensor, lora: list[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:
+        """[n, H] of x [n, H], rows sorted by expert; ends [E]: where each expert's rows end."""
+
+        def product(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return functional.grouped_mm(value, weight.transpose(-2, -1), offs=ends)
+
+        def linear(value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            short = -a.shape[1] % MULTIPLE
+            a, b = functional.pad(a, (0, 0, 0, short)), functional.pad(b, (0, short))
+            low = product(product(value.to(a.dtype), a), b) * self.spec.scaling
+            return (product(value, weight) + (low if self.spec.lora_backward else low.detach())).to(value.dtype)
+
+        gate, up, down = self._base
+        gate_a, gate_b, up_a, up_b, down_a, down_b = lora
+        h = functional.silu(linear(x, gate, gate_a, gate_b)) * linear(x, up, up_a, up_b)
+        return linear(h, down, down_a, down_b)
+
+    def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert isinstance(saved, _SavedBatch)
+        wanted = [leaf for leaf in saved.leaves if leaf.requires_grad]
+        dx, dw, *d_lora = torch.autograd.grad(saved.y, wanted, grad_output[saved.row])
+        grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16).index_add_(0, saved.row, dx)
+        self.grad_weights = torch.zeros(saved.slots)
+        self.grad_weights[saved.row, saved.slot] = dw.float()
+        if not d_lora:
+            d_lora = [torch.zeros_like(leaf) for leaf in saved.leaves[2:]]
+        return grad_input, {f"grad_{name}": gradient for name, gradient in zip(LORA_NAMES, d_lora, strict=True)}

@@ -1,0 +1,126 @@
+"""Is what a training left an adapter that works? Ten questions to a directory, answered with stock peft.
+
+Comes in: a training's output directory, and the base model. Goes out: Findings, in the order in which they were asked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktverify.training.curves import read_curve
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PROMPT = "What is the capital of France?"
+_NEW_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was asked, whether the answer is good, and what was found."""
+
+    name: str
+    passed: bool
+    text: str
+
+
+def verify_training(directory: Path, base: str | None = None) -> Iterator[Finding]:
+    """Ask `directory`; base: the base model's path (default: the one that the adapter names).
+
+    Stops at the first answer that leaves nothing to ask on. ValueError where the base model cannot be loaded."""
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    yield Finding("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(FILES))
+    if missing:
+        return
+    tensors, problem = _read(directory / FILES[1])
+    yield Finding("readable", not problem, problem or f"{len(tensors)} tensors")
+    if problem:
+        return
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    yield Finding("finite", not broken, f"NaN or Inf in {broken[0]}" if broken else "no NaN, no Inf")
+    zero = [name for name, tensor in tensors.items() if "lora_B" in name and not bool(tensor.any())]
+    count = sum("lora_B" in name for name in tensors)
+    yield Finding(
+        "trained", not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else f"{count} lora_B moved"
+    )
+    yield _loss(directory)
+    yield from _with_base(directory, base, tensors)
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path), ""
+    except (SafetensorError, OSError) as error:
+        return {}, f"{path.name}: {error}"
+
+
+def _loss(directory: Path) -> Finding:
+    try:
+        curve = read_curve(directory)
+    except ValueError as error:
+        return Finding("loss", False, str(error))
+    if not all(math.isfinite(loss) for loss in curve.losses):
+        return Finding("loss", False, "the loss is not finite everywhere")
+    text = f"{curve.losses[0]:.3f} to {curve.losses[-1]:.3f} in {curve.steps[-1]} steps, slope {curve.slope:.2e} a step"
+    return Finding("loss", curve.slope < 0, text if curve.slope < 0 else f"does not fall: {text}")
+
+
+def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tensor]) -> Iterator[Finding]:
+    from peft import get_peft_model_state_dict
+
+    from ktverify.training.adapter import load_adapter
+    from ktverify.training.run import load_base
+
+    named = json.loads((directory / FILES[0]).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    path = base or named
+    if not path:
+        raise ValueError(f"{directory} does not name its base model: give --base")
+    model, tokenizer = load_base(path)
+    model.eval()
+    before = _generate(model, tokenizer)
+    try:
+        adapted = load_adapter(model, directory)
+    except ValueError as error:
+        yield Finding("loads", False, str(error))
+        return
+    expected = get_peft_model_state_dict(adapted)
+    differ = sorted(set(expected) ^ set(tensors)) or [
+        name for name in expected if expected[name].shape != tensors[name].shape
+    ]
+    yield Finding("keys", not differ, f"{differ[0]} does not fit" if differ else f"{len(expected)} keys and shapes")
+    yield Finding("loads", True, f"in stock peft, on {path}")
+    after = _generate(adapted, tokenizer)
+    finite = bool(torch.isfinite(after[1]).all())
+    yield Finding("logits", finite, "finite" if finite else "NaN or Inf in the adapted model's logits")
+    differs = before[0] != after[0]
+    shown = tokenizer.decode(after[0], skip_special_tokens=True).strip()
+    yield Finding("generation", differs, f"{shown!r}" if differs else "the same as the base model's")
+
+
+def _generate(model: Any, tokenizer: Any) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens after the prompt, and the logits of each."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _PROMPT}], tokenize=False, add_generation_prompt=True
+    )
+    given = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    model.eval()
+    with torch.no_grad():
+        made = model.generate(
+            input_ids=given["input_ids"],
+            attention_mask=given["attention_mask"],
+            max_new_tokens=_NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return made.sequences[0, given["input_ids"].shape[1] :].tolist(), torch.cat(made.logits)

@@ -1,0 +1,166 @@
+"""LoRA on attention and experts, held by stock peft: what is targeted, attached, loaded.
+
+Comes in: a model, wrapped or stock. Goes out: a PeftModel whose adapter is an ordinary one. peft keeps the parameters
+of the experts' LoRA too; only its way of computing them (W + B A, as large as W, at every call) is left to the engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as lora_layer
+from torch import nn
+
+from ktverify.training.layer import Factors, MOELayerWrapper
+from ktverify.training.wrap import WEIGHTS, find_experts
+
+ALL, ALL_ATTENTION = "all", "all_attention"
+# names of separate projections, as older checkpoints have them -> the stacked parameter that holds them
+_STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
+_STACKED |= {"down_proj": "down_proj", "w2": "down_proj", "gate_up_proj": "gate_up_proj"}
+
+
+class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds its wrappers by this name
+    """peft's LoRA of one stacked parameter of a block of experts that the engine computes."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
+        super().__init__(base_layer, adapter_name, **options)
+        self._layer().adapters[self.parameter_name] = self
+
+    def _layer(self) -> MOELayerWrapper:
+        layer: MOELayerWrapper = self.get_base_layer()._kt_layer[0]
+        return layer
+
+    def factors(self) -> Factors | None:
+        """The active adapter's; None while adapters are disabled. ValueError for several at a time."""
+        return None if self.disable_adapters else self.held()
+
+    def held(self) -> Factors | None:
+        """The active adapter's, disabled or not."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return None
+        if len(active) > 1:
+            raise ValueError(
+                f"the engine computes one adapter at a time, {len(active)} are active: {', '.join(active)}"
+            )
+        name = active[0]
+        return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._layer().calling.append(self)
+        result: torch.Tensor = self.base_layer(x, *args, **kwargs)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise RuntimeError(
+            "the engine holds the base weights, so an adapter cannot be merged here: save it, then "
+            "python -m ktverify export-merged"
+        )
+
+
+def lora_config(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    target: str | list[str] = ALL,
+    rslora: bool = False,
+) -> LoraConfig:
+    """An ordinary LoraConfig for `model`, wrapped or stock: `scaling` alpha / rank, with rslora alpha / sqrt(rank).
+
+    target: "all" (attention and routed experts), "all_attention", or names: linear layers of the attention, `experts`,
+    or the experts' gate_proj and up_proj (together), down_proj. alpha: 2 rank by default.
+    """
+    modules, parameters = _targets(model, target)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,
+        target_modules=modules,
+        target_parameters=parameters or None,
+        use_rslora=rslora,
+    )
+    _compute_experts_in_engine(model, config)
+    return config
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -> PeftModel:
+    """`model` with a fresh adapter. dropout acts on the input of the attention's adapters, while training.
+
+    The experts' adapters have none: peft cannot give a stacked parameter one and refuses to load a configuration that
+    asks for it, so the adapter's own configuration says 0.
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_dropout is {dropout}; it takes a number from 0 up to, not including, 1")
+    _compute_experts_in_engine(model, config)
+    adapted: PeftModel = get_peft_model(model, config)
+    if dropout:
+        for module in adapted.modules():
+            if isinstance(module, lora_layer.Linear):
+                module.lora_dropout["default"] = nn.Dropout(dropout)
+    return adapted
+
+
+def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> PeftModel:
+    """`model`, wrapped or stock, with the adapter that `directory` holds.
+
+    ValueError if it is not one, or belongs to another base."""
+    path = Path(directory)
+    if not (path / "adapter_config.json").is_file():
+        raise ValueError(f"{path} holds no adapter: adapter_config.json is missing")
+    config = LoraConfig.from_pretrained(str(path))
+    config.inference_mode = not trainable
+    _compute_experts_in_engine(model, config)
+    try:
+        return PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise ValueError(f"the adapter in {path} does not fit this base model: {first}") from error
+
+
+def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
+    """On a wrapped model, let peft use our ParamWrapper; its extension point for layers it does not know."""
+    kinds = {type(module) for module in model.modules() if hasattr(module, "_kt_layer")}
+    if kinds:
+        config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
+
+
+def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list[str]]:
+    """(names of linear layers, names of stacked parameters) for LoraConfig. ValueError for a name that matches none."""
+    attention = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "attn" in name
+        }
+    )
+    experts = [f"experts.{name}" for name in WEIGHTS] if find_experts(model) else []
+    if target == ALL:
+        return attention, experts
+    if target == ALL_ATTENTION:
+        return attention, []
+    names = [name.strip() for name in (target.split(",") if isinstance(target, str) else target) if name.strip()]
+    modules, parameters = [], set()
+    for name in names:
+        if name in attention:
+            modules.append(name)
+        elif name == "experts":
+            parameters.update(experts)
+        elif name in _STACKED:
+            parameters.add(f"experts.{_STACKED[name]}")
+        else:
+            known = [*attention, "experts", *_STACKED]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it takes {ALL}, {ALL_ATTENTION} or {', '.join(known)}"
+            raise ValueError(f"lora_target has {name!r}, which this model has not{hint}")
+    for pair in (("gate_proj", "up_proj"), ("w1", "w3")):
+        if len(set(pair) & set(names)) == 1:
+            raise ValueError(f"lora_target has one of {' and '.join(pair)}: they are one stacked parameter, name both")
+    if not modules and not parameters:
+        raise ValueError(f"lora_target is empty; it takes {ALL}, {ALL_ATTENTION} or names")
+    return modules, sorted(parameters)

@@ -1,0 +1,62 @@
+"""Which checkpoints of a run are whole.
+
+A trainer writes a checkpoint file by file, and it may be killed in between. trainer_state.json comes last: where it and
+everything else can be read, the checkpoint is whole, and only such a one is resumed from.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def step_of(checkpoint: Path) -> int:
+    """50 for checkpoint-50; -1 for another name."""
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(found.group(1)) if found else -1
+
+
+def problem_of(checkpoint: Path) -> str:
+    """Why this checkpoint cannot be resumed from; "" when it can."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    for name in NEEDED:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        name = "trainer_state.json"
+        json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        name = "adapter_model.safetensors"
+        with safe_open(checkpoint / name, framework="pt") as stored:
+            stored.keys()
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except (ValueError, SafetensorError, RuntimeError, OSError, EOFError) as error:
+        return f"{name} cannot be read ({' '.join(str(error).split())[:80]})"
+    return ""
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, whole or not."""
+    found = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def choose(wanted: bool | str, directory: Path) -> Path:
+    """The checkpoint to resume from: `wanted` itself if it is a path, else the newest whole one of `directory`.
+
+    ValueError, with what is wrong with each, where there is none."""
+    candidates = [Path(wanted)] if isinstance(wanted, str) else checkpoints_in(directory)
+    reasons = []
+    for path in candidates:
+        reason = problem_of(path)
+        if not reason:
+            return path
+        reasons.append(f"{path.name}: {reason}")
+    if not candidates:
+        raise ValueError(f"{directory} holds no checkpoint to resume from: leave resume_from_checkpoint out")
+    raise ValueError(f"no whole checkpoint to resume from; {'; '.join(reasons)}")

@@ -1,0 +1,122 @@
+"""Loss histories: read, fitted, compared. Light: imports no torch.
+
+Comes in: loss.jsonl or trainer_state.json (or a run's directory). Goes out: steps and losses, a slope, a Comparison.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LOSS_FILE, STATE_FILE = "loss.jsonl", "trainer_state.json"
+# two runs of the same mathematics in other precision; beyond it they are two trainings
+MAX_RELATIVE = 0.05
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses (nats per token, mean over the logged steps) by step, ascending."""
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def slope(self) -> float:
+        """Nats per step of the least-squares line through all points; nan with fewer than two."""
+        return slope(self.steps, self.losses)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """|new - old| / |old| over the steps that both have; final: at the last of them."""
+
+    steps: tuple[int, ...]
+    mean: float
+    largest: float
+    largest_at: int
+    final: float
+    slopes: tuple[float, float]
+
+    @property
+    def passed(self) -> bool:
+        return self.largest <= MAX_RELATIVE
+
+
+def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Least-squares slope of ys over xs; nan where it has none."""
+    count = len(xs)
+    if count < 2:
+        return math.nan
+    centre, middle = sum(xs) / count, sum(ys) / count
+    spread = sum((x - centre) ** 2 for x in xs)
+    return sum((x - centre) * (y - middle) for x, y in zip(xs, ys, strict=True)) / spread if spread else math.nan
+
+
+def read_curve(path: Path) -> Curve:
+    """The loss history at `path`: a run's directory, JSON lines, or a trainer_state.json. ValueError where none is."""
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in (LOSS_FILE, STATE_FILE) if (path / name).is_file()), path)
+    if not file.is_file():
+        raise ValueError(f"{path} has no loss history: it takes {LOSS_FILE}, {STATE_FILE}, or a directory with one")
+    try:
+        text = file.read_text(encoding="utf-8")
+        rows: list[dict[str, Any]]
+        if file.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text)["log_history"]
+        points = {int(row["step"]): float(row["loss"]) for row in rows if "loss" in row}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no loss history: {error!r}") from None
+    if not points:
+        raise ValueError(f"{file} has no losses")
+    steps = tuple(sorted(points))
+    return Curve(steps, tuple(points[step] for step in steps))
+
+
+def compare(old: Curve, new: Curve) -> Comparison:
+    """How far `new` is from `old`. ValueError for histories of different steps, or with NaN or Inf."""
+    if old.steps != new.steps:
+        differ = sorted(set(old.steps) ^ set(new.steps))
+        raise ValueError(f"the histories have other steps: {len(differ)} are in one only, first {differ[0]}")
+    for curve in (old, new):
+        broken = next((s for s, loss in zip(curve.steps, curve.losses, strict=True) if not math.isfinite(loss)), None)
+        if broken is not None:
+            raise ValueError(f"the loss of step {broken} is not finite")
+    apart = [abs(n - o) / max(abs(o), 1e-12) for o, n in zip(old.losses, new.losses, strict=True)]
+    worst = max(range(len(apart)), key=apart.__getitem__)
+    return Comparison(
+        old.steps, sum(apart) / len(apart), apart[worst], old.steps[worst], apart[-1], (old.slope, new.slope)
+    )
+
+
+def draw(curves: dict[str, Curve], path: Path) -> None:
+    """A PNG of the curves by name: loss over step, the final loss beside its line."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    from ktverify.files import write_whole
+
+    figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    colours = ("#6d2f91", "#d9772b", "#1f6fb2")
+    for place, (name, curve) in enumerate(curves.items()):
+        style = "-" if place == 0 else (0, (4, 2))
+        label = f"{name}, last {curve.losses[-1]:.3f}"
+        axes.plot(curve.steps, curve.losses, color=colours[place % 3], linewidth=1.6, linestyle=style, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.01)
+    axes.grid(axis="y", color="#dfe3e7", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    write_whole(path, stream.getvalue())

@@ -1,0 +1,113 @@
+"""Alpaca-style data: read, put into the tokenizer's chat template, labels only on the answer.
+
+Comes in: a JSON or JSONL file of {instruction, input, output[, system]}. Goes out: input_ids and labels for the
+collator. Light until tokens are made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+IGNORED = -100  # the label that torch's cross entropy leaves out
+EXAMPLE = "alpaca_tiny"
+TEMPLATES = ("default", "tokenizer")  # both: the tokenizer's own
+
+
+@dataclass(frozen=True)
+class Record:
+    """One exchange: prompt and answer, and a system message or ""."""
+
+    prompt: str
+    answer: str
+    system: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(text for text in (self.system, self.prompt, self.answer) if text)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All but the answer, in the form that a chat template takes."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": self.prompt}]
+
+
+def example_data() -> Path:
+    """The example data set that comes with the package."""
+    return Path(str(resources.files("ktverify.training") / "data" / f"{EXAMPLE}.json"))
+
+
+def find_dataset(name: str, beside: Path) -> Path:
+    """The file of a data set: a path, also seen from the directory `beside`, or the name of the example data.
+
+    ValueError where there is none."""
+    if name == EXAMPLE:
+        return example_data()
+    for path in (Path(name), beside / name):
+        if path.is_file():
+            return path
+    raise ValueError(f"dataset {name!r} is no file; it takes the path of a JSON or JSONL file, or {EXAMPLE}")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a JSON list or of JSON lines. ValueError with the place for what is not alpaca-style, or empty."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds a {type(rows).__name__}; it takes a list of records, or JSON lines")
+    if not rows:
+        raise ValueError(f"{path} holds no record; it takes at least one of instruction, input, output")
+    return [_record(row, f"{path}, record {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _record(row: Any, where: str) -> Record:
+    if not isinstance(row, dict) or "instruction" not in row or "output" not in row:
+        raise ValueError(f"{where} has no instruction and output: {str(row)[:80]}")
+    for key in ("instruction", "input", "output", "system"):
+        if not isinstance(row.get(key, ""), str):
+            raise ValueError(f"{where}: {key} is a {type(row[key]).__name__}, it takes text")
+    prompt = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
+    return Record(prompt, row["output"], row.get("system", ""))
+
+
+def encode(
+    records: Sequence[Record], tokenizer: Any, cutoff_len: int, *, workers: int = 1
+) -> list[dict[str, list[int]]]:
+    """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens; by `workers` threads.
+
+    ValueError where the tokenizer has no chat template, or where nothing of any answer is left."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the tokenizer has no chat template, and template: default takes the tokenizer's own")
+    with ThreadPoolExecutor(workers) as pool:
+        rows = list(pool.map(lambda record: _encode_one(record, tokenizer, cutoff_len), records))
+    answered = [row for row in rows if any(label != IGNORED for label in row["labels"])]
+    if not answered:
+        raise ValueError(f"cutoff_len {cutoff_len} leaves nothing of any answer; raise it")
+    return answered
+
+
+def _encode_one(record: Record, tokenizer: Any, cutoff_len: int) -> dict[str, list[int]]:
+    prompt = _template(tokenizer, record.messages, add_generation_prompt=True)
+    whole = _template(tokenizer, [*record.messages, {"role": "assistant", "content": record.answer}])
+    # a template may write the answer's beginning otherwise than its prompt: mask what the two have in common
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    labels = [IGNORED] * shared + whole[shared:]
+    return {"input_ids": whole[:cutoff_len], "labels": labels[:cutoff_len]}
+
+
+def _template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

@@ -1,0 +1,65 @@
+"""What a training leaves while it runs: loss.jsonl, one line for each logged step.
+
+A callback of transformers' Trainer. Comes in: its events. Goes out: {step, loss, learning_rate, grad_norm, tokens,
+tokens_per_s, rss} a line; rss in bytes. After a resume the lines beyond the checkpoint's step are gone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import TrainerCallback
+
+from ktverify.files import write_whole
+from ktverify.training.curves import LOSS_FILE
+
+
+class Journal(TrainerCallback):  # type: ignore[misc]
+    """Writes loss.jsonl in `directory`; `rows` has what it wrote, `rss` the resident bytes after every step,
+    `rss_before` those before the first."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOSS_FILE
+        self.rows: list[dict[str, Any]] = []
+        self.rss: list[int] = []
+        self.rss_before = 0
+        self._process = psutil.Process()
+        self._since = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.path.is_file():
+            kept = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            self.rows = [row for row in kept if row["step"] <= state.global_step]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.rss_before = self._process.memory_info().rss
+        self._since = (time.perf_counter(), int(state.num_input_tokens_seen))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rss.append(self._process.memory_info().rss)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+        seconds = now - self._since[0]
+        row = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": float(logs.get("grad_norm", 0.0)),
+            "tokens": tokens,
+            "tokens_per_s": round((tokens - self._since[1]) / seconds, 1) if seconds > 0 else None,
+            "rss": self._process.memory_info().rss,
+        }
+        self._since = (now, tokens)
+        self.rows.append(row)
+        if not sys.stderr.isatty():  # a terminal has the Trainer's progress bar
+            speed = f"{row['tokens_per_s']} tokens/s"
+            print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")

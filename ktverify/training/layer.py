@@ -1,0 +1,285 @@
+"""MOELayerWrapper: one block of routed experts, computed by the engine, with the adapters that peft holds.
+
+Comes in: the block's stacked base weights, and for every call the adapters' present parameters. Goes out: the block's
+output, differentiable. Parameters belong to peft: this module has none of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ktverify import contract, experts
+from ktverify.names import LORA_NAMES
+from ktverify.training.function import Call, MOEAMXFunction
+
+METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
+# kt_backend of the users' configurations -> whether it exists
+BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
+_SAMPLE = 4096  # elements of a parameter that are looked at to see whether somebody wrote past all counters
+_steps = itertools.count()
+_last_step = 0
+
+
+def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    global _last_step
+    _last_step = next(_steps) + 1
+
+
+# of every optimizer in this process: fused ones change parameters without moving autograd's counter
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(frozen=True)
+class CpuInfer:
+    """How the engine computes: workers (a ceiling), tensor-parallel degree, instruction set, waiting forwards, rows."""
+
+    threads: int
+    threadpool_count: int = 1
+    isa: str | None = None
+    max_cache_depth: int = 4
+    chunked_prefill_size: int = 25600
+
+
+def init_cpu_infer(
+    threads: int | None = None,
+    threadpool_count: int = 1,
+    *,
+    backend: str = "AMXBF16",
+    isa: str | None = None,
+    max_cache_depth: int = 4,
+    chunked_prefill_size: int = 25600,
+) -> CpuInfer:
+    """What `wrap_moe_layers` takes. threads: None takes the processors that this process may run on.
+
+    max_cache_depth: forwards of one layer that keep what their backward needs; beyond it a forward is computed again.
+    chunked_prefill_size: tokens of one call; more are computed in pieces. ValueError for a backend that does not exist,
+    RuntimeError for an instruction set that cannot run here.
+    """
+    if not BACKENDS.get(backend, False):
+        state = "does not exist yet" if backend in BACKENDS else "is unknown"
+        raise ValueError(f"kt_backend is {backend!r}, which {state}; it takes AMXBF16")
+    for name, value in (("threads", threads), ("threadpool_count", threadpool_count)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it takes 1 or more")
+    if isa is not None:
+        from ktverify import _native
+
+        _native.require_isa(isa)
+    return CpuInfer(
+        threads or len(os.sched_getaffinity(0)), threadpool_count, isa, max_cache_depth, chunked_prefill_size
+    )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """peft's LoRA of one stacked parameter: a [E r, in], b [out, r E] (expert the fastest), delta = scaling B A."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    def of_experts(self, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """a [E, r, in], b [E, out, r], differentiable, on the CPU."""
+        a, b = self.a.cpu(), self.b.cpu()
+        return a.reshape(num_experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
+
+
+class Adapter(Protocol):
+    """What holds one parameter's LoRA; `factors` is None while it is switched off, `held` is there all the same."""
+
+    @property
+    def parameter_name(self) -> str: ...
+    def factors(self) -> Factors | None: ...
+    def held(self) -> Factors | None: ...
+
+
+class MOELayerWrapper(nn.Module):
+    """E experts behind hidden_states [T, H], expert_ids [T, k], weights [T, k] -> [T, H], any float dtype and device.
+
+    The engine computes in bf16 with fp32 sums on the CPU; what comes from elsewhere goes there and back. Before every
+    call the adapters' parameters are compared with those that the engine holds, by autograd's version counters, the
+    steps of all optimizers, address and a sample of their values, and taken over when they changed: nobody has to call
+    anything after a step. With `auto_update = False` a call with changed parameters raises RuntimeError until
+    `update_lora_pointers()`.
+    """
+
+    def __init__(self, layer_idx: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, infer: CpuInfer) -> None:
+        """gate_up_proj [E, 2 I, H] (gate above up), down_proj [E, H, I], bf16 on the CPU; kept until all are packed."""
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.infer = infer
+        self.num_experts, self.hidden_size, self.intermediate_size = down_proj.shape
+        contract.check_tp(self.intermediate_size, infer.threadpool_count)
+        self.auto_update = True
+        self.adapters: dict[str, Adapter] = {}
+        self.calling: list[Adapter] = []  # those that the present call came through
+        self.engine: experts.KTMoEWrapper | None = None
+        self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
+        self._held: object = None  # the key of the values that the engine computes with
+        self._version = 0
+
+    @property
+    def lora_params(self) -> dict[str, nn.Parameter]:
+        """What an optimizer steps, as peft stores it: gate_up_lora_a [E r, H], gate_up_lora_b [2 I, r E],
+        down_lora_a [E r, I], down_lora_b [H, r E]; none without an adapter on the experts."""
+        found: dict[str, nn.Parameter] = {}
+        for parameter, adapter in self.adapters.items():
+            factors = adapter.held()
+            if factors is not None:
+                short = parameter.removesuffix("_proj")
+                found.update({f"{short}_lora_a": factors.a, f"{short}_lora_b": factors.b})  # type: ignore[dict-item]
+        return found
+
+    def update_lora_pointers(self) -> None:
+        """The engine takes over the present values of all adapters. Called by every forward that finds them changed."""
+        self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok if self.engine else 1, True)
+
+    def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        calling, self.calling = self.calling, []
+        lora = self._synchronise(calling, expert_ids.shape[-1], self.auto_update)
+        x = hidden_states.to("cpu", torch.bfloat16)
+        ids = expert_ids.detach().to("cpu", torch.int64)
+        w = weights.to("cpu", torch.float32)
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *lora))
+        engine = self.engine
+        assert engine is not None
+        call = Call(engine, self._version, lambda: self._version, save, self.infer.max_cache_depth)
+        rows = self.infer.chunked_prefill_size
+        apply: Any = MOEAMXFunction.apply
+        pieces = [
+            apply(x[at : at + rows], ids[at : at + rows], w[at : at + rows], call, *lora)
+            for at in range(0, max(1, len(x)), rows)
+        ]
+        output: torch.Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if engine.packed_experts == self.num_experts:
+            self._sources = None
+        return output.to(hidden_states.device, hidden_states.dtype)
+
+    # ---- from peft's parameters to the engine's
+
+    def _synchronise(self, calling: Iterable[Adapter], top_k: int, may_update: bool) -> tuple[torch.Tensor, ...]:
+        """The six LoRA tensors of the present call, differentiable; () without LoRA. The engine then holds them."""
+        factors = {a.parameter_name: f for a in calling if (f := a.factors()) is not None}
+        lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
+        if self.engine is None:
+            # by what is held, so that an adapter which is off at first can be switched on
+            held = {a.parameter_name: f for a in self.adapters.values() if (f := a.held()) is not None}
+            self._build(held, top_k)
+        scaling = next(iter(factors.values())).scaling if factors else None
+        key = tuple((name, f.scaling, _state(f.a), _state(f.b)) for name, f in sorted(factors.items()))
+        if self._other(lora, scaling):
+            self._build(factors, top_k)
+            self._held = key
+        elif key != self._held:
+            if self._held is not None and not may_update:
+                raise RuntimeError(
+                    f"the LoRA parameters of MoE layer {self.layer_idx} changed since the engine took them over, and "
+                    "auto_update is off: call update_lora_pointers() after the optimizer's step"
+                )
+            self._load(lora)
+            self._held = key
+        return tuple(lora)
+
+    def _other(self, lora: list[torch.Tensor], scaling: float | None) -> bool:
+        """Whether an engine of another rank, method or scaling is needed than the one that is there."""
+        assert self.engine is not None
+        spec = self.engine.spec
+        if scaling is None:
+            return False
+        if spec.method != METHOD or lora[0].shape[1] != spec.lora_rank:
+            return True
+        return abs(spec.scaling - scaling) > 1e-6 * scaling
+
+    def _build(self, factors: dict[str, Factors], top_k: int) -> None:
+        lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
+        scaling = next(iter(factors.values())).scaling if factors else 1.0
+        if self._sources is None:
+            raise RuntimeError(
+                f"MoE layer {self.layer_idx} has packed its base weights for another LoRA rank or scaling: attach the "
+                "adapter before the first forward, or wrap a freshly loaded model"
+            )
+        rank = lora[0].shape[1] if lora else 1
+        self.engine = experts.KTMoEWrapper(
+            layer_idx=self.layer_idx,
+            num_experts=self.num_experts,
+            num_experts_per_tok=top_k,
+            hidden_size=self.hidden_size,
+            moe_intermediate_size=self.intermediate_size,
+            cpuinfer_threads=self.infer.threads,
+            threadpool_count=self.infer.threadpool_count,
+            chunked_prefill_size=self.infer.chunked_prefill_size,
+            method=METHOD if lora else METHOD_WITHOUT_LORA,
+            lora_rank=rank,
+            lora_alpha=scaling * rank,
+            # one more than ever wait, for a forward that is computed again
+            max_cache_depth=self.infer.max_cache_depth + 1,
+            isa=self.infer.isa,
+        )
+        gate_up, down = self._sources
+        half = self.intermediate_size
+        identity = torch.arange(self.num_experts)
+        self.engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
+        self._load(lora, first=True)
+
+    def _load(self, lora: list[torch.Tensor], *, first: bool = False) -> None:
+        engine = self.engine
+        assert engine is not None
+        values = [t.detach().contiguous() for t in lora]
+        if not values:
+            dtype = torch.bfloat16 if first else engine.gate_lora_a.dtype
+            values = [torch.zeros(shape, dtype=dtype) for shape in engine.spec.lora_shapes.values()]
+        if first or values[0].dtype != engine.gate_lora_a.dtype:
+            engine.init_lora_weights(*values)
+        else:
+            for name, value in zip(LORA_NAMES, values, strict=True):
+                setattr(engine, name, value)
+            engine.update_lora_weights()
+        self._version += 1
+
+
+def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, intermediate: int) -> list[torch.Tensor]:
+    """The six tensors in the order of LORA_NAMES, differentiable with respect to the factors; [] without any.
+
+    gate and up share the A that peft gives their stacked parameter. Where ranks differ, the smaller are padded with
+    zeros; where scalings do, the engine has the first one's and the other stands in B.
+    """
+    if not factors:
+        return []
+    scaling = next(iter(factors.values())).scaling
+    dtype = torch.bfloat16 if all(f.a.dtype == f.b.dtype == torch.bfloat16 for f in factors.values()) else torch.float32
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, given in factors.items():
+        a, b = given.of_experts(num_experts)
+        pairs[name] = (a.to(dtype), (b if given.scaling == scaling else b * (given.scaling / scaling)).to(dtype))
+    rank = max(a.shape[1] for a, _ in pairs.values())
+    sizes = {"gate_up_proj": (hidden, 2 * intermediate), "down_proj": (intermediate, hidden)}
+    for name, (inputs, outputs) in sizes.items():
+        if name not in pairs:
+            pairs[name] = (
+                torch.zeros(num_experts, rank, inputs, dtype=dtype),
+                torch.zeros(num_experts, outputs, rank, dtype=dtype),
+            )
+        a, b = pairs[name]
+        missing = rank - a.shape[1]
+        if missing:
+            pairs[name] = (functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing)))
+    (a, b), (down_a, down_b) = pairs["gate_up_proj"], pairs["down_proj"]
+    return [a, b[:, :intermediate], a, b[:, intermediate:], down_a, down_b]
+
+
+def _state(parameter: torch.Tensor) -> tuple[object, ...]:
+    """What changes when a parameter does: its address, autograd's counter, the steps of all optimizers, and the bits
+    of a sample of its values, for writes through `.data`, which nothing counts."""
+    flat = parameter.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
+    bits = sample.view(torch.uint8).numpy().tobytes()
+    return parameter.data_ptr(), parameter._version, _last_step, bits

@@ -1,0 +1,59 @@
+"""memory and throughput of a training: a few steps of it, in a directory that is thrown away.
+
+Comes in: a TrainConfig. Goes out: resident bytes after every step with their slope, or tokens per second.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktverify.training.config import TrainConfig
+from ktverify.training.curves import slope
+from ktverify.training.run import Trained, run
+
+# what allocators add in a step while they still find their size; a leak of one token's activations is more
+LEAK_BYTES = 1 << 20
+WARMUP = 3  # steps whose memory and time do not count: pages are touched, experts packed
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes: after loading, and after each step; slope in bytes per step over the steps after the warm-up."""
+
+    loaded: int
+    steps: tuple[int, ...]
+    slope: float
+
+    @property
+    def leaks(self) -> bool:
+        return self.slope > LEAK_BYTES
+
+
+def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory:
+    """Train for `steps` steps after WARMUP and look at the resident memory after each."""
+    done = _few_steps(config, beside, steps)
+    rss = done.journal.rss[WARMUP:]
+    return Memory(done.journal.rss_before, tuple(rss), slope(range(len(rss)), rss))
+
+
+def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:
+    """Tokens per second, padding left out, over `steps` steps after WARMUP: the median step's."""
+    done = _few_steps(config, beside, steps)
+    rates = sorted(row["tokens_per_s"] for row in done.journal.rows[WARMUP:])
+    return float(rates[len(rates) // 2])
+
+
+def _few_steps(config: TrainConfig, beside: Path, steps: int) -> Trained:
+    with tempfile.TemporaryDirectory(prefix="ktverify-") as directory:
+        short = config.model_copy(
+            update={
+                "output_dir": f"{directory}/out",
+                "max_steps": steps + WARMUP,
+                "logging_steps": 1,
+                "save_steps": steps + WARMUP + 1,
+                "resume_from_checkpoint": None,
+            }
+        )
+        return run(short, beside, one_length=True)

@@ -1,0 +1,198 @@
+"""One training: model, adapter, data, transformers' own Trainer, and what it leaves.
+
+Comes in: a TrainConfig. Goes out: an output directory with the adapter, checkpoints, loss.jsonl, loss.png and
+training.json, and a Summary. Nothing here knows whether the model is tiny or real.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ktverify.files import write_whole
+from ktverify.training import checkpoints, curves
+from ktverify.training.adapter import add_adapter, lora_config
+from ktverify.training.config import TrainConfig
+from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
+from ktverify.training.journal import Journal
+from ktverify.training.layer import init_cpu_infer
+from ktverify.training.wrap import wrap_moe_layers
+
+SUMMARY_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """steps and tokens of this process (a resumed run counts its own); seconds; peak resident bytes."""
+
+    steps: int
+    first_loss: float
+    last_loss: float
+    slope: float
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that is done: what it left in memory."""
+
+    summary: Summary
+    journal: Journal
+    model: Any
+
+
+def train(config: TrainConfig, beside: Path) -> Summary:
+    """Run the training that `config` describes and write what it left; see `run`."""
+    return run(config, beside).summary
+
+
+def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Trained:
+    """Run the training that `config` describes; relative data paths are also looked for in the directory `beside`.
+
+    one_length pads every batch to the longest example: torch keeps memory for each shape that it has seen.
+
+    ValueError in one line for what cannot be run, before the model is loaded where that is possible.
+    """
+    output = Path(config.output_dir)
+    resume = _resume(config, output)
+    records = read_records(find_dataset(config.dataset, beside))
+    infer = None
+    if config.use_kt:
+        infer = init_cpu_infer(config.kt_num_threads, config.threadpool_count, backend=config.kt_backend)
+    model, tokenizer = load_base(config.model_name_or_path, config.torch_dtype, trust=config.trust_remote_code)
+    rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
+    if infer is not None:
+        wrap_moe_layers(model, infer)
+    torch.manual_seed(config.seed)
+    settings = lora_config(
+        model,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        target=config.lora_target,
+        rslora=config.use_rslora,
+    )
+    adapted = add_adapter(model, settings, dropout=config.lora_dropout)
+    journal = Journal(output)
+    trainer = Trainer(
+        model=adapted,
+        args=_arguments(config),
+        train_dataset=rows,
+        data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
+        processing_class=tokenizer,
+        callbacks=[journal],
+    )
+    trainer.remove_callback(PrinterCallback)  # the journal prints a line for a step, shorter
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    seconds = time.perf_counter() - started
+    _save_whole((adapted, tokenizer), output)
+    trainer.save_state()
+    return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
+
+
+def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:
+    """The stock model and its tokenizer, from a directory or by a hub's name. ValueError where there is none."""
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if local and not Path(path).is_dir():
+        raise ValueError(
+            f"model_name_or_path {path!r} is no directory; a tiny model to try with: "
+            f"python -m ktverify make-tiny FAMILY --out {path}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return model, tokenizer
+
+
+def _resume(config: TrainConfig, output: Path) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. ValueError where the directory is in use, or holds none."""
+    if config.resume_from_checkpoint:
+        return checkpoints.choose(config.resume_from_checkpoint, output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
+        raise ValueError(
+            f"output_dir {output} exists and is not empty: name another, or give overwrite_output_dir: true or "
+            "resume_from_checkpoint: true"
+        )
+    (output / curves.LOSS_FILE).unlink(missing_ok=True)
+    return None
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        seed=config.seed,
+        report_to=[],
+        disable_tqdm=not sys.stderr.isatty(),
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _save_whole(parts: tuple[Any, ...], output: Path) -> None:
+    """`save_pretrained` of each of `parts` into `output`; every file appears whole, the adapter's weights last."""
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=output) as place:
+        for part in parts:
+            part.save_pretrained(place)
+        files = sorted(Path(place).iterdir(), key=lambda path: path.suffix == ".safetensors")
+        for path in files:
+            os.replace(path, output / path.name)
+
+
+def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:
+    padding = "longest" if length is None else "max_length"
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=padding, max_length=length)
+
+
+def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) -> Summary:
+    history = [(row["step"], row["loss"]) for row in journal.rows]
+    curve = curves.Curve(tuple(step for step, _ in history), tuple(loss for _, loss in history))
+    tokens = int(trainer.state.num_input_tokens_seen)
+    summary = Summary(
+        steps=int(trainer.state.global_step),
+        first_loss=curve.losses[0] if history else math.nan,
+        last_loss=curve.losses[-1] if history else math.nan,
+        slope=curve.slope,
+        tokens=tokens,
+        seconds=round(seconds, 2),
+        tokens_per_s=round(tokens / seconds, 1),
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    write_whole(output / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
+    if history:
+        curves.draw({"loss": curve}, output / "loss.png")
+    return summary

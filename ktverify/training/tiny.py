@@ -1,0 +1,153 @@
+"""make-tiny: a small random checkpoint in a family's real format, with a tokenizer trained on the example data.
+
+Comes in: a family's name and a directory. Goes out: config.json, model.safetensors, tokenizer and chat template, as
+the family's checkpoints have them; a few hundred kilobytes, made in seconds and from a seed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktverify.training.dataset import example_data, read_records
+
+# small enough for seconds, and no size the multiple of a tile, but what a family's own code demands
+_COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,
+    "use_cache": True,
+    "tie_word_embeddings": False,
+}
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 20}
+_MLA = {
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 40,
+    "intermediate_size": 96,
+    "n_routed_experts": 8,
+    "first_k_dense_replace": 1,
+}
+FAMILY_SIZES: dict[str, dict[str, Any]] = {
+    # the Lite's form: no q_lora, greedy, two shared experts
+    "deepseek_v2": {
+        **_MLA,
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.0,
+        "head_dim": 8,
+    },
+    "deepseek_v3": {
+        **_MLA,
+        "q_lora_rank": 24,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+    },
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 40,
+        "intermediate_size": 96,
+        "shared_expert_intermediate_size": 56,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_moe": {
+        **_GROUPED,
+        "moe_intermediate_size": 40,
+        "intermediate_size": 96,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {**_GROUPED, "intermediate_size": 88, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        **_GROUPED,
+        "moe_intermediate_size": 40,
+        "intermediate_size": 96,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+    },
+    "olmoe": {"num_key_value_heads": 2, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3},
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+_SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
+
+
+def make_tiny(family: str, out: str | Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint of `family` to `out`, weights bf16. ValueError for an unknown family or a directory in use."""
+    target = Path(out)
+    if family not in FAMILY_SIZES:
+        near = difflib.get_close_matches(family, FAMILY_SIZES, 1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"family is {family!r}, it takes one of {', '.join(FAMILY_SIZES)}{hint}")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} exists and is not empty: remove it or name another directory")
+    tokenizer = make_tokenizer()
+    model = build_model(family, len(tokenizer), seed=seed)
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(target))
+    model.save_pretrained(str(target))
+    return target
+
+
+def build_model(family: str, vocab_size: int = _COMMON["vocab_size"], *, seed: int = 0) -> Any:
+    """The family's own causal language model in bf16, its weights drawn from `seed`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {**_COMMON, **FAMILY_SIZES[family], "vocab_size": vocab_size}
+    config = AutoConfig.for_model(family, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    generator = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            # routers and experts start as zeros or as uninitialised memory in some families
+            if "experts." in name or name.endswith("gate.weight"):
+                torch.nn.init.normal_(parameter, std=_COMMON["initializer_range"])
+        return model.to(torch.bfloat16)
+    finally:
+        torch.random.set_rng_state(generator)
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE tokenizer, trained on the example data, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_COMMON["vocab_size"],
+        special_tokens=_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    records = read_records(example_data())
+    tokenizer.train_from_iterator((" ".join(record.texts) for record in records), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

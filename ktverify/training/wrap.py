@@ -1,0 +1,137 @@
+"""wrap_moe_layers: the engine under every block of routed experts of a Hugging Face model.
+
+Comes in: a model whose experts use transformers' experts interface. Goes out: the same model with that interface set
+to the engine. Nothing of the model is replaced but the tensors of its experts, which the engine keeps: the router, its
+scaling, grouping and normalisation, and the shared experts stay the model's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from ktverify.training.layer import CpuInfer, MOELayerWrapper, init_cpu_infer
+
+IMPLEMENTATION = "ktverify"
+WEIGHTS = ("gate_up_proj", "down_proj")
+# families whose parity with the stock model the suites check; others are taken when their experts have the same form
+FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe")
+
+
+def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_update: bool = True) -> nn.Module:
+    """`model` itself, its routed experts computed by the engine; `model._kt_wrappers` lists them, one for each layer.
+
+    Base weights gate_up_proj [E, 2 I, H] and down_proj [E, H, I] are given to the engine as bf16 and leave the model:
+    there is one copy of them. Attach LoRA afterwards, with `add_adapter` or `load_adapter`. auto_update: see
+    MOELayerWrapper. ValueError, before anything is changed, for a model that is not supported.
+    """
+    chosen = infer or init_cpu_infer()
+    if getattr(model, "_kt_wrappers", None):
+        raise ValueError("this model is wrapped already: wrap_moe_layers takes a freshly loaded one")
+    blocks = find_experts(model)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+    wrappers = []
+    for number, block in enumerate(blocks):
+        weights = [getattr(block, name).detach().to("cpu", torch.bfloat16) for name in WEIGHTS]
+        wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen)
+        wrapper.auto_update = auto_update
+        wrappers.append(wrapper)
+    model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
+    for block, wrapper in zip(blocks, wrappers, strict=True):
+        _hand_over(block, wrapper)
+    model._kt_wrappers = wrappers  # type: ignore[assignment]
+    return model
+
+
+def update_lora_pointers(model: nn.Module) -> None:
+    """Every engine of a wrapped model takes over the present LoRA values. Only needed where auto_update is off."""
+    for wrapper in wrappers_of(model):
+        wrapper.update_lora_pointers()
+
+
+def wrappers_of(model: nn.Module) -> list[MOELayerWrapper]:
+    """The wrappers of a model, or of what peft made of it; ValueError where wrap_moe_layers was not called."""
+    found: list[MOELayerWrapper] | None = getattr(model, "_kt_wrappers", None)
+    if not found:
+        raise ValueError("this model has no engine: call wrap_moe_layers(model) first")
+    return found
+
+
+def find_experts(model: nn.Module) -> list[nn.Module]:
+    """The blocks of routed experts, in the model's order. ValueError if there are none, or of a form not supported."""
+    blocks = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    reasons = [reason for block in blocks if (reason := _why_not(block))]
+    if not blocks:
+        reasons = ["it has no routed experts behind transformers' experts interface"]
+    if reasons:
+        config = getattr(model, "config", None)
+        name = (getattr(config, "architectures", None) or [type(model).__name__])[0]
+        raise ValueError(
+            f"Model architecture {name} not supported for KTransformers: {reasons[0]}; supported: "
+            f"{', '.join(FAMILIES)}, and other families whose experts are silu(gate) * up, stacked, without biases"
+        )
+    return blocks
+
+
+def _why_not(block: Any) -> str:
+    """Why the engine cannot compute these experts; "" when it can."""
+    kind = type(block).__name__
+    for flag, wanted in (
+        ("has_gate", True),
+        ("has_bias", False),
+        ("is_transposed", False),
+        ("is_concatenated", True),
+        ("has_post_expert_norm", False),
+        ("_is_expert_parallel", False),
+    ):
+        if getattr(block, flag, wanted) != wanted:
+            return f"{kind}.{flag} is {not wanted}"
+    if type(block)._apply_gate is not _default_apply_gate:
+        return f"{kind} has a gate function of its own"
+    if not isinstance(getattr(block, "act_fn", None), (nn.SiLU, SiLUActivation)):
+        return f"{kind} has the activation {type(getattr(block, 'act_fn', None)).__name__}, not SiLU"
+    for name in WEIGHTS:
+        weight = getattr(block, name, None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
+            return f"{kind} has no stacked {name}"
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.device.type == "meta":
+            return f"{kind}.{name} is {weight.dtype} on {weight.device}"
+    return ""
+
+
+def _hand_over(block: nn.Module, wrapper: MOELayerWrapper) -> None:
+    """The block's parameters become placeholders of one element: peft reads their shape, dtype and device."""
+    block._kt_layer = (wrapper,)  # type: ignore[assignment]  # in a tuple: no submodule, no further names
+    for name in WEIGHTS:
+        old = getattr(block, name)
+        empty = torch.zeros(1, dtype=old.dtype).expand(old.shape)
+        setattr(block, name, nn.Parameter(empty, requires_grad=False))
+    # a placeholder that is moved or cast would become a whole tensor, and one that is saved would be zeros
+    block._apply = lambda fn, recurse=True: block  # type: ignore[method-assign]
+    hooked: Any = block
+    hooked.register_state_dict_post_hook(_leave_out)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in WEIGHTS:
+        state.pop(prefix + name, None)
+
+
+def _experts_forward(
+    block: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What the experts interface calls: hidden_states [T, H], top_k_index, top_k_weights [T, k] -> [T, H]."""
+    if not hasattr(block, "_kt_layer"):
+        raise RuntimeError(f"{type(block).__name__} has no engine: call wrap_moe_layers(model) first")
+    if hasattr(block, "parametrizations"):
+        raise RuntimeError(
+            "the adapter of these experts was attached by peft alone, which needs base weights that the engine holds: "
+            "attach it with ktverify.training.add_adapter or load_adapter"
+        )
+    layer: MOELayerWrapper = block._kt_layer[0]  # type: ignore[assignment,index]
+    output: torch.Tensor = layer(hidden_states, top_k_index, top_k_weights)
+    return output

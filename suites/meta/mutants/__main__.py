@@ -1,0 +1,45 @@
+"""`python -m suites.meta.mutants [NAME…]`: what `python -m ktverify mutants` starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import Progress
+
+from ktverify.files import write_whole
+from ktverify.report.console import make_console
+from suites.meta.mutants import MUTANTS
+from suites.meta.mutants.results import as_json, print_result
+from suites.meta.mutants.runner import run
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument()] = None,
+    jobs: Annotated[int, typer.Option(min=1)] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Judge mutants by the whole default tier."""
+    unknown = [name for name in names or [] if name not in MUTANTS]
+    if unknown:
+        typer.echo(f"error: no mutant is called {unknown[0]}; it takes some of {', '.join(MUTANTS)}", err=True)
+        raise typer.Exit(2)
+    chosen = [MUTANTS[name] for name in names or MUTANTS]
+    with Progress(console=make_console(stderr=True)) as progress:
+        tasks = {kind: progress.add_task(kind, total=None) for kind in ("checks", "gates")}
+
+        def step(done: int, of: int, what: str) -> None:
+            kind = "gates" if " without " in what else "checks"
+            progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
+
+        result = run(chosen, jobs, step)
+    if json_path is not None:
+        write_whole(json_path, as_json(result))
+    print_result(result, make_console())
+    if result.alive:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

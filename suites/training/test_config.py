@@ -1,0 +1,147 @@
+"""Configurations, data and commands: what is refused, each in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ktverify.cli import app
+from ktverify.training.config import read_config
+from ktverify.training.dataset import EXAMPLE, IGNORED, encode, example_data, read_records
+from ktverify.training.tiny import make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+MINIMAL = "model_name_or_path: nowhere\ndataset: alpaca_tiny\noutput_dir: out\n"
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, wanted: str) -> None:
+    """Exit code 2 and one line that says why."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert wanted in lines[0]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Path]:
+    """A configuration file of MINIMAL and further lines, in tmp_path."""
+
+    def write(*lines: str, text: str = MINIMAL) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text.replace("output_dir: out", f"output_dir: {tmp_path / 'out'}") + "\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("lora_rnak: 8", "unknown key 'lora_rnak'; did you mean lora_rank?"),
+        ("lora_rank: eight", "lora_rank got 'eight'"),
+        ("lora_rank: 0", "lora_rank got 0"),
+        ("stage: ppo", "stage got 'ppo'"),
+        ("kt_weight_path: /models", "kt_weight_path got '/models'"),
+        ("kt_num_gpu_experts: 4", "kt_num_gpu_experts got 4"),
+        ("kt_backend: AMXInt8", "kt_backend is 'AMXInt8', which does not exist yet; it takes AMXBF16"),
+        ("kt_backend: CUDA", "kt_backend is 'CUDA', which is unknown; it takes AMXBF16"),
+        ("dataset: nothing.json", "dataset 'nothing.json' is no file"),
+        ("resume_from_checkpoint: true", "holds no checkpoint to resume from"),
+        ("- a list", "is no YAML"),
+        ("", "model_name_or_path 'nowhere' is no directory"),
+    ],
+)
+def test_wrong_configurations(line: str, wanted: str, config: Callable[..., Path]) -> None:
+    text = MINIMAL.replace("dataset: alpaca_tiny\n", "") if line.startswith("dataset") else MINIMAL
+    refused(call("train", config(line, text=text)), wanted)
+
+
+def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:
+    refused(call("train", tmp_path / "nothing.yaml"), "there is no configuration")
+    refused(call("train", config(text="dataset: alpaca_tiny\n")), "model_name_or_path got nothing")
+    refused(call("train", config(), "--max_steps"), "--max_steps has no value")
+    refused(call("train", config(), "--max_stps", "3"), "did you mean max_steps?")
+
+
+def test_a_directory_in_use_is_not_overwritten(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    refused(call("train", config()), "exists and is not empty")
+    assert (tmp_path / "out" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("empty.json", "", "holds no record"),
+        ("empty.jsonl", "\n", "holds no record"),
+        ("list.json", "[]", "holds no record"),
+        ("torn.json", '[{"instruction": ', "is no JSON"),
+        ("other.json", '{"instruction": "a"}', "holds a dict"),
+        ("chat.json", '[{"messages": []}]', "record 1 has no instruction and output"),
+        ("number.jsonl", '{"instruction": "a", "output": 3}', "output is a int, it takes text"),
+    ],
+)
+def test_wrong_data(name: str, text: str, wanted: str, config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    # the path is also looked for beside the configuration
+    path = config(text=MINIMAL.replace(EXAMPLE, name))
+    refused(call("train", path), wanted)
+
+
+def test_values_over_the_file(config: Callable[..., Path]) -> None:
+    found = read_config(config("lora_rank: 4"), ["--lora_rank", "16", "--learning-rate=1e-3", "--use_kt", "false"])
+    assert (found.lora_rank, found.learning_rate, found.use_kt) == (16, 1e-3, False)
+    assert read_config(config("kt_tp_count: 2")).threadpool_count == 1
+    assert read_config(config("kt_tp_count: 2", "kt_tp_enabled: true")).threadpool_count == 2
+
+
+def test_labels_are_on_the_answer_only() -> None:
+    tokenizer = make_tokenizer()
+    records = read_records(example_data())
+    rows = encode(records, tokenizer, 512)
+    assert len(rows) == len(records)
+    for record, row in zip(records, rows, strict=True):
+        answer = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+        assert answer == f"{record.answer}</s>"
+        asked = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
+        assert record.prompt in tokenizer.decode(asked)
+    assert encode(records, tokenizer, 512, workers=3) == rows
+    cut = encode(records, tokenizer, 40)
+    assert all(len(row["input_ids"]) <= 40 for row in cut)
+    with pytest.raises(ValueError, match="cutoff_len 3 leaves nothing of any answer"):
+        encode(records, tokenizer, 3)
+
+
+def test_make_tiny_says_what_it_takes(tmp_path: Path) -> None:
+    refused(call("make-tiny", "deepseekv3", "--out", tmp_path / "a"), "did you mean deepseek_v3?")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "precious").write_text("")
+    refused(call("make-tiny", "mixtral", "--out", tmp_path), "exists and is not empty")
+    made = call("make-tiny", "mixtral", "--out", tmp_path / "b")
+    assert made.exit_code == 0, made.output
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "mixtral"
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.04, 0), (1.06, 1)])
+def test_compare_curves(factor: float, code: int, tmp_path: Path) -> None:
+    def write(name: str, by: float) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps({"step": s, "loss": by * (5 - s / 10)}) for s in range(1, 11)))
+        return path
+
+    drawn = tmp_path / "curves.png"
+    done = call("compare-curves", write("old", 1.0), write("new", factor), "--plot", drawn)
+    assert done.exit_code == code, done.output
+    assert done.output.splitlines()[-1].startswith("PASS" if code == 0 else "FAIL")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    refused(call("compare-curves", tmp_path / "nothing", tmp_path / "new.jsonl"), "has no loss history")
