@@ -1,24 +1,29 @@
 """Runs a case through the native engine, range by range, and keeps where each call's time went.
 
-Comes in: a case and settings. Goes out: lines, as they are made. Ranges carry their names to NVTX as well, where the
-nvtx package is installed (`nsys profile --trace=nvtx`).
+Comes in: a case and settings. Goes out: lines, as they are made. Ranges and their parts carry their names to NVTX.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from ktverify.bench import ceilings
 from ktverify.bench.clock import Clock
+from ktverify.bench.quiet import Neighbours
+from ktverify.bench.ranges import nvtx_range
+from ktverify.bench.runs import QuietLine
 from ktverify.cases import Case
 from ktverify.names import GRAD_NAMES, LORA_NAMES
-from ktverify.profile.record import RANGES, CallLine, Pass, Range
-from ktverify.stages import StageTimes
+from ktverify.profile.record import RANGES, CallLine, CeilingLine, Part, Pass, Range
+
+# what the bandwidth is measured on, well beyond any cache
+READ_BYTES = 1 << 28
+FORWARD, BACKWARD, OPTIMIZER, UPDATE = "forward", "backward", "AdamW step", "update_lora_weights"
+# asking the engine for its stages, between the parts of a step
+READING = "reading the record"
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,26 @@ class Settings:
     threads: int | None = None
     warmup: int = 3
     repeats: int = 15
+    read_bytes: int = READ_BYTES
 
 
-def nvtx_range(name: str) -> AbstractContextManager[Any]:
-    """A range of this name for Nsight, or nothing without the nvtx package."""
-    if importlib.util.find_spec("nvtx") is None:
-        return contextlib.nullcontext()
-    import nvtx
+class Parts:
+    """The parts of one call, timed one after the other."""
 
-    found: AbstractContextManager[Any] = nvtx.annotate(name)
-    return found
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.found: list[Part] = []
+        self.began = time.perf_counter_ns()
+
+    def time(self, name: str, call: Callable[[], object]) -> None:
+        at = time.perf_counter_ns() - self.began
+        with nvtx_range(name):
+            ns = self.clock.time(call)
+        self.found.append(Part(name=name, at=at, ns=ns))
+
+    def explain(self, layer: Any) -> None:
+        """The last part was an engine call that was recorded."""
+        self.found[-1] = self.found[-1].model_copy(update={"stages": layer.stage_times()})
 
 
 class Profiler:
@@ -53,17 +68,16 @@ class Profiler:
         self.inputs = make_inputs(case)
         self.clock = Clock()
         self.began = time.perf_counter_ns()
-        self.layer: Any = None
+        self.layer: Any = self._fresh_layer()
         self.optimizer: Any = None
+        self.about: dict[str, Any] = {"isa": self.layer.isa, "workers": self.layer.threads}
 
-    def about(self) -> dict[str, Any]:
-        """isa and workers that the layers have."""
-        layer = self._fresh_layer()
-        return {"isa": layer.isa, "workers": layer.threads}
-
-    def lines(self) -> Iterator[CallLine]:
-        """All calls of all ranges; the first three passes before the steady ones."""
+    def lines(self) -> Iterator[CallLine | CeilingLine | QuietLine]:
+        """All calls of all ranges: the first, the warm-up, then plain and recorded ones in turn."""
+        neighbours = Neighbours(list)
+        before = neighbours.read()
         for name in RANGES:
+            yield self._ceilings()
             self.layer = self._fresh_layer()
             self.optimizer = self._optimizer()
             yield self._call(name, "first")
@@ -72,10 +86,16 @@ class Profiler:
             for _ in range(self.settings.repeats):
                 yield self._call(name, "plain")
                 yield self._call(name, "recorded")
+        yield self._ceilings()
+        yield QuietLine(others=before.share_until(neighbours.read()))
 
-    def calls(self) -> int:
+    def steps(self) -> int:
         """How many lines there will be."""
-        return len(RANGES) * (1 + self.settings.warmup + 2 * self.settings.repeats)
+        return len(RANGES) * (2 + self.settings.warmup + 2 * self.settings.repeats) + 2
+
+    def _ceilings(self) -> CeilingLine:
+        found = ceilings.measure(self.about["workers"], self.about["isa"], self.settings.read_bytes)
+        return CeilingLine(read=float(found["read"]), multiply=float(found["multiply"]))
 
     def _fresh_layer(self) -> Any:
         from ktverify.experts import KTMoEWrapper
@@ -92,37 +112,44 @@ class Profiler:
     def _call(self, name: Range, which: Pass) -> CallLine:
         recorded = which in ("first", "recorded")
         self.layer.record_stages(recorded)
-        stages: list[StageTimes] = []
-
-        def keep() -> None:
-            if recorded:
-                stages.append(self.layer.stage_times())
-
-        call = self._prepared(name, keep if name == "full_train_loop" else lambda: None)
-        at = time.perf_counter_ns() - self.began
-        with nvtx_range(name):
-            ns = self.clock.time(call)
-        if name != "full_train_loop":
-            keep()
-        return CallLine(range=name, which=which, at=at, ns=ns, stages=tuple(stages))
-
-    def _prepared(self, name: Range, keep: Callable[[], None]) -> Callable[[], object]:
-        """What is timed; what must stand before it is done here. keep: after each of the step's engine calls."""
-        i, layer = self.inputs, self.layer
-        if name == "forward_only":
-            return lambda: layer.forward_sft(i.hidden_states, i.expert_ids, i.weights, save_for_backward=False)
         if name == "backward_only":
-            layer.forward_sft(i.hidden_states, i.expert_ids, i.weights)
-            return lambda: layer.backward(i.grad_output)
+            self._forward()
+        with nvtx_range(name):
+            parts = Parts(self.clock)
+            at = parts.began - self.began
+            if name == "full_train_loop":
+                ns = self.clock.time(lambda: self._step(parts, recorded))
+                return CallLine(range=name, which=which, at=at, ns=ns, parts=tuple(parts.found))
+            if name == "forward_only":
+                parts.time(FORWARD, lambda: self._forward(save=False))
+            else:
+                parts.time(BACKWARD, lambda: self.layer.backward(self.inputs.grad_output))
+        if recorded:
+            parts.explain(self.layer)
+        # the only part is the call: what lies around it is the profiler's own
+        only = parts.found[0]
+        return CallLine(
+            range=name, which=which, at=at + only.at, ns=only.ns, parts=(only.model_copy(update={"at": 0}),)
+        )
 
-        def step() -> None:
-            layer.forward_sft(i.hidden_states, i.expert_ids, i.weights)
-            keep()
-            _, grads = layer.backward(i.grad_output)
-            keep()
-            for parameter, grad in zip(LORA_NAMES, GRAD_NAMES, strict=True):
-                getattr(layer, parameter).grad = grads[grad]
-            self.optimizer.step()
-            layer.update_lora_weights()
+    def _forward(self, *, save: bool = True) -> None:
+        i = self.inputs
+        self.layer.forward_sft(i.hidden_states, i.expert_ids, i.weights, save_for_backward=save)
 
-        return step
+    def _step(self, parts: Parts, recorded: bool) -> None:
+        """One training step: forward, backward, optimizer, update."""
+        parts.time(FORWARD, self._forward)
+        self._explain(parts, recorded)
+        parts.time(BACKWARD, self._backward)
+        self._explain(parts, recorded)
+        parts.time(OPTIMIZER, self.optimizer.step)
+        parts.time(UPDATE, self.layer.update_lora_weights)
+
+    def _explain(self, parts: Parts, recorded: bool) -> None:
+        if recorded:
+            parts.time(READING, lambda: parts.explain(self.layer))
+
+    def _backward(self) -> None:
+        _, grads = self.layer.backward(self.inputs.grad_output)
+        for parameter, grad in zip(LORA_NAMES, GRAD_NAMES, strict=True):
+            getattr(self.layer, parameter).grad = grads[grad]

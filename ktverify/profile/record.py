@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from ktverify.bench.journal import whole_lines
-from ktverify.machine import Machine
+from ktverify.bench.runs import Line as _Line
+from ktverify.bench.runs import QuietLine, RunLine
 from ktverify.stages import StageTimes
 
 FILE = "profile.jsonl"
@@ -22,51 +23,56 @@ RANGES: tuple[Range, ...] = ("forward_only", "backward_only", "full_train_loop")
 Pass = Literal["first", "warmup", "plain", "recorded"]
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ProfileLine(_Line):
-    """The run. read, multiply: the machine's ceilings, bytes and operations a second."""
+class ProfileLine(RunLine):
+    """The run: one case on one instruction set."""
 
     kind: Literal["profile"] = "profile"
-    stamp: str
-    command: str
-    commit: str
-    machine: Machine
     case: str
     why: str
     isa: str
     tp: int
     workers: int
+
+
+class CeilingLine(_Line):
+    """The machine's ceilings, bytes and operations a second, measured before each range and behind the last."""
+
+    kind: Literal["ceiling"] = "ceiling"
     read: float
     multiply: float
 
 
+class Part(_Line):
+    """One piece of a call, as Python sees it. at: since the call began; stages: where it is a recorded engine call."""
+
+    name: str
+    at: int
+    ns: int
+    stages: StageTimes | None = None
+
+    @property
+    def explained_ns(self) -> float:
+        """What is known of its inside: the sum of an engine call's stages, else all of it."""
+        return self.ns if self.stages is None else sum(phase.wall_ns for phase in self.stages.phases)
+
+
 class CallLine(_Line):
-    """One call of one range, as Python sees it. at: nanoseconds since the run began; stages: as the engine recorded."""
+    """One call of one range, as Python sees it. at: since the run began; parts: in order, the rest is between them."""
 
     kind: Literal["call"] = "call"
     range: Range
     which: Pass
     at: int
     ns: int
-    stages: tuple[StageTimes, ...] = ()
+    parts: tuple[Part, ...]
 
     @property
-    def engine_ns(self) -> int:
-        """What the engine saw of it: the wall time of its forward, its backward, or both."""
-        return sum(times.wall_ns for times in self.stages)
+    def stages(self) -> tuple[StageTimes, ...]:
+        """Of its engine calls, where they were recorded."""
+        return tuple(part.stages for part in self.parts if part.stages is not None)
 
 
-class QuietLine(_Line):
-    """Behind the calls: the share of the processors that other programs had meanwhile, 0 to 1."""
-
-    kind: Literal["quiet"] = "quiet"
-    others: float
-
-
-Line = ProfileLine | CallLine | QuietLine
+Line = ProfileLine | CeilingLine | CallLine | QuietLine
 _ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 

@@ -1,151 +1,154 @@
-"""A profile as tables: cells as text, for the console and for Markdown.
+"""A profile as tables: cells as text, for all views.
 
-Comes in: the head line and summaries. Goes out: `Grid`s of bench/tables.py.
+Comes in: a summary. Goes out: `Grid`s of bench/tables.py, joined in a `View`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from ktverify.bench.quiet import BUSY
+from ktverify.bench.runs import run_pairs
 from ktverify.bench.tables import NOTHING, PHASES, STAGE_HEADINGS, Grid, number, stage_note, stage_rows
-from ktverify.profile.record import ProfileLine
-from ktverify.profile.summary import RangeSummary, roofline_ns, stage_name
-from ktverify.stages import WAIT, StageTimes
+from ktverify.bench.views import View, statistics_row
+from ktverify.profile.measure import READING
+from ktverify.profile.summary import RangeSummary, Summary, imbalances, stage_name, worker_of
+from ktverify.stages import StageTimes
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def verdict(summaries: Sequence[RangeSummary]) -> str:
-    """One line: where most of a training step's two halves goes."""
-    parts = []
-    for summary in summaries[:2]:
-        times = summary.typical.stages[0]
+def view(summary: Summary, picture: bytes) -> View:
+    grids = [ranges_grid(summary)]
+    for found in summary.ranges:
+        if found.range == "full_train_loop":
+            grids.append(parts_grid(found))
+        else:
+            times, first = found.typical.stages[0], found.first.stages[0]
+            grids += [phases_grid(summary, found, times, first), workers_grid(times)]
+    return View("profile", verdict(summary), run_pairs(summary.head), grids, rows(summary), picture)
+
+
+def verdict(summary: Summary) -> str:
+    """One line: where most of forward and backward goes."""
+    texts = []
+    for found in summary.ranges[:2]:
+        times = found.typical.stages[0]
         most = max(times.phases, key=lambda phase: phase.wall_ns)
         share = percent(most.wall_ns / times.wall_ns)
-        parts.append(f"{times.direction} {number(summary.plain.median)} ms, most of it {PHASES[most.name]} ({share})")
-    return "; ".join(parts)
+        texts.append(f"{times.direction} {number(found.plain.median)} ms, most of it {PHASES[most.name]} ({share})")
+    return "; ".join(texts)
 
 
-def ranges_grid(head: ProfileLine, summaries: Sequence[RangeSummary], others: float = 0.0) -> Grid:
-    """A row for each range: first call, steady calls, what the stages leave unexplained. others: of QuietLine."""
-    rows = []
-    for summary in summaries:
-        steady, typical = summary.plain, summary.typical
-        outside = (typical.ns - typical.engine_ns) / 1e6
-        rows.append(
+def ranges_grid(summary: Summary) -> Grid:
+    """A row for each range: first call, steady calls, what the stages leave unexplained."""
+    found = []
+    for one in summary.ranges:
+        steady = one.plain
+        found.append(
             (
-                summary.range,
-                number(summary.first.ns / 1e6),
+                one.range,
+                number(one.first.ns / 1e6),
                 f"{number(steady.mean)} ± {number(steady.std)}",
                 *(number(value) for value in (steady.median, steady.min, steady.percentiles[95], steady.max)),
-                f"{summary.recording_ratio:.3f}",
-                percent(summary.stages_share),
-                number(outside),
+                f"{one.recording_ratio:.3f}",
+                percent(one.explained),
+                number(one.outside_ns / 1e6),
             )
         )
+    head = summary.head
     title = f"{head.case} on {head.isa}, TP {head.tp}, {head.workers} workers"
-    headings = (
-        "range",
-        "first ms",
-        "steady ms",
-        "median",
-        "min",
-        "p95",
-        "max",
-        "recorded / plain",
-        "stages / call",
-        "outside ms",
+    steady_headings = ("steady ms", "median", "min", "p95", "max")
+    headings = ("range", "first ms", *steady_headings, "recorded / plain", "sum of stages / call", "outside ms")
+    notes = (
+        *summary.notes,
+        f"ceilings: reading {number(summary.read / 1e9)} GB/s, multiplying {number(summary.multiply / 1e9)} GFLOP/s",
+        f"{summary.ranges[0].plain.count} steady calls each, recorded and plain in turn; the stages are those of the "
+        "recorded call of median length",
     )
-    notes = [
-        f"ceilings: reading {number(head.read / 1e9)} GB/s, multiplying {number(head.multiply / 1e9)} GFLOP/s",
-        f"{summaries[0].plain.count} steady calls each, recorded and plain in turn" if summaries else "stopped early",
-    ]
-    if others >= BUSY:
-        notes.insert(0, f"other programs had {100 * others:.0f} % of the processors: these times mean little")
-    return Grid(title, tuple(notes), headings, tuple(rows))
+    return Grid(title, notes, headings, tuple(found))
 
 
-def stage_grids(head: ProfileLine, summaries: Sequence[RangeSummary]) -> list[Grid]:
-    """Of forward_only and backward_only: the phases of the typical call, beside those of the first, and its workers."""
-    grids = []
-    for summary in summaries:
-        if summary.range == "full_train_loop":
-            continue
-        times, first = summary.typical.stages[0], summary.first.stages[0]
-        grids += [_phases(head, summary, times, first), _workers(times)]
-    return grids
-
-
-def _phases(head: ProfileLine, summary: RangeSummary, times: StageTimes, first: StageTimes) -> Grid:
+def phases_grid(summary: Summary, found: RangeSummary, times: StageTimes, first: StageTimes) -> Grid:
+    """The phases of the typical call, beside those of the first, and how near each is to its roofline."""
     early = {phase.name: phase.wall_ns for phase in first.phases}
-    rows = stage_rows(times, head.multiply, head.read)
-    least = [roofline_ns(phase, head.read, head.multiply) for phase in times.phases]
-    found = []
-    phases = [*times.phases, None]
-    for row, phase, bound in zip(rows, phases, [*least, sum(least)], strict=True):
-        taken = phase.wall_ns if phase is not None else times.wall_ns
-        before = early.pop(phase.name, 0.0) if phase is not None else first.wall_ns
-        near = percent(bound / taken) if bound and taken else NOTHING
-        found.append((row[0], row[1], number(before / 1e6), *row[2:], near))
+    texts = stage_rows(times, summary.multiply, summary.read)
+    lines = []
+    for text, phase in zip(texts, times.phases, strict=False):
+        least = summary.roofline_ns(phase)
+        near = percent(least / phase.wall_ns) if least and phase.wall_ns else NOTHING
+        lines.append((text[0], text[1], number(early.pop(phase.name, 0.0) / 1e6), *text[2:], near))
     # what only the first call does stands above the sum
-    only_first = [(PHASES[name], NOTHING, number(ns / 1e6), *[NOTHING] * 6) for name, ns in early.items() if ns]
-    headings = (STAGE_HEADINGS[0], STAGE_HEADINGS[1], "first ms", *STAGE_HEADINGS[2:], "roofline / time")
-    title = f"{summary.range}: phases of the call of median length"
-    return Grid(title, (stage_note(times),), headings, (*found[:-1], *only_first, found[-1]))
+    nothing = [NOTHING] * len(STAGE_HEADINGS[2:])
+    lines += [(PHASES[name], NOTHING, number(ns / 1e6), *nothing, NOTHING) for name, ns in early.items() if ns]
+    total, least = texts[-1], sum(map(summary.roofline_ns, times.phases))
+    lines.append((total[0], total[1], number(first.wall_ns / 1e6), *total[2:], percent(least / times.wall_ns)))
+    headings = (*STAGE_HEADINGS[:2], "first ms", *STAGE_HEADINGS[2:], "roofline / time")
+    return Grid(f"{found.range}: phases", (stage_note(times),), headings, tuple(lines))
 
 
-def _workers(times: StageTimes) -> Grid:
-    """A row for each worker: busy, waiting, and its work in each parallel stage."""
-    rows = []
-    for worker, spans in enumerate(times.spans):
-        wait = next((phase.ns[worker] for phase in times.phases if phase.name == WAIT), 0)
+def workers_grid(times: StageTimes) -> Grid:
+    """A row for each worker: busy, waiting at barriers, the rest, and its work in each parallel stage."""
+    lines = []
+    for number_, spans in enumerate(times.spans):
+        worker = worker_of(times, number_)
         working = [number((span.work_end - span.begin) / 1e6) for span in spans]
-        rows.append(
-            (
-                f"worker {worker}",
-                number(times.busy_ns(worker) / 1e6),
-                number(wait / 1e6),
-                percent(times.busy_ns(worker) / times.wall_ns),
-                *working,
-            )
-        )
+        spent = (worker.busy, worker.barrier, worker.other)
+        shares = percent(worker.busy / times.wall_ns)
+        lines.append((f"worker {number_}", *(number(ns / 1e6) for ns in spent), shares, *working))
     stages = [stage_name(times, stage) for stage in range(times.stages)]
-    notes = [f"a barrier behind each of {times.stages} stages", *_imbalance(times)]
-    headings = ("worker", "busy ms", "waiting ms", "busy", *stages)
-    return Grid(f"{times.direction}: workers, ms in each stage", tuple(notes), headings, tuple(rows))
+    headings = ("worker", "busy ms", "at barriers ms", "other ms", "busy", *stages)
+    notes = (f"{times.stages} stages, a barrier behind each", *_imbalance(times))
+    return Grid(f"{times.direction}: workers, ms in each stage", notes, headings, tuple(lines))
 
 
 def _imbalance(times: StageTimes) -> list[str]:
-    """The stage in which the workers' work differs most, over the call's time."""
-    if times.workers < 2 or not times.stages:
+    found = imbalances(times)
+    if times.workers < 2 or not found:
         return []
-    spread = []
-    for stage in range(times.stages):
-        ends = [spans[stage].work_end for spans in times.spans]
-        spread.append((max(ends) - min(ends), stage))
-    worst, stage = max(spread)
-    share = percent(worst / times.wall_ns)
-    return [f"largest imbalance: {stage_name(times, stage)}, {number(worst / 1e6)} ms, {share} of the call"]
-
-
-def head_pairs(head: ProfileLine) -> list[tuple[str, str]]:
-    """(name, value) lines about the run."""
-    versions = ", ".join(f"{name} {version}" for name, version in head.machine.versions.items() if name != "compiler")
+    worst = max(found, key=lambda one: one.finish)
+    late = max(found, key=lambda one: one.begin)
+    shares = (percent(ns / times.wall_ns) for ns in (worst.finish, late.begin))
     return [
-        ("run", f"{head.stamp}, {head.commit or 'no checkout'}"),
-        ("machine", f"{head.machine.cpu}, {head.machine.threads} threads"),
-        ("versions", versions),
-        ("command", head.command),
+        f"largest imbalance: {stage_name(times, worst.stage)}, its last worker finishes {number(worst.finish / 1e6)} "
+        f"ms after its first, {next(shares)} of the call",
+        f"latest arrival: {stage_name(times, late.stage)}, its last worker begins {number(late.begin / 1e6)} ms after "
+        f"its first, {next(shares)} of the call",
     ]
 
 
-def markdown(head: ProfileLine, summaries: Sequence[RangeSummary], others: float = 0.0) -> str:
-    """The whole profile as a page."""
-    from ktverify.bench.tables import grid_markdown
+def parts_grid(found: RangeSummary) -> Grid:
+    """What a training step consists of, as Python sees it."""
+    call, lines = found.typical, []
+    early: dict[str, int] = {}
+    for part in found.first.parts:
+        early[part.name] = early.get(part.name, 0) + part.ns
+    merged: dict[str, tuple[int, int]] = {}
+    for part in call.parts:
+        ns, engine = merged.get(part.name, (0, 0))
+        merged[part.name] = (ns + part.ns, engine + (part.stages.wall_ns if part.stages is not None else 0))
+    for name, (ns, engine) in merged.items():
+        inside = number(engine / 1e6) if engine else NOTHING
+        lines.append((name, number(ns / 1e6), number(early.get(name, 0) / 1e6), percent(ns / call.ns), inside))
+    between = call.ns - sum(part.ns for part in call.parts)
+    first_between = found.first.ns - sum(part.ns for part in found.first.parts)
+    lines.append(
+        ("between them", number(between / 1e6), number(first_between / 1e6), percent(between / call.ns), NOTHING)
+    )
+    lines.append(("all", number(call.ns / 1e6), number(found.first.ns / 1e6), percent(1.0), NOTHING))
+    note = f"{READING} is the profiler's own: a plain step has none of it"
+    return Grid(
+        "full_train_loop: parts of a step",
+        (note,),
+        ("part", "ms", "first ms", "share", "in the engine ms"),
+        tuple(lines),
+    )
 
-    parts = ["# Profile", verdict(summaries), "\n".join(f"- {name}: {value}" for name, value in head_pairs(head))]
-    grids = [ranges_grid(head, summaries, others), *stage_grids(head, summaries)]
-    return "\n\n".join([*parts, *(grid_markdown(grid) for grid in grids)]) + "\n"
+
+def rows(summary: Summary) -> list[dict[str, object]]:
+    """A row for each range and pass of calls: milliseconds."""
+    about: dict[str, object] = {"case": summary.head.case, "isa": summary.head.isa, "tp": summary.head.tp}
+    return [
+        {**about, "range": one.range, "calls": which, "unit": "ms", **statistics_row(getattr(one, which))}
+        for one in summary.ranges
+        for which in ("plain", "recorded")
+    ]

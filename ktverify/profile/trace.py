@@ -49,17 +49,19 @@ def _event(name: str, kind: str, lane: int, ns: tuple[int, int], args: dict[str,
 
 
 def _call(call: CallLine) -> Iterator[dict[str, Any]]:
-    """The call in Python's lane; of a single engine call also its workers.
-
-    The engine does not tell when it began. What Python does around it (checks, new tensors) comes before it, so the
-    engine's time is laid at the end of the call. A training step has two engine calls and work between and behind them:
-    it stands in Python's lane alone.
-    """
+    """The call and its parts in Python's lane; of its engine calls also the workers."""
     yield _event(call.range, call.which, PYTHON_LANE, (call.at, call.ns), {"pass": call.which})
-    if len(call.stages) != 1:
-        return
-    times = call.stages[0]
-    origin = call.at + call.ns - times.wall_ns
+    for part in call.parts:
+        if len(call.parts) > 1:
+            yield _event(part.name, "part", PYTHON_LANE, (call.at + part.at, part.ns), {})
+        if part.stages is not None:
+            yield from _engine(part.stages, call.at + part.at + part.ns)
+
+
+def _engine(times: StageTimes, end: int) -> Iterator[dict[str, Any]]:
+    """An engine call and its workers. The engine does not tell when it began. What Python does around it (checks, new
+    tensors) comes before it, so its time is laid at the end of what Python saw."""
+    origin = end - times.wall_ns
     yield _event(f"engine {times.direction}", "engine", PYTHON_LANE, (origin, times.wall_ns), _phases(times))
     for worker, spans in enumerate(times.spans):
         for span in spans:
