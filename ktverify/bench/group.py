@@ -14,9 +14,10 @@ from typer.core import TyperGroup
 
 from ktverify.bench.command import bench
 from ktverify.bench.memory_command import memory
+from ktverify.bench.transformer_command import transformer
 
 DEFAULT = "shapes"
-COMMANDS: dict[str, Callable[..., None]] = {DEFAULT: bench, "memory": memory}
+COMMANDS: dict[str, Callable[..., None]] = {DEFAULT: bench, "transformer": transformer, "memory": memory}
 
 
 class DefaultGroup(TyperGroup):
@@ -42,5 +43,6 @@ HELP = """Time things, or count what they take.
 
 \b
 python -m ktverify bench [SHAPE]...        the engine and its peers side by side; options: bench shapes --help
+python -m ktverify bench transformer small times of a transformer's forward and backward
 python -m ktverify bench memory 2.7b       what a training step of a transformer takes
 """

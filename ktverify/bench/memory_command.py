@@ -47,7 +47,7 @@ def memory(
     from ktverify.transformer.memory import one_layer_live, step_memory
     from ktverify.transformer.sizes import resolve
 
-    given = {name: value for name, value in locals().items() if name in _SIZES}
+    given = {name: value for name, value in locals().items() if name in options.SIZES}
     size = resolve(preset, given)
     step = step_memory(size)
     found: dict[str, Any] = {
@@ -70,18 +70,6 @@ def memory(
 
 # how far the count may be from what autograd keeps
 TOLERANCE = 0.05
-
-_SIZES = (
-    "context_length",
-    "batch_size",
-    "d_model",
-    "d_ff",
-    "num_layers",
-    "num_heads",
-    "vocab_size",
-    "dtype",
-    "attention",
-)
 
 
 def _measure(size: ModelSize) -> int:

@@ -23,3 +23,17 @@ NumLayers = Annotated[int | None, _named("num_layers", "layers")]
 NumHeads = Annotated[int | None, _named("num_heads", "attention heads")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16")]
 Attention = Annotated[str, typer.Option("--attention", help="plain writes the scores out; fused is torch's own")]
+
+# those of them, by name, that are fields of a ModelSize
+SIZES = (
+    "context_length",
+    "batch_size",
+    "d_model",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "vocab_size",
+    "rope_theta",
+    "dtype",
+    "attention",
+)

@@ -1,0 +1,162 @@
+"""Times steps of a transformer. `python -m ktverify.bench.transformer_measure SETTINGS` prints lines of JSON.
+
+Comes in: Settings. Goes out: lines. A step is forward with the loss, and backward; gradients are dropped before it,
+outside of the time, so that backward allocates them, as after optimizer.zero_grad().
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from ktverify.bench import fresh
+from ktverify.bench.clock import Clock
+from ktverify.bench.ranges import nvtx_range
+from ktverify.bench.transformer_record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
+from ktverify.machine import format_bytes
+from ktverify.transformer.memory import step_memory, timing_bytes
+
+
+def check_fits(settings: Settings) -> None:
+    """MemoryError where the steps do not fit, with what they take and what would take less; RuntimeError without the
+    device. Nothing is allocated."""
+    needed, free = timing_bytes(settings.size, forward_only=settings.forward_only), free_bytes(settings.device)
+    if needed <= free:
+        return
+    size, whole = settings.size, step_memory(settings.size).all
+    kinds = {"parameters": whole.parameter_bytes}
+    if not settings.forward_only:
+        kinds |= {"gradients": whole.gradient_bytes, "activations": whole.activation_bytes}
+    parts = ", ".join(f"{name} {format_bytes(count)}" for name, count in kinds.items())
+    what = "forward" if settings.forward_only else "forward and backward"
+    less = "--dtype bfloat16, a smaller --batch_size or --context_length"
+    if not settings.forward_only:
+        alone = format_bytes(timing_bytes(size, forward_only=True))
+        less = f"--forward_only (takes {alone}), {less}"
+    raise MemoryError(
+        f"{size.name} needs {format_bytes(needed)} for {what} ({parts}, and working memory), {format_bytes(free)} are "
+        f"free on {settings.device}; less take {less}"
+    )
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free on a device. ValueError for a name that is none, RuntimeError where there is none."""
+    if device == "cpu":
+        from ktverify import machine
+
+        return machine.read_machine().memory_available_bytes
+    if device.partition(":")[0] != "cuda":
+        raise ValueError(f"--device is {device!r}, it takes cpu, cuda or cuda:N")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"--device is {device!r}, torch sees no CUDA device here; it takes cpu")
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
+
+
+def measured(settings: Settings, warmups: tuple[int, ...]) -> Iterator[Line]:
+    """The lines of one fresh process for each number of warm-ups, one after the other."""
+    for warmup in warmups:
+        request = settings.model_copy(update={"warmup_steps": warmup})
+        for line in fresh.lines_of(__name__, request):
+            yield ADAPTER.validate_json(line)
+
+
+def line_count(settings: Settings, warmups: tuple[int, ...]) -> int:
+    """How many lines `measured` will give."""
+    return sum(warmup + settings.num_steps + 3 for warmup in warmups)
+
+
+class Stepper:
+    """A model, a batch and a clock."""
+
+    def __init__(self, settings: Settings) -> None:
+        import torch
+
+        from ktverify.transformer.model import Transformer, batch_of
+
+        torch.manual_seed(0)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.settings, self.clock = settings, Clock(settings.device)
+        self.model = Transformer(settings.size, settings.device)
+        self.batch = batch_of(settings.size, settings.device)
+        self.loss: Any = None
+
+    def forward(self) -> None:
+        import torch
+
+        with torch.set_grad_enabled(not self.settings.forward_only):
+            self.loss = self.model(*self.batch)
+
+    def backward(self) -> None:
+        self.loss.backward()
+
+    def timed(self) -> tuple[int, int | None]:
+        """Nanoseconds of a forward and of its backward."""
+        self.loss = None
+        self.model.zero_grad(set_to_none=True)
+        with nvtx_range("forward"):
+            forward = self.clock.time(self.forward)
+        if self.settings.forward_only:
+            return forward, None
+        with nvtx_range("backward"):
+            return forward, self.clock.time(self.backward)
+
+    def loop(self) -> int:
+        """Nanoseconds of a whole step by other means than the Clock: the wall clock, and reading a value of the result,
+        which waits for any device."""
+        self.loss = None
+        self.model.zero_grad(set_to_none=True)
+        begin = time.monotonic()
+        self.forward()
+        if not self.settings.forward_only:
+            self.backward()
+        last: Any = self.loss if self.settings.forward_only else self.model.embedding.weight.grad
+        last.flatten()[0].item()
+        return int(1e9 * (time.monotonic() - begin))
+
+
+def process_lines(settings: Settings) -> Iterator[Line]:
+    """Everything that one process measures."""
+    import torch
+
+    from ktverify.bench.quiet import Neighbours
+    from ktverify.bench.runs import QuietLine
+
+    stepper, warmup = Stepper(settings), settings.warmup_steps
+    cuda = settings.device.startswith("cuda")
+    name = torch.cuda.get_device_name(settings.device) if cuda else "cpu"
+    yield ProcessLine(warmup=warmup, device=name, threads=torch.get_num_threads())
+    neighbours = Neighbours(list)
+    before = neighbours.read()
+    for step in range(-warmup, settings.num_steps):
+        with nvtx_range("step" if step >= 0 else "warm-up"):
+            forward, backward = stepper.timed()
+        loop = stepper.loop() if settings.check and step >= 0 else None
+        yield StepLine(warmup=warmup, step=step, forward_ns=forward, backward_ns=backward, loop_ns=loop)
+    yield QuietLine(others=before.share_until(neighbours.read()))
+    peak = torch.cuda.max_memory_allocated(settings.device) if cuda else resident_peak()
+    yield EndLine(warmup=warmup, peak=peak, loss=float(stepper.loss.detach()))
+
+
+def resident_peak() -> int:
+    """The most memory that this process ever had in RAM, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def agreement(steps: list[StepLine]) -> float:
+    """Median of the timed steps over that of the independent loop's. ValueError without --check."""
+    pairs = [(step.ns, step.loop_ns) for step in steps if step.loop_ns is not None]
+    if not pairs:
+        raise ValueError("no step was also timed by the independent loop")
+    return statistics.median(ours for ours, _ in pairs) / statistics.median(theirs for _, theirs in pairs)
+
+
+if __name__ == "__main__":
+    for line in process_lines(Settings.model_validate_json(sys.argv[1])):
+        print(line.model_dump_json(), flush=True)

@@ -1,0 +1,82 @@
+"""The lines of `bench transformer`: `reports/runs/<stamp>-transformer/transformer.jsonl`. Integer nanoseconds, bytes.
+
+Comes in: measurements, each written the moment it is made. Goes out: the same lines, read back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from ktverify.bench.journal import whole_lines
+from ktverify.bench.runs import Line as _Line
+from ktverify.bench.runs import QuietLine, RunLine
+from ktverify.transformer.sizes import ModelSize
+
+FILE = "transformer.jsonl"
+
+
+class Settings(_Line):
+    """What one process measures. warmup_steps don't count, num_steps do; threads: None for torch's own choice; check:
+    an independent loop in turn with the timed steps."""
+
+    size: ModelSize
+    warmup_steps: int = 5
+    num_steps: int = 10
+    forward_only: bool = False
+    device: str = "cpu"
+    threads: int | None = None
+    check: bool = False
+
+
+class TransformerLine(RunLine):
+    """The run. warmups: of each of its processes; settings: the same for all of them but for that."""
+
+    kind: Literal["transformer"] = "transformer"
+    settings: Settings
+    warmups: tuple[int, ...]
+
+
+class ProcessLine(_Line):
+    """A process that measures: the number of its warm-up steps, the device's name, its threads."""
+
+    kind: Literal["process"] = "process"
+    warmup: int
+    device: str
+    threads: int
+
+
+class StepLine(_Line):
+    """One step of the process with so many warm-ups. step: from 0 on those that count, warm-ups below 0; backward_ns:
+    None with forward_only; loop_ns: the whole step after it, by the independent loop."""
+
+    kind: Literal["step"] = "step"
+    warmup: int
+    step: int
+    forward_ns: int
+    backward_ns: int | None = None
+    loop_ns: int | None = None
+
+    @property
+    def ns(self) -> int:
+        return self.forward_ns + (self.backward_ns or 0)
+
+
+class EndLine(_Line):
+    """A process is done. peak: resident memory, or the device's; loss: of the last step."""
+
+    kind: Literal["end"] = "end"
+    warmup: int
+    peak: int
+    loss: float
+
+
+Line = TransformerLine | ProcessLine | StepLine | EndLine | QuietLine
+ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+
+
+def read(directory: Path) -> list[Line]:
+    """The lines of a run. FileNotFoundError without one; a last line that was cut off is left out."""
+    return [ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

@@ -1,0 +1,237 @@
+"""Times of a transformer's steps as tables and a picture.
+
+Comes in: lines. Goes out: a `View`; None where no step counted.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ktverify.bench.clock import Statistics
+from ktverify.bench.runs import disturbed, run_pairs
+from ktverify.bench.tables import NOTHING, Grid, number
+from ktverify.bench.transformer_measure import agreement
+from ktverify.bench.transformer_record import EndLine, Line, ProcessLine, StepLine, TransformerLine
+from ktverify.bench.views import View, statistics_row
+from ktverify.machine import format_bytes
+from ktverify.transformer.sizes import forward_flops, parameters
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WHATS = ("forward", "backward", "step")
+# how far the clock may be from an independent loop
+TOLERANCE = 0.03
+# operations over the forward's: backward has two products for each of the forward's
+_WORK = {"forward": 1.0, "backward": 2.0, "step": 3.0}
+_COLOURS = {"forward": "#1f6fb2", "backward": "#d9772b"}
+_INK, _QUIET, _RULE = "#2b3036", "#747d86", "#dfe3e7"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One process: its steps that count and, before them, its warm-ups."""
+
+    warmup: int
+    warmups: tuple[StepLine, ...]
+    steps: tuple[StepLine, ...]
+    peak: int
+
+    def ms(self, what: str) -> Statistics | None:
+        """Of the steps that count; None for the backward of a forward alone."""
+        values = [_ns(step, what) for step in self.steps]
+        found = [value / 1e6 for value in values if value is not None]
+        return Statistics.of(found) if found else None
+
+
+def _ns(step: StepLine, what: str) -> int | None:
+    return {"forward": step.forward_ns, "backward": step.backward_ns, "step": step.ns}[what]
+
+
+def arms(lines: Sequence[Line]) -> list[Arm]:
+    """One for each process that has a step that counts, in their order."""
+    found = []
+    for process in (line for line in lines if isinstance(line, ProcessLine)):
+        steps = [line for line in lines if isinstance(line, StepLine) and line.warmup == process.warmup]
+        ends = [line.peak for line in lines if isinstance(line, EndLine) and line.warmup == process.warmup]
+        counted = tuple(step for step in steps if step.step >= 0)
+        if counted:
+            warm = tuple(step for step in steps if step.step < 0)
+            found.append(Arm(process.warmup, warm, counted, ends[0] if ends else 0))
+    return found
+
+
+def view(lines: Sequence[Line]) -> View | None:
+    head = next((line for line in lines if isinstance(line, TransformerLine)), None)
+    found = arms(lines)
+    if head is None or not found:
+        return None
+    process = next(line for line in lines if isinstance(line, ProcessLine))
+    notes = disturbed(lines)
+    grids = [times_grid(head, found[-1], notes)] if len(head.warmups) == 1 else study_grids(head, found, notes)
+    facts = [
+        ("model", head.settings.size.text),
+        ("parameters", f"{sum(parameters(head.settings.size).values()):,}"),
+        ("device", f"{process.device}, {process.threads} threads"),
+        *check_pairs(found),
+        *run_pairs(head),
+    ]
+    return View("transformer", verdict(head, found), facts, grids, rows(head, found), picture(head, found))
+
+
+def verdict(head: TransformerLine, found: Sequence[Arm]) -> str:
+    last = found[-1]
+    texts = [f"{what} {number(ms.mean)} ± {number(ms.std)} ms" for what in WHATS[:2] if (ms := last.ms(what))]
+    text = f"{head.settings.size.name}: {', '.join(texts)}"
+    first, end = found[0].ms("step"), last.ms("step")
+    if len(found) > 1 and first is not None and end is not None:
+        ratio = first.mean / end.mean
+        text += f"; with {found[0].warmup} warm-ups the mean step is {ratio:.2f} times that with {last.warmup}"
+    return text
+
+
+_STATISTICS = ("mean ± std ms", "median", "min", "p5", "p95", "max")
+
+
+def _cells(ms: Statistics) -> list[str]:
+    values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
+    return [f"{number(ms.mean)} ± {number(ms.std)}", *map(number, values)]
+
+
+def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
+    """A row for forward, backward and both; rates at the median."""
+    size, lines = head.settings.size, []
+    for what in WHATS:
+        ms = arm.ms(what)
+        if ms is None or (what == "step" and head.settings.forward_only):
+            continue
+        seconds = ms.median / 1e3
+        flops = _WORK[what] * forward_flops(size)
+        lines.append((what, *_cells(ms), f"{size.tokens / seconds:,.0f}", number(flops / seconds / 1e9)))
+    warm = f"{_title(arm)} before {len(arm.steps)} steps that count"
+    if arm.warmups:
+        warm += f", the first {number(arm.warmups[0].ns / 1e6)} ms"
+    peak = f"; at most {format_bytes(arm.peak)} of memory" if arm.peak else ""
+    return Grid(size.name, (*notes, warm + peak), ("", *_STATISTICS, "tokens/s", "GFLOP/s"), tuple(lines))
+
+
+def study_grids(head: TransformerLine, found: Sequence[Arm], notes: Sequence[str]) -> list[Grid]:
+    """For forward, backward and both: a row for each number of warm-ups."""
+    grids: list[Grid] = []
+    last = found[-1]
+    for what in WHATS:
+        if head.settings.forward_only and what != "forward":
+            continue
+        lines, most = [], last.ms(what)
+        for arm in found:
+            ms = arm.ms(what)
+            first = _ns(arm.steps[0], what)
+            if ms is None or first is None:
+                continue
+            over = f"{ms.mean / most.mean:.3f}" if most is not None else NOTHING
+            cells = (f"{number(ms.mean)}", number(ms.std), number(ms.min), number(ms.max), number(ms.median))
+            lines.append((_title(arm), *cells, number(first / 1e6), over))
+        heading = f"mean over that of {last.warmup}"
+        headings = ("", "mean ms", "std", "min", "max", "median", "first that counts", heading)
+        note = (f"each in a fresh process, {len(last.steps)} steps that count",)
+        grids.append(Grid(what, (*notes, *note) if not grids else note, headings, tuple(lines)))
+    return grids
+
+
+def check_pairs(found: Sequence[Arm]) -> list[tuple[str, str]]:
+    """What the independent loop says, where it ran."""
+    steps = [step for arm in found for step in arm.steps if step.loop_ns is not None]
+    if not steps:
+        return []
+    off = agreement(steps) - 1
+    word = "PASS" if abs(off) <= TOLERANCE else "FAIL"
+    return [("check", f"{word} the median step is {100 * off:+.2f} % off that of an independent loop, in turn")]
+
+
+def rows(head: TransformerLine, found: Sequence[Arm]) -> list[dict[str, object]]:
+    """A row for each process and what it timed: milliseconds."""
+    size = head.settings.size
+    names = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "context_length", "batch_size", "dtype")
+    about: dict[str, object] = {"model": size.name, **{name: getattr(size, name) for name in names}}
+    return [
+        {**about, "warmup_steps": arm.warmup, "what": what, "unit": "ms", **statistics_row(ms)}
+        for arm in found
+        for what in (WHATS[:1] if head.settings.forward_only else WHATS)
+        if (ms := arm.ms(what)) is not None
+    ]
+
+
+def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
+    """A PNG: a panel for each process, its steps from left to right, warm-ups hollow, medians as lines."""
+    from matplotlib.figure import Figure
+
+    width = 11 if len(found) > 1 else 8
+    figure = Figure(figsize=(width, 3.9), dpi=150)
+    panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.62 / width, right=0.985, top=0.76, bottom=0.15, wspace=0.06)
+    for axes, arm in zip(panels, found, strict=True):
+        _panel(axes, arm)
+    most = max(ns for arm in found for step in (*arm.warmups, *arm.steps) for ns in _both(step)) / 1e6
+    panels[0].set_ylim(0, 1.08 * most)
+    panels[0].set_ylabel("ms", color=_QUIET, fontsize=9)
+    figure.text(0.62 / width, 0.955, head.settings.size.text, fontsize=9, color=_INK, va="top")
+    shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="upper left",
+        bbox_to_anchor=(0.5 / width, 0.91),
+        ncols=4,
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_INK,
+        handletextpad=0.3,
+        columnspacing=1.4,
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
+
+
+def _both(step: StepLine) -> list[int]:
+    return [ns for ns in (step.forward_ns, step.backward_ns) if ns is not None]
+
+
+def _title(arm: Arm) -> str:
+    return f"{arm.warmup} warm-up{'' if arm.warmup == 1 else 's'}"
+
+
+def _panel(axes: Axes, arm: Arm) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#c5cad0")
+    axes.tick_params(length=0, colors=_QUIET, labelsize=8.5)
+    axes.grid(axis="y", color=_RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.set_title(_title(arm), loc="left", fontsize=9.5, color=_INK, fontweight="bold")
+    axes.set_xlabel("step", color=_QUIET, fontsize=9)
+    for what, colour in _COLOURS.items():
+        ms = arm.ms(what)
+        if ms is None:
+            continue
+        for steps, face in ((arm.warmups, "none"), (arm.steps, colour)):
+            label = f"{what}{'' if face == colour else ', warm-up'}"
+            values = [ns / 1e6 for step in steps if (ns := _ns(step, what)) is not None]
+            places = [step.step for step in steps]
+            style: dict[str, Any] = {
+                "marker": "o",
+                "s": 26,
+                "linewidths": 1.3,
+                "edgecolors": colour,
+                "facecolors": face,
+            }
+            axes.scatter(places, values, label=label if values else None, **style)
+        axes.axhline(ms.median, color=colour, linewidth=0.9, alpha=0.6, zorder=0)
+    axes.axvline(-0.5, color=_RULE, linewidth=1)
+    axes.set_xlim(-len(arm.warmups) - 0.8, len(arm.steps) - 0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
