@@ -13,11 +13,18 @@ import typer
 from typer.core import TyperGroup
 
 from ktverify.bench.command import bench
-from ktverify.bench.memory_command import memory
-from ktverify.bench.transformer_command import transformer
+from ktverify.bench.layer.command import layer, sweep
+from ktverify.bench.transformer.command import transformer
+from ktverify.bench.transformer.memory_command import memory
 
 DEFAULT = "shapes"
-COMMANDS: dict[str, Callable[..., None]] = {DEFAULT: bench, "transformer": transformer, "memory": memory}
+COMMANDS: dict[str, Callable[..., None]] = {
+    DEFAULT: bench,
+    "layer": layer,
+    "sweep": sweep,
+    "transformer": transformer,
+    "memory": memory,
+}
 
 
 class DefaultGroup(TyperGroup):
@@ -39,10 +46,12 @@ def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typ
     return group
 
 
-HELP = """Time things, or count what they take.
+HELP = """Time things, or count what they take. docs/profile.md shows each view.
 
 \b
-python -m ktverify bench [SHAPE]...        the engine and its peers side by side; options: bench shapes --help
-python -m ktverify bench transformer small times of a transformer's forward and backward
-python -m ktverify bench memory 2.7b       what a training step of a transformer takes
+python -m ktverify bench [SHAPE]...         the engine and its peers side by side; options: bench shapes --help
+python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor parallelism, tokens/s, memory
+python -m ktverify bench sweep [WHAT]...    its cost over qlen, rank, threads, experts
+python -m ktverify bench transformer small  forward and backward of a transformer
+python -m ktverify bench memory 2.7b        what a training step of a transformer takes
 """

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ktverify.bench.memory_command import TOLERANCE
+from ktverify.bench.transformer.memory_command import TOLERANCE
 from ktverify.transformer.kept import kept_bytes
 from ktverify.transformer.memory import one_layer_live, step_memory
 from ktverify.transformer.model import Rope, Transformer, batch_of

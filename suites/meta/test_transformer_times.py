@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.bench import fresh, transformer_measure, transformer_views
-from ktverify.bench import transformer_record as record
-from ktverify.bench.transformer_measure import Stepper, agreement
-from ktverify.bench.transformer_record import EndLine, ProcessLine, Settings, StepLine, TransformerLine
+from ktverify.bench import fresh
+from ktverify.bench.transformer import measure as transformer_measure
+from ktverify.bench.transformer import record
+from ktverify.bench.transformer import views as transformer_views
+from ktverify.bench.transformer.measure import Stepper, agreement
+from ktverify.bench.transformer.record import EndLine, ProcessLine, Settings, StepLine, TransformerLine
 from ktverify.transformer import memory
 from ktverify.transformer.sizes import presets
 from suites.meta.test_cli import call, ends, refused

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ktverify.bench.clock import Statistics
 from ktverify.bench.runs import disturbed, run_pairs
 from ktverify.bench.tables import NOTHING, Grid, number
-from ktverify.bench.transformer_measure import agreement
-from ktverify.bench.transformer_record import EndLine, Line, ProcessLine, StepLine, TransformerLine
+from ktverify.bench.transformer.measure import agreement
+from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
 from ktverify.bench.views import View, statistics_row
 from ktverify.machine import format_bytes
 from ktverify.transformer.sizes import forward_flops, parameters

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.bench import options
 from ktverify.bench.command import INTERRUPTED
+from ktverify.bench.transformer import options
 
 if TYPE_CHECKING:
-    from ktverify.bench.transformer_record import Line
+    from ktverify.bench.transformer.record import Line
 
 STUDY = (0, 1, 2, 5)
 
@@ -66,14 +66,14 @@ def transformer(
                python -m ktverify bench transformer --d_model 512 --d_ff 2048 --num_layers 4 --num_heads 8
                python -m ktverify bench transformer xl --forward_only --dtype bfloat16 --device cuda
     """
-    from ktverify.bench import transformer_record as record
+    from ktverify.bench.transformer import record
 
     if show is not None:
         _conclude(show, record.read(show), as_json)
         return
     from ktverify.bench.journal import new_directory
     from ktverify.bench.runs import RunLine, collect
-    from ktverify.bench.transformer_measure import check_fits, line_count, measured
+    from ktverify.bench.transformer.measure import check_fits, line_count, measured
     from ktverify.transformer.sizes import resolve
 
     given = {name: value for name, value in locals().items() if name in options.SIZES}
@@ -104,8 +104,9 @@ def transformer(
 
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     """Write the views, then print; False where the check failed. ValueError for a run that has no step that counts."""
-    from ktverify.bench import transformer_record as record
-    from ktverify.bench import transformer_views, views
+    from ktverify.bench import views
+    from ktverify.bench.transformer import record
+    from ktverify.bench.transformer import views as transformer_views
 
     view = transformer_views.view(lines)
     if view is None:

@@ -1,4 +1,4 @@
-"""Times steps of a transformer. `python -m ktverify.bench.transformer_measure SETTINGS` prints lines of JSON.
+"""Times steps of a transformer. `python -m ktverify.bench.transformer.measure SETTINGS` prints lines of JSON.
 
 Comes in: Settings. Goes out: lines. A step is forward with the loss, and backward; gradients are dropped before it,
 outside of the time, so that backward allocates them, as after optimizer.zero_grad().
@@ -16,7 +16,7 @@ from typing import Any
 from ktverify.bench import fresh
 from ktverify.bench.clock import Clock
 from ktverify.bench.ranges import nvtx_range
-from ktverify.bench.transformer_record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
+from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
 from ktverify.machine import format_bytes
 from ktverify.transformer.memory import step_memory, timing_bytes
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.bench import options
+from ktverify.bench.transformer import options
 
 if TYPE_CHECKING:
     from ktverify.bench.tables import Grid

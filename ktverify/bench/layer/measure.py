@@ -1,0 +1,182 @@
+"""Times one layer in this process. `python -m ktverify.bench.layer.measure SPOT` prints lines of JSON.
+
+Comes in: a spot. Goes out: lines. What the first calls gave is compared with the oracle: a wrong result gets no time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ktverify.bench import fresh
+from ktverify.bench.clock import Clock
+from ktverify.bench.host import resident_bytes
+from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine
+from ktverify.bench.ranges import nvtx_range
+from ktverify.bench.shapes import weight_bytes
+from ktverify.cases import Case, flops
+from ktverify.machine import format_bytes, read_machine
+from ktverify.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
+
+# rows whose results are compared with the oracle's; each depends on its own token alone
+CHECKED_ROWS = 16
+SMALLEST = "E=1,k=1,H=32,I=32,T=1,r=1"
+
+
+def check_fits(spots: Sequence[Spot]) -> None:
+    """MemoryError where the largest spot's weights, as tensors and packed, do not fit."""
+    largest = max((Case.parse(spot.case) for spot in spots), key=lambda case: weight_bytes(case, case.num_experts))
+    needed = 2 * weight_bytes(largest, largest.num_experts)
+    free = read_machine().memory_available_bytes
+    if needed > free:
+        raise MemoryError(
+            f"{largest.id} needs {format_bytes(needed)} for its weights, as tensors and packed; {format_bytes(free)} "
+            "are free; take fewer experts"
+        )
+
+
+def measured(spots: Sequence[Spot]) -> Iterator[Line]:
+    """The lines of one fresh process for each spot, one after the other."""
+    for spot in spots:
+        for line in fresh.lines_of(__name__, spot):
+            yield ADAPTER.validate_json(line)
+
+
+def line_count(spots: Sequence[Spot]) -> int:
+    """How many lines `measured` will give."""
+    return sum(spot.warmup + spot.repeats + 3 for spot in spots)
+
+
+class Stand:
+    """One loaded layer with its inputs; the base weights are the layer's alone."""
+
+    def __init__(self, spot: Spot) -> None:
+        from ktverify import reference
+        from ktverify.data import make_inputs
+        from ktverify.experts import KTMoEWrapper
+        from ktverify.running import build_layer
+
+        self.spot, self.case, self.clock = spot, Case.parse(spot.case), Clock()
+        self.before = resident_bytes()
+        inputs = make_inputs(self.case)
+        self.active = len(inputs.active)
+        self.rows = (inputs.hidden_states, inputs.expert_ids, inputs.weights)
+        self.grad_output = inputs.grad_output
+        few = replace(
+            inputs,
+            hidden_states=inputs.hidden_states[:CHECKED_ROWS],
+            expert_ids=inputs.expert_ids[:CHECKED_ROWS],
+            weights=inputs.weights[:CHECKED_ROWS],
+            grad_output=inputs.grad_output[:CHECKED_ROWS],
+        )
+        expected = reference.forward_backward(few, dtype=_fp32())
+        self.expected = {name: expected[name] for name in (OUTPUT, GRAD_INPUT)}
+        self.layer: Any = build_layer(KTMoEWrapper, self.case, inputs, isa=spot.isa, tp=spot.tp, threads=spot.threads)
+
+    def forward(self, *, save: bool = True) -> Any:
+        return self.layer.forward_sft(*self.rows, save_for_backward=save)
+
+    def backward(self) -> Any:
+        return self.layer.backward(self.grad_output)
+
+    def both(self) -> None:
+        self.forward()
+        self.backward()
+
+    def grown(self) -> int:
+        """Resident memory beyond what there was before the inputs."""
+        return resident_bytes() - self.before
+
+    def check(self) -> dict[str, float]:
+        """rel_l2 of output and grad_input; RuntimeError for wrong ones."""
+        from ktverify.bench.measure import WRONG
+        from ktverify.metrics import compare
+
+        results = {OUTPUT: self.forward(), GRAD_INPUT: self.backward()[0]}
+        found = {name: compare(results[name][:CHECKED_ROWS], right).rel_l2 for name, right in self.expected.items()}
+        for name, error in found.items():
+            if not error <= WRONG:
+                raise RuntimeError(
+                    f"{name} of {self.case.id} is wrong: rel_l2 {error:.1e}; a wrong result gets no time"
+                )
+        return found
+
+    def repeat(self, number: int) -> RepeatLine:
+        time = self.clock.time
+        with nvtx_range("forward"):
+            forward = time(lambda: self.forward(save=False))
+        with nvtx_range("forward and backward"):
+            both = time(self.both)
+        with nvtx_range("forward that saves"):
+            saving = time(self.forward)
+        with nvtx_range("backward"):
+            backward = time(self.backward)
+        return RepeatLine(
+            number=self.spot.number,
+            repeat=number,
+            forward_ns=forward,
+            both_ns=both,
+            saving_ns=saving,
+            backward_ns=backward,
+        )
+
+    def train(self, steps: int) -> tuple[int, int]:
+        """Growth of memory after the first of so many AdamW steps, and after the last."""
+        import torch
+
+        parameters = [getattr(self.layer, name) for name in LORA_NAMES]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        first = 0
+        for step in range(steps):
+            self.forward()
+            _, grads = self.backward()
+            for parameter, name in zip(parameters, GRAD_NAMES, strict=True):
+                parameter.grad = grads[name]
+            optimizer.step()
+            optimizer.zero_grad()
+            self.layer.update_lora_weights()
+            del grads
+            first = first if step else self.grown()
+        return first, self.grown()
+
+
+def _fp32() -> Any:
+    import torch
+
+    return torch.float32
+
+
+def spot_lines(spot: Spot) -> Iterator[Line]:
+    """Everything that one process measures."""
+    from ktverify.bench.quiet import Neighbours
+    from ktverify.bench.runs import QuietLine
+
+    # what torch loads and allocates for good with its first step must not count as the layer's memory
+    Stand(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(1)
+    stand = Stand(spot)
+    loaded = stand.grown()
+    first = stand.clock.time(lambda: stand.forward(save=False))
+    packed = stand.grown()
+    yield SpotLine(
+        number=spot.number,
+        isa=stand.layer.isa,
+        workers=stand.layer.threads,
+        weights=weight_bytes(stand.case, stand.active),
+        flops=flops(stand.case),
+        first_ns=first,
+        rel_l2=stand.check(),
+    )
+    neighbours = Neighbours(list)
+    before = neighbours.read()
+    for number in range(-spot.warmup, spot.repeats):
+        yield stand.repeat(number)
+    yield QuietLine(others=before.share_until(neighbours.read()))
+    first_step, last_step = stand.train(spot.steps)
+    yield MemoryLine(number=spot.number, loaded=loaded, packed=packed, first_step=first_step, last_step=last_step)
+
+
+if __name__ == "__main__":
+    for line in spot_lines(Spot.model_validate_json(sys.argv[1])):
+        print(line.model_dump_json(), flush=True)

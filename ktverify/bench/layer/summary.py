@@ -1,0 +1,65 @@
+"""What was measured at each spot, and how it compares.
+
+Comes in: lines. Goes out: `SpotSummary`. Pure arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ktverify.bench.clock import Statistics
+from ktverify.bench.layer.record import LayerLine, Line, MemoryLine, RepeatLine, Spot, SpotLine, Varied
+from ktverify.cases import Case
+
+FORWARD, BOTH, SAVING, BACKWARD, DIFFERENCE = (
+    "forward",
+    "forward + backward",
+    "forward that saves",
+    "backward",
+    "backward by difference",
+)
+# what is timed or follows, from one repeat; nanoseconds
+WHATS: dict[str, Callable[[RepeatLine], int]] = {
+    FORWARD: lambda line: line.forward_ns,
+    BOTH: lambda line: line.both_ns,
+    SAVING: lambda line: line.saving_ns,
+    BACKWARD: lambda line: line.backward_ns,
+    DIFFERENCE: lambda line: line.both_ns - line.saving_ns,
+}
+
+
+@dataclass(frozen=True)
+class SpotSummary:
+    """One spot. ms: by WHATS, of the repeats that count; memory: None where it was stopped before."""
+
+    spot: Spot
+    found: SpotLine
+    ms: dict[str, Statistics]
+    memory: MemoryLine | None
+
+    @property
+    def case(self) -> Case:
+        return Case.parse(self.spot.case)
+
+    def tokens_per_s(self, what: str) -> float:
+        """At the median."""
+        return self.case.qlen / (self.ms[what].median / 1e3)
+
+
+def summarise(lines: Sequence[Line]) -> list[SpotSummary]:
+    """One for each spot that has a repeat that counts, in order."""
+    head = next((line for line in lines if isinstance(line, LayerLine)), None)
+    summaries = []
+    for spot in head.spots if head is not None else ():
+        repeats = [x for x in lines if isinstance(x, RepeatLine) and x.number == spot.number and x.repeat >= 0]
+        found = [x for x in lines if isinstance(x, SpotLine) and x.number == spot.number]
+        memory = [x for x in lines if isinstance(x, MemoryLine) and x.number == spot.number]
+        if repeats and found:
+            ms = {what: Statistics.of([of(line) / 1e6 for line in repeats]) for what, of in WHATS.items()}
+            summaries.append(SpotSummary(spot, found[0], ms, memory[0] if memory else None))
+    return summaries
+
+
+def of(summaries: Sequence[SpotSummary], varied: Varied) -> list[SpotSummary]:
+    return [summary for summary in summaries if summary.spot.varied == varied]

@@ -1,0 +1,162 @@
+"""Layer benchmarks as tables: cells as text, joined in a `View`.
+
+Comes in: lines. Goes out: a `View`; None where no spot was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ktverify.bench.layer import pictures
+from ktverify.bench.layer.record import SWEEPS, LayerLine, Line
+from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, WHATS, SpotSummary, of, summarise
+from ktverify.bench.runs import disturbed, run_pairs
+from ktverify.bench.tables import NOTHING, Grid, number
+from ktverify.bench.views import View, statistics_row
+from ktverify.machine import format_bytes
+
+# what a sweep's column is called
+TITLES = {"qlen": "qlen", "rank": "LoRA rank", "threads": "workers", "experts": "experts"}
+
+
+def view(lines: Sequence[Line]) -> View | None:
+    head = next((line for line in lines if isinstance(line, LayerLine)), None)
+    found = summarise(lines)
+    if head is None or not found:
+        return None
+    notes = disturbed(lines)
+    sweeping = head.spots[0].varied in SWEEPS
+    grids = _sweeps(found) if sweeping else _layer(found)
+    first = grids[0]
+    grids[0] = Grid(first.title, (*notes, *first.notes), first.headings, first.rows)
+    picture = pictures.sweeps(head.case, found) if sweeping else pictures.layer(head.case, found)
+    facts = [("case", head.case), *run_pairs(head)]
+    return View("sweep" if sweeping else "layer", verdict(found), facts, grids, rows(found), picture)
+
+
+def verdict(found: Sequence[SpotSummary]) -> str:
+    """One line: the first spot's times, or from where to where a sweep goes."""
+    first, last = found[0], found[-1]
+    if first.spot.varied not in SWEEPS:
+        texts = [f"{what} {number(first.ms[what].median)} ms" for what in (FORWARD, BOTH, BACKWARD)]
+        return f"{', '.join(texts)}, {first.tokens_per_s(BOTH):,.0f} tokens/s"
+    texts = []
+    for varied in SWEEPS:
+        group = of(found, varied)
+        if len(group) > 1:
+            first, last = group[0], group[-1]
+            growth = last.ms[BOTH].median / first.ms[BOTH].median
+            texts.append(f"{TITLES[varied]} {first.spot.value} to {last.spot.value}: {growth:.2f} times the time")
+    return "; ".join(texts) or f"{BOTH} {number(found[0].ms[BOTH].median)} ms"
+
+
+def _layer(found: Sequence[SpotSummary]) -> list[Grid]:
+    grids = [times_grid(found[0])]
+    if len(of(found, "tp")) > 1:
+        grids.append(tp_grid(of(found, "tp")))
+    if of(found, "throughput"):
+        grids.append(throughput_grid(of(found, "throughput")))
+    return [*grids, memory_grid(found)]
+
+
+def times_grid(one: SpotSummary) -> Grid:
+    """A row for each of WHATS; tokens a second at the median."""
+    lines = []
+    for what, ms in one.ms.items():
+        values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
+        rate = f"{one.tokens_per_s(what):,.0f}" if what in (FORWARD, BOTH) else NOTHING
+        lines.append((what, f"{number(ms.mean)} ± {number(ms.std)}", *map(number, values), rate))
+    rel_l2 = ", ".join(f"{name} {error:.1e}" for name, error in one.found.rel_l2.items())
+    notes = (
+        f"{one.found.isa}, TP {one.spot.tp}, {one.found.workers} workers; {one.ms[FORWARD].count} repeats that count; "
+        f"the first forward, which packs the weights, {number(one.found.first_ns / 1e6)} ms",
+        f"rel_l2 against fp32: {rel_l2}",
+    )
+    return Grid("times", notes, ("", "mean ± std ms", "median", "min", "p5", "p95", "max", "tokens/s"), tuple(lines))
+
+
+def tp_grid(group: Sequence[SpotSummary]) -> Grid:
+    """A row for each degree, with its speed-up over the first."""
+    lines, base = [], group[0]
+    for one in group:
+        cells = []
+        for what in (FORWARD, BOTH):
+            ms = one.ms[what].median
+            cells += [number(ms), f"{base.ms[what].median / ms:.2f}"]
+        lines.append((f"TP {one.spot.tp}", str(one.found.workers), *cells))
+    over = f"x TP {base.spot.tp}"
+    headings = ("degree", "workers", f"{FORWARD} ms", over, f"{BOTH} ms", over)
+    return Grid("tensor parallelism", ("medians, each degree in a process of its own",), headings, tuple(lines))
+
+
+def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
+    """A row for each batch and sequence length."""
+    lines = []
+    for one in group:
+        cells = [cell for what in (FORWARD, BOTH) for cell in _rated(one, what)]
+        sequence = one.case.qlen // one.spot.batch
+        lines.append((f"{one.spot.batch} x {sequence}", str(one.case.qlen), *cells))
+    headings = ("batch x sequence", "tokens", f"{FORWARD} ms", "tokens/s", f"{BOTH} ms", "tokens/s")
+    return Grid("throughput", ("at the median; each in a process of its own",), headings, tuple(lines))
+
+
+def _rated(one: SpotSummary, what: str) -> tuple[str, str]:
+    return number(one.ms[what].median), f"{one.tokens_per_s(what):,.0f}"
+
+
+def memory_grid(found: Sequence[SpotSummary]) -> Grid:
+    """A row for each spot: growth of its process over the bf16 weights of the experts that tokens reach."""
+    lines = []
+    for one in found:
+        memory = one.memory
+        if memory is None:
+            continue
+        points = (memory.loaded, memory.packed, memory.first_step, memory.last_step)
+        over = f"{memory.last_step / one.found.weights:.2f}"
+        grown = format_bytes(memory.last_step - memory.first_step)
+        name = f"TP {one.spot.tp}" if one.spot.varied == "tp" else f"{one.case.qlen} tokens"
+        lines.append((name, format_bytes(one.found.weights), *map(format_bytes, points), grown, over))
+    steps = f"after {found[0].spot.steps} steps"
+    headings = ("", "weights", "loaded", "first forward", "1 step", steps, "since 1 step", f"{steps} / weights")
+    note = "resident memory beyond that of the process before it had inputs; a step is forward, backward, AdamW, update"
+    return Grid("memory", (note,), headings, tuple(lines))
+
+
+def _sweeps(found: Sequence[SpotSummary]) -> list[Grid]:
+    grids = []
+    for varied in SWEEPS:
+        group = of(found, varied)
+        if not group:
+            continue
+        lines = []
+        for one in group:
+            cells = [number(one.ms[what].median) for what in (FORWARD, BOTH, BACKWARD)]
+            growth = f"{one.ms[BOTH].median / group[0].ms[BOTH].median:.2f}"
+            work = f"{one.found.flops / group[0].found.flops:.2f}"
+            rate = number(one.found.flops / one.ms[FORWARD].median / 1e6)
+            tokens = f"{one.tokens_per_s(BOTH):,.0f}"
+            packed = format_bytes(one.memory.packed) if one.memory is not None else NOTHING
+            lines.append((str(one.spot.value), *cells, tokens, rate, growth, work, packed))
+        times = (f"{FORWARD} ms", f"{BOTH} ms", f"{BACKWARD} ms")
+        headings = (TITLES[varied], *times, "tokens/s", "forward GFLOP/s", "growth", "of operations", "memory")
+        grids.append(Grid(f"over {TITLES[varied]}", ("medians, each in a process of its own",), headings, tuple(lines)))
+    return grids
+
+
+def rows(found: Sequence[SpotSummary]) -> list[dict[str, object]]:
+    """A row for each spot and what it timed: milliseconds."""
+    return [
+        {
+            "varied": one.spot.varied,
+            "value": one.spot.value,
+            "case": one.spot.case,
+            "isa": one.found.isa,
+            "tp": one.spot.tp,
+            "workers": one.found.workers,
+            "what": what,
+            "unit": "ms",
+            **statistics_row(one.ms[what]),
+        }
+        for one in found
+        for what in WHATS
+    ]
