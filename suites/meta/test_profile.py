@@ -286,6 +286,13 @@ STEP = (
 # ---- the command
 
 
+@pytest.fixture
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that take no time to measure."""
+    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
+
+
+@pytest.mark.usefixtures("known_ceilings")
 def test_profile_command(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("profile", TINY, "--threads", "2", "--warmup", "1", "--repeats", "1")
@@ -304,6 +311,7 @@ def test_profile_command(tmp_path: Path) -> None:
     refused(call("profile", "small,T=0"), "T is 0, there is nothing to time")
 
 
+@pytest.mark.usefixtures("known_ceilings")
 def test_a_stopped_profile_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, made = measure.Profiler._call, [0]
 

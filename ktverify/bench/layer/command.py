@@ -22,7 +22,7 @@ _Isa = Annotated[str | None, typer.Option(help="force an instruction set; refuse
 _Threads = Annotated[int | None, typer.Option(help="at most so many threads", min=1)]
 _Warmup = Annotated[int, typer.Option(help="repeats that don't count", min=0)]
 _Repeats = Annotated[int, typer.Option(help="repeats that do", min=1)]
-_Steps = Annotated[int, typer.Option(help="training steps behind them, for memory", min=1)]
+_Steps = Annotated[int, typer.Option(help="training steps behind them, for memory; 0: none", min=0)]
 _Out = Annotated[Path | None, typer.Option(help="where it is written (default: a folder in reports/runs)")]
 _Show = Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")]
 _Json = Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")]

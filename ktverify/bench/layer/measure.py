@@ -123,7 +123,9 @@ class Stand:
         )
 
     def train(self, steps: int) -> tuple[int, int]:
-        """Growth of memory after the first of so many AdamW steps, and after the last."""
+        """Growth of memory after the first of so many AdamW steps, and after the last; without steps, as it is."""
+        if not steps:
+            return self.grown(), self.grown()
         import torch
 
         parameters = [getattr(self.layer, name) for name in LORA_NAMES]
@@ -154,7 +156,7 @@ def spot_lines(spot: Spot) -> Iterator[Line]:
     from ktverify.bench.runs import QuietLine
 
     # what torch loads and allocates for good with its first step must not count as the layer's memory
-    Stand(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(1)
+    Stand(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(min(1, spot.steps))
     stand = Stand(spot)
     loaded = stand.grown()
     first = stand.clock.time(lambda: stand.forward(save=False))

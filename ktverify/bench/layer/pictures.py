@@ -36,8 +36,8 @@ def layer(case: str, found: Sequence[SpotSummary]) -> bytes:
 
 
 def sweeps(case: str, found: Sequence[SpotSummary]) -> bytes:
-    """A panel for each sweep: medians and quartiles, both axes logarithmic. Dashed and dotted: how operations and weight
-    bytes of a worker grow, drawn through the last point of forward + backward."""
+    """A panel for each sweep: medians and quartiles, both axes logarithmic. Dashed and dotted: how the operations and
+    the weights' bytes of a worker grow, drawn through the last point of forward + backward."""
     groups = [group for varied in SWEEPS if (group := of(found, varied))]
     figure, places = _figure(case, len(groups))
     for axes, group in zip(places, groups, strict=True):
@@ -61,7 +61,7 @@ def sweeps(case: str, found: Sequence[SpotSummary]) -> bytes:
 def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.1 + 3.0 * panels, 3.9), dpi=150)
+    figure = Figure(figsize=(2.2 + 2.8 * panels, 3.9), dpi=150)
     places = figure.subplots(1, panels, squeeze=False)[0]
     figure.subplots_adjust(left=0.06, right=0.985, top=0.82, bottom=0.15, wspace=0.26)
     figure.text(0.012, 0.97, case, fontsize=9.5, color=_INK, va="top")
@@ -137,6 +137,8 @@ def _log_ticks(axes: Axes, values: Sequence[int]) -> None:
 
 def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
     """One sweep."""
+    from matplotlib.ticker import LogLocator
+
     values = [one.spot.value for one in group]
     for what, colour in _COLOURS.items():
         low, high = ([one.ms[what].percentiles[share] for one in group] for share in (25, 75))
@@ -152,7 +154,7 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
         axes.plot(values, guide, style, color=_QUIET, linewidth=1.1, label=label)
     _plain(axes, _TITLES[group[0].spot.varied], "both")
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.minorticks_off()
     _log_ticks(axes, values)
     axes.set_ylabel("ms", color=_QUIET, fontsize=9)
