@@ -67,7 +67,7 @@ def test_a_light_start_imports_no_torch(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify", *TRAINING])
+@pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify", "profile", *TRAINING])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     text = ends(call(command, "--help"), 0)
     assert re.search(r"Examples?:\s+python -m ktverify " + command, text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ktverify.bench import fresh
+from ktverify.bench.group import COMMANDS, DEFAULT
 from ktverify.bench.layer import measure, record, tables
 from ktverify.bench.layer.command import _doubling
 from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, Varied
@@ -194,3 +196,14 @@ def test_values_double_up_to_the_last() -> None:
     assert _doubling(1, 6) == [1, 2, 4, 6]
     assert _doubling(4, 16) == [4, 8, 16]
     assert _doubling(3, 3) == [3]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_bench_command_explains_itself_with_an_example(command: str) -> None:
+    text = ends(call("bench", command, "--help"), 0)
+    # the default command is called without its name
+    name = "bench" if command == DEFAULT else f"bench {command}"
+    assert re.search(rf"Examples?:\s+python -m ktverify {name}", text)
+    # an explanation may begin on the line below
+    for option in re.findall(r"^  --.*(?:\n {8,}.*)*", text.partition("Options:")[2], re.MULTILINE):
+        assert re.search(r"\s{2,}[a-zA-Z0-9(]", option.strip()), f"option without an explanation: {option}"
