@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.bench.command import INTERRUPTED
+from ktverify.bench.layer.command import DEFAULT_CASE
 
 if TYPE_CHECKING:
     from ktverify.profile.record import Line
-
-DEFAULT_CASE = "E=16,k=4,H=2048,I=768,T=128,r=16"
 
 
 def profile(

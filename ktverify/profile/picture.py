@@ -6,10 +6,10 @@ Comes in: a summary. Goes out: a PNG.
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ktverify.bench.style import BLUE, BROWN, GREEN, INK, ORANGE, PURPLE, QUIET, RED, bare, png
 from ktverify.bench.tables import PHASES, number
 from ktverify.profile.measure import READING
 from ktverify.profile.summary import RangeSummary, Summary, stage_name
@@ -18,10 +18,8 @@ from ktverify.stages import WAIT, StageTimes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STAGES = ("#6d2f91", "#1f6fb2", "#2a9d7c", "#d9772b")
-_MORE = ("#b5495b", "#8a6f3e")
-_OUTSIDE = "#f1f2f4"
-_WAIT, _INK, _QUIET, _RULE = "#d5d9dd", "#2b3036", "#747d86", "#dfe3e7"
+_STAGES, _MORE, _PHASE = (PURPLE, BLUE, GREEN, ORANGE), (RED, BROWN), "#8d6aa8"
+_WAIT, _OUTSIDE = "#d5d9dd", "#f1f2f4"
 _LANE, _BAR, _GAP = 0.3, 0.24, 1.05  # inches
 _MOST_LANES = 64
 
@@ -46,23 +44,13 @@ def draw(summary: Summary) -> bytes:
     total = sum(height for height, _ in panels) + _GAP * len(panels) + 0.35
     figure = Figure(figsize=(11, total), dpi=150)
     title = f"{summary.head.case}  on {summary.head.isa}"
-    figure.text(0.012, 1 - 0.2 / total, title, fontsize=10.5, color=_INK, va="top")
+    figure.text(0.012, 1 - 0.2 / total, title, fontsize=10.5, color=INK, va="top")
     top = 0.35
     for height, panel in panels:
         top += _GAP * 0.62
         panel(figure.add_axes((0.175, 1 - (top + height) / total, 0.8, height / total)))
         top += height + _GAP * 0.38
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
-
-
-def _plain(axes: Axes, title: str) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#c5cad0")
-    axes.tick_params(length=0, colors=_QUIET, labelsize=8.5, pad=4)
-    axes.set_title(title, loc="left", color=_INK, fontsize=10.5, fontweight="bold", pad=18)
+    return png(figure)
 
 
 def _lanes(axes: Axes, found: RangeSummary) -> None:
@@ -77,11 +65,11 @@ def _lanes(axes: Axes, found: RangeSummary) -> None:
             work = (span.work_end - span.begin) / 1e6
             axes.barh(worker, work, left=span.begin / 1e6, height=0.72, color=_STAGES[span.stage % len(_STAGES)])
             axes.barh(worker, (span.end - span.work_end) / 1e6, left=span.work_end / 1e6, height=0.72, color=_WAIT)
-    _plain(axes, f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine")
+    bare(axes, f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine", pad=18)
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.set_xlim(0, times.wall_ns / 1e6)
-    axes.set_yticks(range(len(shown)), [f"worker {worker}" for worker in range(len(shown))], color=_INK)
-    axes.set_xlabel("ms since the engine's call began", color=_QUIET, fontsize=8.5)
+    axes.set_yticks(range(len(shown)), [f"worker {worker}" for worker in range(len(shown))], color=INK)
+    axes.set_xlabel("ms since the engine's call began", color=QUIET, fontsize=8.5)
     handles: list[Any] = [
         Patch(color=_STAGES[stage % len(_STAGES)], label=stage_name(times, stage)) for stage in range(times.stages)
     ]
@@ -97,7 +85,7 @@ def _legend(axes: Axes, handles: Sequence[Any]) -> None:
         ncols=len(handles),
         frameon=False,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=1.0,
         columnspacing=1.3,
         borderaxespad=0.1,
@@ -114,11 +102,11 @@ def _parts(axes: Axes, found: RangeSummary) -> None:
     colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: _WAIT}
     for part in call.parts:
         axes.barh(0, part.ns / 1e6, left=part.at / 1e6, height=0.72, color=colours[part.name])
-    _plain(axes, f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms")
+    bare(axes, f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms", pad=18)
     axes.set_ylim(0.45, -0.55)
     axes.set_xlim(0, call.ns / 1e6)
-    axes.set_yticks([0], ["Python"], color=_INK)
-    axes.set_xlabel("ms since the step began", color=_QUIET, fontsize=8.5)
+    axes.set_yticks([0], ["Python"], color=INK)
+    axes.set_xlabel("ms since the step began", color=QUIET, fontsize=8.5)
     _legend(axes, [Patch(color=colours[name], label=name) for name in names])
 
 
@@ -127,19 +115,16 @@ def _bars(axes: Axes, summary: Summary, times: StageTimes) -> None:
     longest = max(phase.wall_ns for phase in times.phases) / 1e6
     for row, phase in enumerate(times.phases):
         ms, least = phase.wall_ns / 1e6, summary.roofline_ns(phase) / 1e6
-        axes.barh(row, ms, height=0.66, color=_WAIT if phase.name == WAIT else "#8d6aa8")
+        axes.barh(row, ms, height=0.66, color=_WAIT if phase.name == WAIT else _PHASE)
         label = f"{number(ms)} ms, {100 * phase.wall_ns / times.wall_ns:.1f} %"
         if least and phase.name != WAIT:
-            axes.plot([least, least], [row - 0.42, row + 0.42], color=_INK, linewidth=1.4)
+            axes.plot([least, least], [row - 0.42, row + 0.42], color=INK, linewidth=1.4)
             label += f", roofline {100 * least / ms:.0f} % of it" if ms else ""
         axes.annotate(
-            label, (max(ms, least), row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=_INK
+            label, (max(ms, least), row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
         )
-    _plain(axes, f"{times.direction} by phase (mean over the workers); a black line where the roofline would end it")
-    axes.title.set_position((0, 1))
-    axes.grid(axis="x", color=_RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
+    bare(axes, f"{times.direction} by phase (mean over the workers); a black line where the roofline would end it", "x")
     axes.set_xlim(0, longest * 1.4)
     axes.set_ylim(len(times.phases) - 0.45, -0.55)
-    axes.set_yticks(range(len(times.phases)), [PHASES[phase.name] for phase in times.phases], color=_INK)
-    axes.set_xlabel("ms", color=_QUIET, fontsize=8.5)
+    axes.set_yticks(range(len(times.phases)), [PHASES[phase.name] for phase in times.phases], color=INK)
+    axes.set_xlabel("ms", color=QUIET, fontsize=8.5)

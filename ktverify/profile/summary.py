@@ -12,7 +12,7 @@ from ktverify.bench.clock import Statistics
 from ktverify.bench.runs import disturbed
 from ktverify.bench.shapes import Work
 from ktverify.profile.record import RANGES, CallLine, CeilingLine, Line, ProfileLine, Range
-from ktverify.stages import WAIT, Phase, StageTimes
+from ktverify.stages import Phase, StageTimes
 
 # the parallel stages by direction, in the order in which a call passes them; without LoRA the last but one of a
 # backward is missing
@@ -63,11 +63,6 @@ def imbalances(times: StageTimes) -> list[Imbalance]:
         begins = [spans[stage].begin for spans in times.spans]
         found.append(Imbalance(stage, max(ends) - min(ends), max(begins) - min(begins)))
     return found
-
-
-def waiting_ns(times: StageTimes) -> float:
-    """The part of the call in which workers waited, mean over the workers."""
-    return sum(phase.wall_ns for phase in times.phases if phase.name == WAIT)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.record import SWEEPS
-from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, WHATS, SpotSummary, of
+from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of
+from ktverify.bench.style import BLUE, BROWN, GREEN, INK, ORANGE, PURPLE, QUIET, RED, bare, png
 from ktverify.bench.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {FORWARD: "#1f6fb2", BOTH: "#6d2f91", BACKWARD: "#d9772b"}
-_MORE = ("#1f6fb2", "#2a9d7c", "#d9772b", "#6d2f91", "#b5495b", "#8a6f3e")
-_INK, _QUIET, _RULE = "#2b3036", "#747d86", "#dfe3e7"
-_TITLES = {"qlen": "over qlen", "rank": "over LoRA rank", "threads": "over workers", "experts": "over experts"}
+_COLOURS = {FORWARD: BLUE, BOTH: PURPLE, BACKWARD: ORANGE}
+_BATCHES = (BLUE, GREEN, ORANGE, PURPLE, RED, BROWN)
 
 
 def layer(case: str, found: Sequence[SpotSummary]) -> bytes:
@@ -32,7 +30,7 @@ def layer(case: str, found: Sequence[SpotSummary]) -> bytes:
         panel(axes)
     # the first panel's names stand left of it
     figure.subplots_adjust(left=0.145 if len(panels) > 1 else 0.24)
-    return _png(figure)
+    return png(figure)
 
 
 def sweeps(case: str, found: Sequence[SpotSummary]) -> bytes:
@@ -51,11 +49,11 @@ def sweeps(case: str, found: Sequence[SpotSummary]) -> bytes:
         ncols=len(handles),
         frameon=False,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
         columnspacing=1.4,
     )
     figure.subplots_adjust(top=0.76)
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:
@@ -64,41 +62,25 @@ def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(2.2 + 2.8 * panels, 3.9), dpi=150)
     places = figure.subplots(1, panels, squeeze=False)[0]
     figure.subplots_adjust(left=0.06, right=0.985, top=0.82, bottom=0.15, wspace=0.26)
-    figure.text(0.012, 0.97, case, fontsize=9.5, color=_INK, va="top")
+    figure.text(0.012, 0.97, case, fontsize=9.5, color=INK, va="top")
     return figure, list(places)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
-
-
-def _plain(axes: Axes, title: str, grid: str) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#c5cad0")
-    axes.tick_params(length=0, colors=_QUIET, labelsize=8.5)
-    axes.grid(axis=grid, color=_RULE, linewidth=0.7)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", fontsize=10, color=_INK, fontweight="bold")
 
 
 def _spread(axes: Axes, one: SpotSummary) -> None:
     """A line from the 5th to the 95th percentile, a dot at the median."""
     for row, what in enumerate(WHATS):
-        ms, colour = one.ms[what], _COLOURS.get(what, _QUIET)
+        ms, colour = one.ms[what], _COLOURS.get(what, QUIET)
         axes.plot([ms.percentiles[5], ms.percentiles[95]], [row, row], color=colour, linewidth=2.5, alpha=0.45)
         axes.plot(ms.median, row, "o", color=colour, markersize=7)
         place = (ms.percentiles[95], row)
         axes.annotate(
-            number(ms.median), place, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5, color=_INK
+            number(ms.median), place, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
         )
-    _plain(axes, "median, 5th to 95th percentile", "x")
+    bare(axes, "median, 5th to 95th percentile", "x")
     axes.set_ylim(len(WHATS) - 0.5, -0.5)
-    axes.set_yticks(range(len(WHATS)), list(WHATS), color=_INK)
+    axes.set_yticks(range(len(WHATS)), list(WHATS), color=INK)
     axes.set_xlim(0, 1.18 * max(ms.percentiles[95] for ms in one.ms.values()))
-    axes.set_xlabel("ms", color=_QUIET, fontsize=9)
+    axes.set_xlabel("ms", color=QUIET, fontsize=9)
 
 
 def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
@@ -107,25 +89,25 @@ def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
         values = [group[0].ms[what].median / one.ms[what].median for one in group]
         places = [row + shift for row in range(len(group))]
         bars = axes.bar(places, values, width=0.34, color=_COLOURS[what], label=what)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, color=_INK, padding=2)
-    axes.axhline(1, color=_INK, linewidth=0.8)
-    _plain(axes, f"speed-up over TP {group[0].spot.tp}", "y")
-    axes.set_xticks(range(len(group)), [f"TP {one.spot.tp}" for one in group], color=_INK)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, color=INK, padding=2)
+    axes.axhline(1, color=INK, linewidth=0.8)
+    bare(axes, f"speed-up over TP {group[0].spot.tp}", "y")
+    axes.set_xticks(range(len(group)), [f"TP {one.spot.tp}" for one in group], color=INK)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.2)
-    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8, labelcolor=_INK, handlelength=1.0)
+    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8, labelcolor=INK, handlelength=1.0)
 
 
 def _throughput(axes: Axes, group: Sequence[SpotSummary]) -> None:
     """Tokens a second of forward + backward over the sequence length, a line for each batch."""
-    for colour, batch in zip(_MORE * len(group), dict.fromkeys(one.spot.batch for one in group), strict=False):
+    for colour, batch in zip(_BATCHES * len(group), dict.fromkeys(one.spot.batch for one in group), strict=False):
         mine = [one for one in group if one.spot.batch == batch]
         lengths, rates = [one.case.qlen // batch for one in mine], [one.tokens_per_s(BOTH) for one in mine]
         axes.plot(lengths, rates, "o-", color=colour, label=f"batch {batch}", markersize=5, linewidth=1.5)
-    _plain(axes, "forward + backward, tokens/s", "y")
+    bare(axes, "forward + backward, tokens/s", "y")
     axes.set_ylim(0, None)
     _log_ticks(axes, sorted({one.case.qlen // one.spot.batch for one in group}))
-    axes.set_xlabel("sequence length", color=_QUIET, fontsize=9)
-    axes.legend(loc="lower right", frameon=False, fontsize=8, labelcolor=_INK)
+    axes.set_xlabel("sequence length", color=QUIET, fontsize=9)
+    axes.legend(loc="lower right", frameon=False, fontsize=8, labelcolor=INK)
 
 
 def _log_ticks(axes: Axes, values: Sequence[int]) -> None:
@@ -151,10 +133,10 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
     }
     for (label, amounts), style in zip(shares.items(), ("--", ":"), strict=True):
         guide = [through * amount / amounts[-1] for amount in amounts]
-        axes.plot(values, guide, style, color=_QUIET, linewidth=1.1, label=label)
-    _plain(axes, _TITLES[group[0].spot.varied], "both")
+        axes.plot(values, guide, style, color=QUIET, linewidth=1.1, label=label)
+    bare(axes, f"over {TITLES[group[0].spot.varied]}", "both")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _log_ticks(axes, values)
-    axes.set_ylabel("ms", color=_QUIET, fontsize=9)
+    axes.set_ylabel("ms", color=QUIET, fontsize=9)

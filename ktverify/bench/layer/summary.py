@@ -27,6 +27,8 @@ WHATS: dict[str, Callable[[RepeatLine], int]] = {
     BACKWARD: lambda line: line.backward_ns,
     DIFFERENCE: lambda line: line.both_ns - line.saving_ns,
 }
+# what a sweep's column is called
+TITLES = {"qlen": "qlen", "rank": "LoRA rank", "threads": "workers", "experts": "experts"}
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,11 @@ from collections.abc import Sequence
 
 from ktverify.bench.layer import pictures
 from ktverify.bench.layer.record import SWEEPS, LayerLine, Line
-from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, WHATS, SpotSummary, of, summarise
+from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of, summarise
 from ktverify.bench.runs import disturbed, run_pairs
 from ktverify.bench.tables import NOTHING, Grid, number
 from ktverify.bench.views import View, statistics_row
 from ktverify.machine import format_bytes
-
-# what a sweep's column is called
-TITLES = {"qlen": "qlen", "rank": "LoRA rank", "threads": "workers", "experts": "experts"}
 
 
 def view(lines: Sequence[Line]) -> View | None:

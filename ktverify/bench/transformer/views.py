@@ -5,13 +5,13 @@ Comes in: lines. Goes out: a `View`; None where no step counted.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.clock import Statistics
 from ktverify.bench.runs import disturbed, run_pairs
+from ktverify.bench.style import BLUE, INK, ORANGE, QUIET, RULE, bare, png
 from ktverify.bench.tables import NOTHING, Grid, number
 from ktverify.bench.transformer.measure import agreement
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
@@ -27,8 +27,7 @@ WHATS = ("forward", "backward", "step")
 TOLERANCE = 0.03
 # operations over the forward's: backward has two products for each of the forward's
 _WORK = {"forward": 1.0, "backward": 2.0, "step": 3.0}
-_COLOURS = {"forward": "#1f6fb2", "backward": "#d9772b"}
-_INK, _QUIET, _RULE = "#2b3036", "#747d86", "#dfe3e7"
+_COLOURS = {"forward": BLUE, "backward": ORANGE}
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
         _panel(axes, arm)
     most = max(ns for arm in found for step in (*arm.warmups, *arm.steps) for ns in _both(step)) / 1e6
     panels[0].set_ylim(0, 1.08 * most)
-    panels[0].set_ylabel("ms", color=_QUIET, fontsize=9)
-    figure.text(0.62 / width, 0.955, head.settings.size.text, fontsize=9, color=_INK, va="top")
+    panels[0].set_ylabel("ms", color=QUIET, fontsize=9)
+    figure.text(0.62 / width, 0.955, head.settings.size.text, fontsize=9, color=INK, va="top")
     shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
         list(shown.values()),
@@ -187,13 +186,11 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
         ncols=4,
         frameon=False,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
         handletextpad=0.3,
         columnspacing=1.4,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _both(step: StepLine) -> list[int]:
@@ -207,14 +204,8 @@ def _title(arm: Arm) -> str:
 def _panel(axes: Axes, arm: Arm) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#c5cad0")
-    axes.tick_params(length=0, colors=_QUIET, labelsize=8.5)
-    axes.grid(axis="y", color=_RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.set_title(_title(arm), loc="left", fontsize=9.5, color=_INK, fontweight="bold")
-    axes.set_xlabel("step", color=_QUIET, fontsize=9)
+    bare(axes, _title(arm), "y")
+    axes.set_xlabel("step", color=QUIET, fontsize=9)
     for what, colour in _COLOURS.items():
         ms = arm.ms(what)
         if ms is None:
@@ -232,6 +223,6 @@ def _panel(axes: Axes, arm: Arm) -> None:
             }
             axes.scatter(places, values, label=label if values else None, **style)
         axes.axhline(ms.median, color=colour, linewidth=0.9, alpha=0.6, zorder=0)
-    axes.axvline(-0.5, color=_RULE, linewidth=1)
+    axes.axvline(-0.5, color=RULE, linewidth=1)
     axes.set_xlim(-len(arm.warmups) - 0.8, len(arm.steps) - 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
