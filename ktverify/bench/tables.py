@@ -31,7 +31,8 @@ class Grid:
 
 def number(value: float) -> str:
     """Three significant digits, whole from 100 on."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    size = abs(value)
+    return f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 
 
 def shape_grid(summary: ShapeSummary) -> Grid:
