@@ -22,7 +22,6 @@ from ktverify.toml import read_toml
 
 TOLERANCES = Path(__file__).with_name("tolerances.toml")
 AMX = "amx_bf16"
-_BEND = 4.0  # |g| above which a gate is open or shut: silu'(4) is within 6 % of 1, silu'(-4) of 0
 
 # Every gate that the suite has, and what it is that exceeds it. The first block is asked here, the second by the checks
 # of suites/support. For each stands a wrong engine in suites/meta/mutants that nothing else finds.
@@ -144,8 +143,9 @@ def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
     found = nonzero
     if tensor in GRAD_NAMES or (case.data == "strong_lora" and tensor != GRAD_WEIGHTS):
         found = min(found, slots * case.rank)
-    if case.magnitudes[0] > _BEND and tensor in BACKWARD_TENSORS:
-        found = min(found, int(slots * case.intermediate * _BEND / case.magnitudes[0]))
+    bend = float(tolerances()["peer"]["bend"])
+    if case.magnitudes[0] > bend and tensor in BACKWARD_TENSORS:
+        found = min(found, int(slots * case.intermediate * bend / case.magnitudes[0]))
     return found
 
 

@@ -9,6 +9,7 @@ seen, nor are its process's threads forked along.
 
 from __future__ import annotations
 
+import atexit
 import builtins
 import os
 import sys
@@ -127,6 +128,12 @@ def _process_of(key: tuple[Any, ...]) -> _Host:
         host = _Host(key[0], key[1])
     _hosts[key] = host
     return host
+
+
+@atexit.register
+def _close_all() -> None:
+    while _hosts:
+        _hosts.popitem()[1].close()
 
 
 class HostedLayer:

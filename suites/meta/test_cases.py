@@ -119,6 +119,9 @@ def test_overrides() -> None:
     assert narrower.tp == (1, 2)
     assert Case.parse(FULL).id == FULL
     assert Case.parse(" small , T=5 ").qlen == 5
+    louder = Case.parse("small,magnitude=1e4")
+    assert (louder.id, Case.parse(louder.id)) == ("small,magnitude=10000@seed=0", louder)
+    assert "magnitude" not in Case.parse("small,magnitude=1").id
 
 
 @pytest.mark.parametrize(
@@ -144,6 +147,8 @@ def test_overrides() -> None:
         ("small,k=1,routing=duplicate", "needs two slots"),
         ("small,data=integer,alpha=12", "takes a power of two: alpha = 16 would do"),
         ("small,data=nan_row,T=1", "needs another token"),
+        ("small,magnitude=0", "magnitude is 0.0, it takes a positive finite number"),
+        ("small,magnitude=2,data=large", "magnitude is 2, data=large has its own"),
         ("E=8,k=2,H=64,I=96", "T, r missing"),
     ],
 )

@@ -99,6 +99,16 @@ def test_magnitudes_are_realistic() -> None:
     assert not torch.equal(inputs.gate_proj, inputs.up_proj)
 
 
+@pytest.mark.parametrize(("magnitude", "hidden"), [(1e-6, 1e-6), (64.0, 64.0), (1e4, 256.0)])
+def test_a_case_has_the_magnitude_it_asks_for(magnitude: float, hidden: float) -> None:
+    plain = Case.parse("E=2,k=1,H=512,I=16,T=64,r=2")
+    inputs = make_inputs(replace(plain, magnitude=magnitude))
+    # beyond 2^8 gates are as open or shut as they get
+    assert float(inputs.hidden_states.double().std()) == pytest.approx(hidden, rel=0.02)
+    assert float(inputs.grad_output.double().std()) == pytest.approx(magnitude, rel=0.02)
+    assert torch.equal(inputs.gate_proj, make_inputs(plain).gate_proj)
+
+
 def test_a_wrong_scale_stands_far_above_the_budget() -> None:
     case = catalogue()["small"]
     inputs = make_inputs(case)
