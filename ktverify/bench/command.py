@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from ktverify.bench.record import HeadLine, Line
+    from ktverify.bench.summary import ShapeSummary
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -49,7 +51,8 @@ def bench(
 
     Every engine runs in a process of its own and computes in turn, A B C A B C, on the same inputs with the same
     threads; its results are compared with the fp32 oracle before a time counts. `make peers` installs the peers that
-    are no dependency. Written: bench.jsonl (every call), bench.md, bench.png. Ctrl-C leaves what was measured.
+    are no dependency. Written: bench.jsonl (every call), bench.md, .html, .tsv, .png. Ctrl-C leaves what was
+    measured.
 
     Exit code 1 if the native engine was wrong, died or does not fit.
 
@@ -151,8 +154,9 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False,
     # the files first: a terminal or a pipe may be gone by now
     write_whole(directory / "bench.md", tables.markdown(head, summaries))
     names = [FILE, "bench.md"]
-    if plot.draw(summaries, directory / "bench.png"):
-        names.append("bench.png")
+    picture = directory / "bench.png"
+    if plot.draw(summaries, picture):
+        names += ["bench.png", *_pages(directory, head, summaries, picture.read_bytes())]
     if not shapes_shown:
         for summary in summaries:
             print_shape(console, summary, stages=stages)
@@ -166,3 +170,18 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False,
         typer.echo(str(directory / name))
     own = [summary.engine(OWN) for summary in summaries]
     return bool(own) and all(e is not None and e.line.forward == e.line.backward == "PASS" for e in own)
+
+
+def _pages(directory: Path, head: HeadLine | None, summaries: Sequence[ShapeSummary], picture: bytes) -> list[str]:
+    """Write bench.html and bench.tsv; returns their names."""
+    from ktverify.bench import tables, views
+    from ktverify.files import write_whole
+
+    overviews = [tables.overview_grid(summaries, what) for what in ("forward", "backward")]
+    shapes = [grid for one in summaries for grid in (tables.shape_grid(one, told=True), *tables.stage_grids(one))]
+    grids = [*overviews, *shapes]
+    facts = tables.head_pairs(head) if head is not None else []
+    view = views.View("bench", tables.verdict(summaries), facts, grids, tables.rows(summaries), picture)
+    write_whole(directory / "bench.html", views.page(view))
+    write_whole(directory / "bench.tsv", views.tsv(view.rows))
+    return ["bench.html", "bench.tsv"]

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 _ROOT = str(Path(__file__).resolve().parents[2])
 
 
-def lines_of(module: str, request: BaseModel) -> Iterator[str]:
+def lines_of(module: str, request: BaseModel) -> Generator[str, None, None]:
     """The lines of `python -m module`, which gets `request` as JSON in its first argument. RuntimeError, with the last
     line of its stderr, where it ends with another code than 0. It ends with the caller."""
     path = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))

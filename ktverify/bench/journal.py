@@ -35,7 +35,12 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            raise FileExistsError(
+                f"{path} is there already: name another folder by --out, or look at this one by --show"
+            ) from None
 
     def write(self, line: BaseModel) -> None:
         os.write(self._descriptor, line.model_dump_json().encode("utf-8") + b"\n")

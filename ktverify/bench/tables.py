@@ -5,6 +5,7 @@ Comes in: summaries. Goes out: headings and rows of text; `markdown` joins them,
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,19 @@ def number(value: float) -> str:
     return f"{value:.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 
 
-def shape_grid(summary: ShapeSummary) -> Grid:
-    """One shape: a row for each engine."""
+def verdict(summaries: Sequence[ShapeSummary]) -> str:
+    """One line: the native engine over the roofline, the median of the shapes that were timed."""
+    texts = []
+    for what in ("forward", "backward"):
+        timings = [getattr(own, what) for one in summaries if (own := one.engine(OWN)) is not None]
+        overs = [timing.over_roofline.median for timing in timings if timing and timing.over_roofline]
+        if overs:
+            texts.append(f"{what} {statistics.median(overs):.2f} times the roofline")
+    return ", ".join(texts) or "the native engine was not timed"
+
+
+def shape_grid(summary: ShapeSummary, *, told: bool = False) -> Grid:
+    """One shape: a row for each engine; `told`: problems among its notes."""
     case = Case.parse(summary.shape.case)
     run = f", run {summary.run}" if summary.run > 1 else ""
     routing = "" if case.routing == "uniform" else f" {case.routing}"
@@ -54,7 +66,7 @@ def shape_grid(summary: ShapeSummary) -> Grid:
             f"multiplying {_between(summary.multiply, 1e-9)} GFLOP/s ({summary.isa})"
         )
         notes.append(f"roofline: forward {_bound(summary.forward)}, backward {_bound(summary.backward)}")
-    notes += warnings(summary)
+    notes += [*warnings(summary), *(problems(summary) if told else [])]
     headings = (
         "engine",
         "forward ms",
@@ -238,6 +250,23 @@ def markdown(head: HeadLine | None, summaries: Sequence[ShapeSummary]) -> str:
         parts += ["\n".join(lines)] if lines else []
     parts.append(LEGEND)
     return "\n\n".join(parts) + "\n"
+
+
+def rows(summaries: Sequence[ShapeSummary]) -> list[dict[str, object]]:
+    """A row for each shape, engine and kind of call that was timed: milliseconds and ratios."""
+    found: list[dict[str, object]] = []
+    for summary in summaries:
+        for engine in summary.engines:
+            for what in ("forward", "forward_saving", "backward"):
+                timing: Timing | None = getattr(engine, what)
+                if timing is None:
+                    continue
+                over, against = timing.over_roofline, timing.against_own
+                row = {"shape": summary.shape.shape, "run": summary.run, "engine": engine.line.engine, "what": what}
+                spread = {"count": timing.ms.count, "median": timing.ms.median, "p25": timing.ms.low}
+                ratios = {"x_roofline": over.median if over else "", "x_native": against.median if against else ""}
+                found.append({**row, "unit": "ms", **spread, "p75": timing.ms.high, **ratios})
+    return found
 
 
 LEGEND = (

@@ -94,10 +94,12 @@ class RangeSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole profile. read, multiply: the machine's ceilings, the best of several measurements; notes: warnings."""
+    """A whole profile. warmups: of each range, between its first call and the steady ones; read, multiply: the
+    machine's ceilings, the best of several measurements; notes: warnings."""
 
     head: ProfileLine
     ranges: tuple[RangeSummary, ...]
+    warmups: int
     read: float
     multiply: float
     notes: tuple[str, ...]
@@ -112,7 +114,8 @@ class Summary:
         if head is None or not ranges:
             return None
         read, multiply = (max((getattr(line, what) for line in ceilings), default=0.0) for what in ("read", "multiply"))
-        return cls(head, ranges, read, multiply, tuple(disturbed(lines)))
+        warmups = sum(call.which == "warmup" and call.range == ranges[0].range for call in calls)
+        return cls(head, ranges, warmups, read, multiply, tuple(disturbed(lines)))
 
     def roofline_ns(self, phase: Phase) -> float:
         """The least time of a phase at the machine's ceilings."""

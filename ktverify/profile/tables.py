@@ -62,8 +62,8 @@ def ranges_grid(summary: Summary) -> Grid:
     notes = (
         *summary.notes,
         f"ceilings: reading {number(summary.read / 1e9)} GB/s, multiplying {number(summary.multiply / 1e9)} GFLOP/s",
-        f"{summary.ranges[0].plain.count} steady calls each, recorded and plain in turn; the stages are those of the "
-        "recorded call of median length",
+        f"{summary.warmups} warm-ups before {summary.ranges[0].plain.count} steady calls each, recorded and plain in "
+        "turn; the stages are those of the recorded call of median length",
     )
     return Grid(title, notes, headings, tuple(found))
 

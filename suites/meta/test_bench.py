@@ -199,6 +199,13 @@ def test_a_run_reads_back_and_every_printer_takes_it(journal: Journal, tmp_path:
     assert not plot.draw([], tmp_path / "empty.png")
     shown = ends(call("bench", "--show", str(journal.directory)), 0)
     assert "in round 2: died of SIGSEGV" in shown
+    html = (journal.directory / "bench.html").read_text()
+    for text in ("<td>torch loop</td>", "CRASH the one that dies: in round 2", "times the roofline", "data:image/png"):
+        assert text in html, text
+    heading, *rows = [line.split("\t") for line in (journal.directory / "bench.tsv").read_text().splitlines()]
+    timed = {(row[heading.index("engine")], row[heading.index("what")]) for row in rows}
+    assert {("native", "backward"), ("torch_loop", "forward"), ("wrong_gradient", "forward")} <= timed
+    assert ("wrong_gradient", "backward") not in timed
 
 
 def test_ratios_are_taken_round_by_round(journal: Journal) -> None:

@@ -307,7 +307,7 @@ def test_profile_command(tmp_path: Path) -> None:
     assert ends(call("profile", "--show", str(out)), 0) == text, "the lines hold all that was shown"
     shown = ends(call("profile", "--show", str(out), "--json"), 0)
     assert shown == (out / record.FILE).read_text()
-    refused(call(*arguments, "--out", str(out)), "File exists.*profile.jsonl")
+    refused(call(*arguments, "--out", str(out)), "profile.jsonl is there already: name another folder by --out")
     refused(call("profile", "small,T=0"), "T is 0, there is nothing to time")
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ktverify.bench import fresh
@@ -117,6 +118,16 @@ def test_the_least_memory_holds_what_a_step_keeps() -> None:
 def test_a_process_that_dies_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"the measuring process ended with 1: RuntimeError: .*device type.*: tpus"):
         list(fresh.lines_of(transformer_measure.__name__, Settings(size=TINY, device="tpus")))
+
+
+def test_a_process_ends_with_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines = fresh.lines_of("sleeper", ProcessLine(warmup=0, device="cpu", threads=1))
+    process = psutil.Process(int(next(lines)))
+    # as an interrupted run does
+    lines.close()
+    assert not process.is_running()
 
 
 def test_transformer_command(tmp_path: Path) -> None:

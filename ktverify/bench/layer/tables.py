@@ -64,9 +64,10 @@ def times_grid(one: SpotSummary) -> Grid:
         rate = f"{one.tokens_per_s(what):,.0f}" if what in (FORWARD, BOTH) else NOTHING
         lines.append((what, f"{number(ms.mean)} ± {number(ms.std)}", *map(number, values), rate))
     rel_l2 = ", ".join(f"{name} {error:.1e}" for name, error in one.found.rel_l2.items())
+    repeats = f"{one.spot.warmup} warm-ups before {one.ms[FORWARD].count} repeats"
     notes = (
-        f"{one.found.isa}, TP {one.spot.tp}, {one.found.workers} workers; {one.ms[FORWARD].count} repeats that count; "
-        f"the first forward, which packs the weights, {number(one.found.first_ns / 1e6)} ms",
+        f"{one.found.isa}, TP {one.spot.tp}, {one.found.workers} workers; {repeats}; the first forward, which packs the "
+        f"weights, {number(one.found.first_ns / 1e6)} ms",
         f"rel_l2 against fp32: {rel_l2}",
     )
     return Grid("times", notes, ("", "mean ± std ms", "median", "min", "p5", "p95", "max", "tokens/s"), tuple(lines))
