@@ -66,8 +66,8 @@ def times_grid(one: SpotSummary) -> Grid:
     rel_l2 = ", ".join(f"{name} {error:.1e}" for name, error in one.found.rel_l2.items())
     repeats = f"{one.spot.warmup} warm-ups before {one.ms[FORWARD].count} repeats"
     notes = (
-        f"{one.found.isa}, TP {one.spot.tp}, {one.found.workers} workers; {repeats}; the first forward, which packs the "
-        f"weights, {number(one.found.first_ns / 1e6)} ms",
+        f"{one.found.isa}, TP {one.spot.tp}, {one.found.workers} workers; {repeats}; the first forward, which packs "
+        f"the weights, {number(one.found.first_ns / 1e6)} ms",
         f"rel_l2 against fp32: {rel_l2}",
     )
     return Grid("times", notes, ("", "mean ± std ms", "median", "min", "p5", "p95", "max", "tokens/s"), tuple(lines))
