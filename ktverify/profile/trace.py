@@ -1,7 +1,7 @@
 """A profile as a Chrome trace, for ui.perfetto.dev and chrome://tracing.
 
 Comes in: the lines of a profile. Goes out: JSON in the Trace Event Format: complete events ("ph": "X", microseconds)
-and names of lanes ("ph": "M"). Lane 0 is Python; worker n has lane n + 1.
+and names of lanes ("ph": "M").
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from ktverify.profile.record import CallLine, Line, ProfileLine
 from ktverify.profile.summary import stage_name
 from ktverify.stages import StageTimes
 
+# Perfetto lays what has thread 0 into the lane whose thread is its process: Python is that one, worker n has n + 2
 PID = 1
-PYTHON_LANE = 0
+PYTHON_LANE = PID
+FIRST_WORKER = PYTHON_LANE + 1
 
 
 def trace(lines: Sequence[Line]) -> str:
@@ -26,7 +28,7 @@ def trace(lines: Sequence[Line]) -> str:
     title = f"ktverify profile {head.case}, {head.isa}" if head is not None else "ktverify profile"
     events = [_name("process_name", PYTHON_LANE, title), *_lane(PYTHON_LANE, "Python")]
     for worker in range(workers):
-        events += _lane(worker + 1, f"worker {worker}")
+        events += _lane(worker + FIRST_WORKER, f"worker {worker}")
     for call in calls:
         events += _call(call)
     about = {"command": head.command, "isa": head.isa} if head is not None else {}
@@ -66,9 +68,9 @@ def _engine(times: StageTimes, end: int) -> Iterator[dict[str, Any]]:
     for worker, spans in enumerate(times.spans):
         for span in spans:
             name, working = stage_name(times, span.stage), span.work_end - span.begin
-            yield _event(name, "work", worker + 1, (origin + span.begin, working), {"stage": span.stage})
+            yield _event(name, "work", worker + FIRST_WORKER, (origin + span.begin, working), {"stage": span.stage})
             waiting = (origin + span.work_end, span.end - span.work_end)
-            yield _event("waiting at the barrier", "wait", worker + 1, waiting, {"stage": span.stage})
+            yield _event("waiting at the barrier", "wait", worker + FIRST_WORKER, waiting, {"stage": span.stage})
 
 
 def _phases(times: StageTimes) -> dict[str, Any]:

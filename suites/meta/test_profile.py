@@ -209,6 +209,8 @@ def validate(text: str, workers: int) -> list[dict[str, Any]]:
     for event in found["traceEvents"]:
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
+        # thread 0 would share the lane of the thread that has the process's number
+        assert event["tid"] > 0
         assert isinstance(event["name"], str)
         if event["ph"] == "M":
             assert event["name"] in ("process_name", "thread_name", "thread_sort_index")
@@ -219,7 +221,7 @@ def validate(text: str, workers: int) -> list[dict[str, Any]]:
         assert event["ts"] >= 0
         assert event["dur"] >= 0
         lanes.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    assert named == {0: "Python", **{worker + 1: f"worker {worker}" for worker in range(workers)}}
+    assert named == {1: "Python", **{worker + 2: f"worker {worker}" for worker in range(workers)}}
     assert set(lanes) == set(named), "every lane has events, and every event a lane with a name"
     for lane in lanes.values():
         nested(lane)
