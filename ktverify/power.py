@@ -38,13 +38,15 @@ def mutants(
 def clean(
     runs: Annotated[int, typer.Option(help="how many; each is one engine, instruction set and seed", min=1)] = 200,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
+    cases: Annotated[str | None, typer.Option(metavar="GLOB", help="only the small default cases that match")] = None,
 ) -> None:
     """Judge right engines on new inputs; exit 1 if anything fails.
 
     \b
     Example:  python -m ktverify clean --runs 200
     """
-    _in_checkout("suites.meta.clean", ["--runs", str(runs), "--jobs", str(jobs)])
+    chosen = ["--cases", cases] if cases is not None else []
+    _in_checkout("suites.meta.clean", ["--runs", str(runs), "--jobs", str(jobs), *chosen])
 
 
 def _in_checkout(module: str, arguments: list[str]) -> None:

@@ -15,11 +15,13 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import Progress
+from tabulate import tabulate
 
 from ktverify import cases, engines, verify
 from ktverify.cases import Case, flops
 from ktverify.gates import Verdict
 from ktverify.report.console import make_console
+from ktverify.report.record import NOT_RUN
 from suites.meta.mutants.runner import prepare
 from suites.support import isas
 from suites.support.child import call_fresh
@@ -51,7 +53,12 @@ class Run:
     seed: int
     compared: int = 0
     mistrusted: int = 0
+    unsupported: int = 0
     failed: list[str] = field(default_factory=list)
+
+    @property
+    def bad(self) -> bool:
+        return bool(self.failed) or not self.compared
 
 
 def subjects() -> list[Subject]:
@@ -60,15 +67,15 @@ def subjects() -> list[Subject]:
     return [Subject(engine, isa) for engine in there for isa in isas.planned(engine)]
 
 
-def small_cases(limit: int = _SMALL) -> list[Case]:
-    return [case for case in cases.select(tier="default") if flops(case, backward=True) <= limit]
+def small_cases(glob: str | None = None, limit: int = _SMALL) -> list[Case]:
+    return [case for case in cases.select(glob, tier="default") if flops(case, backward=True) <= limit]
 
 
-def judge(seed: int, wanted: list[Subject], limit: int = _SMALL) -> list[Run]:
+def judge(seed: int, wanted: list[Subject], glob: str | None = None, limit: int = _SMALL) -> list[Run]:
     """One run for each of `wanted`; a case's inputs and oracle are made once for all of them."""
     torch.set_num_threads(1)
     runs = [Run(subject.label, seed) for subject in wanted]
-    for case in small_cases(limit):
+    for case in small_cases(glob, limit):
         here, given = case.with_seed(seed), None
         for subject, run in zip(wanted, runs, strict=True):
             command = verify.repro_command(here, engine=subject.engine, isa=subject.isa.label, fresh=True)
@@ -78,6 +85,9 @@ def judge(seed: int, wanted: list[Subject], limit: int = _SMALL) -> list[Run]:
                 run.failed.append(f"CRASH {here.id} {type(error).__name__}: {error}\n    {command}")
                 continue
             for record in given.records:
+                if record.verdict in NOT_RUN:
+                    run.unsupported += 1
+                    continue
                 run.compared += 1
                 if record.verdict == Verdict.MISTRUSTED.value:
                     run.mistrusted += 1
@@ -86,13 +96,15 @@ def judge(seed: int, wanted: list[Subject], limit: int = _SMALL) -> list[Run]:
     return runs
 
 
-def _seed(seed: int, wanted: list[Subject]) -> list[Run]:
-    plain = [subject for subject in wanted if not subject.isa.emulated]
-    runs = judge(seed, plain) if plain else []
+def _seed(seed: int, wanted: list[Subject], glob: str | None) -> list[Run]:
+    runs: list[Run] = []
     for subject in wanted:
         if subject.isa.emulated:
-            runs += call_fresh("suites.meta.clean:judge", env=subject.isa.env, seed=seed, wanted=[subject], limit=_TINY)
-    return runs
+            runs += call_fresh(
+                f"{__name__}:judge", env=subject.isa.env, seed=seed, wanted=[subject], glob=glob, limit=_TINY
+            )
+    plain = [subject for subject in wanted if not subject.isa.emulated]
+    return runs + (judge(seed, plain, glob) if plain else [])
 
 
 def _shares(count: int) -> Iterator[tuple[int, list[Subject]]]:
@@ -107,37 +119,51 @@ def _shares(count: int) -> Iterator[tuple[int, list[Subject]]]:
 def main(
     runs: Annotated[int, typer.Option(min=1)] = 200,
     jobs: Annotated[int, typer.Option(min=1)] = 2,
+    cases: Annotated[str | None, typer.Option(metavar="GLOB")] = None,
 ) -> None:
     """Judge right engines on new inputs."""
+    if not small_cases(cases, _TINY):
+        typer.echo(f"error: --cases {cases}: it matches none of the tiny default cases", err=True)
+        raise typer.Exit(2)
     found: list[Run] = []
     with (
         Progress(console=make_console(stderr=True)) as progress,
         ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare) as pool,
     ):
         task = progress.add_task("runs", total=runs)
-        for future in as_completed([pool.submit(_seed, seed, wanted) for seed, wanted in _shares(runs)]):
-            found += future.result()
-            progress.update(task, completed=len(found))
-    print_runs(found)
-    if any(run.failed for run in found):
+        waiting = [pool.submit(_seed, seed, wanted, cases) for seed, wanted in _shares(runs)]
+        try:
+            for future in as_completed(waiting):
+                found += future.result()
+                progress.update(task, completed=len(found))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print_runs(found, cases)
+    if any(run.bad for run in found):
         raise typer.Exit(1)
 
 
-def print_runs(found: list[Run]) -> None:
+def print_runs(found: list[Run], glob: str | None) -> None:
     """Verdict first, then one line for each engine, then every FAIL."""
-    bad = [run for run in found if run.failed]
+    bad = [run for run in found if run.bad]
     word = "FAIL" if bad else "PASS"
     typer.echo(f"{word} {len(found) - len(bad)} of {len(found)} runs of right engines without a FAIL")
-    typer.echo(f"a run: forward and backward of the {len(small_cases())} small default cases on one seed's inputs;")
-    typer.echo(f"emulated AMX: the {len(small_cases(_TINY))} tiny ones")
+    typer.echo(f"a run: forward and backward of the {len(small_cases(glob))} small default cases on one seed's inputs;")
+    typer.echo(f"emulated AMX: the {len(small_cases(glob, _TINY))} tiny ones")
+    rows = []
     for label in dict.fromkeys(run.label for run in found):
         here = [run for run in found if run.label == label]
-        compared, mistrusted = sum(run.compared for run in here), sum(run.mistrusted for run in here)
-        typer.echo(f"{label:28} {len(here):4} runs  {compared:7} tensors  {mistrusted:4} mistrusted")
+        counts = [sum(getattr(run, what) for run in here) for what in ("compared", "mistrusted", "unsupported")]
+        rows.append([label, len(here), *counts])
+    typer.echo(tabulate(rows, ["engine", "runs", "tensors", "mistrusted", "unsupported"]))
     for run in bad:
-        for line in run.failed:
+        for line in run.failed or ["nothing was compared"]:
             typer.echo(f"{run.label}: {line}")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    # what goes to other processes must not be a class of __main__, which is another module there
+    from suites.meta.clean import main as start
+
+    typer.run(start)
