@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.bench.command import INTERRUPTED
-from ktverify.cases import Case
 
 if TYPE_CHECKING:
     from ktverify.bench.layer.record import Line, Spot, Varied
+    from ktverify.cases import Case
 
 DEFAULT_CASE = "E=16,k=4,H=2048,I=768,T=128,r=16"
 
@@ -164,6 +164,8 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _timed(case: str) -> Case:
+    from ktverify.cases import Case
+
     parsed = Case.parse(case)
     if parsed.qlen == 0:
         raise ValueError(f"case {parsed.id}: T is 0, there is nothing to time")
