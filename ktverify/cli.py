@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from ktverify.bench.command import bench
+from ktverify.bench.group import bench_app
 from ktverify.diagnose.command import DEBUG, diagnose
 from ktverify.power import clean, mutants
 from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
@@ -484,7 +484,7 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-for _command in (bench, mutants, clean, diagnose):
+for _command in (mutants, clean, diagnose):
     app.command()(_one_line_errors(_command))
 _debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
 for _name, _look in DEBUG.items():
@@ -493,6 +493,7 @@ app.add_typer(_debug, name="debug")
 for _name, (_command, _settings) in TRAINING_COMMANDS.items():
     _checked: Callable[..., None] = _one_line_errors(_command)
     app.command(_name, context_settings=_settings)(_checked)
+app.add_typer(bench_app(_one_line_errors), name="bench")
 
 
 def main() -> None:

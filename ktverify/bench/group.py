@@ -1,0 +1,49 @@
+"""`python -m ktverify bench`: several commands under one name; without a command's name it times shapes.
+
+So `bench e16_t128` and `bench --list` are `bench shapes e16_t128` and `bench shapes --list`. Light: help needs
+no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ktverify.bench.command import bench
+from ktverify.c2c.analyze import analyze
+from ktverify.c2c.command import c2c_app
+
+DEFAULT = "shapes"
+COMMANDS: dict[str, Callable[..., None]] = {DEFAULT: bench, "analyze": analyze}
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose first argument may be left out: then it is DEFAULT."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first not in self.commands and first not in ctx.help_option_names:
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typer.Typer:
+    """The group, each command wrapped by `wrap`, which turns errors into lines."""
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    group = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, help=HELP, context_settings=settings)
+    for name, command in COMMANDS.items():
+        group.command(name)(wrap(command))
+    group.add_typer(c2c_app(wrap, settings), name="c2c")
+    return group
+
+
+HELP = """Time things, or count what they take.
+
+\b
+python -m ktverify bench [SHAPE]...        the engine and its peers side by side; options: bench shapes --help
+python -m ktverify bench c2c single        a pipeline of two models, prompt by prompt: single, batch, dataset, merge
+python -m ktverify bench analyze FILE...   what `bench c2c` wrote: distribution, slowest prompts, histogram, CSV
+"""

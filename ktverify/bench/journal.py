@@ -1,0 +1,49 @@
+"""A run's folder and its file of JSON lines, each written whole the moment it is made. No torch here.
+
+Comes in: pydantic lines. Goes out: `reports/runs/<stamp>-<kind>/`, and a file that a killed run leaves readable.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from pydantic import BaseModel
+
+
+def new_directory(kind: str) -> Path:
+    """A fresh folder of this second for a run of `kind` (bench, profile, transformer)."""
+    from ktverify.report.store import reports_dir
+
+    runs = reports_dir() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for attempt in range(1, 1000):
+        directory = runs / (f"{stamp}-{kind}" if attempt == 1 else f"{stamp}-{kind}-{attempt}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        return directory
+    raise FileExistsError(f"{runs / stamp}-{kind}: a thousand runs within one second")
+
+
+class LineFile:
+    """Appends each line to a new file in one write. FileExistsError where the file is there already."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def write(self, line: BaseModel) -> None:
+        os.write(self._descriptor, line.model_dump_json().encode("utf-8") + b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, one that was cut off at the end left out. FileNotFoundError without the file."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
