@@ -231,9 +231,9 @@ def _run(
     from ktverify.c2c.run import Run, check, load
 
     check(settings)
-    # a terminated run ends like an interrupted one
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(settings, texts, path)
+    # a terminated run ends like an interrupted one
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     done, stopped = list(run.file.done), False
     try:
         with Watch(len(texts), len(done)) as watch:
@@ -246,6 +246,7 @@ def _run(
             f"stopped after {len(done)} of {len(texts)}; the same command with --output {path} goes on", err=True
         )
     finally:
+        signal.signal(signal.SIGTERM, before)
         run.close()
     if done:
         _conclude(done, path, as_json=as_json)

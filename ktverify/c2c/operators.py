@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class Profile:
 
 def profile(pipeline: Pipeline, prompt: str, tokens: int, device: str) -> Profile:
     """Run `prompt` under the profiler for at most `tokens` new tokens."""
+    # else the profiler writes lines of its own to stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from torch import profiler
 
     activities = [profiler.ProfilerActivity.CPU]

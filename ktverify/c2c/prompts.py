@@ -32,7 +32,8 @@ def of_file(path: Path, start: int, count: int | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--dataset_file {path} cannot be read: {error}") from None
     rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # not splitlines: a JSON string may hold U+2028 and its kind as they are
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -128,8 +128,8 @@ def figure(value: float) -> str:
 
 
 def short(text: str, width: int = 48) -> str:
-    """The beginning of a text on one line."""
-    line = " ".join(text.split())
+    """The beginning of a text on one line; characters that would steer a terminal become dots."""
+    line = "".join(letter if letter.isprintable() else "·" for letter in " ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
 
 

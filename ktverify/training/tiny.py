@@ -100,13 +100,14 @@ _SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 def make_tiny(family: str, out: str | Path, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Path:
     """Write a checkpoint of `family` to `out`, weights bf16; `sizes` go over the family's, by its config's names.
 
-    vocab_size is the tokenizer's as well. ValueError for an unknown family or a directory in use."""
+    vocab_size is the tokenizer's as well. ValueError for an unknown family or size, or a directory in use."""
     target = Path(out)
     families = [*FAMILY_SIZES, *DENSE_SIZES]
     if family not in families:
         near = difflib.get_close_matches(family, families, 1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"family is {family!r}, it takes one of {', '.join(families)}{hint}")
+    _check_sizes(family, sizes or {})
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} exists and is not empty: remove it or name another directory")
     given = dict(sizes or {})
@@ -119,24 +120,28 @@ def make_tiny(family: str, out: str | Path, *, seed: int = 0, sizes: Mapping[str
 
 
 def parse_sizes(text: str) -> dict[str, int]:
-    """{"hidden_size": 104, …} of "hidden_size=104,…". ValueError for what is no name of a size and a number above 0."""
-    known = sorted(
-        {key for sizes in (_COMMON, _GROUPED, *FAMILY_SIZES.values()) for key in sizes if _is_size(sizes[key])}
-    )
+    """{"hidden_size": 104, …} of "hidden_size=104,…". ValueError for anything else."""
     found = {}
     for part in filter(None, text.split(",")):
         name, _, value = (piece.strip() for piece in part.partition("="))
-        if name not in known or not value.isdecimal() or int(value) == 0:
-            raise ValueError(f"--sizes has {part.strip()!r}, it takes NAME=N with a name out of {', '.join(known)}")
+        if not name or not value.isdecimal() or int(value) == 0:
+            raise ValueError(f"--sizes has {part.strip()!r}, it takes NAME=N, like hidden_size=104")
         found[name] = int(value)
-    least = len(_SPECIAL) + 256  # every byte is a token
-    if found.get("vocab_size", least) < least:
-        raise ValueError(f"--sizes has vocab_size={found['vocab_size']}, it takes {least} or more")
     return found
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_sizes(family: str, sizes: Mapping[str, int]) -> None:
+    known = [name for name, size in _sizes_of(family).items() if isinstance(size, int) and not isinstance(size, bool)]
+    for name in sizes:
+        if name not in known:
+            raise ValueError(f"{family} has no size {name}; it takes {', '.join(sorted(known))}")
+    least = len(_SPECIAL) + 256  # every byte is a token
+    if sizes.get("vocab_size", least) < least:
+        raise ValueError(f"vocab_size is {sizes['vocab_size']}, it takes {least} or more")
+
+
+def _sizes_of(family: str) -> dict[str, Any]:
+    return {**_COMMON, **(FAMILY_SIZES.get(family) or DENSE_SIZES[family])}
 
 
 def build_model(
@@ -145,8 +150,7 @@ def build_model(
     """The family's own causal language model in bf16, its weights drawn from `seed`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family_sizes = FAMILY_SIZES.get(family) or DENSE_SIZES[family]
-    chosen = {**_COMMON, **family_sizes, **(sizes or {}), "vocab_size": vocab_size}
+    chosen = {**_sizes_of(family), **(sizes or {}), "vocab_size": vocab_size}
     config = AutoConfig.for_model(family, **chosen, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     generator = torch.random.get_rng_state()
     try:
