@@ -35,7 +35,10 @@ def analyze(
     if not records:
         raise ValueError(f"{', '.join(map(str, files))}: there is no whole record")
     slowest = tables.slowest(records)
-    grids = [tables.distribution_grid(records), tables.prompts_grid(f"the slowest {len(slowest)}", slowest)]
+    grids = [
+        tables.distribution_grid(records, store.notes(files)),
+        tables.prompts_grid(f"the slowest {len(slowest)}", slowest),
+    ]
     home = files[0].parent if out is None else out
     stem = home / files[0].name
     drawn = store.beside(stem, ".analysis.png")

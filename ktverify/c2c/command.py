@@ -266,7 +266,7 @@ def _conclude(records: Sequence[Record], path: Path, *, as_json: bool) -> None:
         statistics = {name: asdict(found) for name, found in tables.distribution(records).items()}
         typer.echo(json.dumps({"output": str(path), "records": len(records), "statistics": statistics}))
         return
-    grids = [tables.distribution_grid(records)]
+    grids = [tables.distribution_grid(records, store.notes([path]))]
     if len(records) <= _MANY:
         grids.insert(0, tables.prompts_grid("prompt by prompt", records))
     print_grids(grids, written)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {"base": "#6d2f91", "teacher": "#d9772b", "projectors": "#2a9d7c", "decode": "#1f6fb2"}
+# a histogram ends at so many times the way from the median to the 95th percentile
+_FAR = 3
 _PALE, _INK, _QUIET, _RULE = 0.55, "#2b3036", "#747d86", "#dfe3e7"
 # what the histograms show, and their titles
 _PANELS = {
@@ -73,7 +75,7 @@ def _steps(axes: Axes, times: Sequence[float]) -> None:
 
 def draw_histogram(records: Sequence[Record], path: Path) -> None:
     """Four distributions over prompts, of steps over all of them; a line at the median, a dashed one at the 95th
-    percentile."""
+    percentile. Values far beyond it are counted in the title and not drawn: they would squeeze the others."""
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(9, 4.4), dpi=110, layout="constrained")
@@ -90,10 +92,14 @@ def _histogram(axes: Axes, title: str, values: Sequence[float]) -> None:
         _plain(axes, f"{title}: none")
         return
     found = Statistics.of(values)
-    axes.hist(values, bins=_bins(values), color="#8d6aa8", edgecolor="white", linewidth=0.5)
+    high = found.percentiles[95]
+    shown = [value for value in values if value <= found.median + _FAR * (high - found.median)]
+    axes.hist(shown, bins=_bins(shown), color="#8d6aa8", edgecolor="white", linewidth=0.5)
     axes.axvline(found.median, color=_INK, linewidth=1.2)
-    axes.axvline(found.percentiles[95], color=_INK, linewidth=1.2, linestyle=(0, (4, 2)))
-    _plain(axes, f"{title}: median {figure(found.median)}, p95 {figure(found.percentiles[95])}, n = {found.count}")
+    axes.axvline(high, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)))
+    text = f"{title}: median {figure(found.median)}, p95 {figure(high)}, n = {found.count}"
+    beyond = len(values) - len(shown)
+    _plain(axes, f"{text}, {beyond} beyond, to {figure(found.max)}" if beyond else text, size=8.5)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
@@ -106,12 +112,12 @@ def _value(record: Record, name: str) -> float:
     return float(getattr(record.timing, name))
 
 
-def _plain(axes: Axes, title: str) -> None:
+def _plain(axes: Axes, title: str, size: float = 9.5) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#c5cad0")
     axes.tick_params(length=0, colors=_QUIET, labelsize=8.5, pad=4)
-    axes.set_title(title, loc="left", color=_INK, fontsize=9.5)
+    axes.set_title(title, loc="left", color=_INK, fontsize=size)
 
 
 def _save(page: Any, path: Path) -> None:

@@ -113,6 +113,19 @@ def describe(projectors: Path | None) -> str:
         raise ValueError(f"--projectors {projectors} cannot be read: {error}") from None
 
 
+def notes(paths: Sequence[Path]) -> list[str]:
+    """A line for each way in which files were made: models, settings, machine, versions. Unknown ones are left out."""
+    infos = [read_info(path) for path in paths if info_path(path).is_file()]
+    return list(dict.fromkeys(_note(info.settings, sitting) for info in infos for sitting in info.sittings))
+
+
+def _note(settings: Settings, sitting: Sitting) -> str:
+    where = f"{sitting.machine.cpu}, threads {sitting.threads}" if settings.device == "cpu" else settings.device
+    versions = f"torch {sitting.machine.versions.get('torch', '?')}, transformers {sitting.transformers}"
+    pair = f"{settings.base_model} taught by {settings.teacher_model}"
+    return f"{pair}, {settings.projectors.partition(' ')[0]}, {settings.dtype}, {where}; {versions}"
+
+
 def write_info(path: Path, settings: Settings, sittings: Sequence[Sitting]) -> None:
     write_whole(info_path(path), RunInfo(settings=settings, sittings=tuple(sittings)).model_dump_json(indent=1) + "\n")
 

@@ -69,30 +69,31 @@ def slowest(records: Sequence[Record]) -> list[Record]:
     return sorted(records, key=lambda record: (-record.timing.total_ms, record.id))[:SLOWEST]
 
 
-def distribution_grid(records: Sequence[Record]) -> Grid:
+def distribution_grid(records: Sequence[Record], notes: Sequence[str] = ()) -> Grid:
+    """A row for each of COLUMNS; notes: which models, where."""
     headings = ("", "mean", "std", "median", "min", "max", *(f"p{share}" for share in PERCENTILES))
     rows = []
     for name, found in distribution(records).items():
         values = (found.mean, found.std, found.median, found.min, found.max, *found.percentiles.values())
         rows.append((name, *map(figure, values)))
-    return Grid(
-        f"{_many(len(records), 'prompt')}, {_many(len(step_times(records)), 'token')}", (), headings, tuple(rows)
-    )
+    title = f"{_many(len(records), 'prompt')}, {_many(len(step_times(records)), 'token')}"
+    return Grid(title, tuple(notes), headings, tuple(rows))
 
 
 def prompts_grid(title: str, records: Sequence[Record]) -> Grid:
-    """A row a prompt: the six parts, the tokens, the prompt's beginning."""
-    headings = ("id", "total ms", "prefill b", "prefill t", "projectors", "decoding", "tokens", "tokens/s", "prompt")
-    return Grid(title, (), headings, tuple(_prompt_row(record) for record in records))
+    """A row a prompt: milliseconds of both models' embedding and prefill, of projectors and decoding; the tokens."""
+    headings = ("id and prompt", "total ms", "base", "teacher", "projectors", "decoding", "tokens", "tokens/s")
+    width = max(len(str(record.id)) for record in records)
+    return Grid(title, (), headings, tuple(_prompt_row(record, width) for record in records))
 
 
-def _prompt_row(record: Record) -> tuple[str, ...]:
+def _prompt_row(record: Record, width: int) -> tuple[str, ...]:
     timing = record.timing
     base = timing.base_embedding_ms + timing.base_prefill_ms
     teacher = timing.teacher_embedding_ms + timing.teacher_prefill_ms
     parts = (timing.total_ms, base, teacher, timing.projector_total_ms, timing.decode_total_ms)
     tokens = (str(timing.num_generated_tokens), figure(timing.tokens_per_second))
-    return (str(record.id), *map(figure, parts), *tokens, short(record.prompt))
+    return (f"{record.id:{width}}  {short(record.prompt)}", *map(figure, parts), *tokens)
 
 
 def stage_grid(timing: Timing) -> Grid:
@@ -116,7 +117,7 @@ def markdown(grids: Sequence[Grid]) -> str:
     for grid in grids:
         align = ["---", *["---:"] * (len(grid.headings) - 1)]
         lines = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in (grid.headings, align, *grid.rows)]
-        parts.append("\n".join([f"## {grid.title}", "", *lines]))
+        parts.append("\n".join([f"## {grid.title}", "", *(f"{note}\n" for note in grid.notes), *lines]))
     return "\n\n".join(parts) + "\n"
 
 
