@@ -86,11 +86,9 @@ class Projectors(nn.ModuleList):
         self, base: Sequence[LayerShape], teacher: Sequence[LayerShape], hidden: int | None = None, name: str = IDENTITY
     ) -> None:
         """The identity on the base. hidden: width between W₁ and W₂, the base's keys' by default."""
-        self.pairs = layer_pairs(len(base), len(teacher))
-        super().__init__(
-            Projector(base[mine], teacher[theirs], hidden or base[mine].key.width) for mine, theirs in self.pairs
-        )
-        self.name = name
+        pairs = layer_pairs(len(base), len(teacher))
+        super().__init__(Projector(base[to], teacher[source], hidden or base[to].key.width) for to, source in pairs)
+        self.pairs, self.name = pairs, name
 
     def save(self, path: Path) -> None:
         """Write them to a safetensors file, whole or not at all."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ktverify.bench.journal import LineFile
 from ktverify.c2c.record import IDENTITY, Record, RunInfo, Settings, Sitting
@@ -55,6 +55,14 @@ class RecordFile(LineFile):
         except BaseException:
             os.close(self._descriptor)
             raise
+
+    def write(self, line: BaseModel) -> None:
+        """OSError where the line could not be written whole; then nothing of it is in the file."""
+        before = os.fstat(self._descriptor).st_size
+        super().write(line)
+        if os.pread(self._descriptor, 1, os.fstat(self._descriptor).st_size - 1) != b"\n":
+            os.ftruncate(self._descriptor, before)
+            raise OSError(f"{self.path}: the disk took only a part of a record; make room and start again")
 
     def close(self) -> None:
         """Also removes a file that got no record."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -44,6 +45,7 @@ class Timeline:
         self.spans: list[Span] = []
         self._clock = Clock(device)
         self._annotate = annotate
+        self._calls: Counter[Stage] = Counter()
         self._begin = time.perf_counter_ns()
 
     def measure(self, stage: Stage, call: Callable[[], T]) -> T:
@@ -52,7 +54,8 @@ class Timeline:
         with self._named(stage):
             at = time.perf_counter_ns() - self._begin
             ns = self._clock.time(lambda: found.append(call()))
-        self.spans.append(Span(stage, sum(span.stage == stage for span in self.spans), at, ns))
+        self.spans.append(Span(stage, self._calls[stage], at, ns))
+        self._calls[stage] += 1
         return found[0]
 
     def times(self, stage: Stage) -> list[int]:

@@ -218,6 +218,20 @@ def test_records_of_other_prompts_are_not_continued(pair: Pair, whole: Path, tmp
     refused(call(*dataset(pair, whole, given)), "the record of id 0 is not of prompt 0 of this data set")
 
 
+def test_a_full_disk_leaves_whole_records(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = store.read_records(whole)
+    file = store.RecordFile(tmp_path / "t.jsonl")
+    file.write(first)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:50]))
+        with pytest.raises(OSError, match=r"t\.jsonl: the disk took only a part of a record"):
+            file.write(second)
+    file.write(second)
+    file.close()
+    assert store.read_records(tmp_path / "t.jsonl") == [first, second]
+
+
 def test_two_runs_cannot_write_one_file(whole: Path, pair: Pair) -> None:
     held = store.RecordFile(whole)
     try:
@@ -378,6 +392,8 @@ def test_a_record_is_written_as_it_is_read(whole: Path) -> None:
 
 def test_the_group_starts_light() -> None:
     assert not {"torch", "transformers", "numpy", "matplotlib"} & set(loaded_modules("import ktverify.bench.group"))
+    reading = "from ktverify.c2c import console, picture, prompts, store, tables, trace"
+    assert not {"torch", "transformers"} & set(loaded_modules(reading))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def spans(draw: st.DrawFn) -> list[tuple[int, int]]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(spans(), spans())
 def test_match_finds_the_largest_overlap(base: list[tuple[int, int]], teacher: list[tuple[int, int]]) -> None:
     assert match(base, teacher) == brute_force(base, teacher)
@@ -147,6 +147,22 @@ def test_projectors_change_the_rows_that_met_and_no_other(sides: tuple[Side, Sid
         for now, before in ((got.keys, wanted.keys), (got.values, wanted.values)):
             assert torch.equal((now != before).any(dim=-1)[0].all(dim=0), met)
             assert torch.equal(now[:, :, ~met], before[:, :, ~met])
+
+
+def test_fused_rows_are_those_of_the_rows_that_met(sides: tuple[Side, Side]) -> None:
+    """Layer by layer and row by row, against projectors called on what the two models alone keep."""
+    pipeline = c2c.pipeline(*sides, teaching=True, template=False)
+    aligned, fused, plain = caches(pipeline, BUILT_IN[1])
+    with torch.inference_mode():
+        teacher = sides[1].prefill(sides[1].embed(aligned.teacher.ids))
+        for to, source in ((0, 1), (1, 2)):
+            mine, theirs = plain.layers[to], teacher.layers[source]
+            for row, place in enumerate(aligned.teacher_of[:-1]):
+                assert place is not None
+                own = (mine.keys[:, :, row], mine.values[:, :, row])
+                keys, values = pipeline.projectors[to](own, (theirs.keys[:, :, place], theirs.values[:, :, place]))
+                assert torch.allclose(fused.layers[to].keys[:, :, row], keys, rtol=1e-4, atol=1e-5)
+                assert torch.allclose(fused.layers[to].values[:, :, row], values, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_teacher_says_reaches_the_first_token(sides: tuple[Side, Side]) -> None:
