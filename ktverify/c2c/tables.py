@@ -143,5 +143,5 @@ def _many(count: int, noun: str) -> str:
 
 
 def _exact(value: float) -> str:
-    """Milliseconds to the nanosecond that they were read to."""
-    return str(value) if isinstance(value, int) else f"{value:.6f}"
+    """Twelve digits: all that a clock gave, without what binary fractions add."""
+    return f"{value:.12g}"
