@@ -122,11 +122,12 @@ def test_identity_projectors_give_the_bases_own_response(sides: tuple[Side, Side
 
 
 def caches(pipeline: Pipeline, prompt: str) -> tuple[Any, Any, Any]:
-    """(aligned, the fused cache, the base's alone)"""
+    """(aligned, the fused cache, the one that transformers makes of the base alone)"""
     base = pipeline.base
     aligned = align_prompt(prompt, base.tokenizer, pipeline.teacher.tokenizer, template=pipeline.template)
     with torch.inference_mode():
-        return aligned, pipeline.fused_cache(aligned, Timeline()), base.prefill(base.embed(aligned.base.ids[:-1]))
+        plain = base.model(input_ids=torch.tensor([aligned.base.ids[:-1]]), use_cache=True).past_key_values
+        return aligned, pipeline.fused_cache(aligned, Timeline()), plain
 
 
 def test_the_identity_keeps_every_bit_of_the_cache(sides: tuple[Side, Side]) -> None:
