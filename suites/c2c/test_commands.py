@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from ktverify.c2c import prompts, run, store
+from ktverify.c2c.models import Side
 from ktverify.c2c.prompts import BUILT_IN
 from ktverify.c2c.record import Record, Settings
 from ktverify.c2c.tables import COLUMNS, figure, short
@@ -78,6 +80,19 @@ def test_single_writes_every_view(pair: Pair, tmp_path: Path) -> None:
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     check_trace(json.loads((tmp_path / "one.trace.json").read_text()), timing)
     refused(call("bench", "c2c", "single", *given), "one.jsonl exists: remove it or name another --output")
+
+
+def test_projectors_of_a_file_are_used_and_named(pair: Pair, sides: tuple[Side, Side], tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    c2c.pipeline(*sides, teaching=True).projectors.save(file)
+    single = ("bench", "c2c", "single", BUILT_IN[0], "--profile_tokens", "0")
+    ends(call(*single, *c2c.options(pair, tmp_path / "plain.jsonl")), 0)
+    ends(call(*single, *c2c.options(pair, tmp_path / "taught.jsonl"), "--projectors", str(file)), 0)
+    plain, taught = (store.read_records(tmp_path / name)[0] for name in ("plain.jsonl", "taught.jsonl"))
+    assert plain.response != taught.response
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert store.read_info(tmp_path / "taught.jsonl").settings.projectors == f"mine.safetensors {digest}"
+    assert not (tmp_path / "plain.operators.tsv").exists()
 
 
 def check_trace(trace: dict[str, Any], timing: dict[str, Any]) -> None:
