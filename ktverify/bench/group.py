@@ -16,6 +16,8 @@ from ktverify.bench.command import bench
 from ktverify.bench.layer.command import layer, sweep
 from ktverify.bench.transformer.command import transformer
 from ktverify.bench.transformer.memory_command import memory
+from ktverify.c2c.analyze import analyze
+from ktverify.c2c.command import c2c_app
 
 DEFAULT = "shapes"
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -24,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": sweep,
     "transformer": transformer,
     "memory": memory,
+    "analyze": analyze,
 }
 
 
@@ -43,6 +46,7 @@ def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typ
     group = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, help=HELP, context_settings=settings)
     for name, command in COMMANDS.items():
         group.command(name)(wrap(command))
+    group.add_typer(c2c_app(wrap, settings), name="c2c")
     return group
 
 
@@ -54,4 +58,6 @@ python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor
 python -m ktverify bench sweep [WHAT]...    its cost over qlen, rank, threads, experts
 python -m ktverify bench transformer small  forward and backward of a transformer
 python -m ktverify bench memory 2.7b        what a training step of a transformer takes
+python -m ktverify bench c2c single         a pipeline of two models, prompt by prompt: single, batch, dataset, merge
+python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution, slowest prompts, histogram, CSV
 """

@@ -43,7 +43,12 @@ class LineFile:
             ) from None
 
     def write(self, line: BaseModel) -> None:
-        os.write(self._descriptor, line.model_dump_json().encode("utf-8") + b"\n")
+        """OSError where the line could not be written whole; then nothing of it is in the file."""
+        before = os.fstat(self._descriptor).st_size
+        data = line.model_dump_json().encode("utf-8") + b"\n"
+        if os.write(self._descriptor, data) != len(data):
+            os.ftruncate(self._descriptor, before)
+            raise OSError(f"{self.path}: the disk took only a part of a record; make room and start again")
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -51,4 +56,5 @@ class LineFile:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file, one that was cut off at the end left out. FileNotFoundError without the file."""
-    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    # a line may have been cut off inside a character
+    return [line.decode("utf-8") for line in path.read_bytes().split(b"\n")[:-1] if line]

@@ -11,27 +11,37 @@ from typing import Annotated, Any
 
 import typer
 
+from ktverify.pretrained import quiet
+
 _CONFIG = typer.Argument(metavar="CONFIG.yaml", help="the training's configuration")
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def make_tiny(
     family: Annotated[
-        str, typer.Argument(help="deepseek_v2, deepseek_v3, qwen2_moe, qwen3_moe, mixtral, glm4_moe, olmoe")
+        str,
+        typer.Argument(
+            help="deepseek_v2, deepseek_v3, qwen2_moe, qwen3_moe, mixtral, glm4_moe, olmoe; without experts: qwen3"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="the directory to write")],
     seed: Annotated[int, typer.Option(help="of the weights", min=0)] = 0,
+    sizes: Annotated[
+        str,
+        typer.Option(metavar="NAME=N,…", help="put over the family's, as its config.json names them; vocab_size too"),
+    ] = "",
 ) -> None:
     """Write a small random checkpoint of a family, with a tokenizer trained on the example data. Needs no network.
 
     \b
-    Example:  python -m ktverify make-tiny deepseek_v2 --out tiny/deepseek_v2
+    Examples:  python -m ktverify make-tiny deepseek_v2 --out tiny/deepseek_v2
+               python -m ktverify make-tiny qwen3 --out tiny/wide --sizes hidden_size=104,num_hidden_layers=3
     """
-    _quiet()
+    quiet("training")
     from ktverify.training import tiny
 
     with _status(f"a tiny {family}"):
-        written = tiny.make_tiny(family, out, seed=seed)
+        written = tiny.make_tiny(family, out, seed=seed, sizes=tiny.parse_sizes(sizes))
     size = sum(path.stat().st_size for path in written.iterdir())
     typer.echo(f"{written}: {family}, {size / 1024:.0f} KiB")
 
@@ -50,7 +60,7 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     from ktverify.training.config import read_config
 
     chosen = read_config(config, context.args)
-    _quiet()
+    quiet("training")
     from ktverify.machine import format_bytes
     from ktverify.training.run import train as run
 
@@ -76,7 +86,7 @@ def verify_training(
     against the base, loading in stock peft, generation finite and other than the base's.
     Example:  python -m ktverify verify-training saves/minimal
     """
-    _quiet()
+    quiet("training")
     from ktverify.training.acceptance import verify_training as ask
 
     bad = asked = 0
@@ -125,7 +135,7 @@ def export_merged(
     """
     if dtype not in ("bfloat16", "float32"):
         raise ValueError(f"--dtype is {dtype!r}, it takes bfloat16 or float32")
-    _quiet()
+    quiet("training")
     from ktverify.training.export import export_merged as merge
 
     with _status("merging"):
@@ -146,7 +156,7 @@ def memory(
     from ktverify.training.config import read_config
 
     chosen = read_config(config, context.args)
-    _quiet()
+    quiet("training")
     from ktverify.machine import format_bytes
     from ktverify.training.measure import LEAK_BYTES, measure_memory
 
@@ -170,7 +180,7 @@ def throughput(
     from ktverify.training.config import read_config
 
     chosen = read_config(config, context.args)
-    _quiet()
+    quiet("training")
     from ktverify.training.measure import measure_throughput
 
     typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")
@@ -192,19 +202,6 @@ def _verdict(passed: bool, text: str) -> None:
     typer.echo(f"{'PASS' if passed else 'FAIL'} {text}")
     if not passed:
         raise typer.Exit(1)
-
-
-def _quiet() -> None:
-    """transformers' progress bars and deprecation notes off; ImportError that says what to install."""
-    import warnings
-
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ImportError(f"training needs transformers and peft ({error}): pip install 'ktverify[training]'") from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _status(text: str) -> Any:

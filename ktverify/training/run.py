@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ktverify.files import write_whole
+from ktverify.pretrained import load_pretrained
 from ktverify.training import checkpoints, curves
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
@@ -106,21 +107,8 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
 
 
 def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:
-    """The stock model and its tokenizer, from a directory or by a hub's name. ValueError where there is none."""
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if local and not Path(path).is_dir():
-        raise ValueError(
-            f"model_name_or_path {path!r} is no directory; a tiny model to try with: "
-            f"python -m ktverify make-tiny FAMILY --out {path}"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model_name_or_path {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from None
-    return model, tokenizer
+    """The stock model and its tokenizer; see load_pretrained."""
+    return load_pretrained(path, dtype, option="model_name_or_path", trust=trust)
 
 
 def _resume(config: TrainConfig, output: Path) -> Path | None:

@@ -7,6 +7,7 @@ the family's checkpoints have them; a few hundred kilobytes, made in seconds and
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_key_value_heads": 2, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3},
 }
+# families without experts: no engine, but a model to time or to pair with another
+DENSE_SIZES: dict[str, dict[str, Any]] = {"qwen3": {**_GROUPED, "intermediate_size": 96}}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
@@ -94,29 +97,61 @@ CHAT_TEMPLATE = (
 _SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-def make_tiny(family: str, out: str | Path, *, seed: int = 0) -> Path:
-    """Write a checkpoint of `family` to `out`, weights bf16. ValueError for an unknown family or a directory in use."""
+def make_tiny(family: str, out: str | Path, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Path:
+    """Write a checkpoint of `family` to `out`, weights bf16; `sizes` go over the family's, by its config's names.
+
+    vocab_size is the tokenizer's as well. ValueError for an unknown family or size, or a directory in use."""
     target = Path(out)
-    if family not in FAMILY_SIZES:
-        near = difflib.get_close_matches(family, FAMILY_SIZES, 1, cutoff=0.4)
+    families = [*FAMILY_SIZES, *DENSE_SIZES]
+    if family not in families:
+        near = difflib.get_close_matches(family, families, 1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"family is {family!r}, it takes one of {', '.join(FAMILY_SIZES)}{hint}")
+        raise ValueError(f"family is {family!r}, it takes one of {', '.join(families)}{hint}")
+    _check_sizes(family, sizes or {})
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} exists and is not empty: remove it or name another directory")
-    tokenizer = make_tokenizer()
-    model = build_model(family, len(tokenizer), seed=seed)
+    given = dict(sizes or {})
+    tokenizer = make_tokenizer(given.pop("vocab_size", _COMMON["vocab_size"]))
+    model = build_model(family, len(tokenizer), seed=seed, sizes=given)
     target.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(target))
     model.save_pretrained(str(target))
     return target
 
 
-def build_model(family: str, vocab_size: int = _COMMON["vocab_size"], *, seed: int = 0) -> Any:
+def parse_sizes(text: str) -> dict[str, int]:
+    """{"hidden_size": 104, …} of "hidden_size=104,…". ValueError for anything else."""
+    found = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        if not name or not value.isdecimal() or int(value) == 0:
+            raise ValueError(f"--sizes has {part.strip()!r}, it takes NAME=N, like hidden_size=104")
+        found[name] = int(value)
+    return found
+
+
+def _check_sizes(family: str, sizes: Mapping[str, int]) -> None:
+    known = [name for name, size in _sizes_of(family).items() if isinstance(size, int) and not isinstance(size, bool)]
+    for name in sizes:
+        if name not in known:
+            raise ValueError(f"{family} has no size {name}; it takes {', '.join(sorted(known))}")
+    least = len(_SPECIAL) + 256  # every byte is a token
+    if sizes.get("vocab_size", least) < least:
+        raise ValueError(f"vocab_size is {sizes['vocab_size']}, it takes {least} or more")
+
+
+def _sizes_of(family: str) -> dict[str, Any]:
+    return {**_COMMON, **(FAMILY_SIZES.get(family) or DENSE_SIZES[family])}
+
+
+def build_model(
+    family: str, vocab_size: int = _COMMON["vocab_size"], *, seed: int = 0, sizes: Mapping[str, int] | None = None
+) -> Any:
     """The family's own causal language model in bf16, its weights drawn from `seed`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {**_COMMON, **FAMILY_SIZES[family], "vocab_size": vocab_size}
-    config = AutoConfig.for_model(family, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    chosen = {**_sizes_of(family), **(sizes or {}), "vocab_size": vocab_size}
+    config = AutoConfig.for_model(family, **chosen, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     generator = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
@@ -130,7 +165,7 @@ def build_model(family: str, vocab_size: int = _COMMON["vocab_size"], *, seed: i
         torch.random.set_rng_state(generator)
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(vocab_size: int = _COMMON["vocab_size"]) -> Any:
     """A byte-level BPE tokenizer, trained on the example data, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -139,7 +174,7 @@ def make_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_COMMON["vocab_size"],
+        vocab_size=vocab_size,
         special_tokens=_SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

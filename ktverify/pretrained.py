@@ -1,0 +1,44 @@
+"""Causal language models as transformers loads them. Light until a function is called.
+
+Comes in: a directory or a hub's name. Goes out: the stock model and its tokenizer, or one line that says what is wrong.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("bfloat16", "float32")
+
+
+def quiet(purpose: str) -> None:
+    """transformers' progress bars and deprecation notes off; ImportError that says what to install."""
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs transformers and peft ({error}): pip install 'ktverify[training]'"
+        ) from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def load_pretrained(path: str, dtype: str, *, option: str, trust: bool = False) -> tuple[Any, Any]:
+    """The model, its floating-point weights in `dtype`, and its tokenizer. ValueError naming `option` for none."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if local and not Path(path).is_dir():
+        raise ValueError(
+            f"{option} {path!r} is no directory; a tiny model to try with: "
+            f"python -m ktverify make-tiny FAMILY --out {path}"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{option} {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    return model, tokenizer
