@@ -26,6 +26,7 @@ from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
 from ktverify.verify import verdict_of
 from suites.support import accuracy, isas, locks
 from suites.support.child import ChildCrash, ChildPool, choose_limits, limits_of
+from suites.support.drawn import Ended
 from suites.support.isas import Isa
 from suites.support.unsupported import Unsupported
 
@@ -199,7 +200,7 @@ def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[V
     """The verdict on a test, and what was raised in it."""
     if raised is None:
         return ("PASS" if report.passed else "SKIP" if report.skipped else "FAIL"), ""
-    if isinstance(raised, (ChildCrash, Died, Unsupported)):
+    if isinstance(raised, (ChildCrash, Died, Ended, Unsupported)):
         return verdict_of(raised)
     text = str(raised) if isinstance(raised, (AssertionError, pytest.skip.Exception)) else ""
     return ("SKIP" if report.skipped else "FAIL"), (text or f"{type(raised).__name__}: {raised}").strip()[:2000]

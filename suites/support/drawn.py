@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ktverify import gates
 from ktverify.cases import LORA_DTYPES, MAPS, Case, flops
 from suites.support.properties import Property
+from suites.support.unsupported import Unsupported
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ class Violated(AssertionError):
     """A property does not hold: the smallest case found, what differs, and the command that repeats it."""
 
 
+class Ended(Violated):
+    """The engine's process did not outlive a drawn case; verdict: CRASH, TIMEOUT or OOM."""
+
+    def __init__(self, text: str, verdict: str) -> None:
+        super().__init__(text)
+        self.verdict = verdict
+
+
 def search(
     name: str,
     wanted: Property,
@@ -93,9 +102,33 @@ def search(
     """Runs the property on drawn cases. Violated for the smallest that breaks it, or if too few could be believed.
 
     run(case) gives (comparisons, believed ones). fresh: another seed draws other cases. options: what a pytest line
-    that repeats the case needs besides. shrink=False stops at the first case that breaks it.
+    that repeats the case needs besides. shrink=False stops at the first case that breaks it. A case that ends the
+    engine's process is not made smaller, for every try would cost a process: Ended tells of the first. Cases that the
+    engine says it cannot do are left out; Unsupported where that leaves nothing.
     """
     compared = believed = 0
+    ended: dict[str, Ended] = {}
+    reasons: list[str] = []
+
+    def attempt(case: Case) -> Violated | None:
+        nonlocal compared, believed
+        if ended:
+            return ended.get(case.id)
+        try:
+            counts = run(case)
+        except NotImplementedError as error:
+            reasons.append(str(error))
+            return None
+        except Exception as error:
+            repeat = f"pytest suites/properties -k {name} --case '{case.id}'{options}"
+            text = f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}"
+            verdict = getattr(error, "verdict", "")
+            if not verdict:
+                return Violated(text)
+            return ended.setdefault(case.id, Ended(text, verdict))
+        compared += counts[0]
+        believed += counts[1]
+        return None
 
     @seed(zlib.crc32(f"{name} {fresh}".encode()))
     @settings(
@@ -109,16 +142,13 @@ def search(
     )
     @given(case=cases(wanted, sizes))
     def holds(case: Case) -> None:
-        nonlocal compared, believed
-        try:
-            counts = run(case)
-        except Exception as error:
-            repeat = f"pytest suites/properties -k {name} --case '{case.id}'{options}"
-            raise Violated(f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}") from None
-        compared += counts[0]
-        believed += counts[1]
+        violated = attempt(case)
+        if violated is not None:
+            raise violated
 
     holds()
+    if reasons and not compared:
+        raise Unsupported(reasons[0])
     believe(name, compared, believed)
 
 

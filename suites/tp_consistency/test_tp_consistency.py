@@ -12,12 +12,12 @@ from suites.support.subject import Subject
 
 DEGREES = (1, 2, 4)
 CASES = {
-    "gaussian": "E=8,k=2,H=256,I=192,T=48,r=8,alpha=16",
+    "gaussian": "E=8,k=2,H=256,I=256,T=48,r=8,alpha=16",
     # 2 x 59 and 4 x 29.5 rows of 32: parts that are no multiple of any block
     "odd_parts": "E=5,k=3,H=97,I=236,T=33,r=5,alpha=8,routing=zipf,lora=float32",
-    "decode": "E=16,k=4,H=128,I=64,T=1,r=16,alpha=32",
-    "integer": "E=6,k=2,H=160,I=192,T=40,r=8,alpha=16,data=integer",
-    "permuted": "E=7,k=2,H=64,I=96,T=21,r=8,alpha=8,routing=masked,map=permuted",
+    "decode": "E=16,k=4,H=128,I=128,T=1,r=16,alpha=32",
+    "integer": "E=6,k=2,H=160,I=256,T=40,r=8,alpha=16,data=integer",
+    "permuted": "E=7,k=2,H=64,I=128,T=21,r=8,alpha=8,routing=masked,map=permuted",
 }
 
 
