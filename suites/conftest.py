@@ -182,10 +182,14 @@ def pytest_runtest_makereport(
     if recorder_key in config.stash and (report.when == "call" or not report.passed) and not told:
         isa = getattr(item, "callspec", None)
         chosen = isa.params.get("isa") if isa is not None else None
+        case, tp = item.stash.get(about_key, (None, 1))
         config.stash[recorder_key].add(
             CheckRecord(
                 family=family_of(item),
                 name=item.name.partition("@")[0],
+                case="" if case is None else case.id,
+                tp=tp,
+                repro="" if verdict in ("PASS", *NOT_RUN) else _repeat(item),
                 engine=config.option.engine,
                 isa=chosen.label if isinstance(chosen, Isa) else "",
                 verdict=verdict,
@@ -194,6 +198,14 @@ def pytest_runtest_makereport(
             )
         )
     return report
+
+
+def _repeat(item: pytest.Item) -> str:
+    """The command that runs one test again, in the checkout."""
+    option = item.config.option
+    words = ["pytest", item.nodeid, "--engine", option.engine]
+    words += [] if option.fresh is None else ["--fresh", str(option.fresh)]
+    return shlex.join(words)
 
 
 def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[VerdictName, str]:
@@ -207,6 +219,7 @@ def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[V
 
 
 own_records_key = pytest.StashKey[bool]()
+about_key = pytest.StashKey[tuple[Case | None, int]]()
 told_key = pytest.StashKey[BaseException]()
 
 
@@ -219,6 +232,16 @@ def record(request: pytest.FixtureRequest) -> Callable[[Result], None]:
         request.config.stash[recorder_key].add(result)
 
     return add
+
+
+@pytest.fixture
+def about(request: pytest.FixtureRequest) -> Callable[[Case | None, int], None]:
+    """Tells the record of which case's forward and backward, at which TP degree, the test is about to judge."""
+
+    def tell(case: Case | None, tp: int = 1) -> None:
+        request.node.stash[about_key] = (case, tp)
+
+    return tell
 
 
 # ---- which tests there are, and who runs beside whom

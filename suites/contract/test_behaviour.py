@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from ktverify.cases import Case
@@ -49,13 +51,13 @@ AT_ODD_SIZES = ["odd_addresses", "repeats", "threads", "varying_tokens"]
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_edge(engine: str, children: ChildPool, isa: Isa, name: str, fresh: int | None) -> None:
+def test_edge(
+    engine: str, children: ChildPool, isa: Isa, name: str, fresh: int | None, about: Callable[[Case, int], None]
+) -> None:
     case = Case.parse(EDGES[name])
-    children.get(isa.env).call(
-        "suites.support.contract:check_edge",
-        subject=Subject(engine, isa.name),
-        case=case if fresh is None else case.with_seed(fresh),
-    )
+    case = case if fresh is None else case.with_seed(fresh)
+    about(case, 1)
+    children.get(isa.env).call("suites.support.contract:check_edge", subject=Subject(engine, isa.name), case=case)
 
 
 @pytest.mark.parametrize("check", CHECKS)

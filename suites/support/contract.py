@@ -16,14 +16,13 @@ from torch import Tensor
 from ktverify import gates, metrics, reference
 from ktverify.cases import Case
 from ktverify.data import Inputs, make_inputs
-from ktverify.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
+from ktverify.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
 from ktverify.running import run_layer
 from suites.support.expected import expected_of
 from suites.support.subject import SMALL, GateFailed, Subject, accepted, expect, expect_same_bits, same_bits
 
 Tensors = dict[str, Tensor]
 TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
-BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 # wide enough for several blocks and threads; multiples of 32, for odd sizes have checks of their own
 MIDDLE = Case.parse("E=6,k=2,H=224,I=160,T=70,r=8,alpha=16")
 # MIDDLE as a multiple of nothing
