@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from ktverify.alone.command import confirm
 from ktverify.bench.command import bench
 from ktverify.diagnose.command import DEBUG, diagnose
 from ktverify.power import clean, mutants
@@ -185,15 +186,15 @@ def repro(
                python -m ktverify repro small --fresh --dump small.safetensors
                python -m ktverify repro small --engine kt_kernel --stand-alone small
     """
-    from ktverify import standalone
     from ktverify import verify as checking
+    from ktverify.alone import folder
     from ktverify.cases import Case
     from ktverify.diagnose.hook import add_cause
 
     parsed = Case.parse(case)
     checking.check_names(tensor, backward=True)
     if stand_alone is not None:
-        standalone.check(engine)
+        folder.script_of(engine)
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
@@ -219,7 +220,7 @@ def repro(
     if dump is not None:
         typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
     if stand_alone is not None:
-        script = standalone.write(checked, engine, stand_alone, tp=tp, threads=threads or 0)
+        script = folder.write_checked(checked, engine, stand_alone, tp=tp, threads=threads or 0)
         typer.echo(f"{script}: run it with a Python that has {engine}")
     if not checked.passed:
         raise typer.Exit(1)
@@ -484,7 +485,7 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-for _command in (bench, mutants, clean, diagnose):
+for _command in (bench, mutants, clean, diagnose, confirm):
     app.command()(_one_line_errors(_command))
 _debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
 for _name, _look in DEBUG.items():
