@@ -419,12 +419,13 @@ def _verify_training(
 def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     """Print the table, what failed and the verdict; exit 1 unless every record passed."""
     from ktverify.diagnose.hook import cause_of
-    from ktverify.report import console, tables
+    from ktverify.report import console
+    from ktverify.report.problems import problem_text
 
     console.print_accuracy(records)
     bad = [record for record in records if record.verdict != "PASS"]
     for record in bad:
-        typer.echo(tables.problem_text(record))
+        typer.echo(problem_text(record))
         if cause_of(record.message):
             typer.echo(f"    {cause_of(record.message)}")
     for problem in problems:
