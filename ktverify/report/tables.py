@@ -228,12 +228,12 @@ def _time_text(head: RunRecord) -> str:
 
 def accuracy_rows(run: Run) -> list[AccuracyRecord]:
     """The rows of the accuracy table, worst first; the tensors of which there is nothing to tell in one row a case."""
-    rows: dict[tuple[str, ...], list[AccuracyRecord]] = {}
+    rows: dict[object, list[AccuracyRecord]] = {}
     for record in worst_first(run.accuracy):
         assert isinstance(record, AccuracyRecord)
-        key = (record.verdict, record.family, record.isa, record.case, str(record.tp), record.source)
         silent = record.verdict in (*NOT_RUN, *ENDED)
-        rows.setdefault(key if silent else (*key, record.tensor), []).append(record)
+        key = (record.verdict, record.family, record.isa, record.case, record.tp, record.source)
+        rows.setdefault(key if silent else id(record), []).append(record)
     return [
         alike[0] if len(alike) == 1 else alike[0].model_copy(update={"tensor": f"{len(alike)} tensors"})
         for alike in rows.values()
