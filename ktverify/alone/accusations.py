@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ktverify.cases import Case
 from ktverify.names import ALL_TENSORS
 from ktverify.report.record import NOT_RUN, AccuracyRecord, LatencyRecord, Result, VerdictName
 
@@ -17,6 +18,7 @@ from ktverify.report.record import NOT_RUN, AccuracyRecord, LatencyRecord, Resul
 SHOWN: tuple[VerdictName, ...] = ("FAIL", "CRASH", "TIMEOUT")
 # a line of a check that judged a case's tensors by itself, like "  TP 2: FAIL grad_input non_finite 96, budget 0"
 _LINE = re.compile(r"^\s*(?:TP (\d+): )?FAIL (\w+) (.*)$", re.MULTILINE)
+_NON_FINITE = re.compile(r"^non_finite (\d+)$")
 _SIGNAL = re.compile(r"\bSIG[A-Z]+\b|\bexit code \d+")
 
 
@@ -29,7 +31,7 @@ class Place:
     isa: str = ""
 
     def __str__(self) -> str:
-        parts = (self.case, f"TP {self.tp}" if self.tp != 1 else "", self.isa)
+        parts = (Case.parse(self.case).brief, f"TP {self.tp}" if self.tp != 1 else "", self.isa)
         return ", ".join(part for part in parts if part)
 
 
@@ -77,7 +79,7 @@ def _of(record: Result) -> Iterator[Accusation]:
         lines = [match.groups() for match in _LINE.finditer(record.message) if match.group(2) in ALL_TENSORS]
         for tp, tensor, text in lines:
             there = Place(record.case, int(tp), record.isa) if tp else place
-            yield Accusation(there, "FAIL", tensor, text.partition(", ")[0], exact)
+            yield Accusation(there, "FAIL", tensor, _NON_FINITE.sub(r"\1 not finite", text.partition(", ")[0]), exact)
         if not lines:
             yield Accusation(place, "FAIL", "", record.message.partition("\n")[0][:60], exact)
 

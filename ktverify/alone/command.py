@@ -75,7 +75,7 @@ def _text(run: Run, findings: Sequence[Finding]) -> str:
         verdict = f"CONFIRMED: all {len(findings)} accusations, in {cases} cases of {run.head.engine}."
     parts = [verdict]
     if findings:
-        rows = [_row(finding) for finding in sorted(findings, key=lambda finding: finding.confirmed)]
+        rows = [_row(finding) for finding in sorted(findings, key=_order)]
         parts.append(tabulate(rows, headers=HEADINGS, tablefmt="github", disable_numparse=True))
         parts.append(f"One again: the engine's Python, and {run.directory.name}/{FOLDER}/CASE/run.py")
     if left:
@@ -83,8 +83,12 @@ def _text(run: Run, findings: Sequence[Finding]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _order(finding: Finding) -> tuple[bool, bool]:
+    """What is not confirmed first, then numbers, then what ended the engine."""
+    return finding.confirmed, finding.accusation.verdict != "FAIL"
+
+
 def _row(finding: Finding) -> tuple[str, ...]:
     told = finding.accusation
     word = "yes" if finding.confirmed else "NO"
-    place = str(told.place).replace("@seed=0", "")
-    return (word, place, told.verdict, told.tensor, told.suite, finding.alone)
+    return (word, str(told.place), told.verdict, told.tensor, told.suite, finding.alone)

@@ -81,8 +81,8 @@ def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) ->
 
 
 def folder_name(place: Place) -> str:
-    """A file name for a place: "large@seed=0" -> "large", "E=4,k=2@seed=1" at TP 2 -> "E=4,k=2@seed=1.tp2"."""
-    parts = (place.case.removesuffix("@seed=0"), f"tp{place.tp}" if place.tp != 1 else "", isa_name(place.isa))
+    """A file name for a place: "large@seed=0" -> "large", "small@seed=1" at TP 2 -> "small@seed=1.tp2"."""
+    parts = (Case.parse(place.case).brief, f"tp{place.tp}" if place.tp != 1 else "", isa_name(place.isa))
     return ".".join(part for part in parts if part)
 
 

@@ -122,8 +122,9 @@ def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:
     words = [line for line in words if not line.startswith("pytest ")]
     families: dict[str, list[str]] = {}
     for record in members:
-        tp = f" at TP {record.tp}" if isinstance(record, (AccuracyRecord, CheckRecord)) and record.tp != 1 else ""
-        name = _short(_name(record)) + tp
+        name = _short(_name(record))
+        if not isinstance(record, LatencyRecord) and record.tp != 1:
+            name = f"{name.removesuffix(']')} at TP {record.tp}" + ("]" if name.endswith("]") else "")
         known = families.setdefault(record.family, [])
         if name not in known:
             known.append(name)

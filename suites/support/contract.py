@@ -257,9 +257,9 @@ def check_idle_experts(subject: Subject) -> None:
             expect(bool(found[name][busy].any()), f"{name} of the busy experts {busy} is all zero", "bits")
 
 
-def check_nothing_is_written(subject: Subject) -> None:
+def check_nothing_is_written(subject: Subject, case: Case = MIDDLE) -> None:
     """The inputs are the same bytes after the calls, and earlier results are not overwritten by later calls."""
-    inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(9))
+    inputs, other = make_inputs(case), make_inputs(case.with_seed(9))
     # each tensor lies between guards, so that a write beside it shows
     guards: list[tuple[str, Tensor, Tensor]] = []
 
@@ -271,7 +271,7 @@ def check_nothing_is_written(subject: Subject) -> None:
         return inner
 
     watched = _everywhere(inputs, guarded)
-    layer = subject.layer(MIDDLE, watched)
+    layer = subject.layer(case, watched)
     first = run_layer(layer, watched)
     kept = {name: tensor.clone() for name, tensor in first.items()}
     second = run_layer(layer, changed(other, **watched.lora))
