@@ -124,6 +124,19 @@ def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:
     assert [bool(case.hidden % 32) for case in tried].count(True) == 1
 
 
+def test_sizes_are_multiples_of_what_is_asked_for() -> None:
+    seen: list[Case] = []
+
+    def run(case: Case) -> tuple[int, int]:
+        seen.append(case)
+        return 1, 1
+
+    sizes = drawn.Sizes(step=32)
+    drawn.search("tensor_parallel", PROPERTIES["tensor_parallel"], run, examples=20, sizes=sizes)
+    assert {(case.hidden % 32, case.intermediate % 128) for case in seen} == {(0, 0)}
+    assert {case.hidden for case in seen} == {32, 64, 96}
+
+
 def test_what_an_engine_cannot_do_violates_nothing() -> None:
     def run(case: Case) -> tuple[int, int]:
         if case.lora_dtype == "float32":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -51,7 +52,9 @@ def test_property(
         PROPERTIES[name],
         run,
         examples=pytestconfig.getoption("--examples", default=None) or usual,
-        sizes=drawn.TINY if isa.emulated else drawn.ORDINARY,
+        sizes=replace(
+            drawn.TINY if isa.emulated else drawn.ORDINARY, step=pytestconfig.getoption("--sizes-of", default=None) or 1
+        ),
         fresh=fresh or 0,
         options=_options(engine, isa),
     )

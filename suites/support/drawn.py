@@ -21,7 +21,10 @@ from suites.support.unsupported import Unsupported
 
 @dataclass(frozen=True)
 class Sizes:
-    """Upper ends of what is drawn. flops: of one forward and backward; T is cut so that a case stays below."""
+    """Upper ends of what is drawn. flops: of one forward and backward; T is cut so that a case stays below.
+
+    step: H, and I in as many parts as it is split into, are multiples of it.
+    """
 
     experts: int = 64
     slots: int = 8
@@ -29,6 +32,7 @@ class Sizes:
     width: int = 100
     rank: int = 40
     flops: float = 1e7
+    step: int = 1
 
 
 ORDINARY = Sizes()
@@ -47,9 +51,8 @@ def cases(draw: st.DrawFn, wanted: Property, sizes: Sizes = ORDINARY) -> Case:
     experts = draw(st.integers(2 if "routing" in wanted.fixed else 1, sizes.experts), label="E")
     least = 2 if wanted.fixed.get("routing") == "duplicate" else 1
     slots = draw(st.integers(least, min(sizes.slots, experts)), label="k")
-    hidden = draw(st.integers(1, sizes.width), label="H")
-    intermediate = draw(st.integers(1, sizes.width // 4), label="I / 4") * 4 if wanted.splits else None
-    intermediate = intermediate or draw(st.integers(1, sizes.width), label="I")
+    hidden = _multiple(draw, sizes.step, sizes.width, "H")
+    intermediate = _multiple(draw, sizes.step * (4 if wanted.splits else 1), sizes.width, "I")
     rank = draw(st.integers(1, sizes.rank), label="r")
     data = str(wanted.fixed.get("data") or draw(st.sampled_from(_DATA), label="data"))
     routings = [kind for kind in _ROUTING if kind != "duplicate" or slots > 1]
@@ -74,6 +77,11 @@ def cases(draw: st.DrawFn, wanted: Property, sizes: Sizes = ORDINARY) -> Case:
     tokens = draw(st.integers(0, most), label="T")
     # through its text, so that what is printed is what was run
     return Case.parse(found.id.replace(",T=1,", f",T={tokens},", 1))
+
+
+def _multiple(draw: st.DrawFn, step: int, most: int, label: str) -> int:
+    """A multiple of `step` up to `most`, or `step` itself."""
+    return int(step * draw(st.integers(1, max(1, most // step)), label=label if step == 1 else f"{label} / {step}"))
 
 
 class Violated(AssertionError):
