@@ -125,15 +125,13 @@ def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:
         name = _short(_name(record))
         if not isinstance(record, LatencyRecord) and record.tp != 1:
             name = f"{name.removesuffix(']')} at TP {record.tp}" + ("]" if name.endswith("]") else "")
-        known = families.setdefault(record.family, [])
-        if name not in known:
-            known.append(name)
+        families.setdefault(name, []).append(record.family)
     cost: dict[tuple[str, ...], list[str]] = {}
-    for family, names in families.items():
-        cost.setdefault(tuple(names), []).append(family)
+    for name, found in families.items():
+        cost.setdefault(tuple(dict.fromkeys(found)), []).append(name)
     lines = [f"last words, of {_short(_name(members[0]))}:", *(f"  {line}" for line in words)] if words else []
-    for same, sharing in cost.items():
-        lines += _wrapped(f"{', '.join(sharing)}: {_listed(same)}")
+    for sharing, names in cost.items():
+        lines += _wrapped(f"{', '.join(sharing)}: {_listed(names)}")
     return _times(members) + _joined(members[0].isa, how), lines
 
 
