@@ -1,6 +1,6 @@
 """What the report says of kt-kernel beyond single cases, with kt-kernel and torch alone: is each accusation true?
 
-    python contract.py             # any Python that has torch and kt-kernel 0.7.2; about a minute, 3 GB
+    python contract.py             # any Python that has torch and kt-kernel 0.7.2; about a minute
     python contract.py reload      # only the checks whose name holds that text
 
 Every check has the name that it has in accuracy.md. It does what CONTRACT.md says has to be refused, or to give the
