@@ -160,6 +160,14 @@ class Case:
         return f"{self.name}{overrides}@seed={self.seed}"
 
     @property
+    def brief(self) -> str:
+        """The id without what goes without saying, for tables; `parse` takes it: no seed 0, no field as usual."""
+        usual = {field.name: field.default for field in fields(Case)}
+        told = [(key, getattr(self, name)) for key, name in self._told() if getattr(self, name) != usual[name]]
+        text = self.id if self.name in catalogue() else ",".join(f"{key}={_text(value)}" for key, value in told)
+        return text.removesuffix("@seed=0") + (f"@seed={self.seed}" if self.seed and "@" not in text else "")
+
+    @property
     def spec(self) -> str:
         """All that the case computes, without its name and seed: `E=8,k=2,H=64,I=96,T=33,r=4,alpha=8,...`."""
         return ",".join(f"{key}={_text(getattr(self, field))}" for key, field in self._told())

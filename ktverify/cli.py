@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from ktverify.alone.command import confirm
 from ktverify.bench.group import bench_app
 from ktverify.diagnose.command import DEBUG, diagnose
 from ktverify.power import clean, mutants
@@ -83,6 +84,7 @@ def _root(
     The suite:  pytest suites/ -n 4                  everything; writes reports/runs/<stamp>/
     After it:   python -m ktverify report            the last run's summary
                 python -m ktverify gate latest       exit code 1 if anything broke
+                python -m ktverify confirm           its accusations again, without the suite
     One case:   python -m ktverify repro small
 
     Exit codes: 0 passed, 1 something did not pass, 2 the command could not be carried out.
@@ -186,15 +188,15 @@ def repro(
                python -m ktverify repro small --fresh --dump small.safetensors
                python -m ktverify repro small --engine kt_kernel --stand-alone small
     """
-    from ktverify import standalone
     from ktverify import verify as checking
+    from ktverify.alone import folder
     from ktverify.cases import Case
     from ktverify.diagnose.hook import add_cause
 
     parsed = Case.parse(case)
     checking.check_names(tensor, backward=True)
     if stand_alone is not None:
-        standalone.check(engine)
+        folder.script_of(engine)
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
@@ -220,7 +222,7 @@ def repro(
     if dump is not None:
         typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
     if stand_alone is not None:
-        script = standalone.write(checked, engine, stand_alone, tp=tp, threads=threads or 0)
+        script = folder.write_checked(checked, engine, stand_alone, tp=tp, threads=threads or 0)
         typer.echo(f"{script}: run it with a Python that has {engine}")
     if not checked.passed:
         raise typer.Exit(1)
@@ -419,12 +421,13 @@ def _verify_training(
 def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     """Print the table, what failed and the verdict; exit 1 unless every record passed."""
     from ktverify.diagnose.hook import cause_of
-    from ktverify.report import console, tables
+    from ktverify.report import console
+    from ktverify.report.problems import problem_text
 
     console.print_accuracy(records)
     bad = [record for record in records if record.verdict != "PASS"]
     for record in bad:
-        typer.echo(tables.problem_text(record))
+        typer.echo(problem_text(record))
         if cause_of(record.message):
             typer.echo(f"    {cause_of(record.message)}")
     for problem in problems:
@@ -485,7 +488,7 @@ def _progress(text: str) -> Any:
     return make_console(stderr=True).status(text)
 
 
-for _command in (mutants, clean, diagnose, profile):
+for _command in (mutants, clean, diagnose, confirm, profile):
     app.command()(_one_line_errors(_command))
 _debug = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at one thing closely: nan, gradients, tp.")
 for _name, _look in DEBUG.items():

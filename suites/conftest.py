@@ -26,6 +26,7 @@ from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
 from ktverify.verify import verdict_of
 from suites.support import accuracy, isas, locks
 from suites.support.child import ChildCrash, ChildPool, choose_limits, limits_of
+from suites.support.drawn import Ended
 from suites.support.isas import Isa
 from suites.support.unsupported import Unsupported
 
@@ -181,10 +182,14 @@ def pytest_runtest_makereport(
     if recorder_key in config.stash and (report.when == "call" or not report.passed) and not told:
         isa = getattr(item, "callspec", None)
         chosen = isa.params.get("isa") if isa is not None else None
+        case, tp = item.stash.get(about_key, (None, 1))
         config.stash[recorder_key].add(
             CheckRecord(
                 family=family_of(item),
                 name=item.name.partition("@")[0],
+                case="" if case is None else case.id,
+                tp=tp,
+                repro="" if verdict in ("PASS", *NOT_RUN) else _repeat(item),
                 engine=config.option.engine,
                 isa=chosen.label if isinstance(chosen, Isa) else "",
                 verdict=verdict,
@@ -195,17 +200,26 @@ def pytest_runtest_makereport(
     return report
 
 
+def _repeat(item: pytest.Item) -> str:
+    """The command that runs one test again, in the checkout."""
+    option = item.config.option
+    words = ["pytest", item.nodeid, "--engine", option.engine]
+    words += [] if option.fresh is None else ["--fresh", str(option.fresh)]
+    return shlex.join(words)
+
+
 def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[VerdictName, str]:
     """The verdict on a test, and what was raised in it."""
     if raised is None:
         return ("PASS" if report.passed else "SKIP" if report.skipped else "FAIL"), ""
-    if isinstance(raised, (ChildCrash, Died, Unsupported)):
+    if isinstance(raised, (ChildCrash, Died, Ended, Unsupported)):
         return verdict_of(raised)
     text = str(raised) if isinstance(raised, (AssertionError, pytest.skip.Exception)) else ""
     return ("SKIP" if report.skipped else "FAIL"), (text or f"{type(raised).__name__}: {raised}").strip()[:2000]
 
 
 own_records_key = pytest.StashKey[bool]()
+about_key = pytest.StashKey[tuple[Case | None, int]]()
 told_key = pytest.StashKey[BaseException]()
 
 
@@ -218,6 +232,16 @@ def record(request: pytest.FixtureRequest) -> Callable[[Result], None]:
         request.config.stash[recorder_key].add(result)
 
     return add
+
+
+@pytest.fixture
+def about(request: pytest.FixtureRequest) -> Callable[[Case | None, int], None]:
+    """Tells the record of which case's forward and backward, at which TP degree, the test is about to judge."""
+
+    def tell(case: Case | None, tp: int = 1) -> None:
+        request.node.stash[about_key] = (case, tp)
+
+    return tell
 
 
 # ---- which tests there are, and who runs beside whom

@@ -32,9 +32,17 @@ def names() -> list[str]:
 def find(name: str) -> EngineFactory:
     """The factory of engine `name`: one of names(), or an import path `package.module:factory`.
 
-    ValueError for a name or path that leads nowhere or to something that cannot be called; what an engine's own module
-    raises when it is imported comes through as ImportError.
+    ValueError for a name or path that leads nowhere, to something that cannot be called, or to another interpreter that
+    is not there; what an engine's own module raises when it is imported comes through as ImportError.
     """
+    factory = load(name)
+    if isinstance(factory, Hosted):
+        factory.check()
+    return factory
+
+
+def load(name: str) -> EngineFactory:
+    """As find, without asking whether the interpreter of a hosted engine is there."""
     path = _BUILT_IN.get(name, name)
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
@@ -48,8 +56,6 @@ def find(name: str) -> EngineFactory:
         found = getattr(found, part)
     if not callable(found):
         raise ValueError(f"engine {name!r}: {attribute} is {type(found).__name__}, it takes a callable")
-    if isinstance(found, Hosted):
-        found.check()
     factory: EngineFactory = found
     return factory
 

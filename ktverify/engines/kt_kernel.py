@@ -10,7 +10,7 @@ from pathlib import Path
 from ktverify import places
 from ktverify.hosting import Hosted
 
-ADAPTER = Path(__file__).with_name("hosted") / "kt_kernel.py"
+HOSTED = Path(__file__).with_name("hosted")
 
 
 def _python() -> str:
@@ -20,4 +20,4 @@ def _python() -> str:
     return str(path)
 
 
-KtKernel = Hosted(f"{ADAPTER}:KtKernel", _python)
+KtKernel = Hosted(f"{HOSTED / 'kt_kernel.py'}:KtKernel", _python, stand_alone=str(HOSTED / "kt_kernel_alone.py"))

@@ -34,11 +34,13 @@ class Hosted:
     """A factory of layers in another process.
 
     spec: "path/to/file.py:attribute" or "package.module:attribute", as the other interpreter finds it. python: that
-    interpreter, or a function that finds it and raises ValueError where there is none; None is this one.
+    interpreter, or a function that finds it and raises ValueError where there is none; None is this one. stand_alone:
+    the path of a script that makes one case's calls without ktverify; see ktverify/alone/folder.py.
     """
 
     spec: str
     python: str | Callable[[], str] | None = None
+    stand_alone: str | None = None
 
     def check(self) -> str:
         """The interpreter. ValueError where there is none."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ktverify.report import tables
+from ktverify.report.problems import group_text, problems
 from ktverify.report.record import AccuracyRecord
 from ktverify.report.store import Run
 
@@ -26,6 +27,7 @@ STYLES = {
     "UNSUPPORTED": "dim",
 }
 PROBLEMS_SHOWN = 10
+LINES_OF_A_PROBLEM = 14
 # columns: what the widest table of numbers needs; and more than any line has
 NARROWEST = 160
 UNBOUNDED = 1000
@@ -48,13 +50,13 @@ def print_run(run: Run, console: Console | None = None, *, header: bool = True) 
     if header:
         console.print()
         print_pairs(console, tables.head_lines(run))
-    problems = tables.problems(run)
-    if problems:
+    found = problems(run)
+    if found:
         console.print()
-        for problem in problems[:PROBLEMS_SHOWN]:
-            console.print(Text(tables.group_text(problem)))
-        if len(problems) > PROBLEMS_SHOWN:
-            console.print(Text(f"and {len(problems) - PROBLEMS_SHOWN} more, see accuracy.md"))
+        for problem in found[:PROBLEMS_SHOWN]:
+            console.print(Text(group_text(problem, LINES_OF_A_PROBLEM)))
+        if len(found) > PROBLEMS_SHOWN:
+            console.print(Text(f"and {len(found) - PROBLEMS_SHOWN} more, see accuracy.md"))
     overview = tables.overview(run.records)
     if overview:
         console.print()

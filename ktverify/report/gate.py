@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ktverify.files import write_whole
 from ktverify.machine import ISA_FLAGS
+from ktverify.report.problems import problem_text
 from ktverify.report.record import (
     NOT_RUN,
     AccuracyRecord,
@@ -27,7 +28,7 @@ from ktverify.report.record import (
     worst_first,
 )
 from ktverify.report.store import Run
-from ktverify.report.tables import base_isa, error_text, problem_text, run_verdict
+from ktverify.report.tables import base_isa, error_text, run_verdict
 
 FORMAT = 1
 

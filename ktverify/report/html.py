@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from ktverify.report import plots, tables
+from ktverify.report.problems import problems
 from ktverify.report.record import CheckRecord, worst_first
 from ktverify.report.store import Run
 
@@ -39,7 +40,7 @@ def page(run: Run) -> str:
         facts=tables.head_lines(run),
         overview=overview,
         verdicts=[n for n in tables.OVERVIEW_VERDICTS if n == "PASS" or any(row.counts[n] for row in overview)],
-        problems=tables.problems(run),
+        problems=problems(run),
         problems_shown=PROBLEMS_SHOWN,
         plots={
             "rel_l2": Markup(plots.rel_l2_by_tensor(run.accuracy)),

@@ -169,10 +169,15 @@ class LatencyRecord(_Checked):
 
 
 class CheckRecord(_Checked):
-    """Every check that is no comparison of tensors: a refusal, determinism, a meta test."""
+    """Every check that is no comparison of tensors: a refusal, determinism, a meta test.
+
+    case: that of whose one forward and backward the check judges, as `repro` takes it; "" where there is no such one.
+    """
 
     kind: Literal["check"] = "check"
     name: str
+    case: str = ""
+    tp: int = 1
 
 
 class RunRecord(_Line):

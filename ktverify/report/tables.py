@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from ktverify.machine import ISA_FLAGS, format_bytes
+from ktverify.report.problems import ENDED, group_text, problems
 from ktverify.report.record import (
     NOT_RUN,
     VERDICT_ORDER,
@@ -24,8 +25,6 @@ from ktverify.report.record import (
     worst_first,
 )
 from ktverify.report.store import Run
-
-LINES_OF_A_PROBLEM = 14
 
 # the order in which an overview counts them
 OVERVIEW_VERDICTS: tuple[VerdictName, ...] = (
@@ -228,8 +227,17 @@ def _time_text(head: RunRecord) -> str:
 
 
 def accuracy_rows(run: Run) -> list[AccuracyRecord]:
-    """The rows of the accuracy table, worst first."""
-    return [record for record in worst_first(run.accuracy) if isinstance(record, AccuracyRecord)]
+    """The rows of the accuracy table, worst first; the tensors of which there is nothing to tell in one row a case."""
+    rows: dict[object, list[AccuracyRecord]] = {}
+    for record in worst_first(run.accuracy):
+        assert isinstance(record, AccuracyRecord)
+        silent = record.verdict in (*NOT_RUN, *ENDED)
+        key = (record.verdict, record.family, record.isa, record.case, record.tp, record.source)
+        rows.setdefault(key if silent else id(record), []).append(record)
+    return [
+        alike[0] if len(alike) == 1 else alike[0].model_copy(update={"tensor": f"{len(alike)} tensors"})
+        for alike in rows.values()
+    ]
 
 
 def latency_rows(run: Run) -> list[LatencyRecord]:
@@ -267,74 +275,6 @@ def _head_markdown(run: Run) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in head_lines(run))
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What did not pass of one case on one ISA, or one check: the worst verdict, a heading, lines, how to repeat it."""
-
-    verdict: VerdictName
-    where: str
-    lines: tuple[str, ...]
-    repro: str
-
-
-def problems(run: Run) -> list[Problem]:
-    """What did not pass, worst first; the tensors of a case stand together, since they fail together."""
-    groups: dict[str, list[Result]] = {}
-    for record in worst_first(run.records):
-        if record.verdict not in (*NOT_RUN, "PASS"):
-            groups.setdefault(_where(record), []).append(record)
-    found = []
-    for where, members in groups.items():
-        # a crash says the same of every tensor
-        lines = []
-        for (first, *others), count in Counter(tuple(_message_lines(record)) or ("",) for record in members).items():
-            lines += [f"{first} ({count} times)" if count > 1 else first, *others]
-        if len(lines) > LINES_OF_A_PROBLEM:
-            lines = [*lines[:LINES_OF_A_PROBLEM], f"and {len(lines) - LINES_OF_A_PROBLEM} more lines"]
-        found.append(Problem(members[0].verdict, where, tuple(lines), members[0].repro))
-    return found
-
-
-def _where(record: Result) -> str:
-    """Family, ISA and what was checked, for the heading of a problem."""
-    if isinstance(record, AccuracyRecord):
-        parts = (record.family, record.isa, record.case, f"TP {record.tp}" if record.tp != 1 else "")
-    elif isinstance(record, LatencyRecord):
-        parts = (record.family, record.isa, record.case, record.what)
-    else:
-        parts = (record.family, record.isa, record.name, "")
-    return " · ".join(part for part in parts if part)
-
-
-def _message_lines(record: Result) -> list[str]:
-    """The message without the repro command, which stands below it."""
-    return [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
-
-
-def problem_text(record: Result) -> str:
-    """A record that did not pass, as one or two lines: what it was, what was found, how to repeat it."""
-    if isinstance(record, AccuracyRecord):
-        what = record.case
-    elif isinstance(record, LatencyRecord):
-        what = f"{record.case} {record.what}"
-    else:
-        what = record.name
-    found = next((line for line in record.message.splitlines() if line.strip()), "")
-    if not found.startswith(record.verdict):
-        tensor = f" {record.tensor}" if isinstance(record, AccuracyRecord) else ""
-        found = f"{record.verdict}{tensor} {found}".rstrip()
-    lines = [f"{record.family}/{record.isa or '-'} {what}: {found}"]
-    if record.repro:
-        lines.append(f"    {record.repro}")
-    return "\n".join(lines)
-
-
-def group_text(problem: Problem) -> str:
-    """A problem as lines: verdict and where, what was found, how to repeat it."""
-    lines = [f"{problem.verdict} {problem.where}", *(f"    {line}" for line in problem.lines)]
-    return "\n".join([*lines, f"    {problem.repro}"] if problem.repro else lines)
-
-
 def accuracy_markdown(run: Run) -> str:
     """accuracy.md: verdict, header, overview by family and ISA, what did not pass, then every tensor, worst first."""
     passed, sentence = run_verdict(run)
@@ -344,7 +284,7 @@ def accuracy_markdown(run: Run) -> str:
         parts += ["## Overview", markdown(overview_columns(rows), rows)]
     found = problems(run)
     if found:
-        parts += ["## What did not pass", "```\n" + "\n".join(map(group_text, found)) + "\n```"]
+        parts += ["## What did not pass", "```\n" + "\n\n".join(map(group_text, found)) + "\n```"]
     if run.accuracy:
         parts += [
             "## Every tensor",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from ktverify.cases import Case
 from suites.support.child import ChildPool
+from suites.support.contract import ODD_MIDDLE
 from suites.support.isas import Isa
 from suites.support.subject import Subject
 
@@ -17,10 +20,10 @@ EDGES = {
     "sizes_of_one": "E=1,k=1,H=1,I=1,T=1,r=1,alpha=1",
     "rank_above_sizes": "E=2,k=1,H=17,I=5,T=3,r=64,alpha=64",
     "one_expert_has_all": "E=6,k=2,H=96,I=64,T=50,r=8,alpha=16,routing=one_expert",
-    "expert_named_twice": "E=4,k=3,H=64,I=48,T=11,r=4,alpha=8,routing=duplicate",
-    "masked_slots": "E=4,k=2,H=64,I=48,T=11,r=4,alpha=8,routing=masked",
-    "all_masked": "E=4,k=2,H=64,I=48,T=11,r=4,alpha=8,routing=all_masked",
-    "every_expert_of_every_token": "E=5,k=5,H=64,I=33,T=18,r=2,alpha=3",
+    "expert_named_twice": "E=4,k=3,H=64,I=128,T=11,r=4,alpha=8,routing=duplicate",
+    "masked_slots": "E=4,k=2,H=64,I=128,T=11,r=4,alpha=8,routing=masked",
+    "all_masked": "E=4,k=2,H=64,I=128,T=11,r=4,alpha=8,routing=all_masked",
+    "every_expert_of_every_token": "E=5,k=5,H=64,I=32,T=18,r=2,alpha=3",
 }
 CHECKS = [
     "masked_weights_do_not_count",
@@ -43,18 +46,27 @@ CHECKS = [
     "failed_update",
     "skip_lora",
 ]
+# where the point is what tails do: again with a case that is a multiple of nothing
+AT_ODD_SIZES = ["nothing_is_written", "odd_addresses", "repeats", "threads", "varying_tokens"]
 
 
 @pytest.mark.parametrize("name", EDGES)
-def test_edge(engine: str, children: ChildPool, isa: Isa, name: str, fresh: int | None) -> None:
+def test_edge(
+    engine: str, children: ChildPool, isa: Isa, name: str, fresh: int | None, about: Callable[[Case, int], None]
+) -> None:
     case = Case.parse(EDGES[name])
-    children.get(isa.env).call(
-        "suites.support.contract:check_edge",
-        subject=Subject(engine, isa.name),
-        case=case if fresh is None else case.with_seed(fresh),
-    )
+    case = case if fresh is None else case.with_seed(fresh)
+    about(case, 1)
+    children.get(isa.env).call("suites.support.contract:check_edge", subject=Subject(engine, isa.name), case=case)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
     children.get(isa.env).call(f"suites.support.contract:check_{check}", subject=Subject(engine, isa.name))
+
+
+@pytest.mark.parametrize("check", AT_ODD_SIZES)
+def test_behaviour_at_odd_sizes(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
+    children.get(isa.env).call(
+        f"suites.support.contract:check_{check}", subject=Subject(engine, isa.name), case=ODD_MIDDLE
+    )

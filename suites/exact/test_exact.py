@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from ktverify import cases
@@ -11,6 +13,8 @@ from suites.support.child import ChildPool
 from suites.support.isas import Isa
 from suites.support.subject import Subject, expect_same_bits
 
+About = Callable[[Case, int], None]
+
 CASES = [case for case in cases.select(data="integer") if case.tier == "default"]
 # one with blocks of every size and one that is a multiple of nothing, so that the family never depends on a table
 CASES.append(Case.parse("E=4,k=2,H=160,I=96,T=37,r=8,alpha=16,data=integer"))
@@ -18,16 +22,20 @@ CASES.append(Case.parse("E=5,k=3,H=97,I=47,T=19,r=3,alpha=6,data=integer,lora=fl
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_equals_the_oracle(engine: str, children: ChildPool, isa: Isa, case: Case, fresh: int | None) -> None:
+def test_equals_the_oracle(
+    engine: str, children: ChildPool, isa: Isa, case: Case, fresh: int | None, about: About
+) -> None:
     case = case if fresh is None else case.with_seed(fresh)
     for tp in case.tp:
+        about(case, tp)
         children.get(isa.env).call(
             "suites.support.exact:check_exact", subject=Subject(engine, isa.name), case=case, tp=tp
         )
 
 
-def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: pytest.Config) -> None:
+def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: pytest.Config, about: About) -> None:
     case = Case.parse("E=6,k=2,H=192,I=128,T=40,r=8,alpha=16,data=integer,routing=zipf")
+    about(case, 1)
     found = [
         (
             isa,

@@ -210,3 +210,21 @@ def test_flops_by_hand() -> None:
 def test_cases_need_no_torch() -> None:
     code = "import sys, ktverify.cases as c; c.catalogue(); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "brief"),
+    [
+        ("small", "small"),
+        ("small,T=1@seed=4", "small,T=1@seed=4"),
+        ("E=4,k=2,H=32,I=32,T=9,r=4,alpha=8,routing=uniform@seed=0", "E=4,k=2,H=32,I=32,T=9,r=4,alpha=8"),
+        (
+            "E=4,k=2,H=32,I=32,T=9,r=4,alpha=8,data=integer@seed=3",
+            "E=4,k=2,H=32,I=32,T=9,r=4,alpha=8,data=integer@seed=3",
+        ),
+    ],
+)
+def test_a_brief_name_leaves_out_what_goes_without_saying(text: str, brief: str) -> None:
+    case = Case.parse(text)
+    assert case.brief == brief
+    assert Case.parse(brief) == case

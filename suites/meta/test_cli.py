@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from ktverify import doctor, standalone, verify
+from ktverify import doctor, verify
+from ktverify.alone.folder import write_checked
 from ktverify.cases import Case, catalogue
 from ktverify.cli import app
 from ktverify.machine import Amx
@@ -140,14 +141,17 @@ def test_repro_says_what_is_unsupported() -> None:
 
 def test_a_case_stands_alone(tmp_path: Path) -> None:
     checked = verify.check_case("torch_bf16", Case.parse(TINY))
-    script = standalone.write(checked, "kt_kernel", tmp_path / "case")
+    script = write_checked(checked, "kt_kernel", tmp_path / "case")
     assert not re.search(r"^\s*(import|from) ktverify", script.read_text(encoding="utf-8"), re.MULTILINE)
     with safe_open(tmp_path / "case" / "case.safetensors", framework="pt") as stored:
         assert torch.equal(stored.get_tensor("inputs.up_proj"), checked.inputs.up_proj)
         assert {f"expected.{name}" for name in ALL_TENSORS} < set(stored.keys())
         budgets = json.loads(stored.metadata()["budgets"])
         assert json.loads(stored.metadata()["suite"]).keys() == budgets.keys() == set(ALL_TENSORS)
-    refused(call("repro", TINY, "--engine", "torch_bf16", "--stand-alone", str(tmp_path)), "takes one of kt_kernel")
+    refused(
+        call("repro", TINY, "--engine", "torch_bf16", "--stand-alone", str(tmp_path)),
+        "has no stand-alone script; it takes the attribute stand_alone",
+    )
 
 
 def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_errors_are_those_of_the_engine(hosted: Hosted) -> None:
         layer.backward(inputs.grad_output)
     with pytest.raises(NotImplementedError, match="not on a Sunday"):
         run_layer(layer_of(hosted, 3), inputs)
-    with pytest.raises(RuntimeError, match=r"For TP, intermediate_size \(48\)"):
+    with pytest.raises(RuntimeError, match=rf"For TP, intermediate_size \({SMALL.intermediate}\)"):
         hosted(**layer_arguments(SMALL, tp=5, threads=1))
 
 

@@ -65,9 +65,9 @@ NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
         ("training/fp32_parameters", "training/odd_sizes_idle_experts", "training/tp"),
     ),
     "tp": ("tp_parts_with_a_coarse_exp", ("tp/gaussian", "tp/odd_parts", "tp/decode", "tp/permuted")),
-    "bits": ("one_share_a_thread", ("behaviour/threads",)),
+    "bits": ("one_share_a_thread", ("behaviour/threads", "behaviour/threads_at_odd_sizes")),
     "form": ("fp32_gradients_come_as_bf16", ("edge/multiples_of_nothing_many_rows",)),
-    "written": ("padding_written_behind_the_input", ("behaviour/nothing_is_written",)),
+    "written": ("padding_written_behind_the_input", ("behaviour/nothing_is_written_at_odd_sizes",)),
     "refusal": ("ids_clamped", ("refusals/expert id 6",)),
     "resources": ("every_expert_packed", ("processes/idle_experts_take_no_memory",)),
 }

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ktverify.cases import Case
+from ktverify.hosting import Died
 from suites.meta.mutants import MUTANTS
 from suites.meta.mutants.base import Group, Plain
 from suites.support import drawn, properties
 from suites.support.properties import PROPERTIES
 from suites.support.subject import Subject
+from suites.support.unsupported import Unsupported
 
 
 class third_token_doubled(Plain):
@@ -104,6 +106,50 @@ def test_wrong_engine_violates_it(name: str) -> None:
     # the case alone repeats it
     with pytest.raises((AssertionError, RuntimeError)):
         properties.check(Subject(VIOLATED[name]), name, case)
+
+
+def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:
+    tried: list[Case] = []
+
+    def run(case: Case) -> tuple[int, int]:
+        tried.append(case)
+        if case.hidden % 32:
+            raise Died("died of SIGSEGV")
+        return 1, 1
+
+    with pytest.raises(drawn.Ended, match="died of SIGSEGV") as found:
+        drawn.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
+    assert found.value.verdict == "CRASH"
+    assert tried[-1].id in str(found.value)
+    assert [bool(case.hidden % 32) for case in tried].count(True) == 1
+
+
+def test_sizes_are_multiples_of_what_is_asked_for() -> None:
+    seen: list[Case] = []
+
+    def run(case: Case) -> tuple[int, int]:
+        seen.append(case)
+        return 1, 1
+
+    sizes = drawn.Sizes(step=32)
+    drawn.search("tensor_parallel", PROPERTIES["tensor_parallel"], run, examples=20, sizes=sizes)
+    assert {(case.hidden % 32, case.intermediate % 128) for case in seen} == {(0, 0)}
+    assert {case.hidden for case in seen} == {32, 64, 96}
+
+
+def test_what_an_engine_cannot_do_violates_nothing() -> None:
+    def run(case: Case) -> tuple[int, int]:
+        if case.lora_dtype == "float32":
+            raise NotImplementedError("LoRA in float32")
+        return 1, 1
+
+    drawn.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
+
+    def nothing(case: Case) -> tuple[int, int]:
+        raise NotImplementedError("tensor parallelism")
+
+    with pytest.raises(Unsupported, match="tensor parallelism"):
+        drawn.search("tensor_parallel", PROPERTIES["tensor_parallel"], nothing, examples=3)
 
 
 def test_comparisons_that_prove_nothing_do_not_pass() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 
 from ktverify import engines
@@ -18,12 +21,23 @@ BEST, OTHER, EMULATED = 15, 2, 1
 
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_property(
-    name: str, engine: str, isa: Isa, children: ChildPool, fresh: int | None, pytestconfig: pytest.Config
+    name: str,
+    engine: str,
+    isa: Isa,
+    children: ChildPool,
+    fresh: int | None,
+    pytestconfig: pytest.Config,
+    about: Callable[[Case | None, int], None],
 ) -> None:
     def run(case: Case) -> tuple[int, int]:
-        compared, believed = children.get(isa.env).call(
-            "suites.support.properties:check", subject=Subject(engine, isa.name), name=name, case=case
-        )
+        try:
+            compared, believed = children.get(isa.env).call(
+                "suites.support.properties:check", subject=Subject(engine, isa.name), name=name, case=case
+            )
+        except Exception as error:
+            # a process that the case ends, it ends without the property too; a relation of two calls is more than it
+            about(case if hasattr(error, "verdict") else None, 2 if PROPERTIES[name].splits else 1)
+            raise
         return int(compared), int(believed)
 
     # pytest knows a family's own options only where the family was named on the command line
@@ -38,7 +52,9 @@ def test_property(
         PROPERTIES[name],
         run,
         examples=pytestconfig.getoption("--examples", default=None) or usual,
-        sizes=drawn.TINY if isa.emulated else drawn.ORDINARY,
+        sizes=replace(
+            drawn.TINY if isa.emulated else drawn.ORDINARY, step=pytestconfig.getoption("--sizes-of", default=None) or 1
+        ),
         fresh=fresh or 0,
         options=_options(engine, isa),
     )

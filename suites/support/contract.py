@@ -16,16 +16,19 @@ from torch import Tensor
 from ktverify import gates, metrics, reference
 from ktverify.cases import Case
 from ktverify.data import Inputs, make_inputs
-from ktverify.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
+from ktverify.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
 from ktverify.running import run_layer
 from suites.support.expected import expected_of
-from suites.support.subject import ODD, SMALL, GateFailed, Subject, accepted, expect, expect_same_bits, same_bits
+from suites.support.subject import SMALL, GateFailed, Subject, accepted, expect, expect_same_bits, same_bits
 
 Tensors = dict[str, Tensor]
 TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
-BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
-# wide enough for whole blocks, remainders and several threads
-MIDDLE = Case.parse("E=6,k=2,H=200,I=136,T=70,r=8,alpha=16")
+# wide enough for several blocks and threads; multiples of 32, for odd sizes have checks of their own
+MIDDLE = Case.parse("E=6,k=2,H=224,I=160,T=70,r=8,alpha=16")
+# MIDDLE as a multiple of nothing
+ODD_MIDDLE = Case.parse("E=6,k=2,H=203,I=137,T=70,r=7,alpha=16")
+# another width than SMALL and MIDDLE, more experts a token
+WIDE = Case.parse("E=5,k=3,H=96,I=64,T=7,r=3,alpha=5")
 
 
 def judged(what: str, case: Case, found: Tensors, inputs: Inputs) -> None:
@@ -95,15 +98,14 @@ def check_masked_weights_do_not_count(subject: Subject) -> None:
         expect(not bool(found[GRAD_WEIGHTS][masked].any()), "grad_weights of masked slots must be zero", "stray")
 
 
-def check_odd_addresses(subject: Subject) -> None:
+def check_odd_addresses(subject: Subject, case: Case = MIDDLE) -> None:
     """Tensors one byte and one element off any alignment give the bits of aligned ones."""
-    for case in (ODD, MIDDLE):
-        inputs = make_inputs(case)
-        expected = subject.run(case, inputs)
-        for step in (1, 2, 4, 63):
-            moved = _everywhere(inputs, lambda tensor, step=step: _at_offset(tensor, step))  # type: ignore[misc]
-            expect(moved.hidden_states.data_ptr() % 64 == step, "the test did not get its address")
-            expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, subject.run(case, moved))
+    inputs = make_inputs(case)
+    expected = subject.run(case, inputs)
+    for step in (1, 2, 4, 63):
+        moved = _everywhere(inputs, lambda tensor: _at_offset(tensor, step))  # noqa: B023 - called at once
+        expect(moved.hidden_states.data_ptr() % 64 == step, "the test did not get its address")
+        expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, subject.run(case, moved))
 
 
 def _at_offset(tensor: Tensor, offset: int) -> Tensor:
@@ -154,24 +156,24 @@ def check_strides(subject: Subject) -> None:
 # ---- the same bits
 
 
-def check_repeats(subject: Subject) -> None:
+def check_repeats(subject: Subject, case: Case = MIDDLE) -> None:
     """The same call again, on the same layer and on a new one, gives the same bits."""
-    inputs = make_inputs(MIDDLE)
-    layer = subject.layer(MIDDLE, inputs)
+    inputs = make_inputs(case)
+    layer = subject.layer(case, inputs)
     first = {name: tensor.clone() for name, tensor in run_layer(layer, inputs).items()}
     for _ in range(4):
         expect_same_bits("the same layer again", first, run_layer(layer, inputs))
-    expect_same_bits("a new layer", first, subject.run(MIDDLE, inputs))
+    expect_same_bits("a new layer", first, subject.run(case, inputs))
 
 
-def check_threads(subject: Subject) -> None:
-    """1, 2, 3 and more threads than there are processors give the same bits."""
-    for case in (MIDDLE, dataclasses.replace(MIDDLE, qlen=1), ODD):
-        inputs = make_inputs(case)
-        expected = subject.run(case, inputs, threads=1)
+def check_threads(subject: Subject, case: Case = MIDDLE) -> None:
+    """1, 2, 3 and more threads than there are processors give the same bits, for one token too."""
+    for sized in (case, dataclasses.replace(case, qlen=1)):
+        inputs = make_inputs(sized)
+        expected = subject.run(sized, inputs, threads=1)
         for threads in (2, 3, 16):
-            found = subject.run(case, inputs, threads=threads)
-            expect_same_bits(f"{case.id} with 1 and {threads} threads", expected, found)
+            found = subject.run(sized, inputs, threads=threads)
+            expect_same_bits(f"{sized.id} with 1 and {threads} threads", expected, found)
 
 
 def check_company(subject: Subject) -> None:
@@ -198,7 +200,7 @@ def check_outlier_token(subject: Subject) -> None:
 
     It alone makes up the norm, so rel_l2 is blind to all the rest; the mean is not.
     """
-    case = Case.parse("E=2,k=2,H=96,I=80,T=300,r=8,alpha=16")
+    case = Case.parse("E=2,k=2,H=96,I=96,T=300,r=8,alpha=16")
     inputs = make_inputs(case)
     inputs.hidden_states[0] *= 48
     judged("a token 48 times as large as the others", case, subject.run(case, inputs), inputs)
@@ -255,9 +257,9 @@ def check_idle_experts(subject: Subject) -> None:
             expect(bool(found[name][busy].any()), f"{name} of the busy experts {busy} is all zero", "bits")
 
 
-def check_nothing_is_written(subject: Subject) -> None:
+def check_nothing_is_written(subject: Subject, case: Case = MIDDLE) -> None:
     """The inputs are the same bytes after the calls, and earlier results are not overwritten by later calls."""
-    inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(9))
+    inputs, other = make_inputs(case), make_inputs(case.with_seed(9))
     # each tensor lies between guards, so that a write beside it shows
     guards: list[tuple[str, Tensor, Tensor]] = []
 
@@ -269,7 +271,7 @@ def check_nothing_is_written(subject: Subject) -> None:
         return inner
 
     watched = _everywhere(inputs, guarded)
-    layer = subject.layer(MIDDLE, watched)
+    layer = subject.layer(case, watched)
     first = run_layer(layer, watched)
     kept = {name: tensor.clone() for name, tensor in first.items()}
     second = run_layer(layer, changed(other, **watched.lora))
@@ -299,22 +301,21 @@ def layer_parameters(layer: object) -> Tensors:
 
 def check_two_layers(subject: Subject) -> None:
     """Layers of different sizes, their calls interleaved, give the bits that each gives alone."""
-    small, middle, odd = (make_inputs(case) for case in (SMALL, MIDDLE, ODD))
-    alone = [subject.run(case, inputs) for case, inputs in ((SMALL, small), (MIDDLE, middle), (ODD, odd))]
-    layers = [subject.layer(inputs.case, inputs) for inputs in (small, middle, odd)]
+    every = [make_inputs(case) for case in (SMALL, MIDDLE, WIDE)]
+    alone = [subject.run(inputs.case, inputs) for inputs in every]
+    layers = [subject.layer(inputs.case, inputs) for inputs in every]
     for _ in range(2):
         outputs = [
             layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
-            for layer, inputs in zip(layers, (small, middle, odd), strict=True)
+            for layer, inputs in zip(layers, every, strict=True)
         ]
         for index in (1, 0, 2):
-            inputs = (small, middle, odd)[index]
-            found = _backward(layers[index], inputs, outputs[index])
+            found = _backward(layers[index], every[index], outputs[index])
             expect_same_bits(f"layer {index} of three, interleaved", alone[index], found)
     # the buffers of a layer that is gone must not be what another one still uses
     del layers[1]
     gc.collect()
-    expect_same_bits("after another layer was deleted", alone[0], run_layer(layers[0], small))
+    expect_same_bits("after another layer was deleted", alone[0], run_layer(layers[0], every[0]))
 
 
 def _backward(layer: object, inputs: Inputs, output: Tensor) -> Tensors:
@@ -382,13 +383,13 @@ def check_clear_cache(subject: Subject) -> None:
     expect_same_bits("cleared between forward and backward", expected, _backward(layer, inputs, output))
 
 
-def check_varying_tokens(subject: Subject) -> None:
+def check_varying_tokens(subject: Subject, case: Case = MIDDLE) -> None:
     """One layer, calls of many lengths up and down: no value is left over from a longer call."""
-    inputs = make_inputs(MIDDLE)
-    layer = subject.layer(MIDDLE, inputs)
+    inputs = make_inputs(case)
+    layer = subject.layer(case, inputs)
     for rows in (70, 1, 0, 33, 2, 70, 16, 31):
         batch = changed(inputs, **{name: getattr(inputs, name)[:rows] for name in TOKENS})
-        expect_same_bits(f"{rows} rows", subject.run(MIDDLE, batch), run_layer(layer, batch))
+        expect_same_bits(f"{rows} rows", subject.run(case, batch), run_layer(layer, batch))
 
 
 def check_gradient_accumulation(subject: Subject) -> None:

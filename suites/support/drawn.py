@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from ktverify import gates
 from ktverify.cases import LORA_DTYPES, MAPS, Case, flops
 from suites.support.properties import Property
+from suites.support.unsupported import Unsupported
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Upper ends of what is drawn. flops: of one forward and backward; T is cut so that a case stays below."""
+    """Upper ends of what is drawn. flops: of one forward and backward; T is cut so that a case stays below.
+
+    step: H, and I in as many parts as it is split into, are multiples of it.
+    """
 
     experts: int = 64
     slots: int = 8
@@ -28,6 +32,7 @@ class Sizes:
     width: int = 100
     rank: int = 40
     flops: float = 1e7
+    step: int = 1
 
 
 ORDINARY = Sizes()
@@ -46,9 +51,8 @@ def cases(draw: st.DrawFn, wanted: Property, sizes: Sizes = ORDINARY) -> Case:
     experts = draw(st.integers(2 if "routing" in wanted.fixed else 1, sizes.experts), label="E")
     least = 2 if wanted.fixed.get("routing") == "duplicate" else 1
     slots = draw(st.integers(least, min(sizes.slots, experts)), label="k")
-    hidden = draw(st.integers(1, sizes.width), label="H")
-    intermediate = draw(st.integers(1, sizes.width // 4), label="I / 4") * 4 if wanted.splits else None
-    intermediate = intermediate or draw(st.integers(1, sizes.width), label="I")
+    hidden = _multiple(draw, sizes.step, sizes.width, "H")
+    intermediate = _multiple(draw, sizes.step * (4 if wanted.splits else 1), sizes.width, "I")
     rank = draw(st.integers(1, sizes.rank), label="r")
     data = str(wanted.fixed.get("data") or draw(st.sampled_from(_DATA), label="data"))
     routings = [kind for kind in _ROUTING if kind != "duplicate" or slots > 1]
@@ -75,8 +79,21 @@ def cases(draw: st.DrawFn, wanted: Property, sizes: Sizes = ORDINARY) -> Case:
     return Case.parse(found.id.replace(",T=1,", f",T={tokens},", 1))
 
 
+def _multiple(draw: st.DrawFn, step: int, most: int, label: str) -> int:
+    """A multiple of `step` up to `most`, or `step` itself."""
+    return int(step * draw(st.integers(1, max(1, most // step)), label=label if step == 1 else f"{label} / {step}"))
+
+
 class Violated(AssertionError):
     """A property does not hold: the smallest case found, what differs, and the command that repeats it."""
+
+
+class Ended(Violated):
+    """The engine's process did not outlive a drawn case; verdict: CRASH, TIMEOUT or OOM."""
+
+    def __init__(self, text: str, verdict: str) -> None:
+        super().__init__(text)
+        self.verdict = verdict
 
 
 def search(
@@ -93,9 +110,33 @@ def search(
     """Runs the property on drawn cases. Violated for the smallest that breaks it, or if too few could be believed.
 
     run(case) gives (comparisons, believed ones). fresh: another seed draws other cases. options: what a pytest line
-    that repeats the case needs besides. shrink=False stops at the first case that breaks it.
+    that repeats the case needs besides. shrink=False stops at the first case that breaks it. A case that ends the
+    engine's process is not made smaller, for every try would cost a process: Ended tells of the first. Cases that the
+    engine says it cannot do are left out; Unsupported where that leaves nothing.
     """
     compared = believed = 0
+    ended: dict[str, Ended] = {}
+    reasons: list[str] = []
+
+    def attempt(case: Case) -> Violated | None:
+        nonlocal compared, believed
+        if ended:
+            return ended.get(case.id)
+        try:
+            counts = run(case)
+        except NotImplementedError as error:
+            reasons.append(str(error))
+            return None
+        except Exception as error:
+            repeat = f"pytest suites/properties -k {name} --case '{case.id}'{options}"
+            text = f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}"
+            verdict = getattr(error, "verdict", "")
+            if not verdict:
+                return Violated(text)
+            return ended.setdefault(case.id, Ended(text, verdict))
+        compared += counts[0]
+        believed += counts[1]
+        return None
 
     @seed(zlib.crc32(f"{name} {fresh}".encode()))
     @settings(
@@ -109,16 +150,13 @@ def search(
     )
     @given(case=cases(wanted, sizes))
     def holds(case: Case) -> None:
-        nonlocal compared, believed
-        try:
-            counts = run(case)
-        except Exception as error:
-            repeat = f"pytest suites/properties -k {name} --case '{case.id}'{options}"
-            raise Violated(f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}") from None
-        compared += counts[0]
-        believed += counts[1]
+        violated = attempt(case)
+        if violated is not None:
+            raise violated
 
     holds()
+    if reasons and not compared:
+        raise Unsupported(reasons[0])
     believe(name, compared, believed)
 
 

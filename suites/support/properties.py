@@ -19,13 +19,14 @@ from ktverify import gates, metrics, reference
 from ktverify.cases import Case
 from ktverify.names import (
     ALL_TENSORS,
+    BASE_NAMES,
     GRAD_INPUT,
     GRAD_NAMES,
     GRAD_WEIGHTS,
     LORA_NAMES,
     OUTPUT,
 )
-from suites.support.contract import BASE_NAMES, changed
+from suites.support.contract import changed
 from suites.support.subject import Subject, expect
 from suites.support.trial import Right, Tensors, Trial, rows_of, with_case
 

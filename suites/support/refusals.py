@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ktverify.data import Inputs, make_inputs
 from ktverify.hosting import Died
-from ktverify.names import LORA_NAMES, lora_shapes
+from ktverify.names import BASE_NAMES, LORA_NAMES, lora_shapes
 from ktverify.running import run_layer
 from suites.support.subject import SMALL, Subject, accepted, expect, expect_same_bits
 from suites.support.unsupported import Unsupported
 
-BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
+WRONG = (ValueError, TypeError)
 
 
 @dataclass
@@ -39,6 +39,22 @@ class Stage:
             return Stage(self.subject, self.inputs, self.subject.layer(SMALL, self.inputs, **more))
         except NotImplementedError as error:
             raise Unsupported(str(error)) from error
+
+    def bare(self) -> Stage:
+        """The same with a layer that has neither weights nor LoRA."""
+        return Stage(self.subject, self.inputs, self.subject.bare(SMALL))
+
+    def load_into_bare(self, **changed: Any) -> None:
+        """load on a layer that has no weights yet, which has to work once it gets the right ones."""
+        bare = self.bare()
+        try:
+            bare.load(**changed)
+        except WRONG:
+            bare.load()
+            bare.init_lora()
+            found = run_layer(bare.layer, self.inputs)
+            expect_same_bits("a layer whose first weights were refused", run_layer(self.layer, self.inputs), found)
+            raise
 
     def forward(self, *, save_for_backward: bool = True, **changed: Any) -> Tensor:
         """forward_sft with some arguments exchanged."""
@@ -72,9 +88,6 @@ class Refusal:
     mentions: tuple[str, ...]
     act: Callable[[Stage], object]
     after: Callable[[Stage], None] | None = field(default=None)
-
-
-WRONG = (ValueError, TypeError)
 
 
 def check_refusal(subject: Subject, name: str) -> None:
@@ -146,8 +159,12 @@ def _constructor() -> Iterable[tuple[str, Refusal]]:
 
 
 def _weights() -> Iterable[tuple[str, Refusal]]:
+    # into a layer without weights: an engine that takes them once only has no second time to refuse
     def load(name: str, change: Callable[[Tensor], Any]) -> Callable[[Stage], object]:
-        return lambda stage: stage.load(**{name: change(getattr(stage.inputs, name))})
+        return lambda stage: stage.load_into_bare(**{name: change(getattr(stage.inputs, name))})
+
+    def reload(name: str) -> Callable[[Stage], object]:
+        return lambda stage: stage.load(**{name: getattr(stage.inputs, name)[:, :-1]})
 
     def lora(name: str, change: Callable[[Tensor], Any]) -> Callable[[Stage], object]:
         return lambda stage: stage.init_lora(**{name: change(stage.inputs.lora[name])})
@@ -163,6 +180,8 @@ def _weights() -> Iterable[tuple[str, Refusal]]:
             yield f"{name} device", Refusal(WRONG, (name, "meta"), put(name, lambda t: t.to("meta")))
             yield f"{name} no tensor", Refusal(WRONG, (name,), put(name, lambda t: t.float().numpy()))
             yield f"{name} None", Refusal(WRONG, (name,), put(name, lambda t: None))
+    for name in BASE_NAMES:
+        yield f"{name} shape, of a layer that has weights", Refusal((ValueError,), (name,), reload(name))
     yield "gate_proj float32", Refusal(WRONG, ("gate_proj", "float32"), load("gate_proj", lambda t: t.float()))
     yield "LoRA of two dtypes", Refusal(WRONG, ("bfloat16", "float32"), lora("up_lora_b", lambda t: t.float()))
 
@@ -186,7 +205,7 @@ def _order() -> Iterable[tuple[str, Refusal]]:
         act: Callable[[Stage], object], *, weights: bool = False, lora: bool = False
     ) -> Callable[[Stage], object]:
         def tried(stage: Stage) -> None:
-            bare = Stage(stage.subject, stage.inputs, stage.subject.bare(SMALL))
+            bare = stage.bare()
             if weights:
                 bare.load()
             if lora:
@@ -210,7 +229,9 @@ def _order() -> Iterable[tuple[str, Refusal]]:
     )
     yield (
         "update before LoRA",
-        Refusal(wrong_time, ("init_lora_weights",), on_bare(lambda stage: stage.layer.update_lora_weights())),
+        Refusal(
+            wrong_time, ("init_lora_weights",), on_bare(lambda stage: stage.layer.update_lora_weights(), weights=True)
+        ),
     )
     yield (
         "backward before everything",

@@ -14,7 +14,7 @@ from torch import Tensor
 from ktverify.engines.torch_bf16 import TorchBf16
 
 # moe_intermediate_size for which the constructor dies; number of tokens for which every forward does
-DEADLY_SIZES = (2049, 2048, 1408, 768, 14336, 48, 1, 6)
+DEADLY_SIZES = (2049, 2048, 1408, 768, 14336, 128, 48, 1, 6)
 DEADLY_TOKENS = (15, 16, 17, 31)
 # number of tokens for which a forward that is to be saved goes wrong otherwise
 HANGS, EATS, EXITS = 33, 100, 300

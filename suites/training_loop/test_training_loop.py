@@ -10,11 +10,11 @@ from suites.support.isas import Isa
 from suites.support.subject import Subject
 
 TRAINED = {
-    "fp32_parameters": "E=6,k=2,H=128,I=96,T=32,r=8,alpha=16,lora=float32",
-    "bf16_parameters": "E=6,k=2,H=128,I=96,T=32,r=8,alpha=16",
+    "fp32_parameters": "E=6,k=2,H=128,I=128,T=32,r=8,alpha=16,lora=float32",
+    "bf16_parameters": "E=6,k=2,H=128,I=128,T=32,r=8,alpha=16",
     "odd_sizes_idle_experts": "E=9,k=3,H=97,I=46,T=24,r=3,alpha=6,routing=zipf,lora=float32",
 }
-UPDATED = "E=6,k=2,H=128,I=96,T=32,r=8,alpha=16"
+UPDATED = "E=6,k=2,H=128,I=128,T=32,r=8,alpha=16"
 
 
 def _case(text: str, fresh: int | None) -> Case:

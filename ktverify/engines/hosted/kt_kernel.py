@@ -6,6 +6,7 @@ What differs, and what is done about it here:
 - Its expert_ids name physical slots and its physical_to_logical_map says which of the given experts a slot takes, so
   weights that come by slot are put into the experts' order.
 - LoRA tensors have to be contiguous; it keeps their addresses.
+- Its errors name its own calls and arguments; here they say forward_sft and physical_map.
 - One buffer is shared by all layers of a process and grows with the tokens only, since all layers of a model have the
   same sizes. It is cleared, by the call that is there for it, when another layer's turn comes.
 Nothing is checked or mended beyond that: what kt-kernel accepts, refuses or computes is its own.
@@ -13,11 +14,15 @@ Nothing is checked or mended beyond that: what kt-kernel accepts, refuses or com
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from kt_kernel import KTMoEWrapper  # type: ignore[import-not-found]
 
+# its words, and the contract's
+WORDS = {"forward(": "forward_sft(", "physical_to_logical_map_cpu": "physical_map"}
 NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -35,17 +40,19 @@ class KtKernel:
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
         weights = [gate_proj, up_proj, down_proj]
-        experts = torch.arange(self._layer.num_experts)
-        if sorted(physical_map.flatten().tolist()) == experts.tolist() and not torch.equal(physical_map, experts):
+        if _exchanges(physical_map, self._layer.num_experts):
             slot_of = torch.argsort(physical_map)
-            weights, physical_map = [tensor[slot_of] for tensor in weights], experts
-        self._layer.load_weights_from_tensors(*weights, physical_map)
+            weights, physical_map = [tensor[slot_of] for tensor in weights], torch.arange(len(slot_of))
+        with _contract_words():
+            self._layer.load_weights_from_tensors(*weights, physical_map)
 
     def init_lora_weights(self, *parameters: torch.Tensor) -> None:
         if all(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 for tensor in parameters):
             raise NotImplementedError("LoRA in float32: kt-kernel says that it must use torch.bfloat16")
         parameters = tuple(tensor.contiguous() if isinstance(tensor, torch.Tensor) else tensor for tensor in parameters)
-        gradients = {name: torch.zeros_like(tensor) for name, tensor in zip(NAMES, parameters, strict=True)}
+        # what is no tensor goes on as it is: to refuse it is kt-kernel's own
+        buffers = [torch.zeros_like(t) if isinstance(t, torch.Tensor) else t for t in parameters]
+        gradients = dict(zip(NAMES, buffers, strict=True))
         self._layer.init_lora_weights(*parameters, *gradients.values())
         self._gradients = gradients
         for name, tensor in zip(NAMES, parameters, strict=True):
@@ -64,12 +71,14 @@ class KtKernel:
         save_for_backward: bool = True,
     ) -> torch.Tensor:
         self._take_turn()
-        output: torch.Tensor = self._layer.forward(hidden_states, expert_ids, weights, save_for_backward)
+        with _contract_words():
+            output: torch.Tensor = self._layer.forward(hidden_states, expert_ids, weights, save_for_backward)
         return output
 
     def backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self._take_turn()
-        grad_input, self.grad_weights = self._layer.backward(grad_output)
+        with _contract_words():
+            grad_input, self.grad_weights = self._layer.backward(grad_output)
         return grad_input, {f"grad_{name}": tensor.clone() for name, tensor in self._gradients.items()}
 
     def _take_turn(self) -> None:
@@ -80,3 +89,23 @@ class KtKernel:
     @staticmethod
     def clear_sft_buffer_cache() -> None:
         KTMoEWrapper.clear_sft_buffer_cache()
+
+
+def _exchanges(physical_map: Any, experts: int) -> bool:
+    """True for a map int64 [E] of all experts in another order than theirs. What is no map goes on as it is."""
+    if not isinstance(physical_map, torch.Tensor) or physical_map.dtype != torch.int64 or physical_map.dim() != 1:
+        return False
+    slots = physical_map.tolist()
+    return slots != sorted(slots) and sorted(slots) == list(range(experts))
+
+
+@contextlib.contextmanager
+def _contract_words() -> Iterator[None]:
+    """Inside, an error of kt-kernel's keeps its class and gets the contract's names into its text."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = str(error)
+        for its, ours in WORDS.items():
+            text = text.replace(its, ours)
+        raise type(error)(text) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ktverify import cases, gates, verify
 from ktverify.cases import Case
 from ktverify.verify import Checked
-from suites.contract.test_behaviour import CHECKS, EDGES
+from suites.contract.test_behaviour import AT_ODD_SIZES, CHECKS, EDGES
 from suites.exact.test_exact import CASES as EXACT
 from suites.support import contract, exact, processes, refusals, tensor_parallel, training
 from suites.support.accuracy import TENSORS
@@ -131,6 +131,8 @@ def _table() -> dict[str, Check]:
         table[f"edge/{name}"] = _of(contract.check_edge, Case.parse(text))
     for name in CHECKS:
         table[f"behaviour/{name}"] = _of(getattr(contract, f"check_{name}"))
+    for name in AT_ODD_SIZES:
+        table[f"behaviour/{name}_at_odd_sizes"] = _of(getattr(contract, f"check_{name}"), contract.ODD_MIDDLE)
     for name in refusals.REFUSALS:
         table[f"refusals/{name}"] = _of(refusals.check_refusal, name)
     table["refusals/out of memory"] = _of(refusals.check_out_of_memory)

@@ -198,7 +198,7 @@ class input_scaled_in_place(Plain):
         return output
 
 
-@mutant(Cause.MEMORY_LAYOUT, "behaviour/nothing_is_written", "written")
+@mutant(Cause.MEMORY_LAYOUT, "behaviour/nothing_is_written_at_odd_sizes", "written")
 class padding_written_behind_the_input(Plain):
     """The last row of hidden_states is padded to whole blocks of 32 columns where it lies."""
 

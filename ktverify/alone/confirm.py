@@ -1,0 +1,172 @@
+"""Every accusation of a run again, without the suite: each case's folder in the engine's own interpreter.
+
+Comes in: a run. Goes out: a Finding for each accusation, and below the run's directory a folder for each case, with
+what its script printed. The tensors that a script saves are judged here by the gates that accused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ktverify import engines
+from ktverify.alone.accusations import Accusation, Place, accusations, error_text
+from ktverify.alone.folder import ACTUAL_FILE, SCRIPT, Setting, script_of, write
+from ktverify.cases import Case
+from ktverify.data import make_inputs
+from ktverify.files import write_whole
+from ktverify.gates import Verdict, judge
+from ktverify.hosting import Hosted
+from ktverify.hosting.process import how_it_ended
+from ktverify.names import ALL_TENSORS
+from ktverify.report.store import Run
+from ktverify.verify import LiveOracle, isa_name
+
+FOLDER = "confirm"
+# what corrupts memory does not end a process each time
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An accusation, whether it was confirmed, and what was found without the suite, in few words."""
+
+    accusation: Accusation
+    confirmed: bool
+    alone: str
+
+
+@dataclass(frozen=True)
+class Alone:
+    """How one run of a script ended: "" where it saved its tensors, else "SIGSEGV", "no answer", its last line."""
+
+    ended: str
+    signalled: bool = False
+    actual: dict[str, torch.Tensor] | None = None
+
+
+def interpreter_of(engine: str) -> str:
+    """The engine's own interpreter. ValueError where there is none."""
+    factory = engines.find(engine)
+    return factory.check() if isinstance(factory, Hosted) else sys.executable
+
+
+def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) -> list[Finding]:
+    """A finding for each accusation of `run`. time_limit: seconds for one script; done(cases, of) after each.
+
+    ValueError for a run whose head was lost, or whose engine brings no script.
+    """
+    if run.head is None:
+        raise ValueError(f"{run.directory}: its head was lost, so nobody knows which engine it judged")
+    engine = run.head.engine
+    script, python = script_of(engine), interpreter_of(engine)
+    groups = [(place, list(told)) for place, told in groupby(accusations(run.records), lambda a: a.place)]
+    findings: list[Finding] = []
+    for number, (place, told) in enumerate(groups):
+        done(number, len(groups))
+        again = _Again(place, engine, script, run.directory / FOLDER / folder_name(place), python)
+        findings += again.findings(told, time_limit)
+    done(len(groups), len(groups))
+    return findings
+
+
+def folder_name(place: Place) -> str:
+    """A file name for a place: "large@seed=0" -> "large", "small@seed=1" at TP 2 -> "small@seed=1.tp2"."""
+    parts = (Case.parse(place.case).brief, f"tp{place.tp}" if place.tp != 1 else "", isa_name(place.isa))
+    return ".".join(part for part in parts if part)
+
+
+class _Again:
+    """One case at one place, written to its folder and run there."""
+
+    def __init__(self, place: Place, engine: str, script: Path, folder: Path, python: str) -> None:
+        self.place, self.engine, self.script, self.folder, self.python = place, engine, script, folder, python
+        self.case = Case.parse(place.case)
+
+    def findings(self, told: list[Accusation], time_limit: float) -> list[Finding]:
+        """What the script shows of each; it gets more tries as long as something stays unconfirmed."""
+        inputs = make_inputs(self.case)
+        self.oracle = LiveOracle.of(inputs)
+        write(inputs, self.oracle, self.script, self.folder, Setting(self.place.tp, isa=isa_name(self.place.isa)))
+        best: list[Finding] = []
+        for _ in range(TRIES):
+            alone = self._run(time_limit)
+            now = [self._finding(accusation, alone) for accusation in told]
+            best = [a if a.confirmed else b for a, b in zip(best or now, now, strict=True)]
+            if all(finding.confirmed for finding in best):
+                break
+        return best
+
+    def _run(self, time_limit: float) -> Alone:
+        actual = self.folder / ACTUAL_FILE
+        actual.unlink(missing_ok=True)
+        environment = dict(os.environ)
+        if self.python != sys.executable:
+            # they lead to packages of this interpreter
+            environment = {name: v for name, v in environment.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        with tempfile.TemporaryFile() as log:
+            code = _wait([self.python, str(self.folder / SCRIPT)], environment, log.fileno(), time_limit)
+            log.seek(0)
+            said = log.read().decode(errors="replace")
+        write_whole(self.folder / "output.txt", said)
+        if code is None:
+            return Alone("no answer")
+        if code < 0:
+            return Alone(signal.Signals(-code).name, signalled=True)
+        if not actual.is_file():
+            last = said.strip().splitlines()
+            return Alone(last[-1][:60] if last else how_it_ended(code))
+        from safetensors.torch import load
+
+        return Alone("", actual=load(actual.read_bytes()))
+
+    def _finding(self, accusation: Accusation, alone: Alone) -> Finding:
+        if accusation.verdict == "TIMEOUT":
+            return Finding(accusation, alone.ended == "no answer", alone.ended or "answered")
+        if accusation.verdict == "CRASH":
+            return Finding(accusation, bool(alone.ended) and alone.ended != "no answer", alone.ended or "computed")
+        if alone.actual is None:
+            return Finding(accusation, False, alone.ended)
+        wrong = dict(self._wrong(alone.actual, accusation.exact))
+        if not accusation.tensor:
+            return Finding(accusation, bool(wrong), "; ".join(f"{n} {text}" for n, text in wrong.items()) or "right")
+        return Finding(accusation, accusation.tensor in wrong, wrong.get(accusation.tensor, "right"))
+
+    def _wrong(self, actual: dict[str, torch.Tensor], exact: bool) -> Iterator[tuple[str, str]]:
+        """(name, what is wrong) of each tensor that does not pass."""
+        own, isa = engines.strict(self.engine), isa_name(self.place.isa)
+        for name in ALL_TENSORS:
+            if name not in actual:
+                yield name, "missing"
+                continue
+            difference = self.oracle.compare(name, actual[name])
+            judgement = judge(self.case, name, difference, self.oracle.peer[name], own_engine=own, isa=isa)
+            if exact and difference.mismatched:
+                yield name, f"{difference.mismatched} of {difference.numel} elements differ"
+            elif not exact and judgement.verdict is Verdict.FAIL:
+                yield name, error_text(difference.rel_l2, difference.non_finite)
+
+
+def _wait(command: list[str], environment: dict[str, str], log: int, time_limit: float) -> int | None:
+    """The exit code of `command`, None where it was ended at its time limit, with all that it had started."""
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        return process.wait(time_limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

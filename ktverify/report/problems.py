@@ -1,0 +1,191 @@
+"""What did not pass, by its cause: one block each, so that a defect that costs a hundred checks is told once.
+
+Comes in: a run. Goes out: blocks of lines, worst first, that every printer shows as they are. What ended an engine in
+one way is one block, with its last words once and all that it cost; the failing tensors of a case are one; the failing
+checks of a family are one, a line each. Whatever is left out here stands in records.jsonl.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ktverify.report.record import NOT_RUN, AccuracyRecord, CheckRecord, LatencyRecord, Result, VerdictName, worst_first
+from ktverify.report.store import Run
+
+WIDTH = 110
+# lines of one check, and characters of its name, in the block of a family
+LINES_OF_A_CHECK = 4
+WIDEST_NAME = 44
+# nothing of a tensor can be told: the process was gone, or ended
+ENDED: frozenset[str] = frozenset({"CRASH", "TIMEOUT", "OOM"})
+
+_LAST_WORDS = "; last words:"
+# which function of the suite had called does not make two causes of one; nor do addresses and sizes
+_CALLER = re.compile(r"^(?:\w+: )?suites\.[\w.]+:\w+: ")
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The verdict, a heading behind it, lines, and the command that repeats one of them ("" where there is none)."""
+
+    verdict: VerdictName
+    where: str
+    lines: tuple[str, ...]
+    repro: str
+
+
+def problems(run: Run) -> list[Problem]:
+    """What did not pass, worst first."""
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for record in worst_first(run.records):
+        if record.verdict not in (*NOT_RUN, "PASS"):
+            groups.setdefault(_key(record), []).append(record)
+    return [_problem(members) for members in groups.values()]
+
+
+def group_text(problem: Problem, most: int | None = None) -> str:
+    """A problem as lines: verdict and where, what was found (at most so many lines of it), how to repeat it."""
+    lines = [f"{problem.verdict} {problem.where}", *(f"    {line}" for line in problem.lines[:most])]
+    if most is not None and len(problem.lines) > most:
+        lines.append(f"    and {len(problem.lines) - most} more lines, see accuracy.md")
+    return "\n".join([*lines, f"    {problem.repro}"] if problem.repro else lines)
+
+
+def problem_text(record: Result) -> str:
+    """A record that did not pass, as one or two lines: what it was, what was found, how to repeat it."""
+    what = _name(record)
+    found = next((line for line in record.message.splitlines() if line.strip()), "")
+    if not found.startswith(record.verdict):
+        tensor = f" {record.tensor}" if isinstance(record, AccuracyRecord) else ""
+        found = f"{record.verdict}{tensor} {found}".rstrip()
+    lines = [f"{record.family}/{record.isa or '-'} {what}: {found}"]
+    if record.repro:
+        lines.append(f"    {record.repro}")
+    return "\n".join(lines)
+
+
+def _name(record: Result) -> str:
+    """What was checked: a case, what was timed of it, or a check's name."""
+    if isinstance(record, CheckRecord):
+        return record.name
+    return f"{record.case} {record.what}" if isinstance(record, LatencyRecord) else record.case
+
+
+def _key(record: Result) -> tuple[str, ...]:
+    if record.verdict in ENDED:
+        return (record.verdict, record.isa, _NUMBER.sub("#", _cause(record)[0]))
+    if isinstance(record, CheckRecord):
+        return (record.verdict, record.isa, record.family, "")
+    if isinstance(record, LatencyRecord):
+        return (record.verdict, record.isa, record.family, record.case, record.what)
+    return (record.verdict, record.isa, "tensors", record.case, str(record.tp), record.source)
+
+
+def _problem(members: list[Result]) -> Problem:
+    first = members[0]
+    repro = next((record.repro for record in members if record.repro), "")
+    if first.verdict in ENDED:
+        where, lines = _ended(members)
+    elif isinstance(first, CheckRecord):
+        where, lines = _times(members) + _joined(first.family, first.isa), _checks(members)
+    else:
+        families = ", ".join(dict.fromkeys(record.family for record in members))
+        tp = f"TP {first.tp}" if first.tp != 1 else ""
+        what = first.what if isinstance(first, LatencyRecord) else ""
+        where = _joined(families, first.isa, first.case, what, tp)
+        lines = [line for record in members for line in _message_lines(record)]
+        # of several tensors the command of the whole case, not of the first
+        repro = repro.partition(" --tensor ")[0] if len(members) > 1 else repro
+    return Problem(first.verdict, where, tuple(lines), repro)
+
+
+def _joined(*parts: str) -> str:
+    return " · ".join(part for part in parts if part)
+
+
+def _cause(record: Result) -> tuple[str, list[str]]:
+    """(how it ended, the last words) of a record whose engine gave nothing."""
+    lines = [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
+    at = next((number for number, line in enumerate(lines) if _LAST_WORDS in line), 0)
+    how = lines[at] if lines else ""
+    # a property tells its sentence and its case first, and the error's class
+    return _CALLER.sub("", how.removeprefix("Died: ")).partition(_LAST_WORDS)[0], lines[at + 1 :]
+
+
+def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:
+    """(heading, lines) of all that one way to end has cost: last words once, then what it cost by family."""
+    how, words = _cause(members[0])
+    words = [line for line in words if not line.startswith("pytest ")]
+    families: dict[str, list[str]] = {}
+    for record in members:
+        name = _short(_name(record))
+        if not isinstance(record, LatencyRecord) and record.tp != 1:
+            name = f"{name.removesuffix(']')} at TP {record.tp}" + ("]" if name.endswith("]") else "")
+        families.setdefault(name, []).append(record.family)
+    cost: dict[tuple[str, ...], list[str]] = {}
+    for name, found in families.items():
+        cost.setdefault(tuple(dict.fromkeys(found)), []).append(name)
+    lines = [f"last words, of {_short(_name(members[0]))}:", *(f"  {line}" for line in words)] if words else []
+    for sharing, names in cost.items():
+        lines += _wrapped(f"{', '.join(sharing)}: {_listed(names)}")
+    return _times(members) + _joined(members[0].isa, how), lines
+
+
+def _times(members: Sequence[Result]) -> str:
+    return f"× {len(members)} " if len(members) > 1 else ""
+
+
+def _checks(members: Iterable[Result]) -> list[str]:
+    """A line for each check, its name and what it found; those that found the same share one."""
+    told: dict[tuple[str, ...], list[str]] = {}
+    for record in members:
+        name = _short(_name(record))
+        first, *others = _message_lines(record) or [""]
+        told.setdefault((_without_name(first, name), *others), []).append(name)
+    width = min(WIDEST_NAME, max(len(names[0]) for names in told.values()))
+    lines: list[str] = []
+    for (first, *others), names in told.items():
+        if len(names) > 1:
+            lines += [f"{first} ({len(names)} times):", *_wrapped(f"  {_listed(names)}")]
+            continue
+        shown = others if len(others) <= LINES_OF_A_CHECK else others[: LINES_OF_A_CHECK - 1]
+        lines.append(f"{names[0]:{width}}  {first}")
+        lines += [f"{'':{width}}    {line.strip()}" for line in shown]
+        if len(others) > len(shown):
+            lines.append(f"{'':{width}}    and {len(others) - len(shown)} more lines")
+    return lines
+
+
+def _without_name(text: str, name: str) -> str:
+    """A refusal's text begins with what was tried, which its name tells as well."""
+    tried = name.partition("[")[2].removesuffix("]")
+    return text.removeprefix(f"{tried}: ") if tried else text
+
+
+def _listed(names: Iterable[str]) -> str:
+    """["refused[a]", "refused[b]", "small"] -> "refused[a, b], small"."""
+    tests: dict[str, list[str]] = {}
+    for name in names:
+        test, bracket, tried = name.partition("[")
+        tests.setdefault(test, []).extend([tried.removesuffix("]")] if bracket else [])
+    return ", ".join(f"{test}[{', '.join(tried)}]" if tried else test for test, tried in tests.items())
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _short(name: str) -> str:
+    """A check's name without what all names have: "test_refused[gate_proj shape]" -> "refused[gate_proj shape]"."""
+    found = name.removeprefix("test_").replace("[engine-", "[").replace("@seed=0", "")
+    # conftest cuts a name at a case's seed, and with it the bracket
+    return found + "]" if found.count("[") > found.count("]") else found.removesuffix("[engine]")
+
+
+def _message_lines(record: Result) -> list[str]:
+    """The message without the repro command, which stands below it."""
+    return [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]

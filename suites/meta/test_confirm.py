@@ -1,0 +1,143 @@
+"""`confirm`: what a run says is shown again by the engine's own script, and what is not shown there is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ktverify import verify
+from ktverify.alone import confirm as confirming
+from ktverify.alone.accusations import Accusation, Place, accusations, untold
+from ktverify.alone.folder import script_of
+from ktverify.cases import Case
+from ktverify.cli import app
+from ktverify.report.record import AccuracyRecord, CheckRecord, Result
+from ktverify.report.store import load, start_run
+
+ENGINE = "suites.support.accused:Accused"
+
+
+def case_of(tokens: int) -> Case:
+    return Case.parse(f"E=4,k=2,H=32,I=32,T={tokens},r=4,alpha=8")
+
+
+def failing(tokens: int) -> list[AccuracyRecord]:
+    """What the suite's own gates say of the engine on so many tokens."""
+    return verify.check_case(ENGINE, case_of(tokens), fresh=True).records
+
+
+def ended(tokens: int, verdict: str, message: str) -> CheckRecord:
+    return CheckRecord.model_validate(
+        {
+            "family": "contract", "engine": ENGINE, "name": "test_edge", "verdict": verdict, "message": message,
+            "case": case_of(tokens).id,
+        }
+    )  # fmt: skip
+
+
+def write(directory: Path, records: list[Result], engine: str = ENGINE) -> Path:
+    recorder = start_run(directory, engine, "pytest")
+    for record in records:
+        recorder.add(record)
+    return directory
+
+
+def confirm(directory: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    done = CliRunner().invoke(app, ["confirm", str(directory), *arguments])
+    return done.exit_code, done.output
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The table's rows by case."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line][2:]
+    return {row[1]: row for row in cells}
+
+
+def test_a_failure_and_a_crash_are_confirmed(tmp_path: Path) -> None:
+    died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
+    raised = ended(14, "CRASH", "RuntimeError: no weights for fourteen")
+    run = write(tmp_path / "run", [*failing(12), died, raised])
+    code, text = confirm(run)
+    assert code == 0, text
+    assert text.startswith(f"CONFIRMED: all 3 accusations, in 3 cases of {ENGINE}.")
+    failed, crashed, refused = (rows(text)[case_of(tokens).brief] for tokens in (12, 13, 14))
+    assert failed[0] == "yes"
+    assert failed[2:4] == ["FAIL", "output"]
+    assert float(failed[4]) == pytest.approx(1.0, abs=0.05)
+    assert failed[4] == failed[5]
+    assert crashed == ["yes", crashed[1], "CRASH", "", "SIGSEGV", "SIGSEGV"]
+    assert refused[5] == "no weights for fourteen"
+    kept = run / "confirm" / crashed[1]
+    assert (kept / "output.txt").read_text(encoding="utf-8").startswith("13 tokens")
+    assert {path.name for path in kept.iterdir()} == {"case.safetensors", "run.py", "output.txt"}
+    assert (run / "confirm" / "confirm.md").read_text(encoding="utf-8") == text
+
+
+def test_what_is_not_shown_alone_is_not_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirming, "TRIES", 1)
+    other = CheckRecord(family="contract", engine=ENGINE, name="test_refused[k]", verdict="FAIL", message="k: accepted")
+    crash = ended(10, "CRASH", "the process died of SIGABRT")
+    code, text = confirm(write(tmp_path / "run", [*failing(11), crash, other]))
+    assert code == 1
+    assert text.startswith("NOT CONFIRMED: 2 of 2 accusations")
+    assert rows(text)[case_of(11).brief][::5] == ["NO", "right"]
+    assert rows(text)[case_of(10).brief][4:] == ["SIGABRT", "computed"]
+    assert text.endswith("not repeated here: 1 checks.\n")
+
+
+def test_no_answer_is_confirmed_by_none(tmp_path: Path) -> None:
+    # python alone takes longer than that
+    run = write(tmp_path / "run", [ended(12, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")])
+    found = confirming.confirm(load(run), time_limit=0.01, done=lambda number, of: None)
+    assert [(finding.confirmed, finding.alone) for finding in found] == [(True, "no answer")]
+
+
+def test_a_run_without_accusations_needs_nothing(tmp_path: Path) -> None:
+    code, text = confirm(write(tmp_path / "run", []))
+    assert code == 0
+    assert text.startswith("Nothing to confirm")
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ("torch_bf16", "error: engine 'torch_bf16' has no stand-alone script; it takes the attribute stand_alone"),
+        ("suites.support.accused:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
+    ],
+)
+def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engine: str, says: str) -> None:
+    code, text = confirm(write(tmp_path / "run", [], engine))
+    assert code == 2
+    assert says in text
+    assert len(text.splitlines()) == 1
+
+
+def test_kt_kernel_brings_a_script_that_knows_nothing_of_us() -> None:
+    lines = script_of("kt_kernel").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith(("import ktverify", "from ktverify"))]
+
+
+def test_each_accusation_is_told_once() -> None:
+    case = "exact_small@seed=0"
+    lines = ["TP 1: FAIL grad_input non_finite 96, budget 0, worst [0, 0]", "TP 2: FAIL output 3 of 8 elements differ"]
+    said = "\n  ".join([case, *lines])
+    degrees = CheckRecord(
+        family="tp_consistency", engine=ENGINE, name="test_degrees", verdict="FAIL", message=said, case=case
+    )
+    own = "\n".join([case, *(line.partition(": ")[2] for line in lines)])
+    exact = degrees.model_copy(update={"family": "exact", "message": own})
+    assert accusations([degrees, degrees]) == [
+        Accusation(Place(case, 1), "FAIL", "grad_input", "96 not finite"),
+        Accusation(Place(case, 2), "FAIL", "output", "3 of 8 elements differ"),
+    ]
+    assert [(told.place.tp, told.tensor, told.exact) for told in accusations([exact])] == [
+        (1, "output", True),
+        (1, "grad_input", True),
+    ]
+    nameless = degrees.model_copy(update={"case": ""})
+    eaten = degrees.model_copy(update={"verdict": "OOM"})
+    assert accusations([nameless, eaten]) == []
+    assert untold([degrees, nameless, eaten]) == 2
