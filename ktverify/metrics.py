@@ -28,6 +28,7 @@ class Difference:
     mismatched counts elements that are not b rounded once to a's dtype (+0 and -0 are one value); -1: not known.
     stray counts elements other than 0 in slices of the first axis in which b is all zero (idle experts, masked tokens).
     density is the share of elements other than 0 in b's other slices; nonzero their number.
+    participation = (sum b^2)^2 / sum b^4: how many elements carry b's norm, and with it rel_l2; inf where not known.
     estimated: from a projection of b, see ktverify.golden.sketch; rel_l2 is then within 10 %.
     """
 
@@ -48,6 +49,7 @@ class Difference:
     stray: int = 0
     nonzero: int = 0
     density: float = 0.0
+    participation: float = math.inf
 
 
 def relative(error: float, norm: float) -> float:
@@ -85,7 +87,7 @@ def compare(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
     if numel == 0:
         return Difference(0.0, 0.0, 1.0, 0.0, (), 0.0, 0.0, 0, 0.0, 0.0, 0, mismatched=0)
     a_flat, b_flat = actual.detach().reshape(-1), expected.detach().reshape(-1)
-    square = square_a = square_b = dot = sum_abs = sum_b = 0.0
+    square = square_a = square_b = fourth_b = dot = sum_abs = sum_b = 0.0
     non_finite = missing = mismatched = 0
     worst, worst_at, broken_at = -1.0, 0, -1
     for begin in range(0, numel, _CHUNK):
@@ -112,6 +114,7 @@ def compare(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
         square += float(error @ error)
         square_a += float(a @ a)
         square_b += float(b @ b)
+        fourth_b += float((b * b) @ (b * b))
         dot += float(a @ b)
     at = broken_at if broken_at >= 0 else worst_at
     norm_a, norm_b = math.sqrt(square_a), math.sqrt(square_b)
@@ -133,6 +136,7 @@ def compare(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
         stray=stray,
         nonzero=nonzero,
         density=density,
+        participation=square_b**2 / fourth_b if fourth_b > 0 else math.inf,
     )
 
 

@@ -225,12 +225,22 @@ def test_own_limits_by_hand() -> None:
         assert own_limit(case, OUTPUT, "amx_bf16") is None
 
 
+def test_own_limit_of_a_draw_that_few_elements_decide() -> None:
+    row = catalogue()["tail_h17_i15"]
+    assert own_limit(row, OUTPUT, "amx_bf16", 64.0) == 2.8e-3
+    drawn = row.with_seed(5)
+    assert own_limit(drawn, OUTPUT, "amx_bf16", 256.0) == 2.8e-3
+    assert own_limit(drawn, OUTPUT, "amx_bf16", 64.0) == pytest.approx(2.8e-3 * (1 + 3 / 8 - 3 / 16))
+
+
 def test_own_limit_bites_where_the_peer_is_content(setting: Setting) -> None:
     noise = torch.Generator().manual_seed(6)
     for name in ALL_TENSORS:
         right = setting.expected[name]
         draw = torch.randn(right.shape, generator=noise, dtype=torch.float64)
-        draw *= 4.5e-3 * right.norm() / draw.norm()
+        limit = own_limit(setting.case, name, "amx_bf16", compare(right, right).participation)
+        assert limit is not None
+        draw *= 1.05 * limit * right.norm() / draw.norm()
         assert broken_gates(setting.judge(name, right + draw)) == {"rel_l2_own"}
         assert setting.judge(name, right + draw, own=False).verdict is Verdict.PASS
 

@@ -92,6 +92,14 @@ def test_mismatched_means_not_rounded_once() -> None:
     assert compare(truncated, b).mismatched == 1
 
 
+def test_participation_counts_what_carries_the_norm() -> None:
+    even = torch.full((4, 5), 3.0)
+    assert compare(even, even).participation == pytest.approx(20)
+    one = torch.tensor([1e3, 1.0, -1.0, 1.0])
+    assert compare(one, one).participation == pytest.approx(1, rel=1e-5)
+    assert compare(one * 0, one * 0).participation == math.inf
+
+
 def test_stray_and_density_are_by_slice() -> None:
     b = torch.zeros(4, 2, 3)
     b[1] = 1.0
