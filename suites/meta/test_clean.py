@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from suites.meta.clean import Run, Subject, judge, print_runs, subjects
+from suites.meta.clean import Run, Subject, judge, main, print_runs, subjects
 from suites.meta.mutants import MUTANTS
 from suites.support.isas import Isa
 
@@ -18,7 +19,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_command_runs_every_right_engine() -> None:
     everyone = [subject.label for subject in subjects()]
-    command = [sys.executable, "-m", "ktverify", "clean", "--runs", str(len(everyone)), "--cases", "tiny,one_token_odd"]
+    runs = str(len(everyone))
+    command = [
+        sys.executable,
+        "-m",
+        "ktverify",
+        "clean",
+        "--runs",
+        runs,
+        "--jobs",
+        "1",
+        "--cases",
+        "one_token_odd,tiny",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith(f"PASS {len(everyone)} of {len(everyone)} runs")
@@ -42,7 +55,8 @@ def test_run_that_compared_nothing_is_no_pass() -> None:
     assert not Run("torch_bf16", 1, compared=1).bad
 
 
-def test_cases_that_are_not_there() -> None:
-    command = [sys.executable, "-m", "ktverify", "clean", "--cases", "nosuch"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: --cases nosuch: it matches none of the tiny default cases\n")
+def test_cases_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        main(cases="nosuch")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == "error: --cases nosuch: it matches none of the tiny default cases\n"
