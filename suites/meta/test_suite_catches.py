@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from ktverify import cases
 from ktverify.cases import Case
 from ktverify.report.store import load
+from suites import conftest
 from suites.meta.mutants import MUTANTS
 from suites.support import accuracy, tensor_parallel
 from suites.support.child import Child, ChildCrash, ChildPool
@@ -207,16 +209,21 @@ def test_run_that_compared_nothing_fails(tmp_path: Path, workers: tuple[str, ...
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("choice", "wrong"),
     [
-        (("--cases=no_such_case",), "no_such_case"),
-        (("--isa=no_such_isa",), "no_such_isa"),
-        (("--engine=no_such_engine",), "no_such_engine"),
-        (("--engine=suites.support.broken:no_such_factory",), "no_such_factory"),
+        ("cases", "no_such_case"),
+        ("isa", "no_such_isa"),
+        ("engine", "no_such_engine"),
+        ("engine", "suites.support.broken:no_such_factory"),
     ],
 )
-def test_run_of_a_wrong_choice_is_refused(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
-    engine = () if any(argument.startswith("--engine") for argument in arguments) else (f"--engine={RIGHT}",)
-    done = _pytest(tmp_path / "run", "suites/forward", *engine, *arguments)
+def test_wrong_choice_is_refused(choice: str, wrong: str) -> None:
+    options = {"engine": RIGHT, "isa": "all", "cases": None, "tier": None, choice: wrong}
+    with pytest.raises(pytest.UsageError, match=wrong.rpartition(":")[2]):
+        conftest._check_choices(cast(pytest.Config, SimpleNamespace(option=SimpleNamespace(**options))))
+
+
+def test_run_of_a_wrong_choice_ends_at_once(tmp_path: Path) -> None:
+    done = _pytest(tmp_path / "run", "suites/forward", f"--engine={RIGHT}", "--cases=no_such_case")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
-    assert says in done.stdout + done.stderr
+    assert "no_such_case" in done.stdout + done.stderr
