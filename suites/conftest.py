@@ -289,13 +289,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def group_of(nodeid: str) -> str:
     """The group of tests that one worker runs one after the other, read from a test's id.
 
-    A family, and in it each instruction set and the big cases by themselves; of meta, each file.
+    A family, and in it each instruction set by itself; of meta, each file. The big cases of all families: gigabytes of
+    inputs are made once for forward and backward.
     """
     path, _, name = nodeid.partition("::")
     family, file = Path(path).parts[-2:]
     if family == "meta":
         return f"{family}-{file}"
     found = re.search(r"\[(big|" + "|".join(isas.IDS) + r")[-\]]", name)
+    if found and found.group(1) == "big":
+        return "big"
     return f"{family}-{found.group(1)}" if found else family
 
 
@@ -316,11 +319,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByGroup(config, log)
 
 
-def _urgency(item: pytest.Item) -> int:
+def _urgency(item: pytest.Item) -> tuple[int, str]:
     """Long groups first, so that no worker begins one when the others are done; timings when most are done."""
     if item.get_closest_marker("big"):
-        return 0
-    return 2 if item.get_closest_marker("latency") else 1
+        spec = getattr(item, "callspec", None)
+        return 0, spec.params["case"].name if spec is not None and "case" in spec.params else ""
+    return (2 if item.get_closest_marker("latency") else 1), ""
 
 
 @pytest.hookimpl(trylast=True)
