@@ -1,4 +1,4 @@
-// The products and silu of each instruction set against plain double loops, at many remainders of their register blocks.
+// The products and silu of each instruction set against plain double loops, at many remainders of its register blocks.
 #include <cstring>
 
 #include "check.hpp"
