@@ -1,4 +1,4 @@
-"""The oracle: CONTRACT.md section 1 as a plain loop over experts, by hand-written formulas; and the plain bf16 peer.
+"""The oracle: docs/contract.md, "The layer", as a plain loop over experts, by hand; and the plain bf16 peer.
 
 Comes in: the tensors of one case (`ktverify.data.Inputs`, or anything with the same attributes). Goes out: a dict of
 ALL_TENSORS. Imports torch and nothing of ours but names, so that no engine can share a mistake with it.
@@ -56,7 +56,7 @@ def forward_backward(
     [T, k], zero for ids of -1. skip_lora leaves every LoRA term out of the backward (LoRA gradients zero); the forward
     has them all the same. backward=False gives only output. One expert's weights are converted at a time.
 
-    Formulas: CONTRACT.md section 1. d silu(g) / dg = sigma(g) (1 + g (1 - sigma(g))).
+    Formulas: docs/contract.md, "The layer". d silu(g) / dg = sigma(g) (1 + g (1 - sigma(g))).
     """
     s = inputs.case.scaling
     result = _empty_result(inputs, dtype, backward)

@@ -65,7 +65,7 @@ def backward_work(case: Case, active: int) -> Work:
 
     A product y = x W has two gradients, dx = dy W^T and dW = x^T dy, of as many operations each as the product itself.
     The base weights are frozen, so their dW is not computed: 6 R H I. LoRA is trained and has both: 12 R r (H + I).
-    Nothing need be computed again: x A^T, h A^T, g and u are kept by the forward (CONTRACT.md, section 1).
+    Nothing need be computed again: x A^T, h A^T, g and u are kept by the forward (docs/contract.md, "The layer").
     """
     return Work(weight_bytes(case, active), cases.flops(case, backward=True) - cases.flops(case))
 

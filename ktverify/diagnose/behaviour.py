@@ -1,4 +1,4 @@
-"""What the tensors of one call cannot show: further calls of the engine, each with what CONTRACT.md says of it.
+"""What the tensors of one call cannot show: further calls of the engine, each with what docs/contract.md says of it.
 
 Comes in: a Situation and a Probe. Goes out: findings; the first kind of call that goes wrong ends the search. What an
 engine raises where it must not is a finding too. A probe is a function of a Stand; it yields what it found.

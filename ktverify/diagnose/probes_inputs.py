@@ -161,7 +161,7 @@ def others(stand: Stand) -> Iterator[Finding]:
 
 
 def refusals(stand: Stand) -> Iterator[Finding]:
-    """What CONTRACT.md section 4 has refused, a few of each kind; and a refused call leaves the layer as it was."""
+    """What docs/contract.md has refused, a few of each kind; and a refused call leaves the layer as it was."""
     bad = calls.bad_calls(stand.case, stand.inputs, stand.layer, stand.probe.factory)
     accepted = [text for text, act in bad if calls.refusal(act) is None]
     if accepted:

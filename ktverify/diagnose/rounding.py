@@ -1,6 +1,6 @@
 """Hypotheses of a type: a sum kept in bf16, a value rounded on its way, parameters or results cast.
 
-They are tried on top of the roundings that every engine may have (CONTRACT.md section 2: operands are bf16), so that
+They are tried on top of the roundings that every engine may have (docs/contract.md: operands are bf16), so that
 what is left is the rounding that should not be there; and without them.
 """
 

@@ -84,7 +84,7 @@ def _peer_of(inputs: Inputs, right: dict[str, Tensor]) -> dict[str, float]:
 
 
 def wrong_forms(case: Case, actual: Tensors) -> dict[str, str]:
-    """By name, which tensors have another shape or dtype than CONTRACT.md sections 1 and 3 say."""
+    """By name, which tensors have another shape or dtype than docs/contract.md, "The layer", says."""
     shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
     wrong = {}
     for name, tensor in actual.items():

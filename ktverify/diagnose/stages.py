@@ -45,7 +45,7 @@ class Values:
 Formula = Callable[[Values], Tensor]
 Change = Mapping[str, Formula]
 
-# CONTRACT.md section 1, in the order in which a layer computes it
+# docs/contract.md, "The layer", in the order in which a layer computes it
 FORMULAS: dict[str, Formula] = {
     "x_ga": lambda v: v["x"] @ v["ga"].T,
     "x_ua": lambda v: v["x"] @ v["ua"].T,
@@ -192,7 +192,7 @@ class Layer:
 
     @classmethod
     def of(cls, inputs: Inputs) -> Layer:
-        """All formulas as CONTRACT.md has them."""
+        """All formulas as docs/contract.md has them."""
         layer = cls(inputs)
         for v in walk(inputs):
             layer.experts.append(v)

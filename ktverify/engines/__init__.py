@@ -1,7 +1,7 @@
 """Engines under test, found by name.
 
 Comes in: a name, or `package.module:factory`. Goes out: a callable that takes KTMoEWrapper's keyword arguments
-(CONTRACT.md section 3) and returns a layer. A new engine is one file here and one line in `_BUILT_IN`.
+(docs/contract.md, "Calls") and returns a layer. A new engine is one file here and one line in `_BUILT_IN`.
 """
 
 from __future__ import annotations

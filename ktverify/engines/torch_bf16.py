@@ -31,9 +31,9 @@ class Saved:
 
 
 class TorchBf16:
-    """A layer of E experts, bf16 base weights [E, I, H], [E, I, H], [E, H, I] and LoRA of rank r; see CONTRACT.md.
+    """A layer of E experts, bf16 base weights [E, I, H], [E, I, H], [E, H, I] and LoRA of rank r; see docs/contract.md.
 
-    ValueError, TypeError and RuntimeError as its section 4 lists them, before anything is computed or changed.
+    ValueError, TypeError and RuntimeError as its table "Refusals" lists them, before anything is computed or changed.
     threadpool_count and cpuinfer_threads are checked but change nothing: torch has its own threads. isa is ignored.
     """
 

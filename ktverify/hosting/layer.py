@@ -139,7 +139,7 @@ def _close_all() -> None:
 
 
 class HostedLayer:
-    """A layer of a hosted engine, with KTMoEWrapper's methods; shapes and dtypes as in CONTRACT.md."""
+    """A layer of a hosted engine, with KTMoEWrapper's methods; shapes and dtypes as in docs/contract.md."""
 
     def __init__(self, host: _Host, arguments: dict[str, Any]) -> None:
         self._host = host

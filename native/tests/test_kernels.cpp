@@ -1,4 +1,4 @@
-// Each kernel of each instruction set against plain double loops, at every remainder of its register blocks.
+// The products and silu of each instruction set against plain double loops, at many remainders of its register blocks.
 #include <cstring>
 
 #include "check.hpp"

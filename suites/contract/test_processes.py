@@ -12,7 +12,7 @@ from suites.support.subject import Subject
 
 # these depend on what happened in the process before
 IN_A_FRESH_PROCESS = ["fork_before_use", "threads_have_a_ceiling", "idle_experts_take_no_memory"]
-# more than CONTRACT.md asks of every engine
+# more than docs/contract.md asks of every engine
 OF_THE_NATIVE_ENGINE = ["fork_during_a_call", "no_memory_half_way", "reload_refused_while_forward_waits"]
 CHECKS = [
     "threads_with_layers_of_their_own",

@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
 
 
 def products(case: Case) -> list[tuple[int, int, int]]:
-    """(rows, in, out) of every product of one forward, base and LoRA apart, counted from CONTRACT.md section 1."""
+    """(rows, in, out) of every product of one forward, base and LoRA apart, counted from docs/contract.md."""
     rows, h, i, r = case.qlen * case.top_k, case.hidden, case.intermediate, case.rank
     base = [(rows, h, i), (rows, h, i), (rows, i, h)]
     return [*base, (rows, h, r), (rows, r, i), (rows, h, r), (rows, r, i), (rows, i, r), (rows, r, h)]

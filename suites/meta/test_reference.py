@@ -35,7 +35,7 @@ CASES = [
 
 
 def loss_by_token(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(output [T, H], <output, grad_output>): CONTRACT.md's forward written token by token, slot by slot."""
+    """(output [T, H], <output, grad_output>): the forward of docs/contract.md, token by token, slot by slot."""
     s = inputs.case.scaling
     rows = []
     for t in range(inputs.case.qlen):
@@ -191,7 +191,7 @@ def test_zeros() -> None:
 
 
 def test_the_peer_is_where_plain_bf16_is_known_to_be() -> None:
-    """4.5e-3 to 7e-3 on ordinary cases (CONTRACT.md section 2)."""
+    """4.5e-3 to 7e-3 on ordinary cases (docs/contract.md, "Numbers")."""
     inputs = make_inputs(Case.parse("E=8,k=2,H=512,I=256,T=64,r=16,alpha=32"))
     for name, error in peer_error(inputs, forward_backward(inputs)).items():
         assert 4e-3 < error < 8e-3, name

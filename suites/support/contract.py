@@ -1,4 +1,4 @@
-"""What CONTRACT.md demands beyond right numbers: determinism, isolation, no leftovers, edge inputs.
+"""What docs/contract.md demands beyond right numbers: determinism, isolation, no leftovers, edge inputs.
 
 Each check takes a Subject and raises AssertionError with what it saw.
 """
@@ -69,7 +69,7 @@ def reached(ids: Tensor) -> list[int]:
 
 
 def check_edge(subject: Subject, case: Case) -> None:
-    """Shapes and dtypes as section 1 and 3 of the contract have them, values within the budgets."""
+    """Shapes and dtypes as docs/contract.md, "The layer", has them, values within the budgets."""
     inputs = make_inputs(case)
     found = subject.run(case, inputs)
     shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)

@@ -1,4 +1,4 @@
-"""The refusals of CONTRACT.md section 4, as data: what is done, which error it has to get, what the error must say.
+"""The table "Refusals" of docs/contract.md, as data: what is done, which error it has to get, what the error must say.
 
 Each is tried on a layer that works, which has to work afterwards and to give the same bits as before.
 """

@@ -27,7 +27,7 @@ NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", 
 
 
 class KtKernel:
-    """A layer of E experts; shapes and dtypes as in CONTRACT.md. LoRA in bf16 only."""
+    """A layer of E experts; shapes and dtypes as in docs/contract.md. LoRA in bf16 only."""
 
     _turn: object = None
 

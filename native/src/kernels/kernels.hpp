@@ -8,8 +8,9 @@
 //   token pack     [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
 //   few tokens     [group][K/32][16 tokens][32 k]            natural, where an expert has so few rows that dot products
 //                                                            along k are faster: Kernels::few_rows
-//   rows           [row][K]                                  natural, padded with zero rows to a multiple of 16
-// N and K are padded with zeros to multiples of 32, tokens of an expert to multiples of 16.
+//   rows           [row][K]                                  natural; up to a multiple of 16 rows may be read, but those
+//                                                            beyond the last hold anything, and nothing of them counts
+// N and K are padded with zeros to multiples of 32, the tokens of a pack to multiples of 16.
 #pragma once
 
 #include <cstddef>

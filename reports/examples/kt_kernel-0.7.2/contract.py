@@ -3,7 +3,7 @@
     python contract.py             # any Python that has torch and kt-kernel 0.7.2; about a minute
     python contract.py reload      # only the checks whose name holds that text
 
-Every check has the name that it has in accuracy.md. It does what CONTRACT.md says has to be refused, or to give the
+Every check has the name that it has in accuracy.md. It does what docs/contract.md wants refused, or to give the
 same bits, and tells what kt-kernel did. "yes": it did what the report says; "NO": it did not, and the report is wrong
 there. Each check runs in a process of its own; the exit code is 1 if anything is not confirmed.
 """
