@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 
 from ktverify import cases
 from ktverify.cases import Case
+from ktverify.names import LORA_NAMES
 from ktverify.report.store import load
 from suites.meta.mutants import MUTANTS
 from suites.support import accuracy, tensor_parallel
 from suites.support.child import Child, ChildCrash, ChildPool
-from suites.support.subject import Subject
+from suites.support.subject import GateFailed, Subject
+from suites.support.training import Drift, within_budgets
 from suites.support.zygote import ROOT
 
 RIGHT = "torch_bf16"
@@ -130,6 +133,16 @@ def test_defect_is_found(children: ChildPool, defect: str, check: Any, case: Cas
 def test_backward_takes_the_newest(children: ChildPool) -> None:
     with pytest.raises(AssertionError, match="newest first: the bits differ"):
         behaviour("outstanding_forwards")(children.get(), MUTANTS["oldest_first"].engine, SMALL)
+
+
+@pytest.mark.parametrize("name", LORA_NAMES)
+def test_a_parameter_alone_fails_a_training(name: str) -> None:
+    peer = Drift(1e-3, dict.fromkeys(LORA_NAMES, 0.03))
+    within_budgets("as good as torch", peer, peer)
+    for far in (0.05, math.nan):
+        with pytest.raises(GateFailed, match=f"FAIL {name} drift") as found:
+            within_budgets("one is not", Drift(1e-3, {**peer.parameters, name: far}), peer)
+        assert [gate for gate, _ in found.value.exceeded] == ["loss"]
 
 
 @pytest.mark.parametrize("check", [forward, backward, tp_consistency, exact, training, update])
