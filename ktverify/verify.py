@@ -64,12 +64,16 @@ class LiveOracle:
 
 @dataclass
 class Checked:
-    """What checking a case found: its records, and what they were made of (for `--dump`)."""
+    """What checking a case found: its records, and what they were made of (for `--dump`).
+
+    source: where `expected` is from, "golden" or "fresh".
+    """
 
     case: Case
     inputs: Inputs
     actual: dict[str, torch.Tensor]
     expected: Expected
+    source: str
     records: list[AccuracyRecord] = field(default_factory=list)
 
     @property
@@ -124,8 +128,7 @@ def check_case(
     factory = engines.find(engine)
     started = time.perf_counter()
     if given is not None:
-        inputs, expected = given.inputs, given.expected
-        source = given.records[0].source if given.records else "fresh"
+        inputs, expected, source = given.inputs, given.expected, given.source
     else:
         inputs = make_inputs(case)
         expected, source = expected_of(case, inputs, fresh=fresh, method=method)
@@ -134,10 +137,10 @@ def check_case(
     try:
         actual = run_case(factory, case, inputs=inputs, isa=isa, tp=tp, threads=threads, backward=backward, **more)
     except (NotImplementedError, Died) as error:
-        checked = Checked(case, inputs, {}, expected)
+        checked = Checked(case, inputs, {}, expected, source)
         checked.records += lost(error, wanted, engine, case, label, tp=tp, source=source, method=method)
         return checked
-    checked = Checked(case, inputs, actual, expected)
+    checked = Checked(case, inputs, actual, expected, source)
     duration = time.perf_counter() - started
     for name in wanted:
         repro = repro_command(case, engine=engine, isa=label, tensor=name, tp=tp, fresh=fresh, method=method)

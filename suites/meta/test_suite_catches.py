@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ktverify.cases import Case
 from ktverify.names import LORA_NAMES
 from ktverify.report.store import load
 from suites.meta.mutants import MUTANTS
-from suites.support import accuracy, tensor_parallel
+from suites.support import accuracy, isas, tensor_parallel
 from suites.support.child import Child, ChildCrash, ChildPool
 from suites.support.subject import GateFailed, Subject
 from suites.support.training import Drift, within_budgets
@@ -162,6 +163,16 @@ def test_crash_is_told_from_failure(children: ChildPool) -> None:
         forward(children.get(), "suites.support.broken:dies", SMALL)
     # and the next case gets a new process
     forward(children.get(), RIGHT, SMALL)
+
+
+def test_a_missing_golden_is_no_crash_of_the_engine(
+    children: ChildPool, judge_case: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children.close()
+    monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match="small@seed=0 cannot be judged"):
+        judge_case("forward", cases.select("small")[0], isas.planned(RIGHT)[0])
+    children.close()
 
 
 # ---- whole runs
