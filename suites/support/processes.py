@@ -20,10 +20,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from ktverify import reference
+from ktverify import gates, reference
 from ktverify.cases import Case
 from ktverify.data import make_inputs
-from ktverify.gates import own_limit
 from ktverify.metrics import compare
 from ktverify.names import ALL_TENSORS, LORA_NAMES, OUTPUT
 from ktverify.running import run_layer
@@ -214,8 +213,8 @@ def check_idle_experts_take_no_memory(subject: Subject) -> None:
     layer = subject.layer(case, inputs)
     run_layer(layer, inputs)
     grown = resident_of(os.getpid()) - before
-    # LoRA is dense: the parameters, the engine's copy in fp32, and the gradients of one call
-    budget = 16 * one + 8 * lora
+    numbers = gates.tolerances()["memory"]
+    budget = numbers["idle_experts"] * one + numbers["idle_lora"] * lora
     expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources")
     del layer
 
@@ -360,7 +359,7 @@ def check_accumulation(isa: str | None) -> None:
                 total[name.removeprefix("grad_")] += gradient
     for name, exact in total.items():
         apart = compare(found[f"grad_{name}"], exact).rel_l2
-        limit = own_limit(MIDDLE, f"grad_{name}", isa or "")
+        limit = gates.own_limit(MIDDLE, f"grad_{name}", isa or "")
         assert limit is not None
         expect(apart < limit, f"grad_{name} summed over 24 calls is {apart:.1e} from the oracle, limit {limit:.1e}")
 
