@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from ktverify import cases
@@ -17,8 +19,8 @@ from ktverify.cases import Case
 from ktverify.names import LORA_NAMES
 from ktverify.report.store import load
 from suites.meta.mutants import MUTANTS
-from suites.support import accuracy, isas, tensor_parallel
-from suites.support.child import Child, ChildCrash, ChildPool
+from suites.support import accuracy, broken, isas, tensor_parallel
+from suites.support.child import Child, ChildCrash, ChildPool, Limits
 from suites.support.subject import GateFailed, Subject
 from suites.support.training import Drift, within_budgets
 from suites.support.zygote import ROOT
@@ -28,6 +30,9 @@ SMALL = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
 ODD = Case.parse("E=5,k=3,H=97,I=47,T=24,r=8,alpha=16")
 TRAINED = Case.parse("E=6,k=2,H=128,I=96,T=32,r=8,alpha=16,lora=float32")
 INTEGER = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16,data=integer")
+
+
+LIMITS = Limits(20.0, 3 << 30)
 
 
 def forward(child: Child, engine: str, case: Case) -> None:
@@ -163,6 +168,32 @@ def test_crash_is_told_from_failure(children: ChildPool) -> None:
         forward(children.get(), "suites.support.broken:dies", SMALL)
     # and the next case gets a new process
     forward(children.get(), RIGHT, SMALL)
+
+
+@pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
+def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
+    told = tmp_path / "number"
+    with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
+        forward(child, f"suites.support.broken:{engine}", SMALL)
+    assert type(found.value) is ChildCrash
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(told.read_text()))
+        if engine == "leaves_a_session":
+            process.kill()
+        process.wait(timeout=5)
+
+
+def _interrupted(pid: int) -> int:
+    raise KeyboardInterrupt
+
+
+def test_a_child_that_computes_when_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(limits=LIMITS)
+    monkeypatch.setattr("suites.support.child.resident_of", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        child.call("suites.support.broken:sleeps", seconds=60)
+    child.close()
+    assert not child.alive
 
 
 def test_a_missing_golden_is_no_crash_of_the_engine(
