@@ -136,8 +136,8 @@ def check_spec(
         )
     if num_gpu_experts != 0:
         raise ValueError(
-            f"num_gpu_experts is {num_gpu_experts}; it takes 0: this layer computes every expert on the CPU, and a token "
-            "slot that another device computes has the id -1"
+            f"num_gpu_experts is {num_gpu_experts}; it takes 0: this layer computes every expert on the CPU. Give the "
+            "slots of experts that another device computes the id -1"
         )
     if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha is {lora_alpha!r}; it takes a positive number")
