@@ -25,8 +25,8 @@ from ktverify.report.record import NOT_RUN, AccuracyRecord, CheckRecord, Result,
 from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
 from ktverify.verify import verdict_of
 from suites.support import accuracy, isas, locks
-from suites.support.child import ChildCrash, ChildError, ChildPool, choose_limits, limits_of
-from suites.support.drawn import Ended
+from suites.support.child import ChildCrash, ChildPool, choose_limits, limits_of, raised_by_the_engine
+from suites.support.drawn import Violated
 from suites.support.isas import Isa
 from suites.support.unsupported import Unsupported
 
@@ -218,20 +218,10 @@ def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[V
     """The verdict on a test, and what was raised in it."""
     if raised is None:
         return ("PASS" if report.passed else "SKIP" if report.skipped else "FAIL"), ""
-    if isinstance(raised, (ChildCrash, Died, Ended, Unsupported)) or _of_the_engine(raised):
+    if isinstance(raised, (ChildCrash, Died, Violated, Unsupported)) or raised_by_the_engine(raised):
         return verdict_of(raised)
     text = str(raised) if isinstance(raised, (AssertionError, pytest.skip.Exception)) else ""
     return ("SKIP" if report.skipped else "FAIL"), (text or f"{type(raised).__name__}: {raised}").strip()[:2000]
-
-
-def _of_the_engine(raised: BaseException) -> bool:
-    """True for what an engine raised in a process of its own where a check had nothing to refuse: as bad as its death.
-
-    What a check finds comes from there as an AssertionError.
-    """
-    if isinstance(raised, ChildError):
-        return True
-    return isinstance(raised.__cause__, ChildError) and not isinstance(raised, AssertionError)
 
 
 own_records_key = pytest.StashKey[bool]()

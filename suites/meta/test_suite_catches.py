@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -168,6 +169,28 @@ def test_crash_is_told_from_failure(children: ChildPool) -> None:
         forward(children.get(), "suites.support.broken:dies", SMALL)
     # and the next case gets a new process
     forward(children.get(), RIGHT, SMALL)
+
+
+class _Unportable(Exception):
+    """Cannot be unpickled where it is raised."""
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(left + right)
+
+
+def raises(kind: str) -> None:
+    """Called in a child."""
+    raise {"value": ValueError("x"), "unportable": _Unportable("x", "y"), "wrong": AssertionError("FAIL x")}[kind]
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("value", "CRASH"), ("unportable", "CRASH"), ("wrong", "FAIL")])
+def test_what_an_engine_raises_is_a_crash(
+    children: ChildPool, pytestconfig: pytest.Config, kind: str, verdict: str
+) -> None:
+    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
+    with pytest.raises(Exception, match="x") as found:
+        children.get().call("suites.meta.test_suite_catches:raises", kind=kind)
+    assert plugin._verdict(SimpleNamespace(passed=False, skipped=False), found.value)[0] == verdict
 
 
 @pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])

@@ -84,6 +84,16 @@ class ChildError(AssertionError):
     """The called function raised an exception that cannot travel between processes; the text of it."""
 
 
+def raised_by_the_engine(error: BaseException) -> bool:
+    """True for what `Child.call` raised that was raised over there where nothing was to be refused: a crash.
+
+    What a check finds wrong comes from there as an AssertionError.
+    """
+    if isinstance(error, ChildError):
+        return True
+    return isinstance(error.__cause__, ChildError) and not isinstance(error, AssertionError)
+
+
 def _read_exactly(fd: int, size: int, watch: Callable[[], None] | None) -> bytes:
     """`size` bytes from the pipe; EOFError when it closes first. `watch` is called while there is nothing to read."""
     parts: list[bytes] = []
