@@ -19,6 +19,7 @@ OF_THE_NATIVE_ENGINE_IN_A_FRESH_PROCESS = [
     "fork_before_use",
     "fork_during_a_call",
     "no_memory_half_way",
+    "no_memory_for_another_dtype",
     "reload_refused_while_forward_waits",
 ]
 

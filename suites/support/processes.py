@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import torch
@@ -303,6 +304,19 @@ def check_no_memory_half_way(subject: Subject) -> None:
         found = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
         expect(torch.equal(found, expected), f"other bits after {extra >> 20} MiB were all there was")
     expect(refused > 0, "no limit was low enough: nothing was tried")
+
+
+def check_no_memory_for_another_dtype(subject: Subject) -> None:
+    """Memory that ends while LoRA of another dtype is taken over: MemoryError, and the layer is what it was."""
+    inputs = make_inputs(SMALL)
+    layer = subject.layer(SMALL, inputs)
+    layer._build = lambda **_: mock.Mock(**{"update_lora.side_effect": MemoryError("for LoRA")})
+    try:
+        layer.init_lora_weights(*(inputs.lora[name].float() for name in LORA_NAMES))
+    except MemoryError:
+        expect_same_bits("after MemoryError", subject.run(SMALL, inputs), run_layer(layer, inputs))
+        return
+    raise AssertionError("the layer was not built anew")
 
 
 # ---- instruction sets: of the native engine
