@@ -21,6 +21,12 @@ METHODS: Mapping[str, bool] = {"AMXBF16_SFT": True, "AMXBF16_SFT_SkipLoRA": Fals
 
 MODES = ("sft",)
 
+# No size of a layer may be larger. Kernels and tables count blocks, rows and bytes of a row in 32-bit integers, with
+# small factors (4 bytes an element, 2 r rows, sizes rounded up to blocks); 2^24 is far from 2^31 / 4, and two hundred
+# times the widest model there is. Token slots, T k, are one such count: their product is checked by itself.
+LARGEST = 1 << 24
+MOST_SLOTS = 1 << 30
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -110,8 +116,13 @@ def check_spec(
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it takes an int")
     for name, value in counts.items():
-        if not 0 < value < 2**31:
-            raise ValueError(f"{name} is {value}; it takes a positive number below 2^31")
+        if not 0 < value <= LARGEST:
+            raise ValueError(f"{name} is {value}; it takes a positive number, at most {LARGEST}")
+    if chunked_prefill_size * num_experts_per_tok > MOST_SLOTS:
+        raise ValueError(
+            f"chunked_prefill_size is {chunked_prefill_size}; with num_experts_per_tok {num_experts_per_tok} it takes "
+            f"at most {MOST_SLOTS // num_experts_per_tok}"
+        )
     if layer_idx < 0:
         raise ValueError(f"layer_idx is {layer_idx}; it takes 0 or more")
     if mode not in MODES:
@@ -123,8 +134,11 @@ def check_spec(
             f"num_experts_per_tok is {num_experts_per_tok}, more than num_experts ({num_experts}); "
             f"it takes 1 to {num_experts}"
         )
-    if not 0 <= num_gpu_experts <= num_experts:
-        raise ValueError(f"num_gpu_experts is {num_gpu_experts}; it takes 0 to num_experts ({num_experts})")
+    if num_gpu_experts != 0:
+        raise ValueError(
+            f"num_gpu_experts is {num_gpu_experts}; it takes 0: this layer computes every expert on the CPU. Give the "
+            "slots of experts that another device computes the id -1"
+        )
     if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
         raise ValueError(f"lora_alpha is {lora_alpha!r}; it takes a positive number")
     if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):

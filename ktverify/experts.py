@@ -34,6 +34,11 @@ def available_isas() -> list[str]:
     return list(_native.available_isas())
 
 
+def chosen_isa() -> str:
+    """The instruction set of a layer that names none: that of the variable KTVERIFY_ISA, else the best."""
+    return os.environ.get(ISA_VARIABLE) or available_isas()[0]
+
+
 def amx_is_emulated() -> bool:
     """True when tile instructions run in a trap handler: right for checking kernels, meaningless for speed."""
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
@@ -128,7 +133,7 @@ class KTMoEWrapper:
         )
         self.layer_idx = layer_idx
         self.weight_path = weight_path
-        self.isa: str = isa or os.environ.get(ISA_VARIABLE) or available_isas()[0]
+        self.isa: str = isa or chosen_isa()
         _native.require_isa(self.isa)
         self.grad_weights: torch.Tensor | None = None
         self.last_ticket = 0
@@ -224,6 +229,7 @@ class KTMoEWrapper:
         lora = contract.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
         lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
         dtype = lora[LORA_NAMES[0]].dtype
+        native = self._native
         if dtype != (self._lora_dtype or torch.bfloat16):
             if self._native.saved_forwards:
                 raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
@@ -236,8 +242,9 @@ class KTMoEWrapper:
                     )
                 native.load_weights(*self._sources.arguments())
             native.record_stages(self._record_stages)
-            self._native = native
-        self._native.update_lora([t.data_ptr() for t in lora.values()])
+        # memory may end here: only what has its parameters takes the place of what was there
+        native.update_lora([t.data_ptr() for t in lora.values()])
+        self._native = native
         self._lora_dtype = dtype
         for name, tensor in lora.items():
             setattr(self, name, tensor)
@@ -286,7 +293,8 @@ class KTMoEWrapper:
         accumulate: the LoRA gradients are the sum over the backward calls since update_lora_weights that had it set,
         added in fp32 and rounded once.
         ticket: that of another saved forward than the newest. RuntimeError for one that was used or dropped."""
-        waiting = self._native.saved_rows if self._native.saved_forwards else None
+        rows = int(self._native.saved_rows)
+        waiting = None if rows < 0 else rows
         if ticket and isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2:
             waiting = grad_output.shape[0]  # the engine knows the rows of each ticket, and compares
         contract.check_backward(self.spec, grad_output, waiting)

@@ -34,7 +34,7 @@ GATES: dict[str, str] = {
     "rel_l2_own": "the limit of fp32 sums and one rounding",
     "exact": "other bits than the one right answer of integer data",
     "trust": "expected values too empty to believe a pass",
-    "loss": "ten steps' losses beside the oracle's",
+    "loss": "ten steps' losses, and the parameters after them, beside the oracle's",
     "tp": "more than the order of one sum between tensor-parallel degrees or batches",
     "bits": "other bits from what has to be the same computation",
     "form": "another shape or dtype than the contract's",

@@ -232,17 +232,21 @@ def _meminfo() -> dict[str, int]:
     return values
 
 
-def _cgroup_memory() -> tuple[int, int]:
-    """(limit, use) of the narrowest control group above this process that limits memory; (0, 0) without a limit."""
-    root = Path("/sys/fs/cgroup")
+def _cgroup_memory(root: Path | None = None, groups: str | None = None) -> tuple[int, int]:
+    """(limit, use) of the narrowest control group above this process that limits memory; (0, 0) without a limit.
+
+    Use without cached files, which a group gives up when memory is asked for: native/src/memory.cpp goes by the same.
+    """
+    root = root or Path("/sys/fs/cgroup")
     candidates: list[tuple[int, int]] = []
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
+    for line in (_text(Path("/proc/self/cgroup")) if groups is None else groups).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
-            base, limit_name, use_name = root, "memory.max", "memory.current"
+            base, limit_name, use_name, prefix = root, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
             base, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            prefix = "total_"
         else:
             continue
         inner = base / group.lstrip("/")
@@ -252,10 +256,17 @@ def _cgroup_memory() -> tuple[int, int]:
             # version 1 writes "no limit" as a number near 2**63
             if limit.isdigit() and int(limit) < 1 << 60:
                 use = _text(directory / use_name).strip()
-                candidates.append((int(limit), int(use) if use.isdigit() else 0))
+                cached = _cached_files(directory / "memory.stat", prefix)
+                candidates.append((int(limit), max(0, int(use) - cached) if use.isdigit() else 0))
             if directory == base:
                 break
     return min(candidates, key=lambda pair: pair[0] - pair[1], default=(0, 0))
+
+
+def _cached_files(stat: Path, prefix: str) -> int:
+    words = (line.split() for line in _text(stat).splitlines())
+    wanted = (f"{prefix}inactive_file", f"{prefix}active_file")
+    return sum(int(word[1]) for word in words if len(word) == 2 and word[0] in wanted)
 
 
 def _numa_nodes() -> tuple[NumaNode, ...]:

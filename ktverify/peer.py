@@ -1,6 +1,7 @@
 """How far the plain bf16 program is from the oracle: the measure for what an engine may err.
 
-Comes in: the inputs of a case and the oracle's tensors. Goes out: rel_l2 by tensor. Knows no engine and no budget.
+Comes in: the inputs of a case and the oracle's tensors. Goes out: rel_l2 by tensor. Knows no engine and no budget;
+how many neighbours of a small case are asked stands in tolerances.toml, for it moves the budgets.
 """
 
 from __future__ import annotations
@@ -12,24 +13,19 @@ from dataclasses import replace
 import torch
 
 from ktverify.data import Inputs
+from ktverify.gates import tolerances
 from ktverify.metrics import compare
 from ktverify.reference import forward_backward, peer_bf16
-
-# Where a handful of numbers decide (a routing gradient of two elements, a rank of 1), one run of the peer may be lucky
-# or unlucky by a factor of ten. There its error is the root mean square over this many problems that differ from the
-# case in the last bits of hidden_states and grad_output only: all roundings are drawn anew, the condition stays.
-NEIGHBOURS = 7
-FEW = 256  # token slots, T k, below which that is done
-_SMALL = 1 << 22  # base weights of active experts above which it would take too long
 
 
 def peer_error(inputs: Inputs, expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """rel_l2 of reference.peer_bf16 against `expected` (what forward_backward gave for `inputs`), by tensor name."""
     squares = {name: [compare(tensor, expected[name]).rel_l2 ** 2] for name, tensor in peer_bf16(inputs).items()}
-    case = inputs.case
+    case, numbers = inputs.case, tolerances()["peer"]
     weights = 3 * len(inputs.active) * case.hidden * case.intermediate
-    if 0 < case.qlen * case.top_k < FEW and weights <= _SMALL and not case.exact:
-        for number in range(NEIGHBOURS):
+    few = 0 < case.qlen * case.top_k < numbers["neighbour_slots"] and weights <= numbers["neighbour_weights"]
+    if few and not case.exact:
+        for number in range(numbers["neighbours"]):
             near = _neighbour(inputs, number)
             right = forward_backward(near)
             for name, tensor in peer_bf16(near).items():

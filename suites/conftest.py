@@ -25,13 +25,15 @@ from ktverify.report.record import NOT_RUN, AccuracyRecord, CheckRecord, Result,
 from ktverify.report.store import Recorder, Run, load, new_run_dir, start_run
 from ktverify.verify import verdict_of
 from suites.support import accuracy, isas, locks
-from suites.support.child import ChildCrash, ChildPool, choose_limits, limits_of
-from suites.support.drawn import Ended
+from suites.support.child import ChildCrash, ChildPool, choose_limits, limits_of, raised_by_the_engine
+from suites.support.drawn import Violated
 from suites.support.isas import Isa
 from suites.support.unsupported import Unsupported
 
 SUITES = Path(__file__).resolve().parent
 ACCURACY_FAMILIES = ("forward", "backward")
+# these judge the suites themselves and what the project builds on its own engine, whatever --engine names
+NOT_OF_ENGINES = ("c2c", "meta", "training")
 _RUN_DIR = "ktverify_run_dir"
 
 recorder_key = pytest.StashKey[Recorder]()
@@ -151,6 +153,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     run = config.stash.get(run_key, None)
     if run is None:
         return
+    left_out = _left_out(config)
+    if left_out:
+        folders = ", ".join(f"suites/{family}" for family in left_out)
+        terminalreporter.write_line(f"left out, not about {config.option.engine}: {folders} (they run when named)")
     if config.stash[nothing_key]:
         terminalreporter.write_line("FAIL: this run selected accuracy families but compared nothing", red=True)
     with contextlib.suppress(ValueError):
@@ -212,7 +218,7 @@ def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[V
     """The verdict on a test, and what was raised in it."""
     if raised is None:
         return ("PASS" if report.passed else "SKIP" if report.skipped else "FAIL"), ""
-    if isinstance(raised, (ChildCrash, Died, Ended, Unsupported)):
+    if isinstance(raised, (ChildCrash, Died, Violated, Unsupported)) or raised_by_the_engine(raised):
         return verdict_of(raised)
     text = str(raised) if isinstance(raised, (AssertionError, pytest.skip.Exception)) else ""
     return ("SKIP" if report.skipped else "FAIL"), (text or f"{type(raised).__name__}: {raised}").strip()[:2000]
@@ -327,8 +333,31 @@ def _urgency(item: pytest.Item) -> tuple[int, str]:
     return (2 if item.get_closest_marker("latency") else 1), ""
 
 
+def _left_out(config: pytest.Config) -> tuple[str, ...]:
+    """The families among those asked for that a run of another engine than the project's own leaves out.
+
+    Those that the command line names, by their folder or a path inside it, are run.
+    """
+    if config.option.engine == engines.NATIVE:
+        return ()
+    start = config.invocation_params.dir
+    asked = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
+    found = []
+    for family in NOT_OF_ENGINES:
+        folder = SUITES / family
+        named = any(path.is_relative_to(folder) for path in asked)
+        if not named and any(folder.is_relative_to(path) for path in asked):
+            found.append(family)
+    return tuple(found)
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = _left_out(config)
+    if left_out:
+        others = [item for item in items if family_of(item) in left_out]
+        items[:] = [item for item in items if family_of(item) not in left_out]
+        config.hook.pytest_deselected(items=others)
     items.sort(key=_urgency)
 
 
@@ -378,6 +407,11 @@ def judge_case(
     def judge(family: str, case: Case, isa: Isa) -> None:
         big = case.tier != "default"
         child = children.get(isa.env, big=big)
+        # what fails here, a golden above all, is no fault of the engine's
+        try:
+            child.call("suites.support.accuracy:prepare", case=case, fresh=fresh)
+        except (OSError, ValueError) as error:
+            pytest.fail(f"{case.id} cannot be judged: {error}", pytrace=False)
         try:
             records = child.call(
                 "suites.support.accuracy:check_case",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -234,13 +234,3 @@ def _roofline(work: Work, ceilings: dict[Round, CeilingLine], times: dict[Round,
         return None
     by_memory = sum(work.bound(line.read, line.multiply) == "memory" for line in ceilings.values())
     return Roofline(ms, "memory" if 2 * by_memory >= len(ceilings) else "arithmetic")
-
-
-def fastest_peer(summary: ShapeSummary, get: Callable[[EngineSummary], Timing | None]) -> EngineSummary | None:
-    """The peer with the lowest median ratio to the native engine."""
-    timed = []
-    for engine in summary.engines:
-        timing = get(engine)
-        if engine.line.engine != OWN and timing is not None and timing.against_own is not None:
-            timed.append((timing.against_own.median, engine))
-    return min(timed, key=lambda pair: pair[0])[1] if timed else None

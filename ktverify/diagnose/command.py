@@ -118,7 +118,7 @@ def debug_nan(
     engine: Annotated[str, _ENGINE] = "native",
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
-    save: Annotated[Path, typer.Option(help="where to put what is needed to replay")] = Path("nan.safetensors"),
+    save: Annotated[Path, typer.Option(help="where to put what is needed to replay")] = Path(".cache/nan.safetensors"),
 ) -> None:
     """Find the first NaN or Inf: stage, expert, token, index; save what is needed to replay.
 

@@ -27,7 +27,6 @@ _TWINS = {
     "gate": "up", "ga": "ua", "gb": "ub", "x_ga": "x_ua", "g_base": "u_base", "g_lora": "u_lora", "g": "u",
     "dg": "du", "dg_gb": "du_ub", "dx_gate": "dx_up", "dx_gate_lora": "dx_up_lora",
 }  # fmt: skip
-_TWIN_PAIRS = frozenset([*_TWINS.items(), *((up, gate) for gate, up in _TWINS.items())])
 
 
 def leaf(name: str) -> Formula:

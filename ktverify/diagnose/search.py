@@ -131,8 +131,7 @@ def diagnose(
     from ktverify.diagnose import behaviour as probes
 
     factory = engines.find(engine) if isinstance(engine, str) else engine
-    strict = engine == engines.NATIVE or bool(getattr(factory, "fp32_sums", False))
-    probe = Probe(factory, isa, tp, threads, strict)
+    probe = Probe(factory, isa, tp, threads, engines.strict(engine))
     inputs = make_inputs(case) if inputs is None else inputs
     inputs, note = reduced(inputs)
     if actual is None or note:

@@ -60,8 +60,12 @@ def load(name: str) -> EngineFactory:
     return factory
 
 
-def strict(name: str) -> bool:
+def strict(engine: str | EngineFactory) -> bool:
     """True for an engine that is held to what fp32 sums and one rounding leave: the project's own, and any whose
     factory says `fp32_sums = True`. Others need only be as good as plain torch in bf16.
+
+    engine: a name, or the factory itself.
     """
-    return name == NATIVE or bool(getattr(find(name), "fp32_sums", False))
+    if engine == NATIVE:
+        return True
+    return bool(getattr(find(engine) if isinstance(engine, str) else engine, "fp32_sums", False))

@@ -3,6 +3,7 @@
 
 #include "backward.hpp"
 #include "forward.hpp"
+#include "memory.hpp"
 #include "state.hpp"
 
 namespace ktv {
@@ -23,10 +24,16 @@ const LayerConfig& checked(const LayerConfig& c) {
     return c;
 }
 
+const LayerConfig& with_room(const LayerConfig& c) {
+    require_memory(z(c.parts) * z(c.num_experts) * sizeof(PackedExpert),
+                   "the table of " + std::to_string(c.num_experts) + " experts");
+    return c;
+}
+
 }  // namespace
 
 Layer::State::State(const LayerConfig& c)
-    : config(checked(c)),
+    : config(with_room(checked(c))),
       size(sizes_of(c)),
       kernels(kernels_for(c.isa)),
       workers(std::max(1, std::min(c.threads, allowed_processors()))),
@@ -120,7 +127,7 @@ StageTimes Layer::stage_times() const {
 }
 
 int Layer::saved_forwards() const {
-    return static_cast<int>(state_->saved.size());
+    return state_->saved_forwards;
 }
 int Layer::saved_rows() const {
     return state_->saved_rows;

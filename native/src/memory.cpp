@@ -9,6 +9,7 @@
 #include <fstream>
 #include <initializer_list>
 #include <limits>
+#include <string>
 
 namespace ktv {
 namespace {
@@ -53,19 +54,47 @@ std::size_t sum_in(const char* path, std::initializer_list<const char*> keys) {
     return sum;
 }
 
-// A cgroup counts cached files as used, and gives them up when memory is asked for: after reading a checkpoint they
-// fill it.
+// Where a version of control groups is mounted, and its names for what is asked here.
+struct Cgroups {
+    std::string root, limit, used;
+    std::initializer_list<const char*> cached;
+};
+
+// What a group and those that it lies in leave. It counts cached files as used, and gives them up when memory is asked
+// for: after reading a checkpoint they fill it. ktverify/machine.py tells the same, by the same rule.
+std::size_t left_in(const Cgroups& version, std::string group) {
+    std::size_t least = kUnlimited;
+    // Inside a container the path may be the host's and not exist; the mount's root is the group itself then.
+    for (;;) {
+        const std::string folder = version.root + (group == "/" ? "" : group) + "/";
+        const std::size_t limit = number_in((folder + version.limit).c_str());
+        std::size_t used = number_in((folder + version.used).c_str());
+        if (limit != kUnlimited && used != kUnlimited) {
+            used -= std::min(used, sum_in((folder + "memory.stat").c_str(), version.cached));
+            least = std::min(least, limit > used ? limit - used : 0);
+        }
+        if (group.empty() || group == "/") return least;
+        group.resize(group.rfind('/'));
+    }
+}
+
 std::size_t cgroup_left() {
-    const auto left = [](std::size_t limit, std::size_t used, std::size_t cached) {
-        if (limit == kUnlimited || used == kUnlimited) return kUnlimited;
-        used -= std::min(used, cached);
-        return limit > used ? limit - used : 0;
-    };
-    return std::min(left(number_in("/sys/fs/cgroup/memory.max"), number_in("/sys/fs/cgroup/memory.current"),
-                         sum_in("/sys/fs/cgroup/memory.stat", {"inactive_file", "active_file"})),
-                    left(number_in("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-                         number_in("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-                         sum_in("/sys/fs/cgroup/memory/memory.stat", {"total_inactive_file", "total_active_file"})));
+    const Cgroups one{"/sys/fs/cgroup/memory",
+                      "memory.limit_in_bytes",
+                      "memory.usage_in_bytes",
+                      {"total_inactive_file", "total_active_file"}},
+        two{"/sys/fs/cgroup", "memory.max", "memory.current", {"inactive_file", "active_file"}};
+    std::size_t least = kUnlimited;
+    std::ifstream file("/proc/self/cgroup");
+    for (std::string line; std::getline(file, line);) {  // number:controller,…:/path
+        const std::size_t first = line.find(':'), second = line.find(':', first + 1);
+        if (second == std::string::npos || line[second + 1] != '/') continue;
+        const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+        if (line.starts_with("0::")) least = std::min(least, left_in(two, line.substr(second + 1)));
+        else if (controllers.find(",memory,") != std::string::npos)
+            least = std::min(least, left_in(one, line.substr(second + 1)));
+    }
+    return least;
 }
 
 std::size_t address_space_left() {

@@ -105,12 +105,13 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     for (std::size_t part = 0; part < made.size(); ++part) {
         for (std::size_t i = 0; i < wanted.size(); ++i) experts[part][z(wanted[i])] = std::move(made[part][i]);
     }
-    packed += static_cast<int>(wanted.size());
     for (const int e : wanted) {
         release(gate, e, config.intermediate, config.hidden);
         release(up, e, config.intermediate, config.hidden);
         release(down, e, config.hidden, config.intermediate);
     }
+    // Last: whoever sees that all are packed lets the sources go.
+    packed += static_cast<int>(wanted.size());
 }
 
 void Layer::State::release(const WeightSource& from, int expert, int rows, int cols) const {

@@ -104,11 +104,12 @@ struct Layer::State {
     const Kernels& kernels;
     int workers;
 
-    bool weights_loaded = false, lora_loaded = false;
+    // Atomic, as are the counts below: they are read without the lock, by who must not wait for a computation.
+    std::atomic<bool> weights_loaded{false}, lora_loaded{false};
     WeightSource gate, up, down;
     std::vector<int> slot_of;                        // logical expert -> physical slot
     std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
-    int packed = 0;
+    std::atomic<int> packed{0};                      // counted when the sources are read no more
     std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
     Layer::Ticket last_ticket = 0;

@@ -3,7 +3,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <memory>
+#include <stop_token>
 #include <thread>
 
 #include "check.hpp"
@@ -71,6 +73,11 @@ struct Problem {
         made->load_weights(source(gate, s.I, s.H), source(up, s.I, s.H), source(down, s.H, s.I), map);
         made->update_lora(s.fp32 ? pointers(lora32) : pointers(lora16));
         return made;
+    }
+    std::vector<bf16> forward(Layer& l) const {
+        std::vector<bf16> output(x.size());
+        l.forward(s.T, x.data(), ids.data(), weights.data(), output.data(), false);
+        return output;
     }
     // Output, grad_input, six LoRA gradients and dw, one after the other. Buffers are exact, so that a sanitizer sees
     // every byte too far.
@@ -154,21 +161,45 @@ int main() {
         }
     }
 
-    // Layers of different sizes, from several threads, the last one shared by two.
+    // Layers of different sizes from several threads, one of them shared by two. Meanwhile another thread reads the
+    // counts, which wait for no computation.
     Problem other({3, 2, 97, 128, 40, 8, 2, false}, 9);
-    const Isa best = available_isas().back();
+    const Isa best = available_isas().front();
     const auto a = small.layer(best, 2), b = other.layer(best, 2);
     const auto want_a = small.run(*a), want_b = other.run(*b);
-    bool same[2] = {true, true};
+    const auto want_output = other.forward(*b);
+    const auto fresh = other.layer(best, 2);
+    bool same[4] = {true, true, true, true};
+    std::atomic<bool> sane = true;
     {
+        std::jthread reader([&](std::stop_token stop) {
+            while (!stop.stop_requested()) {
+                for (const Layer* l : {a.get(), b.get(), fresh.get()}) {
+                    const int forwards = l->saved_forwards(), packed = l->packed_experts(), rows = l->saved_rows();
+                    if (forwards < 0 || forwards > 2 || packed < 0 || packed > l->config().num_experts || rows < -1)
+                        sane = false;
+                }
+                std::this_thread::yield();
+            }
+        });
         std::jthread one([&] {
             for (int i = 0; i < 5; ++i) same[0] &= small.run(*a) == want_a;
         });
         std::jthread two([&] {
             for (int i = 0; i < 5; ++i) same[1] &= other.run(*b) == want_b;
         });
+        // Its experts are packed while the others compute.
+        std::jthread three([&] {
+            for (int i = 0; i < 5; ++i) same[2] &= other.forward(*fresh) == want_output;
+        });
+        std::jthread four([&] {
+            for (int i = 0; i < 5; ++i) same[3] &= other.forward(*fresh) == want_output;
+        });
+        for (std::jthread* thread : {&one, &two, &three, &four}) thread->join();
     }
     check::that(same[0] && same[1], "two layers from two threads");
+    check::that(same[2] && same[3], "one layer from two threads");
+    check::that(sane, "the counts of layers that compute");
 
     bool refused = false;
     try {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,6 +95,27 @@ def test_the_example_is_judged_from_its_own_folder(tmp_path: Path) -> None:
     assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
     assert "UNSUPPORTED tensor parallelism" in done.stdout
     assert "(1 UNSUPPORTED)" in (tmp_path / "run" / "accuracy.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("asked", "engine", "left_out"),
+    [
+        ([], "torch_bf16", ("c2c", "meta", "training")),
+        (["suites", "suites/meta/test_gates.py::test_x"], "torch_bf16", ("c2c", "training")),
+        (["suites/forward"], "torch_bf16", ()),
+        ([], "native", ()),
+    ],
+)
+def test_an_engine_is_not_asked_what_is_not_about_it(
+    pytestconfig: pytest.Config, asked: list[str], engine: str, left_out: tuple[str, ...]
+) -> None:
+    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
+    config = SimpleNamespace(
+        option=SimpleNamespace(engine=engine),
+        args=asked or pytestconfig.getini("testpaths"),
+        invocation_params=SimpleNamespace(dir=ROOT),
+    )
+    assert plugin._left_out(config) == left_out
 
 
 def test_only_known_instruction_sets_are_declared() -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
 import pytest
 
 from ktverify import cases
 from ktverify.cases import Case
+from ktverify.names import LORA_NAMES
 from ktverify.report.store import load
 from suites import conftest
 from suites.meta.mutants import MUTANTS
-from suites.support import accuracy, tensor_parallel
-from suites.support.child import Child, ChildCrash, ChildPool
-from suites.support.subject import Subject
+from suites.support import accuracy, broken, isas, tensor_parallel
+from suites.support.child import Child, ChildCrash, ChildPool, Limits
+from suites.support.subject import GateFailed, Subject
+from suites.support.training import Drift, within_budgets
 from suites.support.zygote import ROOT
 
 RIGHT = "torch_bf16"
@@ -26,6 +32,9 @@ SMALL = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
 ODD = Case.parse("E=5,k=3,H=97,I=47,T=24,r=8,alpha=16")
 TRAINED = Case.parse("E=6,k=2,H=128,I=96,T=32,r=8,alpha=16,lora=float32")
 INTEGER = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16,data=integer")
+
+
+LIMITS = Limits(20.0, 3 << 30)
 
 
 def forward(child: Child, engine: str, case: Case) -> None:
@@ -134,6 +143,16 @@ def test_backward_takes_the_newest(children: ChildPool) -> None:
         behaviour("outstanding_forwards")(children.get(), MUTANTS["oldest_first"].engine, SMALL)
 
 
+@pytest.mark.parametrize("name", LORA_NAMES)
+def test_a_parameter_alone_fails_a_training(name: str) -> None:
+    peer = Drift(1e-3, dict.fromkeys(LORA_NAMES, 0.03))
+    within_budgets("as good as torch", peer, peer)
+    for far in (0.05, math.nan):
+        with pytest.raises(GateFailed, match=f"FAIL {name} drift") as found:
+            within_budgets("one is not", Drift(1e-3, {**peer.parameters, name: far}), peer)
+        assert [gate for gate, _ in found.value.exceeded] == ["loss"]
+
+
 @pytest.mark.parametrize("check", [forward, backward, tp_consistency, exact, training, update])
 def test_right_engine_passes(children: ChildPool, check: Any) -> None:
     check(children.get(), RIGHT, {exact: INTEGER, training: TRAINED}.get(check, SMALL))
@@ -151,6 +170,64 @@ def test_crash_is_told_from_failure(children: ChildPool) -> None:
         forward(children.get(), "suites.support.broken:dies", SMALL)
     # and the next case gets a new process
     forward(children.get(), RIGHT, SMALL)
+
+
+class _Unportable(Exception):
+    """Cannot be unpickled where it is raised."""
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(left + right)
+
+
+def raises(kind: str) -> None:
+    """Called in a child."""
+    raise {"value": ValueError("x"), "unportable": _Unportable("x", "y"), "wrong": AssertionError("FAIL x")}[kind]
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("value", "CRASH"), ("unportable", "CRASH"), ("wrong", "FAIL")])
+def test_what_an_engine_raises_is_a_crash(
+    children: ChildPool, pytestconfig: pytest.Config, kind: str, verdict: str
+) -> None:
+    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
+    with pytest.raises(Exception, match="x") as found:
+        children.get().call("suites.meta.test_suite_catches:raises", kind=kind)
+    assert plugin._verdict(SimpleNamespace(passed=False, skipped=False), found.value)[0] == verdict
+
+
+@pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
+def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
+    told = tmp_path / "number"
+    with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
+        forward(child, f"suites.support.broken:{engine}", SMALL)
+    assert type(found.value) is ChildCrash
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(told.read_text()))
+        if engine == "leaves_a_session":
+            process.kill()
+        process.wait(timeout=5)
+
+
+def _interrupted(pid: int) -> int:
+    raise KeyboardInterrupt
+
+
+def test_a_child_that_computes_when_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(limits=LIMITS)
+    monkeypatch.setattr("suites.support.child.resident_of", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        child.call("suites.support.broken:sleeps", seconds=60)
+    child.close()
+    assert not child.alive
+
+
+def test_a_missing_golden_is_no_crash_of_the_engine(
+    children: ChildPool, judge_case: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children.close()
+    monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match="small@seed=0 cannot be judged"):
+        judge_case("forward", cases.select("small")[0], isas.planned(RIGHT)[0])
+    children.close()
 
 
 # ---- whole runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ktverify import golden, verify
 from ktverify.cases import Case
+from ktverify.data import make_inputs
 from ktverify.diagnose.hook import add_cause, cause_of
 from ktverify.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.report.record import AccuracyRecord
@@ -13,7 +14,29 @@ from suites.support.unsupported import Unsupported
 TENSORS: dict[str, tuple[str, ...]] = {"forward": (OUTPUT,), "backward": BACKWARD_TENSORS}
 
 
-_last: Checked | None = None
+_prepared: Checked | None = None
+
+
+def prepare(case: Case, fresh: int | None) -> None:
+    """Make the inputs of a case and what they have to give; `check_case` then takes them.
+
+    Knows no engine: what is raised here, for a golden that is missing or of other inputs, is the suite's own defect.
+    """
+    global _prepared
+    ready, _prepared = _prepared, None
+    _prepared = _ready(ready, case, fresh)
+
+
+def _ready(kept: Checked | None, case: Case, fresh: int | None) -> Checked:
+    case = case if fresh is None else case.with_seed(fresh)
+    live = fresh is not None
+    if not live:
+        golden.load(case)  # without one, verify would go on with a live oracle
+    # The next instruction set asks for the same case again: its inputs and what they have to give are kept.
+    if kept is not None and kept.case == case and (kept.source == "fresh") == live:
+        return kept
+    inputs = make_inputs(case)
+    return Checked(case, inputs, {}, *verify.expected_of(case, inputs, fresh=live))
 
 
 def check_case(
@@ -31,32 +54,23 @@ def check_case(
     isa: what the engine's `isa=` gets. fresh: a seed for new inputs and a live oracle; without it a case that has no
     golden is an error. What the engine raises comes through.
     """
-    global _last
-    case = case if fresh is None else case.with_seed(fresh)
-    live = fresh is not None
-    if not live:
-        golden.load(case)
-    # The next instruction set asks for the same case again: its inputs and what they have to give are kept.
-    given = _last if _last is not None and _last.case == case and _last.records[0].source == source(live) else None
-    _last = None
-    _last = verify.check_case(
+    global _prepared
+    ready, _prepared = _prepared, None
+    given = _ready(ready, case, fresh)
+    checked = verify.check_case(
         engine,
-        case,
+        given.case,
         isa=isa,
         tp=tp,
         threads=threads,
-        fresh=live,
+        fresh=fresh is not None,
         backward=family == "backward",
         tensors=TENSORS[family],
         given=given,
     )
-    add_cause(_last, engine, isa=isa, tp=tp)
-    return _last.records
-
-
-def source(live: bool) -> str:
-    """What records call the origin of the expected values."""
-    return "fresh" if live else "golden"
+    add_cause(checked, engine, isa=isa, tp=tp)
+    _prepared = checked
+    return checked.records
 
 
 def lost(family: str, engine: str, case: Case, label: str, error: BaseException) -> list[AccuracyRecord]:

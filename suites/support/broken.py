@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ktverify.engines.torch_bf16 import TorchBf16
+
+TOLD = "KTVERIFY_SUITES_TOLD"
 
 
 class dies(TorchBf16):
@@ -17,3 +21,30 @@ class dies(TorchBf16):
     def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
         os.kill(os.getpid(), signal.SIGSEGV)
         raise AssertionError("still alive")
+
+
+class leaves_a_process(dies):
+    """The same, and leaves another that sleeps with all of its files open; its number is told in the file TOLD."""
+
+    session = False
+
+    def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
+        left = os.fork()
+        if left == 0:
+            if self.session:
+                os.setsid()
+            time.sleep(60)
+            os._exit(0)
+        Path(os.environ[TOLD]).write_text(str(left))
+        return super().forward_sft(*args, **kwargs)
+
+
+class leaves_a_session(leaves_a_process):
+    """The same, and the other leads a session of its own, where nobody can find it."""
+
+    session = True
+
+
+def sleeps(seconds: float) -> None:
+    """No engine: a call that takes long."""
+    time.sleep(seconds)

@@ -27,7 +27,7 @@ import psutil
 from ktverify.hosting.process import LAST_LINES, how_it_ended, last_lines
 from suites.support import locks
 from suites.support.unsupported import Unsupported
-from suites.support.zygote import find, zygote
+from suites.support.zygote import WAIT_S, find, zygote
 
 # several tests compute at once; torch's own threads, spinning for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}
@@ -84,6 +84,16 @@ class ChildError(AssertionError):
     """The called function raised an exception that cannot travel between processes; the text of it."""
 
 
+def raised_by_the_engine(error: BaseException) -> bool:
+    """True for what `Child.call` raised that was raised over there where nothing was to be refused: a crash.
+
+    What a check finds wrong comes from there as an AssertionError.
+    """
+    if isinstance(error, ChildError):
+        return True
+    return isinstance(error.__cause__, ChildError) and not isinstance(error, AssertionError)
+
+
 def _read_exactly(fd: int, size: int, watch: Callable[[], None] | None) -> bytes:
     """`size` bytes from the pipe; EOFError when it closes first. `watch` is called while there is nothing to read."""
     parts: list[bytes] = []
@@ -131,6 +141,7 @@ class Child:
     """One child process that answers calls until it is closed. Not for several threads at once."""
 
     def __init__(self, env: Mapping[str, str] | None = None, *, limits: Limits | None = None) -> None:
+        self._busy = False
         self.limits = limits or limits_of()
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         request_read, self._request = os.pipe()
@@ -161,12 +172,13 @@ class Child:
 
         Raises what the function raised (as ChildError where that cannot be pickled), or ChildCrash.
         """
+        self._busy = True
         try:
             _write_all(self._request, pickle.dumps((function, kwargs)))
             answered, value = _read_message(self._answer, self._watch(function))
         except (EOFError, BrokenPipeError):
-            how = how_it_ended(self._process.wait())
-            raise ChildCrash(f"{function}: the process {how}; last words:\n{self.last_words()}") from None
+            raise ChildCrash(f"{function}: the process {self._end()}; last words:\n{self.last_words()}") from None
+        self._busy = False
         if answered:
             return value
         error, text = value
@@ -186,6 +198,9 @@ class Child:
                 self._kill()
                 text = f"{function}: {held / 2**30:.1f} GiB were resident, the limit is {limits.memory / 2**30:.1f} GiB"
                 raise ChildOutOfMemory(f"{text}; last words:\n{self.last_words()}")
+            # a process that it started may hold the pipe open; an answer may have come since there was none
+            if not self.alive and not select.select([self._answer], [], [], 0)[0]:
+                raise EOFError
             if time.monotonic() > deadline:
                 self._kill()
                 text = f"{function}: no answer after {limits.time_s:g} s, ended with SIGKILL"
@@ -198,7 +213,16 @@ class Child:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(TimeoutError):  # a process that the kernel does not let go is left
+            self._process.wait(timeout=WAIT_S)
+
+    def _end(self) -> str:
+        """How a child ended that answers no more; it is ended where it has only closed its pipe."""
+        try:
+            return how_it_ended(self._process.wait(timeout=WAIT_S))
+        except TimeoutError:
+            self._kill()
+            return "closed its pipe and lived on"
 
     def last_words(self) -> str:
         """The last lines that the child wrote to stdout or stderr."""
@@ -208,10 +232,10 @@ class Child:
         for fd in (self._request, self._answer):
             with contextlib.suppress(OSError):
                 os.close(fd)
-        try:
-            self._process.wait(timeout=10)
-        except TimeoutError:
+        # one that computes, for nobody any more, need not be waited for
+        if self._busy:
             self._kill()
+        self._end()
         self._log.close()
 
 

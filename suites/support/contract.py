@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ktverify import gates, metrics, reference
+from ktverify import engines, gates, metrics, reference
 from ktverify.cases import Case
 from ktverify.data import Inputs, make_inputs
 from ktverify.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
@@ -177,15 +177,21 @@ def check_threads(subject: Subject, case: Case = MIDDLE) -> None:
 
 
 def check_company(subject: Subject) -> None:
-    """What a token gets does not depend on which other tokens are in the call."""
+    """What a token gets does not depend on which other tokens are in the call.
+
+    Other tokens may change the order of a sum: engines that are `engines.strict` owe no more than that leaves, others
+    what the oracle asks of the few alone.
+    """
     inputs = make_inputs(MIDDLE)
     whole = subject.run(MIDDLE, inputs)
     part = slice(3, 20)
     few = changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS})
     found = subject.run(MIDDLE, few)
+    if not engines.strict(subject.engine):
+        judged("17 tokens out of 70, by themselves", MIDDLE, found, few)
+        return
     for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
         apart = metrics.compare(found[name], whole[name][part].double())
-        # other tokens may change the order of a sum, nothing more
         budget = float(gates.tolerances()["tp"]["rel_l2"])
         expect(
             apart.rel_l2 <= budget,
@@ -474,4 +480,4 @@ def check_skip_lora(subject: Subject) -> None:
         raise_for(method, [judgement])
     whole = reference.forward_backward(inputs)
     apart = metrics.compare(oracle[GRAD_INPUT], whole[GRAD_INPUT]).rel_l2
-    expect(apart > 0.05, "the case cannot tell whether the LoRA terms are there")
+    expect(apart > gates.tolerances()["check"]["tells"], "the case cannot tell whether the LoRA terms are there")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ktverify import gates
 from ktverify.cases import LORA_DTYPES, MAPS, Case, flops
+from suites.support.child import raised_by_the_engine
 from suites.support.properties import Property
 from suites.support.unsupported import Unsupported
 
@@ -85,15 +86,18 @@ def _multiple(draw: st.DrawFn, step: int, most: int, label: str) -> int:
 
 
 class Violated(AssertionError):
-    """A property does not hold: the smallest case found, what differs, and the command that repeats it."""
+    """A property does not hold: the smallest case found, what differs, and the command that repeats it.
+
+    verdict: FAIL, or CRASH where the engine raised instead of computing.
+    """
+
+    def __init__(self, text: str, verdict: str = "FAIL") -> None:
+        super().__init__(text)
+        self.verdict = verdict
 
 
 class Ended(Violated):
     """The engine's process did not outlive a drawn case; verdict: CRASH, TIMEOUT or OOM."""
-
-    def __init__(self, text: str, verdict: str) -> None:
-        super().__init__(text)
-        self.verdict = verdict
 
 
 def search(
@@ -132,7 +136,7 @@ def search(
             text = f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}"
             verdict = getattr(error, "verdict", "")
             if not verdict:
-                return Violated(text)
+                return Violated(text, "CRASH" if raised_by_the_engine(error) else "FAIL")
             return ended.setdefault(case.id, Ended(text, verdict))
         compared += counts[0]
         believed += counts[1]

@@ -15,15 +15,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import torch
 from torch import Tensor
 
-from ktverify import reference
+from ktverify import gates, reference
 from ktverify.cases import Case
 from ktverify.data import make_inputs
-from ktverify.gates import own_limit
 from ktverify.metrics import compare
 from ktverify.names import ALL_TENSORS, LORA_NAMES, OUTPUT
 from ktverify.running import run_layer
@@ -214,8 +214,8 @@ def check_idle_experts_take_no_memory(subject: Subject) -> None:
     layer = subject.layer(case, inputs)
     run_layer(layer, inputs)
     grown = resident_of(os.getpid()) - before
-    # LoRA is dense: the parameters, the engine's copy in fp32, and the gradients of one call
-    budget = 16 * one + 8 * lora
+    numbers = gates.tolerances()["memory"]
+    budget = numbers["idle_experts"] * one + numbers["idle_lora"] * lora
     expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources")
     del layer
 
@@ -306,6 +306,19 @@ def check_no_memory_half_way(subject: Subject) -> None:
     expect(refused > 0, "no limit was low enough: nothing was tried")
 
 
+def check_no_memory_for_another_dtype(subject: Subject) -> None:
+    """Memory that ends while LoRA of another dtype is taken over: MemoryError, and the layer is what it was."""
+    inputs = make_inputs(SMALL)
+    layer = subject.layer(SMALL, inputs)
+    layer._build = lambda **_: mock.Mock(**{"update_lora.side_effect": MemoryError("for LoRA")})
+    try:
+        layer.init_lora_weights(*(inputs.lora[name].float() for name in LORA_NAMES))
+    except MemoryError:
+        expect_same_bits("after MemoryError", subject.run(SMALL, inputs), run_layer(layer, inputs))
+        return
+    raise AssertionError("the layer was not built anew")
+
+
 # ---- instruction sets: of the native engine
 
 
@@ -360,7 +373,7 @@ def check_accumulation(isa: str | None) -> None:
                 total[name.removeprefix("grad_")] += gradient
     for name, exact in total.items():
         apart = compare(found[f"grad_{name}"], exact).rel_l2
-        limit = own_limit(MIDDLE, f"grad_{name}", isa or "")
+        limit = gates.own_limit(MIDDLE, f"grad_{name}", isa or "")
         assert limit is not None
         expect(apart < limit, f"grad_{name} summed over 24 calls is {apart:.1e} from the oracle, limit {limit:.1e}")
 

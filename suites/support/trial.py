@@ -2,7 +2,7 @@
 
 A property says how two calls are related. The relation is exact in real numbers, so what a changed call gives, mapped
 back, has the unchanged call's oracle as its right answer, and that case's budgets: no property has a number of its own.
-Where moreover the order of no sum changes, the project's own engine owes the same bits.
+Where moreover the order of no sum changes, the native engine owes the same bits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Trial:
         self.subject = subject
         self.case = case
         self.inputs = make_inputs(case)
-        self.own = subject.engine == engines.NATIVE
+        self.own = engines.strict(subject.engine)
         self.compared = self.believed = 0
 
     @cached_property
@@ -99,7 +99,7 @@ class Trial:
             raise AssertionError("\n".join([what, *wrong]))
 
     def _judge(self, name: str, difference: metrics.Difference, exact: bool, peer: float) -> gates.Judgement:
-        # the limits of the project's own engine are for tensors that many numbers decide, as small T is exempt there
+        # the limits of strict engines are for tensors that many numbers decide, as small T is exempt there
         own = self.own and (exact if self.case.exact else self._many(name, difference.nonzero))
         return gates.judge(self.case, name, difference, peer, own_engine=own, isa=self.subject.isa or "")
 
@@ -110,15 +110,15 @@ class Trial:
         return bool(decided >= gates.tolerances()["peer"]["few"])
 
     def same(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """AssertionError unless the bits are the same; asked of the project's own engine only."""
-        if self.own:
+        """AssertionError unless the bits are the same: more than CONTRACT.md asks, so of the native engine only."""
+        if self.subject.engine == engines.NATIVE:
             # an empty tensor may have strides of which no bytes can be seen, and has no bits to differ in
             expect_same_bits(what, left, right, tuple(name for name in names if left[name].numel()))
 
     def close(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """AssertionError unless two results differ by no more than fp32 sums in another order may ([tp] rel_l2).
 
-        Asked of the project's own engine only, of tensors that many numbers decide, and not of sums that cancel.
+        Asked of engines that are `engines.strict`, of tensors that many numbers decide, and not of sums that cancel.
         """
         numbers = gates.tolerances()
         for name in names if self.own else ():

@@ -2,13 +2,15 @@
 
 A run needs some fifty processes, and importing torch takes each of them two seconds. So a test process keeps one
 zygote, which imports what all need and forks whoever asks. No engine is imported before the fork, nor has torch used
-a thread, so a forked process is as fresh as any other.
+a thread, so a forked process is as fresh as any other. Each leads a session of its own: what it starts ends with it,
+also where it dies and what it started would not.
 Run as `python -m suites.support.zygote`, it is the other end of the socket.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import gc
 import importlib
@@ -29,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _PRELOADED = ("ktverify.verify", "suites.support.accuracy", "suites.support.contract", "suites.support.training")
 _NOT_YET = ("ktverify.experts", "ktverify._native")
 _LENGTH = struct.Struct("<Q")
+# for a process that has no more to do
+WAIT_S = 10.0
 
 
 def _send(connection: socket.socket, value: object, fds: Sequence[int] = ()) -> None:
@@ -57,6 +61,12 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
+def end_group(pid: int) -> None:
+    """SIGKILL to the process group that `pid` leads, as far as there is one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 class Forked:
     """A forked process, as its grandparent sees it."""
 
@@ -81,8 +91,11 @@ class Forked:
         return code
 
     def kill(self) -> None:
+        """End it and its session's processes."""
         # until poll() has told its end, the zygote keeps its number from being given to another process
         if self.poll() is None:
+            end_group(self.pid)
+            # it may not have got as far as to lead a group
             os.kill(self.pid, signal.SIGKILL)
 
 
@@ -117,13 +130,21 @@ class Zygote:
             _send(self._connection, request, fds)
             return _receive(self._connection)[0]
         except (EOFError, OSError):
-            code = self._process.wait()
+            code = self._ended()
             raise RuntimeError(f"the process that forks the tests' children has died with exit code {code}") from None
 
     def close(self) -> None:
         atexit.unregister(self.close)
         self._connection.close()
-        self._process.wait()
+        self._ended()
+
+    def _ended(self) -> int:
+        """The exit code of one that has been left; it is ended where it does not end by itself."""
+        try:
+            return self._process.wait(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 _zygote: Zygote | None = None
@@ -149,6 +170,8 @@ def find(name: str) -> Callable[..., Any]:
 
 def _become(function: str, fds: list[int], env: dict[str, str], log: int) -> int:
     """What a forked process does; its exit code."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
@@ -168,10 +191,14 @@ def _become(function: str, fds: list[int], env: dict[str, str], log: int) -> int
 
 
 def _serve(connection: socket.socket) -> None:
+    """Answer until the other end has gone; the processes that it left behind are ended then."""
+    alive: set[int] = set()
     while True:
         try:
             (what, *rest), fds = _receive(connection)
         except (EOFError, ConnectionError):
+            for pid in alive:
+                end_group(pid)
             return
         if what == "fork":
             function, env, count = rest
@@ -181,14 +208,26 @@ def _serve(connection: socket.socket) -> None:
                 os._exit(_become(function, fds[:count], env, fds[count]))
             for fd in fds:
                 os.close(fd)
+            alive.add(pid)
             _send(connection, pid)
         else:
-            done, status = os.waitpid(rest[0], os.WNOHANG)
-            _send(connection, os.waitstatus_to_exitcode(status) if done else None)
+            _send(connection, _exit_code(rest[0], alive))
+
+
+def _exit_code(pid: int, alive: set[int]) -> int | None:
+    """How a forked process ended, None while it runs. What it started is ended with it."""
+    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return None
+    # before its number is free for another process to have
+    end_group(pid)
+    alive.discard(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def main(fd: int) -> None:
     faulthandler.enable()
+    # Ctrl-C is for the other end, which then closes the connection; until then its children have to be ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for module in _PRELOADED:
         importlib.import_module(module)
     early = [module for module in _NOT_YET if module in sys.modules]

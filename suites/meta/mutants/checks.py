@@ -1,7 +1,10 @@
 """Every check of the default tier that an engine of one instruction set gets, by key, to be asked of any engine.
 
 Comes in: an engine's name. Goes out: which gates it exceeded. The lists of cases are those of the families themselves.
-Not here: latency, which judges nothing; whether the interpreter runs on during a call, a matter of time; forks.
+Of what CONTRACT.md does not ask, those that any layer can be asked are here as well.
+Not here: latency, which judges nothing; the properties, which draw their cases; test_exact's comparison of instruction
+sets; tp_constraint's test_no_degree_at_all; of contract/test_processes, whether the interpreter runs on during a call,
+forks, the end of memory, the choice of an instruction set, sentinels, accumulation and the light import.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass, replace
 from ktverify import cases, gates, verify
 from ktverify.cases import Case
 from ktverify.verify import Checked
-from suites.contract.test_behaviour import AT_ODD_SIZES, CHECKS, EDGES
+from suites.contract.test_behaviour import AT_ODD_SIZES, CHECKS, EDGES, OF_THE_NATIVE_ENGINE
 from suites.exact.test_exact import CASES as EXACT
 from suites.support import contract, exact, processes, refusals, tensor_parallel, training
 from suites.support.accuracy import TENSORS
@@ -129,7 +132,7 @@ def _table() -> dict[str, Check]:
         table[f"exact/{case.name if case.name != cases.CUSTOM else case.id}"] = _exact(case)
     for name, text in EDGES.items():
         table[f"edge/{name}"] = _of(contract.check_edge, Case.parse(text))
-    for name in CHECKS:
+    for name in (*CHECKS, *OF_THE_NATIVE_ENGINE):
         table[f"behaviour/{name}"] = _of(getattr(contract, f"check_{name}"))
     for name in AT_ODD_SIZES:
         table[f"behaviour/{name}_at_odd_sizes"] = _of(getattr(contract, f"check_{name}"), contract.ODD_MIDDLE)
