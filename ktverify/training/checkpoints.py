@@ -50,6 +50,10 @@ def choose(wanted: bool | str, directory: Path) -> Path:
     """The checkpoint to resume from: `wanted` itself if it is a path, else the newest whole one of `directory`.
 
     ValueError, with what is wrong with each, where there is none."""
+    if isinstance(wanted, str) and not Path(wanted).is_dir():
+        raise ValueError(
+            f"there is no checkpoint {wanted}: resume_from_checkpoint takes true, or a checkpoint's directory"
+        )
     candidates = [Path(wanted)] if isinstance(wanted, str) else checkpoints_in(directory)
     reasons = []
     for path in candidates:

@@ -23,15 +23,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from ktverify.files import write_whole
 from ktverify.pretrained import load_pretrained
-from ktverify.training import checkpoints, curves
+from ktverify.training import curves, place
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.journal import Journal
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.wrap import wrap_moe_layers
-
-SUMMARY_FILE = "training.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
     """
     output = Path(config.output_dir)
-    resume = _resume(config, output)
+    start = place.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
     records = read_records(find_dataset(config.dataset, beside))
     infer = None
     if config.use_kt:
@@ -98,8 +96,9 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
         callbacks=[journal],
     )
     trainer.remove_callback(PrinterCallback)  # the journal prints a line for a step, shorter
+    place.make_room(output, start)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
     seconds = time.perf_counter() - started
     _save_whole((adapted, tokenizer), output)
     trainer.save_state()
@@ -109,21 +108,6 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
 def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:
     """The stock model and its tokenizer; see load_pretrained."""
     return load_pretrained(path, dtype, option="model_name_or_path", trust=trust)
-
-
-def _resume(config: TrainConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. ValueError where the directory is in use, or holds none."""
-    if config.resume_from_checkpoint:
-        return checkpoints.choose(config.resume_from_checkpoint, output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
-        raise ValueError(
-            f"output_dir {output} exists and is not empty: name another, or give overwrite_output_dir: true or "
-            "resume_from_checkpoint: true"
-        )
-    (output / curves.LOSS_FILE).unlink(missing_ok=True)
-    return None
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
@@ -153,10 +137,10 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 
 def _save_whole(parts: tuple[Any, ...], output: Path) -> None:
     """`save_pretrained` of each of `parts` into `output`; every file appears whole, the adapter's weights last."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=output) as place:
+    with tempfile.TemporaryDirectory(prefix=place.SAVING, dir=output) as saving:
         for part in parts:
-            part.save_pretrained(place)
-        files = sorted(Path(place).iterdir(), key=lambda path: path.suffix == ".safetensors")
+            part.save_pretrained(saving)
+        files = sorted(Path(saving).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in files:
             os.replace(path, output / path.name)
 
@@ -180,7 +164,7 @@ def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) 
         tokens_per_s=round(tokens / seconds, 1),
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    write_whole(output / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
+    write_whole(output / place.SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
     if history:
-        curves.draw({"loss": curve}, output / "loss.png")
+        curves.draw({"loss": curve}, output / place.LOSS_PICTURE)
     return summary

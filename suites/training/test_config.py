@@ -79,6 +79,13 @@ def test_a_directory_in_use_is_not_overwritten(config: Callable[..., Path], tmp_
     assert (tmp_path / "out" / "precious").exists()
 
 
+def test_what_is_refused_later_leaves_the_earlier_run(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "out" / "loss.jsonl").write_text("")
+    refused(call("train", config("overwrite_output_dir: true")), "is no directory")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-5", "loss.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "wanted"),
     [

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ktverify.training import checkpoints, curves
+from ktverify.training import checkpoints, curves, place
 from ktverify.training.acceptance import verify_training
 from ktverify.training.config import read_config
 from ktverify.training.measure import Memory, measure_memory
@@ -109,6 +109,35 @@ def test_resuming_equals_not_stopping(
     assert max(abs(a - b) for a, b in zip(actual.losses, expected.losses, strict=True)) <= 1e-6
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (stopped, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
+    for name in ("checkpoint-10/optimizer.pt", "checkpoint-90/optimizer.pt", "mine/checkpoint-3/a", ".saving-x/a"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("adapter_model.safetensors", curves.LOSS_FILE, "loss.png", "training.json", "notes.txt"):
+        (tmp_path / name).touch()
+    reached = tmp_path / "checkpoint-10"
+    (reached / curves.STATE_FILE).write_text('{"global_step": 10}', encoding="utf-8")
+    place.make_room(tmp_path, reached)
+    assert not (tmp_path / "checkpoint-90").exists()
+    assert (tmp_path / curves.LOSS_FILE).exists()
+    assert reached.exists()
+    place.make_room(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt"}
+
+
+def test_a_checkpoint_of_another_run_does_not_open_a_directory_in_use(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "precious").touch()
+    other = str(trained("qwen3_moe") / f"checkpoint-{HALF}")
+    with pytest.raises(ValueError, match=r"is not empty: name another.*a checkpoint of"):
+        place.choose_start(tmp_path, other, overwrite=False)
+    assert place.choose_start(tmp_path, other, overwrite=True) == Path(other)
+    assert place.choose_start(Path(other).parent, other, overwrite=False) == Path(other)
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        place.choose_start(tmp_path, str(tmp_path / "checkpoint-7"), overwrite=True)
 
 
 @pytest.mark.parametrize("killed_at", range(len(checkpoints.NEEDED)))
