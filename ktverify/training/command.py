@@ -66,7 +66,7 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
 
     done = run(chosen, config.resolve().parent)
     typer.echo(
-        f"loss {done.first_loss:.4f} to {done.last_loss:.4f} in {done.steps} steps, slope {done.slope:.2e} a step"
+        f"loss {done.first_loss:.4f} to {done.last_loss:.4f}, slope {done.slope:.2e} a step; {done.steps} steps now"
     )
     typer.echo(
         f"{done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak memory "

@@ -34,7 +34,8 @@ from ktverify.training.wrap import wrap_moe_layers
 
 @dataclass(frozen=True)
 class Summary:
-    """steps and tokens of this process (a resumed run counts its own); seconds; peak resident bytes."""
+    """Losses (nats per token) and slope (a step) of the whole history; steps, tokens, seconds and peak resident bytes
+    of this process: a resumed run counts its own."""
 
     steps: int
     first_loss: float
@@ -153,9 +154,9 @@ def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:
 def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) -> Summary:
     history = [(row["step"], row["loss"]) for row in journal.rows]
     curve = curves.Curve(tuple(step for step, _ in history), tuple(loss for _, loss in history))
-    tokens = int(trainer.state.num_input_tokens_seen)
+    tokens = int(trainer.state.num_input_tokens_seen) - journal.begun[1]
     summary = Summary(
-        steps=int(trainer.state.global_step),
+        steps=int(trainer.state.global_step) - journal.begun[0],
         first_loss=curve.losses[0] if history else math.nan,
         last_loss=curve.losses[-1] if history else math.nan,
         slope=curve.slope,

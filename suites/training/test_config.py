@@ -143,7 +143,7 @@ def test_make_tiny_says_what_it_takes(tmp_path: Path) -> None:
 def test_compare_curves(factor: float, code: int, tmp_path: Path) -> None:
     def write(name: str, by: float) -> Path:
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("\n".join(json.dumps({"step": s, "loss": by * (5 - s / 10)}) for s in range(1, 11)))
+        path.write_text("".join(json.dumps({"step": s, "loss": by * (5 - s / 10)}) + "\n" for s in range(1, 11)))
         return path
 
     drawn = tmp_path / "curves.png"

@@ -97,13 +97,17 @@ def test_resuming_equals_not_stopping(
     stopped = tmp_path / "stopped"
     shutil.copytree(whole / f"checkpoint-{HALF}", stopped / f"checkpoint-{HALF}")
     rows = (whole / curves.LOSS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    # it went on for a while after its last checkpoint
-    (stopped / curves.LOSS_FILE).write_text("".join(rows[: HALF + 7]), encoding="utf-8")
+    # it went on for a while after its last checkpoint, and died while it wrote a loss
+    (stopped / curves.LOSS_FILE).write_text("".join(rows[: HALF + 7]) + rows[HALF + 7][:9], encoding="utf-8")
+    assert curves.read_curve(stopped).steps[-1] == HALF + 7
     # and was killed while it wrote the next one
     torn = stopped / f"checkpoint-{HALF + 10}"
     shutil.copytree(whole / f"checkpoint-{HALF}", torn)
     (torn / "optimizer.pt").write_bytes((torn / "optimizer.pt").read_bytes()[:1000])
-    run_example("qwen3_moe", tiny("qwen3_moe"), stopped, resume_from_checkpoint="true", torch_dtype=DTYPE)
+    done = run_example("qwen3_moe", tiny("qwen3_moe"), stopped, resume_from_checkpoint="true", torch_dtype=DTYPE)
+    assert done.steps == STEPS - HALF
+    all_rows = [json.loads(row) for row in rows]
+    assert done.tokens == all_rows[-1]["tokens"] - all_rows[HALF - 1]["tokens"]
     expected, actual = curves.read_curve(whole), curves.read_curve(stopped)
     assert actual.steps == expected.steps
     assert max(abs(a - b) for a, b in zip(actual.losses, expected.losses, strict=True)) <= 1e-6
@@ -186,8 +190,8 @@ def _with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[
 
 
 def _rising(directory: Path) -> None:
-    rows = [json.dumps({"step": step, "loss": 1.0 + step / 10}) for step in range(1, 6)]
-    (directory / curves.LOSS_FILE).write_text("\n".join(rows), encoding="utf-8")
+    rows = [json.dumps({"step": step, "loss": 1.0 + step / 10}) + "\n" for step in range(1, 6)]
+    (directory / curves.LOSS_FILE).write_text("".join(rows), encoding="utf-8")
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -240,7 +244,7 @@ def test_memory_does_not_grow(tiny: Callable[[str], Path], tmp_path: Path) -> No
 @pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
 def test_every_example_runs(example: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     family = Path(yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8"))["model_name_or_path"]).name
-    done = run_example(example, tiny(family), tmp_path / "out", max_steps=3, logging_steps=1)
+    done = run_example(example, tiny(family), tmp_path / "out", max_steps=3, logging_steps=10)
     assert done.steps == 3
     assert done.last_loss == done.last_loss
     assert done.tokens > 0
