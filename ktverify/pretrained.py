@@ -6,6 +6,7 @@ Comes in: a directory or a hub's name. Goes out: the stock model and its tokeniz
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def quiet(purpose: str) -> None:
         from transformers.utils import logging
     except ImportError as error:
         raise ImportError(
-            f"{purpose} needs transformers and peft ({error}): pip install 'ktverify[training]'"
+            f"{purpose} needs transformers and peft ({error}): pip install -c constraints.txt -e '.[training]'"
         ) from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -27,9 +28,28 @@ def quiet(purpose: str) -> None:
 
 def load_pretrained(path: str, dtype: str, *, option: str, trust: bool = False) -> tuple[Any, Any]:
     """The model, its floating-point weights in `dtype`, and its tokenizer. ValueError naming `option` for none."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = load_tokenizer(path, option=option, trust=trust)
+    return load_model(path, dtype, option=option, trust=trust), tokenizer
 
+
+def load_tokenizer(path: str, *, option: str, trust: bool = False) -> Any:
+    """ValueError naming `option` where there is none."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, path, option, trust_remote_code=trust)
+
+
+def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
+    """Floating-point weights in `dtype`. ValueError naming `option` where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return _load(
+        AutoModelForCausalLM.from_pretrained, path, option, dtype=getattr(torch, dtype), trust_remote_code=trust
+    )
+
+
+def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if local and not Path(path).is_dir():
         raise ValueError(
@@ -37,8 +57,6 @@ def load_pretrained(path: str, dtype: str, *, option: str, trust: bool = False) 
             f"python -m ktverify make-tiny FAMILY --out {path}"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)
+        return read(path, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    return model, tokenizer

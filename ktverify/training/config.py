@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class TrainConfig(BaseModel):
@@ -54,7 +55,7 @@ class TrainConfig(BaseModel):
     num_train_epochs: float = Field(3.0, gt=0)
     max_steps: int = -1
     lr_scheduler_type: str = "linear"
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)  # 1 is one step to transformers
     seed: int = Field(42, ge=0)
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(500, ge=1)
@@ -62,6 +63,15 @@ class TrainConfig(BaseModel):
     output_dir: str
     overwrite_output_dir: bool = False
     resume_from_checkpoint: bool | str | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and not any(a is bool or a is True for a in get_args(kind)):
+            raise PydanticCustomError("no_bool", "true and false are not what it takes")
+        return value
 
     @property
     def threadpool_count(self) -> int:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SchedulerType
 
 from ktverify.files import write_whole
-from ktverify.pretrained import load_pretrained
+from ktverify.pretrained import load_model, load_pretrained, load_tokenizer
 from ktverify.training import curves, place
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
@@ -30,6 +31,8 @@ from ktverify.training.dataset import IGNORED, encode, find_dataset, read_record
 from ktverify.training.journal import Journal
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.wrap import wrap_moe_layers
+
+BASE_OPTION = "model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,16 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     """
     output = Path(config.output_dir)
     start = place.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
+    arguments = _arguments(config)
     records = read_records(find_dataset(config.dataset, beside))
     infer = None
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.threadpool_count, backend=config.kt_backend)
-    model, tokenizer = load_base(config.model_name_or_path, config.torch_dtype, trust=config.trust_remote_code)
+    path, trust = config.model_name_or_path, config.trust_remote_code
+    tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
+    _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
+    model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust)
     if infer is not None:
         wrap_moe_layers(model, infer)
     torch.manual_seed(config.seed)
@@ -90,7 +97,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     journal = Journal(output)
     trainer = Trainer(
         model=adapted,
-        args=_arguments(config),
+        args=arguments,
         train_dataset=rows,
         data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
         processing_class=tokenizer,
@@ -101,17 +108,41 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     seconds = time.perf_counter() - started
-    _save_whole((adapted, tokenizer), output)
-    trainer.save_state()
+    _save_whole((adapted, tokenizer), trainer.state, output)
     return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
 
 
-def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:
-    """The stock model and its tokenizer; see load_pretrained."""
-    return load_pretrained(path, dtype, option="model_name_or_path", trust=trust)
+def load_base(path: str, dtype: str = "bfloat16", *, option: str = BASE_OPTION, trust: bool = False) -> tuple[Any, Any]:
+    """The stock model and its tokenizer; `option` is what errors call the path. See load_pretrained."""
+    return load_pretrained(path, dtype, option=option, trust=trust)
+
+
+def _ensure_padding(tokenizer: Any) -> None:
+    """A tokenizer without a padding token pads with its end token, as LLaMA-Factory does; neither labels nor the
+    attention mask see it. ValueError without either."""
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {BASE_OPTION} has neither a padding nor an end token; give it one")
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
+    """What the Trainer takes. ValueError for what it would refuse, and for several GPUs, between which it would split
+    every batch over copies of the model: the engine's layers have none."""
+    schedulers = [kind.value for kind in SchedulerType]
+    if config.lr_scheduler_type not in schedulers:
+        raise ValueError(f"lr_scheduler_type is {config.lr_scheduler_type!r}, it takes one of {', '.join(schedulers)}")
+    found = _trainer_arguments(config)
+    if found.n_gpu > 1:
+        raise ValueError(
+            f"{found.n_gpu} GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES, like "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+    return found
+
+
+def _trainer_arguments(config: TrainConfig) -> TrainingArguments:
     return TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -136,11 +167,13 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     )
 
 
-def _save_whole(parts: tuple[Any, ...], output: Path) -> None:
-    """`save_pretrained` of each of `parts` into `output`; every file appears whole, the adapter's weights last."""
+def _save_whole(parts: tuple[Any, ...], state: Any, output: Path) -> None:
+    """`save_pretrained` of each of `parts` and the Trainer's state into `output`; every file appears whole, the
+    adapter's weights last."""
     with tempfile.TemporaryDirectory(prefix=place.SAVING, dir=output) as saving:
         for part in parts:
             part.save_pretrained(saving)
+        state.save_to_json(str(Path(saving) / curves.STATE_FILE))
         files = sorted(Path(saving).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in files:
             os.replace(path, output / path.name)

@@ -50,6 +50,9 @@ def config(tmp_path: Path) -> Callable[..., Path]:
         ("lora_rank: eight", "lora_rank got 'eight'"),
         ("lora_rank: 0", "lora_rank got 0"),
         ("stage: ppo", "stage got 'ppo'"),
+        ("lora_rank: true", "lora_rank got True: true and false are not what it takes"),
+        ("warmup_ratio: 1.0", "warmup_ratio got 1.0: Input should be less than 1"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type is 'cosin', it takes one of linear, cosine,"),
         ("kt_weight_path: /models", "kt_weight_path got '/models'"),
         ("kt_num_gpu_experts: 4", "kt_num_gpu_experts got 4"),
         ("kt_backend: AMXInt8", "kt_backend is 'AMXInt8', which does not exist yet; it takes AMXBF16"),
@@ -63,6 +66,13 @@ def config(tmp_path: Path) -> Callable[..., Path]:
 def test_wrong_configurations(line: str, wanted: str, config: Callable[..., Path]) -> None:
     text = MINIMAL.replace("dataset: alpaca_tiny\n", "") if line.startswith("dataset") else MINIMAL
     refused(call("train", config(line, text=text)), wanted)
+
+
+def test_several_gpus_are_refused(config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    refused(call("train", config()), "2 GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES")
 
 
 def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:

@@ -159,6 +159,9 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(
     if killed_at == 0:  # peft writes the weights before their configuration
         torn.unlink()
     assert checkpoints.choose(True, tmp_path) == older
+    for name in checkpoints.NEEDED[killed_at:]:
+        (newer / name).write_bytes(b"garbage")  # what a file system may leave of a file after a crash
+    assert checkpoints.choose(True, tmp_path) == older
     shutil.rmtree(older)
     with pytest.raises(ValueError, match="no whole checkpoint to resume from; checkpoint-100: "):
         checkpoints.choose(True, tmp_path)
