@@ -13,9 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ktverify.pretrained import load_tokenizer
 from ktverify.training import checkpoints, curves, place
 from ktverify.training.acceptance import verify_training
 from ktverify.training.config import read_config
+from ktverify.training.dataset import example_data, read_records
 from ktverify.training.measure import Memory, measure_memory
 from ktverify.training.run import Summary, train
 
@@ -85,6 +87,44 @@ def test_the_slope_is_fitted() -> None:
     losses = (1.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5)
     assert curves.Curve(steps, losses).slope < 0 < losses[-1] - losses[0]
     assert curves.Curve(steps, tuple(2.0 + 3.0 * step for step in steps)).slope == pytest.approx(3.0)
+
+
+SHORT = {"max_steps": 3, "logging_steps": 1, "torch_dtype": DTYPE}
+
+
+def test_accumulated_steps_have_the_losses_of_stock_peft(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = {**SHORT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for name, use_kt in (("engine", "true"), ("stock", "false")):
+        done = run_example("qwen3_moe", tiny("qwen3_moe"), tmp_path / name, use_kt=use_kt, **settings)
+        assert done.steps == 3
+    found = curves.compare(*(curves.read_curve(tmp_path / name) for name in ("stock", "engine")))
+    assert found.passed, f"{found.largest:.2%} at step {found.largest_at}"
+    assert found.mean > 1e-6
+    state = json.loads((tmp_path / "engine" / curves.STATE_FILE).read_text(encoding="utf-8"))
+    assert state["log_history"][0]["epoch"] == pytest.approx(2 * 4 / len(read_records(example_data())), rel=1e-2)
+
+
+def test_checkpointing_dropout_rslora_and_a_tokenizer_without_padding(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny("qwen3_moe"), tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del settings["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load_tokenizer(str(base), option="base").pad_token is None
+    more = {"lora_dropout": 0.3, "use_rslora": "true", "save_steps": 1, "save_total_limit": 2}
+    for name, on in (("kept", "false"), ("recomputed", "true")):
+        run_example("qwen3_moe", base, tmp_path / name, **SHORT, **more, gradient_checkpointing=on)
+    kept, recomputed = (curves.read_curve(tmp_path / name) for name in ("kept", "recomputed"))
+    # a forward that is computed again has the same bits, its dropout included
+    assert kept == recomputed
+    assert sorted(path.name for path in (tmp_path / "kept").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    stored = json.loads((tmp_path / "kept" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert stored["use_rslora"] is True
+    plain = {**more, "lora_dropout": 0.0}
+    run_example("qwen3_moe", base, tmp_path / "plain", **SHORT, **plain)
+    assert curves.read_curve(tmp_path / "plain").losses[0] == kept.losses[0]  # B is zero, so is what dropout changes
+    assert curves.read_curve(tmp_path / "plain").losses[2] != kept.losses[2]
 
 
 # ---- stopping and going on
