@@ -15,6 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+OWN_TEMPLATES = ("default", "tokenizer")
+# keys of LLaMA-Factory's files that have one value here -> how it may be written, and what is said to another
+ONLY: dict[str, tuple[tuple[object, ...], str]] = {
+    "kt_use_wrapper": ((True,), "the engine has no other way in; it takes true. use_kt: false trains without engine"),
+    "kt_num_gpu_experts": ((0,), "experts on a GPU do not exist yet; it takes 0"),
+    "kt_weight_path": (("", None), "the experts' weights come from model_name_or_path; leave it out"),
+}
+
 
 class TrainConfig(BaseModel):
     """Keys and defaults of a training; docs/training.md says what each does."""
@@ -44,7 +52,7 @@ class TrainConfig(BaseModel):
     use_rslora: bool = False
 
     dataset: str
-    template: Literal["default", "tokenizer"] = "default"
+    template: str = "default"  # whatever the name, the tokenizer's own
     cutoff_len: int = Field(2048, ge=2)
     preprocessing_num_workers: int | None = Field(None, ge=1)
 
@@ -63,6 +71,21 @@ class TrainConfig(BaseModel):
     output_dir: str
     overwrite_output_dir: bool = False
     resume_from_checkpoint: bool | str | None = None
+
+    @property
+    def template_note(self) -> str:
+        """What to tell somebody who named a template; "" for the names of the tokenizer's own."""
+        if self.template in OWN_TEMPLATES:
+            return ""
+        return f"template {self.template!r} is not looked up: the tokenizer's own chat template is used"
+
+    @field_validator(*ONLY, mode="before")
+    @classmethod
+    def _only_value(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted, reason = ONLY[str(info.field_name)]
+        if any(value == one and type(value) is type(one) for one in wanted):
+            return value
+        raise PydanticCustomError("does_not_exist", reason)  # type: ignore[arg-type]  # wants a literal
 
     @field_validator("*", mode="before")
     @classmethod

@@ -74,6 +74,8 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     output = Path(config.output_dir)
     start = place.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
     arguments = _arguments(config)
+    if config.template_note:
+        print(config.template_note, file=sys.stderr)
     records = read_records(find_dataset(config.dataset, beside))
     infer = None
     if config.use_kt:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from ktverify.cli import app
 from ktverify.training.config import read_config
-from ktverify.training.dataset import EXAMPLE, IGNORED, encode, example_data, read_records
+from ktverify.training.dataset import EXAMPLE, IGNORED, Record, encode, example_data, read_records
 from ktverify.training.tiny import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -53,8 +53,9 @@ def config(tmp_path: Path) -> Callable[..., Path]:
         ("lora_rank: true", "lora_rank got True: true and false are not what it takes"),
         ("warmup_ratio: 1.0", "warmup_ratio got 1.0: Input should be less than 1"),
         ("lr_scheduler_type: cosin", "lr_scheduler_type is 'cosin', it takes one of linear, cosine,"),
-        ("kt_weight_path: /models", "kt_weight_path got '/models'"),
-        ("kt_num_gpu_experts: 4", "kt_num_gpu_experts got 4"),
+        ("kt_weight_path: /models", "kt_weight_path got '/models': the experts' weights come from model_name_or_path"),
+        ("kt_num_gpu_experts: 4", "kt_num_gpu_experts got 4: experts on a GPU do not exist yet; it takes 0"),
+        ("kt_use_wrapper: false", "kt_use_wrapper got False: the engine has no other way in; it takes true"),
         ("kt_backend: AMXInt8", "kt_backend is 'AMXInt8', which does not exist yet; it takes AMXBF16"),
         ("kt_backend: CUDA", "kt_backend is 'CUDA', which is unknown; it takes AMXBF16"),
         ("dataset: nothing.json", "dataset 'nothing.json' is no file"),
@@ -105,6 +106,8 @@ def test_what_is_refused_later_leaves_the_earlier_run(config: Callable[..., Path
         ("torn.json", '[{"instruction": ', "is no JSON"),
         ("other.json", '{"instruction": "a"}', "holds a dict"),
         ("chat.json", '[{"messages": []}]', "record 1 has no instruction and output"),
+        ("history.jsonl", '{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "record 1 has a history"),
+        ("line.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction', "line.jsonl, line 3 is no JSON"),
         ("number.jsonl", '{"instruction": "a", "output": 3}', "output is a int, it takes text"),
     ],
 )
@@ -137,6 +140,23 @@ def test_labels_are_on_the_answer_only() -> None:
     assert all(len(row["input_ids"]) <= 40 for row in cut)
     with pytest.raises(ValueError, match="cutoff_len 3 leaves nothing of any answer"):
         encode(records, tokenizer, 3)
+
+
+def test_records_of_which_nothing_is_left_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [Record("a", "b"), Record("a " * 50, "b")]
+    assert len(encode(records, make_tokenizer(), 24)) == 1
+    assert capsys.readouterr().err.startswith("1 of 2 records are left out: cutoff_len 24 leaves nothing of")
+
+
+def test_a_line_separator_in_a_text_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"instruction": "a\u2028b", "output": "c"}\r\n', encoding="utf-8")
+    assert read_records(path) == [Record("a\u2028b", "c")]
+
+
+def test_templates_by_name_are_the_tokenizers_own(config: Callable[..., Path]) -> None:
+    assert read_config(config("template: deepseek")).template_note.startswith("template 'deepseek' is not looked up")
+    assert read_config(config("template: default")).template_note == ""
 
 
 def test_make_tiny_says_what_it_takes(tmp_path: Path) -> None:
