@@ -5,6 +5,7 @@ Comes in: a directory or a hub's name. Goes out: the stock model and its tokeniz
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 DTYPES = ("bfloat16", "float32")
 
 
-def quiet(purpose: str) -> None:
-    """transformers' progress bars and deprecation notes off; ImportError that says what to install."""
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs transformers and peft ({error}): pip install -c constraints.txt -e '.[training]'"
-        ) from None
+def quiet(purpose: str, *more: str) -> None:
+    """transformers' progress bars and deprecation notes off; ImportError that says what to install where transformers
+    or one of the modules `more` is missing."""
+    missing = [name for name in ("transformers", *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{purpose} needs {' and '.join(missing)}: pip install -c constraints.txt -e '.[training]'")
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -85,7 +85,7 @@ class TrainConfig(BaseModel):
         wanted, reason = ONLY[str(info.field_name)]
         if any(value == one and type(value) is type(one) for one in wanted):
             return value
-        raise PydanticCustomError("does_not_exist", reason)  # type: ignore[arg-type]  # wants a literal
+        raise PydanticCustomError("does_not_exist", reason)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -119,6 +119,21 @@ def load_base(path: str, dtype: str = "bfloat16", *, option: str = BASE_OPTION, 
     return load_pretrained(path, dtype, option=option, trust=trust)
 
 
+def base_of(adapter: Path, base: str | None) -> str:
+    """The base model's path: `base`, else the one that the adapter names. ValueError where neither is."""
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        raise ValueError(f"{adapter} holds no adapter: adapter_config.json is missing")
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON: {error}") from None
+    path = base or named
+    if not path:
+        raise ValueError(f"{adapter} does not name its base model: give --base")
+    return str(path)
+
+
 def _ensure_padding(tokenizer: Any) -> None:
     """A tokenizer without a padding token pads with its end token, as LLaMA-Factory does; neither labels nor the
     attention mask see it. ValueError without either."""

@@ -10,9 +10,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ktverify.cli import app
+from ktverify.pretrained import quiet
 from ktverify.training.config import read_config
 from ktverify.training.dataset import EXAMPLE, IGNORED, Record, encode, example_data, read_records
-from ktverify.training.tiny import make_tokenizer
+from ktverify.training.tiny import make_tiny, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MINIMAL = "model_name_or_path: nowhere\ndataset: alpaca_tiny\noutput_dir: out\n"
@@ -167,6 +168,21 @@ def test_make_tiny_says_what_it_takes(tmp_path: Path) -> None:
     made = call("make-tiny", "mixtral", "--out", tmp_path / "b")
     assert made.exit_code == 0, made.output
     assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "mixtral"
+
+
+def test_make_tiny_leaves_nothing_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_tiny("mixtral", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(ImportError, match=r"^training needs no_such_module: pip install -c .*\[training\]"):
+        quiet("training", "no_such_module")
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.04, 0), (1.06, 1)])
