@@ -39,9 +39,9 @@ def check(settings: Settings) -> None:
 def load(settings: Settings, projectors: Path | None) -> Pipeline:
     """Both models and the projectors between them. ValueError in one line for what cannot be loaded."""
     check(settings)
-    if settings.device != "cpu":
-        # the clock's events are those of the current device
-        torch.cuda.set_device(torch.device(settings.device))
+    place = torch.device(settings.device)
+    if place.index is not None:  # "cuda" alone is the current device
+        torch.cuda.set_device(place)
     options = {"dtype": settings.dtype, "device": settings.device}
     base = load_side(settings.base_model, "--base_model", **options)
     teacher = load_side(settings.teacher_model, "--teacher_model", **options)
