@@ -20,7 +20,7 @@ class Clock:
     """Times calls on one device, "cpu" or "cuda…"."""
 
     def __init__(self, device: str = "cpu") -> None:
-        self.device, self.cuda = device, device.startswith("cuda")
+        self.cuda = device.startswith("cuda")
 
     def time(self, call: Callable[[], object]) -> int:
         """Nanoseconds that `call` takes, everything that it started being finished."""
@@ -33,15 +33,22 @@ class Clock:
     def _events(self, call: Callable[[], object]) -> int:
         import torch
 
-        # events and synchronising are the present device's, and that is the first of them if nobody says otherwise
-        with torch.cuda.device(self.device):
-            torch.cuda.synchronize()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
         return int(1e6 * begin.elapsed_time(end))
+
+
+def use_device(device: str) -> None:
+    """Make "cuda:N" the process's present device, whose events the clock takes; "cuda" alone is it already."""
+    index = device.partition(":")[2]
+    if index:
+        import torch
+
+        torch.cuda.set_device(int(index))
 
 
 @dataclass(frozen=True)

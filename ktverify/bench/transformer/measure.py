@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ktverify.bench import fresh
-from ktverify.bench.clock import Clock
+from ktverify.bench.clock import Clock, use_device
 from ktverify.bench.ranges import nvtx_range
 from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
 from ktverify.machine import format_bytes
@@ -140,6 +140,7 @@ def process_lines(settings: Settings) -> Iterator[Line]:
     from ktverify.bench.quiet import Neighbours
     from ktverify.bench.runs import QuietLine
 
+    use_device(settings.device)
     stepper, warmup = Stepper(settings), settings.warmup_steps
     cuda = settings.device.startswith("cuda")
     name = torch.cuda.get_device_name(settings.device) if cuda else "cpu"
