@@ -6,7 +6,6 @@ output, differentiable. Parameters belong to peft: this module has none of its o
 
 from __future__ import annotations
 
-import collections
 import itertools
 import os
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ktverify import contract, experts
 from ktverify.names import LORA_NAMES
@@ -27,17 +27,15 @@ METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
 _SAMPLE = 4096  # elements of a parameter that are looked at to see whether somebody wrote past all counters
 _steps = 0  # of all optimizers; some write parameters that are not the ones they hold
-_steps_on: collections.Counter[int] = collections.Counter()  # by the address of a parameter's storage
+_steps_on: Any = WeakTensorKeyDictionary()  # those of the optimizers that hold a parameter, by it
 
 
 def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     global _steps
     _steps += 1
-    _steps_on.update(_storage(p) for group in optimizer.param_groups for p in group["params"])
-
-
-def _storage(parameter: torch.Tensor) -> int:
-    return parameter.untyped_storage().data_ptr()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _steps_on[parameter] = _steps_on.get(parameter, 0) + 1
 
 
 # of every optimizer in this process: fused ones change parameters without moving autograd's counter
@@ -308,4 +306,4 @@ def _state(parameter: torch.Tensor) -> tuple[object, ...]:
     flat = parameter.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
     bits = sample.view(torch.uint8).numpy().tobytes()
-    return parameter.data_ptr(), parameter._version, _steps_on[_storage(parameter)], bits
+    return parameter.data_ptr(), parameter._version, _steps_on.get(parameter, 0), bits

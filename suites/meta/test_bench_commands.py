@@ -32,6 +32,22 @@ def test_the_gpu_that_was_named_is_the_one_that_is_timed(
     assert chosen == wanted
 
 
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_the_loop_beside_the_steps_uses_nothing_of_them(forward_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "context_length": 4}
+    size = resolve("small", {**sizes, "batch_size": 1})
+    stepper = measure.Stepper(Settings(size=size, forward_only=forward_only))
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the loop is not independent")
+
+    for name in ("forward", "backward", "timed"):
+        monkeypatch.setattr(measure.Stepper, name, refuse)
+    monkeypatch.setattr("ktverify.bench.clock.Clock.time", refuse)
+    assert stepper.loop() > 0
+    assert (stepper.model.embedding.weight.grad is None) == forward_only
+
+
 def test_an_earlier_run_is_printed_as_lines(tmp_path: Path) -> None:
     journal = record.Journal(tmp_path)
     head = record.HeadLine(

@@ -214,6 +214,17 @@ def test_a_step_while_the_adapter_is_off_is_a_change() -> None:
         model(input_ids=IDS)
 
 
+def test_optimizers_of_tensors_without_memory_are_left_alone() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        other = torch.nn.Parameter(torch.ones(3))
+        other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1, foreach=False).step()
+    sparse = torch.nn.Parameter(torch.eye(2).to_sparse())
+    torch.optim.SGD([sparse], lr=0.1, foreach=False).step()
+
+
 def test_backward_after_a_step_uses_the_lora_of_its_forward() -> None:
     model, plain = make(), make()
     torch.autograd.backward(loss_of(plain, IDS))

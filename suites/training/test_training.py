@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ktverify.pretrained import load_tokenizer
-from ktverify.training import checkpoints, curves, place
+from ktverify.training import checkpoints, curves, measure, place
 from ktverify.training.acceptance import verify_training
 from ktverify.training.config import TrainConfig, read_config
 from ktverify.training.dataset import example_data, read_records
@@ -283,6 +284,19 @@ def test_memory_does_not_grow(tiny: Callable[[str], Path], tmp_path: Path) -> No
     assert found.waiting == 0
     assert Memory(found.loaded, found.steps, found.slope + 2**19).leaks
     assert Memory(found.loaded, found.steps, found.slope, waiting=1).leaks
+
+
+def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"tokens_per_s": rate} for rate in (1.0, 1.0, 1.0, 40.0, 10.0, 30.0, 20.0)]
+
+    def run(config: TrainConfig, beside: Path, *, one_length: bool) -> SimpleNamespace:
+        assert not one_length
+        assert config.max_steps == len(rows)
+        return SimpleNamespace(journal=SimpleNamespace(rows=rows))
+
+    monkeypatch.setattr(measure, "run", run)
+    config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
+    assert measure.measure_throughput(config, EXAMPLES, steps=4) == 25.0
 
 
 # ---- the examples
