@@ -5,12 +5,16 @@ No time is judged by itself: the engine's is compared with what Python saw of th
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 
 from ktverify.cases import Case
 from ktverify.profile import measure, tables
 from ktverify.profile.record import CallLine
 from ktverify.profile.summary import Summary, unexplained_ns
+from suites.meta.test_cli import TINY
 from suites.meta.test_profile import MS, made_up, made_up_lines
 
 # scalar code takes ten milliseconds or more on any machine, so that Python's checks are a small part of the call
@@ -36,3 +40,25 @@ def test_the_engine_has_what_python_sees_of_a_large_call(monkeypatch: pytest.Mon
         shares = [part.stages.wall_ns / part.ns for part in parts if part.stages is not None]
         # another program may have had the processor around some of them
         assert 0.95 <= max(shares) <= 1
+
+
+def test_no_part_of_a_step_ends_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor is taken away just before the step's own time begins."""
+    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
+    profiler = measure.Profiler(Case.parse(TINY), measure.Settings(threads=1, warmup=0, repeats=1))
+    honest, inside = profiler.clock.time, [False]
+
+    def late(call: Callable[[], object]) -> int:
+        if inside[0]:
+            return honest(call)
+        inside[0] = True
+        time.sleep(2e-3)
+        try:
+            return honest(call)
+        finally:
+            inside[0] = False
+
+    monkeypatch.setattr(profiler.clock, "time", late)
+    for line in profiler.lines():
+        if isinstance(line, CallLine):
+            assert all(0 <= part.at <= part.at + part.ns <= line.ns for part in line.parts)
