@@ -5,6 +5,7 @@ Parses, calls the module that does the work, prints. Light until a command is ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,12 +68,11 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     from ktverify.training.run import train as run
 
     done = run(chosen, config.resolve().parent)
+    slope = "" if math.isnan(done.slope) else f", slope {done.slope:.2e} a step"  # one logged step has none
+    typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f}{slope}")
     typer.echo(
-        f"loss {done.first_loss:.4f} to {done.last_loss:.4f}, slope {done.slope:.2e} a step; {done.steps} steps now"
-    )
-    typer.echo(
-        f"{done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak memory "
-        f"{format_bytes(done.peak_rss)}"
+        f"{done.steps} steps, {done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak "
+        f"memory {format_bytes(done.peak_rss)}"
     )
     typer.echo(f"{chosen.output_dir}: adapter_model.safetensors, loss.jsonl, loss.png, training.json")
 

@@ -215,7 +215,8 @@ def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) 
         tokens_per_s=round(tokens / seconds, 1),
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    write_whole(output / place.SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
+    known = {name: None if math.isnan(value) else value for name, value in asdict(summary).items()}  # JSON has no nan
+    write_whole(output / place.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
     if history:
         curves.draw({"loss": curve}, output / place.LOSS_PICTURE)
     return summary

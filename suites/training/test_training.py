@@ -311,8 +311,11 @@ def test_every_example_runs(example: str, tiny: Callable[[str], Path], tmp_path:
     more = {"max_steps": 3, "logging_steps": 10, "kt_num_threads": threads}
     done = run_example(example, tiny(family), tmp_path / "out", **more)
     assert done.steps == 3
-    assert done.last_loss == done.last_loss
+    assert 0 < done.last_loss < math.inf
     assert done.tokens > 0
+    summary = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert summary["last_loss"] == done.last_loss
+    assert summary["slope"] is None  # one step was logged, the last
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
