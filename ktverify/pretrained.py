@@ -5,21 +5,23 @@ Comes in: a directory or a hub's name. Goes out: the stock model and its tokeniz
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float32")
 
 
-def quiet(purpose: str) -> None:
-    """transformers' progress bars and deprecation notes off; ImportError that says what to install."""
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ImportError(
-            f"{purpose} needs transformers and peft ({error}): pip install 'ktverify[training]'"
-        ) from None
+def quiet(purpose: str, *more: str) -> None:
+    """transformers' progress bars and deprecation notes off; ImportError that says what to install where transformers
+    or one of the modules `more` is missing."""
+    missing = [name for name in ("transformers", *more) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{purpose} needs {' and '.join(missing)}: pip install -c constraints.txt -e '.[training]'")
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -27,9 +29,28 @@ def quiet(purpose: str) -> None:
 
 def load_pretrained(path: str, dtype: str, *, option: str, trust: bool = False) -> tuple[Any, Any]:
     """The model, its floating-point weights in `dtype`, and its tokenizer. ValueError naming `option` for none."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    tokenizer = load_tokenizer(path, option=option, trust=trust)
+    return load_model(path, dtype, option=option, trust=trust), tokenizer
 
+
+def load_tokenizer(path: str, *, option: str, trust: bool = False) -> Any:
+    """ValueError naming `option` where there is none."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer.from_pretrained, path, option, trust_remote_code=trust)
+
+
+def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
+    """Floating-point weights in `dtype`. ValueError naming `option` where there is none."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return _load(
+        AutoModelForCausalLM.from_pretrained, path, option, dtype=getattr(torch, dtype), trust_remote_code=trust
+    )
+
+
+def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
     local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if local and not Path(path).is_dir():
         raise ValueError(
@@ -37,8 +58,6 @@ def load_pretrained(path: str, dtype: str, *, option: str, trust: bool = False) 
             f"python -m ktverify make-tiny FAMILY --out {path}"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust)
+        return read(path, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
-    return model, tokenizer

@@ -42,6 +42,15 @@ class Clock:
         return int(1e6 * begin.elapsed_time(end))
 
 
+def use_device(device: str) -> None:
+    """Make "cuda:N" the process's present device, whose events the clock takes; "cuda" alone is it already."""
+    index = device.partition(":")[2]
+    if index:
+        import torch
+
+        torch.cuda.set_device(int(index))
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Of some times, in their unit. std: of a sample (n - 1), 0 of one; percentiles: linear between neighbours."""

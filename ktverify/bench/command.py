@@ -43,6 +43,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="where it is written (default: reports/runs/<stamp>-bench)")] = None,
     show: Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")] = None,
     stages: Annotated[bool, typer.Option("--stages", help="print where the native engine's time goes")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")] = False,
     list_shapes: Annotated[
         bool, typer.Option("--list", help="list the shapes and engines, and what is missing")
     ] = False,
@@ -68,7 +69,7 @@ def bench(
     from ktverify.bench.shapes import select
 
     if show is not None:
-        if not _conclude(show, record.read(show), stages=stages):
+        if not _conclude(show, record.read(show), stages=stages, as_json=as_json):
             raise typer.Exit(1)
         return
     chosen = select(shapes or [])
@@ -126,20 +127,22 @@ def bench(
             for shape in chosen:
                 bench_run.measure(shape)
                 for summary in summarise(journal.lines):
-                    if summary.shape.shape == shape.name:
+                    if summary.shape.shape == shape.name and not as_json:
                         print_shape(console, summary, stages=stages)
     except KeyboardInterrupt:
         stopped = True
         typer.echo("stopped; what was measured is kept", err=True)
     finally:
         journal.close()
-        right = _conclude(directory, journal.lines, shapes_shown=not stopped, stages=stages)
+        right = _conclude(directory, journal.lines, shapes_shown=not stopped, stages=stages, as_json=as_json)
     if stopped or not right:
         raise typer.Exit(INTERRUPTED if stopped else 1)
 
 
-def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False, stages: bool = False) -> bool:
-    """Print what is not yet printed, write bench.md and bench.png; whether the native engine was right throughout."""
+def _conclude(
+    directory: Path, lines: list[Line], *, shapes_shown: bool = False, stages: bool = False, as_json: bool = False
+) -> bool:
+    """Write the views and print what is not yet printed; whether the native engine was right throughout."""
     from ktverify.bench import plot, tables
     from ktverify.bench.console import print_overview, print_shape
     from ktverify.bench.engines import OWN
@@ -157,17 +160,21 @@ def _conclude(directory: Path, lines: list[Line], *, shapes_shown: bool = False,
     picture = directory / "bench.png"
     if plot.draw(summaries, picture):
         names += ["bench.png", *_pages(directory, head, summaries, picture.read_bytes())]
-    if not shapes_shown:
-        for summary in summaries:
-            print_shape(console, summary, stages=stages)
-    if summaries:
-        print_overview(console, summaries)
-    if head is not None:
+    if as_json:
+        for line in lines:
+            typer.echo(line.model_dump_json())
+    else:
+        if not shapes_shown:
+            for summary in summaries:
+                print_shape(console, summary, stages=stages)
+        if summaries:
+            print_overview(console, summaries)
+        if head is not None:
+            console.print()
+            print_pairs(console, tables.head_pairs(head))
         console.print()
-        print_pairs(console, tables.head_pairs(head))
-    console.print()
-    for name in names:
-        typer.echo(str(directory / name))
+        for name in names:
+            typer.echo(str(directory / name))
     own = [summary.engine(OWN) for summary in summaries]
     return bool(own) and all(e is not None and e.line.forward == e.line.backward == "PASS" for e in own)
 

@@ -50,7 +50,7 @@ def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typ
     return group
 
 
-HELP = """Time things, or count what they take. docs/profile.md shows each view.
+HELP = """Time things, or count what they take. docs/profile.md shows each view, docs/c2c.md those of c2c and analyze.
 
 \b
 python -m ktverify bench [SHAPE]...         the engine and its peers side by side; options: bench shapes --help

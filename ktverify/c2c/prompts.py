@@ -49,7 +49,8 @@ def of_dataset(name: str, subset: str | None, split: str, start: int, count: int
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"--dataset needs the datasets library ({error}): pip install 'ktverify[datasets]', or give --dataset_file"
+            f"--dataset needs the datasets library ({error}): pip install -c constraints.txt -e '.[datasets]', or give "
+            "--dataset_file"
         ) from None
     try:
         table = datasets.load_dataset(name, subset, split=split)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ktverify import machine
+from ktverify.bench.clock import use_device
 from ktverify.c2c import store
 from ktverify.c2c.models import load_side
 from ktverify.c2c.pipeline import Pipeline, Response
@@ -39,9 +40,7 @@ def check(settings: Settings) -> None:
 def load(settings: Settings, projectors: Path | None) -> Pipeline:
     """Both models and the projectors between them. ValueError in one line for what cannot be loaded."""
     check(settings)
-    if settings.device != "cpu":
-        # the clock's events are those of the current device
-        torch.cuda.set_device(torch.device(settings.device))
+    use_device(settings.device)
     options = {"dtype": settings.dtype, "device": settings.device}
     base = load_side(settings.base_model, "--base_model", **options)
     teacher = load_side(settings.teacher_model, "--teacher_model", **options)

@@ -164,8 +164,9 @@ def merge(paths: Sequence[Path], output: Path) -> list[Record]:
             if record.id in found:
                 raise ValueError(f"{path}: id {record.id} is in another of the files as well")
             found[record.id] = record
-    wanted = sorted({number for info in infos for number in info.settings.ids})
-    span = range(wanted[0], wanted[-1] + 1)
+    # of the ranges, not of the shards at hand: a shard that was not named may have the first or the last ids
+    ranges = [range(info.settings.start, info.settings.start + info.settings.count) for info in infos]
+    span = range(min(one.start for one in ranges), max(one.stop for one in ranges))
     missing = [number for number in span if number not in found]
     if missing:
         shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")

@@ -119,6 +119,7 @@ class Profiler:
             at = parts.began - self.began
             if name == "full_train_loop":
                 ns = self.clock.time(lambda: self._step(parts, recorded))
+                at = parts.began - self.began
                 return CallLine(range=name, which=which, at=at, ns=ns, parts=tuple(parts.found))
             if name == "forward_only":
                 parts.time(FORWARD, lambda: self._forward(save=False))
@@ -138,6 +139,7 @@ class Profiler:
 
     def _step(self, parts: Parts, recorded: bool) -> None:
         """One training step: forward, backward, optimizer, update."""
+        parts.began = time.perf_counter_ns()  # within the call's time, so that no part ends behind it
         parts.time(FORWARD, self._forward)
         self._explain(parts, recorded)
         parts.time(BACKWARD, self._backward)

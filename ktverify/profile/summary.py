@@ -46,6 +46,12 @@ def worker_of(times: StageTimes, worker: int) -> Worker:
     return Worker(busy, barrier, times.wall_ns - busy - barrier)
 
 
+def unexplained_ns(times: StageTimes) -> float:
+    """Of a call, the mean over its workers: waiting that no stage claims. The phases add up to the call by
+    construction, because waiting is what they leave; a barrier's is its stage's, the rest is nobody's."""
+    return sum(worker_of(times, worker).other for worker in range(times.workers)) / times.workers
+
+
 @dataclass(frozen=True)
 class Imbalance:
     """One stage, ns: by how much its last worker finished after its first, and began after its first."""

@@ -9,7 +9,7 @@ from ktverify.bench.runs import run_pairs
 from ktverify.bench.tables import NOTHING, PHASES, STAGE_HEADINGS, Grid, number, stage_note, stage_rows
 from ktverify.bench.views import View, statistics_row
 from ktverify.profile.measure import READING
-from ktverify.profile.summary import RangeSummary, Summary, imbalances, stage_name, worker_of
+from ktverify.profile.summary import RangeSummary, Summary, imbalances, stage_name, unexplained_ns, worker_of
 from ktverify.stages import StageTimes
 
 
@@ -83,7 +83,12 @@ def phases_grid(summary: Summary, found: RangeSummary, times: StageTimes, first:
     total, least = texts[-1], sum(map(summary.roofline_ns, times.phases))
     lines.append((total[0], total[1], number(first.wall_ns / 1e6), *total[2:], percent(least / times.wall_ns)))
     headings = (*STAGE_HEADINGS[:2], "first ms", *STAGE_HEADINGS[2:], "roofline / time")
-    return Grid(f"{found.range}: phases", (stage_note(times),), headings, tuple(lines))
+    return Grid(f"{found.range}: phases", (stage_note(times), _unexplained(times)), headings, tuple(lines))
+
+
+def _unexplained(times: StageTimes) -> str:
+    ns = unexplained_ns(times)
+    return f"unexplained: {number(ns / 1e6)} ms, {percent(ns / times.wall_ns)} of the call, is waiting of no stage"
 
 
 def workers_grid(times: StageTimes) -> Grid:

@@ -7,12 +7,14 @@ of the experts' LoRA too; only its way of computing them (W + B A, as large as W
 from __future__ import annotations
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora_layer
+from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
 from ktverify.training.layer import Factors, MOELayerWrapper
@@ -109,7 +111,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
 def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> PeftModel:
     """`model`, wrapped or stock, with the adapter that `directory` holds.
 
-    ValueError if it is not one, or belongs to another base."""
+    ValueError if it is not one, or belongs to another base; WrongKeys if its tensors are not those that the model has.
+    """
     path = Path(directory)
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} holds no adapter: adapter_config.json is missing")
@@ -117,10 +120,30 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     config.inference_mode = not trainable
     _compute_experts_in_engine(model, config)
     try:
-        return PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # told below, as an error
+            adapted: PeftModel = PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {path} does not fit this base model: {first}") from error
+    _check_keys(adapted, path)
+    return adapted
+
+
+class WrongKeys(ValueError):
+    """An adapter's tensors are not those that its base model takes."""
+
+
+def _check_keys(adapted: PeftModel, path: Path) -> None:
+    """WrongKeys unless the file has a tensor for each of the model's and no other: peft fills up and leaves out."""
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    stored = load_peft_weights(str(path), device="cpu")
+    for kind, names in (("lacks", wanted.keys() - stored.keys()), ("has, beyond it,", stored.keys() - wanted.keys())):
+        found = sorted(name for name in names if "lora_" in name)
+        if found:
+            raise WrongKeys(
+                f"the adapter in {path} does not fit this base model: it {kind} {len(found)} tensors, first {found[0]}"
+            )
 
 
 def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:

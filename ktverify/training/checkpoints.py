@@ -7,10 +7,18 @@ everything else can be read, the checkpoint is whole, and only such a one is res
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from pathlib import Path
 
-NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+NEEDED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -23,19 +31,21 @@ def problem_of(checkpoint: Path) -> str:
     """Why this checkpoint cannot be resumed from; "" when it can."""
     import torch
     from safetensors import SafetensorError, safe_open
+    from transformers.trainer_pt_utils import safe_globals
 
     for name in NEEDED:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
     try:
-        name = "trainer_state.json"
-        json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        for name in ("adapter_config.json", "trainer_state.json"):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
         name = "adapter_model.safetensors"
         with safe_open(checkpoint / name, framework="pt") as stored:
             stored.keys()
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except (ValueError, SafetensorError, RuntimeError, OSError, EOFError) as error:
+        with safe_globals():  # numpy's state of random numbers
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except (ValueError, SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         return f"{name} cannot be read ({' '.join(str(error).split())[:80]})"
     return ""
 
@@ -50,6 +60,10 @@ def choose(wanted: bool | str, directory: Path) -> Path:
     """The checkpoint to resume from: `wanted` itself if it is a path, else the newest whole one of `directory`.
 
     ValueError, with what is wrong with each, where there is none."""
+    if isinstance(wanted, str) and not Path(wanted).is_dir():
+        raise ValueError(
+            f"there is no checkpoint {wanted}: resume_from_checkpoint takes true, or a checkpoint's directory"
+        )
     candidates = [Path(wanted)] if isinstance(wanted, str) else checkpoints_in(directory)
     reasons = []
     for path in candidates:

@@ -5,15 +5,18 @@ Parses, calls the module that does the work, prints. Light until a command is ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ktverify.pretrained import quiet
+from ktverify.pretrained import DTYPES, quiet
 
 _CONFIG = typer.Argument(metavar="CONFIG.yaml", help="the training's configuration")
+_Base = Annotated[str | None, typer.Option(help="the base model (default: the one that the adapter names)")]
+_Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the base model's own code")]
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -37,7 +40,7 @@ def make_tiny(
     Examples:  python -m ktverify make-tiny deepseek_v2 --out tiny/deepseek_v2
                python -m ktverify make-tiny qwen3 --out tiny/wide --sizes hidden_size=104,num_hidden_layers=3
     """
-    quiet("training")
+    quiet("training", "peft", "yaml")
     from ktverify.training import tiny
 
     with _status(f"a tiny {family}"):
@@ -57,27 +60,27 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
                python -m ktverify train examples/minimal.yaml --learning_rate 1e-3 --max_steps 20
                python -m ktverify train examples/minimal.yaml --resume_from_checkpoint true
     """
+    quiet("training", "peft", "yaml")
     from ktverify.training.config import read_config
 
     chosen = read_config(config, context.args)
-    quiet("training")
     from ktverify.machine import format_bytes
     from ktverify.training.run import train as run
 
     done = run(chosen, config.resolve().parent)
+    slope = "" if math.isnan(done.slope) else f", slope {done.slope:.2e} a step"  # one logged step has none
+    typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f}{slope}")
     typer.echo(
-        f"loss {done.first_loss:.4f} to {done.last_loss:.4f} in {done.steps} steps, slope {done.slope:.2e} a step"
-    )
-    typer.echo(
-        f"{done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak memory "
-        f"{format_bytes(done.peak_rss)}"
+        f"{done.steps} steps, {done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak "
+        f"memory {format_bytes(done.peak_rss)}"
     )
     typer.echo(f"{chosen.output_dir}: adapter_model.safetensors, loss.jsonl, loss.png, training.json")
 
 
 def verify_training(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="a training's output directory")],
-    base: Annotated[str | None, typer.Option(help="the base model (default: the one that the adapter names)")] = None,
+    base: _Base = None,
+    trust_remote_code: _Trust = False,
 ) -> None:
     """Accept what a training left, or say what is wrong with it. Exit code 1 if anything is.
 
@@ -86,11 +89,11 @@ def verify_training(
     against the base, loading in stock peft, generation finite and other than the base's.
     Example:  python -m ktverify verify-training saves/minimal
     """
-    quiet("training")
+    quiet("training", "peft", "yaml")
     from ktverify.training.acceptance import verify_training as ask
 
     bad = asked = 0
-    for finding in ask(directory, base):
+    for finding in ask(directory, base, trust=trust_remote_code):
         asked += 1
         bad += not finding.passed
         typer.echo(f"{'PASS' if finding.passed else 'FAIL'} {finding.name:11} {finding.text}")
@@ -125,21 +128,22 @@ def compare_curves(
 def export_merged(
     adapter: Annotated[Path, typer.Argument(help="a directory with an adapter")],
     out: Annotated[Path, typer.Option(help="the directory to write")],
-    base: Annotated[str | None, typer.Option(help="the base model (default: the one that the adapter names)")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    base: _Base = None,
+    trust_remote_code: _Trust = False,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "bfloat16",
 ) -> None:
     """Merge an adapter into its base model and write an ordinary checkpoint.
 
     \b
     Example:  python -m ktverify export-merged saves/minimal --out merged/minimal
     """
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"--dtype is {dtype!r}, it takes bfloat16 or float32")
-    quiet("training")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}, it takes {' or '.join(DTYPES)}")
+    quiet("training", "peft", "yaml")
     from ktverify.training.export import export_merged as merge
 
     with _status("merging"):
-        written = merge(adapter, out, base=base, dtype=dtype)
+        written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code)
     typer.echo(f"{written}: merged checkpoint, {dtype}")
 
 
@@ -153,10 +157,10 @@ def memory(
     \b
     Example:  python -m ktverify memory examples/minimal.yaml
     """
+    quiet("training", "peft", "yaml")
     from ktverify.training.config import read_config
 
     chosen = read_config(config, context.args)
-    quiet("training")
     from ktverify.machine import format_bytes
     from ktverify.training.measure import LEAK_BYTES, measure_memory
 
@@ -177,10 +181,10 @@ def throughput(
     \b
     Example:  python -m ktverify throughput examples/minimal.yaml
     """
+    quiet("training", "peft", "yaml")
     from ktverify.training.config import read_config
 
     chosen = read_config(config, context.args)
-    quiet("training")
     from ktverify.training.measure import measure_throughput
 
     typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")

@@ -9,10 +9,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+OWN_TEMPLATES = ("default", "tokenizer")
+# keys of LLaMA-Factory's files that have one value here -> how it may be written, and what is said to another
+ONLY: dict[str, tuple[tuple[object, ...], str]] = {
+    "kt_use_wrapper": ((True,), "the engine has no other way in; it takes true. use_kt: false trains without engine"),
+    "kt_num_gpu_experts": ((0,), "experts on a GPU do not exist yet; it takes 0"),
+    "kt_weight_path": (("", None), "the experts' weights come from model_name_or_path; leave it out"),
+}
 
 
 class TrainConfig(BaseModel):
@@ -43,7 +52,7 @@ class TrainConfig(BaseModel):
     use_rslora: bool = False
 
     dataset: str
-    template: Literal["default", "tokenizer"] = "default"
+    template: str = "default"  # whatever the name, the tokenizer's own
     cutoff_len: int = Field(2048, ge=2)
     preprocessing_num_workers: int | None = Field(None, ge=1)
 
@@ -54,7 +63,7 @@ class TrainConfig(BaseModel):
     num_train_epochs: float = Field(3.0, gt=0)
     max_steps: int = -1
     lr_scheduler_type: str = "linear"
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)  # 1 is one step to transformers
     seed: int = Field(42, ge=0)
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(500, ge=1)
@@ -62,6 +71,30 @@ class TrainConfig(BaseModel):
     output_dir: str
     overwrite_output_dir: bool = False
     resume_from_checkpoint: bool | str | None = None
+
+    @property
+    def template_note(self) -> str:
+        """What to tell somebody who named a template; "" for the names of the tokenizer's own."""
+        if self.template in OWN_TEMPLATES:
+            return ""
+        return f"template {self.template!r} is not looked up: the tokenizer's own chat template is used"
+
+    @field_validator(*ONLY, mode="before")
+    @classmethod
+    def _only_value(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted, reason = ONLY[str(info.field_name)]
+        if any(value == one and type(value) is type(one) for one in wanted):
+            return value
+        raise PydanticCustomError("does_not_exist", reason)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and not any(a is bool or a is True for a in get_args(kind)):
+            raise PydanticCustomError("no_bool", "true and false are not what it takes")
+        return value
 
     @property
     def threadpool_count(self) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktverify.bench.journal import whole_lines
+
 LOSS_FILE, STATE_FILE = "loss.jsonl", "trainer_state.json"
 # two runs of the same mathematics in other precision; beyond it they are two trainings
 MAX_RELATIVE = 0.05
@@ -64,12 +66,11 @@ def read_curve(path: Path) -> Curve:
     if not file.is_file():
         raise ValueError(f"{path} has no loss history: it takes {LOSS_FILE}, {STATE_FILE}, or a directory with one")
     try:
-        text = file.read_text(encoding="utf-8")
         rows: list[dict[str, Any]]
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in whole_lines(file) if line.strip()]
         else:
-            rows = json.loads(text)["log_history"]
+            rows = json.loads(file.read_text(encoding="utf-8"))["log_history"]
         points = {int(row["step"]): float(row["loss"]) for row in rows if "loss" in row}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no loss history: {error!r}") from None

@@ -7,6 +7,7 @@ collator. Light until tokens are made.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 EXAMPLE = "alpaca_tiny"
-TEMPLATES = ("default", "tokenizer")  # both: the tokenizer's own
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,31 @@ def find_dataset(name: str, beside: Path) -> Path:
 def read_records(path: Path) -> list[Record]:
     """The records of a JSON list or of JSON lines. ValueError with the place for what is not alpaca-style, or empty."""
     text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            rows = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+    rows = _json_lines(path, text) if path.suffix == ".jsonl" else _json(path, text)
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; it takes a list of records, or JSON lines")
     if not rows:
         raise ValueError(f"{path} holds no record; it takes at least one of instruction, input, output")
     return [_record(row, f"{path}, record {number}") for number, row in enumerate(rows, start=1)]
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _json_lines(path: Path, text: str) -> list[Any]:
+    found = []
+    # by "\n" alone: splitlines also splits at characters that JSON has in its texts
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            if line.strip():
+                found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
+    return found
 
 
 def _record(row: Any, where: str) -> Record:
@@ -78,6 +91,8 @@ def _record(row: Any, where: str) -> Record:
     for key in ("instruction", "input", "output", "system"):
         if not isinstance(row.get(key, ""), str):
             raise ValueError(f"{where}: {key} is a {type(row[key]).__name__}, it takes text")
+    if row.get("history"):
+        raise ValueError(f"{where} has a history, which is not used here: take the earlier turns out, or the record")
     prompt = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
     return Record(prompt, row["output"], row.get("system", ""))
 
@@ -87,6 +102,7 @@ def encode(
 ) -> list[dict[str, list[int]]]:
     """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens; by `workers` threads.
 
+    Records of whose answer the cut leaves nothing are left out; a line on stderr says how many.
     ValueError where the tokenizer has no chat template, or where nothing of any answer is left."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, and template: default takes the tokenizer's own")
@@ -95,6 +111,9 @@ def encode(
     answered = [row for row in rows if any(label != IGNORED for label in row["labels"])]
     if not answered:
         raise ValueError(f"cutoff_len {cutoff_len} leaves nothing of any answer; raise it")
+    if len(answered) < len(rows):
+        missing = f"{len(rows) - len(answered)} of {len(rows)} records are left out"
+        print(f"{missing}: cutoff_len {cutoff_len} leaves nothing of their answers", file=sys.stderr)
     return answered
 
 

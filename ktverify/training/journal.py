@@ -15,13 +15,14 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
+from ktverify.bench.journal import whole_lines
 from ktverify.files import write_whole
 from ktverify.training.curves import LOSS_FILE
 
 
 class Journal(TrainerCallback):  # type: ignore[misc]
     """Writes loss.jsonl in `directory`; `rows` has what it wrote, `rss` the resident bytes after every step,
-    `rss_before` those before the first."""
+    `rss_before` those before the first; `begun` is the step and the tokens that a resumed run starts from."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOSS_FILE
@@ -29,17 +30,21 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         self.rss: list[int] = []
         self.rss_before = 0
         self._process = psutil.Process()
+        self.begun = (0, 0)
         self._since = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.path.is_file():
-            kept = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [json.loads(line) for line in whole_lines(self.path)]
             self.rows = [row for row in kept if row["step"] <= state.global_step]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.rss_before = self._process.memory_info().rss
-        self._since = (time.perf_counter(), int(state.num_input_tokens_seen))
+        self.begun = (int(state.global_step), int(state.num_input_tokens_seen))
+        self._since = (time.perf_counter(), self.begun[1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # a run shorter than logging_steps has a loss too
+            control.should_log = True
         self.rss.append(self._process.memory_info().rss)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ktverify import contract, experts
 from ktverify.names import LORA_NAMES
@@ -25,13 +26,16 @@ METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
 BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
 _SAMPLE = 4096  # elements of a parameter that are looked at to see whether somebody wrote past all counters
-_steps = itertools.count()
-_last_step = 0
+_steps = 0  # of all optimizers; some write parameters that are not the ones they hold
+_steps_on: Any = WeakTensorKeyDictionary()  # those of the optimizers that hold a parameter, by it
 
 
 def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    global _last_step
-    _last_step = next(_steps) + 1
+    global _steps
+    _steps += 1
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _steps_on[parameter] = _steps_on.get(parameter, 0) + 1
 
 
 # of every optimizer in this process: fused ones change parameters without moving autograd's counter
@@ -107,9 +111,9 @@ class MOELayerWrapper(nn.Module):
 
     The engine computes in bf16 with fp32 sums on the CPU; what comes from elsewhere goes there and back. Before every
     call the adapters' parameters are compared with those that the engine holds, by autograd's version counters, the
-    steps of all optimizers, address and a sample of their values, and taken over when they changed: nobody has to call
+    steps of optimizers, address and a sample of their values, and taken over when they changed: nobody has to call
     anything after a step. With `auto_update = False` a call with changed parameters raises RuntimeError until
-    `update_lora_pointers()`.
+    `update_lora_pointers()`; switching adapters, or off and on, is no change.
     """
 
     def __init__(self, layer_idx: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, infer: CpuInfer) -> None:
@@ -125,7 +129,10 @@ class MOELayerWrapper(nn.Module):
         self.engine: experts.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
         self._held: object = None  # the key of the values that the engine computes with
-        self._version = 0
+        self._steps = 0  # of all optimizers, when they were taken over
+        self._taken: dict[object, tuple[object, int]] = {}  # by adapter: the key and version of its values, last time
+        self._versions = itertools.count(1)
+        self._version = 0  # equal for equal values
 
     @property
     def lora_params(self) -> dict[str, nn.Parameter]:
@@ -140,8 +147,11 @@ class MOELayerWrapper(nn.Module):
         return found
 
     def update_lora_pointers(self) -> None:
-        """The engine takes over the present values of all adapters. Called by every forward that finds them changed."""
-        self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok if self.engine else 1, True)
+        """The engine takes over the present values of all adapters. Called by every forward that finds them changed.
+
+        Does nothing before the first forward, which makes the engine and knows how many experts a token has."""
+        if self.engine is not None:
+            self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok, True)
 
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         calling, self.calling = self.calling, []
@@ -176,18 +186,32 @@ class MOELayerWrapper(nn.Module):
             self._build(held, top_k)
         scaling = next(iter(factors.values())).scaling if factors else None
         key = tuple((name, f.scaling, _state(f.a), _state(f.b)) for name, f in sorted(factors.items()))
+        # a Parameter stays the same object when its values, or even their place, are changed
+        adapter = tuple((name, id(f.a), id(f.b)) for name, f in sorted(factors.items()))
         if self._other(lora, scaling):
             self._build(factors, top_k)
-            self._held = key
-        elif key != self._held:
-            if self._held is not None and not may_update:
+            self._took(adapter, key)
+        elif key != self._held or self._steps != _steps:
+            before, version = self._taken.get(adapter, (None, 0))
+            same = before == key and (key != self._held or self._holds(lora))
+            if version and not same and not may_update:
                 raise RuntimeError(
                     f"the LoRA parameters of MoE layer {self.layer_idx} changed since the engine took them over, and "
                     "auto_update is off: call update_lora_pointers() after the optimizer's step"
                 )
+            # even equal ones: what the engine was given may be the parameters' own memory
             self._load(lora)
-            self._held = key
+            self._took(adapter, key, version if same else 0)
         return tuple(lora)
+
+    def _took(self, adapter: object, key: object, version: int = 0) -> None:
+        """The engine now holds `adapter`'s values under `key`; version: theirs from before, 0 for new values."""
+        self._version = version or next(self._versions)
+        self._held, self._steps, self._taken[adapter] = key, _steps, (key, self._version)
+
+    def _holds(self, lora: list[torch.Tensor]) -> bool:
+        """Whether the engine's LoRA tensors have the values of `lora`; without LoRA there is nothing to differ."""
+        return all(torch.equal(getattr(self.engine, name), t) for name, t in zip(LORA_NAMES, lora, strict=False))
 
     def _other(self, lora: list[torch.Tensor], scaling: float | None) -> bool:
         """Whether an engine of another rank, method or scaling is needed than the one that is there."""
@@ -229,6 +253,7 @@ class MOELayerWrapper(nn.Module):
         identity = torch.arange(self.num_experts)
         self.engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
         self._load(lora, first=True)
+        self._held, self._taken = None, {}
 
     def _load(self, lora: list[torch.Tensor], *, first: bool = False) -> None:
         engine = self.engine
@@ -243,7 +268,6 @@ class MOELayerWrapper(nn.Module):
             for name, value in zip(LORA_NAMES, values, strict=True):
                 setattr(engine, name, value)
             engine.update_lora_weights()
-        self._version += 1
 
 
 def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, intermediate: int) -> list[torch.Tensor]:
@@ -277,9 +301,9 @@ def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, int
 
 
 def _state(parameter: torch.Tensor) -> tuple[object, ...]:
-    """What changes when a parameter does: its address, autograd's counter, the steps of all optimizers, and the bits
-    of a sample of its values, for writes through `.data`, which nothing counts."""
+    """What changes when a parameter does: its address, autograd's counter, the steps of the optimizers that hold it,
+    and the bits of a sample of its values, for writes through `.data`, which nothing counts."""
     flat = parameter.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
     bits = sample.view(torch.uint8).numpy().tobytes()
-    return parameter.data_ptr(), parameter._version, _last_step, bits
+    return parameter.data_ptr(), parameter._version, _steps_on.get(parameter, 0), bits

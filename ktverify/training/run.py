@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SchedulerType
 
 from ktverify.files import write_whole
-from ktverify.pretrained import load_pretrained
-from ktverify.training import checkpoints, curves
+from ktverify.pretrained import load_model, load_pretrained, load_tokenizer
+from ktverify.training import curves, place
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
@@ -31,12 +32,13 @@ from ktverify.training.journal import Journal
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.wrap import wrap_moe_layers
 
-SUMMARY_FILE = "training.json"
+BASE_OPTION = "model_name_or_path"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """steps and tokens of this process (a resumed run counts its own); seconds; peak resident bytes."""
+    """Losses (nats per token) and slope (a step) of the whole history; steps, tokens, seconds and peak resident bytes
+    of this process: a resumed run counts its own."""
 
     steps: int
     first_loss: float
@@ -70,13 +72,19 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
     """
     output = Path(config.output_dir)
-    resume = _resume(config, output)
+    start = place.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
+    arguments = _arguments(config)
+    if config.template_note:
+        print(config.template_note, file=sys.stderr)
     records = read_records(find_dataset(config.dataset, beside))
     infer = None
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.threadpool_count, backend=config.kt_backend)
-    model, tokenizer = load_base(config.model_name_or_path, config.torch_dtype, trust=config.trust_remote_code)
+    path, trust = config.model_name_or_path, config.trust_remote_code
+    tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
+    _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
+    model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust)
     if infer is not None:
         wrap_moe_layers(model, infer)
     torch.manual_seed(config.seed)
@@ -91,42 +99,67 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     journal = Journal(output)
     trainer = Trainer(
         model=adapted,
-        args=_arguments(config),
+        args=arguments,
         train_dataset=rows,
         data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
         processing_class=tokenizer,
         callbacks=[journal],
     )
     trainer.remove_callback(PrinterCallback)  # the journal prints a line for a step, shorter
+    place.make_room(output, start)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
     seconds = time.perf_counter() - started
-    _save_whole((adapted, tokenizer), output)
-    trainer.save_state()
+    _save_whole((adapted, tokenizer), trainer.state, output)
     return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
 
 
-def load_base(path: str, dtype: str = "bfloat16", *, trust: bool = False) -> tuple[Any, Any]:
-    """The stock model and its tokenizer; see load_pretrained."""
-    return load_pretrained(path, dtype, option="model_name_or_path", trust=trust)
+def load_base(path: str, dtype: str = "bfloat16", *, option: str = BASE_OPTION, trust: bool = False) -> tuple[Any, Any]:
+    """The stock model and its tokenizer; `option` is what errors call the path. See load_pretrained."""
+    return load_pretrained(path, dtype, option=option, trust=trust)
 
 
-def _resume(config: TrainConfig, output: Path) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. ValueError where the directory is in use, or holds none."""
-    if config.resume_from_checkpoint:
-        return checkpoints.choose(config.resume_from_checkpoint, output)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
-        raise ValueError(
-            f"output_dir {output} exists and is not empty: name another, or give overwrite_output_dir: true or "
-            "resume_from_checkpoint: true"
-        )
-    (output / curves.LOSS_FILE).unlink(missing_ok=True)
-    return None
+def base_of(adapter: Path, base: str | None) -> str:
+    """The base model's path: `base`, else the one that the adapter names. ValueError where neither is."""
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        raise ValueError(f"{adapter} holds no adapter: adapter_config.json is missing")
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON: {error}") from None
+    path = base or named
+    if not path:
+        raise ValueError(f"{adapter} does not name its base model: give --base")
+    return str(path)
+
+
+def _ensure_padding(tokenizer: Any) -> None:
+    """A tokenizer without a padding token pads with its end token, as LLaMA-Factory does; neither labels nor the
+    attention mask see it. ValueError without either."""
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {BASE_OPTION} has neither a padding nor an end token; give it one")
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
+    """What the Trainer takes. ValueError for what it would refuse, and for several GPUs, between which it would split
+    every batch over copies of the model: the engine's layers have none."""
+    schedulers = [kind.value for kind in SchedulerType]
+    if config.lr_scheduler_type not in schedulers:
+        raise ValueError(f"lr_scheduler_type is {config.lr_scheduler_type!r}, it takes one of {', '.join(schedulers)}")
+    found = _trainer_arguments(config)
+    if found.n_gpu > 1:
+        raise ValueError(
+            f"{found.n_gpu} GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES, like "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+    return found
+
+
+def _trainer_arguments(config: TrainConfig) -> TrainingArguments:
     return TrainingArguments(
         output_dir=config.output_dir,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -151,12 +184,14 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     )
 
 
-def _save_whole(parts: tuple[Any, ...], output: Path) -> None:
-    """`save_pretrained` of each of `parts` into `output`; every file appears whole, the adapter's weights last."""
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=output) as place:
+def _save_whole(parts: tuple[Any, ...], state: Any, output: Path) -> None:
+    """`save_pretrained` of each of `parts` and the Trainer's state into `output`; every file appears whole, the
+    adapter's weights last."""
+    with tempfile.TemporaryDirectory(prefix=place.SAVING, dir=output) as saving:
         for part in parts:
-            part.save_pretrained(place)
-        files = sorted(Path(place).iterdir(), key=lambda path: path.suffix == ".safetensors")
+            part.save_pretrained(saving)
+        state.save_to_json(str(Path(saving) / curves.STATE_FILE))
+        files = sorted(Path(saving).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in files:
             os.replace(path, output / path.name)
 
@@ -169,9 +204,9 @@ def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:
 def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) -> Summary:
     history = [(row["step"], row["loss"]) for row in journal.rows]
     curve = curves.Curve(tuple(step for step, _ in history), tuple(loss for _, loss in history))
-    tokens = int(trainer.state.num_input_tokens_seen)
+    tokens = int(trainer.state.num_input_tokens_seen) - journal.begun[1]
     summary = Summary(
-        steps=int(trainer.state.global_step),
+        steps=int(trainer.state.global_step) - journal.begun[0],
         first_loss=curve.losses[0] if history else math.nan,
         last_loss=curve.losses[-1] if history else math.nan,
         slope=curve.slope,
@@ -180,7 +215,8 @@ def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) 
         tokens_per_s=round(tokens / seconds, 1),
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    write_whole(output / SUMMARY_FILE, json.dumps(asdict(summary), indent=2) + "\n")
+    known = {name: None if math.isnan(value) else value for name, value in asdict(summary).items()}  # JSON has no nan
+    write_whole(output / place.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
     if history:
-        curves.draw({"loss": curve}, output / "loss.png")
+        curves.draw({"loss": curve}, output / place.LOSS_PICTURE)
     return summary

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ktverify.training.dataset import example_data, read_records
+from ktverify.training.place import whole_directory
 
 # small enough for seconds, and no size the multiple of a tile, but what a family's own code demands
 _COMMON: dict[str, Any] = {
@@ -113,9 +114,9 @@ def make_tiny(family: str, out: str | Path, *, seed: int = 0, sizes: Mapping[str
     given = dict(sizes or {})
     tokenizer = make_tokenizer(given.pop("vocab_size", _COMMON["vocab_size"]))
     model = build_model(family, len(tokenizer), seed=seed, sizes=given)
-    target.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(target))
-    model.save_pretrained(str(target))
+    with whole_directory(target) as part:
+        tokenizer.save_pretrained(str(part))
+        model.save_pretrained(str(part))
     return target
 
 

@@ -298,6 +298,17 @@ def test_ranges_merge_as_shards_do(whole: Path, tmp_path: Path) -> None:
     assert store.read_info(tmp_path / "joined.jsonl").settings == info.settings
 
 
+def test_the_last_shard_is_missed(whole: Path, tmp_path: Path) -> None:
+    """Three prompts in three shards: the ids of the first two leave no gap."""
+    info, lines = store.read_info(whole), whole.read_bytes().splitlines(keepends=True)
+    parts = [tmp_path / f"{number}.jsonl" for number in (1, 2)]
+    for number, path in enumerate(parts, start=1):
+        path.write_bytes(lines[number - 1])
+        store.write_info(path, info.settings.model_copy(update={"count": 3, "shard": (number, 3)}), info.sittings)
+    with pytest.raises(ValueError, match="1 of 3 ids are in no file: 2; finish those shards"):
+        store.merge(parts, tmp_path / "joined.jsonl")
+
+
 def test_shards_share_all_ids() -> None:
     settings = Settings(
         base_model="b", teacher_model="t", projectors="identity", dtype="float32", device="cpu", template=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from dataclasses import replace
@@ -130,8 +131,13 @@ def caches(pipeline: Pipeline, prompt: str) -> tuple[Any, Any, Any]:
         return aligned, pipeline.fused_cache(aligned, Timeline()), plain
 
 
-def test_the_identity_keeps_every_bit_of_the_cache(sides: tuple[Side, Side]) -> None:
-    _, fused, plain = caches(c2c.pipeline(*sides), PROMPT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_identity_keeps_every_bit_of_the_cache(sides: tuple[Side, Side], dtype: torch.dtype) -> None:
+    base, teacher = (Side(copy.deepcopy(side.model).to(dtype), side.tokenizer, side.name) for side in sides)
+    pipeline = c2c.pipeline(base, teacher)
+    pipeline.projectors.to(dtype)
+    _, fused, plain = caches(pipeline, PROMPT)
+    assert fused.layers[0].keys.dtype == dtype
     for got, wanted in zip(fused.layers, plain.layers, strict=True):
         assert torch.equal(got.keys, wanted.keys)
         assert torch.equal(got.values, wanted.values)

@@ -91,7 +91,7 @@ def test_refusals_are_one_line_and_leave_nothing(
 
 def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    wanted = r"--dataset needs the datasets library.*pip install 'ktverify\[datasets\]', or give --dataset_file"
+    wanted = r"--dataset needs the datasets library.*pip install .* -e '\.\[datasets\]', or give --dataset_file"
     refused(call("bench", "c2c", "dataset", "--dataset", "some/set"), wanted)
 
 

@@ -46,7 +46,7 @@ CHECKS = [
     "failed_update",
     "skip_lora",
 ]
-# more than CONTRACT.md asks of every engine
+# more than docs/contract.md asks of every engine
 OF_THE_NATIVE_ENGINE = ["reload"]
 # where the point is what tails do: again with a case that is a multiple of nothing
 AT_ODD_SIZES = ["nothing_is_written", "odd_addresses", "repeats", "threads", "varying_tokens"]
@@ -70,7 +70,7 @@ def test_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> No
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
 def test_native_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
     if engine != engines.NATIVE:
-        pytest.skip("CONTRACT.md does not ask this of every engine")
+        pytest.skip("docs/contract.md does not ask this of every engine")
     children.get(isa.env).call(f"suites.support.contract:check_{check}", subject=Subject(engine, isa.name))
 
 

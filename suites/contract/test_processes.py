@@ -43,7 +43,7 @@ def test_fresh_process(engine: str, best: Isa, check: str) -> None:
 @pytest.fixture
 def native(engine: str) -> None:
     if engine != "native":
-        pytest.skip("CONTRACT.md does not ask this of every engine")
+        pytest.skip("docs/contract.md does not ask this of every engine")
 
 
 @pytest.mark.usefixtures("native")

@@ -115,9 +115,8 @@ def test_dropout_acts_in_training_only_and_is_seeded(tmp_path: Path) -> None:
     recomputed = trained(1, checkpointing=True)
     assert all(torch.equal(first[name], recomputed[name]) for name in first)
     adapted.save_pretrained(str(tmp_path))
-    assert torch.equal(
-        logits(load_adapter(eager("qwen3_moe"), tmp_path)), logits(load_adapter(eager("qwen3_moe"), tmp_path))
-    )
+    stock = load_adapter(eager("qwen3_moe"), tmp_path, trainable=True)  # as a training does, and without dropout
+    expect_same_model(logits(adapted), logits(stock), load_adapter(eager("qwen3_moe"), tmp_path))
 
 
 def test_merged_weights_give_the_same_logits(tmp_path: Path) -> None:
@@ -134,6 +133,13 @@ def test_merged_weights_give_the_same_logits(tmp_path: Path) -> None:
     expect_same_model(logits(engine), logits(expected), load_adapter(peer, adapter))
     with pytest.raises(ValueError, match="exists: name another directory"):
         export_merged(adapter, merged, base=str(base))
+    export_merged(adapter, tmp_path / "rounded", base=str(base))
+    rounded, _ = load_base(str(tmp_path / "rounded"), "float32")
+    weights = dict(rounded.named_parameters())
+    for name, weight in expected.named_parameters():
+        assert torch.equal(weights[name], weights[name].bfloat16().float()), name
+        # the adapter, the base and their sum are each rounded to bf16 once
+        assert compare(weights[name], weight).rel_l2 <= 2**-8, name
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -141,6 +147,17 @@ def test_merging_into_the_engine_is_refused() -> None:
     model = models.adapted(models.with_engine(build_model("mixtral")))
     with pytest.raises(RuntimeError, match="python -m ktverify export-merged"):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize(("layers", "kind"), [(3, "lacks"), (1, "has, beyond it,")])
+def test_an_adapter_of_another_depth_is_not_merged(layers: int, kind: str, tmp_path: Path) -> None:
+    models.adapted(eager("qwen3_moe")).save_pretrained(str(tmp_path / "adapter"))
+    base = make_tiny("qwen3_moe", tmp_path / "base", sizes={"num_hidden_layers": layers})
+    with pytest.raises(ValueError, match=rf"does not fit this base model: it {kind} \d+ tensors, first \S*lora_"):
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+    with pytest.raises(ValueError, match=r"^--base 'nowhere' is no directory"):
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base="nowhere")
 
 
 def test_adapters_that_do_not_fit(tmp_path: Path) -> None:

@@ -180,6 +180,51 @@ def test_stale_lora_is_refused_where_updates_are_off() -> None:
     expect_present_lora(model)
 
 
+def test_switches_and_other_optimizers_are_no_change() -> None:
+    model, plain = make(auto_update=False), make()
+    for wrapper in model._kt_wrappers:
+        wrapper.update_lora_pointers()  # before the first forward: nothing to do yet
+    loss, twin = loss_of(model, IDS), loss_of(plain, IDS)
+    for one in (loss, twin):
+        torch.autograd.backward(one, retain_graph=True)
+    other = torch.nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.AdamW([other], fused=True).step()
+    with torch.no_grad():
+        on = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            off = model(input_ids=IDS).logits
+        assert torch.equal(model(input_ids=IDS).logits, on)
+    assert not torch.equal(on, off)
+    # the graph is used again with the values of its forward
+    for one in (loss, twin):
+        torch.autograd.backward(one)
+    expect_same(models.gradients(model), models.gradients(plain))
+
+
+def test_a_step_while_the_adapter_is_off_is_a_change() -> None:
+    model = make(auto_update=False)
+    torch.autograd.backward(loss_of(model, IDS))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    with model.disable_adapter(), torch.no_grad():
+        model(input_ids=IDS)
+        optimizer.step()
+        model(input_ids=IDS)
+    with pytest.raises(RuntimeError, match="changed since the engine took them over"):
+        model(input_ids=IDS)
+
+
+def test_optimizers_of_tensors_without_memory_are_left_alone() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        other = torch.nn.Parameter(torch.ones(3))
+        other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1, foreach=False).step()
+    sparse = torch.nn.Parameter(torch.eye(2).to_sparse())
+    torch.optim.SGD([sparse], lr=0.1, foreach=False).step()
+
+
 def test_backward_after_a_step_uses_the_lora_of_its_forward() -> None:
     model, plain = make(), make()
     torch.autograd.backward(loss_of(plain, IDS))

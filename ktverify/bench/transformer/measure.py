@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ktverify.bench import fresh
-from ktverify.bench.clock import Clock
+from ktverify.bench.clock import Clock, use_device
 from ktverify.bench.ranges import nvtx_range
 from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
 from ktverify.machine import format_bytes
@@ -108,17 +108,29 @@ class Stepper:
             return forward, self.clock.time(self.backward)
 
     def loop(self) -> int:
-        """Nanoseconds of a whole step by other means than the Clock: the wall clock, and reading a value of the result,
-        which waits for any device."""
+        """Nanoseconds of a whole step by `independent_step`."""
         self.loss = None
         self.model.zero_grad(set_to_none=True)
-        begin = time.monotonic()
-        self.forward()
-        if not self.settings.forward_only:
-            self.backward()
-        last: Any = self.loss if self.settings.forward_only else self.model.embedding.weight.grad
-        last.flatten()[0].item()
-        return int(1e9 * (time.monotonic() - begin))
+        seconds, self.loss = independent_step(self.model, self.batch, backward=not self.settings.forward_only)
+        return int(1e9 * seconds)
+
+
+def independent_step(model: Any, batch: Any, *, backward: bool) -> tuple[float, Any]:
+    """Seconds of a step, and its loss, as a training loop by hand would time it: nothing of the Stepper and its Clock.
+
+    Reading a value of the result waits for any device."""
+    import torch
+
+    begin = time.perf_counter()
+    if backward:
+        loss = model(*batch)
+        loss.backward()
+        model.embedding.weight.grad.flatten()[0].item()
+    else:
+        with torch.no_grad():
+            loss = model(*batch)
+        loss.item()
+    return time.perf_counter() - begin, loss.detach()
 
 
 def process_lines(settings: Settings) -> Iterator[Line]:
@@ -128,6 +140,7 @@ def process_lines(settings: Settings) -> Iterator[Line]:
     from ktverify.bench.quiet import Neighbours
     from ktverify.bench.runs import QuietLine
 
+    use_device(settings.device)
     stepper, warmup = Stepper(settings), settings.warmup_steps
     cuda = settings.device.startswith("cuda")
     name = torch.cuda.get_device_name(settings.device) if cuda else "cpu"

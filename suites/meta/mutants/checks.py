@@ -1,7 +1,7 @@
 """Every check of the default tier that an engine of one instruction set gets, by key, to be asked of any engine.
 
 Comes in: an engine's name. Goes out: which gates it exceeded. The lists of cases are those of the families themselves.
-Of what CONTRACT.md does not ask, those that any layer can be asked are here as well.
+Of what docs/contract.md does not ask, those that any layer can be asked are here as well.
 Not here: latency, which judges nothing; the properties, which draw their cases; test_exact's comparison of instruction
 sets; tp_constraint's test_no_degree_at_all; of contract/test_processes, whether the interpreter runs on during a call,
 forks, the end of memory, the choice of an instruction set, sentinels, accumulation and the light import.

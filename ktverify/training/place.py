@@ -1,0 +1,77 @@
+"""Directories that a training or an export writes into: whether they may be used, and what goes before they are.
+
+Comes in: output_dir with overwrite_output_dir and resume_from_checkpoint, or the directory to write. Goes out: the
+checkpoint to go on from; later, once nothing is left that could be refused, a directory without another run's files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ktverify.training import checkpoints
+from ktverify.training.curves import LOSS_FILE, STATE_FILE
+
+SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".saving-"
+# of an earlier run, so that none of it is taken for this one's; everything else in the directory stays
+_LEFT = ("adapter_config.json", "adapter_model.*", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
+
+
+def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Path | None:
+    """The checkpoint to go on from, None for a fresh start. Changes nothing.
+
+    ValueError where `output` is a file, is in use by anything but the run of that checkpoint, or holds none."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output} is a file")
+    start = checkpoints.choose(wanted, output) if wanted else None
+    if start is not None and _is_of(start, output):
+        return start
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        ours = "resume_from_checkpoint: true" if start is None else f"a checkpoint of {output}"
+        raise ValueError(
+            f"output_dir {output} exists and is not empty: name another, or give overwrite_output_dir: true or {ours}"
+        )
+    return start
+
+
+def make_room(output: Path, start: Path | None) -> None:
+    """Remove what an earlier run left in `output`; of the run that is gone on with, only what lies beyond `start`."""
+    if start is not None and _is_of(start, output):
+        # from the state: a checkpoint that was given by its path may have any name
+        reached = json.loads((start / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+        for path in checkpoints.checkpoints_in(output):
+            if checkpoints.step_of(path) > reached:
+                _remove(path)
+        return
+    for path in [*checkpoints.checkpoints_in(output), *(path for name in _LEFT for path in output.glob(name))]:
+        _remove(path)
+
+
+@contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill that becomes `target`, which is new or empty, at the end; after an error nothing is left."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        os.replace(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _is_of(checkpoint: Path, output: Path) -> bool:
+    return checkpoint.resolve().parent == output.resolve()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,64 @@
+"""What a profile leaves unexplained: told of a made-up call, bounded for a real one that is large enough.
+
+No time is judged by itself: the engine's is compared with what Python saw of the same call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from ktverify.cases import Case
+from ktverify.profile import measure, tables
+from ktverify.profile.record import CallLine
+from ktverify.profile.summary import Summary, unexplained_ns
+from suites.meta.test_cli import TINY
+from suites.meta.test_profile import MS, made_up, made_up_lines
+
+# scalar code takes ten milliseconds or more on any machine, so that Python's checks are a small part of the call
+LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
+
+
+def test_waiting_of_no_stage_is_told() -> None:
+    assert unexplained_ns(made_up(10 * MS)) == 1.5 * MS
+    assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "what is added between the stages is nobody's"
+    summary = Summary.of(made_up_lines())
+    assert summary is not None
+    phases = tables.view(summary, b"").grids[1]
+    assert phases.notes[1] == "unexplained: 1.50 ms, 15.0 % of the call, is waiting of no stage"
+
+
+def test_the_engine_has_what_python_sees_of_a_large_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
+    profiler = measure.Profiler(Case.parse(LARGE), measure.Settings(isa=ISA, threads=2, warmup=1, repeats=2))
+    calls = [line for line in profiler.lines() if isinstance(line, CallLine) and line.which == "recorded"]
+    for name in (measure.FORWARD, measure.BACKWARD):
+        parts = [part for one in calls for part in one.parts if part.name == name and part.stages is not None]
+        assert len(parts) == 4
+        shares = [part.stages.wall_ns / part.ns for part in parts if part.stages is not None]
+        # another program may have had the processor around some of them
+        assert 0.95 <= max(shares) <= 1
+
+
+def test_no_part_of_a_step_ends_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor is taken away just before the step's own time begins."""
+    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
+    profiler = measure.Profiler(Case.parse(TINY), measure.Settings(threads=1, warmup=0, repeats=1))
+    honest, inside = profiler.clock.time, [False]
+
+    def late(call: Callable[[], object]) -> int:
+        if inside[0]:
+            return honest(call)
+        inside[0] = True
+        time.sleep(2e-3)
+        try:
+            return honest(call)
+        finally:
+            inside[0] = False
+
+    monkeypatch.setattr(profiler.clock, "time", late)
+    for line in profiler.lines():
+        if isinstance(line, CallLine):
+            assert all(0 <= part.at <= part.at + part.ns <= line.ns for part in line.parts)
