@@ -110,7 +110,7 @@ class Trial:
         return bool(decided >= gates.tolerances()["peer"]["few"])
 
     def same(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """AssertionError unless the bits are the same: more than docs/contract.md asks, so of the native engine only."""
+        """AssertionError unless the bits are the same: of the native engine only, see docs/contract.md."""
         if self.subject.engine == engines.NATIVE:
             # an empty tensor may have strides of which no bytes can be seen, and has no bits to differ in
             expect_same_bits(what, left, right, tuple(name for name in names if left[name].numel()))
