@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,14 +198,19 @@ def test_what_an_engine_raises_is_a_crash(
 @pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
 def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
     told = tmp_path / "number"
+    subject = Subject(f"suites.support.broken:{engine}")
     with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
-        forward(child, f"suites.support.broken:{engine}", SMALL)
+        child.call("suites.support.tensor_parallel:run_degree", subject=subject, cases=[SMALL], degree=1)
     assert type(found.value) is ChildCrash
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(told.read_text()))
         if engine == "leaves_a_session":
             process.kill()
-        process.wait(timeout=5)
+        deadline = time.monotonic() + 5
+        # one that has ended waits for whoever inherited it to be told
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"{process} lives on"
+            time.sleep(0.01)
 
 
 def _interrupted(pid: int) -> int:
