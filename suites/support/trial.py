@@ -101,7 +101,8 @@ class Trial:
     def _judge(self, name: str, difference: metrics.Difference, exact: bool, peer: float) -> gates.Judgement:
         # the limits of strict engines are for tensors that many numbers decide, as small T is exempt there
         own = self.own and (exact if self.case.exact else self._many(name, difference.nonzero))
-        return gates.judge(self.case, name, difference, peer, own_engine=own, isa=self.subject.isa or "")
+        isa = self.subject.isa or ""
+        return gates.judge(self.case, name, difference, peer, own_engine=own, isa=isa, searched=True)
 
     def _many(self, name: str, nonzero: int) -> bool:
         # h, dg and du are rounded too: with an I of 1, one of them decides a whole row
