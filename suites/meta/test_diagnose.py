@@ -52,10 +52,10 @@ def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
 
 def test_causes_of_the_mutants_are_found() -> None:
     # all of them take two minutes; `python -m ktverify diagnose --mutants` diagnoses all, and fails below LEAST
-    results = list(diagnosed(list(MUTANTS.values())[::9]))
+    results = list(diagnosed(list(MUTANTS.values())[::13]))
     right = sum(result.right for result in results)
     table = "\n".join(result.line for result in results if not result.right)
-    assert len(results) >= 12
+    assert len(results) >= 9
     assert right >= LEAST * len(results), f"{right} of {len(results)} causes are right\n{table}"
 
 
