@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 4
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# uncompiled: of torch and transformers the suites import a small part, and compiling all of them takes half a minute
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
 CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 
