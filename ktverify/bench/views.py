@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from ktverify.bench.clock import PERCENTILES, Statistics
 from ktverify.bench.tables import Grid, grid_markdown
 from ktverify.files import write_whole
@@ -49,6 +51,17 @@ def write(view: View, directory: Path) -> list[str]:
     for ending, content in found.items():
         write_whole(directory / f"{view.name}.{ending}", content)
     return [f"{view.name}.{ending}" for ending in found]
+
+
+def conclude(view: View, lines: Sequence[BaseModel], journal: Path, as_json: bool, extra: Sequence[str] = ()) -> None:
+    """Write the views beside the run's lines, then print them, or the lines. extra: names of files already written."""
+    # the files first: a terminal or a pipe may be gone by now
+    names = [journal.name, *write(view, journal.parent), *extra]
+    if not as_json:
+        show(view, names, journal.parent)
+        return
+    for line in lines:
+        print(line.model_dump_json())
 
 
 def show(view: View, names: Sequence[str], directory: Path) -> None:

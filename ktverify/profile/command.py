@@ -74,11 +74,5 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     if summary is None:
         raise ValueError(f"{directory / record.FILE} has no range that was measured to a steady call")
     view = tables.view(summary, picture.draw(summary))
-    # the files first: a terminal or a pipe may be gone by now
-    names = [record.FILE, *views.write(view, directory), "trace.json"]
     write_whole(directory / "trace.json", trace.trace(lines))
-    if as_json:
-        for line in lines:
-            typer.echo(line.model_dump_json())
-        return
-    views.show(view, names, directory)
+    views.conclude(view, lines, directory / record.FILE, as_json, extra=["trace.json"])

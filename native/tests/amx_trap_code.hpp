@@ -1,4 +1,4 @@
-// Tile instructions for test_amx_trap.cpp: in every form that the assembler has, written by it, and as functions.
+// Tile instructions for the tests of the emulator: in every form that the assembler has, written by it, and as functions.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,7 @@ extern const char load_forms[], store_forms[], absolute_forms[],
 extern const char config_load_forms[], config_store_forms[];
 extern const char load_tile[], load_t1_tile[], store_tile[], zero_tile[];  // 16 bytes each, ending in ret
 extern const char release_tiles[], padded_load[], load_rip_config[], store_rip_config[], illegal_ret[];
-extern const char product_bf16[], product_ssd[], product_sud[], product_usd[], product_uud[];
+extern const char product_bf16[];
 extern const char no_sib[], malformed[], tmm_eight[], same_tile_twice[], run_of_eight[];
 extern std::uint8_t rip_config[64], rip_stored[64];
 }
@@ -318,36 +318,22 @@ run_of_eight:
     ret
 
     # [dest 8][a 8][b 8], empty where two are the same
-    .macro products instruction
-        .irp dest, 0,1,2,3,4,5,6,7
-            .irp a, 0,1,2,3,4,5,6,7
-                .irp b, 0,1,2,3,4,5,6,7
-                    .balign 16
-                    .if (\dest - \a) * (\dest - \b) * (\a - \b)
-                        \instruction %tmm\b, %tmm\a, %tmm\dest
-                    .endif
-                    ret
-                .endr
+    .balign 16
+product_bf16:
+    .irp dest, 0,1,2,3,4,5,6,7
+        .irp a, 0,1,2,3,4,5,6,7
+            .irp b, 0,1,2,3,4,5,6,7
+                .balign 16
+                .if (\dest - \a) * (\dest - \b) * (\a - \b)
+                    tdpbf16ps %tmm\b, %tmm\a, %tmm\dest
+                .endif
+                ret
             .endr
         .endr
-    .endm
-    .balign 16
-product_bf16: products tdpbf16ps
-    .balign 16
-product_ssd: products tdpbssd
-    .balign 16
-product_sud: products tdpbsud
-    .balign 16
-product_usd: products tdpbusd
-    .balign 16
-product_uud: products tdpbuud
+    .endr
 )");
 
-// ---------------------------------------------------------------------------------------------------------------
-// Tile instructions as functions
-// ---------------------------------------------------------------------------------------------------------------
-
-// As ldtilecfg reads it.
+// The instructions as functions. Config as ldtilecfg reads it, written anew rather than taken from the emulator.
 struct alignas(64) Config {
     std::uint8_t palette = 1;
     std::uint8_t start_row = 0;

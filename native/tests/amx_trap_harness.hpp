@@ -1,4 +1,4 @@
-// What test_amx_trap.cpp counts with: checks, random numbers, child processes.
+// What the tests of the AMX emulator share: checks, random numbers, child processes.
 #pragma once
 
 #include <cpuid.h>
@@ -13,6 +13,9 @@
 #include <cstdlib>
 #include <functional>
 #include <string>
+
+#include "../emulation/amx_trap.hpp"
+#include "amx_trap_code.hpp"
 
 int passed = 0, failed = 0;
 bool hardware = false;  // this CPU runs tile instructions itself
@@ -92,4 +95,17 @@ bool request_hardware_amx() {
     const unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
     constexpr int kRequestPermission = 0x1023, kTileData = 18;
     return (d & needed) == needed && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// For main: the emulator is in place from here on, unless the CPU needs none.
+void begin() {
+    hardware = request_hardware_amx();
+    vector_level = __builtin_cpu_supports("avx512bw") ? 2 : __builtin_cpu_supports("avx") ? 1 : 0;
+    check(ktv::emulation::amx_trap_install() && ktv::emulation::amx_trap_installed(), "the emulator installs");
+}
+
+// The exit code.
+int finish() {
+    std::printf("%s\n%d passed, %d failed\n", hardware ? "on AMX hardware" : "by emulation", passed, failed);
+    return failed == 0 ? 0 : 1;
 }

@@ -1,4 +1,4 @@
-// What tile instructions have to give, for test_amx_trap.cpp: fp32 in integers, without a floating-point instruction.
+// What tile instructions have to give, for the tests of the emulator: fp32 in integers, without a floating-point instruction.
 #pragma once
 
 #include <bit>
@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "../emulation/amx_trap.hpp"
+#include "../emulation/amx_tiles.hpp"
 #include "amx_trap_harness.hpp"
 
 using namespace ktv::emulation;
@@ -119,23 +119,6 @@ Tile oracle_bf16(const Tile& dest, const Tile& a, const Tile& b, Shape shape) {
                 odd = oracle_fma(left & 0xffff0000, right & 0xffff0000, odd);
             }
             set_element(result, m, n, oracle_add(element(dest, m, n), oracle_add(even, odd)));
-        }
-    }
-    return result;
-}
-
-Tile oracle_int8(const Tile& dest, const Tile& a, const Tile& b, Shape shape, bool a_signed, bool b_signed) {
-    const auto value = [](std::uint8_t byte, bool is_signed) {
-        return is_signed ? std::int64_t{static_cast<std::int8_t>(byte)} : std::int64_t{byte};
-    };
-    Tile result{};
-    for (unsigned m = 0; m < shape.rows; ++m) {
-        for (unsigned n = 0; n < shape.columns; ++n) {
-            std::int64_t sum = static_cast<std::int32_t>(element(dest, m, n));
-            for (unsigned k = 0; k < 4 * shape.depth; ++k) {
-                sum += value(a.bytes[m][k], a_signed) * value(b.bytes[k / 4][4 * n + k % 4], b_signed);
-            }
-            set_element(result, m, n, static_cast<std::uint32_t>(sum));
         }
     }
     return result;

@@ -17,7 +17,7 @@ from ktverify.bench.record import HeadLine, Journal, QuietLine, TurnLine
 from ktverify.cases import Case
 from ktverify.names import BACKWARD_TENSORS
 from suites.meta.test_cli import call, ends, refused
-from suites.meta.test_reports import MACHINE
+from suites.support.records import MACHINE
 
 SHAPE = shapes.Shape("tiny", "small enough to wait for", Case.parse("E=4,k=2,H=64,I=32,T=17,r=8"))
 ROUNDS = 3

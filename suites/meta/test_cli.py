@@ -22,7 +22,7 @@ from ktverify.machine import Amx
 from ktverify.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
 from ktverify.report import store
 from suites.meta.mutants import MUTANTS
-from suites.meta.test_reports import MACHINE, accuracy, check, latency, write
+from suites.support.records import MACHINE, accuracy, check, latency, write
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"

@@ -18,7 +18,7 @@ from ktverify.bench.shapes import weight_bytes
 from ktverify.bench.views import tsv
 from ktverify.cases import Case
 from suites.meta.test_cli import TINY, call, ends, refused
-from suites.meta.test_reports import MACHINE
+from suites.support.records import MACHINE
 
 MS = 1_000_000
 CASE = Case.parse(TINY)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ktverify import contract, machine
+from ktverify.machine import Amx, isas_of, read_machine
 from ktverify.running import layer_arguments
 from suites.support.subject import SMALL
 
@@ -63,3 +65,28 @@ def test_what_would_not_be_computed_is_refused(changed: dict[str, Any], says: st
     assert spec(moe_intermediate_size=contract.LARGEST).moe_intermediate_size == contract.LARGEST
     with pytest.raises(ValueError, match=says):
         spec(**changed)
+
+
+def test_the_machine_tells_what_it_knows() -> None:
+    here = read_machine()
+    assert here.cpu
+    assert here.isas[-1] == "scalar"
+    assert 1 <= here.threads <= here.cpus_online
+    assert 0 < here.memory_available_bytes <= here.memory_total_bytes
+    assert here.versions["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "kernel", "expected"),
+    [
+        ("", True, ("amx_bf16", "avx512_bf16", "avx2", "scalar")),
+        ("", False, ("avx512_bf16", "avx2", "scalar")),
+        ("amx_bf16", True, ("avx512_bf16", "avx2", "scalar")),
+        ("avx512_bf16", True, ("avx2", "scalar")),
+        ("fma", True, ("amx_bf16", "avx512_bf16", "scalar")),
+    ],
+)
+def test_isas_follow_the_flags_and_the_kernel(lacking: str, kernel: bool, expected: tuple[str, ...]) -> None:
+    flags = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx2", "fma"}
+    amx = Amx(cpu=lacking != "amx_bf16", kernel=kernel, permitted=False, emulated=False)
+    assert isas_of(frozenset(flags - {lacking}), amx) == expected

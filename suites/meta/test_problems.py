@@ -7,7 +7,8 @@ from pathlib import Path
 from ktverify.names import ALL_TENSORS
 from ktverify.report import problems, tables
 from ktverify.report.record import AccuracyRecord, CheckRecord, Result
-from suites.meta.test_reports import accuracy, markdown_rows, write
+from suites.support.pages import markdown_rows
+from suites.support.records import accuracy, write
 
 LAST_WORDS = """load_weights_from_tensors: the engine's process died of SIGSEGV; last words:
 Fatal Python error: Segmentation fault

@@ -26,7 +26,7 @@ from ktverify.profile.record import RANGES, CallLine, CeilingLine, Part, Pass, P
 from ktverify.profile.summary import Imbalance, Summary, Worker, imbalances, stage_name, worker_of
 from ktverify.stages import Phase, Span, StageTimes
 from suites.meta.test_cli import TINY, call, ends, refused
-from suites.meta.test_reports import MACHINE
+from suites.support.records import MACHINE
 
 TP2 = TINY.replace("I=32", "I=64")
 MS = 1_000_000

@@ -1,4 +1,4 @@
-"""Records, runs, pages and the gate: what is shown is what was recorded, and the gate can fail."""
+"""Records, runs and pages: what is shown is what was recorded."""
 
 from __future__ import annotations
 
@@ -10,126 +10,15 @@ import signal
 import subprocess
 import sys
 import textwrap
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from ktverify.gates import Verdict
-from ktverify.machine import Amx, Machine, NumaNode, isas_of, read_machine
 from ktverify.names import ALL_TENSORS
 from ktverify.report import console, gate, html, plots, store, tables
-from ktverify.report.record import (
-    VERDICT_ORDER,
-    AccuracyRecord,
-    CheckRecord,
-    GateRecord,
-    LatencyRecord,
-    Result,
-    RunRecord,
-    VerdictName,
-    parse_line,
-    worst_first,
-)
-
-MACHINE = Machine(
-    cpu="Imagined CPU 9000",
-    architecture="x86_64",
-    isas=("avx512_bf16", "avx2", "scalar"),
-    flags=("avx2", "fma"),
-    amx=Amx(cpu=False, kernel=False, permitted=False, emulated=False),
-    threads=2,
-    cpus_online=4,
-    numa=(NumaNode(0, "0-1", 12 << 30), NumaNode(1, "2-3", 12 << 30)),
-    memory_total_bytes=24 << 30,
-    memory_limit_bytes=16 << 30,
-    memory_available_bytes=15 << 30,
-    huge_pages="madvise",
-    huge_pages_free=0,
-    system="Linux 6.1",
-    versions={"python": "3.11.7", "torch": "2.13.0", "ktverify": "0.1.0", "compiler": "g++ 12.2.0"},
-)
-GROWTH = gate.Growth(factor=1.25, floor=1e-4)
-
-
-def accuracy(
-    rel_l2: float = 2.4e-3,
-    budget: float = 4e-3,
-    verdict: VerdictName | None = None,
-    case: str = "small@seed=0",
-    tensor: str = "output",
-    isa: str = "avx2",
-    family: str = "forward",
-) -> AccuracyRecord:
-    """A record whose only gate is rel_l2 against `budget`; it passes if that is kept."""
-    verdict = verdict or ("PASS" if rel_l2 <= budget else "FAIL")
-    gates = (
-        ()
-        if verdict in ("SKIP", "UNSUPPORTED")
-        else (GateRecord(gate="rel_l2", value=rel_l2, budget=budget, used=rel_l2 / budget, verdict=verdict),)
-    )
-    return AccuracyRecord(
-        family=family,
-        engine="native",
-        isa=isa,
-        verdict=verdict,
-        message=f"{verdict} {tensor} rel_l2 {rel_l2:.1e}",
-        case=case,
-        tensor=tensor,
-        mean_rel=rel_l2 * 0.875,
-        rel_l2=rel_l2,
-        cosine=0.99999712,
-        max_abs=0.0123,
-        worst_index=(3, 5),
-        gates=gates,
-        repro=f"python -m ktverify repro '{case}' --isa {isa} --tensor {tensor}",
-    )
-
-
-def latency(samples: tuple[float, ...] = (10.0, 12.0, 11.0, 30.0), isa: str = "avx2") -> LatencyRecord:
-    return LatencyRecord(
-        family="latency",
-        engine="native",
-        isa=isa,
-        verdict="PASS",
-        case="small@seed=0",
-        what="forward",
-        threads=2,
-        samples_ms=samples,
-        warmup=5,
-        tokens=128,
-        flops=23e9,
-        bytes=2.3e9,
-    )
-
-
-def check(verdict: VerdictName = "PASS", name: str = "test_refusal[rank]") -> CheckRecord:
-    return CheckRecord(family="contract", engine="native", name=name, verdict=verdict, message="told why")
-
-
-def write(directory: Path, records: list[Result], exit_status: int = 0) -> store.Run:
-    """A finished run of `records` in `directory`, without its pages."""
-    head = RunRecord(
-        stamp=directory.name,
-        engine="native",
-        command="pytest suites/ -n 4",
-        commit="0123456789ab",
-        machine=MACHINE,
-        workers=4,
-        started=1000.0,
-        finished=1083.5,
-        exit_status=exit_status,
-    )
-    recorder = store.Recorder(directory, worker="gw0")
-    recorder.add(head)
-    for record in records:
-        recorder.add(record)
-    return store.load(directory)
-
-
-def gated(run: store.Run, baseline: gate.Baseline | None = None) -> gate.Finding:
-    return gate.judge_run(run, baseline, GROWTH)
-
+from ktverify.report.record import VERDICT_ORDER, AccuracyRecord, GateRecord, Result, parse_line, worst_first
+from suites.support.pages import Page, markdown_rows
+from suites.support.records import accuracy, check, latency, write
 
 # ---- records
 
@@ -230,7 +119,7 @@ def test_a_killed_workers_part_is_still_read(tmp_path: Path) -> None:
     assert [record.name for record in run.checks] == list("01234")
     assert run.torn_lines == 1
     assert not run.finished
-    finding = gated(run)
+    finding = gate.judge_run(run, None, None)
     assert any("did not finish" in line for line in finding.breaks)
     assert any("cut off" in line for line in finding.breaks)
     # xdist may start another worker under the same name
@@ -273,57 +162,6 @@ def test_latest_run_is_the_newest_stamp(tmp_path: Path) -> None:
 
 
 # ---- pages
-
-
-class Page(HTMLParser):
-    """The cells of every table, by the table's headings; all attributes; all text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.text = ""
-        self._cell: list[str] | None = None
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr" and self.tables:
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self._cell = []
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th") and self._cell is not None:
-            self.tables[-1][-1].append("".join(self._cell).strip())
-            self._cell = None
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._cell is not None:
-            self._cell.append(data)
-
-    def rows(self, *headings: str) -> list[dict[str, str]]:
-        """Rows of the last table that has these headings."""
-        for table in reversed(self.tables):
-            if set(headings) <= set(table[0]):
-                return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
-        raise AssertionError(f"no table with {headings}")
-
-
-def markdown_rows(text: str, heading: str) -> list[dict[str, str]]:
-    """Rows of the Markdown table whose head has the cell `heading`."""
-    found: list[list[str]] = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] if line.startswith("|") else []
-        if found and not cells:
-            break
-        if cells and (found or heading in cells):
-            found.append(cells)
-    return [dict(zip(found[0], row, strict=True)) for row in found[2:]]
 
 
 def some_run(directory: Path) -> store.Run:
@@ -473,160 +311,4 @@ def test_a_run_without_its_head_is_still_shown(tmp_path: Path) -> None:
     run = store.load(tmp_path / "run")
     assert "the run's head was lost" in tables.accuracy_markdown(run)
     assert "small@seed=0" in html.page(run)
-    assert not gated(run).passed
-
-
-# ---- the gate
-
-
-def test_a_good_run_passes(tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", [accuracy(), latency(), check()]))
-    assert finding.passed
-    assert finding.checked == 3
-
-
-@pytest.mark.parametrize("verdict", ["FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED"])
-def test_one_verdict_that_is_no_pass_flips_the_gate(verdict: VerdictName, tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", [accuracy(), check(), check(verdict, "test_broken")]))
-    assert finding.breaks == (f"contract/- test_broken: {verdict} told why",)
-
-
-def test_gates_records_and_pages_know_the_same_verdicts() -> None:
-    names = {verdict.value for verdict in Verdict}
-    assert names == set(VERDICT_ORDER) == set(tables.OVERVIEW_VERDICTS) == set(console.STYLES)
-
-
-def test_a_failed_tensor_is_named_with_its_repro(tmp_path: Path) -> None:
-    (line,) = gated(write(tmp_path / "run", [accuracy(), accuracy(3.1e-2, tensor="grad_input")])).breaks
-    assert line.splitlines() == [
-        "forward/avx2 small@seed=0: FAIL grad_input rel_l2 3.1e-02",
-        "    python -m ktverify repro 'small@seed=0' --isa avx2 --tensor grad_input",
-    ]
-
-
-@pytest.mark.parametrize("records", [[], [accuracy(verdict="SKIP"), check("UNSUPPORTED")]], ids=["empty", "all skip"])
-def test_a_run_that_checked_nothing_fails(records: list[Result], tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", records))
-    assert not finding.passed
-    assert "Nothing was checked" in finding.breaks[0]
-
-
-def test_a_session_that_broke_without_a_record_fails(tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", [accuracy()], exit_status=2))
-    assert "exit status 2" in finding.breaks[0]
-
-
-def test_a_pass_without_a_gate_fails(tmp_path: Path) -> None:
-    empty = accuracy().model_copy(update={"gates": ()})
-    assert "without a single gate" in gated(write(tmp_path / "run", [empty])).breaks[0]
-
-
-def baseline_of(tmp_path: Path, records: list[Result]) -> gate.Baseline:
-    gate.write_baseline(write(tmp_path / "base", records), tmp_path / "baseline.json")
-    return gate.read_baseline(tmp_path / "baseline.json")
-
-
-def test_a_run_passes_against_its_own_baseline(tmp_path: Path) -> None:
-    records: list[Result] = [accuracy(), accuracy(0.0, isa="scalar"), latency(), check(), check("SKIP", "test_tp")]
-    baseline = baseline_of(tmp_path, records)
-    assert len(baseline.checks) == 5
-    assert gated(write(tmp_path / "run", records), baseline).passed
-
-
-@pytest.mark.parametrize("missing", [0, 1, 2])
-def test_a_check_missing_against_the_baseline_flips_the_gate(missing: int, tmp_path: Path) -> None:
-    records: list[Result] = [accuracy(), latency(), check()]
-    baseline = baseline_of(tmp_path, records)
-    finding = gated(write(tmp_path / "run", records[:missing] + records[missing + 1 :]), baseline)
-    assert finding.breaks == (f"missing: {gate.key_of(records[missing])} (it was PASS in the baseline)",)
-
-
-def test_growth_beyond_the_factor_flips_the_gate(tmp_path: Path) -> None:
-    baseline = baseline_of(tmp_path, [accuracy(2.4e-3)])
-    assert gated(write(tmp_path / "a", [accuracy(2.9e-3)]), baseline).passed
-    finding = gated(write(tmp_path / "b", [accuracy(3.1e-3)]), baseline)
-    assert finding.breaks[0].startswith("grown: accuracy forward small output avx2 tp=1 rel_l2 3.10e-03")
-    # another seed has other errors; its budget judges it
-    assert gated(write(tmp_path / "c", [accuracy(3.1e-3, case="small@seed=5")]), baseline).passed
-
-
-def test_growth_below_the_floor_is_none(tmp_path: Path) -> None:
-    baseline = baseline_of(tmp_path, [accuracy(1e-6)])
-    assert gated(write(tmp_path / "a", [accuracy(9e-5)]), baseline).passed
-    assert not gated(write(tmp_path / "b", [accuracy(1.1e-4)]), baseline).passed
-
-
-def test_the_allowed_growth_has_its_place_in_the_tolerances() -> None:
-    allowed = gate.growth()
-    assert 1 < allowed.factor < 2
-    assert 0 < allowed.floor < 1e-3
-
-
-def test_time_is_never_gated(tmp_path: Path) -> None:
-    baseline = baseline_of(tmp_path, [latency((1.0, 1.0))])
-    assert gated(write(tmp_path / "run", [latency((500.0, 500.0))]), baseline).passed
-
-
-def test_skip_breaks_only_where_the_baseline_passed(tmp_path: Path) -> None:
-    baseline = baseline_of(tmp_path, [check(), check("SKIP", "test_never")])
-    finding = gated(write(tmp_path / "run", [check("SKIP"), check("SKIP", "test_never"), accuracy()]), baseline)
-    assert finding.breaks == ("contract/- test_refusal[rank]: SKIP told why (it was PASS in the baseline)",)
-    assert "contract/- test_never: SKIP told why" in finding.notes
-
-
-def test_an_isa_that_the_machine_lacks_is_told_and_does_not_break(tmp_path: Path) -> None:
-    records: list[Result] = [accuracy(), accuracy(isa="avx512_bf16"), accuracy(isa="amx_bf16 (emulated)")]
-    baseline = baseline_of(tmp_path, records)
-    run = write(tmp_path / "run", records[:1])
-    assert len(gated(run, baseline).breaks) == 2  # this machine has AVX-512, and AMX can be emulated on it
-    assert run.head is not None
-    lesser = Machine(**{**vars(MACHINE), "isas": ("avx2", "scalar")})
-    run = store.Run(run.directory, run.head.model_copy(update={"machine": lesser}), run.records)
-    finding = gated(run, baseline)
-    assert finding.passed
-    assert len([note for note in finding.notes if "which this machine does not run" in note]) == 2
-
-
-def test_real_and_emulated_tiles_are_the_same_check() -> None:
-    assert gate.key_of(accuracy(isa="amx_bf16 (emulated)")) == gate.key_of(accuracy(isa="amx_bf16"))
-
-
-def test_a_broken_run_makes_no_baseline(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no baseline"):
-        gate.write_baseline(write(tmp_path / "run", [accuracy(1.0)]), tmp_path / "baseline.json")
-    assert not (tmp_path / "baseline.json").exists()
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 99}'])
-def test_a_file_that_is_no_baseline_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "baseline.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="baseline"):
-        gate.read_baseline(tmp_path / "baseline.json")
-
-
-# ---- the machine
-
-
-def test_the_machine_tells_what_it_knows() -> None:
-    here = read_machine()
-    assert here.cpu
-    assert here.isas[-1] == "scalar"
-    assert 1 <= here.threads <= here.cpus_online
-    assert 0 < here.memory_available_bytes <= here.memory_total_bytes
-    assert here.versions["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
-
-
-@pytest.mark.parametrize(
-    ("lacking", "kernel", "expected"),
-    [
-        ("", True, ("amx_bf16", "avx512_bf16", "avx2", "scalar")),
-        ("", False, ("avx512_bf16", "avx2", "scalar")),
-        ("amx_bf16", True, ("avx512_bf16", "avx2", "scalar")),
-        ("avx512_bf16", True, ("avx2", "scalar")),
-        ("fma", True, ("amx_bf16", "avx512_bf16", "scalar")),
-    ],
-)
-def test_isas_follow_the_flags_and_the_kernel(lacking: str, kernel: bool, expected: tuple[str, ...]) -> None:
-    flags = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx2", "fma"}
-    amx = Amx(cpu=lacking != "amx_bf16", kernel=kernel, permitted=False, emulated=False)
-    assert isas_of(frozenset(flags - {lacking}), amx) == expected
+    assert not gate.judge_run(run, None, None).passed

@@ -18,8 +18,8 @@ from ktverify.bench.transformer.record import EndLine, ProcessLine, Settings, St
 from ktverify.transformer import memory
 from ktverify.transformer.sizes import presets
 from suites.meta.test_cli import call, ends, refused
-from suites.meta.test_reports import MACHINE
 from suites.meta.test_transformer import TINY
+from suites.support.records import MACHINE
 
 SIZES = (
     "--d_model", "64", "--d_ff", "96", "--num-layers", "2", "--num_heads", "4", "--context_length", "8",

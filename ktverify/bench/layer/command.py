@@ -203,10 +203,4 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     view = tables.view(lines)
     if view is None:
         raise ValueError(f"{directory / record.FILE} has no repeat that counts")
-    # the files first: a terminal or a pipe may be gone by now
-    names = [record.FILE, *views.write(view, directory)]
-    if as_json:
-        for line in lines:
-            typer.echo(line.model_dump_json())
-        return
-    views.show(view, names, directory)
+    views.conclude(view, lines, directory / record.FILE, as_json)

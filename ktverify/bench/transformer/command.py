@@ -111,11 +111,5 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     view = transformer_views.view(lines)
     if view is None:
         raise ValueError(f"{directory / record.FILE} has no step that counts")
-    # the files first: a terminal or a pipe may be gone by now
-    names = [record.FILE, *views.write(view, directory)]
-    if as_json:
-        for line in lines:
-            typer.echo(line.model_dump_json())
-    else:
-        views.show(view, names, directory)
+    views.conclude(view, lines, directory / record.FILE, as_json)
     return not any(text.startswith("FAIL") for name, text in view.facts if name == "check")

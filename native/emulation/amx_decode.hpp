@@ -1,0 +1,45 @@
+// AMX's tile instructions, read from machine code.
+#pragma once
+
+#include <cstdint>
+
+namespace ktv::emulation {
+
+enum class Op {
+    ldtilecfg,
+    sttilecfg,
+    tilerelease,
+    tilezero,
+    tileloadd,
+    tileloaddt1,
+    tilestored,
+    tdpbf16ps
+};
+
+enum class Form { config, nothing, tile, tile_and_memory, three_tiles };
+
+// All are VEX.128.0F38.W0; they differ in the opcode, the implied prefix (the VEX field pp) and the ModRM byte.
+struct Encoding {
+    Op op;
+    const char* name;
+    Form form;
+    std::uint8_t opcode;
+    std::uint8_t pp;  // 0: none, 1: 66, 2: F3, 3: F2
+};
+
+constexpr unsigned kNoRegister = 16;
+constexpr unsigned kInstructionPointer = 17;
+
+struct Instruction {
+    const Encoding* encoding;
+    unsigned length;
+    unsigned tile, source1, source2;  // ModRM.reg, ModRM.rm and VEX.vvvv with their VEX extension bits: 0 to 15
+    bool has_sib;
+    unsigned base, index, scale;  // numbers of general registers, or one of the two above; scale is a shift
+    std::int32_t displacement;
+};
+
+// False: not one of ours. Reads no byte before those ahead of it have matched, so never beyond mapped code.
+bool decode(const std::uint8_t* code, Instruction& out);
+
+}  // namespace ktv::emulation
