@@ -44,17 +44,20 @@ def amx_is_emulated() -> bool:
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
 
 
-def _fresh_zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Zeros of these shapes as the kernel hands them out, in one block of memory.
+def _gradients(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, again: bool
+) -> tuple[list[torch.Tensor], bool]:
+    """Tensors of these shapes in one block of memory, and whether they are zero.
 
-    Pages that nobody writes, those of idle experts, are never there at all; torch.zeros would write each of them. One
-    block, because numpy asks for huge pages from 4 MiB on, and most single tensors stay below: at small pages, the
-    page faults took longer than the gradients' arithmetic.
+    again: in the memory of gradients that were dropped, where there is such; all of it is then to be written. Otherwise
+    in fresh pages: those that nobody writes, of idle experts, are never there at all. One block, because huge pages are
+    for large blocks, and at small pages the page faults took longer than the gradients' arithmetic.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    words = np.zeros(sum(sizes), np.float32 if dtype is torch.float32 else np.int16)
-    parts = torch.split(torch.from_numpy(words).view(dtype), sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    count = sum(sizes) * dtype.itemsize
+    memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
+    parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
 
 @dataclass(frozen=True)
@@ -302,14 +305,18 @@ class KTMoEWrapper:
         upstream = grad_output.detach().contiguous()
         grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
         assert self._lora_dtype is not None  # a saved forward had its LoRA
-        zeros = _fresh_zeros(list(self.spec.lora_shapes.values()), self._lora_dtype)
-        grads = dict(zip(GRAD_NAMES, zeros, strict=True))
+        # With fewer slots than experts most of the memory would be cleared for nothing.
+        most_are_written = tokens * self.spec.num_experts_per_tok >= self.spec.num_experts
+        shapes = list(self.spec.lora_shapes.values())
+        tensors, zero = _gradients(shapes, self._lora_dtype, again=most_are_written)
+        grads = dict(zip(GRAD_NAMES, tensors, strict=True))
         grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
         self._native.backward(
             tokens,
             upstream.data_ptr(),
             grad_input.data_ptr(),
             [g.data_ptr() for g in grads.values()],
+            zero,
             grad_weights.data_ptr(),
             accumulate,
             ticket,
@@ -335,5 +342,6 @@ class KTMoEWrapper:
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:
-        """Returns the working buffers that layers share to the operating system. Saved forwards keep theirs."""
+        """Returns the working buffers that layers share, and the memory of LoRA gradients that nobody holds, to the
+        operating system. Saved forwards keep theirs."""
         _native.clear_buffer_cache()

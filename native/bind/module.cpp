@@ -1,5 +1,6 @@
 // The only file that knows of Python. Tensors come as addresses: ktverify/experts.py has checked their shapes, dtypes
 // and layout, and keeps them alive during a call.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 #include "emulation/amx_trap.hpp"
 #include "ktv/layer.hpp"
 #include "memory.hpp"
+#include "process.hpp"
 #include "team.hpp"
 
 namespace py = pybind11;
@@ -50,6 +52,20 @@ using Six = std::array<std::uintptr_t, 6>;
 LoraPointers six(const Six& s) {
     return {pointer<void>(s[0]), pointer<void>(s[1]), pointer<void>(s[2]),
             pointer<void>(s[3]), pointer<void>(s[4]), pointer<void>(s[5])};
+}
+
+// The array's memory goes back to the process when its last view is gone.
+std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes) {
+    GradientMemory::Taken taken = process().gradients.take(bytes);
+    auto* block = new Block(std::move(taken.block));
+    const py::capsule owner(block, [](void* p) {
+        Block* const owned = static_cast<Block*>(p);
+        process().gradients.give(std::move(*owned));
+        delete owned;
+    });
+    return {py::array_t<std::uint8_t>(static_cast<py::ssize_t>(bytes), reinterpret_cast<std::uint8_t*>(block->data()),
+                                      owner),
+            taken.zero};
 }
 
 std::vector<std::string> isa_names() {
@@ -101,6 +117,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("available_memory", &available_memory,
           "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
     m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
+    m.def("gradient_memory", &gradient_memory, "(uint8 array of so many bytes, whether it is zero).");
     m.def("read_rate", &read_rate, py::arg("threads"), py::arg("bytes"), py::arg("passes"),
           py::call_guard<py::gil_scoped_release>(), "Bytes per second that the threads together read, best pass.");
     m.def(
@@ -156,10 +173,10 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("backward",
              [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,
-                std::uintptr_t grad_weights, bool accumulate, Layer::Ticket ticket) {
+                bool grads_zero, std::uintptr_t grad_weights, bool accumulate, Layer::Ticket ticket) {
                  const py::gil_scoped_release release;
                  layer.backward(rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
-                                pointer<float>(grad_weights), accumulate, ticket);
+                                grads_zero, pointer<float>(grad_weights), accumulate, ticket);
              })
         .def("drop", &Layer::drop, py::call_guard<py::gil_scoped_release>())
         .def("record_stages", &Layer::record_stages, py::arg("on"), py::call_guard<py::gil_scoped_release>())

@@ -152,7 +152,8 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         inputs.work(worker, active_ * h_panels_, [&](int p, int i) { input_grad(hand, p, i); });
         loras.work(worker, active_ * lora_tasks(),
                    [&](int, int i) { lora_grad(hand, routing_.experts[z(i / lora_tasks())], i % lora_tasks()); });
-        idles.work(worker, static_cast<int>(idle_.size()), [&](int, int i) { repeat_sums(idle_[z(i)]); });
+        idles.work(worker, static_cast<int>(idle_.size()), [&](int, int i) { fill_idle(idle_[z(i)]); });
+        hand.watch.lap(Phase::gate_up_lora_grad);
         routings.work(worker, token_chunks, [&](int, int i) { weight_grad(i * kChunkRows); });
         hand.watch.lap(Phase::routing_grad);
         kernels_.leave();
@@ -180,15 +181,14 @@ void Backward::prepare_sums() {
         write_.emplace_back(kernels_, tensor, sums, config_.lora_fp32);
         if (sums) sums += grad_sizes_[i++];
     }
-    // Gradients of experts without a token are zero already, for LoraPointers are given so; not so where earlier calls
-    // left a sum.
-    if (!given_.accumulate) return;
     std::vector<bool> now(z(config_.num_experts));
     if (with_lora_) {
-        for (const Routing::Expert& e : routing_.experts) now[z(e.expert)] = layer_.has_sums[z(e.expert)] = true;
+        for (const Routing::Expert& e : routing_.experts) now[z(e.expert)] = true;
     }
     for (int e = 0; e < config_.num_experts; ++e) {
-        if (layer_.has_sums[z(e)] && !now[z(e)]) idle_.push_back(e);
+        if (given_.accumulate && now[z(e)]) layer_.has_sums[z(e)] = true;
+        const bool has_sums = given_.accumulate && layer_.has_sums[z(e)];
+        if (!now[z(e)] && (has_sums || !given_.grads_zero)) idle_.push_back(e);
     }
 }
 

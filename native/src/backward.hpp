@@ -28,6 +28,7 @@ struct BackwardArguments {
     const bf16* grad_output;
     bf16* grad_input;
     LoraPointers grads;
+    bool grads_zero;
     float* grad_weights;
     bool accumulate;
 };
@@ -39,6 +40,7 @@ class GradWriter {
         : kernels_(kernels), to_(to), sums_(sums), fp32_(fp32) {}
     // values[0..count) to elements first..
     void put(std::size_t first, const float* values, std::size_t count) const;
+    void clear(std::size_t first, std::size_t count) const;
     // The sums of elements first.. as they are.
     void repeat(std::size_t first, std::size_t count) const { round(first, sums_ + first, count); }
 
@@ -124,7 +126,7 @@ class Backward {
     void multiply(Hand& hand, const Product& product, int parts, const TermOf& term_of, const Emit& emit);
     void put_rows(const float* c, const GradWriter& writer, std::size_t to, std::size_t cols, const Piece& piece) const;
     void put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const;
-    void repeat_sums(int expert) const;
+    void fill_idle(int expert) const;
 
     Layer::State& layer_;
     const LayerConfig& config_;
@@ -151,7 +153,7 @@ class Backward {
     std::vector<std::size_t> grad_sizes_;
     std::vector<GradWriter> write_;    // in the order of LoraPointers
     std::vector<const bf16*> x_rows_;  // [k_rows]
-    std::vector<int> idle_;            // experts without a token that have sums
+    std::vector<int> idle_;            // experts without a token whose gradients are written all the same
     Turns turns_;
     std::vector<std::atomic<int>> parts_done_;  // [h_panels]
 };

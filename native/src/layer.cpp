@@ -100,9 +100,9 @@ Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, c
     return s.forward({rows, x, ids, weights, output, save});
 }
 
-void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads,
+void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, bool grads_zero,
                      float* grad_weights, bool accumulate, Ticket ticket) {
-    state_->backward({rows, grad_output, grad_input, grads, grad_weights, accumulate}, ticket);
+    state_->backward({rows, grad_output, grad_input, grads, grads_zero, grad_weights, accumulate}, ticket);
 }
 
 void Layer::drop(Ticket ticket) {
@@ -144,6 +144,7 @@ const LayerConfig& Layer::config() const {
 
 void clear_buffer_cache() {
     Process& shared = process();
+    shared.gradients.clear();
     const std::lock_guard lock(shared.mutex);
     shared.cache.clear();
 }

@@ -12,6 +12,11 @@ void GradWriter::put(std::size_t first, const float* values, std::size_t count) 
     round(first, sums_ ? sums_ + first : values, count);
 }
 
+void GradWriter::clear(std::size_t first, std::size_t count) const {
+    const std::size_t element = fp32_ ? sizeof(float) : sizeof(bf16);
+    std::memset(static_cast<std::byte*>(to_) + first * element, 0, count * element);
+}
+
 void GradWriter::round(std::size_t first, const float* values, std::size_t count) const {
     if (fp32_) {
         std::memcpy(static_cast<float*>(to_) + first, values, count * sizeof(float));
@@ -20,10 +25,16 @@ void GradWriter::round(std::size_t first, const float* values, std::size_t count
     }
 }
 
-void Backward::repeat_sums(int expert) const {
+// The sums of earlier calls, where there are any; else zero.
+void Backward::fill_idle(int expert) const {
+    const bool sums = given_.accumulate && layer_.has_sums[z(expert)];
     for (std::size_t i = 0; i < write_.size(); ++i) {
-        const std::size_t count = grad_sizes_[i] / z(config_.num_experts);
-        write_[i].repeat(z(expert) * count, count);
+        const std::size_t count = grad_sizes_[i] / z(config_.num_experts), first = z(expert) * count;
+        if (sums) {
+            write_[i].repeat(first, count);
+        } else {
+            write_[i].clear(first, count);
+        }
     }
 }
 

@@ -33,6 +33,31 @@ Process& process() {
     return *current.load();
 }
 
+GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
+    {
+        const std::lock_guard lock(mutex_);
+        for (Block& block : free_) {
+            if (block.size() != bytes) continue;
+            std::swap(block, free_.back());
+            Block found = std::move(free_.back());
+            free_.pop_back();
+            return {std::move(found), false};
+        }
+    }
+    require_memory(bytes, "the LoRA gradients");
+    return {Block(bytes), true};
+}
+
+void GradientMemory::give(Block block) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(block));
+}
+
+void GradientMemory::clear() {
+    const std::lock_guard lock(mutex_);
+    free_.clear();
+}
+
 Team& Process::team(int workers, int parts) {
     auto& slot = teams[{workers, parts}];
     if (!slot) slot = std::make_unique<Team>(workers, parts);

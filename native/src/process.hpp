@@ -5,16 +5,36 @@
 #include <memory>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "memory.hpp"
 #include "team.hpp"
 
 namespace ktv {
 
+// Memory of LoRA gradients, handed out again when the caller has dropped the last tensor in it. A training step asks for
+// the same sizes each time; fresh pages cost more than the gradients' arithmetic, above all where other programs have
+// left no huge ones.
+class GradientMemory {
+  public:
+    struct Taken {
+        Block block;
+        bool zero;  // fresh pages; otherwise what the last user left
+    };
+    Taken take(std::size_t bytes);
+    void give(Block block);
+    void clear();
+
+  private:
+    std::mutex mutex_;  // its own: a tensor may be dropped while another thread computes
+    std::vector<Block> free_;
+};
+
 struct Process {
     std::mutex mutex;  // held while a layer computes, packs or allocates
     std::map<std::pair<int, int>, std::unique_ptr<Team>> teams;
     BlockCache cache;
+    GradientMemory gradients;
 
     Team& team(int workers, int parts);
 };

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <stop_token>
 #include <thread>
@@ -87,12 +88,12 @@ struct Problem {
         std::vector<std::vector<bf16>> g16;
         std::vector<std::vector<float>> g32;
         for (const std::size_t size : sizes) {
-            g16.emplace_back(size);
-            g32.emplace_back(size);
+            g16.emplace_back(size, bf16{0x7fc0});  // NaN: what is not written shows
+            g32.emplace_back(size, std::numeric_limits<float>::quiet_NaN());
         }
         l.forward(s.T, x.data(), ids.data(), weights.data(), output.data(), true);
-        l.backward(s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), dw.data(),
-                   accumulate);
+        l.backward(s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), false,
+                   dw.data(), accumulate);
         std::vector<float> all;
         for (const auto* v : {&output, &grad_input}) {
             for (const bf16 b : *v) all.push_back(to_float(b));

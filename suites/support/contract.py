@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import math
 from collections.abc import Callable
 
 import torch
@@ -249,11 +250,13 @@ def check_non_finite_isolation(subject: Subject) -> None:
 
 
 def check_idle_experts(subject: Subject) -> None:
-    """Experts without a token have gradients of exactly zero, also after a call that reached them."""
+    """Experts without a token have gradients of exactly zero, also after a call that reached them, and whatever the
+    caller wrote into the gradients of that call before it dropped them."""
     inputs = make_inputs(MIDDLE)
     layer = subject.layer(MIDDLE, inputs)
     for idle in ([5], [0], [1, 2, 3], [4], list(range(1, 6))):
-        run_layer(layer, inputs)
+        for gradient in run_layer(layer, inputs).values():
+            gradient.fill_(math.nan)
         busy = [expert for expert in range(MIDDLE.num_experts) if expert not in idle]
         ids = torch.tensor(busy)[inputs.expert_ids % len(busy)]
         found = run_layer(layer, changed(inputs, expert_ids=ids))

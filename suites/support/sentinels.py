@@ -35,9 +35,9 @@ class Guards:
         self.blocks.append(block)
         return block[GUARD : GUARD + size].view(dtype).view(tuple(shape))
 
-    def zeros(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-        """Stands in for the engine's own zero pages."""
-        return [self.empty(shape, dtype=dtype).zero_() for shape in shapes]
+    def gradients(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, again: bool) -> Any:
+        """Stands in for the memory of dropped LoRA gradients, which is not zero."""
+        return [self.empty(shape, dtype=dtype) for shape in shapes], False
 
     def broken(self) -> list[int]:
         """The number of each block whose pattern has changed."""
@@ -55,7 +55,7 @@ def check_sentinels(subject: Subject) -> None:
             guards = Guards()
             with (
                 mock.patch.object(torch, "empty", guards.empty),
-                mock.patch.object(experts, "_fresh_zeros", guards.zeros),
+                mock.patch.object(experts, "_gradients", guards.gradients),
             ):
                 found = run_layer(layer, inputs)
             expect(len(guards.blocks) >= len(found), f"{len(guards.blocks)} guarded results of {len(found)}")

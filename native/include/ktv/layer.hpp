@@ -146,11 +146,11 @@ class Layer {
     // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16. The ticket of what was saved; 0 without.
     Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
     // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T,
-    // k] fp32; of the saved forward that `ticket` names, 0 for the newest, which is dropped. The memory of the LoRA
-    // gradients must be zero: experts without a token are not written, so that fresh pages of theirs cost nothing.
-    // `accumulate` adds to the LoRA gradients of the calls before it in fp32 and stores the rounded sum.
-    void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, float* grad_weights,
-                  bool accumulate, Ticket ticket = 0);
+    // k] fp32; of the saved forward that `ticket` names, 0 for the newest, which is dropped. grads_zero: the memory of
+    // the LoRA gradients is zero, and of experts without a token is not written, so that fresh pages of theirs cost
+    // nothing. `accumulate` adds to the LoRA gradients of the calls before it in fp32 and stores the rounded sum.
+    void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, bool grads_zero,
+                  float* grad_weights, bool accumulate, Ticket ticket = 0);
     // Frees a saved forward that will not see its backward; nothing where there is none of this ticket.
     void drop(Ticket ticket);
 
@@ -168,7 +168,7 @@ class Layer {
     std::unique_ptr<State> state_;
 };
 
-// Frees the working buffers that layers share. Saved forwards keep theirs.
+// Frees the working buffers that layers share, and dropped gradients' memory. Saved forwards keep theirs.
 void clear_buffer_cache();
 
 }  // namespace ktv
