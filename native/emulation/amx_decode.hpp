@@ -5,16 +5,7 @@
 
 namespace ktv::emulation {
 
-enum class Op {
-    ldtilecfg,
-    sttilecfg,
-    tilerelease,
-    tilezero,
-    tileloadd,
-    tileloaddt1,
-    tilestored,
-    tdpbf16ps
-};
+enum class Op { ldtilecfg, sttilecfg, tilerelease, tilezero, tileloadd, tileloaddt1, tilestored, tdpbf16ps };
 
 enum class Form { config, nothing, tile, tile_and_memory, three_tiles };
 

@@ -180,23 +180,19 @@ void Forward::pack_new_experts(Process& shared, Team& team) {
     caller_.lap(Phase::pack_weights);
 }
 
-// nt for `count` groups of an expert.
-void Forward::multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int count, float* c,
+// nt for `rows` tokens of an expert.
+void Forward::multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int rows, float* c,
                        std::size_t ldc) const {
-    if (is_few(expert)) {
-        kernels_.nt_few(segments, used, expert.rows, c, ldc);
-    } else {
-        kernels_.nt(segments, used, count, c, ldc);
-    }
+    (is_few(expert) ? kernels_.nt_few : kernels_.nt)(segments, used, rows, c, ldc);
 }
 
-// 32 rows of a LoRA A, from element `at` of its pack on, times one group: c [32][16].
-void Forward::multiply_a(const Routing::Expert& expert, const Pair& a, std::size_t at, const bf16* tokens,
+// 32 rows of a LoRA A, from element `at` of its pack on, times `rows` tokens of one group: c [32][16].
+void Forward::multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                          std::size_t stride, int kblocks, float* c) const {
     NtSegment segments[2];
     for (int term = 0; term < layer_.terms(); ++term)
         segments[term] = {(term == 0 ? a.hi : a.lo) + at, tokens, stride, kblocks};
-    multiply(expert, segments, layer_.terms(), 1, c, kGroup);
+    multiply(expert, segments, layer_.terms(), rows, c, kGroup);
 }
 
 // A group's columns of the first `rows` rows of an operand whose reduction index is the token.
@@ -236,8 +232,9 @@ void Forward::pack(Hand& hand, int p, int group) {
     clear(part.up_xa, pack_at, r_stride_);
     if (keep) clear_kept(kept_.xa_t, kept_at, 2 * size_.rank_rows(), to);
     for (int nb = 0; nb < size_.ab; ++nb) {
-        multiply_a(expert, lora_.gate_up_a, z(expert.expert) * strides_.gate_up_a + z(nb) * layer_.panel(size_.hb),
-                   packed_x, x_stride_, size_.hb, hand.c);
+        multiply_a(expert, to.rows, lora_.gate_up_a,
+                   z(expert.expert) * strides_.gate_up_a + z(nb) * layer_.panel(size_.hb), packed_x, x_stride_,
+                   size_.hb, hand.c);
         for (int j = 0; j < kBlock && nb * kBlock + j < 2 * size_.r; ++j) {
             const bool is_up = nb * kBlock + j >= size_.r;
             const int n = nb * kBlock + j - (is_up ? size_.r : 0);
@@ -253,6 +250,16 @@ void Forward::pack(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::gate_up_lora_a);
 }
 
+// 32 rows of the task that this worker will most likely take after `index`: in step with the others, it is as many on as
+// there are workers. Null behind the last.
+const bf16* Forward::next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const {
+    const int next = index + layer_.workers;
+    if (next >= active_ * per_expert) return nullptr;
+    const int kblocks = matrix == &PackedExpert::down ? size_.ib : size_.hb;
+    const Routing::Expert& expert = routing_.experts[z(next / per_expert)];
+    return layer_.experts[z(p)][z(expert.expert)].*matrix + z(next % per_expert) * layer_.panel(kblocks);
+}
+
 void Forward::up(Hand& hand, int p, int index) {
     Part& part = parts_[z(p)];
     Saved::Part& kept = kept_.parts[z(p)];
@@ -263,18 +270,19 @@ void Forward::up(Hand& hand, int p, int index) {
                       w_at = z(ib) * layer_.panel(size_.hb);
     for (int first = 0; first < expert.groups; first += kChunkGroups) {
         const int count = std::min(kChunkGroups, expert.groups - first);
+        const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
         const std::size_t group = z(expert.first_row / kGroup + first), ldc = z(count) * kGroup;
-        const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c) {
+        const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c, const bf16* next) {
             NtSegment segments[4];
-            segments[0] = {w + w_at, part.x_pack + group * x_stride_, x_stride_, size_.hb};
+            segments[0] = {w + w_at, part.x_pack + group * x_stride_, x_stride_, size_.hb, next};
             const int more =
                 nt_lora_segments({at(b, b_at), at(xa, group * r_stride_), r_stride_, size_.rb}, segments + 1);
-            multiply(expert, segments, 1 + more, count, c, ldc);
+            multiply(expert, segments, 1 + more, rows, c, ldc);
         };
         float* g = hand.c;
         float* u = hand.c + kBlock * ldc;
-        product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g);
-        product(base.up, lora_.up_b[z(p)], part.up_xa, u);
+        product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g, base.up + w_at);
+        product(base.up, lora_.up_b[z(p)], part.up_xa, u, next_weights(p, index, size_.ib, &PackedExpert::gate));
         hand.watch.lap(Phase::gate_up);
         const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
         kernels_.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride_ + z(ib) * kPackSize, h_stride_,
@@ -295,7 +303,8 @@ void Forward::rank(Hand& hand, int p, int group) {
     clear(part.ha, pack_at, r_stride_);
     if (keep_lora_) clear_kept(kept_to, kept_at, size_.rank_rows(), to);
     for (int nb = 0; nb < size_.rb; ++nb) {
-        multiply_a(expert, lora_.down_a[z(p)], z(expert.expert) * strides_.down_a + z(nb) * layer_.panel(size_.ib),
+        multiply_a(expert, to.rows, lora_.down_a[z(p)],
+                   z(expert.expert) * strides_.down_a + z(nb) * layer_.panel(size_.ib),
                    part.h_pack + z(group) * h_stride_, h_stride_, size_.ib, hand.c);
         for (int j = 0; j < kBlock && nb * kBlock + j < size_.r; ++j) {
             const int n = nb * kBlock + j;
@@ -320,17 +329,19 @@ void Forward::down(Hand& hand, int p, int index) {
         const int count = std::min(kChunkGroups, expert.groups - first);
         const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
         NtSegment segments[4];
-        segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib};
+        segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
+                       next_weights(p, index, size_.hb, &PackedExpert::down)};
         const int more = nt_lora_segments({b, at(part.ha, group * r_stride_), r_stride_, size_.rb}, segments + 1);
-        multiply(expert, segments, 1 + more, count, hand.c, ldc);
+        const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
+        multiply(expert, segments, 1 + more, rows, hand.c, ldc);
         hand.watch.lap(Phase::down);
         if (first == 0) {
             turns_.wait(p, hb, ticket);
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kBlock * sizeof(float));
         }
-        kernels_.add_transposed(hand.c, ldc, std::min(expert.rows - first * kGroup, kChunkRows),
-                                routing_.token.data() + row, routing_.weight.data() + row, sum, kBlock);
+        kernels_.add_transposed(hand.c, ldc, rows, routing_.token.data() + row, routing_.weight.data() + row, sum,
+                                kBlock);
     }
     turns_.pass(p, hb, ticket);
     if (ticket == active_ - 1 && parts_done_[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config_.parts - 1)

@@ -61,10 +61,11 @@ class Forward {
     void finish(int worker, int hb);
 
     bool is_few(const Routing::Expert& expert) const { return expert.rows <= kernels_.few_rows; }
-    void multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int count, float* c,
+    void multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int rows, float* c,
                   std::size_t ldc) const;
-    void multiply_a(const Routing::Expert& expert, const Pair& a, std::size_t at, const bf16* tokens,
+    void multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                     std::size_t stride, int kblocks, float* c) const;
+    const bf16* next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 
     Layer::State& layer_;

@@ -1,10 +1,11 @@
 // Tile instructions for the tests of the emulator: in every form that the assembler has, written by it, and as functions.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
-#include "../emulation/amx_trap.hpp"
+#include "../emulation/amx_tiles.hpp"
 
 using namespace ktv::emulation;
 

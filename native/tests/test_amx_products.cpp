@@ -89,6 +89,7 @@ int main() {
     begin();
     check_bf16();
     Random random{8};
-    for (unsigned trial = 0; trial < 20; ++trial) check(matmul_is_right(random), "a 32 x 32 x 96 product by intrinsics");
+    for (unsigned trial = 0; trial < 20; ++trial)
+        check(matmul_is_right(random), "a 32 x 32 x 96 product by intrinsics");
     return finish();
 }

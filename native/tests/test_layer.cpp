@@ -92,8 +92,8 @@ struct Problem {
             g32.emplace_back(size, std::numeric_limits<float>::quiet_NaN());
         }
         l.forward(s.T, x.data(), ids.data(), weights.data(), output.data(), true);
-        l.backward(s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), false,
-                   dw.data(), accumulate);
+        l.backward(s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), false, dw.data(),
+                   accumulate);
         std::vector<float> all;
         for (const auto* v : {&output, &grad_input}) {
             for (const bf16 b : *v) all.push_back(to_float(b));

@@ -71,6 +71,11 @@ KTV_INLINE void store_results(float* c, std::size_t ldc) {
     if constexpr (M > 1) tile_store<2>(c + 16 * ldc, stride);
     if constexpr (M > 1 && N > 1) tile_store<3>(c + 16 * ldc + 16, stride);
 }
+KTV_INLINE void fetch(const bf16* block) {
+    for (int row = 0; row < kBlock; ++row)
+        _mm_prefetch(reinterpret_cast<const char*>(block + row * kBlock), _MM_HINT_T1);
+}
+
 template <int M, int N>
 KTV_INLINE void multiply() {
     tile_dot<0, 4, 6>();
@@ -81,14 +86,11 @@ KTV_INLINE void multiply() {
 
 // 32 rows of W (A, natural) by G groups of tokens (B, packed).
 template <int G>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, bool fetch, float* c,
-                         std::size_t ldc, bool add) {
+void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const bf16* ahead, float* c,
+              std::size_t ldc, bool add) {
     load_results<2, G>(c, ldc, add);
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        if (fetch) {
-            const char* next = reinterpret_cast<const char*>(w + kblocks * kBlockSize);
-            for (int line = 0; line < kBlock; ++line) _mm_prefetch(next + line * 64, _MM_HINT_T1);
-        }
+        if (ahead) fetch(ahead + kb * kBlockSize);
         tile_load<4>(w, 64);
         tile_load<6>(x, 64);
         if constexpr (G > 1) tile_load<7>(x + group_stride, 64);
@@ -99,8 +101,9 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
 }
 
 // k goes in chunks that keep W's 32 rows in the cache while all groups pass over them: W is read from memory once.
-void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
+void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
     constexpr int chunk = 16;
+    const int groups = (rows + kGroup - 1) / kGroup;
     bool add = false;
     for (int s = 0; s < count; ++s) {
         const NtSegment& seg = segments[s];
@@ -108,21 +111,23 @@ void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t 
             const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
             const bf16* w = seg.weights + kb * kBlockSize;
             const bf16* x = seg.tokens + kb * kPackSize;
-            int g = 0;
-            for (; g + 2 <= groups; g += 2)
-                nt_block<2>(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0, c + g * kGroup, ldc, add);
-            if (g < groups) nt_block<1>(w, x + g * seg.group_stride, 0, blocks, g == 0, c + g * kGroup, ldc, add);
+            for (int g = 0; g < groups; g += 2) {
+                const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
+                block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? seg.after(kb + blocks) : nullptr,
+                      c + g * kGroup, ldc, add);
+            }
         }
     }
 }
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
 template <int M>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
-                         bool add) {
+void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const Ahead& ahead, float* c,
+              std::size_t ldc, bool add) {
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
+        fetch(ahead.at(kb, panel));
         tile_load<4>(g, stride);
         tile_load<6>(panel, 64);
         tile_load<7>(panel + kHalf, 64);
@@ -142,16 +147,15 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
             prefetch_gathered(seg, kb, blocks, cblocks);
             for (int cb = 0; cb < cblocks; ++cb) {
                 const bool last = cb + 1 == cblocks;
-                for (int i = 0; i < blocks; ++i) {
-                    interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
-                    prefetch_block(seg, last ? kb + i + kNnBlocks : kb + i, last ? 0 : cb + 1);
-                }
+                for (int i = 0; i < blocks; ++i) interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
+                Ahead ahead = after(segments, s, count, last ? kb + kNnBlocks : kb, last ? 0 : cb + 1);
                 float* out = c + cb * kBlock;
                 const bf16* g = seg.rows + kb * kBlock;
-                int r = 0;
-                for (; r + 16 < rows; r += 32)
-                    nn_block<2>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
-                if (r < rows) nn_block<1>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
+                for (int r = 0; r < rows; r += 32) {
+                    const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
+                    block(g + r * seg.ld, seg.ld, panel, blocks, ahead, out + r * ldc, ldc, add);
+                    ahead = Ahead();  // once is enough
+                }
             }
         }
     }

@@ -24,24 +24,27 @@ KTV_INLINE __m256i broadcast_pair(const bf16* p) {
     return _mm256_set1_epi32(pair);
 }
 
-// Lanes are tokens: N rows of W by one group (two registers).
-template <int N>
+// Lanes are tokens: N rows of W by one group, or by its first eight tokens.
+template <int N, int halves>
 KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, std::size_t ldc, bool add) {
-    __m256 sum[N][2];
+    __m256 sum[N][halves];
     for (int n = 0; n < N; ++n) {
-        for (int half = 0; half < 2; ++half)
+        for (int half = 0; half < halves; ++half)
             sum[n][half] = add ? _mm256_loadu_ps(c + n * ldc + half * 8) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
         for (int pair = 0; pair < kBlock / 2; ++pair) {
             const bf16* two = x + pair * 2 * kGroup;
-            const __m256i lower = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two));
-            const __m256i upper = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + 16));
-            const __m256 x0[2] = {even(lower), even(upper)}, x1[2] = {odd(lower), odd(upper)};
+            __m256 x0[halves], x1[halves];
+            for (int half = 0; half < halves; ++half) {
+                const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + half * kGroup));
+                x0[half] = even(pairs);
+                x1[half] = odd(pairs);
+            }
             for (int n = 0; n < N; ++n) {
                 const __m256i weight = broadcast_pair(w + n * kBlock + 2 * pair);
                 const __m256 w0 = even(weight), w1 = odd(weight);
-                for (int half = 0; half < 2; ++half) {
+                for (int half = 0; half < halves; ++half) {
                     sum[n][half] = _mm256_fmadd_ps(w0, x0[half], sum[n][half]);
                     sum[n][half] = _mm256_fmadd_ps(w1, x1[half], sum[n][half]);
                 }
@@ -49,12 +52,13 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, st
         }
     }
     for (int n = 0; n < N; ++n) {
-        for (int half = 0; half < 2; ++half) _mm256_storeu_ps(c + n * ldc + half * 8, sum[n][half]);
+        for (int half = 0; half < halves; ++half) _mm256_storeu_ps(c + n * ldc + half * 8, sum[n][half]);
     }
 }
 
-void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
-    constexpr int chunk = 8, rows = 4;
+void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
+    constexpr int chunk = 8, N = 4, M = 8;  // rows of W in a register block; twice as many where the tokens fill half
+    const int groups = (rows + kGroup - 1) / kGroup;
     bool add = false;
     for (int s = 0; s < count; ++s) {
         const NtSegment& seg = segments[s];
@@ -62,9 +66,14 @@ void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t 
             const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
             for (int g = 0; g < groups; ++g) {
                 const bf16* x = seg.tokens + g * seg.group_stride + kb * kPackSize;
-                for (int n = 0; n < kBlock; n += rows) {
-                    nt_block<rows>(seg.weights + kb * kBlockSize + n * kBlock, x, blocks, c + n * ldc + g * kGroup, ldc,
-                                   add);
+                const bf16* w = seg.weights + kb * kBlockSize;
+                float* out = c + g * kGroup;
+                if (rows - g * kGroup > kGroup / 2) {
+                    for (int n = 0; n < kBlock; n += N)
+                        nt_block<N, 2>(w + n * kBlock, x, blocks, out + n * ldc, ldc, add);
+                } else {
+                    for (int n = 0; n < kBlock; n += M)
+                        nt_block<M, 1>(w + n * kBlock, x, blocks, out + n * ldc, ldc, add);
                 }
             }
         }

@@ -23,124 +23,163 @@ KTV_INLINE __m512i broadcast_pair(const bf16* p) {
     return _mm512_set1_epi32(pair);
 }
 
-// Lanes are tokens. A register block is N rows of W by G groups; a k-pair of W is broadcast, one of the tokens is a
-// load. N * G + G + 1 registers of 32.
-template <int N, int G>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, bool fetch, float* c,
-                         std::size_t ldc, bool add) {
-    __m512 sum[N][G];
+// The first eight lanes, which cost nothing to take. (gcc 12 warns of its own header in _mm512_castsi512_si256.)
+KTV_INLINE __m256i lower_half(__m512i v) {
+    using Lanes = std::int32_t __attribute__((vector_size(64)));
+    return (__m256i)__builtin_shufflevector((Lanes)v, (Lanes)v, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+// Lanes are tokens. A register block is N rows of W by G groups, and with `half` by eight tokens more; a k-pair of W is
+// broadcast, one of the tokens is a load. At most N * (G + half) + G + half + 1 registers of 32.
+template <int N, int G, bool half>
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const bf16* ahead,
+                         float* c, std::size_t ldc, bool add) {
+    __m512 sum[N][G + 1];
+    __m256 rest[N];
     for (int n = 0; n < N; ++n) {
         for (int g = 0; g < G; ++g) sum[n][g] = add ? _mm512_loadu_ps(c + n * ldc + g * kGroup) : _mm512_setzero_ps();
+        if (half) rest[n] = add ? _mm256_loadu_ps(c + n * ldc + G * kGroup) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        if (fetch) {
+        if (ahead) {
             for (int n = 0; n < N; ++n)
-                _mm_prefetch(reinterpret_cast<const char*>(w + kblocks * kBlockSize + n * kBlock), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(ahead + kb * kBlockSize + n * kBlock), _MM_HINT_T1);
         }
         for (int pair = 0; pair < kBlock / 2; ++pair) {
-            __m512i token[G];
-            for (int g = 0; g < G; ++g) token[g] = _mm512_loadu_si512(x + g * group_stride + pair * 2 * kGroup);
+            const bf16* two = x + pair * 2 * kGroup;
+            __m512i token[G + 1];
+            for (int g = 0; g < G; ++g) token[g] = _mm512_loadu_si512(two + g * group_stride);
+            const __m256i few =
+                half ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(two + G * group_stride)) : __m256i{};
             for (int n = 0; n < N; ++n) {
                 const __m512i weight = broadcast_pair(w + n * kBlock + 2 * pair);
                 for (int g = 0; g < G; ++g) sum[n][g] = dot(sum[n][g], weight, token[g]);
+                if (half) rest[n] = _mm256_dpbf16_ps(rest[n], (__m256bh)lower_half(weight), (__m256bh)few);
             }
         }
     }
     for (int n = 0; n < N; ++n) {
         for (int g = 0; g < G; ++g) _mm512_storeu_ps(c + n * ldc + g * kGroup, sum[n][g]);
+        if (half) _mm256_storeu_ps(c + n * ldc + G * kGroup, rest[n]);
     }
 }
 
-template <int N, int G>
-void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, bool fetch, float* c, std::size_t ldc,
-             bool add) {
+template <int N, int G, bool half>
+void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const bf16* ahead, float* c,
+             std::size_t ldc, bool add) {
     for (int n = 0; n < kBlock; n += N) {
-        nt_block<N, G>(w + n * kBlock, x, group_stride, kblocks, fetch, c + n * ldc, ldc, add);
+        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, ahead ? ahead + n * kBlock : nullptr,
+                             c + n * ldc, ldc, add);
     }
 }
 
 // k goes in chunks that leave W's 32 rows in L1 while all groups pass over them: W is read from memory once.
-void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
-    constexpr int chunk = 8;
+void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
+    constexpr int chunk = 4;
+    // [groups at once][and half a group]: as many rows of W as leave the registers for it
+    constexpr decltype(&nt_rows<16, 1, false>) run[5][2] = {{nullptr, nt_rows<16, 0, true>},
+                                                            {nt_rows<16, 1, false>, nt_rows<8, 1, true>},
+                                                            {nt_rows<8, 2, false>, nt_rows<8, 2, true>},
+                                                            {nt_rows<8, 3, false>, nt_rows<4, 3, true>},
+                                                            {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
+    const int rest = rows % kGroup, groups = rows / kGroup + (rest > kGroup / 2);
+    const bool half = rest > 0 && rest <= kGroup / 2;
     bool add = false;
     for (int s = 0; s < count; ++s) {
         const NtSegment& seg = segments[s];
         for (int kb = 0; kb < seg.kblocks; kb += chunk, add = true) {
             const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
             const bf16* w = seg.weights + kb * kBlockSize;
-            for (int g = 0; g < groups;) {
-                const bf16* x = seg.tokens + g * seg.group_stride + kb * kPackSize;
-                float* out = c + g * kGroup;
-                const bool fetch = g == 0;
+            for (int g = 0, at_once;; g += at_once) {
                 const int left = groups - g;
-                if (left == 4 || left >= 6) {
-                    nt_rows<4, 4>(w, x, seg.group_stride, blocks, fetch, out, ldc, add);
-                    g += 4;
-                } else if (left == 3 || left == 5) {
-                    nt_rows<8, 3>(w, x, seg.group_stride, blocks, fetch, out, ldc, add);
-                    g += 3;
-                } else if (left == 2) {
-                    nt_rows<8, 2>(w, x, seg.group_stride, blocks, fetch, out, ldc, add);
-                    g += 2;
-                } else {
-                    nt_rows<16, 1>(w, x, seg.group_stride, blocks, fetch, out, ldc, add);
-                    g += 1;
-                }
+                at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
+                const bool last = at_once == left;
+                run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride,
+                                           blocks, g == 0 ? seg.after(kb + blocks) : nullptr, c + g * kGroup, ldc, add);
+                if (last) break;
             }
         }
     }
 }
 
 // Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
-// once. The sixteen lanes are added up at the end of k.
-constexpr int few_rows = 6;
+// once. W comes in its order in memory, a chunk of k-blocks ahead, for pieces of 256 bytes far apart leave the memory
+// idle half of the time; so the sums, of which registers hold an eighth, wait in L1 from chunk to chunk. Their sixteen
+// lanes are added up at the end of k.
+constexpr int few_rows = 10;
+
+template <int T>
+KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16* ahead, float* sums, bool add) {
+    constexpr int N = T > 6 ? 2 : 4;
+    __m512 sum[N][T];
+    for (int n = 0; n < N; ++n) {
+        for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
+    }
+    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize, ahead += N * kBlock) {
+        for (int n = 0; n < N; ++n) _mm_prefetch(reinterpret_cast<const char*>(ahead + n * kBlock), _MM_HINT_T1);
+        __m512i token[T];
+        for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
+        for (int n = 0; n < N; ++n) {
+            const __m512i weight = _mm512_loadu_si512(w + n * kBlock);
+            for (int t = 0; t < T; ++t) sum[n][t] = dot(sum[n][t], weight, token[t]);
+        }
+    }
+    for (int n = 0; n < N; ++n) {
+        for (int t = 0; t < T; ++t) _mm512_store_ps(sums + (n * T + t) * 16, sum[n][t]);
+    }
+}
 
 template <int T>
 void nt_dots(const NtSegment* segments, int count, float* c, std::size_t ldc) {
-    constexpr int N = 4;
-    for (int n = 0; n < kBlock; n += N) {
-        __m512 sum[N][T];
-        for (int i = 0; i < N; ++i) {
-            for (int t = 0; t < T; ++t) sum[i][t] = _mm512_setzero_ps();
-        }
-        for (int s = 0; s < count; ++s) {
-            const bf16* w = segments[s].weights + n * kBlock;
-            const bf16* x = segments[s].tokens;
-            for (int kb = 0; kb < segments[s].kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-                for (int i = 0; i < N; ++i)
-                    _mm_prefetch(reinterpret_cast<const char*>(w + 16 * kBlockSize + i * kBlock), _MM_HINT_T0);
-                __m512i token[T];
-                for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
-                for (int i = 0; i < N; ++i) {
-                    const __m512i weight = _mm512_loadu_si512(w + i * kBlock);
-                    for (int t = 0; t < T; ++t) sum[i][t] = dot(sum[i][t], weight, token[t]);
-                }
+    constexpr int chunk = 8, N = T > 6 ? 2 : 4;
+    alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
+    bool add = false;
+    for (int s = 0; s < count; ++s) {
+        const NtSegment& seg = segments[s];
+        for (int kb = 0; kb < seg.kblocks; kb += chunk, add = true) {
+            const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
+            const bf16* w = seg.weights + kb * kBlockSize;
+            const bf16* ahead = seg.after(kb + blocks);
+            for (int n = 0; n < kBlock; n += N) {
+                dots_block<T>(w + n * kBlock, seg.tokens + kb * kPackSize, blocks, ahead + n * blocks * kBlock,
+                              sums + n * T * 16, add);
             }
         }
-        for (int i = 0; i < N; ++i) {
-            for (int t = 0; t < T; ++t) c[(n + i) * ldc + t] = sum_of_lanes((F)sum[i][t]);
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int half = 0; half < kBlock; half += 16) {
+            F lanes[16];
+            load_transposed(sums + (half * T + t) * 16, T * 16, lanes);
+            for (int width = 8; width > 0; width /= 2) {
+                for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+            }
+            for (int n = 0; n < 16; ++n) c[(half + n) * ldc + t] = lanes[0][n];
         }
     }
 }
 
 void nt_few(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
-    constexpr void (*dots[])(const NtSegment*, int, float*, std::size_t) = {nt_dots<1>, nt_dots<2>, nt_dots<3>,
-                                                                            nt_dots<4>, nt_dots<5>, nt_dots<6>};
+    constexpr void (*dots[])(const NtSegment*, int, float*, std::size_t) = {
+        nt_dots<1>, nt_dots<2>, nt_dots<3>, nt_dots<4>, nt_dots<5>,
+        nt_dots<6>, nt_dots<7>, nt_dots<8>, nt_dots<9>, nt_dots<10>};
     static_assert(sizeof dots / sizeof *dots == few_rows);
     dots[rows - 1](segments, count, c, ldc);
 }
 
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
-                         bool add) {
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, Ahead ahead, float* c,
+                         std::size_t ldc, bool add) {
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)
             sum[r][half] = add ? _mm512_loadu_ps(c + r * ldc + half * 16) : _mm512_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
+        const bf16* next = ahead.at(kb, panel);
         for (int pair = 0; pair < 16; ++pair) {
+            for (int line = 2 * pair; line < 2 * pair + 2; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(next + line * kBlock), _MM_HINT_T1);
             const __m512i lower = _mm512_load_si512(panel + pair * 32);
             const __m512i upper = _mm512_load_si512(panel + kHalf + pair * 32);
             for (int r = 0; r < R; ++r) {
@@ -155,27 +194,11 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int k
     }
 }
 
-// What is left below eight rows, in one block: two accumulators a row hide the latency only when they are many.
-void nn_rest(int rows, const bf16* g, std::size_t ld, const bf16* panel, int kblocks, float* c, std::size_t ldc,
-             bool add) {
-    switch (rows) {
-        case 1:
-            return nn_block<1>(g, ld, panel, kblocks, c, ldc, add);
-        case 2:
-            return nn_block<2>(g, ld, panel, kblocks, c, ldc, add);
-        case 3:
-            return nn_block<3>(g, ld, panel, kblocks, c, ldc, add);
-        case 4:
-            return nn_block<4>(g, ld, panel, kblocks, c, ldc, add);
-        case 5:
-            return nn_block<5>(g, ld, panel, kblocks, c, ldc, add);
-        case 6:
-            return nn_block<6>(g, ld, panel, kblocks, c, ldc, add);
-        case 7:
-            return nn_block<7>(g, ld, panel, kblocks, c, ldc, add);
-        default:
-            return;
-    }
+template <int R>
+void nn_rows(int rows, const bf16* g, std::size_t ld, const bf16* panel, int kblocks, Ahead ahead, float* c,
+             std::size_t ldc, bool add) {
+    if (rows == R) return nn_block<R>(g, ld, panel, kblocks, ahead, c, ldc, add);
+    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, panel, kblocks, ahead, c, ldc, add);
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
@@ -188,16 +211,15 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
             prefetch_gathered(seg, kb, blocks, cblocks);
             for (int cb = 0; cb < cblocks; ++cb) {
                 const bool last = cb + 1 == cblocks;
-                for (int i = 0; i < blocks; ++i) {
-                    interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
-                    prefetch_block(seg, last ? kb + i + kNnBlocks : kb + i, last ? 0 : cb + 1);
-                }
+                for (int i = 0; i < blocks; ++i) interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
+                Ahead ahead = after(segments, s, count, last ? kb + kNnBlocks : kb, last ? 0 : cb + 1);
                 float* out = c + cb * kBlock;
                 const bf16* g = seg.rows + kb * kBlock;
-                int r = 0;
-                for (; r + 8 <= rows; r += 8)
-                    nn_block<8>(g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
-                nn_rest(rows - r, g + r * seg.ld, seg.ld, panel, blocks, out + r * ldc, ldc, add);
+                for (int r = 0; r < rows; r += 8) {
+                    nn_rows<8>(rows - r < 8 ? rows - r : 8, g + r * seg.ld, seg.ld, panel, blocks, ahead, out + r * ldc,
+                               ldc, add);
+                    ahead = Ahead();  // once is enough
+                }
             }
         }
     }

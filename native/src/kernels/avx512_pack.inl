@@ -27,11 +27,30 @@ inline void interleave_block(const NnSegment& seg, int kb, int cb, bf16* panel) 
     interleave(row, panel);
 }
 
-// The block that comes after (kb, cb) in the order in which nn visits W, fetched while this one is multiplied.
-inline void prefetch_block(const NnSegment& seg, int kb, int cb) {
-    if (!seg.weights || kb >= seg.kblocks) return;
-    const bf16* block = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
-    for (int k = 0; k < 32; ++k) _mm_prefetch(reinterpret_cast<const char*>(block + k * kBlock), _MM_HINT_T1);
+// The blocks of W from (kb, cb) on, down the column, which nn visits next. They are fetched line by line while the
+// present ones are multiplied: all at once they would fill the miss buffers, and every load behind them would wait.
+class Ahead {
+  public:
+    Ahead() = default;
+    Ahead(const NnSegment& seg, int kb, int cb) {
+        if (!seg.weights || kb >= seg.kblocks) return;
+        block_ = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
+        stride_ = seg.kblock_stride;
+        count_ = seg.kblocks - kb;
+    }
+    // The i-th of them, or what costs nothing to fetch.
+    const bf16* at(int i, const bf16* at_hand) const { return i < count_ ? block_ + i * stride_ : at_hand; }
+
+  private:
+    const bf16* block_ = nullptr;
+    std::size_t stride_ = 0;
+    int count_ = 0;
+};
+
+// What nn visits from (kb, cb) of segment s on, or behind its end.
+inline Ahead after(const NnSegment* segments, int s, int count, int kb, int cb) {
+    if (kb < segments[s].kblocks) return Ahead(segments[s], kb, cb);
+    return s + 1 < count ? Ahead(segments[s + 1], 0, 0) : Ahead();
 }
 
 // Gathered rows lie far apart, a few lines in each: no hardware prefetcher finds them, and one after the other they

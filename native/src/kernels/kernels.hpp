@@ -35,6 +35,9 @@ struct NtSegment {
     const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
     std::size_t group_stride;  // elements between groups of `tokens`
     int kblocks;
+    const bf16* next = nullptr;  // what will be multiplied after these weights, if it is known: to be fetched meanwhile
+    // The weights to fetch while those up to k-block kb are multiplied.
+    const bf16* after(int kb) const { return kb < kblocks || !next ? weights + kb * kBlockSize : next; }
 };
 
 // One summand of nn: C[row][col] += sum_k G[row][k] W[k][col].
@@ -54,8 +57,9 @@ struct Kernels {
     void (*enter)();
     void (*leave)();
 
-    // c [32][ldc] fp32, overwritten; groups <= kChunkGroups.
-    void (*nt)(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc);
+    // c [32][ldc] fp32, overwritten up to the token that is last; rows <= kChunkRows tokens in groups. Every token's sums
+    // are made in the same order, whatever its place and however many there are.
+    void (*nt)(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc);
     // The same for one group with at most few_rows tokens, `tokens` in the layout of few tokens; only c[.][0..rows)
     // counts.
     int few_rows;

@@ -10,7 +10,8 @@ namespace {
 
 void nothing() {}
 
-void nt(const NtSegment* segments, int count, int groups, float* c, std::size_t ldc) {
+void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
+    const int groups = (rows + kGroup - 1) / kGroup;
     for (int n = 0; n < kBlock; ++n) {
         for (int group = 0; group < groups; ++group) {
             float sum[kGroup] = {};
