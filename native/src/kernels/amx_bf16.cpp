@@ -107,8 +107,8 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
     bool add = false;
     for (int s = 0; s < count; ++s) {
         const NtSegment& seg = segments[s];
-        for (int kb = 0; kb < seg.kblocks; kb += chunk, add = true) {
-            const int blocks = seg.kblocks - kb < chunk ? seg.kblocks - kb : chunk;
+        for (int kb = 0, blocks; kb < seg.kblocks; kb += blocks, add = true) {
+            blocks = piece(seg.kblocks - kb, chunk);
             const bf16* w = seg.weights + kb * kBlockSize;
             const bf16* x = seg.tokens + kb * kPackSize;
             for (int g = 0; g < groups; g += 2) {
@@ -142,13 +142,13 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
     bool add = false;
     for (int s = 0; s < count; ++s) {
         const NnSegment& seg = segments[s];
-        for (int kb = 0; kb < seg.kblocks; kb += kNnBlocks, add = true) {
-            const int blocks = seg.kblocks - kb < kNnBlocks ? seg.kblocks - kb : kNnBlocks;
+        for (int kb = 0, blocks; kb < seg.kblocks; kb += blocks, add = true) {
+            blocks = piece(seg.kblocks - kb, kNnBlocks);
             prefetch_gathered(seg, kb, blocks, cblocks);
             for (int cb = 0; cb < cblocks; ++cb) {
                 const bool last = cb + 1 == cblocks;
                 for (int i = 0; i < blocks; ++i) interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
-                Ahead ahead = after(segments, s, count, last ? kb + kNnBlocks : kb, last ? 0 : cb + 1);
+                Ahead ahead = after(segments, s, count, last ? kb + blocks : kb, last ? 0 : cb + 1);
                 float* out = c + cb * kBlock;
                 const bf16* g = seg.rows + kb * kBlock;
                 for (int r = 0; r < rows; r += 32) {

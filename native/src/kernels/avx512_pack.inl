@@ -1,6 +1,12 @@
 // Shared by the AVX-512 and the AMX kernels: 32 rows x 32 columns of W, two neighbouring rows interleaved, as
 // [2 halves of 16 columns][16 row pairs][16 columns][2], which is the B operand of either (two tiles of 1 KB).
 
+// The next of as few pieces as `left` takes, none above `most`, all alike: what is fetched during one is the next.
+inline int piece(int left, int most) {
+    const int pieces = (left + most - 1) / most;
+    return (left + pieces - 1) / pieces;
+}
+
 inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
 inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time: 16 KB of panel stays in L1
 
