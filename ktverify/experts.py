@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,23 +62,61 @@ def _gradients(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sources:
     """Where the base weights are until they are packed. weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot.
 
-    mapped: views of files that are mapped and never written."""
+    disposable: what is packed may go at once, of views of files that are mapped and never written."""
 
     weights: list[list[torch.Tensor]]
     slots: list[int]
-    mapped: bool
+    disposable: bool
+    whole: bool = True  # nothing of it has gone yet; a file's pages come back
+
+    def __post_init__(self) -> None:
+        tensors = [tensor for matrix in self.weights for tensor in matrix]
+        counts = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+        one_of = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+        self._storages = [(tensor, counts[address]) for address, tensor in one_of.items()]
+        self._apart = all(tensor.is_contiguous() for tensor in tensors)
 
     def arguments(self) -> list[Any]:
         """Those of _native.Layer.load_weights. Of one matrix all experts have the same strides."""
         found: list[Any] = []
         for matrix in self.weights:
             addresses = [tensor.data_ptr() for tensor in matrix]
-            found.append((addresses, *matrix[0].stride(), self.mapped))
+            found.append((addresses, *matrix[0].stride(), self.disposable))
         return [*found, self.slots]
+
+    def given_up(self) -> bool:
+        """Whether nobody else can read these tensors: their memory is torch's own, and held by no other tensor.
+
+        What numpy or a buffer lent is never given up, nor where torch does not tell who holds a storage, nor experts
+        that lie between each other."""
+        if not self._apart:
+            return False
+        own = _holders(_alias(torch.empty(1)))  # as this torch counts one tensor that holds its storage alone
+        for tensor, count in self._storages:
+            holders = _holders(tensor)
+            if own is None or holders is None or holders != (own[0] + count - 1, own[1]):
+                return False
+        return True
+
+
+def _holders(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """How many hold its storage, in C++ and in Python; None where torch cannot tell, or was lent it."""
+    use_count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = tensor.untyped_storage()
+    if use_count is None or not storage.resizable() or storage.is_shared():
+        return None
+    return use_count(storage._cdata), sys.getrefcount(storage)
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory without the tensor that a view keeps alive."""
+    return torch.empty(0, dtype=tensor.dtype).set_(
+        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
 
 
 class KTMoEWrapper:
@@ -88,7 +128,8 @@ class KTMoEWrapper:
 
     Operands are bf16, sums fp32, and each result is rounded once. The same call gives the same bits whatever the
     number of threads. An expert's weights are packed when its first token arrives: until all are, the tensors given
-    to `load_weights_from_tensors` are kept, and they must not change.
+    to `load_weights_from_tensors` are kept, and they must not change. Where the caller has dropped them, an expert's
+    part goes as soon as it is packed.
 
     Arguments are those of the contract; beyond them:
     isa: one of `available_isas()`; None takes the variable KTVERIFY_ISA, and without it the best. A name that cannot
@@ -192,7 +233,7 @@ class KTMoEWrapper:
         expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
         base = contract.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = contract.check_physical_map(self.spec, physical_map)
-        self._load(_Sources([list(tensor) for tensor in base.values()], slots, mapped=False))
+        self._load(_Sources([[_alias(expert) for expert in tensor] for tensor in base.values()], slots, False))
 
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
         """The base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file, or a folder
@@ -209,7 +250,7 @@ class KTMoEWrapper:
         base = checkpoint.expert_weights(
             self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts
         )
-        self._load(_Sources(list(base.values()), slots, mapped=True))
+        self._load(_Sources(list(base.values()), slots, disposable=True))
 
     def _load(self, sources: _Sources) -> None:
         self._native.load_weights(*sources.arguments())
@@ -238,7 +279,7 @@ class KTMoEWrapper:
                 raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
             native = self._build(lora_fp32=dtype == torch.float32)
             if self._weights_loaded:
-                if self._sources is None:
+                if self._sources is None or not self._sources.whole:
                     raise TypeError(
                         f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
                         "call load_weights_from_tensors again before changing it"
@@ -279,6 +320,9 @@ class KTMoEWrapper:
         contract.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
         inputs = [t.detach().contiguous() for t in (hidden_states, expert_ids, weights)]
+        if self._sources is not None and not self._sources.disposable and self._sources.given_up():
+            self._native.dispose_of_sources()
+            self._sources.disposable, self._sources.whole = True, False
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
         self.last_ticket = self._native.forward(
             tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward

@@ -117,7 +117,7 @@ class MOELayerWrapper(nn.Module):
     """
 
     def __init__(self, layer_idx: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, infer: CpuInfer) -> None:
-        """gate_up_proj [E, 2 I, H] (gate above up), down_proj [E, H, I], bf16 on the CPU; kept until all are packed."""
+        """gate_up_proj [E, 2 I, H] (gate above up), down_proj [E, H, I], bf16, CPU; held until the first forward."""
         super().__init__()
         self.layer_idx = layer_idx
         self.infer = infer
@@ -170,8 +170,8 @@ class MOELayerWrapper(nn.Module):
             for at in range(0, max(1, len(x)), rows)
         ]
         output: torch.Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if engine.packed_experts == self.num_experts:
-            self._sources = None
+        if engine.packed_experts:
+            self._sources = None  # the engine has them, and may give up what it has packed
         return output.to(hidden_states.device, hidden_states.dtype)
 
     # ---- from peft's parameters to the engine's

@@ -23,12 +23,12 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (addresses by slot, row stride, column stride, mapped), strides in elements.
+// (addresses by slot, row stride, column stride, disposable), strides in elements.
 using Source = std::tuple<std::vector<std::uintptr_t>, std::ptrdiff_t, std::ptrdiff_t, bool>;
 WeightSource source(const Source& s) {
     WeightSource from;
     for (const std::uintptr_t address : std::get<0>(s)) from.experts.push_back(pointer<const bf16>(address));
-    std::tie(std::ignore, from.row_stride, from.col_stride, from.mapped) = s;
+    std::tie(std::ignore, from.row_stride, from.col_stride, from.disposable) = s;
     return from;
 }
 
@@ -159,6 +159,7 @@ PYBIND11_MODULE(_native, m) {
                  const py::gil_scoped_release release;
                  layer.load_weights(source(gate), source(up), source(down), map);
              })
+        .def("dispose_of_sources", &Layer::dispose_of_sources, py::call_guard<py::gil_scoped_release>())
         .def("update_lora",
              [](Layer& layer, const Six& lora) {
                  const py::gil_scoped_release release;

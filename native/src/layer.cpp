@@ -80,6 +80,12 @@ void Layer::load_weights(const WeightSource& gate, const WeightSource& up, const
     s.weights_loaded = true;
 }
 
+void Layer::dispose_of_sources() {
+    State& s = *state_;
+    const std::lock_guard lock(process().mutex);
+    s.gate.disposable = s.up.disposable = s.down.disposable = true;
+}
+
 void Layer::update_lora(const LoraPointers& lora) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);

@@ -128,7 +128,7 @@ void require_memory(std::size_t bytes, const std::string& what) {
     }
 }
 
-void release_mapped(const void* first, std::size_t bytes) {
+void release_pages(const void* first, std::size_t bytes) {
     const std::size_t page = page_size();
     const auto begin = (reinterpret_cast<std::uintptr_t>(first) + page - 1) / page * page,
                end = (reinterpret_cast<std::uintptr_t>(first) + bytes) / page * page;

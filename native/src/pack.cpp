@@ -62,8 +62,8 @@ std::size_t Layer::State::expert_bytes() const {
 
 void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     if (wanted.empty()) return;
-    if (gate.mapped && wanted.size() > 1) {
-        // One by one: the pages of a file that are in memory at a time are those of one expert.
+    if (gate.disposable && wanted.size() > 1) {
+        // One by one: at no time is more than one expert there twice.
         for (const int e : wanted) pack_experts(team, {e});
         return;
     }
@@ -115,9 +115,9 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
 }
 
 void Layer::State::release(const WeightSource& from, int expert, int rows, int cols) const {
-    if (!from.mapped) return;
+    if (!from.disposable) return;
     const std::ptrdiff_t last = (rows - 1) * from.row_stride + (cols - 1) * from.col_stride;
-    release_mapped(from.experts[z(slot_of[z(expert)])], (static_cast<std::size_t>(last) + 1) * sizeof(bf16));
+    release_pages(from.experts[z(slot_of[z(expert)])], (static_cast<std::size_t>(last) + 1) * sizeof(bf16));
 }
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {

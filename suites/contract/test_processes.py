@@ -96,6 +96,12 @@ def test_sentinels(engine: str, children: ChildPool, isa: Isa) -> None:
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("check", ["never_twice", "held_ones_stay", "lent_memory_stays"])
+def test_weights_that_the_caller_dropped(best: Isa, check: str) -> None:
+    call_fresh(f"suites.support.dropped:check_{check}", env=best.env)
+
+
+@pytest.mark.usefixtures("native")
 def test_accumulation(children: ChildPool, isa: Isa) -> None:
     children.get(isa.env).call("suites.support.processes:check_accumulation", isa=isa.name)
 

@@ -55,8 +55,9 @@ struct LayerConfig {
 struct WeightSource {
     std::vector<const bf16*> experts;
     std::ptrdiff_t row_stride = 0, col_stride = 0;
-    // The memory is a private mapping of a file that nobody writes: its pages are given back once they are packed.
-    bool mapped = false;
+    // Nobody misses what lies there once it is packed: its pages are given back. So it is with a private mapping of a
+    // file that nobody writes, and with memory that nobody else can read.
+    bool disposable = false;
 };
 
 // The six LoRA tensors, contiguous, in the order of the contract: gate_a [E,r,H], gate_b [E,I,r], up_a, up_b,
@@ -137,6 +138,8 @@ class Layer {
     // stay alive until `packed_experts() == num_experts`: an expert is packed when its first token arrives.
     void load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
                       const std::vector<std::int64_t>& physical_map);
+    // From now on the sources are disposable.
+    void dispose_of_sources();
     // Takes a snapshot of all six tensors; the caller may change them afterwards.
     void update_lora(const LoraPointers& lora);
 
