@@ -22,15 +22,16 @@ struct LoraFactor {
     Pair activation;  // from the first group on
     std::size_t group_stride;
     int kblocks;
+    bool side_by_side;  // activation.hi holds both
 };
 
 // nt segments of B (s A x)ᵀ: hi and lo of the small activation, and lo of an fp32 B. Returns how many.
 int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
-    out[0] = {lora.b.hi, lora.activation.hi, lora.group_stride, lora.kblocks};
-    out[1] = {lora.b.hi, lora.activation.lo, lora.group_stride, lora.kblocks};
-    if (!lora.b.lo) return 2;
-    out[2] = {lora.b.lo, lora.activation.hi, lora.group_stride, lora.kblocks};
-    return 3;
+    int used = 0;
+    out[used++] = {lora.b.hi, lora.activation.hi, lora.group_stride, lora.kblocks};
+    if (!lora.side_by_side) out[used++] = {lora.b.hi, lora.activation.lo, lora.group_stride, lora.kblocks};
+    if (lora.b.lo) out[used++] = {lora.b.lo, lora.activation.hi, lora.group_stride, lora.kblocks};
+    return used;
 }
 
 }  // namespace
@@ -195,6 +196,17 @@ void Forward::multiply_a(const Routing::Expert& expert, int rows, const Pair& a,
     multiply(expert, segments, layer_.terms(), rows, c, kGroup);
 }
 
+// Element n of token t of a small activation into its group's pack, which begins at `from`.
+void Forward::put_packed(const Pair& to, std::size_t from, int n, int t, bool few, float value) const {
+    const Split s = split(value);
+    to.hi[from + pack_index(n, t, few)] = s.hi;
+    if (size_.side_by_side()) {
+        to.hi[from + pack_index(n + kBlock / 2, t, few)] = s.lo;
+    } else {
+        to.lo[from + pack_index(n, t, few)] = s.lo;
+    }
+}
+
 // A group's columns of the first `rows` rows of an operand whose reduction index is the token.
 void Forward::clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const {
     for (int row = 0; row < rows; ++row) clear(to, at + z(row) * columns.ld + columns.first, columns.width);
@@ -242,7 +254,7 @@ void Forward::pack(Hand& hand, int p, int group) {
             const std::size_t kept_row = kept_at + z(is_up ? size_.rank_rows() + n : n) * to.ld + to.first;
             for (int t = 0; t < to.rows; ++t) {
                 const float value = config_.scaling * hand.c[j * kGroup + t];
-                put(pack_to, pack_at + pack_index(n, t, few), value);
+                put_packed(pack_to, pack_at, n, t, few, value);
                 if (keep) put(kept_.xa_t, kept_row + z(t), value);
             }
         }
@@ -275,8 +287,8 @@ void Forward::up(Hand& hand, int p, int index) {
         const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c, const bf16* next) {
             NtSegment segments[4];
             segments[0] = {w + w_at, part.x_pack + group * x_stride_, x_stride_, size_.hb, next};
-            const int more =
-                nt_lora_segments({at(b, b_at), at(xa, group * r_stride_), r_stride_, size_.rb}, segments + 1);
+            const int more = nt_lora_segments(
+                {at(b, b_at), at(xa, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
             multiply(expert, segments, 1 + more, rows, c, ldc);
         };
         float* g = hand.c;
@@ -310,7 +322,7 @@ void Forward::rank(Hand& hand, int p, int group) {
             const int n = nb * kBlock + j;
             for (int t = 0; t < to.rows; ++t) {
                 const float value = config_.scaling * hand.c[j * kGroup + t];
-                put(part.ha, pack_at + pack_index(n, t, few), value);
+                put_packed(part.ha, pack_at, n, t, few, value);
                 if (keep_lora_) put(kept_to, kept_at + z(n) * to.ld + to.first + z(t), weight[t] * value);
             }
         }
@@ -331,7 +343,8 @@ void Forward::down(Hand& hand, int p, int index) {
         NtSegment segments[4];
         segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
                        next_weights(p, index, size_.hb, &PackedExpert::down)};
-        const int more = nt_lora_segments({b, at(part.ha, group * r_stride_), r_stride_, size_.rb}, segments + 1);
+        const int more = nt_lora_segments(
+            {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
         const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
         multiply(expert, segments, 1 + more, rows, hand.c, ldc);
         hand.watch.lap(Phase::down);

@@ -65,6 +65,7 @@ class Forward {
                   std::size_t ldc) const;
     void multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                     std::size_t stride, int kblocks, float* c) const;
+    void put_packed(const Pair& to, std::size_t from, int n, int t, bool few, float value) const;
     const bf16* next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 

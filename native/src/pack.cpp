@@ -39,9 +39,9 @@ struct LoraTensor {
 };
 
 // A [rows][cols] piece of a contiguous matrix, ld apart, into weight blocks that are kblocks wide, from block row
-// `row_at` on; what lies beyond stays as it is.
+// `row_at` on; what lies beyond stays as it is. twice: hi also half a block to the right.
 void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int rows, int cols, int row_at, int kblocks,
-                const Pair& to) {
+                const Pair& to, bool twice = false) {
     for (int n = 0; n < rows; ++n) {
         for (int k = 0; k < cols; ++k) {
             const int row = row_at + n;
@@ -49,6 +49,7 @@ void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int 
                 (z(row / kBlock) * z(kblocks) + z(k / kBlock)) * kBlockSize + z(row % kBlock) * kBlock + z(k % kBlock);
             const Split s = from.at(offset + z(n) * ld + z(k));
             to.hi[at] = s.hi;
+            if (twice) to.hi[at + kBlock / 2] = s.hi;
             if (to.lo) to.lo[at] = s.lo;
         }
     }
@@ -152,18 +153,18 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
         carve(*to, cut);
     }
     const std::size_t H = z(size.H), I = z(size.I), r = z(size.r), all_I = I * z(config.parts);
-    const bool fp32 = config.lora_fp32;
+    const bool fp32 = config.lora_fp32, twice = size.side_by_side();
     TaskQueue queue(1, team);
     const std::function<void(int)> body = [&](int worker) {
         queue.work(worker, config.num_experts, [&](int, int expert) {
             const std::size_t e = z(expert);
             put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
             put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, at(to->gate_up_a, e * a));
-            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db));
+            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db), twice);
             for (std::size_t p = 0; p < z(config.parts); ++p) {
                 const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
-                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->gate_b[p], e * b));
-                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->up_b[p], e * b));
+                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->gate_b[p], e * b), twice);
+                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->up_b[p], e * b), twice);
                 put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, at(to->down_a[p], e * da));
             }
         });
