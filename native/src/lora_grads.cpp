@@ -86,9 +86,7 @@ void Backward::put_rows(const float* c, const GradWriter& writer, std::size_t to
 // hand.c into a gradient [cols][r], which begins at `to`: its transpose.
 void Backward::put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const {
     const std::size_t count = z(piece.count);
-    for (std::size_t j = 0; j < piece.width; ++j) {
-        for (std::size_t i = 0; i < count; ++i) hand.turned[j * count + i] = hand.c[i * kPanelCols + j];
-    }
+    kernels_.turn(hand.c, kPanelCols, piece.count, static_cast<int>(piece.width), hand.turned);
     if (count == r_) return writer.put(to + piece.col * r_, hand.turned, piece.width * r_);
     for (std::size_t j = 0; j < piece.width; ++j)
         writer.put(to + (piece.col + j) * r_ + z(piece.n), hand.turned + j * count, count);

@@ -138,6 +138,18 @@ void activation(const Kernels& k, check::Random& random, bool few) {
     check::that(right, std::string(name_of(k.isa)) + " silu_mul");
 }
 
+void turn(const Kernels& k, int rows, int cols) {
+    constexpr std::size_t ldc = 128;
+    std::vector<float> c(std::size_t((rows + 15) / 16 * 16) * ldc), out(std::size_t(rows) * cols + 1, kGuard);
+    for (std::size_t i = 0; i < c.size(); ++i) c[i] = float(i);
+    k.turn(c.data(), ldc, rows, cols, out.data());
+    bool right = out.back() == kGuard;
+    for (int i = 0; i < rows; ++i) {
+        for (int j = 0; j < cols; ++j) right = right && out[std::size_t(j) * rows + i] == c[i * ldc + j];
+    }
+    check::that(right, std::string(name_of(k.isa)) + " turn " + std::to_string(rows) + " x " + std::to_string(cols));
+}
+
 }  // namespace
 
 int main() {
@@ -152,6 +164,9 @@ int main() {
         nn(k, random, 40, 19, 4, false);
         nn(k, random, 7, 9, 1, true);
         nn(k, random, 32, 3, 3, true);
+        for (const int rows : {1, 8, 16, 17, 32, 40}) {
+            for (const int cols : {1, 15, 16, 100, 128}) turn(k, rows, cols);
+        }
         activation(k, random, false);
         activation(k, random, true);
         for (int rows = 1; rows <= k.few_rows; ++rows) nt_few(k, random, rows);

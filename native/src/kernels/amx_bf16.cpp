@@ -138,27 +138,14 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    alignas(64) bf16 panel[kNnBlocks * kBlockSize];
-    bool add = false;
-    for (int s = 0; s < count; ++s) {
-        const NnSegment& seg = segments[s];
-        for (int kb = 0, blocks; kb < seg.kblocks; kb += blocks, add = true) {
-            blocks = piece(seg.kblocks - kb, kNnBlocks);
-            prefetch_gathered(seg, kb, blocks, cblocks);
-            for (int cb = 0; cb < cblocks; ++cb) {
-                const bool last = cb + 1 == cblocks;
-                for (int i = 0; i < blocks; ++i) interleave_block(seg, kb + i, cb, panel + i * kBlockSize);
-                Ahead ahead = after(segments, s, count, last ? kb + blocks : kb, last ? 0 : cb + 1);
-                float* out = c + cb * kBlock;
-                const bf16* g = seg.rows + kb * kBlock;
-                for (int r = 0; r < rows; r += 32) {
-                    const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
-                    block(g + r * seg.ld, seg.ld, panel, blocks, ahead, out + r * ldc, ldc, add);
-                    ahead = Ahead();  // once is enough
-                }
-            }
+    visit_panels(segments, count, cblocks, [&](const NnSegment& seg, const Panel& panel, Ahead ahead, bool add) {
+        const bf16* g = seg.rows + panel.kb * kBlock;
+        for (int r = 0; r < rows; r += 32) {
+            const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
+            block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, ahead, c + r * ldc + panel.cb * kBlock, ldc, add);
+            ahead = Ahead();  // once is enough
         }
-    }
+    });
 }
 
 }  // namespace

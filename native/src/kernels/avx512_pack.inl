@@ -69,3 +69,39 @@ inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblo
             _mm_prefetch(reinterpret_cast<const char*>(row + cb * kBlock), _MM_HINT_T0);
     }
 }
+
+// One panel: `count` blocks of column block cb, from k-block kb on, interleaved.
+struct Panel {
+    const bf16* blocks;
+    int kb, cb, count;
+};
+
+inline bool same_weights(const NnSegment& a, const NnSegment& b) {
+    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks;
+}
+
+// Makes the panels of W one after the other, and calls multiply(segment, panel, ahead, add) for each segment that has it:
+// one after the other they may share W, as the high and the low half of an operand do.
+template <typename Multiply>
+inline void visit_panels(const NnSegment* segments, int count, int cblocks, const Multiply& multiply) {
+    alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
+    bool add = false;
+    for (int s = 0, sharing; s < count; s += sharing) {
+        const NnSegment& seg = segments[s];
+        sharing = 1;
+        while (s + sharing < count && same_weights(seg, segments[s + sharing])) ++sharing;
+        for (int kb = 0, have; kb < seg.kblocks; kb += have, add = true) {
+            have = piece(seg.kblocks - kb, kNnBlocks);
+            prefetch_gathered(seg, kb, have, cblocks);
+            for (int cb = 0; cb < cblocks; ++cb) {
+                const bool last = cb + 1 == cblocks;
+                for (int i = 0; i < have; ++i) interleave_block(seg, kb + i, cb, blocks + i * kBlockSize);
+                Ahead ahead = after(segments, s + sharing - 1, count, last ? kb + have : kb, last ? 0 : cb + 1);
+                for (int i = 0; i < sharing; ++i) {
+                    multiply(segments[s + i], Panel{blocks, kb, cb, have}, ahead, add || i > 0);
+                    ahead = Ahead();
+                }
+            }
+        }
+    }
+}

@@ -229,4 +229,23 @@ void round_sum(const float* const* in, int parts, std::size_t count, bf16* out) 
     }
 }
 
-#define KTV_ELEMENTWISE pack_tokens, silu_mul, silu_mul_grad, add_transposed, add_rows, round_sum
+void turn(const float* c, std::size_t ldc, int rows, int cols, float* out) {
+    const std::size_t ld = static_cast<std::size_t>(rows);
+    for (int col = 0; col < cols; col += 16) {
+        const int width = cols - col < 16 ? cols - col : 16;
+        for (int row = 0; row < rows; row += 16) {
+            F m[16];
+            load_transposed(c + row * ldc + col, ldc, m);
+            float* to = out + col * ld + row;
+            if (rows - row >= 16) {
+                for (int i = 0; i < width; ++i) store(to + i * ld, m[i]);
+            } else {
+                for (int i = 0; i < width; ++i) {
+                    for (int lane = 0; lane < rows - row; ++lane) to[i * ld + lane] = m[i][lane];
+                }
+            }
+        }
+    }
+}
+
+#define KTV_ELEMENTWISE pack_tokens, silu_mul, silu_mul_grad, add_transposed, add_rows, round_sum, turn

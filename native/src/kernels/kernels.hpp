@@ -87,6 +87,8 @@ struct Kernels {
                      std::size_t ld);
     // out[i] = bf16(sum over parts of in[p][i]), the parts in order.
     void (*round_sum)(const float* const* in, int parts, std::size_t count, bf16* out);
+    // c [rows up to a multiple of 16][ldc up to a multiple of 16] -> out [cols][rows], its transpose.
+    void (*turn)(const float* c, std::size_t ldc, int rows, int cols, float* out);
 };
 
 // Null when the kernels of that instruction set are not compiled in.
