@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 
 from ktverify import contract
 from ktverify.names import GRAD_NAMES, LORA_NAMES
+from ktverify.sources import Sources, alias
 from ktverify.stages import StageTimes
 
 try:
@@ -60,63 +59,6 @@ def _gradients(
     memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
     parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
-
-
-@dataclass
-class _Sources:
-    """Where the base weights are until they are packed. weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot.
-
-    disposable: what is packed may go at once, of views of files that are mapped and never written."""
-
-    weights: list[list[torch.Tensor]]
-    slots: list[int]
-    disposable: bool
-    whole: bool = True  # nothing of it has gone yet; a file's pages come back
-
-    def __post_init__(self) -> None:
-        tensors = [tensor for matrix in self.weights for tensor in matrix]
-        counts = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
-        one_of = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-        self._storages = [(tensor, counts[address]) for address, tensor in one_of.items()]
-        self._apart = all(tensor.is_contiguous() for tensor in tensors)
-
-    def arguments(self) -> list[Any]:
-        """Those of _native.Layer.load_weights. Of one matrix all experts have the same strides."""
-        found: list[Any] = []
-        for matrix in self.weights:
-            addresses = [tensor.data_ptr() for tensor in matrix]
-            found.append((addresses, *matrix[0].stride(), self.disposable))
-        return [*found, self.slots]
-
-    def given_up(self) -> bool:
-        """Whether nobody else can read these tensors: their memory is torch's own, and held by no other tensor.
-
-        What numpy or a buffer lent is never given up, nor where torch does not tell who holds a storage, nor experts
-        that lie between each other."""
-        if not self._apart:
-            return False
-        own = _holders(_alias(torch.empty(1)))  # as this torch counts one tensor that holds its storage alone
-        for tensor, count in self._storages:
-            holders = _holders(tensor)
-            if own is None or holders is None or holders != (own[0] + count - 1, own[1]):
-                return False
-        return True
-
-
-def _holders(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """How many hold its storage, in C++ and in Python; None where torch cannot tell, or was lent it."""
-    use_count = getattr(torch._C, "_storage_Use_Count", None)
-    storage = tensor.untyped_storage()
-    if use_count is None or not storage.resizable() or storage.is_shared():
-        return None
-    return use_count(storage._cdata), sys.getrefcount(storage)
-
-
-def _alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory without the tensor that a view keeps alive."""
-    return torch.empty(0, dtype=tensor.dtype).set_(
-        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-    )
 
 
 class KTMoEWrapper:
@@ -188,7 +130,7 @@ class KTMoEWrapper:
         self.down_lora_a: torch.Tensor
         self.down_lora_b: torch.Tensor
         self._lora_dtype: torch.dtype | None = None
-        self._sources: _Sources | None = None
+        self._sources: Sources | None = None
         self._weights_loaded = False
         self._record_stages = False
         self._native: Any = self._build(lora_fp32=False)
@@ -233,7 +175,7 @@ class KTMoEWrapper:
         expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
         base = contract.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = contract.check_physical_map(self.spec, physical_map)
-        self._load(_Sources([[_alias(expert) for expert in tensor] for tensor in base.values()], slots, False))
+        self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots, mapped=False))
 
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
         """The base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file, or a folder
@@ -250,10 +192,10 @@ class KTMoEWrapper:
         base = checkpoint.expert_weights(
             self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts
         )
-        self._load(_Sources(list(base.values()), slots, disposable=True))
+        self._load(Sources(list(base.values()), slots, mapped=True))
 
-    def _load(self, sources: _Sources) -> None:
-        self._native.load_weights(*sources.arguments())
+    def _load(self, sources: Sources) -> None:
+        sources.load(self._native)
         self._sources = sources
         self._weights_loaded = True
 
@@ -273,23 +215,31 @@ class KTMoEWrapper:
         lora = contract.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
         lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
         dtype = lora[LORA_NAMES[0]].dtype
-        native = self._native
-        if dtype != (self._lora_dtype or torch.bfloat16):
-            if self._native.saved_forwards:
-                raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
-            native = self._build(lora_fp32=dtype == torch.float32)
-            if self._weights_loaded:
-                if self._sources is None or not self._sources.whole:
-                    raise TypeError(
-                        f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
-                        "call load_weights_from_tensors again before changing it"
-                    )
-                native.load_weights(*self._sources.arguments())
-            native.record_stages(self._record_stages)
+        if dtype == (self._lora_dtype or torch.bfloat16):
+            self._take(self._native, lora)
+            return
+        if self._native.saved_forwards:
+            raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
+        native, sources = self._build(lora_fp32=dtype == torch.float32), self._sources
+        native.record_stages(self._record_stages)
+        if not self._weights_loaded:
+            self._take(native, lora)
+            return
+        with sources.lock if sources is not None else contextlib.nullcontext():
+            if sources is None or sources.going:
+                raise TypeError(
+                    f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
+                    "call load_weights_from_tensors again before changing it"
+                )
+            sources.load(native)
+            self._take(native, lora)
+
+    def _take(self, native: _native.Layer, lora: dict[str, torch.Tensor]) -> None:
+        """`native` becomes the engine, with these as its parameters."""
         # memory may end here: only what has its parameters takes the place of what was there
         native.update_lora([t.data_ptr() for t in lora.values()])
         self._native = native
-        self._lora_dtype = dtype
+        self._lora_dtype = lora[LORA_NAMES[0]].dtype
         for name, tensor in lora.items():
             setattr(self, name, tensor)
 
@@ -319,17 +269,30 @@ class KTMoEWrapper:
         saved, for `backward` or `drop`; 0 without save_for_backward."""
         contract.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = contract.check_forward(self.spec, hidden_states, expert_ids, weights)
-        inputs = [t.detach().contiguous() for t in (hidden_states, expert_ids, weights)]
-        if self._sources is not None and not self._sources.disposable and self._sources.given_up():
-            self._native.dispose_of_sources()
-            self._sources.disposable, self._sources.whole = True, False
+        x, ids, slot_weights = (t.detach().contiguous() for t in (hidden_states, expert_ids, weights))
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        self.last_ticket = self._native.forward(
-            tokens, *(t.data_ptr() for t in inputs), output.data_ptr(), save_for_backward
+        native, given_up = self._native_and_given_up() if tokens else (self._native, 0)
+        self.last_ticket = native.forward(
+            tokens,
+            x.data_ptr(),
+            ids.data_ptr(),
+            slot_weights.data_ptr(),
+            output.data_ptr(),
+            save_for_backward,
+            given_up,
         )
         if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
             self._sources = None  # every expert is packed: the caller's tensors may go
         return output
+
+    def _native_and_given_up(self) -> tuple[_native.Layer, int]:
+        """The engine, and the name of the sources that it may let go as it packs them; 0 for none."""
+        sources = self._sources
+        if sources is None:
+            return self._native, 0
+        with sources.lock:
+            sources.going = sources.given_up()
+            return self._native, sources.name if sources.going else 0
 
     def backward(
         self, grad_output: torch.Tensor, *, accumulate: bool = False, ticket: int = 0

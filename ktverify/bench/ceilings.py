@@ -5,7 +5,7 @@ Comes in: threads and an instruction set. Goes out: bytes read and operations do
 
 from __future__ import annotations
 
-PASSES = 4
+PASSES = 6
 MULTIPLY_SECONDS = 0.1
 
 

@@ -162,6 +162,7 @@ class MOELayerWrapper(nn.Module):
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *lora))
         engine = self.engine
         assert engine is not None
+        self._sources = None  # the engine has them, and gives up what it packs
         call = Call(engine, self._version, lambda: self._version, save, self.infer.max_cache_depth)
         rows = self.infer.chunked_prefill_size
         apply: Any = MOEAMXFunction.apply
@@ -170,8 +171,6 @@ class MOELayerWrapper(nn.Module):
             for at in range(0, max(1, len(x)), rows)
         ]
         output: torch.Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if engine.packed_experts:
-            self._sources = None  # the engine has them, and may give up what it has packed
         return output.to(hidden_states.device, hidden_states.dtype)
 
     # ---- from peft's parameters to the engine's

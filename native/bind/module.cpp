@@ -57,14 +57,14 @@ LoraPointers six(const Six& s) {
 // The array's memory goes back to the process when its last view is gone.
 std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes) {
     GradientMemory::Taken taken = process().gradients.take(bytes);
-    auto* block = new Block(std::move(taken.block));
-    const py::capsule owner(block, [](void* p) {
-        Block* const owned = static_cast<Block*>(p);
+    auto block = std::make_unique<Block>(std::move(taken.block));
+    std::byte* const data = block->data();
+    const py::capsule owner(block.get(), [](void* p) {
+        const std::unique_ptr<Block> owned(static_cast<Block*>(p));
         process().gradients.give(std::move(*owned));
-        delete owned;
     });
-    return {py::array_t<std::uint8_t>(static_cast<py::ssize_t>(bytes), reinterpret_cast<std::uint8_t*>(block->data()),
-                                      owner),
+    (void)block.release();
+    return {py::array_t<std::uint8_t>(static_cast<py::ssize_t>(bytes), reinterpret_cast<std::uint8_t*>(data), owner),
             taken.zero};
 }
 
@@ -157,9 +157,8 @@ PYBIND11_MODULE(_native, m) {
              [](Layer& layer, const Source& gate, const Source& up, const Source& down,
                 const std::vector<std::int64_t>& map) {
                  const py::gil_scoped_release release;
-                 layer.load_weights(source(gate), source(up), source(down), map);
+                 return layer.load_weights(source(gate), source(up), source(down), map);
              })
-        .def("dispose_of_sources", &Layer::dispose_of_sources, py::call_guard<py::gil_scoped_release>())
         .def("update_lora",
              [](Layer& layer, const Six& lora) {
                  const py::gil_scoped_release release;
@@ -167,10 +166,10 @@ PYBIND11_MODULE(_native, m) {
              })
         .def("forward",
              [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
-                std::uintptr_t output, bool save) {
+                std::uintptr_t output, bool save, int given_up) {
                  const py::gil_scoped_release release;
                  return layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
-                                      pointer<const float>(weights), pointer<bf16>(output), save);
+                                      pointer<const float>(weights), pointer<bf16>(output), save, given_up);
              })
         .def("backward",
              [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,

@@ -153,7 +153,7 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         loras.work(worker, active_ * lora_tasks(),
                    [&](int, int i) { lora_grad(hand, routing_.experts[z(i / lora_tasks())], i % lora_tasks()); });
         idles.work(worker, static_cast<int>(idle_.size()), [&](int, int i) { fill_idle(idle_[z(i)]); });
-        hand.watch.lap(Phase::gate_up_lora_grad);
+        hand.watch.lap(Phase::allocation);
         routings.work(worker, token_chunks, [&](int, int i) { weight_grad(i * kChunkRows); });
         hand.watch.lap(Phase::routing_grad);
         kernels_.leave();

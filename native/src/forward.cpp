@@ -60,6 +60,8 @@ Layer::Ticket Layer::State::forward(const ForwardArguments& arguments) {
         throw BadState("forward_sft(save_for_backward=True): " + std::to_string(saved.size()) +
                        " forwards already wait for their backward, and max_cache_depth is " +
                        std::to_string(config.max_cache_depth) + "; call backward first or raise max_cache_depth");
+    if (arguments.given_up == source_name && source_name > 0)
+        given_up = gate.disposable = up.disposable = down.disposable = true;
     Recording recording_of(recording, workers, 4);
     Watch caller = recording_of.watch(0);
     Saved kept;
@@ -174,8 +176,11 @@ void Forward::pack_new_experts(Process& shared, Team& team) {
         if (!layer_.experts[0][z(e.expert)].block) wanted.push_back(e.expert);
     }
     if (wanted.empty()) return;
-    const std::size_t need = wanted.size() * z(config_.parts) * Block::footprint(layer_.expert_bytes());
-    if (need > available_memory()) shared.cache.clear();
+    const std::size_t made = z(config_.parts) * Block::footprint(layer_.expert_bytes());
+    // Memory that is given up pays for the experts after the first, but for their padding.
+    const std::size_t given = layer_.given_up ? std::min(made, layer_.source_bytes()) : 0;
+    const std::size_t need = made + (wanted.size() - 1) * (made - given);
+    if (need > available_memory()) shared.release();
     require_memory(need, "packing the weights of " + std::to_string(wanted.size()) + " experts");
     layer_.pack_experts(team, wanted);
     caller_.lap(Phase::pack_weights);
@@ -262,10 +267,10 @@ void Forward::pack(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::gate_up_lora_a);
 }
 
-// 32 rows of the task that this worker will most likely take after `index`: in step with the others, it is as many on as
-// there are workers. Null behind the last.
+// 32 rows of the task that this worker will most likely take after `index`: in step with the others of its part, it is as
+// many on as they are. Null behind the last.
 const bf16* Forward::next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const {
-    const int next = index + layer_.workers;
+    const int next = index + std::max(1, layer_.workers / config_.parts);
     if (next >= active_ * per_expert) return nullptr;
     const int kblocks = matrix == &PackedExpert::down ? size_.ib : size_.hb;
     const Routing::Expert& expert = routing_.experts[z(next / per_expert)];

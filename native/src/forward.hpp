@@ -23,6 +23,7 @@ struct ForwardArguments {
     const float* weights;
     bf16* output;
     bool save;
+    int given_up;
 };
 
 class Forward {

@@ -47,8 +47,8 @@ Layer::~Layer() {
     // The blocks of forwards that never saw their backward go back to the kernel, not to the cache.
 }
 
-void Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
-                         const std::vector<std::int64_t>& physical_map) {
+int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
+                        const std::vector<std::int64_t>& physical_map) {
     State& s = *state_;
     const std::size_t E = z(s.config.num_experts);
     std::vector<int> slot_of(E, -1);
@@ -78,12 +78,8 @@ void Layer::load_weights(const WeightSource& gate, const WeightSource& up, const
     }
     s.packed = 0;
     s.weights_loaded = true;
-}
-
-void Layer::dispose_of_sources() {
-    State& s = *state_;
-    const std::lock_guard lock(process().mutex);
-    s.gate.disposable = s.up.disposable = s.down.disposable = true;
+    s.given_up = false;
+    return ++s.source_name;
 }
 
 void Layer::update_lora(const LoraPointers& lora) {
@@ -95,7 +91,7 @@ void Layer::update_lora(const LoraPointers& lora) {
 }
 
 Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
-                             bool save) {
+                             bool save, int given_up) {
     State& s = *state_;
     if (!s.weights_loaded) throw BadState("forward_sft before the base weights: call load_weights_from_tensors first");
     if (!s.lora_loaded) throw BadState("forward_sft before the LoRA weights: call init_lora_weights first");
@@ -103,7 +99,7 @@ Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, c
         throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
                        std::to_string(s.config.max_rows));
     check_ids(ids, rows, s.config.top_k, s.config.num_experts);
-    return s.forward({rows, x, ids, weights, output, save});
+    return s.forward({rows, x, ids, weights, output, save, given_up});
 }
 
 void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, bool grads_zero,
@@ -150,9 +146,8 @@ const LayerConfig& Layer::config() const {
 
 void clear_buffer_cache() {
     Process& shared = process();
-    shared.gradients.clear();
     const std::lock_guard lock(shared.mutex);
-    shared.cache.clear();
+    shared.release();
 }
 
 }  // namespace ktv

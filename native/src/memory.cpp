@@ -176,6 +176,7 @@ Block BlockCache::take(std::size_t bytes, const std::string& what) {
     }
     // What lies here is too small for this call, and would only stand beside the block that is not.
     free_.clear();
+    if (bytes > available_memory()) on_shortage_();
     require_memory(bytes, what);
     return Block(bytes);
 }

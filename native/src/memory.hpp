@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -70,11 +71,14 @@ class Carver {
 // Blocks that come and go with calls, kept for the next one: the smallest that fits is handed out again.
 class BlockCache {
   public:
+    // on_shortage: gives back what memory the process can spare.
+    explicit BlockCache(std::function<void()> on_shortage) : on_shortage_(std::move(on_shortage)) {}
     Block take(std::size_t bytes, const std::string& what);
     void give(Block block);
     void clear() { free_.clear(); }
 
   private:
+    std::function<void()> on_shortage_;
     std::vector<Block> free_;
 };
 

@@ -36,26 +36,35 @@ Process& process() {
 GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
     {
         const std::lock_guard lock(mutex_);
-        for (Block& block : free_) {
-            if (block.size() != bytes) continue;
-            std::swap(block, free_.back());
+        if (!free_.empty() && free_.back().size() == bytes) {
             Block found = std::move(free_.back());
             free_.pop_back();
             return {std::move(found), false};
         }
     }
+    clear();
     require_memory(bytes, "the LoRA gradients");
     return {Block(bytes), true};
 }
 
-void GradientMemory::give(Block block) {
-    const std::lock_guard lock(mutex_);
-    free_.push_back(std::move(block));
+void GradientMemory::give(Block block) noexcept {
+    try {
+        const std::lock_guard lock(mutex_);
+        free_.push_back(std::move(block));
+    } catch (const std::bad_alloc&) {
+        // then it goes back to the kernel
+    }
 }
 
 void GradientMemory::clear() {
+    std::vector<Block> gone;  // unmapped without the lock: who drops a tensor waits for it
     const std::lock_guard lock(mutex_);
-    free_.clear();
+    gone.swap(free_);
+}
+
+void Process::release() {
+    cache.clear();
+    gradients.clear();
 }
 
 Team& Process::team(int workers, int parts) {

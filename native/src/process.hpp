@@ -12,9 +12,9 @@
 
 namespace ktv {
 
-// Memory of LoRA gradients, handed out again when the caller has dropped the last tensor in it. A training step asks for
-// the same sizes each time; fresh pages cost more than the gradients' arithmetic, above all where other programs have
-// left no huge ones.
+// Memory of LoRA gradients, handed out again when the caller has dropped the last tensor in it. A training step asks
+// for the same sizes each time, and of another size nothing is kept; fresh pages cost more than the gradients'
+// arithmetic, above all where other programs have left no huge ones.
 class GradientMemory {
   public:
     struct Taken {
@@ -22,7 +22,7 @@ class GradientMemory {
         bool zero;  // fresh pages; otherwise what the last user left
     };
     Taken take(std::size_t bytes);
-    void give(Block block);
+    void give(Block block) noexcept;
     void clear();
 
   private:
@@ -33,10 +33,12 @@ class GradientMemory {
 struct Process {
     std::mutex mutex;  // held while a layer computes, packs or allocates
     std::map<std::pair<int, int>, std::unique_ptr<Team>> teams;
-    BlockCache cache;
     GradientMemory gradients;
+    BlockCache cache{[this] { gradients.clear(); }};
 
     Team& team(int workers, int parts);
+    // Gives back what no call and no tensor holds.
+    void release();
 };
 
 // A forked child gets a fresh one: threads do not survive a fork, and a mutex held by one of them never opens again.

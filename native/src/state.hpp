@@ -109,6 +109,8 @@ struct Layer::State {
     // Atomic, as are the counts below: they are read without the lock, by who must not wait for a computation.
     std::atomic<bool> weights_loaded{false}, lora_loaded{false};
     WeightSource gate, up, down;
+    int source_name = 0;                             // of these three
+    bool given_up = false;                           // their memory goes as experts are packed
     std::vector<int> slot_of;                        // logical expert -> physical slot
     std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
     std::atomic<int> packed{0};                      // counted when the sources are read no more
@@ -134,7 +136,8 @@ struct Layer::State {
     Costs backward_costs(const Routing& routing) const;
 
     int terms() const { return config.lora_fp32 ? 2 : 1; }
-    std::size_t expert_bytes() const;
+    std::size_t expert_bytes() const;  // packed, of one part
+    std::size_t source_bytes() const { return 3 * z(config.hidden) * z(config.intermediate) * sizeof(bf16); }
     std::size_t panel(int kblocks) const { return z(kblocks) * kBlockSize; }
     LoraStrides lora_strides() const {
         return {z(size.ab) * panel(size.hb), z(size.ib) * panel(size.rb), z(size.rb) * panel(size.ib),

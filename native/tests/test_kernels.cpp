@@ -51,26 +51,104 @@ void nt(const Kernels& k, check::Random& random, int tokens, int kblocks, int co
     check::that(check::rel_l2(got, expected) < kSumError, what);
 }
 
-void nt_few(const Kernels& k, check::Random& random, int rows) {
-    constexpr int kblocks = 5;
-    const auto w = random.bf16s(kblocks * kBlockSize, 1), x = random.bf16s(kblocks * kPackSize, 1);
-    const NtSegment segment{w.data(), x.data(), 0, kblocks};
+// Three segments of `kblocks`, 1 and 2 k-blocks; the first names weights to fetch next.
+void nt_few(const Kernels& k, check::Random& random, int rows, int kblocks) {
+    const std::vector<int> lengths = {kblocks, 1, 2};
+    std::vector<std::vector<bf16>> w, x;
+    std::vector<NtSegment> segments;
+    for (const int length : lengths) {
+        w.push_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
+        x.push_back(random.bf16s(std::size_t(length) * kPackSize, 1));
+        segments.push_back({w.back().data(), x.back().data(), 0, length});
+    }
+    segments[0].next = w[0].data();
     std::vector<float> c(kBlock * kGroup, kGuard);
-    k.nt_few(&segment, 1, rows, c.data(), kGroup);
+    k.nt_few(segments.data(), int(segments.size()), rows, c.data(), kGroup);
     std::vector<double> got, expected;
     for (int n = 0; n < kBlock; ++n) {
         for (int t = 0; t < rows; ++t) {
             double sum = 0;
-            for (int i = 0; i < kblocks * kBlock; ++i) {
-                sum += double(to_float(w[std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
-                       double(to_float(x[std::size_t(i / kBlock) * kPackSize + t * kBlock + i % kBlock]));
+            for (std::size_t s = 0; s < segments.size(); ++s) {
+                for (int i = 0; i < lengths[s] * kBlock; ++i) {
+                    sum += double(to_float(w[s][std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
+                           double(to_float(x[s][std::size_t(i / kBlock) * kPackSize + t * kBlock + i % kBlock]));
+                }
             }
             expected.push_back(sum);
             got.push_back(c[n * kGroup + t]);
         }
     }
+    check::that(
+        check::rel_l2(got, expected) < kSumError,
+        std::string(name_of(k.isa)) + " nt_few rows=" + std::to_string(rows) + " kblocks=" + std::to_string(kblocks));
+}
+
+// A token's sums have the same bits whatever its place and however many there are.
+void nt_in_any_place(const Kernels& k, check::Random& random) {
+    constexpr int kblocks = 11, tokens = 9 * kGroup;
+    const auto w = random.bf16s(kblocks * kBlockSize, 1);
+    const auto one = random.bf16s(kblocks * kBlock, 1);
+    std::vector<bf16> x(9 * kblocks * kPackSize);
+    for (int t = 0; t < tokens; ++t) {
+        for (int i = 0; i < kblocks * kBlock; ++i) {
+            bf16* pack = x.data() + std::size_t(t / kGroup) * kblocks * kPackSize + i / kBlock * kPackSize;
+            pack[(i % kBlock / 2 * kGroup + t % kGroup) * 2 + i % 2] = one[std::size_t(i)];
+        }
+    }
+    const NtSegment segment{w.data(), x.data(), kblocks * kPackSize, kblocks};
+    std::vector<float> c(kBlock * tokens);
+    bool same = true;
+    k.enter();
+    k.nt(&segment, 1, tokens, c.data(), tokens);
+    const std::vector<float> first = c;
+    for (int rows = 1; rows <= tokens; ++rows) {
+        k.nt(&segment, 1, rows, c.data(), tokens);
+        for (int n = 0; n < kBlock; ++n) {
+            for (int t = 0; t < rows; ++t) same &= c[std::size_t(n * tokens + t)] == first[std::size_t(n * tokens)];
+        }
+    }
+    k.leave();
+    check::that(same, std::string(name_of(k.isa)) + " nt: bits depend on a token's place");
+}
+
+// Segments of which two share W and one has its own, as the halves of an operand do.
+void nn_segments(const Kernels& k, check::Random& random, int rows) {
+    constexpr int width = 4 * kBlock;
+    const std::vector<int> lengths = {10, 10, 3};
+    const int padded = (rows + 15) / 16 * 16;
+    std::vector<std::vector<bf16>> g, w;
+    for (const int length : lengths) {
+        g.push_back(random.bf16s(std::size_t(padded) * length * kBlock, 1));
+        w.push_back(random.bf16s(std::size_t(length) * kBlock * width, 1));
+    }
+    w[1] = w[0];
+    std::vector<NnSegment> segments;
+    for (std::size_t s = 0; s < lengths.size(); ++s) {
+        const bf16* weights = w[s == 1 ? 0 : s].data();
+        segments.push_back(
+            {g[s].data(), std::size_t(lengths[s]) * kBlock, weights, 4 * kBlockSize, nullptr, 0, lengths[s]});
+    }
+    std::vector<float> c(std::size_t(padded) * width);
+    k.enter();
+    k.nn(segments.data(), int(segments.size()), rows, 4, c.data(), width);
+    k.leave();
+    std::vector<double> got, expected;
+    for (int row = 0; row < rows; ++row) {
+        for (int col = 0; col < width; ++col) {
+            double sum = 0;
+            for (std::size_t s = 0; s < lengths.size(); ++s) {
+                for (int i = 0; i < lengths[s] * kBlock; ++i) {
+                    const std::size_t block = std::size_t(i / kBlock * 4 + col / kBlock) * kBlockSize;
+                    sum += double(to_float(g[s][std::size_t(row) * segments[s].ld + i])) *
+                           double(to_float(w[s][block + i % kBlock * kBlock + std::size_t(col % kBlock)]));
+                }
+            }
+            expected.push_back(sum);
+            got.push_back(c[std::size_t(row) * width + std::size_t(col)]);
+        }
+    }
     check::that(check::rel_l2(got, expected) < kSumError,
-                std::string(name_of(k.isa)) + " nt_few rows=" + std::to_string(rows));
+                std::string(name_of(k.isa)) + " nn of three segments, rows=" + std::to_string(rows));
 }
 
 void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblocks, bool gathered) {
@@ -169,7 +247,11 @@ int main() {
         }
         activation(k, random, false);
         activation(k, random, true);
-        for (int rows = 1; rows <= k.few_rows; ++rows) nt_few(k, random, rows);
+        nt_in_any_place(k, random);
+        for (const int rows : {3, 16, 21}) nn_segments(k, random, rows);
+        for (int rows = 1; rows <= k.few_rows; ++rows) {
+            for (const int kblocks : {5, 17}) nt_few(k, random, rows, kblocks);
+        }
     }
     return check::finish();
 }

@@ -22,6 +22,14 @@ OF_THE_NATIVE_ENGINE_IN_A_FRESH_PROCESS = [
     "no_memory_for_another_dtype",
     "reload_refused_while_forward_waits",
 ]
+WHAT_IS_DROPPED = [
+    "never_twice",
+    "held_ones_stay",
+    "lent_memory_stays",
+    "experts_that_share_memory_stay",
+    "threads_reach_it_at_once",
+    "gradient_memory_comes_back",
+]
 
 
 @pytest.fixture
@@ -96,8 +104,8 @@ def test_sentinels(engine: str, children: ChildPool, isa: Isa) -> None:
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("check", ["never_twice", "held_ones_stay", "lent_memory_stays"])
-def test_weights_that_the_caller_dropped(best: Isa, check: str) -> None:
+@pytest.mark.parametrize("check", WHAT_IS_DROPPED)
+def test_what_the_caller_drops(best: Isa, check: str) -> None:
     call_fresh(f"suites.support.dropped:check_{check}", env=best.env)
 
 

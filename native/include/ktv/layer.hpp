@@ -135,11 +135,10 @@ class Layer {
     Layer& operator=(const Layer&) = delete;
 
     // gate, up [E, I, H], down [E, H, I], slot-ordered: slot p holds logical expert physical_map[p]. The sources must
-    // stay alive until `packed_experts() == num_experts`: an expert is packed when its first token arrives.
-    void load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
-                      const std::vector<std::int64_t>& physical_map);
-    // From now on the sources are disposable.
-    void dispose_of_sources();
+    // stay alive until `packed_experts() == num_experts`: an expert is packed when its first token arrives. Returns what
+    // names these sources, never 0.
+    int load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
+                     const std::vector<std::int64_t>& physical_map);
     // Takes a snapshot of all six tensors; the caller may change them afterwards.
     void update_lora(const LoraPointers& lora);
 
@@ -147,7 +146,9 @@ class Layer {
     using Ticket = std::uint64_t;
 
     // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16. The ticket of what was saved; 0 without.
-    Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save);
+    // given_up: the sources of that name are disposable, and their pages in memory, from now on; 0 for none.
+    Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save,
+                   int given_up = 0);
     // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T,
     // k] fp32; of the saved forward that `ticket` names, 0 for the newest, which is dropped. grads_zero: the memory of
     // the LoRA gradients is zero, and of experts without a token is not written, so that fresh pages of theirs cost

@@ -47,7 +47,7 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
     __m256 rest[N];
     for (int n = 0; n < N; ++n) {
         for (int g = 0; g < G; ++g) sum[n][g] = add ? _mm512_loadu_ps(c + n * ldc + g * kGroup) : _mm512_setzero_ps();
-        if (half) rest[n] = add ? _mm256_loadu_ps(c + n * ldc + G * kGroup) : _mm256_setzero_ps();
+        if constexpr (half) rest[n] = add ? _mm256_loadu_ps(c + n * ldc + G * kGroup) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
         if (ahead) {
@@ -64,13 +64,13 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
                 const bf16* two_k = w + n * kBlock + 2 * pair;
                 const __m512i weight = half ? broadcast_pair_once(two_k) : broadcast_pair(two_k);
                 for (int g = 0; g < G; ++g) sum[n][g] = dot(sum[n][g], weight, token[g]);
-                if (half) rest[n] = _mm256_dpbf16_ps(rest[n], (__m256bh)lower_half(weight), (__m256bh)few);
+                if constexpr (half) rest[n] = _mm256_dpbf16_ps(rest[n], (__m256bh)lower_half(weight), (__m256bh)few);
             }
         }
     }
     for (int n = 0; n < N; ++n) {
         for (int g = 0; g < G; ++g) _mm512_storeu_ps(c + n * ldc + g * kGroup, sum[n][g]);
-        if (half) _mm256_storeu_ps(c + n * ldc + G * kGroup, rest[n]);
+        if constexpr (half) _mm256_storeu_ps(c + n * ldc + G * kGroup, rest[n]);
     }
 }
 
@@ -114,13 +114,15 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 
 // Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
 // once. W comes in its order in memory, a chunk of k-blocks ahead, for pieces of 256 bytes far apart leave the memory
-// idle half of the time; so the sums, of which registers hold an eighth, wait in L1 from chunk to chunk. Their sixteen
+// idle half of the time; so the sums, of which registers hold a part, wait in L1 from chunk to chunk. Their sixteen
 // lanes are added up at the end of k.
 constexpr int few_rows = 10;
+template <int T>
+constexpr int few_block = T > 6 ? 2 : 4;  // rows of W in a register block
 
 template <int T>
 KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16* ahead, float* sums, bool add) {
-    constexpr int N = T > 6 ? 2 : 4;
+    constexpr int N = few_block<T>;
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
@@ -141,7 +143,7 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16
 
 template <int T>
 void nt_dots(const NtSegment* segments, int count, float* c, std::size_t ldc) {
-    constexpr int chunk = 8, N = T > 6 ? 2 : 4;
+    constexpr int chunk = 8, N = few_block<T>;
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
     bool add = false;
     for (int s = 0; s < count; ++s) {

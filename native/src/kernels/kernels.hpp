@@ -57,9 +57,9 @@ struct Kernels {
     void (*enter)();
     void (*leave)();
 
-    // c [32][ldc] fp32, overwritten up to the token that is last; rows <= kChunkRows tokens in groups. Every token's sums
-    // are made in the same order, whatever its place and however many there are.
-    void (*nt)(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc);
+    // c [32][ldc] fp32, overwritten; columns beyond the tokens hold anything; tokens <= kChunkRows, in groups. Every
+    // token's sums are made in the same order, whatever its place and however many there are.
+    void (*nt)(const NtSegment* segments, int count, int tokens, float* c, std::size_t ldc);
     // The same for one group with at most few_rows tokens, `tokens` in the layout of few tokens; only c[.][0..rows)
     // counts.
     int few_rows;
