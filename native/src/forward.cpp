@@ -267,8 +267,8 @@ void Forward::pack(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::gate_up_lora_a);
 }
 
-// 32 rows of the task that this worker will most likely take after `index`: in step with the others of its part, it is as
-// many on as they are. Null behind the last.
+// 32 rows of the task that this worker will most likely take after `index`: in step with the others of its part, it is
+// as many on as they are. Null behind the last.
 const bf16* Forward::next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const {
     const int next = index + std::max(1, layer_.workers / config_.parts);
     if (next >= active_ * per_expert) return nullptr;

@@ -17,8 +17,8 @@ std::size_t available_memory();
 // Throws OutOfMemory with both figures when `bytes` more cannot be had.
 void require_memory(std::size_t bytes, const std::string& what);
 
-// Takes the whole pages inside [first, first + bytes) out of this process: what was mapped from a file and never written
-// comes back with the next read, anything else is zero then.
+// Takes the whole pages inside [first, first + bytes) out of this process: what was mapped from a file and never
+// written comes back with the next read, anything else is zero then.
 void release_pages(const void* first, std::size_t bytes);
 
 // An mmap'd block, 2 MiB aligned when it is large. Pages cost nothing until they are touched.

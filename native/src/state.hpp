@@ -36,7 +36,8 @@ struct Sizes {
     int hidden_ld() const { return hidden() + kBlock; }
     int inter_ld() const { return inter() + kBlock; }
     int rank() const { return rb * kBlock; }
-    // A small rank leaves half of a block's depth: hi and lo of a small activation lie side by side in it, and a B twice.
+    // A small rank leaves half of a block's depth: hi and lo of a small activation lie side by side in it, and a B
+    // twice.
     bool side_by_side() const { return r <= kBlock / 2; }
     int rank2() const { return ab * kBlock; }
     int rank_rows() const { return groups_of(r) * kGroup; }  // rows of a transposed [r, tokens] operand

@@ -1,4 +1,5 @@
-// Tile instructions for the tests of the emulator: in every form that the assembler has, written by it, and as functions.
+// Tile instructions for the tests of the emulator: in every form that the assembler has, written by it, and as
+// functions.
 #pragma once
 
 #include <array>

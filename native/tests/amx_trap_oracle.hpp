@@ -1,4 +1,5 @@
-// What tile instructions have to give, for the tests of the emulator: fp32 in integers, without a floating-point instruction.
+// What tile instructions have to give, for the tests of the emulator: fp32 in integers, without a floating-point
+// instruction.
 #pragma once
 
 #include <bit>

@@ -135,8 +135,8 @@ class Layer {
     Layer& operator=(const Layer&) = delete;
 
     // gate, up [E, I, H], down [E, H, I], slot-ordered: slot p holds logical expert physical_map[p]. The sources must
-    // stay alive until `packed_experts() == num_experts`: an expert is packed when its first token arrives. Returns what
-    // names these sources, never 0.
+    // stay alive until `packed_experts() == num_experts`: an expert is packed when its first token arrives. Returns
+    // what names these sources, never 0.
     int load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
                      const std::vector<std::int64_t>& physical_map);
     // Takes a snapshot of all six tensors; the caller may change them afterwards.

@@ -80,8 +80,8 @@ inline bool same_weights(const NnSegment& a, const NnSegment& b) {
     return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks;
 }
 
-// Makes the panels of W one after the other, and calls multiply(segment, panel, ahead, add) for each segment that has it:
-// one after the other they may share W, as the high and the low half of an operand do.
+// Makes the panels of W one after the other, and calls multiply(segment, panel, ahead, add) for each segment that has
+// it: one after the other they may share W, as the high and the low half of an operand do.
 template <typename Multiply>
 inline void visit_panels(const NnSegment* segments, int count, int cblocks, const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
