@@ -50,7 +50,7 @@ class Sources:
         if self.going or not self._giveable:
             return self.going
         # as this torch counts one tensor that holds its storage alone
-        own = _holders(alias(torch.empty(1, device="cpu")))
+        own = _holders(alias(torch.zeros(1, device="cpu")))
         for tensor, count in self._storages:
             holders = _holders(tensor)
             if own is None or holders is None or holders != (own[0] + count - 1, own[1]):
@@ -72,6 +72,5 @@ def _holders(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory without the tensor that a view keeps alive."""
-    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-        tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-    )
+    alone = tensor.new_empty(0)
+    return alone.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
