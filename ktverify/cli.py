@@ -6,7 +6,9 @@ carried out (one line says why). Heavy modules are imported inside the commands,
 
 from __future__ import annotations
 
+import faulthandler
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +53,9 @@ def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
+        except BrokenPipeError:  # whoever read has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
         except _EXPECTED_ERRORS as error:
             if _state["traceback"]:
                 raise
@@ -197,6 +202,9 @@ def repro(
     checking.check_names(tensor, backward=True)
     if stand_alone is not None:
         folder.script_of(engine)
+    # the engine runs in this process: where it dies, this and the trace are what is left
+    print(f"{parsed.id}: {parsed.why}", flush=True)
+    faulthandler.enable()
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
@@ -212,7 +220,6 @@ def repro(
     if method == "AMXBF16_SFT":
         add_cause(checked, engine, isa=isa, tp=tp)
     against = checked.records[0].source
-    typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
     typer.echo(", ".join([*parts, "compared with " + ("the golden" if against == "golden" else "the live oracle")]))
     for record in checked.records:

@@ -51,7 +51,8 @@ def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> An
 
 
 def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
-    local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    # NAME/MODEL may be a hub's, unless there is a directory NAME here
+    local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if local and not Path(path).is_dir():
         raise ValueError(
             f"{option} {path!r} is no directory; a tiny model to try with: "

@@ -61,6 +61,10 @@ def print_run(run: Run, console: Console | None = None, *, header: bool = True) 
     if overview:
         console.print()
         console.print(_table(tables.overview_columns(overview), overview))
+    strict = tables.strict_rows(run.records)
+    if strict:
+        console.print()
+        console.print(_table(tables.STRICT_COLUMNS, strict))
     if run.latency:
         console.print()
         wanted = ("case", "what", "ISA", "TP", "mean ± std ms", "median ms", "tokens/s", "GFLOP/s", "GB/s")

@@ -6,6 +6,7 @@ Comes in: a run. Goes out: text. Numbers are formatted here and nowhere else, so
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from ktverify.machine import ISA_FLAGS, format_bytes
+from ktverify.names import ALL_TENSORS
 from ktverify.report.problems import ENDED, group_text, problems
 from ktverify.report.record import (
     NOT_RUN,
@@ -153,6 +155,43 @@ def overview(records: Iterable[Result]) -> list[OverviewRow]:
     return sorted(rows, key=lambda row: (row.family, isa_rank(row.isa)))
 
 
+@dataclass(frozen=True)
+class StrictRow:
+    """One tensor's rel_l2 over the cases on which an engine with fp32 sums is held to strict limits."""
+
+    tensor: str
+    values: tuple[float, ...]
+    limits: tuple[float, ...]
+
+
+STRICT_COLUMNS: tuple[Column, ...] = (
+    Column("rel-L2, strict cases", lambda r: r.tensor),
+    Column("n", lambda r: str(len(r.values)), numeric=True),
+    Column("median", lambda r: error_text(statistics.median(r.values)), numeric=True),
+    Column("worst", lambda r: error_text(max(r.values)), numeric=True),
+    Column(
+        "limit", lambda r: " to ".join(dict.fromkeys(map(error_text, (min(r.limits), max(r.limits))))), numeric=True
+    ),
+)
+
+
+def strict_rows(records: Iterable[Result]) -> list[StrictRow]:
+    """A row a tensor, in the order of ktverify.names; none for an engine that claims no fp32 sums."""
+    gates = [
+        (record.tensor, gate)
+        for record in records
+        if isinstance(record, AccuracyRecord)
+        for gate in record.gates
+        if gate.gate == "rel_l2_own"
+    ]
+    rows = []
+    for tensor in ALL_TENSORS:
+        of_tensor = [gate for name, gate in gates if name == tensor]
+        if of_tensor:
+            rows.append(StrictRow(tensor, tuple(g.value for g in of_tensor), tuple(g.budget for g in of_tensor)))
+    return rows
+
+
 def isa_rank(isa: str) -> tuple[int, str]:
     """Sort key of an ISA: best first, then what is not known here, by name."""
     known = list(ISA_FLAGS)
@@ -185,7 +224,8 @@ def run_verdict(run: Run) -> tuple[bool, str]:
     if not run.finished:
         return False, f"The run did not finish: {ran} checks passed so far{aside}."
     if run.head is not None and run.head.exit_status not in (0, None):
-        return False, f"{ran} checks passed{aside}, but pytest ended with exit status {run.head.exit_status}."
+        how = "was interrupted" if run.head.exit_status == 2 else f"ended with exit status {run.head.exit_status}"
+        return False, f"{ran} checks passed{aside}, but pytest {how}."
     return True, f"All {ran} checks passed{aside}."
 
 
@@ -282,6 +322,9 @@ def accuracy_markdown(run: Run) -> str:
     parts = [f"# Accuracy: {'PASS' if passed else 'FAIL'}", sentence, _head_markdown(run)]
     if rows:
         parts += ["## Overview", markdown(overview_columns(rows), rows)]
+    strict = strict_rows(run.records)
+    if strict:
+        parts.append(markdown(STRICT_COLUMNS, strict))
     found = problems(run)
     if found:
         parts += ["## What did not pass", "```\n" + "\n\n".join(map(group_text, found)) + "\n```"]

@@ -69,6 +69,8 @@ def _loss(directory: Path) -> Finding:
         return Finding("loss", False, str(error))
     if not all(math.isfinite(loss) for loss in curve.losses):
         return Finding("loss", False, "the loss is not finite everywhere")
+    if len(curve.losses) < 2:
+        return Finding("loss", False, "was logged once, which shows no slope: train longer, or log more often")
     text = f"{curve.losses[0]:.3f} to {curve.losses[-1]:.3f} in {curve.steps[-1]} steps, slope {curve.slope:.2e} a step"
     return Finding("loss", curve.slope < 0, text if curve.slope < 0 else f"does not fall: {text}")
 

@@ -72,5 +72,5 @@ def choose(wanted: bool | str, directory: Path) -> Path:
             return path
         reasons.append(f"{path.name}: {reason}")
     if not candidates:
-        raise ValueError(f"{directory} holds no checkpoint to resume from: leave resume_from_checkpoint out")
+        raise ValueError(f"{directory} holds no checkpoint to resume from: begin anew with overwrite_output_dir: true")
     raise ValueError(f"no whole checkpoint to resume from; {'; '.join(reasons)}")

@@ -21,8 +21,9 @@ WARMUP = 3  # steps whose memory and time do not count: pages are touched, exper
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident bytes: after loading, and after each step; slope in bytes per step over the steps after the warm-up;
-    waiting: forwards that still wait for a backward in the engines at the end."""
+    """Resident bytes: after loading, and after each step. slope: bytes per step over the steps after the warm-up, or
+    over their second half, whichever is less: an allocator may take more once, a leak does it again and again. waiting:
+    forwards that still wait for a backward in the engines at the end."""
 
     loaded: int
     steps: tuple[int, ...]
@@ -40,7 +41,9 @@ def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory
     done = _few_steps(config, beside, steps, one_length=True)
     rss = done.journal.rss[WARMUP:]
     waiting = sum(w.engine.saved_forwards for w in getattr(done.model, "_kt_wrappers", ()) if w.engine)
-    return Memory(done.journal.rss_before, tuple(rss), slope(range(len(rss)), rss), waiting)
+    late = rss[len(rss) // 2 :]
+    least = min(slope(range(len(part)), part) for part in (rss, late))
+    return Memory(done.journal.rss_before, tuple(rss), least, waiting)
 
 
 def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:
