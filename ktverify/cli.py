@@ -202,9 +202,7 @@ def repro(
     checking.check_names(tensor, backward=True)
     if stand_alone is not None:
         folder.script_of(engine)
-    # the engine runs in this process: where it dies, this and the trace are what is left
-    print(f"{parsed.id}: {parsed.why}", flush=True)
-    faulthandler.enable()
+    faulthandler.enable(sys.__stderr__)  # the engine runs in this process: where it dies, a trace is left
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
@@ -220,6 +218,7 @@ def repro(
     if method == "AMXBF16_SFT":
         add_cause(checked, engine, isa=isa, tp=tp)
     against = checked.records[0].source
+    typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
     typer.echo(", ".join([*parts, "compared with " + ("the golden" if against == "golden" else "the live oracle")]))
     for record in checked.records:
