@@ -202,7 +202,7 @@ def repro(
     checking.check_names(tensor, backward=True)
     if stand_alone is not None:
         folder.script_of(engine)
-    faulthandler.enable(sys.__stderr__)  # the engine runs in this process: where it dies, a trace is left
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # the engine runs in this process: where it dies, a trace is left
     with _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
