@@ -2,7 +2,11 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
+#include <functional>
+#include <iterator>
+#include <new>
 
 namespace ktv {
 namespace {
@@ -34,15 +38,25 @@ Process& process() {
 }
 
 GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
+    std::vector<Free> gone;  // unmapped without the lock: who drops a tensor waits for it
     {
         const std::lock_guard lock(mutex_);
-        if (!free_.empty() && free_.back().size() == bytes) {
-            Block found = std::move(free_.back());
-            free_.pop_back();
-            return {std::move(found), false};
+        ++requests_;
+        const auto old = [this](const Free& free) { return requests_ - free.since > kPatience; };
+        const auto first_old = std::stable_partition(free_.begin(), free_.end(), std::not_fn(old));
+        std::move(first_old, free_.end(), std::back_inserter(gone));
+        free_.erase(first_old, free_.end());
+        // the one given last: its pages are most likely in the cache
+        const auto found = std::find_if(free_.rbegin(), free_.rend(),
+                                        [bytes](const Free& free) { return free.block.size() == bytes; });
+        if (found != free_.rend()) {
+            Block block = std::move(found->block);
+            free_.erase(std::next(found).base());
+            return {std::move(block), false};
         }
     }
-    clear();
+    gone.clear();
+    if (bytes > available_memory()) clear();
     require_memory(bytes, "the LoRA gradients");
     return {Block(bytes), true};
 }
@@ -50,14 +64,14 @@ GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
 void GradientMemory::give(Block block) noexcept {
     try {
         const std::lock_guard lock(mutex_);
-        free_.push_back(std::move(block));
+        free_.push_back({std::move(block), requests_});
     } catch (const std::bad_alloc&) {
         // then it goes back to the kernel
     }
 }
 
 void GradientMemory::clear() {
-    std::vector<Block> gone;  // unmapped without the lock: who drops a tensor waits for it
+    std::vector<Free> gone;
     const std::lock_guard lock(mutex_);
     gone.swap(free_);
 }

@@ -1,6 +1,7 @@
 // What all layers of a process share: the workers and the working buffers. One computation at a time holds it.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,8 +14,8 @@
 namespace ktv {
 
 // Memory of LoRA gradients, handed out again when the caller has dropped the last tensor in it. A training step asks
-// for the same sizes each time, and of another size nothing is kept; fresh pages cost more than the gradients'
-// arithmetic, above all where other programs have left no huge ones.
+// for the same sizes each time; fresh pages cost more than the gradients' arithmetic, above all where other programs
+// have left no huge ones. What nobody has asked for in the time of kPatience requests goes back to the kernel.
 class GradientMemory {
   public:
     struct Taken {
@@ -26,8 +27,15 @@ class GradientMemory {
     void clear();
 
   private:
+    // More than a step of any model has layers.
+    static constexpr std::uint64_t kPatience = 1024;
+    struct Free {
+        Block block;
+        std::uint64_t since;  // the number of requests when it was given
+    };
     std::mutex mutex_;  // its own: a tensor may be dropped while another thread computes
-    std::vector<Block> free_;
+    std::vector<Free> free_;
+    std::uint64_t requests_ = 0;
 };
 
 struct Process {
