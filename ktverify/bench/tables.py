@@ -205,6 +205,8 @@ def warnings(summary: ShapeSummary) -> list[str]:
     found = []
     if summary.others >= BUSY:
         left = f"{summary.left_out} of {summary.turns} turns were disturbed and do not count"
+        if not summary.left_out:
+            left = "too few turns were quiet to count those alone, so all do"
         found.append(f"other programs had {100 * summary.others:.0f} % of the processors; {left}")
     if summary.restless:
         found.append(f"{', '.join(summary.restless)} kept computing between turns, at the others' expense")
