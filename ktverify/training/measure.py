@@ -5,8 +5,10 @@ Comes in: a TrainConfig. Goes out: resident bytes after every step with their sl
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,7 @@ WARMUP = 3  # steps whose memory and time do not count: pages are touched, exper
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident bytes: after loading, and after each step. slope: bytes per step over the steps after the warm-up, or
-    over their second half, whichever is less: an allocator may take more once, a leak does it again and again. waiting:
+    """Resident bytes: after loading, and after each step; slope: growth() of the steps after the warm-up; waiting:
     forwards that still wait for a backward in the engines at the end."""
 
     loaded: int
@@ -41,9 +42,16 @@ def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory
     done = _few_steps(config, beside, steps, one_length=True)
     rss = done.journal.rss[WARMUP:]
     waiting = sum(w.engine.saved_forwards for w in getattr(done.model, "_kt_wrappers", ()) if w.engine)
-    late = rss[len(rss) // 2 :]
-    least = min(slope(range(len(part)), part) for part in (rss, late))
-    return Memory(done.journal.rss_before, tuple(rss), least, waiting)
+    return Memory(done.journal.rss_before, tuple(rss), growth(rss), waiting)
+
+
+def growth(rss: Sequence[int]) -> float:
+    """Bytes per step, fitted, without the largest single rise: an allocator may take more once, a leak does it again
+    and again."""
+    rises = [after - before for before, after in itertools.pairwise(rss)]
+    largest = max(range(len(rises)), key=rises.__getitem__, default=0)
+    spared = max(0, rises[largest]) if len(rises) > 1 else 0
+    return slope(range(len(rss)), [r - spared if at > largest else r for at, r in enumerate(rss)])
 
 
 def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:

@@ -20,7 +20,7 @@ from ktverify.training import checkpoints, curves, measure, place
 from ktverify.training.acceptance import verify_training
 from ktverify.training.config import TrainConfig, read_config
 from ktverify.training.dataset import example_data, read_records
-from ktverify.training.measure import Memory, measure_memory
+from ktverify.training.measure import Memory, growth, measure_memory
 from ktverify.training.run import Summary, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -285,6 +285,24 @@ def test_memory_does_not_grow(tiny: Callable[[str], Path], tmp_path: Path) -> No
     assert found.waiting == 0
     assert Memory(found.loaded, found.steps, found.slope + 2**19).leaks
     assert Memory(found.loaded, found.steps, found.slope, waiting=1).leaks
+
+
+@pytest.mark.parametrize(
+    ("name", "rss"),
+    [
+        ("every step", [at * 2**19 for at in range(10)]),
+        ("every second step", [at // 2 * 2**21 for at in range(10)]),
+        ("behind one large rise", [at * 2**19 + (at > 4) * 2**23 for at in range(10)]),
+    ],
+)
+def test_a_leak_is_found(name: str, rss: list[int]) -> None:
+    assert Memory(0, tuple(rss), growth(rss)).leaks, name
+
+
+@pytest.mark.parametrize("at", range(1, 10))
+def test_one_rise_is_no_leak(at: int) -> None:
+    rss = [2**29 + (step >= at) * 2**23 + step * 2**14 for step in range(10)]
+    assert not Memory(0, tuple(rss), growth(rss)).leaks
 
 
 def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,20 +104,15 @@ void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblock
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
     constexpr int chunk = 16;
     const int groups = (rows + kGroup - 1) / kGroup;
-    bool add = false;
-    for (int s = 0; s < count; ++s) {
-        const NtSegment& seg = segments[s];
-        for (int kb = 0, blocks; kb < seg.kblocks; kb += blocks, add = true) {
-            blocks = piece(seg.kblocks - kb, chunk);
-            const bf16* w = seg.weights + kb * kBlockSize;
-            const bf16* x = seg.tokens + kb * kPackSize;
-            for (int g = 0; g < groups; g += 2) {
-                const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
-                block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? seg.after(kb + blocks) : nullptr,
-                      c + g * kGroup, ldc, add);
-            }
+    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
+        const bf16* w = seg.weights + kb * kBlockSize;
+        const bf16* x = seg.tokens + kb * kPackSize;
+        for (int g = 0; g < groups; g += 2) {
+            const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
+            block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? seg.after(kb + blocks) : nullptr,
+                  c + g * kGroup, ldc, add);
         }
-    }
+    });
 }
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).

@@ -94,22 +94,17 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
                                                             {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
     const int rest = rows % kGroup, groups = rows / kGroup + (rest > kGroup / 2);
     const bool half = rest > 0 && rest <= kGroup / 2;
-    bool add = false;
-    for (int s = 0; s < count; ++s) {
-        const NtSegment& seg = segments[s];
-        for (int kb = 0, blocks; kb < seg.kblocks; kb += blocks, add = true) {
-            blocks = piece(seg.kblocks - kb, chunk);
-            const bf16* w = seg.weights + kb * kBlockSize;
-            for (int g = 0, at_once;; g += at_once) {
-                const int left = groups - g;
-                at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
-                const bool last = at_once == left;
-                run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride,
-                                           blocks, g == 0 ? seg.after(kb + blocks) : nullptr, c + g * kGroup, ldc, add);
-                if (last) break;
-            }
+    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
+        const bf16* w = seg.weights + kb * kBlockSize;
+        for (int g = 0, at_once;; g += at_once) {
+            const int left = groups - g;
+            at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
+            const bool last = at_once == left;
+            run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride, blocks,
+                                       g == 0 ? seg.after(kb + blocks) : nullptr, c + g * kGroup, ldc, add);
+            if (last) break;
         }
-    }
+    });
 }
 
 // Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
@@ -145,19 +140,14 @@ template <int T>
 void nt_dots(const NtSegment* segments, int count, float* c, std::size_t ldc) {
     constexpr int chunk = 8, N = few_block<T>;
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
-    bool add = false;
-    for (int s = 0; s < count; ++s) {
-        const NtSegment& seg = segments[s];
-        for (int kb = 0, blocks; kb < seg.kblocks; kb += blocks, add = true) {
-            blocks = piece(seg.kblocks - kb, chunk);
-            const bf16* w = seg.weights + kb * kBlockSize;
-            const bf16* ahead = seg.after(kb + blocks);
-            for (int n = 0; n < kBlock; n += N) {
-                dots_block<T>(w + n * kBlock, seg.tokens + kb * kPackSize, blocks, ahead + n * blocks * kBlock,
-                              sums + n * T * 16, add);
-            }
+    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
+        const bf16* w = seg.weights + kb * kBlockSize;
+        const bf16* ahead = seg.after(kb + blocks);
+        for (int n = 0; n < kBlock; n += N) {
+            dots_block<T>(w + n * kBlock, seg.tokens + kb * kPackSize, blocks, ahead + n * blocks * kBlock,
+                          sums + n * T * 16, add);
         }
-    }
+    });
     for (int t = 0; t < T; ++t) {
         for (int half = 0; half < kBlock; half += 16) {
             F lanes[16];

@@ -7,6 +7,18 @@ inline int piece(int left, int most) {
     return (left + pieces - 1) / pieces;
 }
 
+// Calls multiply(segment, kb, blocks, add) for each segment's chunks of at most `most` k-blocks; add: not the first.
+template <typename Multiply>
+inline void visit_chunks(const NtSegment* segments, int count, int most, const Multiply& multiply) {
+    bool add = false;
+    for (int s = 0; s < count; ++s) {
+        for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
+            blocks = piece(segments[s].kblocks - kb, most);
+            multiply(segments[s], kb, blocks, add);
+        }
+    }
+}
+
 inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
 inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time: 16 KB of panel stays in L1
 
