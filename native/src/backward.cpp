@@ -345,7 +345,8 @@ void Backward::input_grad(Hand& hand, int p, int index) {
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kPanelCols * sizeof(float));
         }
-        kernels_.add_rows(hand.c, kPanelCols, count, cblocks * kBlock, routing_.token.data() + row, sum, kPanelCols);
+        kernels_.add_rows(hand.c, kPanelCols, count, cblocks * kBlock, routing_.token.data() + row, nullptr, sum,
+                          kPanelCols);
     }
     turns_.pass(p, hp, ticket);
     if (ticket == active_ - 1 && parts_done_[z(hp)].fetch_add(1, std::memory_order_acq_rel) == config_.parts - 1)

@@ -5,10 +5,15 @@
 namespace ktv {
 namespace {
 
-// Element (token t, index n) of one group of a token pack.
-std::size_t pack_index(int n, int t, bool few) {
-    if (few) return z(n / kBlock) * kPackSize + z(t) * kBlock + z(n % kBlock);
-    return z(n / kBlock) * kPackSize + z(n % kBlock / 2) * 2 * kGroup + z(t) * 2 + z(n & 1);
+// Tokens in the layout of few tokens.
+void pack_few(const bf16* const* rows, int count, int k, int kblocks, bf16* pack) {
+    for (int kb = 0; kb < kblocks; ++kb) {
+        const std::size_t at = z(kb) * kBlock, have = std::min(z(k) - at, z(kBlock));
+        for (int t = 0; t < count; ++t, pack += kBlock) {
+            std::memcpy(pack, rows[t] + at, have * sizeof(bf16));
+            std::memset(pack + have, 0, (kBlock - have) * sizeof(bf16));
+        }
+    }
 }
 
 void clear(const Pair& to, std::size_t at, std::size_t count) {
@@ -186,13 +191,14 @@ void Forward::pack_new_experts(Process& shared, Team& team) {
     caller_.lap(Phase::pack_weights);
 }
 
-// nt for `rows` tokens of an expert.
+// nt for `rows` tokens of an expert: c [32][ldc], or [rows][32] where they are few.
 void Forward::multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int rows, float* c,
                        std::size_t ldc) const {
-    (is_few(expert) ? kernels_.nt_few : kernels_.nt)(segments, used, rows, c, ldc);
+    if (is_few(expert)) return kernels_.nt_few(segments, used, rows, c);
+    kernels_.nt(segments, used, rows, c, ldc);
 }
 
-// 32 rows of a LoRA A, from element `at` of its pack on, times `rows` tokens of one group: c [32][16].
+// 32 rows of a LoRA A, from element `at` of its pack on, times `rows` tokens of one group.
 void Forward::multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                          std::size_t stride, int kblocks, float* c) const {
     NtSegment segments[2];
@@ -202,13 +208,13 @@ void Forward::multiply_a(const Routing::Expert& expert, int rows, const Pair& a,
 }
 
 // Element n of token t of a small activation into its group's pack, which begins at `from`.
-void Forward::put_packed(const Pair& to, std::size_t from, int n, int t, bool few, float value) const {
+void Forward::put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const {
     const Split s = split(value);
-    to.hi[from + pack_index(n, t, few)] = s.hi;
+    to.hi[from + order.in_pack(n, t)] = s.hi;
     if (size_.side_by_side()) {
-        to.hi[from + pack_index(n + kBlock / 2, t, few)] = s.lo;
+        to.hi[from + order.in_pack(n + kBlock / 2, t)] = s.lo;
     } else {
-        to.lo[from + pack_index(n, t, few)] = s.lo;
+        to.lo[from + order.in_pack(n, t)] = s.lo;
     }
 }
 
@@ -232,14 +238,18 @@ void Forward::keep_rows(Hand& hand, int first_group) {
 void Forward::pack(Hand& hand, int p, int group) {
     Part& part = parts_[z(p)];
     const Routing::Expert& expert = routing_.expert_at(group);
+    const Order order = order_of(expert);
     const bf16* token[kGroup];
     for (int t = 0; t < kGroup; ++t) {
         const int id = routing_.token[z(group * kGroup + t)];
         token[t] = id < 0 ? nullptr : given_.x + z(id) * z(size_.H);
     }
     bf16* packed_x = part.x_pack + z(group) * x_stride_;
-    const bool few = is_few(expert);
-    kernels_.pack_tokens(token, size_.H, size_.hb, few, packed_x);
+    if (order.few > 0) {
+        pack_few(token, order.few, size_.H, size_.hb, packed_x);
+    } else {
+        kernels_.pack_tokens(token, size_.H, size_.hb, packed_x);
+    }
     hand.watch.lap(Phase::pack_input);
 
     const bool keep = keep_lora_ && p == 0;  // the same for every part
@@ -258,8 +268,8 @@ void Forward::pack(Hand& hand, int p, int group) {
             const Pair& pack_to = is_up ? part.up_xa : part.gate_xa;
             const std::size_t kept_row = kept_at + z(is_up ? size_.rank_rows() + n : n) * to.ld + to.first;
             for (int t = 0; t < to.rows; ++t) {
-                const float value = config_.scaling * hand.c[j * kGroup + t];
-                put_packed(pack_to, pack_at, n, t, few, value);
+                const float value = config_.scaling * hand.c[order.in_result(j, t)];
+                put_packed(pack_to, pack_at, n, t, order, value);
                 if (keep) put(kept_.xa_t, kept_row + z(t), value);
             }
         }
@@ -302,9 +312,15 @@ void Forward::up(Hand& hand, int p, int index) {
         product(base.up, lora_.up_b[z(p)], part.up_xa, u, next_weights(p, index, size_.ib, &PackedExpert::gate));
         hand.watch.lap(Phase::gate_up);
         const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
-        kernels_.silu_mul(g, u, ldc, count, part.h_pack + group * h_stride_ + z(ib) * kPackSize, h_stride_,
-                          is_few(expert), given_.save ? kept.g + keep_at : nullptr,
-                          given_.save ? kept.u + keep_at : nullptr, z(size_.inter_ld()));
+        const Order order = order_of(expert);
+        bf16* h = part.h_pack + group * h_stride_ + z(ib) * order.k_block();
+        float* keep_g = given_.save ? kept.g + keep_at : nullptr;
+        float* keep_u = given_.save ? kept.u + keep_at : nullptr;
+        if (order.few > 0) {
+            kernels_.silu_mul_few(g, u, rows, h, keep_g, keep_u, z(size_.inter_ld()));
+        } else {
+            kernels_.silu_mul(g, u, ldc, count, h, h_stride_, keep_g, keep_u, z(size_.inter_ld()));
+        }
         hand.watch.lap(Phase::activation);
     }
 }
@@ -316,7 +332,7 @@ void Forward::rank(Hand& hand, int p, int group) {
     const Routing::Columns to = routing_.columns(group);
     const std::size_t kept_at = z(expert.first_k) * z(size_.rank_rows()), pack_at = z(group) * r_stride_;
     const float* weight = routing_.weight.data() + z(group) * kGroup;
-    const bool few = is_few(expert);
+    const Order order = order_of(expert);
     clear(part.ha, pack_at, r_stride_);
     if (keep_lora_) clear_kept(kept_to, kept_at, size_.rank_rows(), to);
     for (int nb = 0; nb < size_.rb; ++nb) {
@@ -326,8 +342,8 @@ void Forward::rank(Hand& hand, int p, int group) {
         for (int j = 0; j < kBlock && nb * kBlock + j < size_.r; ++j) {
             const int n = nb * kBlock + j;
             for (int t = 0; t < to.rows; ++t) {
-                const float value = config_.scaling * hand.c[j * kGroup + t];
-                put_packed(part.ha, pack_at, n, t, few, value);
+                const float value = config_.scaling * hand.c[order.in_result(j, t)];
+                put_packed(part.ha, pack_at, n, t, order, value);
                 if (keep_lora_) put(kept_to, kept_at + z(n) * to.ld + to.first + z(t), weight[t] * value);
             }
         }
@@ -358,8 +374,13 @@ void Forward::down(Hand& hand, int p, int index) {
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kBlock * sizeof(float));
         }
-        kernels_.add_transposed(hand.c, ldc, rows, routing_.token.data() + row, routing_.weight.data() + row, sum,
-                                kBlock);
+        const std::int32_t* token = routing_.token.data() + row;
+        const float* weight = routing_.weight.data() + row;
+        if (is_few(expert)) {
+            kernels_.add_rows(hand.c, kBlock, rows, kBlock, token, weight, sum, kBlock);
+        } else {
+            kernels_.add_transposed(hand.c, ldc, rows, token, weight, sum, kBlock);
+        }
     }
     turns_.pass(p, hb, ticket);
     if (ticket == active_ - 1 && parts_done_[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config_.parts - 1)

@@ -61,12 +61,26 @@ class Forward {
     void down(Hand& hand, int p, int index);
     void finish(int worker, int hb);
 
+    // How an expert's tokens stand in packs and in results; see kernels.hpp.
+    struct Order {
+        int few;  // how many there are; 0: groups of 16
+        std::size_t k_block() const { return few > 0 ? z(few) * kBlock : kPackSize; }
+        // Element (token t, index n), in one group's pack and in the results of 32 rows of W.
+        std::size_t in_pack(int n, int t) const {
+            const std::size_t at =
+                few > 0 ? z(t) * kBlock + z(n % kBlock) : z(n % kBlock / 2 * kGroup + t) * 2 + z(n & 1);
+            return z(n / kBlock) * k_block() + at;
+        }
+        std::size_t in_result(int n, int t) const { return few > 0 ? z(t * kBlock + n) : z(n * kGroup + t); }
+    };
+
     bool is_few(const Routing::Expert& expert) const { return expert.rows <= kernels_.few_rows; }
+    Order order_of(const Routing::Expert& expert) const { return {is_few(expert) ? expert.rows : 0}; }
     void multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int rows, float* c,
                   std::size_t ldc) const;
     void multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                     std::size_t stride, int kblocks, float* c) const;
-    void put_packed(const Pair& to, std::size_t from, int n, int t, bool few, float value) const;
+    void put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const;
     const bf16* next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 

@@ -58,12 +58,12 @@ void nt_few(const Kernels& k, check::Random& random, int rows, int kblocks) {
     std::vector<NtSegment> segments;
     for (const int length : lengths) {
         w.push_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
-        x.push_back(random.bf16s(std::size_t(length) * kPackSize, 1));
+        x.push_back(random.bf16s(std::size_t(length * rows * kBlock), 1));
         segments.push_back({w.back().data(), x.back().data(), 0, length});
     }
     segments[0].next = w[0].data();
-    std::vector<float> c(kBlock * kGroup, kGuard);
-    k.nt_few(segments.data(), int(segments.size()), rows, c.data(), kGroup);
+    std::vector<float> c(std::size_t(rows * kBlock + 1), kGuard);
+    k.nt_few(segments.data(), int(segments.size()), rows, c.data());
     std::vector<double> got, expected;
     for (int n = 0; n < kBlock; ++n) {
         for (int t = 0; t < rows; ++t) {
@@ -71,16 +71,17 @@ void nt_few(const Kernels& k, check::Random& random, int rows, int kblocks) {
             for (std::size_t s = 0; s < segments.size(); ++s) {
                 for (int i = 0; i < lengths[s] * kBlock; ++i) {
                     sum += double(to_float(w[s][std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
-                           double(to_float(x[s][std::size_t(i / kBlock) * kPackSize + t * kBlock + i % kBlock]));
+                           double(to_float(x[s][std::size_t((i / kBlock * rows + t) * kBlock + i % kBlock)]));
                 }
             }
             expected.push_back(sum);
-            got.push_back(c[n * kGroup + t]);
+            got.push_back(c[std::size_t(t * kBlock + n)]);
         }
     }
-    check::that(
-        check::rel_l2(got, expected) < kSumError,
-        std::string(name_of(k.isa)) + " nt_few rows=" + std::to_string(rows) + " kblocks=" + std::to_string(kblocks));
+    const std::string what =
+        std::string(name_of(k.isa)) + " nt_few rows=" + std::to_string(rows) + " kblocks=" + std::to_string(kblocks);
+    check::that(c.back() == kGuard, what + ": wrote beyond its result");
+    check::that(check::rel_l2(got, expected) < kSumError, what);
 }
 
 // A token's sums have the same bits whatever its place and however many there are.
@@ -186,9 +187,11 @@ void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblo
     check::that(check::rel_l2(got, expected) < kSumError, what);
 }
 
-void activation(const Kernels& k, check::Random& random, bool few) {
-    constexpr int groups = 2, tokens = groups * kGroup;
-    std::vector<float> g(kBlock * tokens), u(kBlock * tokens);
+// Of two groups, or of few tokens.
+void activation(const Kernels& k, check::Random& random, int few) {
+    constexpr int groups = 2;
+    const int tokens = few > 0 ? few : groups * kGroup;
+    std::vector<float> g(std::size_t(kBlock * tokens)), u(g);
     for (auto& v : g) v = 120.0f * random.uniform();
     for (auto& v : u) v = random.uniform();
     g[0] = 0.0f;
@@ -197,16 +200,21 @@ void activation(const Kernels& k, check::Random& random, bool few) {
     g[3] = -3e38f;
     g[4] = NAN;
     std::vector<bf16> pack(groups * kPackSize);
-    std::vector<float> keep_g(tokens * kBlock), keep_u(tokens * kBlock);
-    k.silu_mul(g.data(), u.data(), tokens, groups, pack.data(), kPackSize, few, keep_g.data(), keep_u.data(), kBlock);
+    std::vector<float> keep_g(g.size()), keep_u(g.size());
+    if (few > 0) {
+        k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep_g.data(), keep_u.data(), kBlock);
+    } else {
+        k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep_g.data(),
+                   keep_u.data(), kBlock);
+    }
     bool kept = true, right = true;
     for (int n = 0; n < kBlock; ++n) {
         for (int t = 0; t < tokens; ++t) {
-            const float gate = g[n * tokens + t], up = u[n * tokens + t];
-            const float was = keep_g[t * kBlock + n];
-            kept &= (std::isnan(gate) ? std::isnan(was) : was == gate) && keep_u[t * kBlock + n] == up;
+            const auto from = std::size_t(few > 0 ? t * kBlock + n : n * tokens + t), to = std::size_t(t * kBlock + n);
+            const float gate = g[from], up = u[from], was = keep_g[to];
+            kept &= (std::isnan(gate) ? std::isnan(was) : was == gate) && keep_u[to] == up;
             const bf16* group = pack.data() + std::size_t(t / kGroup) * kPackSize;
-            const int at = few ? t % kGroup * kBlock + n : (n / 2 * kGroup + t % kGroup) * 2 + n % 2;
+            const int at = few > 0 ? t * kBlock + n : (n / 2 * kGroup + t % kGroup) * 2 + n % 2;
             const float h = to_float(group[at]);
             const double expected = gate / (1 + std::exp(-double(gate))) * up;
             right &= std::isnan(gate) ? std::isnan(h) : std::abs(h - expected) <= 0.004 * std::abs(expected) + 1e-35;
@@ -245,8 +253,8 @@ int main() {
         for (const int rows : {1, 8, 16, 17, 32, 40}) {
             for (const int cols : {1, 15, 16, 100, 128}) turn(k, rows, cols);
         }
-        activation(k, random, false);
-        activation(k, random, true);
+        activation(k, random, 0);
+        activation(k, random, 7);
         nt_in_any_place(k, random);
         for (const int rows : {3, 16, 21}) nn_segments(k, random, rows);
         for (int rows = 1; rows <= k.few_rows; ++rows) {

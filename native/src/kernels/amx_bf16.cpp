@@ -109,8 +109,8 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
         const bf16* x = seg.tokens + kb * kPackSize;
         for (int g = 0; g < groups; g += 2) {
             const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
-            block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? seg.after(kb + blocks) : nullptr,
-                  c + g * kGroup, ldc, add);
+            block(w, x + g * seg.group_stride, seg.group_stride, blocks,
+                  g == 0 ? seg.after(kb + blocks, blocks) : nullptr, c + g * kGroup, ldc, add);
         }
     });
 }

@@ -101,7 +101,7 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
             at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
             const bool last = at_once == left;
             run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride, blocks,
-                                       g == 0 ? seg.after(kb + blocks) : nullptr, c + g * kGroup, ldc, add);
+                                       g == 0 ? seg.after(kb + blocks, blocks) : nullptr, c + g * kGroup, ldc, add);
             if (last) break;
         }
     });
@@ -113,7 +113,26 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // lanes are added up at the end of k.
 constexpr int few_rows = 10;
 template <int T>
-constexpr int few_block = T > 6 ? 2 : 4;  // rows of W in a register block
+constexpr int few_block = T == 1  ? 8
+                          : T > 6 ? 2
+                                  : 4;  // rows of W in a register block
+template <int T>
+constexpr int few_chunk = T == 1   ? 4
+                          : T == 2 ? 2
+                                   : 8;  // k-blocks in a chunk
+
+// With one or two tokens the arithmetic is so short that prefetches come faster than the miss buffers take them, and the
+// processor drops what it cannot take. A load is never dropped, and the prefetchers of the hardware follow it; with more
+// tokens the loads that miss would fill the reorder buffer before it holds enough of them.
+template <int T>
+KTV_INLINE void fetch_few(const bf16* line) {
+    if constexpr (T > 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+    } else {
+        __m512i unused;
+        asm volatile("vmovdqu64 %1, %0" : "=v"(unused) : "m"(*reinterpret_cast<const __m512i_u*>(line)));
+    }
+}
 
 template <int T>
 KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16* ahead, float* sums, bool add) {
@@ -122,8 +141,8 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
     }
-    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize, ahead += N * kBlock) {
-        for (int n = 0; n < N; ++n) _mm_prefetch(reinterpret_cast<const char*>(ahead + n * kBlock), _MM_HINT_T1);
+    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += T * kBlock, ahead += N * kBlock) {
+        for (int n = 0; n < N; ++n) fetch_few<T>(ahead + n * kBlock);
         __m512i token[T];
         for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
         for (int n = 0; n < N; ++n) {
@@ -137,14 +156,14 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16
 }
 
 template <int T>
-void nt_dots(const NtSegment* segments, int count, float* c, std::size_t ldc) {
-    constexpr int chunk = 8, N = few_block<T>;
+void nt_dots(const NtSegment* segments, int count, float* c) {
+    constexpr int chunk = few_chunk<T>, N = few_block<T>;
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
     visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
-        const bf16* ahead = seg.after(kb + blocks);
+        const bf16* ahead = seg.after(kb + blocks, blocks);
         for (int n = 0; n < kBlock; n += N) {
-            dots_block<T>(w + n * kBlock, seg.tokens + kb * kPackSize, blocks, ahead + n * blocks * kBlock,
+            dots_block<T>(w + n * kBlock, seg.tokens + kb * T * kBlock, blocks, ahead + n * blocks * kBlock,
                           sums + n * T * 16, add);
         }
     });
@@ -155,17 +174,17 @@ void nt_dots(const NtSegment* segments, int count, float* c, std::size_t ldc) {
             for (int width = 8; width > 0; width /= 2) {
                 for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
             }
-            for (int n = 0; n < 16; ++n) c[(half + n) * ldc + t] = lanes[0][n];
+            store(c + t * kBlock + half, lanes[0]);
         }
     }
 }
 
-void nt_few(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
-    constexpr void (*dots[])(const NtSegment*, int, float*, std::size_t) = {
-        nt_dots<1>, nt_dots<2>, nt_dots<3>, nt_dots<4>, nt_dots<5>,
-        nt_dots<6>, nt_dots<7>, nt_dots<8>, nt_dots<9>, nt_dots<10>};
+void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
+    constexpr void (*dots[])(const NtSegment*, int, float*) = {nt_dots<1>, nt_dots<2>, nt_dots<3>, nt_dots<4>,
+                                                               nt_dots<5>, nt_dots<6>, nt_dots<7>, nt_dots<8>,
+                                                               nt_dots<9>, nt_dots<10>};
     static_assert(sizeof dots / sizeof *dots == few_rows);
-    dots[rows - 1](segments, count, c, ldc);
+    dots[tokens - 1](segments, count, c);
 }
 
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.

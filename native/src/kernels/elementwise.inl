@@ -118,7 +118,7 @@ KTV_INLINE void load_transposed(const float* c, std::size_t ldc, F (&m)[16]) {
     transpose(m);
 }
 
-void pack_tokens(const bf16* const* rows, int k, int kblocks, bool few, bf16* pack) {
+void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
     // A k-pair is one 32-bit unit, so that packing is a 16 x 16 transpose of units: [token][pair] -> [pair][token].
     for (int kb = 0; kb < kblocks; ++kb) {
         F unit[16];
@@ -134,30 +134,25 @@ void pack_tokens(const bf16* const* rows, int k, int kblocks, bool few, bf16* pa
                 __builtin_memcpy(&unit[t], padded, sizeof(F));
             }
         }
-        if (!few) transpose(unit);
+        transpose(unit);
         __builtin_memcpy(pack + static_cast<std::size_t>(kb) * kPackSize, unit, sizeof unit);
     }
 }
 
+KTV_INLINE F silu_times(const float* g, const float* u) {
+    const F gate = load(g);
+    return gate * sigmoid(gate).value * load(u);
+}
+
 void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
-              bool few, float* keep_g, float* keep_u, std::size_t keep_ld) {
+              float* keep_g, float* keep_u, std::size_t keep_ld) {
     for (int group = 0; group < groups; ++group) {
         const float* gg = g + group * kGroup;
         const float* uu = u + group * kGroup;
         for (int n = 0; n < kBlock; n += 2) {
             F h[2];
-            for (int i = 0; i < 2; ++i) {
-                const F gate = load(gg + (n + i) * ldc);
-                h[i] = gate * sigmoid(gate).value * load(uu + (n + i) * ldc);
-            }
-            bf16* to = pack + group * group_stride;
-            if (!few) {
-                store_pairs(to + n * kGroup, h[0], h[1]);
-            } else {
-                for (int t = 0; t < kGroup; ++t) {
-                    for (int i = 0; i < 2; ++i) to[t * kBlock + n + i] = to_bf16(h[i][t]);
-                }
-            }
+            for (int i = 0; i < 2; ++i) h[i] = silu_times(gg + (n + i) * ldc, uu + (n + i) * ldc);
+            store_pairs(pack + group * group_stride + n * kGroup, h[0], h[1]);
         }
         if (!keep_g) continue;
         for (int half = 0; half < kBlock; half += 16) {
@@ -167,6 +162,16 @@ void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16*
             load_transposed(uu + half * ldc, ldc, m);
             for (int t = 0; t < 16; ++t) store(keep_u + (group * kGroup + t) * keep_ld + half, m[t]);
         }
+    }
+}
+
+void silu_mul_few(const float* g, const float* u, int tokens, bf16* pack, float* keep_g, float* keep_u,
+                  std::size_t keep_ld) {
+    for (int t = 0; t < tokens; ++t) {
+        for (int n = t * kBlock; n < (t + 1) * kBlock; n += 16) store_bf16(pack + n, silu_times(g + n, u + n));
+        if (!keep_g) continue;
+        __builtin_memcpy(keep_g + t * keep_ld, g + t * kBlock, kBlock * sizeof *g);
+        __builtin_memcpy(keep_u + t * keep_ld, u + t * kBlock, kBlock * sizeof *u);
     }
 }
 
@@ -207,11 +212,12 @@ void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_
     }
 }
 
-void add_rows(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, float* sum,
-              std::size_t ld) {
+void add_rows(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, const float* weight,
+              float* sum, std::size_t ld) {
     for (int row = 0; row < rows; ++row) {
         float* out = sum + token[row] * ld;
-        for (int col = 0; col < cols; col += 16) store(out + col, load(out + col) + load(c + row * ldc + col));
+        const F w = splat(weight ? weight[row] : 1.0f);
+        for (int col = 0; col < cols; col += 16) store(out + col, load(out + col) + w * load(c + row * ldc + col));
     }
 }
 
@@ -248,4 +254,4 @@ void turn(const float* c, std::size_t ldc, int rows, int cols, float* out) {
     }
 }
 
-#define KTV_ELEMENTWISE pack_tokens, silu_mul, silu_mul_grad, add_transposed, add_rows, round_sum, turn
+#define KTV_ELEMENTWISE pack_tokens, silu_mul, silu_mul_few, silu_mul_grad, add_transposed, add_rows, round_sum, turn

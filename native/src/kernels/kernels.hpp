@@ -6,7 +6,7 @@
 //                                                            A operand of W·x, and two neighbouring rows, interleaved,
 //                                                            the B operand of g·W
 //   token pack     [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
-//   few tokens     [group][K/32][16 tokens][32 k]            natural, where an expert has so few rows that dot products
+//   few tokens     [K/32][token][32 k]                       natural, where an expert has so few rows that dot products
 //                                                            along k are faster: Kernels::few_rows
 //   rows           [row][K]                                  natural; up to a multiple of 16 rows may be read, but those
 //                                                            beyond the last hold anything, and nothing of them counts
@@ -35,9 +35,12 @@ struct NtSegment {
     const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
     std::size_t group_stride;  // elements between groups of `tokens`
     int kblocks;
-    const bf16* next = nullptr;  // what will be multiplied after these weights, if it is known: to be fetched meanwhile
-    // The weights to fetch while those up to k-block kb are multiplied.
-    const bf16* after(int kb) const { return kb < kblocks || !next ? weights + kb * kBlockSize : next; }
+    const bf16* next = nullptr;  // what will be multiplied after these weights, if it is known, as many k-blocks
+    // Of the weights, the `blocks` k-blocks to fetch while as many before kb are multiplied.
+    const bf16* after(int kb, int blocks) const {
+        if (kb < kblocks) return weights + (kb < kblocks - blocks ? kb : kblocks - blocks) * kBlockSize;
+        return next ? next : weights;
+    }
 };
 
 // One summand of nn: C[row][col] += sum_k G[row][k] W[k][col].
@@ -60,19 +63,21 @@ struct Kernels {
     // c [32][ldc] fp32, overwritten; columns beyond the tokens hold anything; tokens <= kChunkRows, in groups. Every
     // token's sums are made in the same order, whatever its place and however many there are.
     void (*nt)(const NtSegment* segments, int count, int tokens, float* c, std::size_t ldc);
-    // The same for one group with at most few_rows tokens, `tokens` in the layout of few tokens; only c[.][0..rows)
-    // counts.
+    // The same for 1 to few_rows tokens in the layout of few tokens, which stays that of the results: c [tokens][32].
     int few_rows;
-    void (*nt_few)(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc);
+    void (*nt_few)(const NtSegment* segments, int count, int tokens, float* c);
     // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks.
     void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc);
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
-    void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bool few, bf16* pack);
+    void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
     // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is
     // not null also g and u as they are, transposed to [row][keep_ld] fp32.
     void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
-                     bool few, float* keep_g, float* keep_u, std::size_t keep_ld);
+                     float* keep_g, float* keep_u, std::size_t keep_ld);
+    // The same for few tokens: g, u [tokens][32] fp32 -> pack [tokens][32].
+    void (*silu_mul_few)(const float* g, const float* u, int tokens, bf16* pack, float* keep_g, float* keep_u,
+                         std::size_t keep_ld);
     // c [rows][ldc] = dO Wd + s (dO Bd) Ad, without the routing weight; g, u [rows][ld] fp32. Writes grad_g, grad_u, h
     // [rows][ld] bf16 and the partial sums of <grad_h, h> over these columns to dot[rows * dot_stride].
     void (*silu_mul_grad)(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g,
@@ -82,9 +87,9 @@ struct Kernels {
     // fp32.
     void (*add_transposed)(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight,
                            float* sum, std::size_t ld);
-    // c [rows][ldc] -> sum[token[i]][0..cols) += c[i].
-    void (*add_rows)(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, float* sum,
-                     std::size_t ld);
+    // c [rows][ldc] -> sum[token[i]][0..cols) += weight[i] * c[i]; null weights are 1.
+    void (*add_rows)(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token,
+                     const float* weight, float* sum, std::size_t ld);
     // out[i] = bf16(sum over parts of in[p][i]), the parts in order.
     void (*round_sum)(const float* const* in, int parts, std::size_t count, bf16* out);
     // c [rows up to a multiple of 16][ldc up to a multiple of 16] -> out [cols][rows], its transpose.
