@@ -71,11 +71,6 @@ KTV_INLINE void store_results(float* c, std::size_t ldc) {
     if constexpr (M > 1) tile_store<2>(c + 16 * ldc, stride);
     if constexpr (M > 1 && N > 1) tile_store<3>(c + 16 * ldc + 16, stride);
 }
-KTV_INLINE void fetch(const bf16* block) {
-    for (int row = 0; row < kBlock; ++row)
-        _mm_prefetch(reinterpret_cast<const char*>(block + row * kBlock), _MM_HINT_T1);
-}
-
 template <int M, int N>
 KTV_INLINE void multiply() {
     tile_dot<0, 4, 6>();
@@ -86,11 +81,11 @@ KTV_INLINE void multiply() {
 
 // 32 rows of W (A, natural) by G groups of tokens (B, packed).
 template <int G>
-void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const bf16* ahead, float* c,
+void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming coming, float* c,
               std::size_t ldc, bool add) {
     load_results<2, G>(c, ldc, add);
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        if (ahead) fetch(ahead + kb * kBlockSize);
+        if (coming.soon) fetch(coming + kb * kBlockSize, kBlock);
         tile_load<4>(w, 64);
         tile_load<6>(x, 64);
         if constexpr (G > 1) tile_load<7>(x + group_stride, 64);
@@ -104,25 +99,25 @@ void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblock
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
     constexpr int chunk = 16;
     const int groups = (rows + kGroup - 1) / kGroup;
-    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
+    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         const bf16* x = seg.tokens + kb * kPackSize;
         for (int g = 0; g < groups; g += 2) {
             const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
-            block(w, x + g * seg.group_stride, seg.group_stride, blocks,
-                  g == 0 ? seg.after(kb + blocks, blocks) : nullptr, c + g * kGroup, ldc, add);
+            block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? coming : Coming(), c + g * kGroup,
+                  ldc, add);
         }
     });
 }
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
 template <int M>
-void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const Ahead& ahead, float* c,
+void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const ComingPanels& coming, float* c,
               std::size_t ldc, bool add) {
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        fetch(ahead.at(kb, panel));
+        fetch(coming.at(kb, panel), kBlock);
         tile_load<4>(g, stride);
         tile_load<6>(panel, 64);
         tile_load<7>(panel + kHalf, 64);
@@ -133,14 +128,16 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    visit_panels(segments, count, cblocks, [&](const NnSegment& seg, const Panel& panel, Ahead ahead, bool add) {
-        const bf16* g = seg.rows + panel.kb * kBlock;
-        for (int r = 0; r < rows; r += 32) {
-            const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
-            block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, ahead, c + r * ldc + panel.cb * kBlock, ldc, add);
-            ahead = Ahead();  // once is enough
-        }
-    });
+    visit_panels(segments, count, cblocks,
+                 [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
+                     const bf16* g = seg.rows + panel.kb * kBlock;
+                     for (int r = 0; r < rows; r += 32) {
+                         const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
+                         block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming,
+                               c + r * ldc + panel.cb * kBlock, ldc, add);
+                         coming = ComingPanels();  // once is enough
+                     }
+                 });
 }
 
 }  // namespace

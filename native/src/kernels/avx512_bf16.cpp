@@ -41,8 +41,8 @@ KTV_INLINE __m256i lower_half(__m512i v) {
 // Lanes are tokens. A register block is N rows of W by G groups, and with `half` by eight tokens more; a k-pair of W is
 // broadcast, one of the tokens is a load. At most N * (G + half) + G + half + 1 registers of 32.
 template <int N, int G, bool half>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const bf16* ahead,
-                         float* c, std::size_t ldc, bool add) {
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming coming, float* c,
+                         std::size_t ldc, bool add) {
     __m512 sum[N][G + 1];
     __m256 rest[N];
     for (int n = 0; n < N; ++n) {
@@ -50,10 +50,7 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
         if constexpr (half) rest[n] = add ? _mm256_loadu_ps(c + n * ldc + G * kGroup) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        if (ahead) {
-            for (int n = 0; n < N; ++n)
-                _mm_prefetch(reinterpret_cast<const char*>(ahead + kb * kBlockSize + n * kBlock), _MM_HINT_T1);
-        }
+        if (coming.soon) fetch(coming + kb * kBlockSize, N);
         for (int pair = 0; pair < kBlock / 2; ++pair) {
             const bf16* two = x + pair * 2 * kGroup;
             __m512i token[G + 1];
@@ -75,10 +72,10 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
 }
 
 template <int N, int G, bool half>
-void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const bf16* ahead, float* c,
+void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming coming, float* c,
              std::size_t ldc, bool add) {
     for (int n = 0; n < kBlock; n += N) {
-        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, ahead ? ahead + n * kBlock : nullptr,
+        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, coming.soon ? coming + n * kBlock : coming,
                              c + n * ldc, ldc, add);
     }
 }
@@ -94,14 +91,14 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
                                                             {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
     const int rest = rows % kGroup, groups = rows / kGroup + (rest > kGroup / 2);
     const bool half = rest > 0 && rest <= kGroup / 2;
-    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
+    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         for (int g = 0, at_once;; g += at_once) {
             const int left = groups - g;
             at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
             const bool last = at_once == left;
             run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride, blocks,
-                                       g == 0 ? seg.after(kb + blocks, blocks) : nullptr, c + g * kGroup, ldc, add);
+                                       g == 0 ? coming : Coming(), c + g * kGroup, ldc, add);
             if (last) break;
         }
     });
@@ -124,25 +121,23 @@ constexpr int few_chunk = T == 1   ? 4
 // With one or two tokens the arithmetic is so short that prefetches come faster than the miss buffers take them, and the
 // processor drops what it cannot take. A load is never dropped, and the prefetchers of the hardware follow it; with more
 // tokens the loads that miss would fill the reorder buffer before it holds enough of them.
-template <int T>
-KTV_INLINE void fetch_few(const bf16* line) {
-    if constexpr (T > 2) {
-        _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
-    } else {
+KTV_INLINE void load_lines(const bf16* from, int lines) {
+    for (int i = 0; i < lines; ++i) {
         __m512i unused;
-        asm volatile("vmovdqu64 %1, %0" : "=v"(unused) : "m"(*reinterpret_cast<const __m512i_u*>(line)));
+        asm volatile("vmovdqu64 %1, %0" : "=v"(unused) : "m"(*reinterpret_cast<const __m512i_u*>(from + i * kBlock)));
     }
 }
 
 template <int T>
-KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const bf16* ahead, float* sums, bool add) {
+KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, Coming coming, float* sums, bool add) {
     constexpr int N = few_block<T>;
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
     }
-    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += T * kBlock, ahead += N * kBlock) {
-        for (int n = 0; n < N; ++n) fetch_few<T>(ahead + n * kBlock);
+    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += T * kBlock) {
+        const Coming now = coming + kb * N * kBlock;
+        T > 2 ? fetch(now, N) : load_lines(now.soon, N);
         __m512i token[T];
         for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
         for (int n = 0; n < N; ++n) {
@@ -159,11 +154,10 @@ template <int T>
 void nt_dots(const NtSegment* segments, int count, float* c) {
     constexpr int chunk = few_chunk<T>, N = few_block<T>;
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
-    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, bool add) {
+    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
-        const bf16* ahead = seg.after(kb + blocks, blocks);
         for (int n = 0; n < kBlock; n += N) {
-            dots_block<T>(w + n * kBlock, seg.tokens + kb * T * kBlock, blocks, ahead + n * blocks * kBlock,
+            dots_block<T>(w + n * kBlock, seg.tokens + kb * T * kBlock, blocks, coming + n * blocks * kBlock,
                           sums + n * T * 16, add);
         }
     });
@@ -189,7 +183,7 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
 
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, Ahead ahead, float* c,
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, ComingPanels coming, float* c,
                          std::size_t ldc, bool add) {
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
@@ -197,10 +191,9 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int k
             sum[r][half] = add ? _mm512_loadu_ps(c + r * ldc + half * 16) : _mm512_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        const bf16* next = ahead.at(kb, panel);
+        const Coming now = coming.at(kb, panel);
         for (int pair = 0; pair < 16; ++pair) {
-            for (int line = 2 * pair; line < 2 * pair + 2; ++line)
-                _mm_prefetch(reinterpret_cast<const char*>(next + line * kBlock), _MM_HINT_T1);
+            fetch(now + 2 * pair * kBlock, 2);
             const __m512i lower = _mm512_load_si512(panel + pair * 32);
             const __m512i upper = _mm512_load_si512(panel + kHalf + pair * 32);
             for (int r = 0; r < R; ++r) {
@@ -216,21 +209,22 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int k
 }
 
 template <int R>
-void nn_rows(int rows, const bf16* g, std::size_t ld, const bf16* panel, int kblocks, Ahead ahead, float* c,
+void nn_rows(int rows, const bf16* g, std::size_t ld, const bf16* panel, int kblocks, ComingPanels coming, float* c,
              std::size_t ldc, bool add) {
-    if (rows == R) return nn_block<R>(g, ld, panel, kblocks, ahead, c, ldc, add);
-    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, panel, kblocks, ahead, c, ldc, add);
+    if (rows == R) return nn_block<R>(g, ld, panel, kblocks, coming, c, ldc, add);
+    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, panel, kblocks, coming, c, ldc, add);
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    visit_panels(segments, count, cblocks, [&](const NnSegment& seg, const Panel& panel, Ahead ahead, bool add) {
-        const bf16* g = seg.rows + panel.kb * kBlock;
-        for (int r = 0; r < rows; r += 8) {
-            nn_rows<8>(rows - r < 8 ? rows - r : 8, g + r * seg.ld, seg.ld, panel.blocks, panel.count, ahead,
-                       c + r * ldc + panel.cb * kBlock, ldc, add);
-            ahead = Ahead();  // once is enough
-        }
-    });
+    visit_panels(segments, count, cblocks,
+                 [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
+                     const bf16* g = seg.rows + panel.kb * kBlock;
+                     for (int r = 0; r < rows; r += 8) {
+                         nn_rows<8>(rows - r < 8 ? rows - r : 8, g + r * seg.ld, seg.ld, panel.blocks, panel.count,
+                                    coming, c + r * ldc + panel.cb * kBlock, ldc, add);
+                         coming = ComingPanels();  // once is enough
+                     }
+                 });
 }
 
 }  // namespace

@@ -7,14 +7,30 @@ inline int piece(int left, int most) {
     return (left + pieces - 1) / pieces;
 }
 
-// Calls multiply(segment, kb, blocks, add) for each segment's chunks of at most `most` k-blocks; add: not the first.
+// Weights that will be read soon, and later: null, or what a step of arithmetic should fetch of them. They come a few
+// lines a step into the second-level cache; all at once, or into the first level, they would fill the miss buffers, and
+// every load behind them would wait. Every line is asked for twice, for a prefetch that finds the buffers full is dropped.
+struct Coming {
+    const bf16 *soon = nullptr, *later = nullptr;
+    Coming operator+(std::size_t elements) const { return {soon + elements, later + elements}; }
+};
+[[gnu::always_inline]] inline void fetch(Coming coming, int lines) {
+    for (int i = 0; i < lines; ++i) {
+        _mm_prefetch(reinterpret_cast<const char*>(coming.soon + i * kBlock), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(coming.later + i * kBlock), _MM_HINT_T1);
+    }
+}
+
+// Calls multiply(segment, kb, blocks, coming, add) for each segment's chunks of at most `most` k-blocks; add: not the
+// first.
 template <typename Multiply>
 inline void visit_chunks(const NtSegment* segments, int count, int most, const Multiply& multiply) {
     bool add = false;
     for (int s = 0; s < count; ++s) {
         for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
             blocks = piece(segments[s].kblocks - kb, most);
-            multiply(segments[s], kb, blocks, add);
+            const Coming coming{segments[s].from(kb + blocks, blocks), segments[s].from(kb + 2 * blocks, blocks)};
+            multiply(segments[s], kb, blocks, coming, add);
         }
     }
 }
@@ -45,19 +61,46 @@ inline void interleave_block(const NnSegment& seg, int kb, int cb, bf16* panel) 
     interleave(row, panel);
 }
 
-// The blocks of W from (kb, cb) on, down the column, which nn visits next. They are fetched line by line while the
-// present ones are multiplied: all at once they would fill the miss buffers, and every load behind them would wait.
+// The place of a panel: segment, k-block, column block.
+struct Place {
+    int s = 0, kb = 0, cb = 0;
+};
+
+inline bool same_weights(const NnSegment& a, const NnSegment& b) {
+    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks;
+}
+
+// How many segments from s on multiply the same W, as the high and the low half of an operand do.
+inline int sharing(const NnSegment* segments, int count, int s) {
+    int same = 1;
+    while (s + same < count && same_weights(segments[s], segments[s + same])) ++same;
+    return same;
+}
+
+// The place that nn visits after `at`: s is `count` at the end.
+inline Place after(const NnSegment* segments, int count, int cblocks, Place at) {
+    if (at.s == count) return at;
+    const int kblocks = segments[at.s].kblocks;
+    if (++at.cb < cblocks) return at;
+    at.cb = 0;
+    at.kb += piece(kblocks - at.kb, kNnBlocks);
+    if (at.kb < kblocks) return at;
+    return {at.s + sharing(segments, count, at.s), 0, 0};
+}
+
+// The blocks of W at a place, down the column.
 class Ahead {
   public:
     Ahead() = default;
-    Ahead(const NnSegment& seg, int kb, int cb) {
-        if (!seg.weights || kb >= seg.kblocks) return;
-        block_ = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
+    Ahead(const NnSegment* segments, int count, Place at) {
+        if (at.s == count || !segments[at.s].weights) return;
+        const NnSegment& seg = segments[at.s];
+        block_ = seg.weights + at.kb * seg.kblock_stride + at.cb * kBlockSize;
         stride_ = seg.kblock_stride;
-        count_ = seg.kblocks - kb;
+        count_ = seg.kblocks - at.kb;
     }
-    // The i-th of them, or what costs nothing to fetch.
-    const bf16* at(int i, const bf16* at_hand) const { return i < count_ ? block_ + i * stride_ : at_hand; }
+    // The i-th of them, or null.
+    const bf16* at(int i) const { return i < count_ ? block_ + i * stride_ : nullptr; }
 
   private:
     const bf16* block_ = nullptr;
@@ -65,11 +108,15 @@ class Ahead {
     int count_ = 0;
 };
 
-// What nn visits from (kb, cb) of segment s on, or behind its end.
-inline Ahead after(const NnSegment* segments, int s, int count, int kb, int cb) {
-    if (kb < segments[s].kblocks) return Ahead(segments[s], kb, cb);
-    return s + 1 < count ? Ahead(segments[s + 1], 0, 0) : Ahead();
-}
+// The panels that come next.
+struct ComingPanels {
+    Ahead soon, later;
+    // While the i-th block of the present one, which is `at_hand`, is multiplied.
+    Coming at(int i, const bf16* at_hand) const {
+        const bf16 *s = soon.at(i), *l = later.at(i);
+        return {s ? s : at_hand, l ? l : at_hand};
+    }
+};
 
 // Gathered rows lie far apart, a few lines in each: no hardware prefetcher finds them, and one after the other they
 // cost more than the product. All lines of `blocks` k-blocks are asked for at once.
@@ -88,32 +135,24 @@ struct Panel {
     int kb, cb, count;
 };
 
-inline bool same_weights(const NnSegment& a, const NnSegment& b) {
-    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks;
-}
-
-// Makes the panels of W one after the other, and calls multiply(segment, panel, ahead, add) for each segment that has
-// it: one after the other they may share W, as the high and the low half of an operand do.
+// Makes the panels of W one after the other, and calls multiply(segment, panel, coming, add) for each segment that has
+// it.
 template <typename Multiply>
 inline void visit_panels(const NnSegment* segments, int count, int cblocks, const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
-    bool add = false;
-    for (int s = 0, sharing; s < count; s += sharing) {
-        const NnSegment& seg = segments[s];
-        sharing = 1;
-        while (s + sharing < count && same_weights(seg, segments[s + sharing])) ++sharing;
-        for (int kb = 0, have; kb < seg.kblocks; kb += have, add = true) {
-            have = piece(seg.kblocks - kb, kNnBlocks);
-            prefetch_gathered(seg, kb, have, cblocks);
-            for (int cb = 0; cb < cblocks; ++cb) {
-                const bool last = cb + 1 == cblocks;
-                for (int i = 0; i < have; ++i) interleave_block(seg, kb + i, cb, blocks + i * kBlockSize);
-                Ahead ahead = after(segments, s + sharing - 1, count, last ? kb + have : kb, last ? 0 : cb + 1);
-                for (int i = 0; i < sharing; ++i) {
-                    multiply(segments[s + i], Panel{blocks, kb, cb, have}, ahead, add || i > 0);
-                    ahead = Ahead();
-                }
-            }
+    const auto next = [&](Place at) { return after(segments, count, cblocks, at); };
+    for (Place at; at.s < count; at = next(at)) {
+        const NnSegment& seg = segments[at.s];
+        const int have = piece(seg.kblocks - at.kb, kNnBlocks);
+        if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
+        for (int i = 0; i < have; ++i) interleave_block(seg, at.kb + i, at.cb, blocks + i * kBlockSize);
+        const Place soon = next(at);
+        ComingPanels coming{Ahead(segments, count, soon), Ahead(segments, count, next(soon))};
+        bool add = at.s > 0 || at.kb > 0;
+        const int same = sharing(segments, count, at.s);
+        for (int i = 0; i < same; ++i, add = true) {
+            multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have}, coming, add);
+            coming = ComingPanels();  // once is enough
         }
     }
 }

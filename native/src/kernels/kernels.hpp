@@ -36,10 +36,11 @@ struct NtSegment {
     std::size_t group_stride;  // elements between groups of `tokens`
     int kblocks;
     const bf16* next = nullptr;  // what will be multiplied after these weights, if it is known, as many k-blocks
-    // Of the weights, the `blocks` k-blocks to fetch while as many before kb are multiplied.
-    const bf16* after(int kb, int blocks) const {
-        if (kb < kblocks) return weights + (kb < kblocks - blocks ? kb : kblocks - blocks) * kBlockSize;
-        return next ? next : weights;
+    // `blocks` k-blocks that will be visited from kb on, which may lie behind the end. All of them exist.
+    const bf16* from(int kb, int blocks) const {
+        const int last = kblocks - blocks, beyond = kb - kblocks;
+        if (beyond < 0) return weights + (kb < last ? kb : last) * kBlockSize;
+        return next ? next + (beyond < last ? beyond : last) * kBlockSize : weights;
     }
 };
 
