@@ -127,9 +127,18 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
     store_results<M, 2>(c, ldc);
 }
 
+template <bool gathered>
+void interleave(const NnSegment& seg, const Panel& panel) {
+    for (int i = 0; i < panel.count; ++i) {
+        const RawBlock<gathered> block(seg, panel.kb + i, panel.cb);
+        for (int pair = 0; pair < 16; ++pair) block.interleave(pair, panel.blocks + i * kBlockSize);
+    }
+}
+
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
     visit_panels(segments, count, cblocks,
                  [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
+                     if (panel.raw) (seg.weights ? interleave<false> : interleave<true>)(seg, panel);
                      const bf16* g = seg.rows + panel.kb * kBlock;
                      for (int r = 0; r < rows; r += 32) {
                          const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;

@@ -1,6 +1,7 @@
 // AVX-512 with vdpbf16ps: sixteen fp32 lanes, two products a lane and instruction.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.hpp"
@@ -181,25 +182,42 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
     dots[tokens - 1](segments, count, c);
 }
 
+// Where the blocks of a panel come from: they are there, or are interleaved while the first rows meet them, which hides
+// that behind the memory and spreads the fetching of what comes next over more arithmetic.
+struct Interleaved {
+    const bf16* blocks;
+    KTV_INLINE RowPair operator()(int kb, int pair) const {
+        const bf16* block = blocks + kb * kBlockSize + pair * 32;
+        return {_mm512_load_si512(block), _mm512_load_si512(block + kHalf)};
+    }
+};
+template <bool gathered>
+struct Interleaving {
+    const NnSegment& segment;
+    const Panel& panel;
+    KTV_INLINE RowPair operator()(int kb, int pair) const {
+        return RawBlock<gathered>(segment, panel.kb + kb, panel.cb).interleave(pair, panel.blocks + kb * kBlockSize);
+    }
+};
+
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
-template <int R>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, ComingPanels coming, float* c,
-                         std::size_t ldc, bool add) {
+template <int R, typename Blocks>
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming,
+                         float* c, std::size_t ldc, bool add) {
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)
             sum[r][half] = add ? _mm512_loadu_ps(c + r * ldc + half * 16) : _mm512_setzero_ps();
     }
-    for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        const Coming now = coming.at(kb, panel);
+    for (int kb = 0; kb < panel.count; ++kb, g += kBlock) {
+        const Coming now = coming.at(kb, panel.blocks);
         for (int pair = 0; pair < 16; ++pair) {
             fetch(now + 2 * pair * kBlock, 2);
-            const __m512i lower = _mm512_load_si512(panel + pair * 32);
-            const __m512i upper = _mm512_load_si512(panel + kHalf + pair * 32);
+            const RowPair two = blocks(kb, pair);
             for (int r = 0; r < R; ++r) {
                 const __m512i value = broadcast_pair(g + r * ld + 2 * pair);
-                sum[r][0] = dot(sum[r][0], value, lower);
-                sum[r][1] = dot(sum[r][1], value, upper);
+                sum[r][0] = dot(sum[r][0], value, two.lower);
+                sum[r][1] = dot(sum[r][1], value, two.upper);
             }
         }
     }
@@ -208,20 +226,25 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int k
     }
 }
 
-template <int R>
-void nn_rows(int rows, const bf16* g, std::size_t ld, const bf16* panel, int kblocks, ComingPanels coming, float* c,
+template <int R, typename Blocks>
+void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming, float* c,
              std::size_t ldc, bool add) {
-    if (rows == R) return nn_block<R>(g, ld, panel, kblocks, coming, c, ldc, add);
-    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, panel, kblocks, coming, c, ldc, add);
+    if (rows == R) return nn_block<R>(g, ld, blocks, panel, coming, c, ldc, add);
+    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, coming, c, ldc, add);
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+    constexpr int most = 8;
     visit_panels(segments, count, cblocks,
                  [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
-                     const bf16* g = seg.rows + panel.kb * kBlock;
-                     for (int r = 0; r < rows; r += 8) {
-                         nn_rows<8>(rows - r < 8 ? rows - r : 8, g + r * seg.ld, seg.ld, panel.blocks, panel.count,
-                                    coming, c + r * ldc + panel.cb * kBlock, ldc, add);
+                     for (int r = 0; r < rows; r += most) {
+                         const auto run = [&](auto blocks) {
+                             nn_rows<most>(std::min(rows - r, most), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld,
+                                           blocks, panel, coming, c + r * ldc + panel.cb * kBlock, ldc, add);
+                         };
+                         if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});
+                         else if (seg.weights) run(Interleaving<false>{seg, panel});
+                         else run(Interleaving<true>{seg, panel});
                          coming = ComingPanels();  // once is enough
                      }
                  });

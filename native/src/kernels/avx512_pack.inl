@@ -38,28 +38,42 @@ inline void visit_chunks(const NtSegment* segments, int count, int most, const M
 inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
 inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time: 16 KB of panel stays in L1
 
-inline void interleave(const bf16* const* row, bf16* panel) {
-    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-    for (int pair = 0; pair < 16; ++pair) {
-        const __m512i a = _mm512_loadu_si512(row[2 * pair]);
-        const __m512i b = _mm512_loadu_si512(row[2 * pair + 1]);
-        _mm512_store_si512(panel + pair * 32, _mm512_permutex2var_epi16(a, lower, b));
-        _mm512_store_si512(panel + kHalf + pair * 32, _mm512_permutex2var_epi16(a, upper, b));
-    }
-}
+// Two neighbouring rows of 32 columns, interleaved: the first 16 columns, and the others.
+struct RowPair {
+    __m512i lower, upper;
+};
 
-inline void interleave_block(const NnSegment& seg, int kb, int cb, bf16* panel) {
-    const bf16* row[32];
-    if (seg.weights) {
-        const bf16* block = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
-        for (int k = 0; k < 32; ++k) row[k] = block + k * kBlock;
-    } else {
-        for (int k = 0; k < 32; ++k) row[k] = seg.gathered[kb * kBlock + k] + seg.column + cb * kBlock;
+// A block of W that is yet to be interleaved; its rows lie one after the other, or anywhere.
+template <bool gathered>
+class RawBlock {
+  public:
+    RawBlock(const NnSegment& seg, int kb, int cb) {
+        if constexpr (gathered) {
+            rows_ = seg.gathered + kb * kBlock;
+            column_ = seg.column + static_cast<std::size_t>(cb) * kBlock;
+        } else {
+            block_ = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
+        }
     }
-    interleave(row, panel);
-}
+    // Interleaves a pair of rows, and leaves it in the block's place in a panel.
+    [[gnu::always_inline]] RowPair interleave(int pair, bf16* panel) const {
+        const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
+                                               6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+        const __m512i a = _mm512_loadu_si512(row(2 * pair)), b = _mm512_loadu_si512(row(2 * pair + 1));
+        const RowPair two{_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b)};
+        _mm512_store_si512(panel + pair * 32, two.lower);
+        _mm512_store_si512(panel + kHalf + pair * 32, two.upper);
+        return two;
+    }
+
+  private:
+    const bf16* row(int k) const { return gathered ? rows_[k] + column_ : block_ + k * kBlock; }
+
+    const bf16* block_ = nullptr;
+    const bf16* const* rows_ = nullptr;
+    std::size_t column_ = 0;
+};
 
 // The place of a panel: segment, k-block, column block.
 struct Place {
@@ -129,14 +143,15 @@ inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblo
     }
 }
 
-// One panel: `count` blocks of column block cb, from k-block kb on, interleaved.
+// `count` blocks of column block cb, from k-block kb on, interleaved at `blocks`; or, as long as they are `raw`, to be
+// interleaved there by whoever multiplies them first.
 struct Panel {
-    const bf16* blocks;
+    bf16* blocks;
     int kb, cb, count;
+    bool raw;
 };
 
-// Makes the panels of W one after the other, and calls multiply(segment, panel, coming, add) for each segment that has
-// it.
+// Visits the panels of W one after the other: calls multiply(segment, panel, coming, add) for each segment that has it.
 template <typename Multiply>
 inline void visit_panels(const NnSegment* segments, int count, int cblocks, const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
@@ -145,13 +160,12 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, cons
         const NnSegment& seg = segments[at.s];
         const int have = piece(seg.kblocks - at.kb, kNnBlocks);
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
-        for (int i = 0; i < have; ++i) interleave_block(seg, at.kb + i, at.cb, blocks + i * kBlockSize);
         const Place soon = next(at);
         ComingPanels coming{Ahead(segments, count, soon), Ahead(segments, count, next(soon))};
         bool add = at.s > 0 || at.kb > 0;
         const int same = sharing(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {
-            multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have}, coming, add);
+            multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have, i == 0}, coming, add);
             coming = ComingPanels();  // once is enough
         }
     }
