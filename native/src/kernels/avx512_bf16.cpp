@@ -110,18 +110,19 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // idle half of the time; so the sums, of which registers hold a part, wait in L1 from chunk to chunk. Their sixteen
 // lanes are added up at the end of k.
 constexpr int few_rows = 10;
-template <int T>
-constexpr int few_block = T == 1  ? 8
-                          : T > 6 ? 2
-                                  : 4;  // rows of W in a register block
-template <int T>
-constexpr int few_chunk = T == 1   ? 4
-                          : T == 2 ? 2
-                                   : 8;  // k-blocks in a chunk
+// Rows of W in a register block, and k-blocks in a chunk.
+constexpr int few_block(int tokens) {
+    if (tokens == 1) return 8;
+    return tokens > 6 ? 2 : 4;
+}
+constexpr int few_chunk(int tokens) {
+    if (tokens == 1) return 4;
+    return tokens == 2 ? 2 : 8;
+}
 
-// With one or two tokens the arithmetic is so short that prefetches come faster than the miss buffers take them, and the
-// processor drops what it cannot take. A load is never dropped, and the prefetchers of the hardware follow it; with more
-// tokens the loads that miss would fill the reorder buffer before it holds enough of them.
+// With one or two tokens there is so little arithmetic that prefetches come faster than the miss buffers take them, even
+// twice. A load is never dropped, and the prefetchers of the hardware follow it. With more tokens, though, loads that miss
+// would be too few at a time: the arithmetic between them fills the reorder buffer.
 KTV_INLINE void load_lines(const bf16* from, int lines) {
     for (int i = 0; i < lines; ++i) {
         __m512i unused;
@@ -131,7 +132,7 @@ KTV_INLINE void load_lines(const bf16* from, int lines) {
 
 template <int T>
 KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, Coming coming, float* sums, bool add) {
-    constexpr int N = few_block<T>;
+    constexpr int N = few_block(T);
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
@@ -153,7 +154,7 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, Coming com
 
 template <int T>
 void nt_dots(const NtSegment* segments, int count, float* c) {
-    constexpr int chunk = few_chunk<T>, N = few_block<T>;
+    constexpr int chunk = few_chunk(T), N = few_block(T);
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
     visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
@@ -186,17 +187,19 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
 // that behind the memory and spreads the fetching of what comes next over more arithmetic.
 struct Interleaved {
     const bf16* blocks;
-    KTV_INLINE RowPair operator()(int kb, int pair) const {
-        const bf16* block = blocks + kb * kBlockSize + pair * 32;
-        return {_mm512_load_si512(block), _mm512_load_si512(block + kHalf)};
+    KTV_INLINE auto block(int kb) const {
+        return [at = blocks + kb * kBlockSize](int pair) {
+            return RowPair{_mm512_load_si512(at + pair * 32), _mm512_load_si512(at + kHalf + pair * 32)};
+        };
     }
 };
 template <bool gathered>
 struct Interleaving {
     const NnSegment& segment;
     const Panel& panel;
-    KTV_INLINE RowPair operator()(int kb, int pair) const {
-        return RawBlock<gathered>(segment, panel.kb + kb, panel.cb).interleave(pair, panel.blocks + kb * kBlockSize);
+    KTV_INLINE auto block(int kb) const {
+        return [raw = RawBlock<gathered>(segment, panel.kb + kb, panel.cb),
+                to = panel.blocks + kb * kBlockSize](int pair) { return raw.interleave(pair, to); };
     }
 };
 
@@ -211,9 +214,10 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Pan
     }
     for (int kb = 0; kb < panel.count; ++kb, g += kBlock) {
         const Coming now = coming.at(kb, panel.blocks);
+        const auto rows_of = blocks.block(kb);
         for (int pair = 0; pair < 16; ++pair) {
             fetch(now + 2 * pair * kBlock, 2);
-            const RowPair two = blocks(kb, pair);
+            const RowPair two = rows_of(pair);
             for (int r = 0; r < R; ++r) {
                 const __m512i value = broadcast_pair(g + r * ld + 2 * pair);
                 sum[r][0] = dot(sum[r][0], value, two.lower);
