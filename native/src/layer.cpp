@@ -119,6 +119,7 @@ void Layer::drop(Ticket ticket) {
 }
 
 void Layer::record_stages(bool on) {
+    if (on && !kStages) throw BadState("record_stages: this engine was built with KTV_STAGES=OFF; build it without");
     const std::lock_guard lock(process().mutex);
     state_->recording = on;
 }

@@ -12,6 +12,12 @@
 
 namespace ktv {
 
+#ifdef KTV_NO_STAGES
+inline constexpr bool kStages = false;
+#else
+inline constexpr bool kStages = true;
+#endif
+
 inline std::int64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
         .count();
@@ -26,28 +32,30 @@ struct alignas(64) Lane {
 // One worker's clock. Without a lane it does nothing.
 class Watch {
   public:
-    explicit Watch(Lane* lane = nullptr) : lane_(lane) {
+    explicit Watch(Lane* lane = nullptr) : lane_(kStages ? lane : nullptr) {
         if (lane_) stage_ = last_ = now_ns();
     }
     // Books the time since the last lap to `phase`.
     void lap(Phase phase) {
-        if (!lane_) return;
+        if (!on()) return;
         const std::int64_t now = now_ns();
         lane_->ns[static_cast<int>(phase)] += now - last_;
         last_ = now;
     }
     // A stage ends with its last task and, after the barrier, for good.
     void tasks_done() {
-        if (lane_) work_ = now_ns();
+        if (on()) work_ = now_ns();
     }
     void stage_done() {
-        if (!lane_) return;
+        if (!on()) return;
         lap(Phase::wait);
         lane_->spans.push_back({static_cast<int>(lane_->spans.size()), stage_, work_, last_});
         stage_ = last_;
     }
 
   private:
+    bool on() const { return kStages && lane_; }
+
     Lane* lane_;
     std::int64_t last_ = 0, stage_ = 0, work_ = 0;
 };
@@ -58,7 +66,7 @@ class Recording {
     Recording(bool on, int workers, int stages);
     // The clock of a worker inside the parallel region, to be made where its work begins.
     Watch watch(int worker) { return Watch(on() ? &lanes_[static_cast<std::size_t>(worker)] : nullptr); }
-    bool on() const { return !lanes_.empty(); }
+    bool on() const { return kStages && !lanes_.empty(); }
     // Everything in one piece, times counted from the call's beginning.
     StageTimes finish(bool backward, int rows, const Costs& costs) const;
 

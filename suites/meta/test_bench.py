@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ktverify import _native
 from ktverify.bench import engines, plot, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
 from ktverify.bench.measure import Bench, Settings, plan
 from ktverify.bench.quiet import Reading
-from ktverify.bench.record import HeadLine, Journal, QuietLine, TurnLine
+from ktverify.bench.record import EngineLine, HeadLine, Journal, QuietLine, TurnLine
 from ktverify.cases import Case
 from ktverify.names import BACKWARD_TENSORS
 from suites.meta.test_cli import call, ends, refused
@@ -331,6 +333,25 @@ def test_a_named_place_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.delenv("KTVERIFY_KT_PYTHON")
     (_, kt) = engines.find(["kt_kernel"], {})
     assert kt.python == here / "python"
+
+
+def test_another_build_runs_beside_this_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KTVERIFY_OTHER_BUILD", raising=False)
+    (_, other) = engines.find(["other_build"], {})
+    assert other.missing == "not named: set KTVERIFY_OTHER_BUILD to another build of this engine's _native.so"
+    copied = tmp_path / "before.so"
+    shutil.copy(_native.__file__, copied)
+    monkeypatch.setenv("KTVERIFY_OTHER_BUILD", str(copied))
+    found = engines.find(["other_build"], {})
+    written = Journal(tmp_path / "run")
+    written.add(head([engine.name for engine in found]))
+    Bench(found, SETTINGS, written, Silent()).measure(SHAPE)
+    written.close()
+    (mine, its) = (turns(written, name) for name in ("native", "other_build"))
+    assert len(mine) == len(its) > 0
+    (about,) = (line.about for line in written.lines if isinstance(line, EngineLine) and line.engine == "other_build")
+    assert about["build"] == str(copied)
 
 
 @pytest.mark.parametrize(

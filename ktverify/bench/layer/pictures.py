@@ -134,9 +134,8 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
     for (label, amounts), style in zip(shares.items(), ("--", ":"), strict=True):
         guide = [through * amount / amounts[-1] for amount in amounts]
         axes.plot(values, guide, style, color=QUIET, linewidth=1.1, label=label)
-    bare(axes, f"over {TITLES[group[0].spot.varied]}", "both")
+    bare(axes, f"ms, over {TITLES[group[0].spot.varied]}", "both")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _log_ticks(axes, values)
-    axes.set_ylabel("ms", color=QUIET, fontsize=9)

@@ -1,0 +1,30 @@
+"""Another build of the native engine, behind today's Python: whether a change to the C++ gained what it should.
+
+Not among the peers of a plain run; docs/engine.md shows how to ask for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ktverify.bench.peers import native
+
+if TYPE_CHECKING:
+    from ktverify.bench.host import Problem
+
+TITLE = "other build"
+HELD, LAZY, BACKWARD, LORA = native.HELD, native.LAZY, native.BACKWARD, native.LORA
+NEEDS = "other_build"
+
+
+def load(problem: Problem) -> native.Native:
+    name = "ktverify._native"
+    assert name not in sys.modules, "the usual build is loaded already"
+    spec: Any = importlib.util.spec_from_file_location(name, problem.options[NEEDS])
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    engine = native.Native(problem)
+    engine.about["build"] = problem.options[NEEDS]
+    return engine
