@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -61,8 +62,10 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     const std::size_t share = bytes / static_cast<std::size_t>(workers) / kStep * kStep;
     if (share == 0) throw BadInput("bytes is " + std::to_string(bytes) + ", too few to share among the threads");
     const std::lock_guard lock(process().mutex);
-    require_memory(bytes, "the memory that the bandwidth is measured on");
-    const Block block(share * static_cast<std::size_t>(workers) + kAhead + kStep);
+    // Kept from call to call: pages that go back would be cleared, or taken by a virtual machine's host, while the bench
+    // times somebody else.
+    Block block = process().cache.take(share * static_cast<std::size_t>(workers) + kAhead + kStep,
+                                       "the memory that the bandwidth is measured on");
     std::vector<std::uint64_t> sums(static_cast<std::size_t>(workers) * 8);
     Team& team = process().team(workers, 1);
     const auto begin = [&](int worker) { return block.data() + share * static_cast<std::size_t>(worker); };
@@ -83,6 +86,7 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     for (int worker = 0; worker < workers; ++worker) {
         if (sums[static_cast<std::size_t>(worker) * 8] != expected) throw BadState("memory read back wrong");
     }
+    process().cache.give(std::move(block));
     return best;
 }
 
