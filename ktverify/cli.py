@@ -305,14 +305,15 @@ def gate(
             kept = None
     finding = gating.judge_run(found, kept, gating.growth() if kept is not None else None)
     against = f"against {kept.stamp}" if kept is not None else "without a baseline"
+    broken = "" if finding.passed else f"{len(finding.breaks)} broke of "
+    verdict = "PASS" if finding.passed else "FAIL"
+    typer.echo(f"{verdict} {found.directory.name}: {broken}{finding.checked} checks, {against}")
     for line in finding.breaks:
         typer.echo(line)
     for line in finding.notes:
         typer.echo(f"note: {line}")
     if not finding.passed:
-        typer.echo(f"FAIL {found.directory.name}: {len(finding.breaks)} broke of {finding.checked} checks, {against}")
         raise typer.Exit(1)
-    typer.echo(f"PASS {found.directory.name}: {finding.checked} checks, {against}")
 
 
 @app.command()

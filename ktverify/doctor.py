@@ -12,12 +12,12 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ktverify import machine
+from ktverify import machine, places
 from ktverify.machine import ISA_FLAGS, Machine, format_bytes
 
 State = Literal["ok", "no", "note"]
@@ -48,6 +48,7 @@ def examine(here: Machine | None = None) -> Iterator[Line]:
     yield from _compiler(here)
     yield from _packages()
     yield from _native(here)
+    yield from _extras()
     yield from _memory(here)
     yield from _threads(here)
     yield from _checkout()
@@ -103,19 +104,11 @@ def _compiler(here: Machine) -> Iterator[Line]:
 
 def _packages() -> Iterator[Line]:
     """The packages that ktverify itself declares, so that the list stands in pyproject.toml alone."""
-    try:
-        declared = importlib.metadata.requires("ktverify") or []
-    except importlib.metadata.PackageNotFoundError:
-        declared = _declared_in_checkout()
     found: list[str] = []
     missing: list[str] = []
-    for requirement in declared:
-        match = re.match(r"[A-Za-z0-9._-]+", requirement)
-        for_old_python = "python_version" in requirement and sys.version_info >= (3, 11)
-        if match is None or "extra ==" in requirement or for_old_python:
-            continue
-        version = machine.package_version(match.group())
-        (found if version else missing).append(f"{match.group()} {version}".strip())
+    for name in _declared() or _declared_in_checkout():
+        version = machine.package_version(name)
+        (found if version else missing).append(f"{name} {version}".strip())
     if missing:
         what = f"missing: {', '.join(missing)}; `pip install -c constraints.txt {' '.join(missing)}`"
         yield Line("no", "packages", what, needed=True)
@@ -123,12 +116,50 @@ def _packages() -> Iterator[Line]:
         yield Line("ok", "packages", ", ".join(found))
 
 
+def _declared(extra: str = "") -> list[str]:
+    """The packages that ktverify needs, or those of one extra alone; none where it is not installed."""
+    try:
+        declared = importlib.metadata.requires("ktverify") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    names = []
+    for requirement in declared:
+        of = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if (of.group(1) if of else "") == extra:
+            names += _names([requirement])
+    return names
+
+
+def _names(requirements: Iterable[str]) -> list[str]:
+    wanted = [text for text in requirements if "python_version" not in text or sys.version_info < (3, 11)]
+    return [found.group() for found in (re.match(r"[A-Za-z0-9._-]+", text) for text in wanted) if found]
+
+
 def _declared_in_checkout() -> list[str]:
     pyproject = Path(__file__).resolve().parents[1] / "pyproject.toml"
     if not pyproject.is_file():
         return []
     block = re.search(r"^dependencies = \[(.*?)^\]", pyproject.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return re.findall(r'"([^"]+)"', block.group(1)) if block else []
+    return _names(re.findall(r'"([^"]+)"', block.group(1))) if block else []
+
+
+def _extras() -> Iterator[Line]:
+    """What some commands need beyond the packages, and how to get it."""
+    runs = "train, make-tiny, verify-training and bench c2c"
+    missing = [name for name in _declared("training") if not machine.package_version(name)]
+    if missing:
+        how = "`pip install -c constraints.txt -e '.[training]'`"
+        yield Line("note", "training", f"{runs} need {', '.join(missing)}: {how}")
+    else:
+        yield Line("ok", "training", f"{runs} run")
+    for need in places.INSTALLED:
+        try:
+            path, why = places.find(need, {})
+        except ValueError as error:
+            path, why = None, str(error)
+        name = "peers of bench" if need == places.INSTALLED[0] else ""
+        what = places.PLACES[need].what
+        yield Line("ok", name, f"{what}: {path}") if path else Line("note", name, f"{what}: {why.partition(',')[0]}")
 
 
 def _native(here: Machine) -> Iterator[Line]:

@@ -32,6 +32,8 @@ PLACES: dict[str, Place] = {
     "other_build": Place("KTVERIFY_OTHER_BUILD", "", "other_build.so", "another build of this engine's _native.so"),
 }
 
+INSTALLED = ("kt_python", "vllm_library")  # by `make peers`
+
 
 def peers_dir() -> Path:
     """`.peers/` of the checkout that the current directory lies in; without one, `.peers/` right here."""

@@ -336,6 +336,8 @@ def test_doctor_says_what_runs_and_why_not() -> None:
         "compiler",
         "packages",
         "native engine",
+        "training",
+        "peers of bench",
         "memory",
         "deepseek_v3_t4",
     ):
