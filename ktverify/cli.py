@@ -6,11 +6,12 @@ carried out (one line says why). Heavy modules are imported inside the commands,
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
@@ -42,6 +43,18 @@ app = typer.Typer(
 # what users can cause: wrong arguments, missing files, an engine that refuses. Anything else is a bug and shows itself
 _EXPECTED_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError, ImportError)
 _state = {"traceback": False}
+
+
+@contextlib.contextmanager
+def _traced(time_limit: float) -> Iterator[None]:
+    """For an engine that runs in this process: where it dies, or hangs for so many seconds, a trace is left."""
+    to = sys.__stderr__ or sys.stderr
+    faulthandler.enable(to)
+    faulthandler.dump_traceback_later(time_limit, exit=True, file=to)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -180,6 +193,7 @@ def repro(
         Path | None,
         typer.Option("--stand-alone", metavar="DIR", help="write a folder that repeats it without ktverify"),
     ] = None,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="then say where it hangs, and end", min=1)] = 900,
 ) -> None:
     """Run one case and say for every tensor what its gates said.
 
@@ -202,8 +216,7 @@ def repro(
     checking.check_names(tensor, backward=True)
     if stand_alone is not None:
         folder.script_of(engine)
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # the engine runs in this process: where it dies, a trace is left
-    with _progress(f"{parsed.id} on {engine}"):
+    with _traced(time_limit), _progress(f"{parsed.id} on {engine}"):
         checked = checking.check_case(
             engine,
             parsed,
@@ -215,8 +228,8 @@ def repro(
             backward=tensor != ["output"],
             tensors=tensor,
         )
-    if method == "AMXBF16_SFT":
-        add_cause(checked, engine, isa=isa, tp=tp)
+        if method == "AMXBF16_SFT":
+            add_cause(checked, engine, isa=isa, tp=tp)
     against = checked.records[0].source
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]

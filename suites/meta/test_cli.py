@@ -154,6 +154,18 @@ def test_a_case_stands_alone(tmp_path: Path) -> None:
     )
 
 
+def test_repro_ends_an_engine_that_hangs(tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text("import time\n\n\ndef make(**sizes):\n    time.sleep(600)\n", encoding="utf-8")
+    command = [sys.executable, "-m", "ktverify", "repro", "small", "--engine", "hanging:make", "--time-limit", "1"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr
+    assert "in make" in done.stderr
+
+
 def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
     target = tmp_path / "case.safetensors"
     ends(call("repro", TINY, "--engine", "torch_bf16", "--dump", str(target)), 0)
