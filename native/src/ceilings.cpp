@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -61,16 +60,21 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     if (passes < 1) throw BadInput("passes is " + std::to_string(passes) + ", it takes 1 or more");
     const std::size_t share = bytes / static_cast<std::size_t>(workers) / kStep * kStep;
     if (share == 0) throw BadInput("bytes is " + std::to_string(bytes) + ", too few to share among the threads");
-    const std::lock_guard lock(process().mutex);
-    // Kept from call to call: pages that go back would be cleared, or taken by a virtual machine's host, while the bench
-    // times somebody else.
-    Block block = process().cache.take(share * static_cast<std::size_t>(workers) + kAhead + kStep,
-                                       "the memory that the bandwidth is measured on");
+    Process& shared = process();
+    const std::lock_guard lock(shared.mutex);
+    Team& team = shared.team(workers, 1);
+    auto& kept = shared.ceiling;
+    const auto begin = [&](int worker) { return kept.block.data() + share * static_cast<std::size_t>(worker); };
+    // Kept from call to call: pages that go back are cleared, or taken by a virtual machine's host, while the bench times
+    // somebody else.
+    if (kept.workers != workers || kept.share != share) {
+        kept = {};
+        require_memory(bytes, "the memory that the bandwidth is measured on");
+        kept = {Block(share * static_cast<std::size_t>(workers) + kAhead + kStep), workers, share};
+        // Each worker touches first what it will read, so that the pages lie on its NUMA node.
+        team.run([&](int worker) { std::memset(begin(worker), 1, share); });
+    }
     std::vector<std::uint64_t> sums(static_cast<std::size_t>(workers) * 8);
-    Team& team = process().team(workers, 1);
-    const auto begin = [&](int worker) { return block.data() + share * static_cast<std::size_t>(worker); };
-    // Each worker touches first what it will read, so that the pages lie on its NUMA node.
-    team.run([&](int worker) { std::memset(begin(worker), 1, share); });
     double best = 0;
     for (int pass = 0; pass < passes; ++pass) {
         const auto start = Clock::now();
@@ -86,7 +90,6 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     for (int worker = 0; worker < workers; ++worker) {
         if (sums[static_cast<std::size_t>(worker) * 8] != expected) throw BadState("memory read back wrong");
     }
-    process().cache.give(std::move(block));
     return best;
 }
 

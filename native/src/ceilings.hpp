@@ -9,7 +9,8 @@
 namespace ktv {
 
 // Bytes per second at which `threads` workers together read `bytes` of memory from one end to the other: the best of
-// `passes` passes over it. Takes the memory for the call (OutOfMemory where there is not enough) and gives it back.
+// `passes` passes over it. Keeps that memory (OutOfMemory where there is not enough) for the
+// next call; clear_buffer_cache returns it.
 double read_rate(int threads, std::size_t bytes, int passes);
 
 // Floating-point operations per second of `threads` workers that do nothing for `seconds` but multiply registers with

@@ -61,11 +61,11 @@ class Forward {
     void down(Hand& hand, int p, int index);
     void finish(int worker, int hb);
 
-    // How an expert's tokens stand in packs and in results; see kernels.hpp.
+    // How an expert's tokens stand in packs and in the results of multiply_a; see kernels.hpp.
     struct Order {
         int few;  // how many there are; 0: groups of 16
         std::size_t k_block() const { return few > 0 ? z(few) * kBlock : kPackSize; }
-        // Element (token t, index n), in one group's pack and in the results of 32 rows of W.
+        // Element (token t, index n), in one group's pack and in multiply_a's c.
         std::size_t in_pack(int n, int t) const {
             const std::size_t at =
                 few > 0 ? z(t) * kBlock + z(n % kBlock) : z(n % kBlock / 2 * kGroup + t) * 2 + z(n & 1);

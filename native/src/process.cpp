@@ -79,6 +79,7 @@ void GradientMemory::clear() {
 void Process::release() {
     cache.clear();
     gradients.clear();
+    ceiling = {};
 }
 
 Team& Process::team(int workers, int parts) {

@@ -43,6 +43,12 @@ struct Process {
     std::map<std::pair<int, int>, std::unique_ptr<Team>> teams;
     GradientMemory gradients;
     BlockCache cache{[this] { gradients.clear(); }};
+    // What read_rate reads, and how its pages lie: `share` bytes for each of `workers`.
+    struct {
+        Block block;
+        int workers = 0;
+        std::size_t share = 0;
+    } ceiling;
 
     Team& team(int workers, int parts);
     // Gives back what no call and no tensor holds.

@@ -1,5 +1,10 @@
 // The products and silu of each instruction set against plain double loops, at many remainders of its register blocks.
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cstring>
+#include <new>
+#include <utility>
 
 #include "check.hpp"
 #include "cpu.hpp"
@@ -15,15 +20,66 @@ constexpr float kGuard = 12345.0f;
 // Tile loads and fp32 order differ between instruction sets; products of bf16 are exact in fp32.
 constexpr double kSumError = 2e-6;
 
-void nt(const Kernels& k, check::Random& random, int tokens, int kblocks, int count) {
+// Values that end where nobody may read on: asm and prefetches are beyond the sanitizers.
+class Fenced {
+  public:
+    explicit Fenced(const std::vector<bf16>& values) {
+        const std::size_t bytes = values.size() * sizeof(bf16), page = 4096;
+        size_ = (bytes + page - 1) / page * page + page;
+        void* mapped = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (mapped == MAP_FAILED) throw std::bad_alloc();
+        base_ = static_cast<std::byte*>(mapped);
+        mprotect(base_ + size_ - page, page, PROT_NONE);
+        data_ = reinterpret_cast<bf16*>(base_ + size_ - page - bytes);
+        std::memcpy(data_, values.data(), bytes);
+    }
+    Fenced(Fenced&& other) noexcept
+        : base_(std::exchange(other.base_, nullptr)), size_(other.size_), data_(other.data_) {}
+    ~Fenced() {
+        if (base_) munmap(base_, size_);
+    }
+    const bf16* data() const { return data_; }
+    bf16 operator[](std::size_t i) const { return data_[i]; }
+
+  private:
+    std::byte* base_ = nullptr;
+    std::size_t size_ = 0;
+    bf16* data_ = nullptr;
+};
+
+// What is fetched lies in the weights or in those that come next, and reaches their end.
+void coming_weights() {
+    bool inside = true;
+    for (int kblocks = 1; kblocks <= 40; ++kblocks) {
+        const std::vector<bf16> w(std::size_t(kblocks) * kBlockSize), next(w.size());
+        const auto lies_in = [&](const std::vector<bf16>& in, const bf16* from, int blocks) {
+            return from >= in.data() && from + std::size_t(blocks) * kBlockSize <= in.data() + in.size();
+        };
+        for (int blocks = 1; blocks <= std::min(kblocks, 16); ++blocks) {
+            for (int kb = 0; kb <= kblocks + 2 * blocks; ++kb) {
+                const NtSegment alone{w.data(), nullptr, 0, kblocks},
+                    followed{w.data(), nullptr, 0, kblocks, next.data()};
+                inside &= lies_in(w, alone.from(kb, blocks), blocks);
+                inside &= lies_in(kb < kblocks ? w : next, followed.from(kb, blocks), blocks);
+            }
+        }
+    }
+    check::that(inside, "NtSegment::from leaves the weights");
+}
+
+// Segments of these lengths, in k-blocks; the first names weights to fetch next.
+void nt(const Kernels& k, check::Random& random, int tokens, const std::vector<int>& lengths) {
     const int groups = (tokens + kGroup - 1) / kGroup;
-    std::vector<std::vector<bf16>> w, x;
+    std::vector<Fenced> w, x;
     std::vector<NtSegment> segments;
-    for (int s = 0; s < count; ++s) {
-        w.push_back(random.bf16s(std::size_t(kblocks) * kBlockSize, 1));
-        x.push_back(random.bf16s(std::size_t(groups) * kblocks * kPackSize, 1));
+    for (const int kblocks : lengths) {
+        w.emplace_back(random.bf16s(std::size_t(kblocks) * kBlockSize, 1));
+        x.emplace_back(random.bf16s(std::size_t(groups) * kblocks * kPackSize, 1));
         segments.push_back({w.back().data(), x.back().data(), std::size_t(kblocks) * kPackSize, kblocks});
     }
+    const Fenced next(random.bf16s(std::size_t(lengths[0]) * kBlockSize, 1));
+    segments[0].next = next.data();
+    const int count = int(lengths.size());
     const std::size_t ldc = std::size_t(groups) * kGroup;
     std::vector<float> c(kBlock * ldc + kGroup, kGuard);
     k.enter();
@@ -33,10 +89,10 @@ void nt(const Kernels& k, check::Random& random, int tokens, int kblocks, int co
     for (int n = 0; n < kBlock; ++n) {
         for (int t = 0; t < tokens; ++t) {
             double sum = 0;
-            for (int s = 0; s < count; ++s) {
-                for (int i = 0; i < kblocks * kBlock; ++i) {
+            for (std::size_t s = 0; s < lengths.size(); ++s) {
+                for (int i = 0; i < lengths[s] * kBlock; ++i) {
                     const bf16* pack =
-                        x[s].data() + std::size_t(t / kGroup) * kblocks * kPackSize + i / kBlock * kPackSize;
+                        x[s].data() + std::size_t(t / kGroup) * lengths[s] * kPackSize + i / kBlock * kPackSize;
                     sum += double(to_float(w[s][std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
                            double(to_float(pack[(i % kBlock / 2 * kGroup + t % kGroup) * 2 + i % 2]));
                 }
@@ -46,7 +102,7 @@ void nt(const Kernels& k, check::Random& random, int tokens, int kblocks, int co
         }
     }
     const std::string what = std::string(name_of(k.isa)) + " nt tokens=" + std::to_string(tokens) +
-                             " kblocks=" + std::to_string(kblocks) + " segments=" + std::to_string(count);
+                             " kblocks=" + std::to_string(lengths[0]) + " segments=" + std::to_string(count);
     check::that(c[kBlock * ldc] == kGuard, what + ": wrote beyond its result");
     check::that(check::rel_l2(got, expected) < kSumError, what);
 }
@@ -54,14 +110,15 @@ void nt(const Kernels& k, check::Random& random, int tokens, int kblocks, int co
 // Three segments of `kblocks`, 1 and 2 k-blocks; the first names weights to fetch next.
 void nt_few(const Kernels& k, check::Random& random, int rows, int kblocks) {
     const std::vector<int> lengths = {kblocks, 1, 2};
-    std::vector<std::vector<bf16>> w, x;
+    std::vector<Fenced> w, x;
     std::vector<NtSegment> segments;
     for (const int length : lengths) {
-        w.push_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
-        x.push_back(random.bf16s(std::size_t(length * rows * kBlock), 1));
+        w.emplace_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
+        x.emplace_back(random.bf16s(std::size_t(length * rows * kBlock), 1));
         segments.push_back({w.back().data(), x.back().data(), 0, length});
     }
-    segments[0].next = w[0].data();
+    const Fenced next(random.bf16s(std::size_t(kblocks) * kBlockSize, 1));
+    segments[0].next = next.data();
     std::vector<float> c(std::size_t(rows * kBlock + 1), kGuard);
     k.nt_few(segments.data(), int(segments.size()), rows, c.data());
     std::vector<double> got, expected;
@@ -112,8 +169,38 @@ void nt_in_any_place(const Kernels& k, check::Random& random) {
     check::that(same, std::string(name_of(k.isa)) + " nt: bits depend on a token's place");
 }
 
-// Segments of which two share W and one has its own, as the halves of an operand do.
-void nn_segments(const Kernels& k, check::Random& random, int rows) {
+// The same of few tokens.
+void few_in_any_place(const Kernels& k, check::Random& random) {
+    const std::vector<int> lengths = {11, 2};
+    std::vector<std::vector<bf16>> w, one;
+    for (const int length : lengths) {
+        w.push_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
+        one.push_back(random.bf16s(std::size_t(length) * kBlock, 1));
+    }
+    std::vector<float> first;
+    bool same = true;
+    for (int tokens = 1; tokens <= k.few_rows; ++tokens) {
+        std::vector<std::vector<bf16>> x;
+        std::vector<NtSegment> segments;
+        for (std::size_t s = 0; s < lengths.size(); ++s) {
+            auto& pack = x.emplace_back();
+            for (int kb = 0; kb < lengths[s]; ++kb) {
+                for (int t = 0; t < tokens; ++t)
+                    pack.insert(pack.end(), one[s].begin() + kb * kBlock, one[s].begin() + (kb + 1) * kBlock);
+            }
+            segments.push_back({w[s].data(), pack.data(), 0, lengths[s]});
+        }
+        std::vector<float> c(std::size_t(tokens) * kBlock);
+        k.nt_few(segments.data(), int(segments.size()), tokens, c.data());
+        if (tokens == 1) first = c;
+        for (std::size_t i = 0; i < c.size(); ++i) same &= c[i] == first[i % kBlock];
+    }
+    check::that(same, std::string(name_of(k.isa)) + " nt_few: bits depend on a token's place");
+}
+
+// Segments of which two share W and one has its own, as the halves of an operand do: blocks, or gathered rows from column
+// 32 on.
+void nn_segments(const Kernels& k, check::Random& random, int rows, bool gathered) {
     constexpr int width = 4 * kBlock;
     const std::vector<int> lengths = {10, 10, 3};
     const int padded = (rows + 15) / 16 * 16;
@@ -123,11 +210,24 @@ void nn_segments(const Kernels& k, check::Random& random, int rows) {
         w.push_back(random.bf16s(std::size_t(length) * kBlock * width, 1));
     }
     w[1] = w[0];
+    // The same values as rows of 32 and 128 columns.
+    std::vector<std::vector<bf16>> natural(lengths.size());
+    std::vector<std::vector<const bf16*>> pointers(lengths.size());
     std::vector<NnSegment> segments;
     for (std::size_t s = 0; s < lengths.size(); ++s) {
-        const bf16* weights = w[s == 1 ? 0 : s].data();
-        segments.push_back(
-            {g[s].data(), std::size_t(lengths[s]) * kBlock, weights, 4 * kBlockSize, nullptr, 0, lengths[s]});
+        const std::size_t from = s == 1 ? 0 : s, ld = std::size_t(lengths[s]) * kBlock;
+        if (s == from) natural[s].resize(ld * (kBlock + width));
+        for (std::size_t i = 0; i < ld; ++i) {
+            bf16* row = natural[from].data() + i * (kBlock + width);
+            pointers[s].push_back(row);
+            for (int col = 0; col < width; ++col) {
+                const std::size_t block = (i / kBlock * 4 + std::size_t(col) / kBlock) * kBlockSize;
+                row[kBlock + col] = w[s][block + i % kBlock * kBlock + std::size_t(col % kBlock)];
+            }
+        }
+        NnSegment segment{g[s].data(), ld, w[from].data(), 4 * kBlockSize, nullptr, 0, lengths[s]};
+        if (gathered) segment = {g[s].data(), ld, nullptr, 0, pointers[from].data(), kBlock, lengths[s]};
+        segments.push_back(segment);
     }
     std::vector<float> c(std::size_t(padded) * width);
     k.enter();
@@ -148,8 +248,8 @@ void nn_segments(const Kernels& k, check::Random& random, int rows) {
             got.push_back(c[std::size_t(row) * width + std::size_t(col)]);
         }
     }
-    check::that(check::rel_l2(got, expected) < kSumError,
-                std::string(name_of(k.isa)) + " nn of three segments, rows=" + std::to_string(rows));
+    check::that(check::rel_l2(got, expected) < kSumError, std::string(name_of(k.isa)) + " nn of three segments, rows=" +
+                                                              std::to_string(rows) + (gathered ? " gathered" : ""));
 }
 
 void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblocks, bool gathered) {
@@ -199,8 +299,14 @@ void activation(const Kernels& k, check::Random& random, int few) {
     g[2] = -110.0f;
     g[3] = -3e38f;
     g[4] = NAN;
-    std::vector<bf16> pack(groups * kPackSize);
+    std::vector<bf16> pack(std::size_t(tokens * kBlock) + 1, 7);
     std::vector<float> keep_g(g.size()), keep_u(g.size());
+    const auto without = [&](float* keep) {
+        if (few > 0) k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep, keep, kBlock);
+        else k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep, keep, kBlock);
+    };
+    without(nullptr);
+    const auto alone = pack;
     if (few > 0) {
         k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep_g.data(), keep_u.data(), kBlock);
     } else {
@@ -221,6 +327,8 @@ void activation(const Kernels& k, check::Random& random, int few) {
         }
     }
     check::that(kept, std::string(name_of(k.isa)) + " silu_mul keeps g and u");
+    check::that(pack == alone, std::string(name_of(k.isa)) + " silu_mul that keeps nothing");
+    check::that(pack.back() == 7, std::string(name_of(k.isa)) + " silu_mul: wrote beyond its result");
     check::that(right, std::string(name_of(k.isa)) + " silu_mul");
 }
 
@@ -239,26 +347,31 @@ void turn(const Kernels& k, int rows, int cols) {
 }  // namespace
 
 int main() {
+    coming_weights();
     if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
     for (const Isa isa : available_isas()) {
         const Kernels& k = kernels_for(isa);
         check::Random random(7);
-        for (int tokens = 1; tokens <= 9 * kGroup; ++tokens) nt(k, random, tokens, 3, 1);
-        nt(k, random, kChunkRows, 17, 1);
-        nt(k, random, 37, 2, 4);
-        for (const int rows : {1, 2, 3, 4, 5, 11, 12, 13, 16, 17, 31, 33, 48, 64, 65}) nn(k, random, rows, 2, 2, false);
+        for (int tokens = 1; tokens <= 9 * kGroup; ++tokens) nt(k, random, tokens, {3});
+        nt(k, random, kChunkRows, {17});
+        nt(k, random, 37, {2, 2, 2, 2});
+        for (const int tokens : {1, 19, 40}) nt(k, random, tokens, {17, 1, 2});
+        for (const int rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 16, 17, 31, 33, 48, 64, 65})
+            nn(k, random, rows, 2, 2, false);
         nn(k, random, 40, 19, 4, false);
         nn(k, random, 7, 9, 1, true);
         nn(k, random, 32, 3, 3, true);
         for (const int rows : {1, 8, 16, 17, 32, 40}) {
             for (const int cols : {1, 15, 16, 100, 128}) turn(k, rows, cols);
         }
-        activation(k, random, 0);
-        activation(k, random, 7);
+        for (const int few : {0, 1, 7, 10}) activation(k, random, few);
         nt_in_any_place(k, random);
-        for (const int rows : {3, 16, 21}) nn_segments(k, random, rows);
+        few_in_any_place(k, random);
+        for (const int rows : {3, 8, 16, 21}) {
+            for (const bool gathered : {false, true}) nn_segments(k, random, rows, gathered);
+        }
         for (int rows = 1; rows <= k.few_rows; ++rows) {
-            for (const int kblocks : {5, 17}) nt_few(k, random, rows, kblocks);
+            for (const int kblocks : {1, 2, 3, 4, 5, 8, 9, 17}) nt_few(k, random, rows, kblocks);
         }
     }
     return check::finish();

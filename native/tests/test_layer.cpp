@@ -127,9 +127,20 @@ int main() {
     }
 
     if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
-    const std::vector<Shape> shapes = {{5, 3, 97, 47, 37, 3, 1, false},   {3, 2, 64, 96, 1, 1, 1, false},
-                                       {4, 2, 160, 192, 70, 40, 2, true}, {1, 1, 33, 130, 300, 5, 1, true},
-                                       {8, 2, 130, 64, 33, 16, 4, false}, {2, 2, 32, 32, 0, 2, 1, false}};
+    const std::vector<Shape> shapes = {
+        {5, 3, 97, 47, 37, 3, 1, false},
+        {3, 2, 64, 96, 1, 1, 1, false},
+        {4, 2, 160, 192, 70, 40, 2, true},
+        {1, 1, 33, 130, 300, 5, 1, true},
+        {8, 2, 130, 64, 33, 16, 4, false},
+        {2, 2, 32, 32, 0, 2, 1, false},
+        // few tokens an expert: fp32 LoRA, more than one block of ranks, parts, the border
+        {8, 2, 70, 96, 9, 33, 1, true},
+        {6, 2, 33, 66, 4, 17, 2, true},
+        {1, 1, 97, 47, 1, 16, 1, false},
+        {1, 1, 97, 47, 2, 16, 1, false},
+        {1, 1, 97, 47, 10, 16, 1, false},
+        {1, 1, 97, 47, 11, 16, 1, false}};
     for (const Shape& shape : shapes) {
         Problem problem(shape);
         const auto expected = problem.run(*problem.layer(Isa::scalar, 1));

@@ -5,9 +5,10 @@ Not among the peers of a plain run; docs/engine.md shows how to ask for it.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ktverify.bench.peers import native
 
@@ -21,10 +22,12 @@ NEEDS = "other_build"
 
 def load(problem: Problem) -> native.Native:
     name = "ktverify._native"
-    assert name not in sys.modules, "the usual build is loaded already"
-    spec: Any = importlib.util.spec_from_file_location(name, problem.options[NEEDS])
+    if name in sys.modules:
+        raise RuntimeError("other_build: the usual build is loaded already")
+    loader = importlib.machinery.ExtensionFileLoader(name, problem.options[NEEDS])
+    spec = importlib.machinery.ModuleSpec(name, loader, origin=problem.options[NEEDS])
     sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+    loader.exec_module(sys.modules[name])
     engine = native.Native(problem)
     engine.about["build"] = problem.options[NEEDS]
     return engine

@@ -159,6 +159,7 @@ class Layer {
     void drop(Ticket ticket);
 
     // Off by default; costs a clock read a task when on. `stage_times` are those of the last call that was recorded.
+    // BadState in a build with KTV_STAGES=OFF.
     void record_stages(bool on);
     StageTimes stage_times() const;
 

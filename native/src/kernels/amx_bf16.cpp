@@ -71,6 +71,7 @@ KTV_INLINE void store_results(float* c, std::size_t ldc) {
     if constexpr (M > 1) tile_store<2>(c + 16 * ldc, stride);
     if constexpr (M > 1 && N > 1) tile_store<3>(c + 16 * ldc + 16, stride);
 }
+
 template <int M, int N>
 KTV_INLINE void multiply() {
     tile_dot<0, 4, 6>();
@@ -85,11 +86,17 @@ void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblock
               std::size_t ldc, bool add) {
     load_results<2, G>(c, ldc, add);
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        if (coming.soon) fetch(coming + kb * kBlockSize, kBlock);
+        const auto fetch_quarter = [now = coming.soon ? coming + kb * kBlockSize : coming](int quarter) {
+            if (now.soon) fetch(now + quarter * kBlockSize / 4, kBlock / 4);
+        };
+        fetch_quarter(0);
         tile_load<4>(w, 64);
+        fetch_quarter(1);
         tile_load<6>(x, 64);
         if constexpr (G > 1) tile_load<7>(x + group_stride, 64);
+        fetch_quarter(2);
         tile_load<5>(w + 16 * kBlock, 64);
+        fetch_quarter(3);
         multiply<2, G>();
     }
     store_results<2, G>(c, ldc);
@@ -117,16 +124,23 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        fetch(coming.at(kb, panel), kBlock);
+        const auto fetch_quarter = [now = coming.at(kb, panel)](int quarter) {
+            fetch(now + quarter * kBlockSize / 4, kBlock / 4);
+        };
+        fetch_quarter(0);
         tile_load<4>(g, stride);
+        fetch_quarter(1);
         tile_load<6>(panel, 64);
+        fetch_quarter(2);
         tile_load<7>(panel + kHalf, 64);
+        fetch_quarter(3);
         if constexpr (M > 1) tile_load<5>(g + 16 * ld, stride);
         multiply<M, 2>();
     }
     store_results<M, 2>(c, ldc);
 }
 
+// The panel in one go: a tile load behind the stores of its own block would wait for them.
 template <bool gathered>
 void interleave(const NnSegment& seg, const Panel& panel) {
     for (int i = 0; i < panel.count; ++i) {

@@ -110,6 +110,7 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // idle half of the time; so the sums, of which registers hold a part, wait in L1 from chunk to chunk. Their sixteen
 // lanes are added up at the end of k.
 constexpr int few_rows = 10;
+static_assert(few_rows <= kGroup, "few tokens lie in one group");
 // Rows of W in a register block, and k-blocks in a chunk.
 constexpr int few_block(int tokens) {
     if (tokens == 1) return 8;
@@ -139,7 +140,11 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, Coming com
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += T * kBlock) {
         const Coming now = coming + kb * N * kBlock;
-        T > 2 ? fetch(now, N) : load_lines(now.soon, N);
+        if constexpr (T > 2) {
+            fetch(now, N);
+        } else {
+            load_lines(now.soon, N);
+        }
         __m512i token[T];
         for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
         for (int n = 0; n < N; ++n) {

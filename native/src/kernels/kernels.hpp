@@ -6,11 +6,11 @@
 //                                                            A operand of W·x, and two neighbouring rows, interleaved,
 //                                                            the B operand of g·W
 //   token pack     [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
-//   few tokens     [K/32][token][32 k]                       natural, where an expert has so few rows that dot products
-//                                                            along k are faster: Kernels::few_rows
+//   few tokens     [K/32][token][32 k]                       natural and dense, where an expert has so few rows that dot
+//                                                            products along k are faster: Kernels::few_rows
 //   rows           [row][K]                                  natural; up to a multiple of 16 rows may be read, but those
 //                                                            beyond the last hold anything, and nothing of them counts
-// N and K are padded with zeros to multiples of 32, the tokens of a pack to multiples of 16.
+// N and K are padded with zeros to multiples of 32, the tokens of a token pack to multiples of 16.
 #pragma once
 
 #include <cstddef>
@@ -33,9 +33,11 @@ inline constexpr int kPanelBlocks = 4;  // column blocks of one nn task
 struct NtSegment {
     const bf16* weights;       // [kblocks][32 n][32 k]
     const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
-    std::size_t group_stride;  // elements between groups of `tokens`
+    std::size_t group_stride;  // elements between groups of `tokens`; few tokens have none
     int kblocks;
-    const bf16* next = nullptr;  // what will be multiplied after these weights, if it is known, as many k-blocks
+    // What will be multiplied after these weights, if it is known: as many k-blocks, all of them readable, for they may be
+    // loaded and not just prefetched.
+    const bf16* next = nullptr;
     // `blocks` k-blocks that will be visited from kb on, which may lie behind the end. All of them exist.
     const bf16* from(int kb, int blocks) const {
         const int last = kblocks - blocks, beyond = kb - kblocks;
@@ -64,7 +66,9 @@ struct Kernels {
     // c [32][ldc] fp32, overwritten; columns beyond the tokens hold anything; tokens <= kChunkRows, in groups. Every
     // token's sums are made in the same order, whatever its place and however many there are.
     void (*nt)(const NtSegment* segments, int count, int tokens, float* c, std::size_t ldc);
-    // The same for 1 to few_rows tokens in the layout of few tokens, which stays that of the results: c [tokens][32].
+    // The same product for 1 to few_rows tokens in the layout of few tokens, which stays that of the results: c
+    // [tokens][32]. Again every token's sums are made in the same order, but in another than nt's. Null where few_rows
+    // is 0.
     int few_rows;
     void (*nt_few)(const NtSegment* segments, int count, int tokens, float* c);
     // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks.
