@@ -5,13 +5,14 @@
 namespace ktv {
 namespace {
 
-// nn segments of (activation) · W for a small activation kept as hi + lo, and an fp32 W.
-int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std::size_t stride, int kblocks,
+// nn segments of (activation) · W for a small activation of `depth` columns kept as hi + lo, and an fp32 W.
+int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std::size_t stride, int depth,
                      NnSegment* out) {
-    out[0] = {activation.hi, ld, w.hi, stride, nullptr, 0, kblocks};
-    out[1] = {activation.lo, ld, w.hi, stride, nullptr, 0, kblocks};
+    const int kblocks = (depth + kBlock - 1) / kBlock, idle = (kblocks * kBlock - depth) / 2;
+    out[0] = {activation.hi, ld, w.hi, stride, nullptr, 0, kblocks, idle};
+    out[1] = {activation.lo, ld, w.hi, stride, nullptr, 0, kblocks, idle};
     if (!w.lo) return 2;
-    out[2] = {activation.hi, ld, w.lo, stride, nullptr, 0, kblocks};
+    out[2] = {activation.hi, ld, w.lo, stride, nullptr, 0, kblocks, idle};
     return 3;
 }
 
@@ -269,7 +270,7 @@ void Backward::down_grad(Hand& hand, int p, int index) {
         const std::size_t row = z(expert.first_row + first), to = row * inter_ + z(ip) * kPanelCols;
         NnSegment segments[4];
         segments[0] = segment(part.out + row * hidden_, hidden_, base, stride, size_.hb);
-        const int more = nn_lora_segments(at(part.ob, row * rank_), rank_, a, stride, size_.rb, segments + 1);
+        const int more = nn_lora_segments(at(part.ob, row * rank_), rank_, a, stride, size_.r, segments + 1);
         const auto product = [&](const NnSegment* first_segment, int used, int slot) {
             kernels_.nn(first_segment, used, count, cblocks, hand.c, kPanelCols);
             hand.watch.lap(Phase::down_grad);
@@ -337,7 +338,8 @@ void Backward::input_grad(Hand& hand, int p, int index) {
         segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, stride, size_.ib);
         segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, stride, size_.ib);
         int used = 2;
-        if (with_lora_) used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, size_.ab, segments + 2);
+        if (with_lora_)
+            used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, 2 * size_.r, segments + 2);
         kernels_.nn(segments, used, count, cblocks, hand.c, kPanelCols);
         hand.watch.lap(Phase::gate_up_grad);
         if (first == 0) {

@@ -61,14 +61,15 @@ void Backward::multiply(Hand& hand, const Product& product, int parts, const Ter
     const std::size_t ld = z(expert.kblocks) * kBlock, col = z(product.panel) * kPanelCols;
     const int cblocks = std::min(kPanelBlocks, product.blocks - product.panel * kPanelBlocks);
     const int width = std::min(cblocks * kBlock, product.cols - product.panel * kPanelCols);
+    const int idle = (expert.kblocks * kBlock - expert.rows) / 2;
     NnSegment* segments = segments_ + z(hand.worker * 2 * config_.parts);
     for (int first = 0; first < product.small_rows; first += kChunkRows) {
         int used = 0;
         for (int p = 0; p < parts; ++p) {
             const Term term = term_of(z(p));
             for (const bf16* half : {term.small.hi, term.small.lo})
-                segments[used++] = {half + z(first) * ld,           ld,  nullptr,       0,
-                                    term.gathered + expert.first_k, col, expert.kblocks};
+                segments[used++] = {half + z(first) * ld,           ld,  nullptr,        0,
+                                    term.gathered + expert.first_k, col, expert.kblocks, idle};
         }
         const int chunk = std::min(kChunkRows, product.small_rows - first);
         kernels_.nn(segments, used, chunk, cblocks, hand.c, kPanelCols);

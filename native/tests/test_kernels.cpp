@@ -209,6 +209,12 @@ void nn_segments(const Kernels& k, check::Random& random, int rows, bool gathere
         g.push_back(random.bf16s(std::size_t(padded) * length * kBlock, 1));
         w.push_back(random.bf16s(std::size_t(length) * kBlock * width, 1));
     }
+    // Padding: the last seven rows of the shared W.
+    constexpr int idle_pairs = 3;
+    for (int i = 10 * kBlock - 7; i < 10 * kBlock; ++i) {
+        for (int cb = 0; cb < 4; ++cb)
+            std::memset(w[0].data() + std::size_t(i / kBlock * 4 + cb) * kBlockSize + i % kBlock * kBlock, 0, 64);
+    }
     w[1] = w[0];
     // The same values as rows of 32 and 128 columns.
     std::vector<std::vector<bf16>> natural(lengths.size());
@@ -227,6 +233,7 @@ void nn_segments(const Kernels& k, check::Random& random, int rows, bool gathere
         }
         NnSegment segment{g[s].data(), ld, w[from].data(), 4 * kBlockSize, nullptr, 0, lengths[s]};
         if (gathered) segment = {g[s].data(), ld, nullptr, 0, pointers[from].data(), kBlock, lengths[s]};
+        if (lengths[s] == 10) segment.idle_pairs = idle_pairs;
         segments.push_back(segment);
     }
     std::vector<float> c(std::size_t(padded) * width);

@@ -220,7 +220,7 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Pan
     for (int kb = 0; kb < panel.count; ++kb, g += kBlock) {
         const Coming now = coming.at(kb, panel.blocks);
         const auto rows_of = blocks.block(kb);
-        for (int pair = 0; pair < 16; ++pair) {
+        for (int pair = 0, pairs = panel.pairs(kb); pair < pairs; ++pair) {
             fetch(now + 2 * pair * kBlock, 2);
             const RowPair two = rows_of(pair);
             for (int r = 0; r < R; ++r) {

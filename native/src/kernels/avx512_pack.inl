@@ -81,7 +81,8 @@ struct Place {
 };
 
 inline bool same_weights(const NnSegment& a, const NnSegment& b) {
-    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks;
+    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks &&
+           a.idle_pairs == b.idle_pairs;
 }
 
 // How many segments from s on multiply the same W, as the high and the low half of an operand do.
@@ -148,7 +149,10 @@ inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblo
 struct Panel {
     bf16* blocks;
     int kb, cb, count;
+    int last_pairs;  // pairs of rows of the last block that count; 16 of the others
     bool raw;
+
+    int pairs(int i) const { return i + 1 < count ? kBlock / 2 : last_pairs; }
 };
 
 // Visits the panels of W one after the other: calls multiply(segment, panel, coming, add) for each segment that has it.
@@ -159,13 +163,14 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, cons
     for (Place at; at.s < count; at = next(at)) {
         const NnSegment& seg = segments[at.s];
         const int have = piece(seg.kblocks - at.kb, kNnBlocks);
+        const int last_pairs = kBlock / 2 - (at.kb + have == seg.kblocks ? seg.idle_pairs : 0);
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
         const Place soon = next(at);
         ComingPanels coming{Ahead(segments, count, soon), Ahead(segments, count, next(soon))};
         bool add = at.s > 0 || at.kb > 0;
         const int same = sharing(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {
-            multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have, i == 0}, coming, add);
+            multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have, last_pairs, i == 0}, coming, add);
             coming = ComingPanels();  // once is enough
         }
     }

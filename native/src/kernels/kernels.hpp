@@ -55,6 +55,8 @@ struct NnSegment {
     const bf16* const* gathered;  // row k of W at gathered[k] + column, 32 * kblocks pointers
     std::size_t column;
     int kblocks;
+    // Pairs of rows of W at the end of the last k-block that are padding, all zero: they need not be multiplied.
+    int idle_pairs = 0;
 };
 
 struct Kernels {
