@@ -82,6 +82,9 @@ def bench(
             typer.echo(f"{engine.name:20} {engine.missing or 'ready'}")
         return
 
+    absent = [engine for engine in found if engine.missing] if peers else []
+    if absent:
+        raise ValueError(f"--peers {absent[0].name}: {absent[0].missing}")
     from ktverify import machine
     from ktverify.bench.console import Watch, print_shape
     from ktverify.bench.measure import Bench, Settings

@@ -22,6 +22,7 @@ HOST = Path(__file__).with_name("host.py")
 PEERS = Path(__file__).with_name("peers")
 OWN = "native"
 KNOWN = (OWN, "kt_kernel", "torch_loop", "torch_grouped_mm", "vllm")
+ON_REQUEST = ("other_build",)
 
 # what keeps each engine from a newer instruction set than the one asked for; the native engine is told directly
 ISA_VARIABLES: dict[str, dict[str, str]] = {
@@ -61,7 +62,8 @@ def find(names: Sequence[str], options: Mapping[str, str | None]) -> list[Engine
     for name in wanted:
         path = Path(name).resolve() if name.endswith(".py") else PEERS / f"{name}.py"
         if not path.is_file() or path.stem == "__init__":
-            raise ValueError(f"no engine is called {name!r}; there are {', '.join(KNOWN)}, or the path of a .py file")
+            known = ", ".join((*KNOWN, *ON_REQUEST))
+            raise ValueError(f"no engine is called {name!r}; there are {known}, or the path of a .py file")
         found.append(_engine(path, options))
     doubled = {engine.name for engine in found if [other.name for other in found].count(engine.name) > 1}
     if doubled:

@@ -56,5 +56,8 @@ class LineFile:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file, one that was cut off at the end left out. FileNotFoundError without the file."""
+    if path.parent.is_dir() and not path.is_file():
+        others = ", ".join(sorted(found.name for found in path.parent.glob("*.jsonl"))) or "no lines of any run"
+        raise FileNotFoundError(f"{path.parent} has no {path.name}, which this command wrote; it has {others}")
     # a line may have been cut off inside a character
     return [line.decode("utf-8") for line in path.read_bytes().split(b"\n")[:-1] if line]

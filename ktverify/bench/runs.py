@@ -5,6 +5,7 @@ Comes in: an iterator that measures. Goes out: its lines, in a file and in a lis
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import sys
@@ -92,8 +93,13 @@ def collect(path: Path, head: RunLine, measured: Iterable[Line], steps: int, wha
             lines.append(line)
             file.write(line)
     except KeyboardInterrupt:
-        print("stopped; what was measured is kept", file=sys.stderr)
+        print(f"stopped; what was measured is kept in {path}", file=sys.stderr)
         return lines, True
     finally:
         file.close()
     return lines, False
+
+
+def if_there_is_any(stopped: bool) -> contextlib.AbstractContextManager[None]:
+    """For the views of a run: one that was stopped before anything counted has none, which is no error."""
+    return contextlib.suppress(ValueError) if stopped else contextlib.nullcontext()

@@ -48,7 +48,7 @@ def profile(
         _conclude(show, record.read(show), as_json)
         return
     from ktverify.bench.journal import new_directory
-    from ktverify.bench.runs import RunLine, collect
+    from ktverify.bench.runs import RunLine, collect, if_there_is_any
     from ktverify.profile.measure import Profiler, Settings
 
     parsed = Case.parse(case)
@@ -58,7 +58,8 @@ def profile(
     directory = out if out is not None else new_directory("profile")
     head = record.ProfileLine(**RunLine.facts(directory), case=parsed.id, why=parsed.why, tp=tp, **profiler.about)
     lines, stopped = collect(directory / record.FILE, head, profiler.lines(), profiler.steps(), "profiling")
-    _conclude(directory, lines, as_json)
+    with if_there_is_any(stopped):
+        _conclude(directory, lines, as_json)
     if stopped:
         raise typer.Exit(INTERRUPTED)
 

@@ -88,7 +88,7 @@ def phases_grid(summary: Summary, found: RangeSummary, times: StageTimes, first:
 
 def _unexplained(times: StageTimes) -> str:
     ns = unexplained_ns(times)
-    return f"unexplained: {number(ns / 1e6)} ms, {percent(ns / times.wall_ns)} of the call, is waiting of no stage"
+    return f"other waiting: {number(ns / 1e6)} ms, {percent(ns / times.wall_ns)} of the call, at no stage's barrier"
 
 
 def workers_grid(times: StageTimes) -> Grid:

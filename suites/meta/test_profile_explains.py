@@ -27,7 +27,7 @@ def test_waiting_of_no_stage_is_told() -> None:
     summary = Summary.of(made_up_lines())
     assert summary is not None
     phases = tables.view(summary, b"").grids[1]
-    assert phases.notes[1] == "unexplained: 1.50 ms, 15.0 % of the call, is waiting of no stage"
+    assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"
 
 
 def test_the_engine_has_what_python_sees_of_a_large_call(monkeypatch: pytest.MonkeyPatch) -> None:

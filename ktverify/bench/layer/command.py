@@ -177,14 +177,15 @@ def _timed(case: str) -> Case:
 def _measure(kind: str, case: Case, spots: list[Spot], out: Path | None, as_json: bool) -> None:
     from ktverify.bench.journal import new_directory
     from ktverify.bench.layer import measure, record
-    from ktverify.bench.runs import RunLine, collect
+    from ktverify.bench.runs import RunLine, collect, if_there_is_any
 
     measure.check_fits(spots)
     directory = out if out is not None else new_directory(kind)
     head = record.LayerLine(**RunLine.facts(directory), case=case.id, spots=tuple(spots))
     measured, count = measure.measured(spots), measure.line_count(spots)
     lines, stopped = collect(directory / record.FILE, head, measured, count, f"bench {kind}")
-    _conclude(directory, lines, as_json)
+    with if_there_is_any(stopped):
+        _conclude(directory, lines, as_json)
     if stopped:
         raise typer.Exit(INTERRUPTED)
 

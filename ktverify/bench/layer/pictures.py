@@ -45,21 +45,21 @@ def sweeps(case: str, found: Sequence[SpotSummary]) -> bytes:
         handles,
         labels,
         loc="upper left",
-        bbox_to_anchor=(0.052, 0.925),
-        ncols=len(handles),
+        bbox_to_anchor=(0.052, 0.93),
+        ncols=len(handles) if len(groups) > 2 else 3,
         frameon=False,
         fontsize=8.5,
         labelcolor=INK,
         columnspacing=1.4,
     )
-    figure.subplots_adjust(top=0.76)
+    figure.subplots_adjust(top=0.76 if len(groups) > 2 else 0.71)
     return png(figure)
 
 
 def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.2 + 2.8 * panels, 3.9), dpi=150)
+    figure = Figure(figsize=(max(2.2 + 2.8 * panels, 8.5), 3.9), dpi=150)
     places = figure.subplots(1, panels, squeeze=False)[0]
     figure.subplots_adjust(left=0.06, right=0.985, top=0.82, bottom=0.15, wspace=0.26)
     figure.text(0.012, 0.97, case, fontsize=9.5, color=INK, va="top")

@@ -92,10 +92,13 @@ def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
     lines = []
     for one in group:
         cells = [cell for what in (FORWARD, BOTH) for cell in _rated(one, what)]
-        sequence = one.case.qlen // one.spot.batch
-        lines.append((f"{one.spot.batch} x {sequence}", str(one.case.qlen), *cells))
+        lines.append((_batch_by_sequence(one), str(one.case.qlen), *cells))
     headings = ("batch x sequence", "tokens", f"{FORWARD} ms", "tokens/s", f"{BOTH} ms", "tokens/s")
     return Grid("throughput", ("at the median; each in a process of its own",), headings, tuple(lines))
+
+
+def _batch_by_sequence(one: SpotSummary) -> str:
+    return f"{one.spot.batch} x {one.case.qlen // one.spot.batch}"
 
 
 def _rated(one: SpotSummary, what: str) -> tuple[str, str]:
@@ -112,10 +115,10 @@ def memory_grid(found: Sequence[SpotSummary]) -> Grid:
         points = (memory.loaded, memory.packed, memory.first_step, memory.last_step)
         over = f"{memory.last_step / one.found.weights:.2f}"
         grown = format_bytes(memory.last_step - memory.first_step)
-        name = f"TP {one.spot.tp}" if one.spot.varied == "tp" else f"{one.case.qlen} tokens"
+        name = f"TP {one.spot.tp}" if one.spot.varied == "tp" else _batch_by_sequence(one)
         lines.append((name, format_bytes(one.found.weights), *map(format_bytes, points), grown, over))
     steps = f"after {found[0].spot.steps} steps"
-    headings = ("", "weights", "loaded", "first forward", "1 step", steps, "since 1 step", f"{steps} / weights")
+    headings = ("", "weights reached", "loaded", "first forward", "1 step", steps, "since 1 step", f"{steps} / reached")
     note = "resident memory beyond that of the process before it had inputs; a step is forward, backward, AdamW, update"
     return Grid("memory", (note,), headings, tuple(lines))
 

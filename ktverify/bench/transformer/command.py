@@ -72,7 +72,7 @@ def transformer(
         _conclude(show, record.read(show), as_json)
         return
     from ktverify.bench.journal import new_directory
-    from ktverify.bench.runs import RunLine, collect
+    from ktverify.bench.runs import RunLine, collect, if_there_is_any
     from ktverify.bench.transformer.measure import check_fits, line_count, measured
     from ktverify.transformer.sizes import resolve
 
@@ -97,7 +97,9 @@ def transformer(
         line_count(settings, warmups),
         f"timing {settings.size.name}",
     )
-    right = _conclude(directory, lines, as_json)
+    right = True
+    with if_there_is_any(stopped):
+        right = _conclude(directory, lines, as_json)
     if stopped or not right:
         raise typer.Exit(INTERRUPTED if stopped else 1)
 

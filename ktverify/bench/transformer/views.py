@@ -170,11 +170,11 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
     width = 11 if len(found) > 1 else 8
     figure = Figure(figsize=(width, 3.9), dpi=150)
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.62 / width, right=0.985, top=0.76, bottom=0.15, wspace=0.06)
+    figure.subplots_adjust(left=0.62 / width, right=0.985, top=0.72, bottom=0.15, wspace=0.06)
     for axes, arm in zip(panels, found, strict=True):
         _panel(axes, arm)
     most = max(ns for arm in found for step in (*arm.warmups, *arm.steps) for ns in _both(step)) / 1e6
-    panels[0].set_ylim(0, 1.08 * most)
+    panels[0].set_ylim(-0.03 * most, 1.08 * most)
     panels[0].set_ylabel("ms", color=QUIET, fontsize=9)
     figure.text(0.62 / width, 0.955, head.settings.size.text, fontsize=9, color=INK, va="top")
     shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -182,8 +182,8 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
         list(shown.values()),
         list(shown),
         loc="upper left",
-        bbox_to_anchor=(0.5 / width, 0.91),
-        ncols=4,
+        bbox_to_anchor=(0.5 / width, 0.92),
+        ncols=3,
         frameon=False,
         fontsize=8.5,
         labelcolor=INK,
@@ -222,7 +222,7 @@ def _panel(axes: Axes, arm: Arm) -> None:
                 "facecolors": face,
             }
             axes.scatter(places, values, label=label if values else None, **style)
-        axes.axhline(ms.median, color=colour, linewidth=0.9, alpha=0.6, zorder=0)
+        axes.axhline(ms.median, color=colour, linewidth=0.9, alpha=0.6, zorder=0, label=f"{what}, median of the steps")
     axes.axvline(-0.5, color=RULE, linewidth=1)
     axes.set_xlim(-len(arm.warmups) - 0.8, len(arm.steps) - 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
