@@ -32,7 +32,7 @@ PLACES: dict[str, Place] = {
     "other_build": Place("KTVERIFY_OTHER_BUILD", "", "", "another build of this engine's _native.so"),
 }
 
-INSTALLED = ("kt_python", "vllm_library")  # by `make peers`
+INSTALLED = tuple(need for need, place in PLACES.items() if place.pattern)  # by `make peers`
 
 
 def peers_dir() -> Path:

@@ -100,6 +100,10 @@ def collect(path: Path, head: RunLine, measured: Iterable[Line], steps: int, wha
     return lines, False
 
 
+class NothingCountsError(ValueError):
+    """A run without a measurement that counts has no views."""
+
+
 def if_there_is_any(stopped: bool) -> contextlib.AbstractContextManager[None]:
     """For the views of a run: one that was stopped before anything counted has none, which is no error."""
-    return contextlib.suppress(ValueError) if stopped else contextlib.nullcontext()
+    return contextlib.suppress(NothingCountsError) if stopped else contextlib.nullcontext()

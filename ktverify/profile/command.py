@@ -67,13 +67,14 @@ def profile(
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     """Write the pages and the trace, then print. ValueError for a profile that was stopped before it had anything."""
     from ktverify.bench import views
+    from ktverify.bench.runs import NothingCountsError
     from ktverify.files import write_whole
     from ktverify.profile import picture, record, tables, trace
     from ktverify.profile.summary import Summary
 
     summary = Summary.of(lines)
     if summary is None:
-        raise ValueError(f"{directory / record.FILE} has no range that was measured to a steady call")
+        raise NothingCountsError(f"{directory / record.FILE} has no range that was measured to a steady call")
     view = tables.view(summary, picture.draw(summary))
     write_whole(directory / "trace.json", trace.trace(lines))
     views.conclude(view, lines, directory / record.FILE, as_json, extra=["trace.json"])

@@ -32,8 +32,8 @@ struct alignas(64) Lane {
 // One worker's clock. Without a lane it does nothing.
 class Watch {
   public:
-    explicit Watch(Lane* lane = nullptr) : lane_(kStages ? lane : nullptr) {
-        if (lane_) stage_ = last_ = now_ns();
+    explicit Watch(Lane* lane = nullptr) : lane_(lane) {
+        if (on()) stage_ = last_ = now_ns();
     }
     // Books the time since the last lap to `phase`.
     void lap(Phase phase) {

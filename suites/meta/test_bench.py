@@ -340,6 +340,9 @@ def test_another_build_runs_beside_this_one(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("KTVERIFY_OTHER_BUILD", raising=False)
     (_, other) = engines.find(["other_build"], {})
     assert other.missing == "not named: set KTVERIFY_OTHER_BUILD to another build of this engine's _native.so"
+    refused(
+        call("bench", "e16_t128", "--peers", "other_build"), "--peers other_build: not named: set KTVERIFY_OTHER_BUILD"
+    )
     copied = tmp_path / "before.so"
     shutil.copy(_native.__file__, copied)
     monkeypatch.setenv("KTVERIFY_OTHER_BUILD", str(copied))

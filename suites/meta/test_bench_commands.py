@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ktverify import machine
-from ktverify.bench import record
+from ktverify.bench import record, runs
 from ktverify.bench.transformer import measure
 from ktverify.bench.transformer.record import Settings
 from ktverify.cli import app
@@ -59,3 +59,22 @@ def test_an_earlier_run_is_printed_as_lines(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", "--show", str(tmp_path), "--json"])
     assert done.exit_code == 1  # nothing was measured, so nothing was right
     assert [record.HeadLine.model_validate_json(line) for line in done.stdout.splitlines()] == [head]
+
+
+def test_another_commands_run_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "profile.jsonl").touch()
+    done = CliRunner().invoke(app, ["bench", "layer", "--show", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "has no layer.jsonl, which this command wrote; it has profile.jsonl" in done.output
+
+
+def test_only_a_run_that_was_stopped_may_have_nothing() -> None:
+    def conclude(error: Exception, *, stopped: bool) -> None:
+        with runs.if_there_is_any(stopped):
+            raise error
+
+    conclude(runs.NothingCountsError("no repeat"), stopped=True)
+    with pytest.raises(ValueError, match="drawing"):
+        conclude(ValueError("drawing"), stopped=True)
+    with pytest.raises(runs.NothingCountsError):
+        conclude(runs.NothingCountsError("no repeat"), stopped=False)

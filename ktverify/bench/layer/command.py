@@ -200,8 +200,9 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     """Write the views, then print. ValueError for a run that has no repeat that counts."""
     from ktverify.bench import views
     from ktverify.bench.layer import record, tables
+    from ktverify.bench.runs import NothingCountsError
 
     view = tables.view(lines)
     if view is None:
-        raise ValueError(f"{directory / record.FILE} has no repeat that counts")
+        raise NothingCountsError(f"{directory / record.FILE} has no repeat that counts")
     views.conclude(view, lines, directory / record.FILE, as_json)

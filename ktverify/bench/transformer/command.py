@@ -107,11 +107,12 @@ def transformer(
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     """Write the views, then print; False where the check failed. ValueError for a run that has no step that counts."""
     from ktverify.bench import views
+    from ktverify.bench.runs import NothingCountsError
     from ktverify.bench.transformer import record
     from ktverify.bench.transformer import views as transformer_views
 
     view = transformer_views.view(lines)
     if view is None:
-        raise ValueError(f"{directory / record.FILE} has no step that counts")
+        raise NothingCountsError(f"{directory / record.FILE} has no step that counts")
     views.conclude(view, lines, directory / record.FILE, as_json)
     return not any(text.startswith("FAIL") for name, text in view.facts if name == "check")
