@@ -131,8 +131,9 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
     prepare_rows_of_x();
 
     const int parts = config_.parts, token_chunks = (given_.rows + kChunkRows - 1) / kChunkRows;
-    TaskQueue gathering(parts, team), downing(parts, team), ranking(parts, team), inputs(parts, team), loras(1, team),
-        idles(1, team), routings(1, team);
+    TaskQueue gathering(parts, team, groups_), downing(parts, team, active_, i_panels_), ranking(parts, team, groups_),
+        inputs(parts, team, active_, h_panels_), loras(1, team, active_, lora_tasks()),
+        idles(1, team, static_cast<int>(idle_.size())), routings(1, team, token_chunks);
     const std::function<void(int)> body = [&](int worker) {
         float* own = scratch_ + z(worker) * 2 * kScratch;
         Hand hand{worker, own, own + kScratch, recording.watch(worker)};
@@ -142,20 +143,19 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
             hand.watch.stage_done();
         };
         kernels_.enter();
-        gathering.work(worker, groups_, [&](int p, int i) { gather(hand, p, i); });
+        gathering.work(worker, [&](const Task& task) { gather(hand, task.part, task.row); });
         stage_ends();
-        downing.work(worker, active_ * i_panels_, [&](int p, int i) { down_grad(hand, p, i); });
+        downing.work(worker, [&](const Task& task) { down_grad(hand, task); });
         stage_ends();
         if (with_lora_) {
-            ranking.work(worker, groups_, [&](int p, int i) { rank_grad(hand, p, i); });
+            ranking.work(worker, [&](const Task& task) { rank_grad(hand, task.part, task.row); });
             stage_ends();
         }
-        inputs.work(worker, active_ * h_panels_, [&](int p, int i) { input_grad(hand, p, i); });
-        loras.work(worker, active_ * lora_tasks(),
-                   [&](int, int i) { lora_grad(hand, routing_.experts[z(i / lora_tasks())], i % lora_tasks()); });
-        idles.work(worker, static_cast<int>(idle_.size()), [&](int, int i) { fill_idle(idle_[z(i)]); });
+        inputs.work(worker, [&](const Task& task) { input_grad(hand, task); });
+        loras.work(worker, [&](const Task& task) { lora_grad(hand, routing_.experts[z(task.row)], task.column); });
+        idles.work(worker, [&](const Task& task) { fill_idle(idle_[z(task.row)]); });
         hand.watch.lap(Phase::allocation);
-        routings.work(worker, token_chunks, [&](int, int i) { weight_grad(i * kChunkRows); });
+        routings.work(worker, [&](const Task& task) { weight_grad(task.row * kChunkRows); });
         hand.watch.lap(Phase::routing_grad);
         kernels_.leave();
         hand.watch.tasks_done();
@@ -257,11 +257,12 @@ void Backward::gather(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::down_lora_b);
 }
 
-void Backward::down_grad(Hand& hand, int p, int index) {
+void Backward::down_grad(Hand& hand, const Task& task) {
+    const int p = task.part, ip = task.column;
     Part& part = parts_[z(p)];
     const Saved::Part& was = kept_.parts[z(p)];
-    const Routing::Expert& expert = routing_.experts[z(index / i_panels_)];
-    const int ip = index % i_panels_, cblocks = std::min(kPanelBlocks, size_.ib - ip * kPanelBlocks);
+    const Routing::Expert& expert = routing_.experts[z(task.row)];
+    const int cblocks = std::min(kPanelBlocks, size_.ib - ip * kPanelBlocks);
     const std::size_t cb = z(ip) * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.ib);
     const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + cb;
     const Pair a = at(lora_.down_a[z(p)], z(expert.expert) * layer_.lora_strides().down_a + cb);
@@ -322,9 +323,9 @@ void Backward::rank_grad(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::gate_up_lora_b);
 }
 
-void Backward::input_grad(Hand& hand, int p, int index) {
+void Backward::input_grad(Hand& hand, const Task& task) {
+    const int p = task.part, ticket = task.row, hp = task.column;
     Part& part = parts_[z(p)];
-    const int ticket = index / h_panels_, hp = index % h_panels_;
     const Routing::Expert& expert = routing_.experts[z(ticket)];
     const PackedExpert& base = layer_.experts[z(p)][z(expert.expert)];
     const int cblocks = std::min(kPanelBlocks, size_.hb - hp * kPanelBlocks);
@@ -335,8 +336,8 @@ void Backward::input_grad(Hand& hand, int p, int index) {
         const int count = std::min(kChunkRows, expert.rows - first);
         const std::size_t row = z(expert.first_row + first);
         NnSegment segments[5];
-        segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, stride, size_.ib);
-        segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, stride, size_.ib);
+        segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, 2 * stride, size_.ib);
+        segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, 2 * stride, size_.ib);
         int used = 2;
         if (with_lora_)
             used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, 2 * size_.r, segments + 2);

@@ -108,9 +108,9 @@ class Backward {
     void prepare_rows_of_x();
 
     void gather(Hand& hand, int p, int group);
-    void down_grad(Hand& hand, int p, int index);
+    void down_grad(Hand& hand, const Task& task);
     void rank_grad(Hand& hand, int p, int group);
-    void input_grad(Hand& hand, int p, int index);
+    void input_grad(Hand& hand, const Task& task);
     void finish(int worker, int panel);
     void weight_grad(int first);
     void put_small(const float* c, int cols, int group, const Small& to) const;

@@ -148,7 +148,8 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     pack_new_experts(shared, team);
 
     const int parts = config_.parts, copies = given_.save ? groups_of(given_.rows + 1) : 0;
-    TaskQueue copying(1, team), packing(parts, team), upping(parts, team), ranking(parts, team), downing(parts, team);
+    TaskQueue copying(1, team, copies), packing(parts, team, groups_), upping(parts, team, active_, size_.ib),
+        ranking(parts, team, groups_), downing(parts, team, active_, size_.hb);
     const std::function<void(int)> body = [&](int worker) {
         Hand hand{worker, scratch_ + z(worker) * kScratch, recording.watch(worker)};
         const auto stage_ends = [&] {
@@ -157,14 +158,14 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
             hand.watch.stage_done();
         };
         kernels_.enter();
-        packing.work(worker, groups_, [&](int p, int i) { pack(hand, p, i); });
-        copying.work(worker, copies, [&](int, int i) { keep_rows(hand, i); });
+        packing.work(worker, [&](const Task& task) { pack(hand, task.part, task.row); });
+        copying.work(worker, [&](const Task& task) { keep_rows(hand, task.row); });
         stage_ends();
-        upping.work(worker, active_ * size_.ib, [&](int p, int i) { up(hand, p, i); });
+        upping.work(worker, [&](const Task& task) { up(hand, task); });
         stage_ends();
-        ranking.work(worker, groups_, [&](int p, int i) { rank(hand, p, i); });
+        ranking.work(worker, [&](const Task& task) { rank(hand, task.part, task.row); });
         stage_ends();
-        downing.work(worker, active_ * size_.hb, [&](int p, int i) { down(hand, p, i); });
+        downing.work(worker, [&](const Task& task) { down(hand, task); });
         kernels_.leave();
         hand.watch.tasks_done();
         hand.watch.stage_done();
@@ -277,24 +278,22 @@ void Forward::pack(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::gate_up_lora_a);
 }
 
-// 32 rows of the task that this worker will most likely take after `index`: in step with the others of its part, it is
-// as many on as they are. Null behind the last.
-const bf16* Forward::next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const {
-    const int next = index + std::max(1, layer_.workers / config_.parts);
-    if (next >= active_ * per_expert) return nullptr;
-    const int kblocks = matrix == &PackedExpert::down ? size_.ib : size_.hb;
-    const Routing::Expert& expert = routing_.experts[z(next / per_expert)];
-    return layer_.experts[z(p)][z(expert.expert)].*matrix + z(next % per_expert) * layer_.panel(kblocks);
+// The rows of W that the next task begins with, or null.
+const bf16* Forward::next_weights(const Task& task, bf16* PackedExpert::* matrix) const {
+    if (task.next_row < 0) return nullptr;
+    const std::size_t stride = matrix == &PackedExpert::down ? layer_.panel(size_.ib) : 2 * layer_.panel(size_.hb);
+    const Routing::Expert& expert = routing_.experts[z(task.next_row)];
+    return layer_.experts[z(task.part)][z(expert.expert)].*matrix + z(task.next_column) * stride;
 }
 
-void Forward::up(Hand& hand, int p, int index) {
+void Forward::up(Hand& hand, const Task& task) {
+    const int p = task.part, ib = task.column;
     Part& part = parts_[z(p)];
     Saved::Part& kept = kept_.parts[z(p)];
-    const Routing::Expert& expert = routing_.experts[z(index / size_.ib)];
-    const int ib = index % size_.ib;
+    const Routing::Expert& expert = routing_.experts[z(task.row)];
     const PackedExpert& base = layer_.experts[z(p)][z(expert.expert)];
     const std::size_t b_at = z(expert.expert) * strides_.gate_b + z(ib) * layer_.panel(size_.rb),
-                      w_at = z(ib) * layer_.panel(size_.hb);
+                      w_at = z(ib) * 2 * layer_.panel(size_.hb);
     for (int first = 0; first < expert.groups; first += kChunkGroups) {
         const int count = std::min(kChunkGroups, expert.groups - first);
         const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
@@ -309,7 +308,7 @@ void Forward::up(Hand& hand, int p, int index) {
         float* g = hand.c;
         float* u = hand.c + kBlock * ldc;
         product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g, base.up + w_at);
-        product(base.up, lora_.up_b[z(p)], part.up_xa, u, next_weights(p, index, size_.ib, &PackedExpert::gate));
+        product(base.up, lora_.up_b[z(p)], part.up_xa, u, next_weights(task, &PackedExpert::gate));
         hand.watch.lap(Phase::gate_up);
         const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
         const Order order = order_of(expert);
@@ -351,9 +350,9 @@ void Forward::rank(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::down_lora_a);
 }
 
-void Forward::down(Hand& hand, int p, int index) {
+void Forward::down(Hand& hand, const Task& task) {
+    const int p = task.part, ticket = task.row, hb = task.column;
     Part& part = parts_[z(p)];
-    const int ticket = index / size_.hb, hb = index % size_.hb;
     const Routing::Expert& expert = routing_.experts[z(ticket)];
     const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + z(hb) * layer_.panel(size_.ib);
     const Pair b = at(lora_.down_b, z(expert.expert) * strides_.down_b + z(hb) * layer_.panel(size_.rb));
@@ -363,10 +362,16 @@ void Forward::down(Hand& hand, int p, int index) {
         const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
         NtSegment segments[4];
         segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
-                       next_weights(p, index, size_.hb, &PackedExpert::down)};
+                       next_weights(task, &PackedExpert::down)};
         const int more = nt_lora_segments(
             {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
         const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
+        // The tokens' sums were left long ago, and the product hides the way back to them.
+        for (int i = 0; i < rows; ++i) {
+            const float* to = sum + z(routing_.token[row + z(i)]) * kBlock;
+            __builtin_prefetch(to, 1, 2);
+            __builtin_prefetch(to + kBlock / 2, 1, 2);
+        }
         multiply(expert, segments, 1 + more, rows, hand.c, ldc);
         hand.watch.lap(Phase::down);
         if (first == 0) {

@@ -56,9 +56,9 @@ class Forward {
 
     void keep_rows(Hand& hand, int first_group);
     void pack(Hand& hand, int p, int group);
-    void up(Hand& hand, int p, int index);
+    void up(Hand& hand, const Task& task);
     void rank(Hand& hand, int p, int group);
-    void down(Hand& hand, int p, int index);
+    void down(Hand& hand, const Task& task);
     void finish(int worker, int hb);
 
     // How an expert's tokens stand in packs and in the results of multiply_a; see kernels.hpp.
@@ -81,7 +81,7 @@ class Forward {
     void multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                     std::size_t stride, int kblocks, float* c) const;
     void put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const;
-    const bf16* next_weights(int p, int index, int per_expert, bf16* PackedExpert::* matrix) const;
+    const bf16* next_weights(const Task& task, bf16* PackedExpert::* matrix) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 
     Layer::State& layer_;

@@ -75,25 +75,25 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         for (PackedExpert& expert : part) {
             expert.block = Block(expert_bytes());
             Carver carver(expert.block.data());
-            carver.take(expert.gate, z(size.ib) * panel(size.hb));
-            carver.take(expert.up, z(size.ib) * panel(size.hb));
+            carver.take(expert.gate, z(size.ib) * 2 * panel(size.hb));
+            expert.up = expert.gate + panel(size.hb);
             carver.take(expert.down, z(size.hb) * panel(size.ib));
         }
     }
     const int per_expert = 2 * size.ib + size.hb;  // rows of blocks
-    TaskQueue queue(config.parts, team);
+    TaskQueue queue(config.parts, team, static_cast<int>(wanted.size()), per_expert);
     const std::function<void(int)> body = [&](int worker) {
-        queue.work(worker, static_cast<int>(wanted.size()) * per_expert, [&](int part, int index) {
-            const int e = wanted[z(index / per_expert)], slot = slot_of[z(e)];
-            int row = index % per_expert;
-            PackedExpert& to = made[z(part)][z(index / per_expert)];
+        queue.work(worker, [&](const Task& task) {
+            const int part = task.part, e = wanted[z(task.row)], slot = slot_of[z(e)];
+            int row = task.column;
+            PackedExpert& to = made[z(part)][z(task.row)];
             if (row < 2 * size.ib) {
                 const WeightSource& from = row < size.ib ? gate : up;
                 bf16* out = row < size.ib ? to.gate : to.up;
                 row %= size.ib;
                 pack_row(from.experts[z(slot)] + (part * size.I + row * kBlock) * from.row_stride, from.row_stride,
                          from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
-                         out + z(row) * panel(size.hb));
+                         out + z(row) * 2 * panel(size.hb));
             } else {
                 row -= 2 * size.ib;
                 pack_row(down.experts[z(slot)] + row * kBlock * down.row_stride + part * size.I * down.col_stride,
@@ -154,10 +154,10 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     }
     const std::size_t H = z(size.H), I = z(size.I), r = z(size.r), all_I = I * z(config.parts);
     const bool fp32 = config.lora_fp32, twice = size.side_by_side();
-    TaskQueue queue(1, team);
+    TaskQueue queue(1, team, config.num_experts);
     const std::function<void(int)> body = [&](int worker) {
-        queue.work(worker, config.num_experts, [&](int, int expert) {
-            const std::size_t e = z(expert);
+        queue.work(worker, [&](const Task& task) {
+            const std::size_t e = z(task.row);
             put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
             put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, at(to->gate_up_a, e * a));
             put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db), twice);

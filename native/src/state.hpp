@@ -59,11 +59,12 @@ inline Pair at(const Pair& p, std::size_t by) {
     return {p.hi + by, p.lo ? p.lo + by : nullptr};
 }
 
-// Base weights of one expert in one part, as weight blocks: gate, up [ib][hb], down [hb][ib].
+// Base weights of one expert in one part, as weight blocks: gate beside up [ib][2][hb], for the forward reads them in
+// turns, and down [hb][ib].
 struct PackedExpert {
     Block block;
     bf16* gate = nullptr;
-    bf16* up = nullptr;
+    bf16* up = nullptr;  // the second panel
     bf16* down = nullptr;
 };
 

@@ -3,12 +3,11 @@
 // while work is near.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
-#include <memory>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -54,18 +53,33 @@ class Team {
     alignas(64) std::atomic<int> phase_{0};
 };
 
-// Tasks 0..count-1 of each part, handed out in order. A worker starts with its own part and then may help the others.
+// One of a TaskQueue's tasks.
+struct Task {
+    int part, row, column;
+    // The place of the task that this worker will most likely take next; none: next_row is -1.
+    int next_row, next_column;
+};
+
+// For each part `rows` times `columns` tasks. The columns are split into lanes, one for each worker of the part; a
+// lane's tasks are handed out in order, row by row, so that a column's tasks are begun in the order of the rows. Where a
+// row's columns are neighbours in memory, a worker in its own lane reads on and on, without the breaks that it would see
+// if the workers took columns in turns. One without tasks helps in the other lanes of its part, and then may help the
+// other parts.
 class TaskQueue {
   public:
-    TaskQueue(int parts, const Team& team)
-        : helps_(team.helps() || parts == 1), next_(static_cast<std::size_t>(parts)) {}
-    template <typename Task>  // task(part, index)
-    void work(int worker, int count, Task&& task) {
-        const int parts = static_cast<int>(next_.size());
-        for (int i = 0; i < (helps_ ? parts : 1); ++i) {
-            const int part = (worker + i) % parts;
-            auto& next = next_[static_cast<std::size_t>(part)].value;
-            for (int index; (index = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(part, index);
+    TaskQueue(int parts, const Team& team, int rows, int columns = 1)
+        : helps_(team.helps() || parts == 1),
+          parts_(parts),
+          workers_(std::max(1, team.workers() / parts)),
+          lanes_(std::clamp(columns, 1, workers_)),
+          rows_(rows),
+          columns_(columns),
+          taken_(static_cast<std::size_t>(parts * lanes_)) {}
+    template <typename Do>  // do_task(const Task&)
+    void work(int worker, const Do& do_task) {
+        for (int i = 0; i < (helps_ ? parts_ : 1); ++i) {
+            const int part = (worker + i) % parts_;
+            for (int l = 0; l < lanes_; ++l) work_in(part, (worker / parts_ + l) % lanes_, do_task);
         }
     }
 
@@ -73,13 +87,29 @@ class TaskQueue {
     struct alignas(64) Counter {
         std::atomic<int> value{0};
     };
+    template <typename Do>
+    void work_in(int part, int lane, const Do& do_task) {
+        const int first = begin(lane), width = begin(lane + 1) - first, count = rows_ * width;
+        const int together = workers_ / lanes_;  // in one lane, at first
+        std::atomic<int>& taken = taken_[static_cast<std::size_t>(part * lanes_ + lane)].value;
+        // Looking first spares those who come when all is done the line's ownership.
+        while (taken.load(std::memory_order_relaxed) < count) {
+            const int i = taken.fetch_add(1, std::memory_order_relaxed), next = i + together;
+            if (i >= count) return;
+            const bool last = next >= count;
+            do_task(Task{part, i / width, first + i % width, last ? -1 : next / width, first + next % width});
+        }
+    }
+    int begin(int lane) const { return static_cast<int>(static_cast<std::int64_t>(lane) * columns_ / lanes_); }
+
     bool helps_;
-    std::vector<Counter> next_;
+    int parts_, workers_, lanes_, rows_, columns_;
+    std::vector<Counter> taken_;
 };
 
 // Makes additions into one place happen in the order of their tickets, whoever computes them: fp32 sums come out with
-// the same bits for any number of threads. Tickets are taken in order from a TaskQueue, so the one that is waited for
-// is always already being worked on.
+// the same bits for any number of threads. A slab is a column of a TaskQueue and a ticket its row, so the one that is
+// waited for is always already being worked on.
 class Turns {
   public:
     Turns(int parts, int slabs)

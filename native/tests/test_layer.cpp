@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <memory>
@@ -114,7 +115,40 @@ std::string text(const Shape& s) {
 
 }  // namespace
 
+// Every task once, a column's in the order of its rows, whoever takes them; alone, a worker's next is the one that it
+// takes next.
+void test_tasks(int workers, int parts, int rows, int columns) {
+    Team team(workers, parts);
+    TaskQueue queue(parts, team, rows, columns);
+    Turns turns(parts, columns);
+    std::vector<std::atomic<int>> done(std::size_t(parts) * std::size_t(rows) * std::size_t(columns));
+    std::atomic<bool> sane{true}, foretold{true};
+    team.run([&](int worker) {
+        int part = -1, row = -1, column = -1;
+        queue.work(worker, [&](const Task& task) {
+            if (task.part == part && row >= 0 && (task.row != row || task.column != column)) foretold = false;
+            part = task.part, row = task.next_row, column = task.next_column;
+            sane = sane && task.row >= 0 && task.row < rows && task.column >= 0 && task.column < columns;
+            turns.wait(task.part, task.column, task.row);
+            ++done[(std::size_t(task.part) * std::size_t(rows) + std::size_t(task.row)) * std::size_t(columns) +
+                   std::size_t(task.column)];
+            turns.pass(task.part, task.column, task.row);
+        });
+    });
+    const bool once = std::all_of(done.begin(), done.end(), [](const auto& n) { return n == 1; });
+    check::that(sane && once && (foretold || workers > 1),
+                std::to_string(workers) + " workers, " + std::to_string(parts) + " parts, " + std::to_string(rows) +
+                    " rows of " + std::to_string(columns) + " tasks");
+}
+
 int main() {
+    for (const int workers : {1, 2, 3, 7}) {
+        for (const int parts : {1, 2, 3}) {
+            for (const int rows : {0, 1, 5}) {
+                for (const int columns : {1, 2, 5, 24}) test_tasks(workers, parts, rows, columns);
+            }
+        }
+    }
     // The workers of this process do not exist in the child: it starts its own.
     Problem small({4, 2, 64, 64, 20, 4, 1, false});
     const auto before = small.layer(Isa::scalar, 2);
