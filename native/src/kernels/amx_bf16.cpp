@@ -82,12 +82,12 @@ KTV_INLINE void multiply() {
 
 // 32 rows of W (A, natural) by G groups of tokens (B, packed).
 template <int G>
-void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming coming, float* c,
+void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming<2> coming, float* c,
               std::size_t ldc, bool add) {
     load_results<2, G>(c, ldc, add);
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        const auto fetch_quarter = [now = coming.soon ? coming + kb * kBlockSize : coming](int quarter) {
-            if (now.soon) fetch(now + quarter * kBlockSize / 4, kBlock / 4);
+        const auto fetch_quarter = [now = coming ? coming + kb * kBlockSize : coming](int quarter) {
+            if (now) fetch(now + quarter * kBlockSize / 4, kBlock / 4);
         };
         fetch_quarter(0);
         tile_load<4>(w, 64);
@@ -106,15 +106,16 @@ void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblock
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
     constexpr int chunk = 16;
     const int groups = (rows + kGroup - 1) / kGroup;
-    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, Coming<2> coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         const bf16* x = seg.tokens + kb * kPackSize;
         for (int g = 0; g < groups; g += 2) {
             const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
-            block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? coming : Coming(), c + g * kGroup,
+            block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? coming : Coming<2>(), c + g * kGroup,
                   ldc, add);
         }
-    });
+    };
+    visit_chunks<2>(segments, count, chunk, chunk, multiply);
 }
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
@@ -124,7 +125,7 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        const auto fetch_quarter = [now = coming.at(kb, panel)](int quarter) {
+        const auto fetch_quarter = [now = coming.at<2>(kb, panel)](int quarter) {
             fetch(now + quarter * kBlockSize / 4, kBlock / 4);
         };
         fetch_quarter(0);

@@ -42,8 +42,8 @@ KTV_INLINE __m256i lower_half(__m512i v) {
 // Lanes are tokens. A register block is N rows of W by G groups, and with `half` by eight tokens more; a k-pair of W is
 // broadcast, one of the tokens is a load. At most N * (G + half) + G + half + 1 registers of 32.
 template <int N, int G, bool half>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming coming, float* c,
-                         std::size_t ldc, bool add) {
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming<2> coming,
+                         float* c, std::size_t ldc, bool add) {
     __m512 sum[N][G + 1];
     __m256 rest[N];
     for (int n = 0; n < N; ++n) {
@@ -51,8 +51,8 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
         if constexpr (half) rest[n] = add ? _mm256_loadu_ps(c + n * ldc + G * kGroup) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        if (coming.soon) fetch(coming + kb * kBlockSize, N);
         for (int pair = 0; pair < kBlock / 2; ++pair) {
+            if (coming && pair < N) fetch(coming + (kb * kBlock + pair) * kBlock, 1);
             const bf16* two = x + pair * 2 * kGroup;
             __m512i token[G + 1];
             for (int g = 0; g < G; ++g) token[g] = _mm512_loadu_si512(two + g * group_stride);
@@ -73,10 +73,10 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
 }
 
 template <int N, int G, bool half>
-void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming coming, float* c,
+void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming<2> coming, float* c,
              std::size_t ldc, bool add) {
     for (int n = 0; n < kBlock; n += N) {
-        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, coming.soon ? coming + n * kBlock : coming,
+        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, coming ? coming + n * kBlock : coming,
                              c + n * ldc, ldc, add);
     }
 }
@@ -92,17 +92,18 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
                                                             {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
     const int rest = rows % kGroup, groups = rows / kGroup + (rest > kGroup / 2);
     const bool half = rest > 0 && rest <= kGroup / 2;
-    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, Coming<2> coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         for (int g = 0, at_once;; g += at_once) {
             const int left = groups - g;
             at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
             const bool last = at_once == left;
             run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride, blocks,
-                                       g == 0 ? coming : Coming(), c + g * kGroup, ldc, add);
+                                       g == 0 ? coming : Coming<2>(), c + g * kGroup, ldc, add);
             if (last) break;
         }
-    });
+    };
+    visit_chunks<2>(segments, count, chunk, chunk, multiply);
 }
 
 // Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
@@ -111,63 +112,79 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // lanes are added up at the end of k.
 constexpr int few_rows = 10;
 static_assert(few_rows <= kGroup, "few tokens lie in one group");
-// Rows of W in a register block, and k-blocks in a chunk.
+// Rows of W in a register block, and k-blocks in a chunk. The fewer tokens, the nearer to a plain reading of W: with
+// one of them all 32 rows' sums stay in registers (as many as there are) through the whole of k.
 constexpr int few_block(int tokens) {
-    if (tokens == 1) return 8;
-    return tokens > 6 ? 2 : 4;
+    if (tokens == 1) return kBlock;
+    if (tokens <= 6) return 4;
+    return tokens < few_rows ? 2 : 1;
 }
 constexpr int few_chunk(int tokens) {
-    if (tokens == 1) return 4;
-    return tokens == 2 ? 2 : 8;
+    return tokens <= 4 ? 2 : 8;
+}
+// How often a line of W is asked for, and how many k-blocks apart.
+constexpr int few_times(int tokens) {
+    return tokens <= 4 ? 6 : 4;
+}
+constexpr int few_step(int tokens) {
+    return tokens <= 4 ? 2 : 4;
 }
 
-// With one or two tokens there is so little arithmetic that prefetches come faster than the miss buffers take them, even
-// twice. A load is never dropped, and the prefetchers of the hardware follow it. With more tokens, though, loads that miss
-// would be too few at a time: the arithmetic between them fills the reorder buffer.
-KTV_INLINE void load_lines(const bf16* from, int lines) {
-    for (int i = 0; i < lines; ++i) {
-        __m512i unused;
-        asm volatile("vmovdqu64 %1, %0" : "=v"(unused) : "m"(*reinterpret_cast<const __m512i_u*>(from + i * kBlock)));
+// One k-block of N rows of W. What comes is fetched line by line between the products: in bursts, as many lines would
+// find the miss buffers full.
+template <int T, int N>
+KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Coming<few_times(T)>& coming) {
+    __m512i token[T];
+    for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
+    for (int n = 0; n < N; ++n) {
+        fetch(coming + n * kBlock, 1);
+        const __m512i weight = _mm512_loadu_si512(w + n * kBlock);
+        for (int t = 0; t < T; ++t) sum[n][t] = dot(sum[n][t], weight, token[t]);
     }
 }
 
 template <int T>
-KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, Coming coming, float* sums, bool add) {
+KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Coming<few_times(T)>& coming, float* sums,
+                           bool add) {
     constexpr int N = few_block(T);
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
     }
-    for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += T * kBlock) {
-        const Coming now = coming + kb * N * kBlock;
-        if constexpr (T > 2) {
-            fetch(now, N);
-        } else {
-            load_lines(now.soon, N);
-        }
-        __m512i token[T];
-        for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
-        for (int n = 0; n < N; ++n) {
-            const __m512i weight = _mm512_loadu_si512(w + n * kBlock);
-            for (int t = 0; t < T; ++t) sum[n][t] = dot(sum[n][t], weight, token[t]);
-        }
-    }
+    for (int kb = 0; kb < kblocks; ++kb) dots(sum, w + kb * kBlockSize, x + kb * T * kBlock, coming + kb * N * kBlock);
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) _mm512_store_ps(sums + (n * T + t) * 16, sum[n][t]);
     }
 }
 
 template <int T>
-void nt_dots(const NtSegment* segments, int count, float* c) {
-    constexpr int chunk = few_chunk(T), N = few_block(T);
-    alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
-    visit_chunks(segments, count, chunk, [&](const NtSegment& seg, int kb, int blocks, Coming coming, bool add) {
-        const bf16* w = seg.weights + kb * kBlockSize;
-        for (int n = 0; n < kBlock; n += N) {
-            dots_block<T>(w + n * kBlock, seg.tokens + kb * T * kBlock, blocks, coming + n * blocks * kBlock,
-                          sums + n * T * 16, add);
+void sum_chunks(const NtSegment* segments, int count, float* sums) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& coming, bool add) {
+        const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * T * kBlock;
+        for (int n = 0; n < kBlock; n += few_block(T))
+            dots_block<T>(w + n * kBlock, x, blocks, coming + n * blocks * kBlock, sums + n * T * 16, add);
+    };
+    visit_chunks<few_times(T)>(segments, count, few_chunk(T), few_step(T), multiply);
+}
+
+// One token: the same without chunks.
+template <>
+void sum_chunks<1>(const NtSegment* segments, int count, float* sums) {
+    __m512 sum[kBlock][1];
+    for (auto& s : sum) s[0] = _mm512_setzero_ps();
+    for (const NtSegment* seg = segments; seg != segments + count; ++seg) {
+        for (int kb = 0; kb < seg->kblocks; ++kb) {
+            dots(sum, seg->weights + kb * kBlockSize, seg->tokens + kb * kBlock,
+                 coming_after<few_times(1)>(*seg, kb, few_step(1), few_step(1), 1));
         }
-    });
+    }
+    for (int n = 0; n < kBlock; ++n) _mm512_store_ps(sums + n * 16, sum[n][0]);
+}
+
+template <int T>
+void nt_dots(const NtSegment* segments, int count, float* c) {
+    alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
+    sum_chunks<T>(segments, count, sums);
     for (int t = 0; t < T; ++t) {
         for (int half = 0; half < kBlock; half += 16) {
             F lanes[16];
@@ -193,7 +210,7 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
 struct Interleaved {
     const bf16* blocks;
     KTV_INLINE auto block(int kb) const {
-        return [at = blocks + kb * kBlockSize](int pair) {
+        return [at = blocks + kb * kBlockSize](int pair) __attribute__((always_inline)) {
             return RowPair{_mm512_load_si512(at + pair * 32), _mm512_load_si512(at + kHalf + pair * 32)};
         };
     }
@@ -203,8 +220,9 @@ struct Interleaving {
     const NnSegment& segment;
     const Panel& panel;
     KTV_INLINE auto block(int kb) const {
-        return [raw = RawBlock<gathered>(segment, panel.kb + kb, panel.cb),
-                to = panel.blocks + kb * kBlockSize](int pair) { return raw.interleave(pair, to); };
+        return
+            [raw = RawBlock<gathered>(segment, panel.kb + kb, panel.cb), to = panel.blocks + kb * kBlockSize](int pair)
+                __attribute__((always_inline)) { return raw.interleave(pair, to); };
     }
 };
 
@@ -212,13 +230,14 @@ struct Interleaving {
 template <int R, typename Blocks>
 KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming,
                          float* c, std::size_t ldc, bool add) {
+    constexpr int times = R <= 2 ? 3 : 2;  // see Coming
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)
             sum[r][half] = add ? _mm512_loadu_ps(c + r * ldc + half * 16) : _mm512_setzero_ps();
     }
     for (int kb = 0; kb < panel.count; ++kb, g += kBlock) {
-        const Coming now = coming.at(kb, panel.blocks);
+        const auto now = coming.at<times>(kb, panel.blocks);
         const auto rows_of = blocks.block(kb);
         for (int pair = 0, pairs = panel.pairs(kb); pair < pairs; ++pair) {
             fetch(now + 2 * pair * kBlock, 2);
@@ -243,12 +262,13 @@ void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    constexpr int most = 8;
+    constexpr int most = 12;
     visit_panels(segments, count, cblocks,
                  [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
-                     for (int r = 0; r < rows; r += most) {
+                     const int some = piece(rows, most);
+                     for (int r = 0; r < rows; r += some) {
                          const auto run = [&](auto blocks) {
-                             nn_rows<most>(std::min(rows - r, most), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld,
+                             nn_rows<most>(std::min(rows - r, some), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld,
                                            blocks, panel, coming, c + r * ldc + panel.cb * kBlock, ldc, add);
                          };
                          if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});

@@ -7,30 +7,46 @@ inline int piece(int left, int most) {
     return (left + pieces - 1) / pieces;
 }
 
-// Weights that will be read soon, and later: null, or what a step of arithmetic should fetch of them. They come a few
-// lines a step into the second-level cache; all at once, or into the first level, they would fill the miss buffers, and
-// every load behind them would wait. Every line is asked for twice, for a prefetch that finds the buffers full is dropped.
+// Weights that will be read, the nearest first: null, or what a step of arithmetic should fetch of them. They come a
+// few lines a step into the second-level cache; all at once, or into the first level, they would fill the miss buffers,
+// and every load behind them would wait. A prefetch that finds the buffers full is dropped, so every line is asked for
+// several times, from afar and from near: the more often, the less arithmetic there is to hide a miss.
+template <int times>
 struct Coming {
-    const bf16 *soon = nullptr, *later = nullptr;
-    Coming operator+(std::size_t elements) const { return {soon + elements, later + elements}; }
+    const bf16* at[times] = {};
+    explicit operator bool() const { return at[0]; }
+    [[gnu::always_inline]] Coming operator+(std::size_t elements) const {
+        Coming sum;
+        for (int i = 0; i < times; ++i) sum.at[i] = at[i] + elements;
+        return sum;
+    }
 };
-[[gnu::always_inline]] inline void fetch(Coming coming, int lines) {
-    for (int i = 0; i < lines; ++i) {
-        _mm_prefetch(reinterpret_cast<const char*>(coming.soon + i * kBlock), _MM_HINT_T1);
-        _mm_prefetch(reinterpret_cast<const char*>(coming.later + i * kBlock), _MM_HINT_T1);
+template <int times>
+[[gnu::always_inline]] inline void fetch(const Coming<times>& coming, int lines) {
+    for (int line = 0; line < lines; ++line) {
+        for (const bf16* from : coming.at)
+            _mm_prefetch(reinterpret_cast<const char*>(from + line * kBlock), _MM_HINT_T1);
     }
 }
 
+// What comes `first` k-blocks after kb, and `step` further on each: as many blocks of each as there are in a chunk.
+template <int times>
+[[gnu::always_inline]] inline Coming<times> coming_after(const NtSegment& seg, int kb, int first, int step,
+                                                         int blocks) {
+    Coming<times> coming;
+    for (int i = 0; i < times; ++i) coming.at[i] = seg.from(kb + first + i * step, blocks);
+    return coming;
+}
+
 // Calls multiply(segment, kb, blocks, coming, add) for each segment's chunks of at most `most` k-blocks; add: not the
-// first.
-template <typename Multiply>
-inline void visit_chunks(const NtSegment* segments, int count, int most, const Multiply& multiply) {
+// first. The chunk that comes next is asked for `times` times, `step` k-blocks apart.
+template <int times, typename Multiply>
+inline void visit_chunks(const NtSegment* segments, int count, int most, int step, const Multiply& multiply) {
     bool add = false;
     for (int s = 0; s < count; ++s) {
         for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
             blocks = piece(segments[s].kblocks - kb, most);
-            const Coming coming{segments[s].from(kb + blocks, blocks), segments[s].from(kb + 2 * blocks, blocks)};
-            multiply(segments[s], kb, blocks, coming, add);
+            multiply(segments[s], kb, blocks, coming_after<times>(segments[s], kb, blocks, step, blocks), add);
         }
     }
 }
@@ -61,6 +77,14 @@ class RawBlock {
                                                6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
         const __m512i a = _mm512_loadu_si512(row(2 * pair)), b = _mm512_loadu_si512(row(2 * pair + 1));
+        if constexpr (gathered) {
+            // The next task's, most likely: in its lane a worker goes on along the same rows. As numbers, for behind
+            // the last panel they are nobody's.
+            constexpr std::uintptr_t ahead = kPanelBlocks * kBlock * sizeof(bf16);
+            for (int k = 2 * pair; k < 2 * pair + 2; ++k)
+                _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(row(k)) + ahead),
+                             _MM_HINT_T1);
+        }
         const RowPair two{_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b)};
         _mm512_store_si512(panel + pair * 32, two.lower);
         _mm512_store_si512(panel + kHalf + pair * 32, two.upper);
@@ -125,11 +149,19 @@ class Ahead {
 
 // The panels that come next.
 struct ComingPanels {
-    Ahead soon, later;
-    // While the i-th block of the present one, which is `at_hand`, is multiplied.
-    Coming at(int i, const bf16* at_hand) const {
-        const bf16 *s = soon.at(i), *l = later.at(i);
-        return {s ? s : at_hand, l ? l : at_hand};
+    static constexpr int most = 3;
+    Ahead ahead[most];
+    // What to fetch of the first `times` of them while the i-th block of the present one is multiplied; where there is
+    // nothing more, `at_hand`, which costs little.
+    template <int times>
+    [[gnu::always_inline]] Coming<times> at(int i, const bf16* at_hand) const {
+        static_assert(times <= most);
+        Coming<times> coming;
+        for (int t = 0; t < times; ++t) {
+            const bf16* block = ahead[t].at(i);
+            coming.at[t] = block ? block : at_hand;
+        }
+        return coming;
     }
 };
 
@@ -165,8 +197,9 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, cons
         const int have = piece(seg.kblocks - at.kb, kNnBlocks);
         const int last_pairs = kBlock / 2 - (at.kb + have == seg.kblocks ? seg.idle_pairs : 0);
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
-        const Place soon = next(at);
-        ComingPanels coming{Ahead(segments, count, soon), Ahead(segments, count, next(soon))};
+        ComingPanels coming;
+        Place then = at;
+        for (Ahead& ahead : coming.ahead) ahead = Ahead(segments, count, then = next(then));
         bool add = at.s > 0 || at.kb > 0;
         const int same = sharing(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {

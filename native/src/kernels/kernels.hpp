@@ -35,8 +35,7 @@ struct NtSegment {
     const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
     std::size_t group_stride;  // elements between groups of `tokens`; few tokens have none
     int kblocks;
-    // What will be multiplied after these weights, if it is known: as many k-blocks, all of them readable, for they may be
-    // loaded and not just prefetched.
+    // What will be multiplied after these weights, if it is known: as many k-blocks.
     const bf16* next = nullptr;
     // `blocks` k-blocks that will be visited from kb on, which may lie behind the end. All of them exist.
     const bf16* from(int kb, int blocks) const {
