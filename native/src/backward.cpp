@@ -152,7 +152,7 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
             stage_ends();
         }
         inputs.work(worker, [&](const Task& task) { input_grad(hand, task); });
-        loras.work(worker, [&](const Task& task) { lora_grad(hand, routing_.experts[z(task.row)], task.column); });
+        loras.work(worker, [&](const Task& task) { lora_grad(hand, task); });
         idles.work(worker, [&](const Task& task) { fill_idle(idle_[z(task.row)]); });
         hand.watch.lap(Phase::allocation);
         routings.work(worker, [&](const Task& task) { weight_grad(task.row * kChunkRows); });
@@ -336,8 +336,8 @@ void Backward::input_grad(Hand& hand, const Task& task) {
         const int count = std::min(kChunkRows, expert.rows - first);
         const std::size_t row = z(expert.first_row + first);
         NnSegment segments[5];
-        segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, 2 * stride, size_.ib);
-        segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, 2 * stride, size_.ib);
+        segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, layer_.gate_up_stride(), size_.ib);
+        segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, layer_.gate_up_stride(), size_.ib);
         int used = 2;
         if (with_lora_)
             used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, 2 * size_.r, segments + 2);

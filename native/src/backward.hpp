@@ -87,11 +87,16 @@ class Backward {
         std::size_t rows;
         bool weighted;  // the transposed copy has the routing weight in it
     };
-    // One LoRA gradient of one expert, or its transpose, for one panel of columns: a sum over parts of
-    // small [small_rows][tokens] x gathered [tokens][cols], of which used_rows are no padding.
-    struct Product {
+    // One panel of columns of one of an expert's LoRA gradients.
+    struct Slice {
         const Routing::Expert& expert;
-        int small_rows, used_rows, blocks, cols, panel;
+        int panel;
+        bool goes_on;  // the worker's next task is the next panel
+    };
+    // One LoRA gradient, or its transpose: a sum over parts of small [small_rows][tokens] x gathered [tokens][cols], of
+    // which used_rows are no padding.
+    struct Product {
+        int small_rows, used_rows, blocks, cols;
     };
     struct Term {
         Pair small;
@@ -117,13 +122,14 @@ class Backward {
 
     // lora_grads.cpp
     int lora_tasks() const;  // of one expert
-    void lora_grad(Hand& hand, const Routing::Expert& expert, int task);
-    void grad_gate_up_a(Hand& hand, const Routing::Expert& expert, int panel);
-    void grad_down_b(Hand& hand, const Routing::Expert& expert, int panel);
-    void grad_down_a(Hand& hand, const Routing::Expert& expert, std::size_t p, int panel);
-    void grad_gate_up_b(Hand& hand, const Routing::Expert& expert, std::size_t p, int which, int panel);
+    void lora_grad(Hand& hand, const Task& task);
+    void grad_gate_up_a(Hand& hand, const Slice& slice);
+    void grad_down_b(Hand& hand, const Slice& slice);
+    void grad_down_a(Hand& hand, const Slice& slice, std::size_t p);
+    void grad_gate_up_b(Hand& hand, const Slice& slice, std::size_t p, int which);
     template <typename TermOf, typename Emit>
-    void multiply(Hand& hand, const Product& product, int parts, const TermOf& term_of, const Emit& emit);
+    void multiply(Hand& hand, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
+                  const Emit& emit);
     void put_rows(const float* c, const GradWriter& writer, std::size_t to, std::size_t cols, const Piece& piece) const;
     void put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const;
     void fill_idle(int expert) const;

@@ -278,10 +278,9 @@ void Forward::pack(Hand& hand, int p, int group) {
     hand.watch.lap(Phase::gate_up_lora_a);
 }
 
-// The rows of W that the next task begins with, or null.
-const bf16* Forward::next_weights(const Task& task, bf16* PackedExpert::* matrix) const {
+// The rows of W, `stride` apart, that the next task begins with, or null.
+const bf16* Forward::next_weights(const Task& task, bf16* PackedExpert::* matrix, std::size_t stride) const {
     if (task.next_row < 0) return nullptr;
-    const std::size_t stride = matrix == &PackedExpert::down ? layer_.panel(size_.ib) : 2 * layer_.panel(size_.hb);
     const Routing::Expert& expert = routing_.experts[z(task.next_row)];
     return layer_.experts[z(task.part)][z(expert.expert)].*matrix + z(task.next_column) * stride;
 }
@@ -293,7 +292,7 @@ void Forward::up(Hand& hand, const Task& task) {
     const Routing::Expert& expert = routing_.experts[z(task.row)];
     const PackedExpert& base = layer_.experts[z(p)][z(expert.expert)];
     const std::size_t b_at = z(expert.expert) * strides_.gate_b + z(ib) * layer_.panel(size_.rb),
-                      w_at = z(ib) * 2 * layer_.panel(size_.hb);
+                      w_at = z(ib) * layer_.gate_up_stride();
     for (int first = 0; first < expert.groups; first += kChunkGroups) {
         const int count = std::min(kChunkGroups, expert.groups - first);
         const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
@@ -308,7 +307,8 @@ void Forward::up(Hand& hand, const Task& task) {
         float* g = hand.c;
         float* u = hand.c + kBlock * ldc;
         product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g, base.up + w_at);
-        product(base.up, lora_.up_b[z(p)], part.up_xa, u, next_weights(task, &PackedExpert::gate));
+        product(base.up, lora_.up_b[z(p)], part.up_xa, u,
+                next_weights(task, &PackedExpert::gate, layer_.gate_up_stride()));
         hand.watch.lap(Phase::gate_up);
         const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
         const Order order = order_of(expert);
@@ -362,15 +362,16 @@ void Forward::down(Hand& hand, const Task& task) {
         const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
         NtSegment segments[4];
         segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
-                       next_weights(task, &PackedExpert::down)};
+                       next_weights(task, &PackedExpert::down, layer_.panel(size_.ib))};
         const int more = nt_lora_segments(
             {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
         const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
-        // The tokens' sums were left long ago, and the product hides the way back to them.
-        for (int i = 0; i < rows; ++i) {
+        // Other columns' sums and weights have driven this column's out of the near caches; the product hides the way
+        // back. With the first expert there are none yet.
+        for (int i = 0; ticket > 0 && i < rows; ++i) {
             const float* to = sum + z(routing_.token[row + z(i)]) * kBlock;
-            __builtin_prefetch(to, 1, 2);
-            __builtin_prefetch(to + kBlock / 2, 1, 2);
+            __builtin_prefetch(to, 0, 2);
+            __builtin_prefetch(to + kBlock / 2, 0, 2);
         }
         multiply(expert, segments, 1 + more, rows, hand.c, ldc);
         hand.watch.lap(Phase::down);

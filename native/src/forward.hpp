@@ -5,7 +5,8 @@
 //   3 rank    per (part, group):                 h Adᵀ
 //   4 down    per (part, expert, 32 rows of H):  y with its LoRA, added to the output in the order of the experts
 //
-// An expert's tasks are neighbours, so that its packed tokens stay in cache while its weights stream by once.
+// A worker's tasks of one expert follow each other, so that its packed tokens stay in cache while its weights stream by
+// once; see TaskQueue.
 #pragma once
 
 #include <atomic>
@@ -81,7 +82,7 @@ class Forward {
     void multiply_a(const Routing::Expert& expert, int rows, const Pair& a, std::size_t at, const bf16* tokens,
                     std::size_t stride, int kblocks, float* c) const;
     void put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const;
-    const bf16* next_weights(const Task& task, bf16* PackedExpert::* matrix) const;
+    const bf16* next_weights(const Task& task, bf16* PackedExpert::* matrix, std::size_t stride) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 
     Layer::State& layer_;

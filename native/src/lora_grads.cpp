@@ -43,24 +43,32 @@ int Backward::lora_tasks() const {
     return with_lora_ ? 2 * h_panels_ + 3 * config_.parts * i_panels_ : 0;
 }
 
-void Backward::lora_grad(Hand& hand, const Routing::Expert& expert, int task) {
-    if (task < h_panels_) return grad_gate_up_a(hand, expert, task);
-    task -= h_panels_;
-    if (task < h_panels_) return grad_down_b(hand, expert, task);
-    task -= h_panels_;
-    const std::size_t p = z(task / (3 * i_panels_));
-    const int which = task / i_panels_ % 3, panel = task % i_panels_;
-    if (which == 2) return grad_down_a(hand, expert, p, panel);
-    grad_gate_up_b(hand, expert, p, which, panel);
+void Backward::lora_grad(Hand& hand, const Task& task) {
+    const Routing::Expert& expert = routing_.experts[z(task.row)];
+    const auto slice = [&](int panel, int panels) {
+        const bool neighbour = task.next_row == task.row && task.next_column == task.column + 1;
+        return Slice{expert, panel, neighbour && panel + 1 < panels};
+    };
+    int left = task.column;
+    if (left < h_panels_) return grad_gate_up_a(hand, slice(left, h_panels_));
+    left -= h_panels_;
+    if (left < h_panels_) return grad_down_b(hand, slice(left, h_panels_));
+    left -= h_panels_;
+    const std::size_t p = z(left / (3 * i_panels_));
+    const int which = left / i_panels_ % 3;
+    const Slice of_inter = slice(left % i_panels_, i_panels_);
+    if (which == 2) return grad_down_a(hand, of_inter, p);
+    grad_gate_up_b(hand, of_inter, p, which);
 }
 
 // Computes the product into hand.c, in pieces of at most kChunkRows rows; emit(piece) stores each.
 template <typename TermOf, typename Emit>
-void Backward::multiply(Hand& hand, const Product& product, int parts, const TermOf& term_of, const Emit& emit) {
-    const Routing::Expert& expert = product.expert;
-    const std::size_t ld = z(expert.kblocks) * kBlock, col = z(product.panel) * kPanelCols;
-    const int cblocks = std::min(kPanelBlocks, product.blocks - product.panel * kPanelBlocks);
-    const int width = std::min(cblocks * kBlock, product.cols - product.panel * kPanelCols);
+void Backward::multiply(Hand& hand, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
+                        const Emit& emit) {
+    const Routing::Expert& expert = slice.expert;
+    const std::size_t ld = z(expert.kblocks) * kBlock, col = z(slice.panel) * kPanelCols;
+    const int cblocks = std::min(kPanelBlocks, product.blocks - slice.panel * kPanelBlocks);
+    const int width = std::min(cblocks * kBlock, product.cols - slice.panel * kPanelCols);
     const int idle = (expert.kblocks * kBlock - expert.rows) / 2;
     NnSegment* segments = segments_ + z(hand.worker * 2 * config_.parts);
     for (int first = 0; first < product.small_rows; first += kChunkRows) {
@@ -68,8 +76,8 @@ void Backward::multiply(Hand& hand, const Product& product, int parts, const Ter
         for (int p = 0; p < parts; ++p) {
             const Term term = term_of(z(p));
             for (const bf16* half : {term.small.hi, term.small.lo})
-                segments[used++] = {half + z(first) * ld,           ld,  nullptr,        0,
-                                    term.gathered + expert.first_k, col, expert.kblocks, idle};
+                segments[used++] = {half + z(first) * ld, ld,   nullptr,      0, term.gathered + expert.first_k, col,
+                                    expert.kblocks,       idle, slice.goes_on};
         }
         const int chunk = std::min(kChunkRows, product.small_rows - first);
         kernels_.nn(segments, used, chunk, cblocks, hand.c, kPanelCols);
@@ -94,11 +102,12 @@ void Backward::put_columns(const Hand& hand, const GradWriter& writer, std::size
 }
 
 // dA of gate above dA of up: (s dg Bg beside s du Bu)ᵀ x, summed over the parts.
-void Backward::grad_gate_up_a(Hand& hand, const Routing::Expert& expert, int panel) {
+void Backward::grad_gate_up_a(Hand& hand, const Slice& slice) {
+    const Routing::Expert& expert = slice.expert;
     const GradWriter &gate_a = write_[0], &up_a = write_[2];
     const std::size_t to = z(expert.expert) * r_ * H_, from = z(expert.first_k) * z(size_.rank2_rows());
     multiply(
-        hand, {expert, size_.rank2_rows(), 2 * size_.r, size_.hb, size_.H, panel}, config_.parts,
+        hand, slice, {size_.rank2_rows(), 2 * size_.r, size_.hb, size_.H}, config_.parts,
         [&](std::size_t p) { return Term{at(parts_[p].xa_t, from), x_rows_.data()}; },
         [&](const Piece& piece) {
             const int of_gate = std::clamp(size_.r - piece.n, 0, piece.count);
@@ -110,32 +119,35 @@ void Backward::grad_gate_up_a(Hand& hand, const Routing::Expert& expert, int pan
 }
 
 // dB of down, transposed: (w s h Adᵀ)ᵀ dO, summed over the parts.
-void Backward::grad_down_b(Hand& hand, const Routing::Expert& expert, int panel) {
+void Backward::grad_down_b(Hand& hand, const Slice& slice) {
+    const Routing::Expert& expert = slice.expert;
     const std::size_t from = z(expert.first_k) * z(size_.rank_rows());
     multiply(
-        hand, {expert, size_.rank_rows(), size_.r, size_.hb, size_.H, panel}, config_.parts,
+        hand, slice, {size_.rank_rows(), size_.r, size_.hb, size_.H}, config_.parts,
         [&](std::size_t p) { return Term{at(kept_.parts[p].ha_t, from), parts_[p].out_rows}; },
         [&](const Piece& piece) { put_columns(hand, write_[5], z(expert.expert) * H_ * r_, piece); });
     hand.watch.lap(Phase::down_lora_grad);
 }
 
 // dA of down, the part's columns: (w s dO Bd)ᵀ h.
-void Backward::grad_down_a(Hand& hand, const Routing::Expert& expert, std::size_t p, int panel) {
+void Backward::grad_down_a(Hand& hand, const Slice& slice, std::size_t p) {
+    const Routing::Expert& expert = slice.expert;
     const std::size_t all_I = I_ * z(config_.parts), to = z(expert.expert) * r_ * all_I + p * I_;
     const Term term{at(parts_[p].ob_t, z(expert.first_k) * z(size_.rank_rows())), parts_[p].h_rows};
     multiply(
-        hand, {expert, size_.rank_rows(), size_.r, size_.ib, size_.I, panel}, 1, [&](std::size_t) { return term; },
+        hand, slice, {size_.rank_rows(), size_.r, size_.ib, size_.I}, 1, [&](std::size_t) { return term; },
         [&](const Piece& piece) { put_rows(hand.c, write_[4], to, all_I, piece); });
     hand.watch.lap(Phase::down_lora_grad);
 }
 
 // dB of gate (which = 0) or up (1), the part's rows, transposed: (s x Aᵀ)ᵀ dg.
-void Backward::grad_gate_up_b(Hand& hand, const Routing::Expert& expert, std::size_t p, int which, int panel) {
+void Backward::grad_gate_up_b(Hand& hand, const Slice& slice, std::size_t p, int which) {
+    const Routing::Expert& expert = slice.expert;
     const std::size_t all_I = I_ * z(config_.parts), to = (z(expert.expert) * all_I + p * I_) * r_;
     const std::size_t from = (2 * z(expert.first_k) + z(which * expert.kblocks) * kBlock) * z(size_.rank_rows());
     const Term term{at(kept_.xa_t, from), which == 0 ? parts_[p].g_rows : parts_[p].u_rows};
     multiply(
-        hand, {expert, size_.rank_rows(), size_.r, size_.ib, size_.I, panel}, 1, [&](std::size_t) { return term; },
+        hand, slice, {size_.rank_rows(), size_.r, size_.ib, size_.I}, 1, [&](std::size_t) { return term; },
         [&](const Piece& piece) { put_columns(hand, write_[which == 0 ? 1 : 3], to, piece); });
     hand.watch.lap(Phase::gate_up_lora_grad);
 }

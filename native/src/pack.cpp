@@ -75,7 +75,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         for (PackedExpert& expert : part) {
             expert.block = Block(expert_bytes());
             Carver carver(expert.block.data());
-            carver.take(expert.gate, z(size.ib) * 2 * panel(size.hb));
+            carver.take(expert.gate, z(size.ib) * gate_up_stride());
             expert.up = expert.gate + panel(size.hb);
             carver.take(expert.down, z(size.hb) * panel(size.ib));
         }
@@ -93,7 +93,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
                 row %= size.ib;
                 pack_row(from.experts[z(slot)] + (part * size.I + row * kBlock) * from.row_stride, from.row_stride,
                          from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
-                         out + z(row) * 2 * panel(size.hb));
+                         out + z(row) * gate_up_stride());
             } else {
                 row -= 2 * size.ib;
                 pack_row(down.experts[z(slot)] + row * kBlock * down.row_stride + part * size.I * down.col_stride,

@@ -60,11 +60,11 @@ inline Pair at(const Pair& p, std::size_t by) {
 }
 
 // Base weights of one expert in one part, as weight blocks: gate beside up [ib][2][hb], for the forward reads them in
-// turns, and down [hb][ib].
+// turns (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
 struct PackedExpert {
     Block block;
     bf16* gate = nullptr;
-    bf16* up = nullptr;  // the second panel
+    bf16* up = nullptr;  // gate's neighbour
     bf16* down = nullptr;
 };
 
@@ -141,6 +141,7 @@ struct Layer::State {
     std::size_t expert_bytes() const;  // packed, of one part
     std::size_t source_bytes() const { return 3 * z(config.hidden) * z(config.intermediate) * sizeof(bf16); }
     std::size_t panel(int kblocks) const { return z(kblocks) * kBlockSize; }
+    std::size_t gate_up_stride() const { return 2 * panel(size.hb); }
     LoraStrides lora_strides() const {
         return {z(size.ab) * panel(size.hb), z(size.ib) * panel(size.rb), z(size.rb) * panel(size.ib),
                 z(size.hb) * panel(size.rb)};

@@ -56,30 +56,32 @@ class Team {
 // One of a TaskQueue's tasks.
 struct Task {
     int part, row, column;
-    // The place of the task that this worker will most likely take next; none: next_row is -1.
+    // Where this worker will most likely go on; not known: next_row is -1.
     int next_row, next_column;
 };
 
-// For each part `rows` times `columns` tasks. The columns are split into lanes, one for each worker of the part; a
-// lane's tasks are handed out in order, row by row, so that a column's tasks are begun in the order of the rows. Where a
-// row's columns are neighbours in memory, a worker in its own lane reads on and on, without the breaks that it would see
-// if the workers took columns in turns. One without tasks helps in the other lanes of its part, and then may help the
-// other parts.
+// `rows` times `columns` tasks for each of `parts`. The columns are split into lanes, as many as a part has workers if
+// there are columns enough; a lane's tasks are handed out in order, row by row, so that a column's tasks are begun in
+// the order of the rows. Where a row's columns are neighbours in memory, a worker in its own lane reads on and on,
+// without the breaks that it would see if the workers took columns in turns. One without tasks helps in the other lanes
+// of its part, and then may help the other parts.
 class TaskQueue {
   public:
     TaskQueue(int parts, const Team& team, int rows, int columns = 1)
         : helps_(team.helps() || parts == 1),
           parts_(parts),
-          workers_(std::max(1, team.workers() / parts)),
-          lanes_(std::clamp(columns, 1, workers_)),
+          workers_(team.workers()),
+          lanes_(std::clamp(columns, 1, workers_of(0))),
           rows_(rows),
           columns_(columns),
           taken_(static_cast<std::size_t>(parts * lanes_)) {}
     template <typename Do>  // do_task(const Task&)
     void work(int worker, const Do& do_task) {
+        // Helpers come from both sides, or all of them would meet in the same lane.
+        const int place = worker / parts_, turn = place % 2 == 0 ? 1 : lanes_ - 1;
         for (int i = 0; i < (helps_ ? parts_ : 1); ++i) {
-            const int part = (worker + i) % parts_;
-            for (int l = 0; l < lanes_; ++l) work_in(part, (worker / parts_ + l) % lanes_, do_task);
+            const int part = (worker + i) % parts_, home = std::min(place * lanes_ / workers_of(part), lanes_ - 1);
+            for (int l = 0; l < lanes_; ++l) work_in(part, (home + l * turn) % lanes_, i == 0 && l == 0, do_task);
         }
     }
 
@@ -88,19 +90,27 @@ class TaskQueue {
         std::atomic<int> value{0};
     };
     template <typename Do>
-    void work_in(int part, int lane, const Do& do_task) {
+    void work_in(int part, int lane, bool own, const Do& do_task) {
         const int first = begin(lane), width = begin(lane + 1) - first, count = rows_ * width;
-        const int together = workers_ / lanes_;  // in one lane, at first
+        const int together = at_home(part, lane);
         std::atomic<int>& taken = taken_[static_cast<std::size_t>(part * lanes_ + lane)].value;
         // Looking first spares those who come when all is done the line's ownership.
         while (taken.load(std::memory_order_relaxed) < count) {
             const int i = taken.fetch_add(1, std::memory_order_relaxed), next = i + together;
             if (i >= count) return;
-            const bool last = next >= count;
-            do_task(Task{part, i / width, first + i % width, last ? -1 : next / width, first + next % width});
+            const bool known = own && next < count;
+            do_task(Task{part, i / width, first + i % width, known ? next / width : -1, first + next % width});
         }
     }
     int begin(int lane) const { return static_cast<int>(static_cast<std::int64_t>(lane) * columns_ / lanes_); }
+    // Worker w belongs to part w % parts. A part without a worker of its own counts as one with one.
+    int workers_of(int part) const { return std::max(1, (workers_ - part + parts_ - 1) / parts_); }
+    // How many workers begin in a lane: those whose place, times lanes over workers, falls into it.
+    int at_home(int part, int lane) const {
+        const int workers = workers_of(part);
+        const auto first_place = [&](int l) { return (l * workers + lanes_ - 1) / lanes_; };
+        return first_place(lane + 1) - first_place(lane);
+    }
 
     bool helps_;
     int parts_, workers_, lanes_, rows_, columns_;
@@ -118,12 +128,15 @@ class Turns {
     void pass(int part, int slab, int ticket);
 
   private:
+    struct alignas(64) Turn {
+        std::atomic<int> ticket{0};
+    };
     const std::atomic<int>& at(int part, int slab) const {
-        return turn_[static_cast<std::size_t>(part) * static_cast<std::size_t>(slabs_) +
-                     static_cast<std::size_t>(slab)];
+        return turn_[static_cast<std::size_t>(part) * static_cast<std::size_t>(slabs_) + static_cast<std::size_t>(slab)]
+            .ticket;
     }
     int slabs_;
-    std::vector<std::atomic<int>> turn_;
+    std::vector<Turn> turn_;
 };
 
 }  // namespace ktv

@@ -145,7 +145,7 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
 template <bool gathered>
 void interleave(const NnSegment& seg, const Panel& panel) {
     for (int i = 0; i < panel.count; ++i) {
-        const RawBlock<gathered> block(seg, panel.kb + i, panel.cb);
+        const RawBlock<gathered> block(seg, panel.kb + i, panel.cb, false);
         for (int pair = 0; pair < 16; ++pair) block.interleave(pair, panel.blocks + i * kBlockSize);
     }
 }

@@ -107,22 +107,21 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 }
 
 // Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
-// once. W comes in its order in memory, a chunk of k-blocks ahead, for pieces of 256 bytes far apart leave the memory
-// idle half of the time; so the sums, of which registers hold a part, wait in L1 from chunk to chunk. Their sixteen
-// lanes are added up at the end of k.
+// once. W comes in its order in memory, for pieces of 256 bytes far apart leave the memory idle half of the time; so
+// the sums of two tokens or more, of which registers hold a part, wait in L1 from one chunk of k-blocks to the next.
+// Their sixteen lanes are added up at the end of k.
 constexpr int few_rows = 10;
 static_assert(few_rows <= kGroup, "few tokens lie in one group");
-// Rows of W in a register block, and k-blocks in a chunk. The fewer tokens, the nearer to a plain reading of W: with
-// one of them all 32 rows' sums stay in registers (as many as there are) through the whole of k.
+// Rows of W in a register block: beside ten tokens and two rows' sums nothing is left. And k-blocks in a chunk.
 constexpr int few_block(int tokens) {
-    if (tokens == 1) return kBlock;
     if (tokens <= 6) return 4;
-    return tokens < few_rows ? 2 : 1;
+    return tokens <= 9 ? 2 : 1;
 }
 constexpr int few_chunk(int tokens) {
     return tokens <= 4 ? 2 : 8;
 }
-// How often a line of W is asked for, and how many k-blocks apart.
+// How often a line of W is asked for, and how many k-blocks apart: the less arithmetic there is, the fuller the miss
+// buffers, and the more room is there to ask again.
 constexpr int few_times(int tokens) {
     return tokens <= 4 ? 6 : 4;
 }
@@ -167,7 +166,8 @@ void sum_chunks(const NtSegment* segments, int count, float* sums) {
     visit_chunks<few_times(T)>(segments, count, few_chunk(T), few_step(T), multiply);
 }
 
-// One token: the same without chunks.
+// One token: all rows at once through the whole of k, nearest to a plain reading of W. Some of the 32 sums find no
+// register; the compiler keeps those in memory, which costs less than chunks.
 template <>
 void sum_chunks<1>(const NtSegment* segments, int count, float* sums) {
     __m512 sum[kBlock][1];
@@ -206,7 +206,8 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
 }
 
 // Where the blocks of a panel come from: they are there, or are interleaved while the first rows meet them, which hides
-// that behind the memory and spreads the fetching of what comes next over more arithmetic.
+// that behind the memory and spreads the fetching of what comes next over more arithmetic. Inlined by force: a call for
+// each pair of rows took a fifth of the rate.
 struct Interleaved {
     const bf16* blocks;
     KTV_INLINE auto block(int kb) const {
@@ -220,9 +221,8 @@ struct Interleaving {
     const NnSegment& segment;
     const Panel& panel;
     KTV_INLINE auto block(int kb) const {
-        return
-            [raw = RawBlock<gathered>(segment, panel.kb + kb, panel.cb), to = panel.blocks + kb * kBlockSize](int pair)
-                __attribute__((always_inline)) { return raw.interleave(pair, to); };
+        return [raw = RawBlock<gathered>(segment, panel.kb + kb, panel.cb, true), to = panel.blocks + kb * kBlockSize](
+                   int pair) __attribute__((always_inline)) { return raw.interleave(pair, to); };
     }
 };
 

@@ -39,14 +39,16 @@ template <int times>
 }
 
 // Calls multiply(segment, kb, blocks, coming, add) for each segment's chunks of at most `most` k-blocks; add: not the
-// first. The chunk that comes next is asked for `times` times, `step` k-blocks apart.
+// first. What comes are `times` windows of a chunk's size: the next chunk, and the others `step` k-blocks further on
+// each (at most a chunk), so that in the course of as many chunks a line is in `times` windows.
 template <int times, typename Multiply>
 inline void visit_chunks(const NtSegment* segments, int count, int most, int step, const Multiply& multiply) {
     bool add = false;
     for (int s = 0; s < count; ++s) {
         for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
             blocks = piece(segments[s].kblocks - kb, most);
-            multiply(segments[s], kb, blocks, coming_after<times>(segments[s], kb, blocks, step, blocks), add);
+            multiply(segments[s], kb, blocks,
+                     coming_after<times>(segments[s], kb, blocks, std::min(step, blocks), blocks), add);
         }
     }
 }
@@ -63,10 +65,12 @@ struct RowPair {
 template <bool gathered>
 class RawBlock {
   public:
-    RawBlock(const NnSegment& seg, int kb, int cb) {
+    // look_ahead: while gathered rows are read, fetch what the caller's next product reads of them, if that is known.
+    RawBlock(const NnSegment& seg, int kb, int cb, bool look_ahead) {
         if constexpr (gathered) {
             rows_ = seg.gathered + kb * kBlock;
             column_ = seg.column + static_cast<std::size_t>(cb) * kBlock;
+            if (look_ahead && seg.goes_on) ahead_ = kPanelBlocks * kBlock;
         } else {
             block_ = seg.weights + kb * seg.kblock_stride + cb * kBlockSize;
         }
@@ -78,12 +82,11 @@ class RawBlock {
         const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
         const __m512i a = _mm512_loadu_si512(row(2 * pair)), b = _mm512_loadu_si512(row(2 * pair + 1));
         if constexpr (gathered) {
-            // The next task's, most likely: in its lane a worker goes on along the same rows. As numbers, for behind
-            // the last panel they are nobody's.
-            constexpr std::uintptr_t ahead = kPanelBlocks * kBlock * sizeof(bf16);
-            for (int k = 2 * pair; k < 2 * pair + 2; ++k)
-                _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(row(k)) + ahead),
-                             _MM_HINT_T1);
+            // As numbers: the next product may have fewer columns than a panel.
+            for (int k = 2 * pair; k < 2 * pair + 2; ++k) {
+                const auto next = reinterpret_cast<std::uintptr_t>(row(k)) + ahead_ * sizeof(bf16);
+                _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+            }
         }
         const RowPair two{_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b)};
         _mm512_store_si512(panel + pair * 32, two.lower);
@@ -96,7 +99,7 @@ class RawBlock {
 
     const bf16* block_ = nullptr;
     const bf16* const* rows_ = nullptr;
-    std::size_t column_ = 0;
+    std::size_t column_ = 0, ahead_ = 0;
 };
 
 // The place of a panel: segment, k-block, column block.
@@ -199,7 +202,10 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, cons
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
         ComingPanels coming;
         Place then = at;
-        for (Ahead& ahead : coming.ahead) ahead = Ahead(segments, count, then = next(then));
+        for (Ahead& ahead : coming.ahead) {
+            then = next(then);
+            ahead = Ahead(segments, count, then);
+        }
         bool add = at.s > 0 || at.kb > 0;
         const int same = sharing(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {

@@ -56,6 +56,8 @@ struct NnSegment {
     int kblocks;
     // Pairs of rows of W at the end of the last k-block that are padding, all zero: they need not be multiplied.
     int idle_pairs = 0;
+    // Of gathered rows: the caller's next product will be with the kPanelBlocks column blocks behind these.
+    bool goes_on = false;
 };
 
 struct Kernels {
@@ -72,7 +74,8 @@ struct Kernels {
     // is 0.
     int few_rows;
     void (*nt_few)(const NtSegment* segments, int count, int tokens, float* c);
-    // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks.
+    // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks; at least one
+    // row.
     void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc);
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
