@@ -141,7 +141,8 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
     store_results<M, 2>(c, ldc);
 }
 
-// The panel in one go: a tile load behind the stores of its own block would wait for them.
+// The panel in one go: a tile load behind the stores of its own block would wait for them. Nothing is fetched
+// meanwhile, for there is no arithmetic to spread it over.
 template <bool gathered>
 void interleave(const NnSegment& seg, const Panel& panel) {
     for (int i = 0; i < panel.count; ++i) {

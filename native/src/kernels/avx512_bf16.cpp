@@ -206,8 +206,8 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
 }
 
 // Where the blocks of a panel come from: they are there, or are interleaved while the first rows meet them, which hides
-// that behind the memory and spreads the fetching of what comes next over more arithmetic. Inlined by force: a call for
-// each pair of rows took a fifth of the rate.
+// that behind the memory and spreads the fetching of what comes next over more arithmetic. Inlined by force, for gcc
+// makes some of them calls, one for each pair of rows, with the pair passed through memory.
 struct Interleaved {
     const bf16* blocks;
     KTV_INLINE auto block(int kb) const {

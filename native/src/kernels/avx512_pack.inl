@@ -40,7 +40,7 @@ template <int times>
 
 // Calls multiply(segment, kb, blocks, coming, add) for each segment's chunks of at most `most` k-blocks; add: not the
 // first. What comes are `times` windows of a chunk's size: the next chunk, and the others `step` k-blocks further on
-// each (at most a chunk), so that in the course of as many chunks a line is in `times` windows.
+// each (at most a chunk), so that the windows of one chunk after the other pass over a line `times` times or nearly.
 template <int times, typename Multiply>
 inline void visit_chunks(const NtSegment* segments, int count, int most, int step, const Multiply& multiply) {
     bool add = false;
@@ -81,7 +81,7 @@ class RawBlock {
                                                6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
         const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
         const __m512i a = _mm512_loadu_si512(row(2 * pair)), b = _mm512_loadu_si512(row(2 * pair + 1));
-        if constexpr (gathered) {
+        if (ahead_ > 0) {
             // As numbers: the next product may have fewer columns than a panel.
             for (int k = 2 * pair; k < 2 * pair + 2; ++k) {
                 const auto next = reinterpret_cast<std::uintptr_t>(row(k)) + ahead_ * sizeof(bf16);
