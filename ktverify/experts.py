@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ktverify import contract
@@ -45,18 +44,16 @@ def amx_is_emulated() -> bool:
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
 
 
-def _gradients(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, again: bool
-) -> tuple[list[torch.Tensor], bool]:
+def _gradients(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> tuple[list[torch.Tensor], bool]:
     """Tensors of these shapes in one block of memory, and whether they are zero.
 
-    again: in the memory of gradients that were dropped, where there is such; all of it is then to be written. Otherwise
-    in fresh pages: those that nobody writes, of idle experts, are never there at all. One block, because huge pages are
-    for large blocks, and at small pages the page faults took longer than the gradients' arithmetic.
+    In the memory of gradients that were dropped, where there is such, however few experts will write theirs: clearing
+    the others takes less time than the system takes to clear fresh pages, huge ones, of which each written expert
+    touches a few. One block, because huge pages are for large blocks, and at small pages the page faults took longer
+    than the gradients' arithmetic.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    count = sum(sizes) * dtype.itemsize
-    memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
+    memory, zero = _native.gradient_memory(sum(sizes) * dtype.itemsize)
     parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
@@ -312,10 +309,8 @@ class KTMoEWrapper:
         upstream = grad_output.detach().contiguous()
         grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
         assert self._lora_dtype is not None  # a saved forward had its LoRA
-        # With fewer slots than experts most of the memory would be cleared for nothing.
-        most_are_written = tokens * self.spec.num_experts_per_tok >= self.spec.num_experts
         shapes = list(self.spec.lora_shapes.values())
-        tensors, zero = _gradients(shapes, self._lora_dtype, again=most_are_written)
+        tensors, zero = _gradients(shapes, self._lora_dtype)
         grads = dict(zip(GRAD_NAMES, tensors, strict=True))
         grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
         self._native.backward(

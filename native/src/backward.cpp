@@ -266,8 +266,8 @@ void Backward::down_grad(Hand& hand, const Task& task) {
     const std::size_t cb = z(ip) * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.ib);
     const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + cb;
     const Pair a = at(lora_.down_a[z(p)], z(expert.expert) * layer_.lora_strides().down_a + cb);
-    for (int first = 0; first < expert.rows; first += kChunkRows) {
-        const int count = std::min(kChunkRows, expert.rows - first);
+    for (int first = 0, count; first < expert.rows; first += count) {
+        count = std::min(expert.rows - first, piece(expert.groups - first / kGroup, kChunkGroups) * kGroup);
         const std::size_t row = z(expert.first_row + first), to = row * inter_ + z(ip) * kPanelCols;
         NnSegment segments[4];
         segments[0] = segment(part.out + row * hidden_, hidden_, base, stride, size_.hb);
@@ -332,8 +332,8 @@ void Backward::input_grad(Hand& hand, const Task& task) {
     const std::size_t cb = z(hp) * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.hb);
     const Pair a = at(lora_.gate_up_a, z(expert.expert) * layer_.lora_strides().gate_up_a + cb);
     float* sum = part.sum + z(hp) * T_ * kPanelCols;
-    for (int first = 0; first < expert.rows; first += kChunkRows) {
-        const int count = std::min(kChunkRows, expert.rows - first);
+    for (int first = 0, count; first < expert.rows; first += count) {
+        count = std::min(expert.rows - first, piece(expert.groups - first / kGroup, kChunkGroups) * kGroup);
         const std::size_t row = z(expert.first_row + first);
         NnSegment segments[5];
         segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, layer_.gate_up_stride(), size_.ib);

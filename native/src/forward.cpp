@@ -293,9 +293,9 @@ void Forward::up(Hand& hand, const Task& task) {
     const PackedExpert& base = layer_.experts[z(p)][z(expert.expert)];
     const std::size_t b_at = z(expert.expert) * strides_.gate_b + z(ib) * layer_.panel(size_.rb),
                       w_at = z(ib) * layer_.gate_up_stride();
-    for (int first = 0; first < expert.groups; first += kChunkGroups) {
-        const int count = std::min(kChunkGroups, expert.groups - first);
-        const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
+    for (int first = 0, count; first < expert.groups; first += count) {
+        count = piece(expert.groups - first, kChunkGroups);
+        const int rows = std::min(expert.rows - first * kGroup, count * kGroup);
         const std::size_t group = z(expert.first_row / kGroup + first), ldc = z(count) * kGroup;
         const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c, const bf16* next) {
             NtSegment segments[4];
@@ -357,15 +357,15 @@ void Forward::down(Hand& hand, const Task& task) {
     const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + z(hb) * layer_.panel(size_.ib);
     const Pair b = at(lora_.down_b, z(expert.expert) * strides_.down_b + z(hb) * layer_.panel(size_.rb));
     float* sum = part.sum + z(hb) * T_ * kBlock;
-    for (int first = 0; first < expert.groups; first += kChunkGroups) {
-        const int count = std::min(kChunkGroups, expert.groups - first);
+    for (int first = 0, count; first < expert.groups; first += count) {
+        count = piece(expert.groups - first, kChunkGroups);
         const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
         NtSegment segments[4];
         segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
                        next_weights(task, &PackedExpert::down, layer_.panel(size_.ib))};
         const int more = nt_lora_segments(
             {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
-        const int rows = std::min(expert.rows - first * kGroup, kChunkRows);
+        const int rows = std::min(expert.rows - first * kGroup, count * kGroup);
         // Other columns' sums and weights have driven this column's out of the near caches; the product hides the way
         // back. With the first expert there are none yet.
         for (int i = 0; ticket > 0 && i < rows; ++i) {

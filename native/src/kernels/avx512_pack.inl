@@ -1,12 +1,6 @@
 // Shared by the AVX-512 and the AMX kernels: 32 rows x 32 columns of W, two neighbouring rows interleaved, as
 // [2 halves of 16 columns][16 row pairs][16 columns][2], which is the B operand of either (two tiles of 1 KB).
 
-// The next of as few pieces as `left` takes, none above `most`, all alike: what is fetched during one is the next.
-inline int piece(int left, int most) {
-    const int pieces = (left + most - 1) / most;
-    return (left + pieces - 1) / pieces;
-}
-
 // Weights that will be read, the nearest first: null, or what a step of arithmetic should fetch of them. They come a
 // few lines a step into the second-level cache; all at once, or into the first level, they would fill the miss buffers,
 // and every load behind them would wait. A prefetch that finds the buffers full is dropped, so every line is asked for

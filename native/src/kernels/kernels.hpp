@@ -29,6 +29,13 @@ inline constexpr int kChunkGroups = 16;                     // groups that one k
 inline constexpr int kChunkRows = kChunkGroups * kGroup;
 inline constexpr int kPanelBlocks = 4;  // column blocks of one nn task
 
+// The next of as few pieces as `left` takes, none above `most`, all alike: what is fetched during one is the next, and a
+// small rest would be slow.
+inline int piece(int left, int most) {
+    const int pieces = (left + most - 1) / most;
+    return (left + pieces - 1) / pieces;
+}
+
 // One summand of nt: C[n][token] += sum_k W[n][k] x[token][k] over one row of weight blocks.
 struct NtSegment {
     const bf16* weights;       // [kblocks][32 n][32 k]
