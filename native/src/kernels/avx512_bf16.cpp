@@ -110,12 +110,11 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // once. W comes in its order in memory, for pieces of 256 bytes far apart leave the memory idle half of the time; so
 // the sums of two tokens or more, of which registers hold a part, wait in L1 from one chunk of k-blocks to the next.
 // Their sixteen lanes are added up at the end of k.
-constexpr int few_rows = 10;
+constexpr int few_rows = 11;
 static_assert(few_rows <= kGroup, "few tokens lie in one group");
-// Rows of W in a register block: beside ten tokens and two rows' sums nothing is left. And k-blocks in a chunk.
+// Rows of W in a register block, and k-blocks in a chunk.
 constexpr int few_block(int tokens) {
-    if (tokens <= 6) return 4;
-    return tokens <= 9 ? 2 : 1;
+    return tokens <= 6 ? 4 : 2;
 }
 constexpr int few_chunk(int tokens) {
     return tokens <= 4 ? 2 : 8;
@@ -130,15 +129,27 @@ constexpr int few_step(int tokens) {
 }
 
 // One k-block of N rows of W. What comes is fetched line by line between the products: in bursts, as many lines would
-// find the miss buffers full.
+// find the miss buffers full. Of tokens and rows, the fewer stay in registers meanwhile.
 template <int T, int N>
 KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Coming<few_times(T)>& coming) {
-    __m512i token[T];
-    for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
-    for (int n = 0; n < N; ++n) {
+    const auto row = [&](int n) {
         fetch(coming + n * kBlock, 1);
-        const __m512i weight = _mm512_loadu_si512(w + n * kBlock);
-        for (int t = 0; t < T; ++t) sum[n][t] = dot(sum[n][t], weight, token[t]);
+        return _mm512_loadu_si512(w + n * kBlock);
+    };
+    if constexpr (N <= 2) {
+        __m512i weight[N];
+        for (int n = 0; n < N; ++n) weight[n] = row(n);
+        for (int t = 0; t < T; ++t) {
+            const __m512i token = _mm512_loadu_si512(x + t * kBlock);
+            for (int n = 0; n < N; ++n) sum[n][t] = dot(sum[n][t], weight[n], token);
+        }
+    } else {
+        __m512i token[T];
+        for (int t = 0; t < T; ++t) token[t] = _mm512_loadu_si512(x + t * kBlock);
+        for (int n = 0; n < N; ++n) {
+            const __m512i weight = row(n);
+            for (int t = 0; t < T; ++t) sum[n][t] = dot(sum[n][t], weight, token[t]);
+        }
     }
 }
 
@@ -198,9 +209,9 @@ void nt_dots(const NtSegment* segments, int count, float* c) {
 }
 
 void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
-    constexpr void (*dots[])(const NtSegment*, int, float*) = {nt_dots<1>, nt_dots<2>, nt_dots<3>, nt_dots<4>,
-                                                               nt_dots<5>, nt_dots<6>, nt_dots<7>, nt_dots<8>,
-                                                               nt_dots<9>, nt_dots<10>};
+    constexpr void (*dots[])(const NtSegment*, int, float*) = {nt_dots<1>, nt_dots<2>,  nt_dots<3>, nt_dots<4>,
+                                                               nt_dots<5>, nt_dots<6>,  nt_dots<7>, nt_dots<8>,
+                                                               nt_dots<9>, nt_dots<10>, nt_dots<11>};
     static_assert(sizeof dots / sizeof *dots == few_rows);
     dots[tokens - 1](segments, count, c);
 }
