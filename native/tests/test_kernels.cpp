@@ -307,7 +307,12 @@ void activation(const Kernels& k, check::Random& random, int few) {
     g[3] = -3e38f;
     g[4] = NAN;
     std::vector<bf16> pack(std::size_t(tokens * kBlock) + 1, 7);
-    std::vector<float> keep_g(g.size()), keep_u(g.size());
+    struct alignas(64) CacheLine {
+        float lanes[16];
+    };
+    std::vector<CacheLine> kept_g(g.size() / 16), kept_u(kept_g);
+    const auto floats = [](std::vector<CacheLine>& lines) { return reinterpret_cast<float*>(lines.data()); };
+    float *const keep_g = floats(kept_g), *const keep_u = floats(kept_u);
     const auto without = [&](float* keep) {
         if (few > 0) k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep, keep, kBlock);
         else k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep, keep, kBlock);
@@ -315,10 +320,9 @@ void activation(const Kernels& k, check::Random& random, int few) {
     without(nullptr);
     const auto alone = pack;
     if (few > 0) {
-        k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep_g.data(), keep_u.data(), kBlock);
+        k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep_g, keep_u, kBlock);
     } else {
-        k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep_g.data(),
-                   keep_u.data(), kBlock);
+        k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep_g, keep_u, kBlock);
     }
     bool kept = true, right = true;
     for (int n = 0; n < kBlock; ++n) {

@@ -27,6 +27,7 @@ void enter() {
 }
 // Back to the initial state: oneDNN in the same thread loads its own configuration, and the kernel saves less.
 void leave() {
+    wait_for_streams();
     asm volatile("tilerelease" ::: "memory");
 }
 

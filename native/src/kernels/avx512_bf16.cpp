@@ -293,7 +293,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
-    static const Kernels table{Isa::avx512_bf16, nothing, nothing, nt, few_rows, nt_few, nn, KTV_ELEMENTWISE};
+    static const Kernels table{Isa::avx512_bf16, nothing, wait_for_streams, nt, few_rows, nt_few, nn, KTV_ELEMENTWISE};
     return &table;
 }
 

@@ -1,6 +1,12 @@
 // Shared by the AVX-512 and the AMX kernels: 32 rows x 32 columns of W, two neighbouring rows interleaved, as
 // [2 halves of 16 columns][16 row pairs][16 columns][2], which is the B operand of either (two tiles of 1 KB).
 
+#define KTV_STREAM(to, lanes) _mm512_stream_ps(to, (__m512)(lanes))
+// Other threads' reads behind the region see what was streamed in it.
+inline void wait_for_streams() {
+    _mm_sfence();
+}
+
 // Weights that will be read, the nearest first: null, or what a step of arithmetic should fetch of them. They come a
 // few lines a step into the second-level cache; all at once, or into the first level, they would fill the miss buffers,
 // and every load behind them would wait. A prefetch that finds the buffers full is dropped, so every line is asked for

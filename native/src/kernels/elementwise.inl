@@ -1,6 +1,7 @@
 // Everything between two matrix products, written once with the compiler's vector types and compiled once for each
 // instruction set: include it inside an unnamed namespace of a file that has its own -m flags. No intrinsics; the same
-// operations in the same order everywhere, so that instruction sets agree on these values to the bit.
+// operations in the same order everywhere, so that instruction sets agree on these values to the bit. A file may define
+// KTV_STREAM(to, lanes), a store past the caches of a whole line, and wait for it in Kernels::leave.
 
 using F = float __attribute__((vector_size(64)));
 using U = std::uint32_t __attribute__((vector_size(64)));
@@ -16,6 +17,9 @@ KTV_INLINE F load(const float* p) {
 KTV_INLINE void store(float* p, F v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
+#ifndef KTV_STREAM
+#define KTV_STREAM(to, lanes) store(to, lanes)
+#endif
 // In halves: 16 lanes, 8, 4, 2, 1.
 KTV_INLINE float sum_of_lanes(F v) {
     float lane[16];
@@ -155,12 +159,13 @@ void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16*
             store_pairs(pack + group * group_stride + n * kGroup, h[0], h[1]);
         }
         if (!keep_g) continue;
+        // Until backward reads them, the caches have seen a layer or a whole model.
         for (int half = 0; half < kBlock; half += 16) {
             F m[16];
             load_transposed(gg + half * ldc, ldc, m);
-            for (int t = 0; t < 16; ++t) store(keep_g + (group * kGroup + t) * keep_ld + half, m[t]);
+            for (int t = 0; t < 16; ++t) KTV_STREAM(keep_g + (group * kGroup + t) * keep_ld + half, m[t]);
             load_transposed(uu + half * ldc, ldc, m);
-            for (int t = 0; t < 16; ++t) store(keep_u + (group * kGroup + t) * keep_ld + half, m[t]);
+            for (int t = 0; t < 16; ++t) KTV_STREAM(keep_u + (group * kGroup + t) * keep_ld + half, m[t]);
         }
     }
 }
