@@ -63,9 +63,13 @@ def run_pairs(head: RunLine) -> list[tuple[str, str]]:
 
 def disturbed(lines: Iterable[object]) -> list[str]:
     """A note where other programs had so much of the processors that the times mean little."""
+    return busy(line.others for line in lines if isinstance(line, QuietLine))
+
+
+def busy(shares: Iterable[float]) -> list[str]:
+    """The same of shares of the processors, 0 to 1."""
     from ktverify.bench.quiet import BUSY
 
-    shares = [line.others for line in lines if isinstance(line, QuietLine)]
     most = max(shares, default=0.0)
     return [f"other programs had {100 * most:.0f} % of the processors: these times mean little"] if most >= BUSY else []
 

@@ -65,7 +65,7 @@ def show_single(found: Single) -> None:
     console.print(Text(f"{head}, {speed}", style="bold"))
     console.print(Text(tables.short(found.record.response, 160) or "(an empty response)"))
     console.print()
-    grids = [tables.stage_grid(timing)]
+    grids = [tables.stage_grid(timing, store.busy_notes(found.written[:1]))]
     if found.profile is not None:
         grids.append(operators.grid(found.profile))
     print_grids(grids, found.written)

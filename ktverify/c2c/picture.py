@@ -24,12 +24,12 @@ _COLOURS = {"base": "#6d2f91", "teacher": "#d9772b", "projectors": "#2a9d7c", "d
 # a histogram ends at so many times the way from the median to the 95th percentile
 _FAR = 3
 _PALE, _INK, _QUIET, _RULE = 0.55, "#2b3036", "#747d86", "#dfe3e7"
-# what the histograms show, and their titles
+# what the histograms show: their titles, and what they count
 _PANELS = {
-    "total_ms": "a prompt, ms",
-    "decode_step_times_ms": "a step of decoding, ms",
-    "tokens_per_second": "tokens a second",
-    "projector_total_ms": "projectors of a prompt, ms",
+    "total_ms": ("a prompt, ms", "prompts"),
+    "decode_step_times_ms": ("a step of decoding, ms", "steps"),
+    "tokens_per_second": ("tokens a second", "prompts"),
+    "projector_total_ms": ("projectors of a prompt, ms", "prompts"),
 }
 
 
@@ -57,7 +57,8 @@ def _lanes(axes: Axes, spans: Sequence[Span]) -> None:
         axes.barh(lanes.index(lane), span.ns / 1e6, left=(span.at - begin) / 1e6, color=_COLOURS[lane], alpha=alpha)
     _plain(axes, "until the first new token")
     axes.set_ylim(len(lanes) - 0.4, -0.6)
-    axes.set_yticks(range(len(lanes)), lanes, color=_INK)
+    took = {lane: sum(span.ns for span in shown if LANES[span.stage] == lane) / 1e6 for lane in lanes}
+    axes.set_yticks(range(len(lanes)), [f"{lane}  {figure(took[lane])} ms" for lane in lanes], color=_INK)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms", color=_QUIET, fontsize=8.5)
 
@@ -79,13 +80,13 @@ def draw_histogram(records: Sequence[Record], path: Path) -> None:
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(9, 4.4), dpi=110, layout="constrained")
-    for axes, (name, title) in zip(page.subplots(2, 2).flat, _PANELS.items(), strict=True):
+    for axes, (name, (title, counted)) in zip(page.subplots(2, 2).flat, _PANELS.items(), strict=True):
         values = step_times(records) if name == "decode_step_times_ms" else [_value(record, name) for record in records]
-        _histogram(axes, title, values)
+        _histogram(axes, title, counted, values)
     _save(page, path)
 
 
-def _histogram(axes: Axes, title: str, values: Sequence[float]) -> None:
+def _histogram(axes: Axes, title: str, counted: str, values: Sequence[float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     if not values:
@@ -100,6 +101,7 @@ def _histogram(axes: Axes, title: str, values: Sequence[float]) -> None:
     text = f"{title}: median {figure(found.median)}, p95 {figure(high)}, n = {found.count}"
     beyond = len(values) - len(shown)
     _plain(axes, f"{text}, {beyond} beyond, to {figure(found.max)}" if beyond else text, size=8.5)
+    axes.set_ylabel(counted, color=_QUIET, fontsize=8.5)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 

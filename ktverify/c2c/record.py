@@ -127,7 +127,10 @@ class Settings(_Line):
 
 
 class Sitting(_Line):
-    """One run of the program that wrote to the file: from which id on, and what its warm-up took in milliseconds."""
+    """One run of the program that wrote to the file: from which id on, and what its warm-up took in milliseconds.
+
+    others: the share of the processors that other programs had meanwhile, 0 to 1; None of a run that was killed.
+    """
 
     stamp: str
     command: str
@@ -137,6 +140,7 @@ class Sitting(_Line):
     threads: int
     from_id: int
     warmup_ms: tuple[float, ...]
+    others: float | None = None
 
 
 class RunInfo(_Line):

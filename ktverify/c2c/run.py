@@ -15,6 +15,7 @@ import torch
 
 from ktverify import machine
 from ktverify.bench.clock import use_device
+from ktverify.bench.quiet import Neighbours, Reading
 from ktverify.c2c import store
 from ktverify.c2c.models import load_side
 from ktverify.c2c.pipeline import Pipeline, Response
@@ -99,6 +100,8 @@ class Run:
             raise
         done = len(self.file.done)
         self.left = list(zip(settings.ids, prompts, strict=True))[done:]
+        self._sittings: list[Sitting] = []
+        self._began: Reading | None = None
 
     def records(self, load_pipeline: Callable[[], Pipeline], warmups: int) -> Iterator[tuple[Record, Timeline]]:
         """Each record, after it was written, and the timeline that it sums up."""
@@ -108,11 +111,22 @@ class Run:
         number, prompt = self.left[0]
         now = sitting(number, warm_up(pipeline, self.settings, prompt, warmups))
         earlier = store.read_info(self.path).sittings if self.file.done else ()
-        store.write_info(self.path, self.settings, [*earlier, now])
+        self._sittings = [*earlier, now]
+        store.write_info(self.path, self.settings, self._sittings)
+        self._began = _neighbours().read()
         for number, prompt in self.left:
             record, timeline = time_prompt(pipeline, self.settings, number, prompt)
             self.file.write(record)
             yield record, timeline
 
     def close(self) -> None:
+        """Also after an interrupt: what others took of the processors goes to the info file."""
         self.file.close()
+        if self._began is not None:
+            *earlier, now = self._sittings
+            others = self._began.share_until(_neighbours().read())
+            store.write_info(self.path, self.settings, [*earlier, now.model_copy(update={"others": others})])
+
+
+def _neighbours() -> Neighbours:
+    return Neighbours(list)  # everything runs in this process

@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ktverify.bench.journal import LineFile
+from ktverify.bench.runs import busy
 from ktverify.c2c.record import IDENTITY, Record, RunInfo, Settings, Sitting
 from ktverify.files import write_whole
 
@@ -114,9 +115,19 @@ def describe(projectors: Path | None) -> str:
 
 
 def notes(paths: Sequence[Path]) -> list[str]:
-    """A line for each way in which files were made: models, settings, machine, versions. Unknown ones are left out."""
+    """A line for each way in which files were made: models, settings, machine, versions; first, whether others kept the
+    processors busy. What is unknown is left out."""
     infos = [read_info(path) for path in paths if info_path(path).is_file()]
-    return list(dict.fromkeys(_note(info.settings, sitting) for info in infos for sitting in info.sittings))
+    return [
+        *busy_notes(paths),
+        *dict.fromkeys(_note(info.settings, sitting) for info in infos for sitting in info.sittings),
+    ]
+
+
+def busy_notes(paths: Sequence[Path]) -> list[str]:
+    """A line where other programs had so much of the processors that times mean little."""
+    infos = [read_info(path) for path in paths if info_path(path).is_file()]
+    return busy(sitting.others for info in infos for sitting in info.sittings if sitting.others is not None)
 
 
 def _note(settings: Settings, sitting: Sitting) -> str:

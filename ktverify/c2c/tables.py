@@ -96,7 +96,7 @@ def _prompt_row(record: Record, width: int) -> tuple[str, ...]:
     return (f"{record.id:{width}}  {short(record.prompt)}", *map(figure, parts), *tokens)
 
 
-def stage_grid(timing: Timing) -> Grid:
+def stage_grid(timing: Timing, notes: Sequence[str] = ()) -> Grid:
     """Where one prompt's time went."""
     rows = []
     for name in STAGE_FIELDS:
@@ -104,7 +104,7 @@ def stage_grid(timing: Timing) -> Grid:
         share = 100 * total / timing.total_ms if timing.total_ms else 0.0
         rows.append((_STAGES[name], figure(total), f"{share:.1f}", str(calls), figure(total / calls if calls else 0.0)))
     rows.append(("all", figure(timing.total_ms), "100.0", "", ""))
-    return Grid("where the time went", (), ("stage", "ms", "%", "calls", "ms a call"), tuple(rows))
+    return Grid("where the time went", tuple(notes), ("stage", "ms", "%", "calls", "ms a call"), tuple(rows))
 
 
 def _calls(timing: Timing, stage: str) -> int:

@@ -64,6 +64,8 @@ def test_single_writes_every_view(pair: Pair, tmp_path: Path) -> None:
     info = store.read_info(output)
     (sitting,) = info.sittings
     assert len(sitting.warmup_ms) == 2
+    assert sitting.others is not None
+    assert 0 <= sitting.others <= 1
     assert sitting.machine.cpu
     assert sitting.machine.versions["torch"]
     with (tmp_path / "one.operators.tsv").open(newline="") as stream:
@@ -284,6 +286,20 @@ def refuse_merges(parts: list[Path], joined: Path, folder: Path) -> None:
     store.write_info(short_of_one, other.settings.model_copy(update={"dtype": "float32"}), other.sittings)
     refused(merge(parts[0], short_of_one), "are not of one run: dtype bfloat16 and float32")
     assert not (folder / "no.jsonl").exists()
+
+
+def test_busy_processors_are_told_first(whole: Path, tmp_path: Path) -> None:
+    info, path = store.read_info(whole), tmp_path / "busy.jsonl"
+    (sitting,) = info.sittings
+
+    def notes(*others: float | None) -> list[str]:
+        store.write_info(path, info.settings, [sitting.model_copy(update={"others": share}) for share in others])
+        return store.notes([path])
+
+    quiet = notes(None, 0.01)
+    assert len(quiet) == 1
+    assert "taught by" in quiet[0]
+    assert notes(0.01, 0.42, None) == ["other programs had 42 % of the processors: these times mean little", *quiet]
 
 
 def test_ranges_merge_as_shards_do(whole: Path, tmp_path: Path) -> None:

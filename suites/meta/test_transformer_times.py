@@ -77,6 +77,9 @@ def test_rates_are_those_of_the_median() -> None:
 def test_an_independent_loop_that_disagrees_is_told(loop: float, word: str) -> None:
     ((name, text),) = transformer_views.check_pairs(transformer_views.arms(made_up(loop=loop)))
     assert (name, text.split()[0]) == ("check", word)
+    ((_, busy),) = transformer_views.check_pairs(transformer_views.arms(made_up(loop=loop)), ("others were busy",))
+    assert busy.startswith(text)
+    assert ("other programs" in busy) == (word == "FAIL")
     with pytest.raises(ValueError, match="independent loop"):
         agreement([line for line in made_up() if isinstance(line, StepLine)])
 
