@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ktverify import contract
@@ -44,16 +45,24 @@ def amx_is_emulated() -> bool:
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
 
 
-def _gradients(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> tuple[list[torch.Tensor], bool]:
+# a huge page of x86-64, bytes
+_HUGE_PAGE = 2 << 20
+
+
+def _gradients(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, written: int
+) -> tuple[list[torch.Tensor], bool]:
     """Tensors of these shapes in one block of memory, and whether they are zero.
 
-    In the memory of gradients that were dropped, where there is such, however few experts will write theirs: clearing
-    the others takes less time than the system takes to clear fresh pages, huge ones, of which each written expert
-    touches a few. One block, because huge pages are for large blocks, and at small pages the page faults took longer
-    than the gradients' arithmetic.
+    written: experts at most that will write theirs. Where each of them touching a huge page of each tensor makes up the
+    block, it is the memory of gradients that were dropped, if there is such: clearing the idle experts' in it takes
+    less time than the system takes to clear fresh pages. Otherwise it is fresh pages, of which most are never there at
+    all. One block, because huge pages are for large blocks.
     """
     sizes = [math.prod(shape) for shape in shapes]
-    memory, zero = _native.gradient_memory(sum(sizes) * dtype.itemsize)
+    count = sum(sizes) * dtype.itemsize
+    again = written * len(shapes) * _HUGE_PAGE >= count
+    memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
     parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
@@ -310,7 +319,8 @@ class KTMoEWrapper:
         grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
         assert self._lora_dtype is not None  # a saved forward had its LoRA
         shapes = list(self.spec.lora_shapes.values())
-        tensors, zero = _gradients(shapes, self._lora_dtype)
+        written = tokens * self.spec.num_experts_per_tok if self.spec.lora_backward else 0
+        tensors, zero = _gradients(shapes, self._lora_dtype, written=written)
         grads = dict(zip(GRAD_NAMES, tensors, strict=True))
         grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
         self._native.backward(

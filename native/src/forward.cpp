@@ -308,7 +308,8 @@ void Forward::up(Hand& hand, const Task& task) {
         float* u = hand.c + kBlock * ldc;
         product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g, base.up + w_at);
         product(base.up, lora_.up_b[z(p)], part.up_xa, u,
-                next_weights(task, &PackedExpert::gate, layer_.gate_up_stride()));
+                first + count < expert.groups ? base.gate + w_at
+                                              : next_weights(task, &PackedExpert::gate, layer_.gate_up_stride()));
         hand.watch.lap(Phase::gate_up);
         const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
         const Order order = order_of(expert);
@@ -361,8 +362,9 @@ void Forward::down(Hand& hand, const Task& task) {
         count = piece(expert.groups - first, kChunkGroups);
         const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
         NtSegment segments[4];
-        segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
-                       next_weights(task, &PackedExpert::down, layer_.panel(size_.ib))};
+        segments[0] = {
+            base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
+            first + count < expert.groups ? base : next_weights(task, &PackedExpert::down, layer_.panel(size_.ib))};
         const int more = nt_lora_segments(
             {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
         const int rows = std::min(expert.rows - first * kGroup, count * kGroup);

@@ -35,7 +35,7 @@ class Guards:
         self.blocks.append(block)
         return block[GUARD : GUARD + size].view(dtype).view(tuple(shape))
 
-    def gradients(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Any:
+    def gradients(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, written: int) -> Any:
         """Stands in for the memory of dropped LoRA gradients, which is not zero."""
         return [self.empty(shape, dtype=dtype) for shape in shapes], False
 

@@ -74,7 +74,8 @@ struct LoraPointers {
 // What a worker does at a given moment of a call. Phases of one stage follow each other within a task.
 enum class Phase {
     routing,            // which rows go to which expert (one worker)
-    allocation,         // working buffers, and whatever is prepared once a call (one worker)
+    allocation,         // working buffers, and whatever is prepared once a call (one worker); backward: clearing the
+                        // gradients of idle experts
     pack_weights,       // experts that are reached for the first time
     pack_input,         // forward 1: rows of x, packed; kept for backward
     gate_up_lora_a,     //            x Aᵀ of gate and up

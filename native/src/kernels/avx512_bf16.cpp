@@ -129,7 +129,7 @@ constexpr int few_step(int tokens) {
 }
 
 // One k-block of N rows of W. What comes is fetched line by line between the products: in bursts, as many lines would
-// find the miss buffers full. Of tokens and rows, the fewer stay in registers meanwhile.
+// find the miss buffers full. Two rows stay in registers meanwhile; of four, the tokens do.
 template <int T, int N>
 KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Coming<few_times(T)>& coming) {
     const auto row = [&](int n) {

@@ -1,6 +1,9 @@
 // Shared by the AVX-512 and the AMX kernels: 32 rows x 32 columns of W, two neighbouring rows interleaved, as
 // [2 halves of 16 columns][16 row pairs][16 columns][2], which is the B operand of either (two tiles of 1 KB).
 
+#ifdef KTV_STREAM
+#error "include avx512_pack.inl before elementwise.inl"
+#endif
 #define KTV_STREAM(to, lanes) _mm512_stream_ps(to, (__m512)(lanes))
 // Other threads' reads behind the region see what was streamed in it.
 inline void wait_for_streams() {

@@ -31,7 +31,7 @@ inline constexpr int kPanelBlocks = 4;  // column blocks of one nn task
 
 // The next of as few pieces as `left` takes, none above `most`, all alike: what is fetched during one is the next, and a
 // small rest would be slow.
-inline int piece(int left, int most) {
+[[gnu::always_inline]] inline int piece(int left, int most) {
     const int pieces = (left + most - 1) / most;
     return (left + pieces - 1) / pieces;
 }
@@ -45,7 +45,7 @@ struct NtSegment {
     // What will be multiplied after these weights, if it is known: as many k-blocks.
     const bf16* next = nullptr;
     // `blocks` k-blocks that will be visited from kb on, which may lie behind the end. All of them exist.
-    const bf16* from(int kb, int blocks) const {
+    [[gnu::always_inline]] const bf16* from(int kb, int blocks) const {
         const int last = kblocks - blocks, beyond = kb - kblocks;
         if (beyond < 0) return weights + (kb < last ? kb : last) * kBlockSize;
         return next ? next + (beyond < last ? beyond : last) * kBlockSize : weights;
@@ -88,7 +88,8 @@ struct Kernels {
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
     void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
     // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is
-    // not null also g and u as they are, transposed to [row][keep_ld] fp32, rows of whole cache lines.
+    // not null also g and u as they are, transposed to [row][keep_ld] fp32; those begin on
+    // cache lines, and keep_ld is a multiple of 16.
     void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
                      float* keep_g, float* keep_u, std::size_t keep_ld);
     // The same for few tokens: g, u [tokens][32] fp32 -> pack [tokens][32].
