@@ -234,10 +234,11 @@ def repro(
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
     typer.echo(", ".join([*parts, "compared with " + ("the golden" if against == "golden" else "the live oracle")]))
-    for record in checked.records:
-        typer.echo(record.message)
-        if record.verdict != "PASS":
-            typer.echo(f"    {record.repro}")
+    told = [(record.message, "" if record.verdict == "PASS" else f"    {record.repro}") for record in checked.records]
+    for message, again in dict.fromkeys(told):  # what no tensor came of is one thing
+        typer.echo(message)
+        if again:
+            typer.echo(again)
     if dump is not None:
         typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
     if stand_alone is not None:
@@ -414,7 +415,6 @@ def _verify_training(
     """The worst step's record of each tensor at every TP degree, and what else was wrong with the losses."""
     from ktverify import names
     from ktverify import verify as checking
-    from ktverify.hosting import Died
 
     records: list[AccuracyRecord] = []
     problems: list[str] = []
@@ -427,9 +427,12 @@ def _verify_training(
                 done.append(found)
                 losses.append(loss)
                 typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
-        except (NotImplementedError, Died) as error:
+        except Exception as error:
+            told = checking.as_told(error)
             label = checking.isa_label(engine, options["isa"])
-            records += checking.lost(error, names.ALL_TENSORS, engine, case, label, tp=degree, source="fresh")
+            records += checking.lost(
+                told, names.ALL_TENSORS, engine, case, label, tp=degree, source="fresh", family="training"
+            )
             continue
         records += checking.worst_of_steps(done)
         problem = checking.loss_problem(losses)
@@ -439,24 +442,33 @@ def _verify_training(
 
 
 def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
-    """Print the table, what failed and the verdict; exit 1 unless every record passed."""
+    """Print the table, what failed and the verdict; exit 1 unless something passed, and all that the engine claims."""
     from ktverify.diagnose.hook import cause_of
     from ktverify.report import console
     from ktverify.report.problems import problem_text
 
-    console.print_accuracy(records)
-    bad = [record for record in records if record.verdict != "PASS"]
-    for record in bad:
-        typer.echo(problem_text(record))
-        if cause_of(record.message):
-            typer.echo(f"    {cause_of(record.message)}")
+    claimed = [record for record in records if record.verdict != "UNSUPPORTED"]
+    if claimed:
+        console.print_accuracy(claimed)
+    declared = [record for record in records if record.verdict == "UNSUPPORTED"]
+    for tp, training, message in dict.fromkeys((r.tp, r.family == "training", r.message) for r in declared):
+        typer.echo(f"TP {tp}{', training' if training else ''}: {message}")
+    bad = [record for record in claimed if record.verdict != "PASS"]
+    for text, cause in dict.fromkeys((problem_text(record), cause_of(record.message)) for record in bad):
+        typer.echo(text)
+        if cause:
+            typer.echo(f"    {cause}")
     for problem in problems:
         typer.echo(problem)
-    if bad or problems or not records:
+    beside = f"; {len(declared)} are UNSUPPORTED" if declared else ""
+    if bad or problems:
         more = f", and {len(problems)} more" if problems else ""
-        typer.echo(f"FAIL {len(bad)} of {len(records)} comparisons{more}")
+        typer.echo(f"FAIL {len(bad)} of {len(claimed)} comparisons{more}{beside}")
         raise typer.Exit(1)
-    typer.echo(f"PASS {len(records)} comparisons")
+    if not claimed:
+        typer.echo(f"FAIL nothing was compared{beside}")
+        raise typer.Exit(1)
+    typer.echo(f"PASS {len(claimed)} comparisons{beside}")
 
 
 def _print_cases(chosen: list[Case], cost: bool) -> None:

@@ -5,6 +5,7 @@ Comes in: an engine factory and a case. Goes out: a dict of ALL_TENSORS. Holds n
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,24 @@ from ktverify.engines import EngineFactory
 from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 METHOD = "AMXBF16_SFT"
+
+
+@contextlib.contextmanager
+def call_of(method: str) -> Iterator[None]:
+    """What the engine raises in it knows the method: `method_of`."""
+    try:
+        yield
+    except Exception as error:
+        error.ktverify_method = method  # type: ignore[attr-defined]
+        raise
+
+
+def method_of(error: BaseException) -> str:
+    """The method of a layer that raised `error`; "" where none did, the constructor included."""
+    return getattr(error, "ktverify_method", "")
 
 
 def layer_arguments(
@@ -59,10 +75,12 @@ def build_layer(
 ) -> Any:
     """A layer of `factory` with the case's base weights and LoRA loaded. LoRA tensors are copies: inputs stay as is."""
     layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
-    layer.load_weights_from_tensors(
-        inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"), inputs.physical_map
-    )
-    layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
+    with call_of("load_weights_from_tensors"):
+        layer.load_weights_from_tensors(
+            inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"), inputs.physical_map
+        )
+    with call_of("init_lora_weights"):
+        layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
     return layer
 
 
@@ -71,12 +89,16 @@ def run_layer(layer: Any, inputs: Inputs, *, backward: bool = True) -> dict[str,
 
     The tensors are what the engine gave; a gradient that is missing raises KeyError, a further one ValueError.
     """
-    output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=backward)
+    with call_of("forward_sft"):
+        output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=backward)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it gave a {type(output).__name__}, it takes a tensor [T, H]")
     result: dict[str, torch.Tensor] = {OUTPUT: output}
     if not backward:
         return result
-    grad_input, grad_loras = layer.backward(inputs.grad_output)
-    check_grad_names(grad_loras)
+    with call_of("backward"):
+        grad_input, grad_loras = layer.backward(inputs.grad_output)
+        check_grad_names(grad_loras)
     result[GRAD_INPUT] = grad_input
     result.update({name: grad_loras[name] for name in GRAD_NAMES})
     result[GRAD_WEIGHTS] = layer.grad_weights

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +26,7 @@ from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_NAMES, LORA_NAMES, OUTPUT
 from ktverify.peer import peer_error
 from ktverify.report.record import AccuracyRecord, VerdictName, accuracy_record, worst_first
-from ktverify.running import METHOD, build_layer, run_case, run_layer
+from ktverify.running import METHOD, build_layer, call_of, method_of, run_case, run_layer
 
 METHODS = (METHOD, f"{METHOD}_SkipLoRA")
 MODES = ("forward", "backward", "training", "all")
@@ -60,6 +62,27 @@ class LiveOracle:
 
     def compare(self, name: str, actual: torch.Tensor) -> Difference:
         return compare(actual, self.tensors[name])
+
+
+class Raised(Exception):
+    """What a method of an engine raised, and where: "CRASH forward_sft: ValueError: … (my_engine.py:7)"."""
+
+    verdict = "CRASH"
+
+    def __init__(self, error: Exception) -> None:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        text = " ".join(str(error).split())
+        super().__init__(f"CRASH {method_of(error)}: {type(error).__name__}: {text} ({place})")
+
+
+def as_told(error: Exception) -> Exception:
+    """What `lost` takes of an engine's exception. Raises what is none: the constructor's, and a lack of memory."""
+    if isinstance(error, NotImplementedError | Died):
+        return error
+    if isinstance(error, MemoryError) or not method_of(error):
+        raise error
+    return Raised(error)
 
 
 @dataclass
@@ -118,7 +141,7 @@ def check_case(
     """Run `case` through `engine` and judge each of `tensors` (default: all that were computed).
 
     given: an earlier result of the same case, whose inputs and expected values are used again. Raises ValueError for an
-    unknown tensor or method, and whatever the engine raises.
+    unknown tensor or method, and what the engine's constructor raises; what its methods raise is a CRASH.
     """
     wanted = check_names(tensors, backward)
     if method not in METHODS:
@@ -136,9 +159,9 @@ def check_case(
     label = isa_label(engine, isa)
     try:
         actual = run_case(factory, case, inputs=inputs, isa=isa, tp=tp, threads=threads, backward=backward, **more)
-    except (NotImplementedError, Died) as error:
+    except Exception as error:
         checked = Checked(case, inputs, {}, expected, source)
-        checked.records += lost(error, wanted, engine, case, label, tp=tp, source=source, method=method)
+        checked.records += lost(as_told(error), wanted, engine, case, label, tp=tp, source=source, method=method)
         return checked
     checked = Checked(case, inputs, actual, expected, source)
     duration = time.perf_counter() - started
@@ -176,12 +199,20 @@ def lost(
     tp: int = 1,
     source: str = "golden",
     method: str = METHOD,
+    family: str = "",
 ) -> list[AccuracyRecord]:
-    """The records of `tensors` of a case whose engine gave none: UNSUPPORTED where it says so, else what `error` is."""
+    """The records of `tensors` of a case whose engine gave none: UNSUPPORTED where it says so, else what `error` is.
+
+    family: where it is neither forward nor backward.
+    """
     verdict, message = verdict_of(error)
+    if family == "training":
+        repro = verify_command(case, engine=engine, isa=label, tp=tp)
+    else:
+        repro = repro_command(case, engine=engine, isa=label, tp=tp, fresh=source == "fresh", method=method)
     return [
         AccuracyRecord(
-            family="forward" if name == OUTPUT else "backward",
+            family=family or ("forward" if name == OUTPUT else "backward"),
             engine=engine,
             isa=label,
             verdict=verdict,
@@ -191,7 +222,7 @@ def lost(
             tensor=name,
             tp=tp,
             source=source,
-            repro=repro_command(case, engine=engine, isa=label, tp=tp, fresh=source == "fresh", method=method),
+            repro=repro,
         )
         for name in tensors
     ]
@@ -249,7 +280,8 @@ def check_training(
     for step in range(steps):
         started = time.perf_counter()
         lora = {name: getattr(layer, name).detach().clone() for name in LORA_NAMES}
-        output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        with call_of("forward_sft"):
+            output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
         distance = output.float() - target
         # AdamW divides every gradient by its own size, so the mean's constant factor may be left out of the gradient
         loss = 0.5 * float(distance.square().mean())
@@ -281,7 +313,8 @@ def check_training(
             parameter.grad = actual[name].to(parameter.dtype)
         optimizer.step()
         optimizer.zero_grad()
-        layer.update_lora_weights()
+        with call_of("update_lora_weights"):
+            layer.update_lora_weights()
 
 
 def loss_problem(losses: Sequence[float]) -> str:

@@ -69,8 +69,10 @@ def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) ->
     if run.head is None:
         raise ValueError(f"{run.directory}: its head was lost, so nobody knows which engine it judged")
     engine = run.head.engine
-    script, python = script_of(engine), interpreter_of(engine)
     groups = [(place, list(told)) for place, told in groupby(accusations(run.records), lambda a: a.place)]
+    if not groups:
+        return []
+    script, python = script_of(engine), interpreter_of(engine)
     findings: list[Finding] = []
     for number, (place, told) in enumerate(groups):
         done(number, len(groups))

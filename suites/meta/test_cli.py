@@ -139,6 +139,25 @@ def test_repro_says_what_is_unsupported() -> None:
     assert "PASS" not in text
 
 
+def test_what_is_declared_unsupported_is_no_failure() -> None:
+    command = ("verify", "--engine", "suites.support.unruly:OneDegree", "--case", TINY, "--tp", "all", "--steps", "2")
+    text = ends(call(*command), 0)
+    count = len(ALL_TENSORS)
+    assert text.splitlines()[-1] == f"PASS {2 * count} comparisons; {4 * count} are UNSUPPORTED"
+    for line in ("TP 2", "TP 4", "TP 2, training", "TP 4, training"):
+        assert text.splitlines().count(f"{line}: UNSUPPORTED tensor parallelism") == 1
+
+
+def test_what_a_method_raises_is_a_crash_told_once() -> None:
+    engine = "suites.support.unruly:Raises"
+    crash = re.compile(r"CRASH forward_sft: ValueError: this kernel is broken \(unruly\.py:\d+\)$", re.MULTILINE)
+    text = ends(call("repro", TINY, "--engine", engine), 1)
+    assert len(crash.findall(text)) == text.count("python -m ktverify repro") == 1
+    text = ends(call("verify", "--engine", engine, "--case", TINY), 1)
+    assert len(crash.findall(text)) == 3  # forward, backward, training
+    assert text.splitlines()[-1] == f"FAIL {2 * len(ALL_TENSORS)} of {2 * len(ALL_TENSORS)} comparisons"
+
+
 def test_a_case_stands_alone(tmp_path: Path) -> None:
     checked = verify.check_case("torch_bf16", Case.parse(TINY))
     script = write_checked(checked, "kt_kernel", tmp_path / "case")

@@ -79,3 +79,22 @@ class Nothing:
 
     def __init__(self, **_: Any) -> None:
         raise NotImplementedError("nothing is done here")
+
+
+class Raises(TorchBf16):
+    """Its forward raises what a contract would call a refusal; it knows no tensor parallelism."""
+
+    def __init__(self, **arguments: Any) -> None:
+        if arguments.get("threadpool_count", 1) > 1:
+            raise NotImplementedError("tensor parallelism")
+        super().__init__(**arguments)
+
+    def forward_sft(self, *_: Any, **__: Any) -> torch.Tensor:
+        raise ValueError("this kernel is broken")
+
+
+class OneDegree(Raises):
+    """Right, without tensor parallelism."""
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> torch.Tensor:
+        return TorchBf16.forward_sft(self, *arguments, **more)
