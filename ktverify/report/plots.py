@@ -138,12 +138,14 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
         return ""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    positions, labels, ticks = [], [], []
+    positions, labels = [], []
+    ticks: list[list[float]] = []
     position, last_group = 0.0, None
     for r in rows:
         group = (r.case, r.what, r.tp, r.threads)
         if group != last_group:
-            position += 0.55 if last_group is not None else 0.0
+            if ticks:  # a label has two lines, also beside a single bar
+                position += 0.55 if len(ticks[-1]) > 1 else 1.1
             labels.append(_latency_label(r))
             ticks.append([position])
         else:
