@@ -96,9 +96,11 @@ def test_no_answer_is_confirmed_by_none(tmp_path: Path) -> None:
 
 
 def test_a_run_without_accusations_needs_nothing(tmp_path: Path) -> None:
-    code, text = confirm(write(tmp_path / "run", []))
-    assert code == 0
-    assert text.startswith("Nothing to confirm")
+    """Not even a script."""
+    for engine in (ENGINE, "torch_bf16"):
+        code, text = confirm(write(tmp_path / engine, [], engine))
+        assert code == 0
+        assert text.startswith("Nothing to confirm")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_a_run_without_accusations_needs_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engine: str, says: str) -> None:
-    code, text = confirm(write(tmp_path / "run", [], engine))
+    code, text = confirm(write(tmp_path / "run", [ended(12, "CRASH", "it raised")], engine))
     assert code == 2
     assert says in text
     assert len(text.splitlines()) == 1
