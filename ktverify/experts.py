@@ -45,10 +45,6 @@ def amx_is_emulated() -> bool:
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
 
 
-# a huge page of x86-64, bytes
-_HUGE_PAGE = 2 << 20
-
-
 def _gradients(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, written: int
 ) -> tuple[list[torch.Tensor], bool]:
@@ -61,7 +57,7 @@ def _gradients(
     """
     sizes = [math.prod(shape) for shape in shapes]
     count = sum(sizes) * dtype.itemsize
-    again = written * len(shapes) * _HUGE_PAGE >= count
+    again = written * len(shapes) * _native.HUGE_PAGE >= count
     memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
     parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero

@@ -84,15 +84,21 @@ def build_layer(
     return layer
 
 
+def forward(layer: Any, inputs: Inputs, *, save: bool) -> torch.Tensor:
+    """The output [T, H] as the engine gave it. TypeError where it gave no tensor."""
+    with call_of("forward_sft"):
+        output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=save)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"the result is a {type(output).__name__}, it must be a tensor [T, H]")
+    return output
+
+
 def run_layer(layer: Any, inputs: Inputs, *, backward: bool = True) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of one forward and one backward of a loaded layer; only output without backward.
 
     The tensors are what the engine gave; a gradient that is missing raises KeyError, a further one ValueError.
     """
-    with call_of("forward_sft"):
-        output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=backward)
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"it gave a {type(output).__name__}, it takes a tensor [T, H]")
+    output = forward(layer, inputs, save=backward)
     result: dict[str, torch.Tensor] = {OUTPUT: output}
     if not backward:
         return result

@@ -26,7 +26,7 @@ from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_NAMES, LORA_NAMES, OUTPUT
 from ktverify.peer import peer_error
 from ktverify.report.record import AccuracyRecord, VerdictName, accuracy_record, worst_first
-from ktverify.running import METHOD, build_layer, call_of, method_of, run_case, run_layer
+from ktverify.running import METHOD, build_layer, call_of, forward, method_of, run_case, run_layer
 
 METHODS = (METHOD, f"{METHOD}_SkipLoRA")
 MODES = ("forward", "backward", "training", "all")
@@ -280,8 +280,7 @@ def check_training(
     for step in range(steps):
         started = time.perf_counter()
         lora = {name: getattr(layer, name).detach().clone() for name in LORA_NAMES}
-        with call_of("forward_sft"):
-            output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        output = forward(layer, inputs, save=False)
         distance = output.float() - target
         # AdamW divides every gradient by its own size, so the mean's constant factor may be left out of the gradient
         loss = 0.5 * float(distance.square().mean())

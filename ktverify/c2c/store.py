@@ -117,17 +117,19 @@ def describe(projectors: Path | None) -> str:
 def notes(paths: Sequence[Path]) -> list[str]:
     """A line for each way in which files were made: models, settings, machine, versions; first, whether others kept the
     processors busy. What is unknown is left out."""
-    infos = [read_info(path) for path in paths if info_path(path).is_file()]
     return [
         *busy_notes(paths),
-        *dict.fromkeys(_note(info.settings, sitting) for info in infos for sitting in info.sittings),
+        *dict.fromkeys(_note(info.settings, sitting) for info in _infos(paths) for sitting in info.sittings),
     ]
 
 
 def busy_notes(paths: Sequence[Path]) -> list[str]:
     """A line where other programs had so much of the processors that times mean little."""
-    infos = [read_info(path) for path in paths if info_path(path).is_file()]
-    return busy(sitting.others for info in infos for sitting in info.sittings if sitting.others is not None)
+    return busy(sitting.others for info in _infos(paths) for sitting in info.sittings if sitting.others is not None)
+
+
+def _infos(paths: Sequence[Path]) -> list[RunInfo]:
+    return [read_info(path) for path in paths if info_path(path).is_file()]
 
 
 def _note(settings: Settings, sitting: Sitting) -> str:

@@ -117,6 +117,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("available_memory", &available_memory,
           "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
     m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
+    m.attr("HUGE_PAGE") = kHuge;
     m.def("gradient_memory", &gradient_memory, "(uint8 array of so many bytes, whether it is zero).");
     m.def("read_rate", &read_rate, py::arg("threads"), py::arg("bytes"), py::arg("passes"),
           py::call_guard<py::gil_scoped_release>(), "Bytes per second that the threads together read, best pass.");

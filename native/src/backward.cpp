@@ -266,9 +266,9 @@ void Backward::down_grad(Hand& hand, const Task& task) {
     const std::size_t cb = z(ip) * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.ib);
     const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + cb;
     const Pair a = at(lora_.down_a[z(p)], z(expert.expert) * layer_.lora_strides().down_a + cb);
-    for (int first = 0, count; first < expert.rows; first += count) {
-        count = std::min(expert.rows - first, piece(expert.groups - first / kGroup, kChunkGroups) * kGroup);
-        const std::size_t row = z(expert.first_row + first), to = row * inter_ + z(ip) * kPanelCols;
+    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
+        const int count = chunk.rows;
+        const std::size_t row = z(expert.first_row + chunk.first), to = row * inter_ + z(ip) * kPanelCols;
         NnSegment segments[4];
         segments[0] = segment(part.out + row * hidden_, hidden_, base, stride, size_.hb);
         const int more = nn_lora_segments(at(part.ob, row * rank_), rank_, a, stride, size_.r, segments + 1);
@@ -332,9 +332,9 @@ void Backward::input_grad(Hand& hand, const Task& task) {
     const std::size_t cb = z(hp) * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.hb);
     const Pair a = at(lora_.gate_up_a, z(expert.expert) * layer_.lora_strides().gate_up_a + cb);
     float* sum = part.sum + z(hp) * T_ * kPanelCols;
-    for (int first = 0, count; first < expert.rows; first += count) {
-        count = std::min(expert.rows - first, piece(expert.groups - first / kGroup, kChunkGroups) * kGroup);
-        const std::size_t row = z(expert.first_row + first);
+    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
+        const int count = chunk.rows;
+        const std::size_t row = z(expert.first_row + chunk.first);
         NnSegment segments[5];
         segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, layer_.gate_up_stride(), size_.ib);
         segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, layer_.gate_up_stride(), size_.ib);
@@ -343,7 +343,7 @@ void Backward::input_grad(Hand& hand, const Task& task) {
             used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, 2 * size_.r, segments + 2);
         kernels_.nn(segments, used, count, cblocks, hand.c, kPanelCols);
         hand.watch.lap(Phase::gate_up_grad);
-        if (first == 0) {
+        if (chunk.first == 0) {
             turns_.wait(p, hp, ticket);
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kPanelCols * sizeof(float));

@@ -293,10 +293,9 @@ void Forward::up(Hand& hand, const Task& task) {
     const PackedExpert& base = layer_.experts[z(p)][z(expert.expert)];
     const std::size_t b_at = z(expert.expert) * strides_.gate_b + z(ib) * layer_.panel(size_.rb),
                       w_at = z(ib) * layer_.gate_up_stride();
-    for (int first = 0, count; first < expert.groups; first += count) {
-        count = piece(expert.groups - first, kChunkGroups);
-        const int rows = std::min(expert.rows - first * kGroup, count * kGroup);
-        const std::size_t group = z(expert.first_row / kGroup + first), ldc = z(count) * kGroup;
+    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
+        const int rows = chunk.rows;
+        const std::size_t group = z((expert.first_row + chunk.first) / kGroup), ldc = z(chunk.groups) * kGroup;
         const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c, const bf16* next) {
             NtSegment segments[4];
             segments[0] = {w + w_at, part.x_pack + group * x_stride_, x_stride_, size_.hb, next};
@@ -308,8 +307,7 @@ void Forward::up(Hand& hand, const Task& task) {
         float* u = hand.c + kBlock * ldc;
         product(base.gate, lora_.gate_b[z(p)], part.gate_xa, g, base.up + w_at);
         product(base.up, lora_.up_b[z(p)], part.up_xa, u,
-                first + count < expert.groups ? base.gate + w_at
-                                              : next_weights(task, &PackedExpert::gate, layer_.gate_up_stride()));
+                chunk.last ? next_weights(task, &PackedExpert::gate, layer_.gate_up_stride()) : base.gate + w_at);
         hand.watch.lap(Phase::gate_up);
         const std::size_t keep_at = group * kGroup * z(size_.inter_ld()) + z(ib) * kBlock;
         const Order order = order_of(expert);
@@ -319,7 +317,7 @@ void Forward::up(Hand& hand, const Task& task) {
         if (order.few > 0) {
             kernels_.silu_mul_few(g, u, rows, h, keep_g, keep_u, z(size_.inter_ld()));
         } else {
-            kernels_.silu_mul(g, u, ldc, count, h, h_stride_, keep_g, keep_u, z(size_.inter_ld()));
+            kernels_.silu_mul(g, u, ldc, chunk.groups, h, h_stride_, keep_g, keep_u, z(size_.inter_ld()));
         }
         hand.watch.lap(Phase::activation);
     }
@@ -358,16 +356,14 @@ void Forward::down(Hand& hand, const Task& task) {
     const bf16* base = layer_.experts[z(p)][z(expert.expert)].down + z(hb) * layer_.panel(size_.ib);
     const Pair b = at(lora_.down_b, z(expert.expert) * strides_.down_b + z(hb) * layer_.panel(size_.rb));
     float* sum = part.sum + z(hb) * T_ * kBlock;
-    for (int first = 0, count; first < expert.groups; first += count) {
-        count = piece(expert.groups - first, kChunkGroups);
-        const std::size_t group = z(expert.first_row / kGroup + first), row = group * kGroup, ldc = z(count) * kGroup;
+    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
+        const int rows = chunk.rows;
+        const std::size_t row = z(expert.first_row + chunk.first), group = row / kGroup, ldc = z(chunk.groups) * kGroup;
         NtSegment segments[4];
-        segments[0] = {
-            base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
-            first + count < expert.groups ? base : next_weights(task, &PackedExpert::down, layer_.panel(size_.ib))};
+        segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
+                       chunk.last ? next_weights(task, &PackedExpert::down, layer_.panel(size_.ib)) : base};
         const int more = nt_lora_segments(
             {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
-        const int rows = std::min(expert.rows - first * kGroup, count * kGroup);
         // Other columns' sums and weights have driven this column's out of the near caches; the product hides the way
         // back. With the first expert there are none yet.
         for (int i = 0; ticket > 0 && i < rows; ++i) {
@@ -377,7 +373,7 @@ void Forward::down(Hand& hand, const Task& task) {
         }
         multiply(expert, segments, 1 + more, rows, hand.c, ldc);
         hand.watch.lap(Phase::down);
-        if (first == 0) {
+        if (chunk.first == 0) {
             turns_.wait(p, hb, ticket);
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kBlock * sizeof(float));

@@ -14,7 +14,6 @@
 namespace ktv {
 namespace {
 
-constexpr std::size_t kHuge = std::size_t{2} << 20;
 constexpr std::size_t kUnlimited = std::numeric_limits<std::size_t>::max();
 
 bool is_huge(std::size_t bytes) {

@@ -12,6 +12,8 @@
 
 namespace ktv {
 
+inline constexpr std::size_t kHuge = std::size_t{2} << 20;  // a huge page of x86-64, bytes
+
 // Bytes that can still be taken without swapping: MemAvailable, the cgroup's limit and RLIMIT_AS, whichever is least.
 std::size_t available_memory();
 // Throws OutOfMemory with both figures when `bytes` more cannot be had.

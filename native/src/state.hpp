@@ -25,6 +25,18 @@ inline constexpr std::size_t z(int n) {
     return static_cast<std::size_t>(n);
 }
 
+// Rows of an expert that one call of a kernel takes, `rows` from `first` on, in so many groups. An expert has as few
+// chunks as there can be, all alike; behind the last, rows is 0.
+struct RowChunk {
+    RowChunk(const Routing::Expert& expert, int from)
+        : first(from),
+          groups(from < expert.rows ? piece(expert.groups - from / kGroup, kChunkGroups) : 0),
+          rows(std::min(expert.rows - from, groups * kGroup)),
+          last(from + rows == expert.rows) {}
+    int first, groups, rows;
+    bool last;
+};
+
 // Per part: I is the part's share of the intermediate size.
 struct Sizes {
     int H, I, r;
