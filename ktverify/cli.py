@@ -1,7 +1,8 @@
 """The command line: thin. Every command parses its arguments, calls the module that does the work, and prints.
 
 Comes in: arguments. Goes out: text and an exit code: 0 all passed, 1 something did not pass, 2 the command could not be
-carried out (one line says why). Heavy modules are imported inside the commands, so that `--help` is there at once.
+carried out (one line says why), 130 it was stopped by Ctrl-C. Heavy modules are imported inside the commands, so that
+`--help` is there at once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ktverify.bench.group import bench_app
 from ktverify.diagnose.command import DEBUG, diagnose
 from ktverify.power import clean, mutants
 from ktverify.profile.command import profile
+from ktverify.stopping import told_in_one_line
 from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
 
 if TYPE_CHECKING:
@@ -58,12 +60,13 @@ def _traced(time_limit: float) -> Iterator[None]:
 
 
 def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn an expected error into one line on stderr and exit code 2."""
+    """Turn an expected error into one line on stderr and exit code 2, Ctrl-C into another and 130."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with told_in_one_line():
+                return command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
         except BrokenPipeError:  # whoever read has seen enough

@@ -5,6 +5,8 @@ The suites do the work, in a process of their own, for nothing here may import t
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +55,20 @@ def _in_checkout(module: str, arguments: list[str]) -> None:
     """Run `module` with the checkout as its directory; its exit code. RuntimeError where there is no checkout."""
     if not (_ROOT / "suites" / "meta").is_dir():
         raise RuntimeError(f"this command needs a clone of the repository: there is no suites/ beside {_ROOT.name}/")
-    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=_ROOT, check=False)
-    if done.returncode:
-        raise typer.Exit(done.returncode)
+    # what multiprocessing says about workers that were ended is for nobody
+    quiet = ["-W", "ignore::UserWarning:multiprocessing.resource_tracker"]
+    command = [sys.executable, *quiet, "-m", module, *arguments]
+    # a session of its own, so that Ctrl-C reaches this process alone, which ends all of the others
+    process = subprocess.Popen(command, cwd=_ROOT, start_new_session=True)
+    # a terminated run ends like an interrupted one
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
+        raise typer.Exit(code)

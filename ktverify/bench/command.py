@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ktverify.stopping import INTERRUPTED
+
 if TYPE_CHECKING:
     from ktverify.bench.record import HeadLine, Line
     from ktverify.bench.summary import ShapeSummary
-
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
 def bench(
@@ -134,7 +134,7 @@ def bench(
                         print_shape(console, summary, stages=stages)
     except KeyboardInterrupt:
         stopped = True
-        typer.echo("stopped; what was measured is kept", err=True)
+        typer.echo(f"stopped; what was measured is kept in {directory / record.FILE}", err=True)
     finally:
         journal.close()
         right = _conclude(directory, journal.lines, shapes_shown=not stopped, stages=stages, as_json=as_json)

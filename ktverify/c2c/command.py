@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktverify.c2c import options, prompts
+from ktverify.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
     from ktverify.c2c.record import Record, Settings
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 _MANY = 12  # more prompts than this are printed as a distribution alone
 
 

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ktverify.stopping import told_in_one_line
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
@@ -32,7 +34,10 @@ def regenerate(
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        with (
+            told_in_one_line(),
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        ):
             task = bar.add_task("goldens", total=1.0)
             drift = store.regenerate(
                 only,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.bench.command import INTERRUPTED
 from ktverify.bench.layer.command import DEFAULT_CASE
+from ktverify.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
     from ktverify.profile.record import Line

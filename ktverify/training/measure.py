@@ -71,4 +71,7 @@ def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: boo
                 "resume_from_checkpoint": None,
             }
         )
-        return run(short, beside, one_length=one_length)
+        try:
+            return run(short, beside, one_length=one_length)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # without run's words: they are of a directory that goes

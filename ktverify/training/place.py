@@ -52,6 +52,15 @@ def make_room(output: Path, start: Path | None) -> None:
         _remove(path)
 
 
+def kept(output: Path) -> str:
+    """What a run that was stopped in `output` can go on from, and how."""
+    try:
+        last = checkpoints.choose(True, output)
+    except ValueError:
+        return f"{output} has no checkpoint yet: begin anew by --overwrite_output_dir true, or save more often"
+    return f"{last} and {LOSS_FILE} are kept: the same command with --resume_from_checkpoint true goes on from there"
+
+
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
     """A directory to fill that becomes `target`, which is new or empty, at the end; after an error nothing is left."""

@@ -108,9 +108,16 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     trainer.remove_callback(PrinterCallback)  # the journal prints a line for a step, shorter
     place.make_room(output, start)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    seconds = time.perf_counter() - started
-    _save_whole((adapted, tokenizer), trainer.state, output)
+    try:
+        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        seconds = time.perf_counter() - started
+        _save_whole((adapted, tokenizer), trainer.state, output)
+    except KeyboardInterrupt:
+        for callback in trainer.callback_handler.callbacks:
+            if bar := getattr(callback, "training_bar", None):
+                bar.close()  # on a terminal; else it would be drawn once more behind the line
+        reached = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise KeyboardInterrupt(f"stopped at {reached}; {place.kept(output)}") from None
     return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.bench.command import INTERRUPTED
+from ktverify.stopping import INTERRUPTED
 
 if TYPE_CHECKING:
     from ktverify.bench.layer.record import Line, Spot, Varied
