@@ -164,11 +164,11 @@ def list_cases(
                python -m ktverify list --engines
     """
     if engines:
-        from ktverify.engines import names
+        from ktverify.engines import OWN, names
 
         for name in names():
             typer.echo(name)
-        typer.echo("package.module:factory   any callable that takes KTMoEWrapper's arguments")
+        typer.echo(f"{OWN}: any callable that takes KTMoEWrapper's arguments")
         return
     from ktverify.cases import DATA_KINDS, TIERS, select
 
@@ -184,7 +184,7 @@ def list_cases(
 @_one_line_errors
 def repro(
     case: Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")],
-    engine: Annotated[str, typer.Option(help="engine name or package.module:factory")] = "native",
+    engine: Annotated[str, typer.Option(help="engine name, package.module:factory or path/file.py:factory")] = "native",
     isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
     tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
     tp: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)] = 1,
@@ -340,7 +340,7 @@ def verify(
     method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
     tp: Annotated[str, typer.Option(help="no-tp, tp (every degree above 1 that the case has) or all")] = "no-tp",
     case: Annotated[str | None, typer.Option(help="a case as repro takes it (default: a Qwen3-30B-A3B shape)")] = None,
-    engine: Annotated[str, typer.Option(help="engine name or package.module:factory")] = "native",
+    engine: Annotated[str, typer.Option(help="engine name, package.module:factory or path/file.py:factory")] = "native",
     isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
     threads: Annotated[int | None, typer.Option(help="at most so many threads", min=1)] = None,
     fresh: Annotated[int | None, typer.Option(metavar="SEED", help="draw new inputs from this seed")] = None,

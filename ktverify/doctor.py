@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from ktverify import machine, places
-from ktverify.machine import ISA_FLAGS, Machine, format_bytes
+from ktverify.machine import EMULATION_VARIABLE, ISA_FLAGS, Machine, format_bytes
 
 State = Literal["ok", "no", "note"]
 
@@ -87,9 +87,9 @@ def _amx(here: Machine) -> Iterator[Line]:
         why = "this CPU has no AMX (no amx_tile, amx_bf16 in its flags); Intel Sapphire Rapids and later have"
     yield Line("no", "amx_bf16", why)
     if amx.emulated:
-        yield Line("note", "", "KTVERIFY_EMULATE_AMX=1 is set: tile instructions are emulated, right but very slow")
-    elif "avx512_bf16" in here.isas:
-        yield Line("note", "", "KTVERIFY_EMULATE_AMX=1 emulates the tile instructions: right results, very slow")
+        yield Line("note", "", f"{EMULATION_VARIABLE}=1 is set: tile instructions are emulated, right but very slow")
+    elif hint := machine.emulation_hint(here.isas):
+        yield Line("note", "", hint)
 
 
 def _compiler(here: Machine) -> Iterator[Line]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ktverify import contract
+from ktverify.machine import EMULATION_VARIABLE, emulation_hint
 from ktverify.names import GRAD_NAMES, LORA_NAMES
 from ktverify.sources import Sources, alias
 from ktverify.stages import StageTimes
@@ -24,7 +25,6 @@ except ImportError as error:  # an installation without its compiled part
     ) from error
 
 ISA_VARIABLE = "KTVERIFY_ISA"
-EMULATION_VARIABLE = "KTVERIFY_EMULATE_AMX"
 
 if os.environ.get(EMULATION_VARIABLE) == "1":
     _native.emulate_amx()
@@ -43,6 +43,15 @@ def chosen_isa() -> str:
 def amx_is_emulated() -> bool:
     """True when tile instructions run in a trap handler: right for checking kernels, meaningless for speed."""
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
+
+
+def _require(isa: str) -> None:
+    """RuntimeError where it cannot run here, which of AMX says how it can."""
+    try:
+        _native.require_isa(isa)
+    except RuntimeError as error:
+        hint = emulation_hint(available_isas()) if isa == "amx_bf16" else ""
+        raise RuntimeError(f"{error}; {hint}" if hint else str(error)) from None
 
 
 def _gradients(
@@ -122,7 +131,7 @@ class KTMoEWrapper:
         self.layer_idx = layer_idx
         self.weight_path = weight_path
         self.isa: str = isa or chosen_isa()
-        _native.require_isa(self.isa)
+        _require(self.isa)
         self.grad_weights: torch.Tensor | None = None
         self.last_ticket = 0
         self.gate_lora_a: torch.Tensor

@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from pathlib import Path
 ARCH_GET_XCOMP_SUPP = 0x1021
 ARCH_GET_XCOMP_PERM = 0x1022
 XFEATURE_XTILEDATA = 18
+EMULATION_VARIABLE = "KTVERIFY_EMULATE_AMX"
 _SYS_ARCH_PRCTL_X86_64 = 158
 
 # best first; what each set of kernels needs from the CPU, in /proc/cpuinfo's words
@@ -136,8 +138,15 @@ def amx_state(flags: frozenset[str] | None = None) -> Amx:
         cpu="amx_tile" in flags and "amx_bf16" in flags,
         kernel=bool(_arch_prctl(ARCH_GET_XCOMP_SUPP) & bit),
         permitted=bool(_arch_prctl(ARCH_GET_XCOMP_PERM) & bit),
-        emulated=os.environ.get("KTVERIFY_EMULATE_AMX") == "1",
+        emulated=os.environ.get(EMULATION_VARIABLE) == "1",
     )
+
+
+def emulation_hint(isas: Sequence[str]) -> str:
+    """How to run the AMX kernels where only `isas` run; "" where nothing helps: around the tiles is AVX-512 code."""
+    if "amx_bf16" in isas or "avx512_bf16" not in isas:
+        return ""
+    return f"{EMULATION_VARIABLE}=1 emulates the tile instructions: right results, very slow"
 
 
 def allowed_threads() -> int:

@@ -41,7 +41,8 @@ def peers_dir() -> Path:
 
 
 def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str]:
-    """(path, "") of what `need` names in PLACES, or (None, why not).
+    """(path, "") of what `need` names in PLACES, or (None, why not). options: without its key, the command has no such
+    option, and only the variable is named.
 
     An option or a variable that is set and wrong raises ValueError: a forced choice is never replaced.
     """
@@ -58,4 +59,5 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
         return usual, ""
     if not place.option:
         return None, f"not named: set {place.variable} to {place.what}"
-    return None, f"not installed: run `make peers`, or name {place.what} by {place.option} or {place.variable}"
+    how = f"{place.option} or {place.variable}" if need in options else place.variable
+    return None, f"not installed: run `make peers`, or name {place.what} by {how}"

@@ -50,7 +50,8 @@ def _above_zero(text: str) -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ktverify", "the layer under test")
-    group.addoption("--engine", default="native", help="engine name or package.module:factory (default: native)")
+    own = "package.module:factory or path/file.py:factory"
+    group.addoption("--engine", default="native", help=f"engine name, {own} (default: native)")
     group.addoption("--isa", default="all", help="one instruction set of the native engine (default: all it can run)")
     group.addoption("--fresh", type=int, metavar="SEED", help="draw new inputs and compute the oracle live")
     group.addoption("--cases", metavar="GLOB", help="only the catalogue's cases whose name matches")

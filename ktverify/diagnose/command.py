@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ktverify.diagnose.search import Diagnosis
 
 _CASE = typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")
-_ENGINE = typer.Option(help="engine name or package.module:factory")
+_ENGINE = typer.Option(help="engine name, package.module:factory or path/file.py:factory")
 _ISA = typer.Option(help="force an instruction set; refused where it cannot run")
 _TP = typer.Option(help="tensor-parallel degree", min=1)
 _CHECKOUT = Path(__file__).resolve().parents[2]

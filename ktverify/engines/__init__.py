@@ -1,21 +1,24 @@
 """Engines under test, found by name.
 
-Comes in: a name, or `package.module:factory`. Goes out: a callable that takes KTMoEWrapper's keyword arguments
-(docs/contract.md, "Calls") and returns a layer. A new engine is one file here and one line in `_BUILT_IN`.
+Comes in: a name, `package.module:factory` or `path/file.py:factory`. Goes out: a callable that takes KTMoEWrapper's
+keyword arguments (docs/contract.md, "Calls") and returns a layer. A new engine is one file here and one line in
+`_BUILT_IN`.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ktverify.hosting import Hosted
+from ktverify.hosting import Hosted, host
 
 EngineFactory = Callable[..., Any]
 
 NATIVE = "native"
+OWN = "package.module:factory or path/file.py:factory"  # how somebody's own engine is named
 _BUILT_IN: dict[str, str] = {
     NATIVE: "ktverify.experts:KTMoEWrapper",
     "torch_bf16": "ktverify.engines.torch_bf16:TorchBf16",
@@ -30,10 +33,10 @@ def names() -> list[str]:
 
 
 def find(name: str) -> EngineFactory:
-    """The factory of engine `name`: one of names(), or an import path `package.module:factory`.
+    """The factory of engine `name`: one of names(), `package.module:factory` or `path/file.py:factory`.
 
     ValueError for a name or path that leads nowhere, to something that cannot be called, or to another interpreter that
-    is not there; what an engine's own module raises when it is imported comes through as ImportError.
+    is not there; ImportError, with the cause, for a module that cannot be imported, whatever it raised.
     """
     factory = load(name)
     if isinstance(factory, Hosted):
@@ -48,8 +51,8 @@ def load(name: str) -> EngineFactory:
     if not colon or not module_name or not attribute:
         near = difflib.get_close_matches(name, _BUILT_IN, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no engine is called {name!r}; {hint}takes {', '.join(_BUILT_IN)} or package.module:factory")
-    found: Any = importlib.import_module(module_name)
+        raise ValueError(f"no engine is called {name!r}; {hint}takes {', '.join(_BUILT_IN)}, {OWN}")
+    found = _module(module_name, name)
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"engine {name!r}: {module_name} has no {attribute}")
@@ -58,6 +61,26 @@ def load(name: str) -> EngineFactory:
         raise ValueError(f"engine {name!r}: {attribute} is {type(found).__name__}, it takes a callable")
     factory: EngineFactory = found
     return factory
+
+
+def _module(place: str, name: str) -> Any:
+    try:
+        return host.module_at(place)
+    except Exception as error:
+        cause = " ".join(str(error).split()) or type(error).__name__
+        # where nothing of its own has run yet, it was not found
+        if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+            cause += "; put the folder that it lies in into PYTHONPATH, or give the file: path/file.py:factory"
+        elif not isinstance(error, ImportError):
+            cause = f"{type(error).__name__}: {cause}"
+        raise ImportError(f"engine {name!r} cannot be imported: {cause}{_raised_at(error)}") from error
+
+
+def _raised_at(error: Exception) -> str:
+    """ " (file.py:3)": the innermost line that is neither the import's own nor the call of it; "" for none."""
+    own = (__file__, host.__file__, importlib.__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in own and f.filename[0] != "<"]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def strict(engine: str | EngineFactory) -> bool:

@@ -150,15 +150,30 @@ def _value(described: dict[str, Any], memory: _Mapped | None) -> Any:
 def find(spec: str) -> Any:
     """What "path/to/file.py:attribute" or "package.module:attribute" names."""
     place, _, attribute = spec.rpartition(":")
-    if place.endswith(".py"):
-        found = importlib.util.spec_from_file_location(f"ktverify_hosted_{Path(place).stem}", place)
-        if found is None or found.loader is None:
-            raise ImportError(f"{place} is no Python file")
-        module = importlib.util.module_from_spec(found)
+    return getattr(module_at(place), attribute)
+
+
+def module_at(place: str) -> Any:
+    """The module "path/to/file.py" or "package.module", made once."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    # the whole path: two files of one name are two modules
+    name = "ktverify_hosted_" + "".join(letter if letter.isalnum() else "_" for letter in str(path))
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise ImportError(f"there is no file {path}")
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None  # its ending is .py
+    assert found.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(found)
+    try:
         found.loader.exec_module(module)
-    else:
-        module = importlib.import_module(place)
-    return getattr(module, attribute)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 class Host:

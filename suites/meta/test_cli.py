@@ -14,11 +14,12 @@ import torch
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from ktverify import doctor, verify
+from ktverify import doctor, engines, places, verify
 from ktverify.alone.folder import write_checked
 from ktverify.cases import Case, catalogue
 from ktverify.cli import app
-from ktverify.machine import Amx
+from ktverify.experts import available_isas
+from ktverify.machine import Amx, emulation_hint
 from ktverify.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
 from ktverify.report import store
 from suites.meta.mutants import MUTANTS
@@ -202,7 +203,11 @@ def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
     ("arguments", "wanted"),
     [
         ([TINY, "--engine", "nativ"], "no engine is called 'nativ'; did you mean native"),
-        ([TINY, "--engine", "no.such.module:factory"], "No module named 'no'"),
+        (
+            [TINY, "--engine", "no.such:f"],
+            "'no.such:f' cannot be imported: No module named 'no'; put .* PYTHONPATH",
+        ),
+        ([TINY, "--engine", "no/such.py:f"], "'no/such.py:f' cannot be imported: there is no file .*/no/such.py$"),
         ([TINY, "--engine", "torch_bf16", "--tensor", "grad_up"], "tensor is 'grad_up', it takes one of output"),
         ([TINY, "--engine", "torch_bf16", "--tp", "5"], "TP 5 does not divide I = 32"),
         ([TINY, "--engine", "torch_bf16", "--method", "AMXInt3"], "method is 'AMXInt3', it takes one of AMXBF16_SFT"),
@@ -212,6 +217,53 @@ def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
 )
 def test_repro_refuses_in_one_line(arguments: list[str], wanted: str) -> None:
     refused(call("repro", *arguments), wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("import nowhere", r"No module named 'nowhere' \(.*mine\.py:1\)$"),
+        ("1 / 0", r"ZeroDivisionError: .*mine\.py:1\)$"),
+    ],
+)
+def test_an_engine_that_cannot_be_imported_tells_the_cause(text: str, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    refused(call("repro", TINY, "--engine", f"{tmp_path}/mine.py:make"), wanted)
+
+
+def test_an_engine_is_found_by_the_path_of_its_file() -> None:
+    path = ROOT / "examples" / "engine_outside" / "my_engine.py"
+    factory = engines.find(f"{path}:Engine")
+    assert factory is engines.find(f"{os.path.relpath(path)}:Engine")
+    assert factory.__name__ == "Engine"
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({}, "by KTVERIFY_KT_PYTHON"), ({"kt_python": None}, "by --kt-python or KTVERIFY_KT_PYTHON")],
+)
+def test_a_command_names_no_option_that_it_lacks(
+    options: dict[str, str | None], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KTVERIFY_KT_PYTHON", raising=False)
+    assert places.find("kt_python", options)[1].endswith(f"name a Python that has kt-kernel {wanted}")
+
+
+@pytest.mark.parametrize(
+    ("isas", "wanted"),
+    [
+        (("avx512_bf16", "avx2", "scalar"), "KTVERIFY_EMULATE_AMX=1 emulates"),
+        (("avx2", "scalar"), ""),
+        (("amx_bf16", "avx512_bf16"), ""),
+    ],
+)
+def test_amx_is_emulated_where_that_can_work(isas: tuple[str, ...], wanted: str) -> None:
+    hint = emulation_hint(isas)
+    assert hint.startswith(wanted)
+    assert bool(hint) == bool(wanted)
+    if isas == tuple(available_isas()):
+        refused(call("repro", TINY, "--isa", "amx_bf16"), f"Intel AMX not supported on this CPU; .*; {hint}$")
 
 
 def test_traceback_shows_where_an_error_was_raised() -> None:
