@@ -148,10 +148,10 @@ def doctor() -> None:
 @app.command("list")
 @_one_line_errors
 def list_cases(
-    cases: Annotated[str | None, typer.Argument(metavar="[GLOB]", help="only names that match, like 'qwen*'")] = None,
+    cases: Annotated[str | None, typer.Argument(metavar="GLOB", help="only names that match, like 'qwen*'")] = None,
     tier: Annotated[str | None, typer.Option(help="only one tier: default, big or full")] = None,
     data: Annotated[str | None, typer.Option(help="only one kind of data, like gaussian or integer")] = None,
-    cost: Annotated[bool, typer.Option("--cost", help="add arithmetic and weights per case, and their sum")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="arithmetic and weights instead of data and reasons")] = False,
     engines: Annotated[bool, typer.Option("--engines", help="list the engines instead")] = False,
 ) -> None:
     """The cases: sizes, data, routing, and why each exists.
@@ -171,13 +171,14 @@ def list_cases(
         typer.echo(f"{OWN}: any callable that takes KTMoEWrapper's arguments")
         return
     from ktverify.cases import DATA_KINDS, TIERS, select
+    from ktverify.listing import print_cases
 
     _check_choice("--tier", tier, TIERS)
     _check_choice("--data", data, tuple(DATA_KINDS))
     chosen = select(cases, tier=tier, data=data)
     if not chosen:
         raise ValueError(f"no case matches {cases!r} with these options; `python -m ktverify list` shows all")
-    _print_cases(chosen, cost)
+    print_cases(chosen, cost=cost)
 
 
 @app.command()
@@ -255,7 +256,7 @@ def repro(
 @_one_line_errors
 def report(
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", help="latest, a stamp or its beginning, or a directory")
+        str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory")
     ] = "latest",
     reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")] = None,
     write: Annotated[
@@ -472,43 +473,6 @@ def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
         typer.echo(f"FAIL nothing was compared{beside}")
         raise typer.Exit(1)
     typer.echo(f"PASS {len(claimed)} comparisons{beside}")
-
-
-def _print_cases(chosen: list[Case], cost: bool) -> None:
-    from rich.table import Table
-
-    from ktverify import cases as catalogue
-    from ktverify.machine import format_bytes
-    from ktverify.report.console import make_console
-
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("case", "tier", "E", "k", "H", "I", "T", "r", "alpha", "data", "routing", "TP"):
-        numeric = heading in ("E", "k", "H", "I", "T", "r", "alpha")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
-    if cost:
-        table.add_column("GFLOP", justify="right", no_wrap=True)
-        table.add_column("weights", justify="right", no_wrap=True)
-    else:
-        table.add_column("why", no_wrap=not sys.stdout.isatty(), overflow="fold")
-    sums = [0.0, 0.0]
-    for case in chosen:
-        lora = "" if case.lora_dtype == "bfloat16" else ", fp32 LoRA"
-        sizes = [case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank]
-        cells = [case.name, case.tier, *map(str, sizes), f"{case.alpha:g}", case.data + lora, case.routing]
-        cells.append(" ".join(map(str, case.tp)))
-        if cost:
-            operations = catalogue.flops(case, backward=True) / 1e9
-            weights = 6.0 * case.num_experts * case.hidden * case.intermediate
-            sums = [sums[0] + operations, sums[1] + weights]
-            cells += [f"{operations:.2f}", format_bytes(weights)]
-        else:
-            cells.append(case.why)
-        table.add_row(*cells)
-    if cost:
-        table.add_row("sum", *[""] * 11, f"{sums[0]:.2f}", format_bytes(sums[1]), style="bold")
-    make_console().print(table)
-    if cost:
-        typer.echo("GFLOP: forward and backward, every slot taken. weights: declared, in bf16; idle experts take none.")
 
 
 def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:

@@ -18,13 +18,13 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def mutants(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME…]", help="only these; default: all")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="only these; default: all")] = None,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     json: Annotated[
         Path | None, typer.Option(help="where to write the whole table (default for all: reports/mutants.json)")
     ] = None,
 ) -> None:
-    """Judge engines that are wrong in one way each by the default tier's checks; exit 1 if one lives.
+    """Judge engines that are wrong in one way each by the default tier's checks. Exit code 1 if one lives.
 
     Says which check kills which, how far over which gate's budget, and which mutants each gate alone kills.
 
@@ -42,7 +42,7 @@ def clean(
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     cases: Annotated[str | None, typer.Option(metavar="GLOB", help="only the small default cases that match")] = None,
 ) -> None:
-    """Judge right engines on new inputs; exit 1 if anything fails.
+    """Judge right engines on new inputs. Exit code 1 if anything fails.
 
     \b
     Example:  python -m ktverify clean --runs 200

@@ -17,12 +17,12 @@ HEADINGS = ("confirmed", "case", "verdict", "tensor", "suite", "alone")
 
 def confirm(
     run: Annotated[
-        str, typer.Argument(metavar="[RUN]", help="latest, a stamp or its beginning, or a directory")
+        str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory")
     ] = "latest",
     reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")] = None,
     time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="for one case", min=1)] = 60.0,
 ) -> None:
-    """Repeat what a run says against an engine, without the suite; exit 1 if an accusation is not confirmed.
+    """Repeat what a run says against an engine, without the suite. Exit code 1 if an accusation is not confirmed.
 
     Every case that is FAIL, CRASH or TIMEOUT is written as a folder of its inputs, the expected values and the
     engine's own script, and run in the engine's interpreter. The folders stay in the run's directory, below confirm/.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def bench(
     shapes: Annotated[
-        list[str] | None, typer.Argument(metavar="[SHAPE]...", help="names or patterns of shapes, or E=16,k=8,H=…")
+        list[str] | None, typer.Argument(metavar="SHAPE", help="names or patterns of shapes, or E=16,k=8,H=…")
     ] = None,
     rounds: Annotated[int, typer.Option(help="rounds that count", min=1)] = 15,
     warmup: Annotated[int, typer.Option(help="rounds before them that don't", min=3)] = 3,

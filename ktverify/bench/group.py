@@ -40,9 +40,14 @@ class DefaultGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
+def _as_shells_do(name: str) -> str:
+    """--batch_sizes is --batch-sizes: the field writes the one, shells the other."""
+    return name.replace("_", "-")
+
+
 def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typer.Typer:
     """The group, each command wrapped by `wrap`, which turns errors into lines."""
-    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _as_shells_do}
     group = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, help=HELP, context_settings=settings)
     for name, command in COMMANDS.items():
         group.command(name)(wrap(command))
@@ -53,11 +58,11 @@ def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typ
 HELP = """Time things, or count what they take. docs/profile.md shows each view, docs/c2c.md those of c2c and analyze.
 
 \b
-python -m ktverify bench [SHAPE]...         the engine and its peers side by side; options: bench shapes --help
-python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor parallelism, tokens/s, memory
+python -m ktverify bench [SHAPE]...         the engine beside its peers; options: bench shapes --help
+python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor parallelism, memory
 python -m ktverify bench sweep [WHAT]...    its cost over qlen, rank, threads, experts
 python -m ktverify bench transformer small  forward and backward of a transformer
 python -m ktverify bench memory 2.7b        what a training step of a transformer takes
-python -m ktverify bench c2c single         a pipeline of two models, prompt by prompt: single, batch, dataset, merge
-python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution, slowest prompts, histogram, CSV
+python -m ktverify bench c2c single         a pipeline of two models: single, batch, dataset, merge
+python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution, slowest prompts, CSV
 """

@@ -12,11 +12,11 @@ from ktverify.c2c.options import Json, named
 
 
 def analyze(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="files of records, NAME.jsonl")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="files of records, NAME.jsonl")],
     out: Annotated[Path | None, named("out", "the folder to write into (default: the first file's)")] = None,
     as_json: Json = False,
 ) -> None:
-    """Print how the times of many prompts are distributed, and the slowest ten; draw histograms, export CSV.
+    """How the times of many prompts are distributed: the slowest ten, histograms, CSV.
 
     Written: NAME.analysis.csv (a row a prompt), NAME.analysis.png, NAME.analysis.md, named after the first file. A last
     line that was cut off is left out.

@@ -28,7 +28,7 @@ def c2c_app(wrap: Callable[[Callable[..., None]], Callable[..., None]], settings
 
 
 def single(
-    prompt: Annotated[str, typer.Argument(metavar="[PROMPT]", help="text (default: the first built-in one)")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text (default: the first built-in one)")] = "",
     base_model: options.BaseModel = options.BASE,
     teacher_model: options.TeacherModel = options.TEACHER,
     projectors: options.ProjectorFile = None,
@@ -140,7 +140,7 @@ def dataset(
 
 
 def merge(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="the shards' files of records")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="the shards' files of records")],
     output: Annotated[Path, options.named("output", "the file to write, NAME.jsonl")],
     as_json: options.Json = False,
 ) -> None:
@@ -162,7 +162,7 @@ def merge(
         typer.echo(f"{output}: {len(joined)} records of {len(files)} files, ids {joined[0].id} to {joined[-1].id}")
 
 
-HELP = """Time a pipeline of two models: a base receives a teacher's KV cache through projectors, then decodes.
+HELP = """Time a pipeline of two models: a base receives a teacher's KV cache, then decodes.
 
 \b
 python -m ktverify bench c2c single "…"        one prompt, with a trace and operator statistics

@@ -12,8 +12,8 @@ BASE, TEACHER = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base"
 
 
 def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
-    """--max_new_tokens as the field writes it, and --max-new-tokens as shells do."""
-    found: typer.models.OptionInfo = typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=text, **more)
+    """--max_new_tokens, as the field writes it; `bench` takes --max-new-tokens for the same."""
+    found: typer.models.OptionInfo = typer.Option(f"--{name}", help=text, **more)
     return found
 
 

@@ -23,7 +23,7 @@ _CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def diagnose(
-    case: Annotated[str, typer.Argument(metavar="[CASE]", help="a case as repro takes it")] = "small",
+    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = "small",
     engine: Annotated[str, _ENGINE] = "native",
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
@@ -158,7 +158,7 @@ def debug_tp(
     intermediate_size: Annotated[int, typer.Option(help="moe_intermediate_size", min=1)],
     threadpool_count: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)],
 ) -> None:
-    """Say whether a degree of tensor parallelism divides an intermediate size; if not, why, and what would work.
+    """Say whether a degree of tensor parallelism divides an intermediate size, and what would.
 
     \b
     Example:  python -m ktverify debug tp --intermediate-size 2049 --threadpool-count 4

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def profile(
-    case: Annotated[str, typer.Argument(metavar="[CASE]", help="a case as repro takes it")] = DEFAULT_CASE,
+    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = DEFAULT_CASE,
     isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
     tp: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="at most so many threads", min=1)] = None,

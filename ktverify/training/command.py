@@ -34,7 +34,7 @@ def make_tiny(
         typer.Option(metavar="NAME=N,…", help="put over the family's, as its config.json names them; vocab_size too"),
     ] = "",
 ) -> None:
-    """Write a small random checkpoint of a family, with a tokenizer trained on the example data. Needs no network.
+    """Write a small random checkpoint of a family, with a tokenizer. Needs no network.
 
     \b
     Examples:  python -m ktverify make-tiny deepseek_v2 --out tiny/deepseek_v2

@@ -7,10 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer.main
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
@@ -100,6 +103,11 @@ def test_list_has_every_case_with_its_reason() -> None:
     for case in catalogue().values():
         assert case.name in text
         assert case.why in text
+
+
+def test_list_fits_a_terminal() -> None:
+    for arguments in ((), ("--cost",)):
+        assert max(map(len, ends(call("list", *arguments), 0).splitlines())) <= 110
 
 
 def test_list_filters() -> None:
@@ -458,6 +466,29 @@ def test_doctor_finds_what_is_missing() -> None:
     assert lines_of(threads=1)["threads"].state == "note"
     lacking = lines_of(isas=("scalar",), flags=())
     assert "this CPU lacks avx2, fma" in lacking["avx2"].text
+
+
+def every_command(group: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield name, group
+    for below, command in getattr(group, "commands", {}).items():
+        yield from every_command(command, (*name, below))
+
+
+def test_help_is_whole_and_names_nothing_twice() -> None:
+    looked_at = 0
+    for name, command in every_command(typer.main.get_command(app)):
+        for option in command.params:
+            assert len({text.replace("_", "-") for text in option.opts}) == len(option.opts), name
+        lines = ends(CliRunner().invoke(app, [*name, "--help"], terminal_width=110), 0).splitlines()
+        assert max(map(len, lines)) <= 110, name
+        assert not [line for line in lines if re.search(r"\w\.\.\.$|\[\[", line) and not line.startswith("Usage")], name
+        looked_at += 1
+    assert looked_at > 30
+
+
+def test_bench_takes_options_as_fields_and_shells_write_them() -> None:
+    for option in ("--batch_sizes", "--batch-sizes"):
+        refused(call("bench", "layer", option, "none"), "--batch_sizes is 'none'")
 
 
 def test_help_in_a_narrow_terminal_stays_readable() -> None:

@@ -29,13 +29,11 @@ _Json = Annotated[bool, typer.Option("--json", help="print the JSON lines instea
 
 
 def layer(
-    case: Annotated[str, typer.Argument(metavar="[CASE]", help="a case as repro takes it")] = DEFAULT_CASE,
+    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = DEFAULT_CASE,
     tp: Annotated[str, typer.Option(help="tensor-parallel degrees; 1 always comes first")] = "1,2",
-    batch_sizes: Annotated[
-        str, typer.Option("--batch_sizes", "--batch-sizes", help="sequences at a time, for throughput")
-    ] = "1,4",
+    batch_sizes: Annotated[str, typer.Option("--batch_sizes", help="sequences at a time, for throughput")] = "1,4",
     sequence_lengths: Annotated[
-        str, typer.Option("--sequence_lengths", "--sequence-lengths", help="tokens a sequence, for throughput")
+        str, typer.Option("--sequence_lengths", help="tokens a sequence, for throughput")
     ] = "32,128",
     isa: _Isa = None,
     threads: _Threads = None,
@@ -46,7 +44,7 @@ def layer(
     show: _Show = None,
     as_json: _Json = False,
 ) -> None:
-    """Times of the native engine's layer: forward, backward, tensor parallelism, tokens per second, memory.
+    """Times of one layer: forward, backward, tensor parallelism, tokens/s, memory.
 
     Backward is timed alone, and as forward + backward with its forward subtracted. Every degree and every batch is
     measured in a process of its own, and its first results are compared with the fp32 oracle. Written: layer.jsonl
@@ -83,7 +81,7 @@ def layer(
 
 def sweep(
     what: Annotated[
-        list[str] | None, typer.Argument(metavar="[WHAT]...", help="qlen, rank, threads, experts (default: all)")
+        list[str] | None, typer.Argument(metavar="WHAT", help="qlen, rank, threads, experts (default: all)")
     ] = None,
     case: Annotated[str, typer.Option(help="what is varied, a case as repro takes it")] = DEFAULT_CASE,
     values: Annotated[str | None, typer.Option(help="of one WHAT: 1,2,4 (default: some that suit it)")] = None,
@@ -96,7 +94,7 @@ def sweep(
     show: _Show = None,
     as_json: _Json = False,
 ) -> None:
-    """How a layer's cost grows over qlen, LoRA rank, threads and experts, with a plot beside the work's own growth.
+    """How a layer's cost grows over qlen, LoRA rank, threads and experts, beside its work.
 
     Each value is measured in a process of its own. Written: layer.jsonl (every repeat), sweep.md, .html, .tsv, .png.
     Ctrl-C leaves what was measured.

@@ -25,23 +25,17 @@ def transformer(
     num_layers: options.NumLayers = None,
     num_heads: options.NumHeads = None,
     vocab_size: options.VocabSize = 10_000,
-    rope_theta: Annotated[
-        float, typer.Option("--rope_theta", "--rope-theta", help="base of the rotations' wavelengths")
-    ] = 10_000.0,
+    rope_theta: Annotated[float, typer.Option("--rope_theta", help="base of the rotations' wavelengths")] = 10_000.0,
     dtype: options.Dtype = "float32",
     attention: options.Attention = "plain",
-    warmup_steps: Annotated[
-        int, typer.Option("--warmup_steps", "--warmup-steps", help="steps that don't count", min=0)
-    ] = 5,
-    num_steps: Annotated[int, typer.Option("--num_steps", "--num-steps", help="steps that do", min=1)] = 10,
-    forward_only: Annotated[
-        bool, typer.Option("--forward_only", "--forward-only", help="no backward; nothing is kept for one")
-    ] = False,
+    warmup_steps: Annotated[int, typer.Option("--warmup_steps", help="steps that don't count", min=0)] = 5,
+    num_steps: Annotated[int, typer.Option("--num_steps", help="steps that do", min=1)] = 10,
+    forward_only: Annotated[bool, typer.Option("--forward_only", help="no backward; nothing is kept for one")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="of torch (default: its own choice)", min=1)] = None,
     warmup_study: Annotated[
         bool,
-        typer.Option("--warmup-study", "--warmup_study", help="0, 1, 2 and 5 warm-ups, each in a fresh process"),
+        typer.Option("--warmup_study", help="0, 1, 2 and 5 warm-ups, each in a fresh process"),
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="in turn with each step, time one by an independent loop, and compare")
@@ -52,17 +46,17 @@ def transformer(
     show: Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")] = False,
 ) -> None:
-    """Time forward and backward of a decoder-only transformer: RMSNorm, RoPE, SwiGLU, causal attention.
+    """Time forward and backward of a decoder-only transformer.
 
-    Times are taken in a process of its own, the device waited for on both sides. Written: transformer.jsonl (every
-    step), .md, .html, .tsv, .png. A model that does not fit is refused with what it would need. Ctrl-C leaves what was
-    measured.
+    RMSNorm, RoPE, SwiGLU, causal attention. Times are taken in a process of its own, the device waited for on both
+    sides. Written: transformer.jsonl (every step), .md, .html, .tsv, .png. A model that does not fit is refused with
+    what it would need. Ctrl-C leaves what was measured.
 
     Exit code 1 if --check finds the median step more than 3 % off.
 
     \b
     Examples:  python -m ktverify bench transformer small --num_steps 20
-               python -m ktverify bench transformer small --warmup-study
+               python -m ktverify bench transformer small --warmup_study
                python -m ktverify bench transformer --d_model 512 --d_ff 2048 --num_layers 4 --num_heads 8
                python -m ktverify bench transformer xl --forward_only --dtype bfloat16 --device cuda
     """

@@ -32,10 +32,11 @@ def memory(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the table")] = False,
 ) -> None:
-    """Count what one training step of a transformer takes: parameters, gradients, AdamW, activations, by part.
+    """Count what one training step of a transformer takes, part by part.
 
-    Counted, not measured: any model on any machine. Activations are all that autograd keeps from forward to backward,
-    with one line for a step in which a single layer is alive at a time. GiB are 2^30 bytes.
+    Parameters, gradients, AdamW, activations. Counted, not measured: any model on any machine. Activations are all that
+    autograd keeps from forward to backward, with one line for a step in which a single layer is alive at a time. GiB
+    are 2^30 bytes.
 
     Exit code 1 if --check finds another size than was counted, by more than 5 %.
 

@@ -8,12 +8,12 @@ import typer
 
 
 def _named(name: str, text: str) -> typer.models.OptionInfo:
-    """--context_length as the field writes it, and --context-length as shells do."""
-    found: typer.models.OptionInfo = typer.Option(f"--{name}", f"--{name.replace('_', '-')}", help=text, min=1)
+    """--context_length, as the field writes it; `bench` takes --context-length for the same."""
+    found: typer.models.OptionInfo = typer.Option(f"--{name}", help=text, min=1)
     return found
 
 
-Preset = Annotated[str, typer.Argument(metavar="[PRESET]", help="small, medium, large, xl or 2.7b")]
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="small, medium, large, xl or 2.7b")]
 ContextLength = Annotated[int, _named("context_length", "tokens a sequence")]
 BatchSize = Annotated[int, _named("batch_size", "sequences")]
 VocabSize = Annotated[int, _named("vocab_size", "rows of the embedding and of the output head")]
