@@ -55,6 +55,7 @@ def page(run: Run) -> str:
         checks=checks,
         check_families=sorted({record.family for record in checks}),
         colour_of=plots.colour_of,
+        no_isa=tables.NO_ISA,
         meter=_meter,
     )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktverify.report.record import NOT_RUN, AccuracyRecord, LatencyRecord
-from ktverify.report.tables import base_isa, figures, isa_rank
+from ktverify.report.tables import NO_ISA, base_isa, figures, isa_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -251,7 +251,7 @@ def _legend(axes: Any, isas: Sequence[str], failed: bool) -> None:
     from matplotlib.lines import Line2D
 
     style: dict[str, Any] = {"linestyle": "", "markersize": 6, "markeredgewidth": 0}
-    handles = [Line2D([], [], marker="o", color=colour_of(isa), label=isa or "no ISA", **style) for isa in isas]
+    handles = [Line2D([], [], marker="o", color=colour_of(isa), label=isa or NO_ISA, **style) for isa in isas]
     if failed:
         handles.append(Line2D([], [], marker="D", color=_FAIL, label="did not pass", **style))
     axes.legend(

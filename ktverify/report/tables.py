@@ -28,6 +28,8 @@ from ktverify.report.record import (
 )
 from ktverify.report.store import Run
 
+NO_ISA = "no ISA"
+
 # the order in which an overview counts them
 OVERVIEW_VERDICTS: tuple[VerdictName, ...] = (
     "PASS",
@@ -290,7 +292,7 @@ def latency_rows(run: Run) -> list[LatencyRecord]:
 
 def overview_columns(rows: Sequence[OverviewRow]) -> list[Column]:
     """The overview's columns; verdicts that never fell have none, except PASS."""
-    columns = [Column("family", lambda r: r.family), Column("ISA", lambda r: r.isa)]
+    columns = [Column("family", lambda r: r.family), Column("ISA", lambda r: r.isa or NO_ISA)]
     for name in OVERVIEW_VERDICTS:
         if name == "PASS" or any(row.counts[name] for row in rows):
             columns.append(Column(name, lambda r, name=name: str(r.counts[name] or ""), numeric=True))

@@ -204,13 +204,23 @@ def test_latency_table_shows_the_statistics_of_the_samples(tmp_path: Path) -> No
     assert Page(html.page(run)).rows("median ms")[0]["GFLOP/s"] == row["GFLOP/s"]
 
 
+def test_every_row_of_the_overview_is_labelled(tmp_path: Path) -> None:
+    run = write(tmp_path / "run", [accuracy(), accuracy(isa=""), check()])
+    wanted = [("contract", tables.NO_ISA), ("forward", "avx2"), ("forward", tables.NO_ISA)]
+    for rows in (
+        Page(html.page(run)).rows("nearest to its budget"),
+        markdown_rows(tables.accuracy_markdown(run), "nearest to its budget"),
+    ):
+        assert [(row["family"], row["ISA"]) for row in rows] == wanted
+
+
 def test_overview_counts_every_record(tmp_path: Path) -> None:
     run = some_run(tmp_path / "run")
     rows = markdown_rows(tables.accuracy_markdown(run), "nearest to its budget")
     counted = sum(int(row[name] or 0) for row in rows for name in VERDICT_ORDER if name in row)
     assert counted == len(run.records)
     by_family = {(row["family"], row["ISA"]): row for row in rows}
-    assert by_family["contract", ""]["CRASH"] == "1"
+    assert by_family["contract", tables.NO_ISA]["CRASH"] == "1"
     assert by_family["forward", "avx2"]["FAIL"] == "1"
     assert by_family["forward", "avx2"]["nearest to its budget"].startswith("775 % grad_up_lora_a of E=8,k=2")
     assert by_family["forward", "amx_bf16"]["SKIP"] == "1"
