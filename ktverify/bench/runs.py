@@ -66,12 +66,16 @@ def disturbed(lines: Iterable[object]) -> list[str]:
     return busy(line.others for line in lines if isinstance(line, QuietLine))
 
 
-def busy(shares: Iterable[float]) -> list[str]:
-    """The same of shares of the processors, 0 to 1."""
+def busy(shares: Iterable[float], where: str = "") -> list[str]:
+    """The same of shares of the processors, 0 to 1; where: of which times, if not of all."""
     from ktverify.bench.quiet import BUSY
 
     most = max(shares, default=0.0)
-    return [f"other programs had {100 * most:.0f} % of the processors: these times mean little"] if most >= BUSY else []
+    return (
+        [f"other programs had {100 * most:.0f} % of the processors{where}: these times mean little"]
+        if most >= BUSY
+        else []
+    )
 
 
 def collect(path: Path, head: RunLine, measured: Iterable[Line], steps: int, what: str) -> tuple[list[Any], bool]:

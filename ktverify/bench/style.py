@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 INK, QUIET, RULE, EDGE = "#2b3036", "#747d86", "#dfe3e7", "#c5cad0"
 PURPLE, BLUE, GREEN, ORANGE, RED, BROWN = "#6d2f91", "#1f6fb2", "#2a9d7c", "#d9772b", "#b5495b", "#8a6f3e"
 
+# behind a text that stands on lines: they must not strike it through
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+
 
 def bare(axes: Axes, title: str, grid: Literal["x", "y", "both"] | None = None, pad: float = 6.0) -> None:
     """No frame but the lower edge, a title on the left, thin lines for `grid`."""

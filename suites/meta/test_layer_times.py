@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from ktverify.bench import fresh
 from ktverify.bench.group import COMMANDS, DEFAULT
-from ktverify.bench.layer import measure, record, tables
+from ktverify.bench.layer import measure, pictures, record, tables
 from ktverify.bench.layer.command import _doubling
-from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, Varied
+from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine, Varied
 from ktverify.bench.layer.summary import BACKWARD, BOTH, DIFFERENCE, FORWARD, WHATS, summarise
 from ktverify.bench.shapes import weight_bytes
 from ktverify.bench.views import tsv
@@ -63,6 +64,39 @@ def test_backward_is_timed_and_found_by_subtraction() -> None:
     medians = {what: one.ms[what].median for what in WHATS}
     assert medians == {FORWARD: 3.0, BOTH: 10.0, "forward that saves": 3.0, BACKWARD: 5.0, DIFFERENCE: 7.0}
     assert one.tokens_per_s(BOTH) == pytest.approx(CASE.qlen / 0.01)
+
+
+def test_a_sweep_names_what_it_varies_and_labels_stand_on_paper() -> None:
+    summaries = summarise(made_up(spots_of(("rank", 4), ("rank", 8), ("tp", 1), ("tp", 2))))
+    axes = Figure().subplots(1, 3)
+    pictures._cost(axes[0], summaries[:2])
+    assert axes[0].get_xlabel() == "LoRA rank"
+    pictures._spread(axes[1], summaries[2])
+    pictures._degrees(axes[2], summaries[2:])
+    for panel in axes[1:]:
+        assert panel.texts
+        assert all(text.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) for text in panel.texts)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "wanted"),
+    [
+        ([], None),
+        ([1], "other programs had 50 % of the processors at TP 2: these times mean little"),
+        ([1, 2], "other programs had 50 % of the processors at TP 2, 1 x 17: these times mean little"),
+        ([0, 1, 2], "other programs had 50 % of the processors: these times mean little"),
+        ([None], "other programs had 50 % of the processors: these times mean little"),
+    ],
+)
+def test_only_what_was_measured_beside_others_is_doubted(numbers: list[int | None], wanted: str | None) -> None:
+    quiet = [SpotQuietLine(number=number, others=0.01) for number in range(3)]
+    busy = [SpotQuietLine(number=number, others=0.5) for number in numbers]
+    view = tables.view([*made_up(spots_of(("tp", 1), ("tp", 2), ("throughput", CASE.qlen))), *quiet, *busy])
+    assert view is not None
+    assert [note for note in view.grids[0].notes if note.startswith("other")] == ([wanted] if wanted else [])
+    assert [row["others"] == 0.5 for row in view.rows[:: len(WHATS)]] == [
+        None in numbers or number in numbers for number in range(3)
+    ]
 
 
 def test_tables_of_made_up_times() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from ktverify.bench import fresh
 from ktverify.bench.clock import Clock
 from ktverify.bench.host import resident_bytes
-from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine
+from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine
 from ktverify.bench.ranges import nvtx_range
 from ktverify.bench.shapes import weight_bytes
 from ktverify.cases import Case, flops
@@ -153,7 +153,6 @@ def _fp32() -> Any:
 def spot_lines(spot: Spot) -> Iterator[Line]:
     """Everything that one process measures."""
     from ktverify.bench.quiet import Neighbours
-    from ktverify.bench.runs import QuietLine
 
     # what torch loads and allocates for good with its first step must not count as the layer's memory
     Stand(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(min(1, spot.steps))
@@ -174,7 +173,7 @@ def spot_lines(spot: Spot) -> Iterator[Line]:
     before = neighbours.read()
     for number in range(-spot.warmup, spot.repeats):
         yield stand.repeat(number)
-    yield QuietLine(others=before.share_until(neighbours.read()))
+    yield SpotQuietLine(number=spot.number, others=before.share_until(neighbours.read()))
     first_step, last_step = stand.train(spot.steps)
     yield MemoryLine(number=spot.number, loaded=loaded, packed=packed, first_step=first_step, last_step=last_step)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.record import SWEEPS
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of
-from ktverify.bench.style import BLUE, BROWN, GREEN, INK, ORANGE, PURPLE, QUIET, RED, bare, png
+from ktverify.bench.style import BLUE, BROWN, GREEN, INK, ORANGE, PAPER, PURPLE, QUIET, RED, bare, png
 from ktverify.bench.tables import number
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLOURS = {FORWARD: BLUE, BOTH: PURPLE, BACKWARD: ORANGE}
+_ON_PAPER = {"framealpha": 1.0, "facecolor": PAPER["facecolor"], "edgecolor": PAPER["edgecolor"]}
 _BATCHES = (BLUE, GREEN, ORANGE, PURPLE, RED, BROWN)
 
 
@@ -74,7 +75,14 @@ def _spread(axes: Axes, one: SpotSummary) -> None:
         axes.plot(ms.median, row, "o", color=colour, markersize=7)
         place = (ms.percentiles[95], row)
         axes.annotate(
-            number(ms.median), place, xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
+            number(ms.median),
+            place,
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=INK,
+            bbox=PAPER,
         )
     bare(axes, "median, 5th to 95th percentile", "x")
     axes.set_ylim(len(WHATS) - 0.5, -0.5)
@@ -89,12 +97,12 @@ def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
         values = [group[0].ms[what].median / one.ms[what].median for one in group]
         places = [row + shift for row in range(len(group))]
         bars = axes.bar(places, values, width=0.34, color=_COLOURS[what], label=what)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, color=INK, padding=2)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, color=INK, padding=3, bbox=PAPER)
     axes.axhline(1, color=INK, linewidth=0.8)
     bare(axes, f"speed-up over TP {group[0].spot.tp}", "y")
     axes.set_xticks(range(len(group)), [f"TP {one.spot.tp}" for one in group], color=INK)
     axes.set_ylim(0, axes.get_ylim()[1] * 1.2)
-    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8, labelcolor=INK, handlelength=1.0)
+    axes.legend(loc="upper left", ncols=2, fontsize=8, labelcolor=INK, handlelength=1.0, **_ON_PAPER)
 
 
 def _throughput(axes: Axes, group: Sequence[SpotSummary]) -> None:
@@ -107,7 +115,7 @@ def _throughput(axes: Axes, group: Sequence[SpotSummary]) -> None:
     axes.set_ylim(0, None)
     _log_ticks(axes, sorted({one.case.qlen // one.spot.batch for one in group}))
     axes.set_xlabel("sequence length", color=QUIET, fontsize=9)
-    axes.legend(loc="lower right", frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(loc="lower right", fontsize=8, labelcolor=INK, **_ON_PAPER)
 
 
 def _log_ticks(axes: Axes, values: Sequence[int]) -> None:
@@ -139,3 +147,4 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _log_ticks(axes, values)
+    axes.set_xlabel(TITLES[group[0].spot.varied], color=QUIET, fontsize=9)

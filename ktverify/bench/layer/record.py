@@ -84,7 +84,13 @@ class MemoryLine(_Line):
     last_step: int
 
 
-Line = LayerLine | SpotLine | RepeatLine | MemoryLine | QuietLine
+class SpotQuietLine(QuietLine):
+    """What others had of the processors during the repeats of one spot; number None: a file from before it was told."""
+
+    number: int | None = None
+
+
+Line = LayerLine | SpotLine | RepeatLine | MemoryLine | SpotQuietLine
 ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ktverify.bench.clock import Statistics
-from ktverify.bench.layer.record import LayerLine, Line, MemoryLine, RepeatLine, Spot, SpotLine, Varied
+from ktverify.bench.layer.record import LayerLine, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine, Varied
 from ktverify.cases import Case
 
 FORWARD, BOTH, SAVING, BACKWARD, DIFFERENCE = (
@@ -27,18 +27,27 @@ WHATS: dict[str, Callable[[RepeatLine], int]] = {
     BACKWARD: lambda line: line.backward_ns,
     DIFFERENCE: lambda line: line.both_ns - line.saving_ns,
 }
-# what a sweep's column is called
-TITLES = {"qlen": "qlen", "rank": "LoRA rank", "threads": "workers", "experts": "experts"}
+# what is varied, in words
+TITLES = {"tp": "TP", "qlen": "qlen", "rank": "LoRA rank", "threads": "workers", "experts": "experts"}
 
 
 @dataclass(frozen=True)
 class SpotSummary:
-    """One spot. ms: by WHATS, of the repeats that count; memory: None where it was stopped before."""
+    """One spot. ms: by WHATS, of the repeats that count; memory: None where it was stopped before;
+    others: the share of the processors that other programs had meanwhile, 0 to 1."""
 
     spot: Spot
     found: SpotLine
     ms: dict[str, Statistics]
     memory: MemoryLine | None
+    others: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Told apart from the other spots of its run."""
+        if self.spot.varied == "throughput":
+            return f"{self.spot.batch} x {self.case.qlen // self.spot.batch}"
+        return f"{TITLES[self.spot.varied]} {self.spot.value}"
 
     @property
     def case(self) -> Case:
@@ -57,9 +66,11 @@ def summarise(lines: Sequence[Line]) -> list[SpotSummary]:
         repeats = [x for x in lines if isinstance(x, RepeatLine) and x.number == spot.number and x.repeat >= 0]
         found = [x for x in lines if isinstance(x, SpotLine) and x.number == spot.number]
         memory = [x for x in lines if isinstance(x, MemoryLine) and x.number == spot.number]
+        quiet = [x.others for x in lines if isinstance(x, SpotQuietLine) and x.number in (spot.number, None)]
+        others = max(quiet, default=0.0)
         if repeats and found:
             ms = {what: Statistics.of([of(line) / 1e6 for line in repeats]) for what, of in WHATS.items()}
-            summaries.append(SpotSummary(spot, found[0], ms, memory[0] if memory else None))
+            summaries.append(SpotSummary(spot, found[0], ms, memory[0] if memory else None, others))
     return summaries
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ktverify.bench.layer import pictures
 from ktverify.bench.layer.record import SWEEPS, LayerLine, Line
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of, summarise
-from ktverify.bench.runs import disturbed, run_pairs
+from ktverify.bench.quiet import BUSY
+from ktverify.bench.runs import busy, run_pairs
 from ktverify.bench.tables import NOTHING, Grid, number
 from ktverify.bench.views import View, statistics_row
 from ktverify.machine import format_bytes
@@ -21,7 +22,7 @@ def view(lines: Sequence[Line]) -> View | None:
     found = summarise(lines)
     if head is None or not found:
         return None
-    notes = disturbed(lines)
+    notes = disturbed(found)
     sweeping = head.spots[0].varied in SWEEPS
     grids = _sweeps(found) if sweeping else _layer(found)
     first = grids[0]
@@ -29,6 +30,13 @@ def view(lines: Sequence[Line]) -> View | None:
     picture = pictures.sweeps(head.case, found) if sweeping else pictures.layer(head.case, found)
     facts = [("case", head.case), *run_pairs(head)]
     return View("sweep" if sweeping else "layer", verdict(found), facts, grids, rows(found), picture)
+
+
+def disturbed(found: Sequence[SpotSummary]) -> list[str]:
+    """A note that names the spots where other programs had so much of the processors that the times mean little."""
+    bad = [one for one in found if one.others >= BUSY]
+    where = f" at {', '.join(one.name for one in bad)}" if len(bad) < len(found) else ""
+    return busy((one.others for one in bad), where)
 
 
 def verdict(found: Sequence[SpotSummary]) -> str:
@@ -81,7 +89,7 @@ def tp_grid(group: Sequence[SpotSummary]) -> Grid:
         for what in (FORWARD, BOTH):
             ms = one.ms[what].median
             cells += [number(ms), f"{base.ms[what].median / ms:.2f}"]
-        lines.append((f"TP {one.spot.tp}", str(one.found.workers), *cells))
+        lines.append((one.name, str(one.found.workers), *cells))
     over = f"x TP {base.spot.tp}"
     headings = ("degree", "workers", f"{FORWARD} ms", over, f"{BOTH} ms", over)
     return Grid("tensor parallelism", ("medians, each degree in a process of its own",), headings, tuple(lines))
@@ -92,13 +100,9 @@ def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
     lines = []
     for one in group:
         cells = [cell for what in (FORWARD, BOTH) for cell in _rated(one, what)]
-        lines.append((_batch_by_sequence(one), str(one.case.qlen), *cells))
+        lines.append((one.name, str(one.case.qlen), *cells))
     headings = ("batch x sequence", "tokens", f"{FORWARD} ms", "tokens/s", f"{BOTH} ms", "tokens/s")
     return Grid("throughput", ("at the median; each in a process of its own",), headings, tuple(lines))
-
-
-def _batch_by_sequence(one: SpotSummary) -> str:
-    return f"{one.spot.batch} x {one.case.qlen // one.spot.batch}"
 
 
 def _rated(one: SpotSummary, what: str) -> tuple[str, str]:
@@ -115,8 +119,7 @@ def memory_grid(found: Sequence[SpotSummary]) -> Grid:
         points = (memory.loaded, memory.packed, memory.first_step, memory.last_step)
         over = f"{memory.last_step / one.found.weights:.2f}"
         grown = format_bytes(memory.last_step - memory.first_step)
-        name = f"TP {one.spot.tp}" if one.spot.varied == "tp" else _batch_by_sequence(one)
-        lines.append((name, format_bytes(one.found.weights), *map(format_bytes, points), grown, over))
+        lines.append((one.name, format_bytes(one.found.weights), *map(format_bytes, points), grown, over))
     steps = f"after {found[0].spot.steps} steps"
     headings = ("", "weights reached", "loaded", "first forward", "1 step", steps, "since 1 step", f"{steps} / reached")
     note = "resident memory beyond that of the process before it had inputs; a step is forward, backward, AdamW, update"
@@ -156,6 +159,7 @@ def rows(found: Sequence[SpotSummary]) -> list[dict[str, object]]:
             "workers": one.found.workers,
             "what": what,
             "unit": "ms",
+            "others": one.others,
             **statistics_row(one.ms[what]),
         }
         for one in found
