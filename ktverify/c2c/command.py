@@ -125,7 +125,7 @@ def dataset(
 
     \b
     Examples:  python -m ktverify bench c2c dataset --dataset openai/gsm8k --subset main --num_samples 100
-               python -m ktverify bench c2c dataset --dataset_file prompts.jsonl --shard 1/2 --output part1.jsonl
+               python -m ktverify bench c2c dataset --dataset_file lines.jsonl --shard 1/2 --output part1.jsonl
     """
     given = locals()
     number, of = _shard(shard)
