@@ -4,6 +4,7 @@
 // with memory clobbers, because gcc's intrinsics do not tell the compiler what they read and write.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.hpp"
@@ -81,23 +82,32 @@ KTV_INLINE void multiply() {
     if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
 }
 
+// What one of several passes over the tokens fetches of each block that comes: its share of the block's 32 lines, so that
+// the memory has as much to do in the last pass as in the first.
+struct Share {
+    int pass, lines;  // of a quarter
+    static int lines_of(int passes) { return (kBlock / 4 + passes - 1) / passes; }
+    // A quarter of it, between two tile loads.
+    KTV_INLINE void fetch_quarter(const Coming<2>& block, int quarter) const {
+        fetch(block + std::min((4 * pass + quarter) * lines, kBlock - lines) * kBlock, lines);
+    }
+};
+
 // 32 rows of W (A, natural) by G groups of tokens (B, packed).
 template <int G>
-void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming<2> coming, float* c,
-              std::size_t ldc, bool add) {
+void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const Coming<2>& coming, Share share,
+              float* c, std::size_t ldc, bool add) {
     load_results<2, G>(c, ldc, add);
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        const auto fetch_quarter = [now = coming ? coming + kb * kBlockSize : coming](int quarter) {
-            if (now) fetch(now + quarter * kBlockSize / 4, kBlock / 4);
-        };
-        fetch_quarter(0);
+        const Coming<2> now = coming + kb * kBlockSize;
+        share.fetch_quarter(now, 0);
         tile_load<4>(w, 64);
-        fetch_quarter(1);
+        share.fetch_quarter(now, 1);
         tile_load<6>(x, 64);
         if constexpr (G > 1) tile_load<7>(x + group_stride, 64);
-        fetch_quarter(2);
+        share.fetch_quarter(now, 2);
         tile_load<5>(w + 16 * kBlock, 64);
-        fetch_quarter(3);
+        share.fetch_quarter(now, 3);
         multiply<2, G>();
     }
     store_results<2, G>(c, ldc);
@@ -106,14 +116,14 @@ void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblock
 // k goes in chunks that keep W's 32 rows in the cache while all groups pass over them: W is read from memory once.
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
     constexpr int chunk = 16;
-    const int groups = (rows + kGroup - 1) / kGroup;
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, Coming<2> coming, bool add) {
+    const int groups = (rows + kGroup - 1) / kGroup, lines = Share::lines_of((groups + 1) / 2);
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const Coming<2>& coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         const bf16* x = seg.tokens + kb * kPackSize;
         for (int g = 0; g < groups; g += 2) {
             const auto block = groups - g > 1 ? nt_block<2> : nt_block<1>;
-            block(w, x + g * seg.group_stride, seg.group_stride, blocks, g == 0 ? coming : Coming<2>(), c + g * kGroup,
-                  ldc, add);
+            block(w, x + g * seg.group_stride, seg.group_stride, blocks, coming, {g / 2, lines}, c + g * kGroup, ldc,
+                  add);
         }
     };
     visit_chunks<2>(segments, count, chunk, chunk, multiply);
@@ -121,21 +131,19 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
 template <int M>
-void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const ComingPanels& coming, float* c,
-              std::size_t ldc, bool add) {
+void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const ComingPanels& coming, Share share,
+              float* c, std::size_t ldc, bool add) {
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        const auto fetch_quarter = [now = coming.at<2>(kb, panel)](int quarter) {
-            fetch(now + quarter * kBlockSize / 4, kBlock / 4);
-        };
-        fetch_quarter(0);
+        const Coming<2> now = coming.at<2>(kb, panel);
+        share.fetch_quarter(now, 0);
         tile_load<4>(g, stride);
-        fetch_quarter(1);
+        share.fetch_quarter(now, 1);
         tile_load<6>(panel, 64);
-        fetch_quarter(2);
+        share.fetch_quarter(now, 2);
         tile_load<7>(panel + kHalf, 64);
-        fetch_quarter(3);
+        share.fetch_quarter(now, 3);
         if constexpr (M > 1) tile_load<5>(g + 16 * ld, stride);
         multiply<M, 2>();
     }
@@ -153,15 +161,15 @@ void interleave(const NnSegment& seg, const Panel& panel) {
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+    const int lines = Share::lines_of((rows + 31) / 32);
     visit_panels(segments, count, cblocks,
-                 [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
+                 [&](const NnSegment& seg, const Panel& panel, const ComingPanels& coming, bool add) {
                      if (panel.raw) (seg.weights ? interleave<false> : interleave<true>)(seg, panel);
                      const bf16* g = seg.rows + panel.kb * kBlock;
                      for (int r = 0; r < rows; r += 32) {
                          const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
-                         block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming,
+                         block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming, {r / 32, lines},
                                c + r * ldc + panel.cb * kBlock, ldc, add);
-                         coming = ComingPanels();  // once is enough
                      }
                  });
 }

@@ -10,6 +10,14 @@ inline void wait_for_streams() {
     _mm_sfence();
 }
 
+// Asks for the line at p, in the first or second level of cache. As asm, for gcc takes a function that does nothing but
+// prefetch for one without effect, and leaves out its calls.
+template <int level>
+[[gnu::always_inline]] inline void prefetch(const void* p) {
+    if constexpr (level == 1) asm volatile("prefetcht0 %a0" ::"p"(p));
+    else asm volatile("prefetcht1 %a0" ::"p"(p));
+}
+
 // Weights that will be read, the nearest first: null, or what a step of arithmetic should fetch of them. They come a
 // few lines a step into the second-level cache; all at once, or into the first level, they would fill the miss buffers,
 // and every load behind them would wait. A prefetch that finds the buffers full is dropped, so every line is asked for
@@ -27,8 +35,7 @@ struct Coming {
 template <int times>
 [[gnu::always_inline]] inline void fetch(const Coming<times>& coming, int lines) {
     for (int line = 0; line < lines; ++line) {
-        for (const bf16* from : coming.at)
-            _mm_prefetch(reinterpret_cast<const char*>(from + line * kBlock), _MM_HINT_T1);
+        for (const bf16* from : coming.at) prefetch<2>(from + line * kBlock);
     }
 }
 
@@ -88,7 +95,7 @@ class RawBlock {
             // As numbers: the next product may have fewer columns than a panel.
             for (int k = 2 * pair; k < 2 * pair + 2; ++k) {
                 const auto next = reinterpret_cast<std::uintptr_t>(row(k)) + ahead_ * sizeof(bf16);
-                _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+                prefetch<2>(reinterpret_cast<const void*>(next));
             }
         }
         const RowPair two{_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b)};
@@ -177,8 +184,7 @@ inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblo
     if (seg.weights) return;
     for (int k = 0; k < blocks * kBlock; ++k) {
         const bf16* row = seg.gathered[kb * kBlock + k] + seg.column;
-        for (int cb = 0; cb < cblocks; ++cb)
-            _mm_prefetch(reinterpret_cast<const char*>(row + cb * kBlock), _MM_HINT_T0);
+        for (int cb = 0; cb < cblocks; ++cb) prefetch<1>(row + cb * kBlock);
     }
 }
 
