@@ -26,6 +26,7 @@ from ktverify.report.record import (
 
 MERGED = "records.jsonl"
 _PART = re.compile(r"records-.+\.jsonl$")
+_HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head holds this
 _STAMP = re.compile(r"\d{8}T\d{6}Z(-\d+)?$")
 
 
@@ -172,7 +173,10 @@ def new_run_dir(reports: str | os.PathLike[str] | None = None) -> Path:
 
 
 def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None) -> Path:
-    """The directory of a run: "latest", a stamp (or its beginning), or a path. Raises FileNotFoundError."""
+    """The directory of a run: "latest", a stamp (or its beginning), or a path. Raises FileNotFoundError.
+
+    The latest is the newest with a record: one that was stopped before its first result has nothing to say.
+    """
     if name != "latest" and (Path(name).is_dir() or os.sep in name):
         if not Path(name).is_dir():
             raise FileNotFoundError(f"no run at {name}: there is no such directory")
@@ -185,12 +189,24 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
     if not known:
         raise FileNotFoundError(f"no run in {runs}: make one with `pytest suites/ -n 4`")
     if name == "latest":
-        return known[-1]
+        found = next((path for path in reversed(known) if _has_a_result(path)), None)
+        if found is None:
+            raise FileNotFoundError(f"no run in {runs} has a record: make one with `pytest suites/ -n 4`")
+        return found
     matching = [path for path in known if path.name.startswith(name)]
     if not matching:
         newest = ", ".join(path.name for path in reversed(known[-5:]))
         raise FileNotFoundError(f"no run named {name!r} in {runs}; the newest are {newest}")
     return matching[-1]
+
+
+def _has_a_result(directory: Path) -> bool:
+    """True where the run in `directory` holds more than its head. Reads no further than the first result."""
+    for path in directory.glob("records*.jsonl"):
+        with path.open("rb") as lines:
+            if any(line.strip() and not _is_torn(line) and _HEAD not in line for line in lines):
+                return True
+    return False
 
 
 def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1) -> Recorder:

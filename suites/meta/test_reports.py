@@ -161,6 +161,21 @@ def test_latest_run_is_the_newest_stamp(tmp_path: Path) -> None:
         store.find_run("latest", tmp_path / "elsewhere")
 
 
+def test_a_run_without_a_result_is_never_the_latest(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    started = store.start_run(runs / "20250103T000000Z", engine="native", command="pytest")
+    with pytest.raises(FileNotFoundError, match="has a record: make one with"):
+        store.find_run("latest", tmp_path)
+    write(runs / "20250101T000000Z", [check()])
+    assert store.find_run("latest", tmp_path).name == "20250101T000000Z"  # the other was killed
+    started.finish(2)
+    assert store.find_run("latest", tmp_path).name == "20250101T000000Z"  # or stopped by Ctrl-C
+    # by its name it is still there
+    assert store.load(store.find_run("20250103", tmp_path)).records == ()
+    store.Recorder(runs / "20250102T000000Z", worker="gw0").add(check())
+    assert store.find_run("latest", tmp_path).name == "20250102T000000Z"
+
+
 # ---- pages
 
 
