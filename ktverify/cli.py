@@ -419,6 +419,7 @@ def _verify_training(
     """The worst step's record of each tensor at every TP degree, and what else was wrong with the losses."""
     from ktverify import names
     from ktverify import verify as checking
+    from ktverify.running import RAISED
 
     records: list[AccuracyRecord] = []
     problems: list[str] = []
@@ -431,7 +432,7 @@ def _verify_training(
                 done.append(found)
                 losses.append(loss)
                 typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
-        except Exception as error:
+        except RAISED as error:
             told = checking.as_told(error)
             label = checking.isa_label(engine, options["isa"])
             records += checking.lost(

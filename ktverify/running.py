@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 METHOD = "AMXBF16_SFT"
+CONSTRUCTOR = "constructor"
+# what counts as raised by an engine: it may not end the program that asks it, so sys.exit is one more exception
+RAISED = (Exception, SystemExit)
 
 
 @contextlib.contextmanager
@@ -28,13 +31,13 @@ def call_of(method: str) -> Iterator[None]:
     """What the engine raises in it knows the method: `method_of`."""
     try:
         yield
-    except Exception as error:
-        error.ktverify_method = method  # type: ignore[attr-defined]
+    except RAISED as error:
+        error.ktverify_method = method  # type: ignore[union-attr]
         raise
 
 
 def method_of(error: BaseException) -> str:
-    """The method of a layer that raised `error`; "" where none did, the constructor included."""
+    """The method of a layer that raised `error`, or CONSTRUCTOR; "" where nothing of an engine did."""
     return getattr(error, "ktverify_method", "")
 
 
@@ -74,7 +77,8 @@ def build_layer(
     **more: Any,
 ) -> Any:
     """A layer of `factory` with the case's base weights and LoRA loaded. LoRA tensors are copies: inputs stay as is."""
-    layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
+    with call_of(CONSTRUCTOR):
+        layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
     with call_of("load_weights_from_tensors"):
         layer.load_weights_from_tensors(
             inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"), inputs.physical_map
@@ -93,21 +97,24 @@ def forward(layer: Any, inputs: Inputs, *, save: bool) -> torch.Tensor:
     return output
 
 
-def run_layer(layer: Any, inputs: Inputs, *, backward: bool = True) -> dict[str, torch.Tensor]:
+def run_layer(
+    layer: Any, inputs: Inputs, *, backward: bool = True, into: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of one forward and one backward of a loaded layer; only output without backward.
 
     The tensors are what the engine gave; a gradient that is missing raises KeyError, a further one ValueError.
+    into: an empty dict that gets each tensor as it comes, so that the output is there where the backward raises.
     """
-    output = forward(layer, inputs, save=backward)
-    result: dict[str, torch.Tensor] = {OUTPUT: output}
+    result = {} if into is None else into
+    result[OUTPUT] = forward(layer, inputs, save=backward)
     if not backward:
         return result
     with call_of("backward"):
         grad_input, grad_loras = layer.backward(inputs.grad_output)
         check_grad_names(grad_loras)
-    result[GRAD_INPUT] = grad_input
-    result.update({name: grad_loras[name] for name in GRAD_NAMES})
-    result[GRAD_WEIGHTS] = layer.grad_weights
+        result[GRAD_INPUT] = grad_input
+        result.update({name: grad_loras[name] for name in GRAD_NAMES})
+        result[GRAD_WEIGHTS] = layer.grad_weights
     return {name: result[name] for name in ALL_TENSORS}
 
 
@@ -130,17 +137,20 @@ def run_case(
     tp: int = 1,
     threads: int | None = None,
     backward: bool = True,
+    into: dict[str, torch.Tensor] | None = None,
     **more: Any,
 ) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of `case` as the engine computes them; only output without backward.
 
     inputs: those of the case where the caller has them already. isa, tp, threads: instruction set, tensor-parallel
-    degree, ceiling of workers (default: the processors this process may run on). What the engine raises comes through.
+    degree, ceiling of workers (default: the processors this process may run on). into: as run_layer takes it. What the
+    engine raises comes through.
     """
     given = make_inputs(case) if inputs is None else inputs
     layer = build_layer(factory, case, given, isa=isa, tp=tp, threads=threads, **more)
     try:
-        return {name: tensor.detach() for name, tensor in run_layer(layer, given, backward=backward).items()}
+        found = run_layer(layer, given, backward=backward, into=into)
+        return {name: tensor.detach() for name, tensor in found.items()}
     finally:
         clear = getattr(layer, "clear_sft_buffer_cache", None)
         del layer

@@ -26,7 +26,17 @@ from ktverify.metrics import Difference, compare
 from ktverify.names import ALL_TENSORS, GRAD_NAMES, LORA_NAMES, OUTPUT
 from ktverify.peer import peer_error
 from ktverify.report.record import AccuracyRecord, VerdictName, accuracy_record, worst_first
-from ktverify.running import METHOD, build_layer, call_of, forward, method_of, run_case, run_layer
+from ktverify.running import (
+    CONSTRUCTOR,
+    METHOD,
+    RAISED,
+    build_layer,
+    call_of,
+    forward,
+    method_of,
+    run_case,
+    run_layer,
+)
 
 METHODS = (METHOD, f"{METHOD}_SkipLoRA")
 MODES = ("forward", "backward", "training", "all")
@@ -69,18 +79,22 @@ class Raised(Exception):
 
     verdict = "CRASH"
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
         text = " ".join(str(error).split())
         super().__init__(f"CRASH {method_of(error)}: {type(error).__name__}: {text} ({place})")
 
 
-def as_told(error: Exception) -> Exception:
-    """What `lost` takes of an engine's exception. Raises what is none: the constructor's, and a lack of memory."""
+def as_told(error: BaseException) -> Exception:
+    """What `lost` takes of an engine's exception. Raises what is none: the constructor's, and a lack of memory.
+
+    The constructor refuses what it is not made for; sys.exit refuses nothing.
+    """
     if isinstance(error, NotImplementedError | Died):
         return error
-    if isinstance(error, MemoryError) or not method_of(error):
+    refusal = method_of(error) in ("", CONSTRUCTOR) and not isinstance(error, SystemExit)
+    if isinstance(error, MemoryError) or refusal:
         raise error
     return Raised(error)
 
@@ -141,7 +155,8 @@ def check_case(
     """Run `case` through `engine` and judge each of `tensors` (default: all that were computed).
 
     given: an earlier result of the same case, whose inputs and expected values are used again. Raises ValueError for an
-    unknown tensor or method, and what the engine's constructor raises; what its methods raise is a CRASH.
+    unknown tensor or method, and what the engine's constructor raises; what its methods raise is a CRASH of what they
+    did not give: an output is judged where the backward raises.
     """
     wanted = check_names(tensors, backward)
     if method not in METHODS:
@@ -157,15 +172,16 @@ def check_case(
         expected, source = expected_of(case, inputs, fresh=fresh, method=method)
     more = {} if method == METHOD else {"method": method}
     label = isa_label(engine, isa)
+    actual: dict[str, torch.Tensor] = {}
+    raised = None
     try:
-        actual = run_case(factory, case, inputs=inputs, isa=isa, tp=tp, threads=threads, backward=backward, **more)
-    except Exception as error:
-        checked = Checked(case, inputs, {}, expected, source)
-        checked.records += lost(as_told(error), wanted, engine, case, label, tp=tp, source=source, method=method)
-        return checked
+        run_case(factory, case, inputs=inputs, isa=isa, tp=tp, threads=threads, backward=backward, into=actual, **more)
+    except RAISED as error:
+        raised = as_told(error)
+    actual = {name: tensor.detach() for name, tensor in actual.items()}
     checked = Checked(case, inputs, actual, expected, source)
     duration = time.perf_counter() - started
-    for name in wanted:
+    for name in [name for name in wanted if name in actual]:
         repro = repro_command(case, engine=engine, isa=label, tensor=name, tp=tp, fresh=fresh, method=method)
         where: dict[str, Any] = {
             "family": "forward" if name == OUTPUT else "backward",
@@ -186,6 +202,9 @@ def check_case(
         own = engines.strict(engine)
         judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
         checked.records.append(accuracy_record(judgement, difference, **where))
+    if raised is not None:
+        missing = [name for name in wanted if name not in actual]
+        checked.records += lost(raised, missing, engine, case, label, tp=tp, source=source, method=method)
     return checked
 
 

@@ -167,6 +167,26 @@ def test_what_a_method_raises_is_a_crash_told_once() -> None:
     assert text.splitlines()[-1] == f"FAIL {2 * len(ALL_TENSORS)} of {2 * len(ALL_TENSORS)} comparisons"
 
 
+def test_an_output_is_judged_where_the_backward_gives_nothing() -> None:
+    gradients = len(BACKWARD_TENSORS)
+    command = ("verify", "--case", TINY, "--steps", "2", "--engine")
+    text = ends(call(*command, "suites.support.unruly:Forwards"), 0)
+    assert text.splitlines()[-1] == f"PASS 1 comparisons; {gradients + len(ALL_TENSORS)} are UNSUPPORTED"
+    assert text.splitlines().count("TP 1: UNSUPPORTED no backward yet") == 1
+    text = ends(call("repro", TINY, "--engine", "suites.support.unruly:Leaves"), 1)
+    assert re.search(r"^PASS output rel_l2", text, re.MULTILINE)
+    crash = re.compile(r"CRASH backward: SystemExit: 3 \(unruly\.py:\d+\)$", re.MULTILINE)
+    assert len(crash.findall(text)) == 1
+    text = ends(call(*command, "suites.support.unruly:Leaves"), 1)
+    assert len(crash.findall(text)) == 2  # backward, training
+    assert text.splitlines()[-1] == f"FAIL {gradients + len(ALL_TENSORS)} of {2 * len(ALL_TENSORS)} comparisons"
+
+
+def test_an_engine_that_leaves_is_a_crash() -> None:
+    text = ends(call("repro", TINY, "--engine", "suites.support.unruly:LeavesAtOnce"), 1)
+    assert re.search(r"^CRASH constructor: SystemExit: no licence \(unruly\.py:\d+\)$", text, re.MULTILINE)
+
+
 def test_a_case_stands_alone(tmp_path: Path) -> None:
     checked = verify.check_case("torch_bf16", Case.parse(TINY))
     script = write_checked(checked, "kt_kernel", tmp_path / "case")

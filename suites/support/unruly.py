@@ -98,3 +98,24 @@ class OneDegree(Raises):
 
     def forward_sft(self, *arguments: Any, **more: Any) -> torch.Tensor:
         return TorchBf16.forward_sft(self, *arguments, **more)
+
+
+class Forwards(TorchBf16):
+    """Right, and has no backward."""
+
+    def backward(self, grad_output: torch.Tensor) -> Any:
+        raise NotImplementedError("no backward yet")
+
+
+class Leaves(TorchBf16):
+    """Ends the program in the middle of a backward, as a script may."""
+
+    def backward(self, grad_output: torch.Tensor) -> Any:
+        sys.exit(EXIT_CODE)
+
+
+class LeavesAtOnce:
+    """Ends the program before there is a layer."""
+
+    def __init__(self, **_: Any) -> None:
+        sys.exit("no licence")
