@@ -5,12 +5,12 @@ Light: heavy modules are imported inside the commands.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ktverify.checkout import become
 
 if TYPE_CHECKING:
     from ktverify.diagnose.search import Diagnosis
@@ -19,7 +19,6 @@ _CASE = typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E
 _ENGINE = typer.Option(help="engine name, package.module:factory or path/file.py:factory")
 _ISA = typer.Option(help="force an instruction set; refused where it cannot run")
 _TP = typer.Option(help="tensor-parallel degree", min=1)
-_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def diagnose(
@@ -44,7 +43,7 @@ def diagnose(
     Exit code 0: nothing to explain; 1: there is something wrong.
     """
     if mutants:
-        raise typer.Exit(_start_mutants())
+        become("suites.meta.diagnosed", [])
     from ktverify.cases import Case
     from ktverify.diagnose.search import diagnose as search
     from ktverify.report.console import make_console
@@ -59,13 +58,6 @@ def diagnose(
         _print(found, engine, tp)
     if found.failing or found.findings:
         raise typer.Exit(1)
-
-
-def _start_mutants() -> int:
-    module = _CHECKOUT / "suites" / "meta" / "diagnosed.py"
-    if not module.is_file():
-        raise ValueError("the engines that are wrong on purpose are in a clone of the repository, not in the package")
-    return subprocess.run([sys.executable, "-m", "suites.meta.diagnosed"], cwd=_CHECKOUT, check=False).returncode
 
 
 def _print(found: Diagnosis, engine: str, tp: int) -> None:

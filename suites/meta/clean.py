@@ -6,9 +6,8 @@ every tensor by every gate, against the oracle of these inputs. Emulated AMX tak
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -22,7 +21,7 @@ from ktverify.cases import Case, flops
 from ktverify.gates import Verdict
 from ktverify.report.console import make_console
 from ktverify.report.record import NOT_RUN
-from suites.meta.mutants.runner import prepare
+from suites.meta.workers import workers
 from suites.support import isas
 from suites.support.child import call_fresh
 from suites.support.isas import Isa
@@ -128,17 +127,13 @@ def main(
     found: list[Run] = []
     with (
         Progress(console=make_console(stderr=True)) as progress,
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare) as pool,
+        workers(jobs) as pool,
     ):
         task = progress.add_task("runs", total=runs)
         waiting = [pool.submit(_seed, seed, wanted, cases) for seed, wanted in _shares(runs)]
-        try:
-            for future in as_completed(waiting):
-                found += future.result()
-                progress.update(task, completed=len(found))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(waiting):
+            found += future.result()
+            progress.update(task, completed=len(found))
     print_runs(found, cases)
     if any(run.bad for run in found):
         raise typer.Exit(1)
@@ -160,10 +155,3 @@ def print_runs(found: list[Run], glob: str | None) -> None:
     for run in bad:
         for line in run.failed or ["nothing was compared"]:
             typer.echo(f"{run.label}: {line}")
-
-
-if __name__ == "__main__":
-    # what goes to other processes must not be a class of __main__, which is another module there
-    from suites.meta.clean import main as start
-
-    typer.run(start)

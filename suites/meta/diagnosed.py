@@ -73,7 +73,3 @@ def main(names: list[str] | None = typer.Argument(None)) -> None:  # noqa: B008
     typer.echo(f"{'PASS' if passed else 'FAIL'} {share}, at least {100 * LEAST:.0f} % must be")
     if not passed:
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

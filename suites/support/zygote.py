@@ -27,6 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ktverify.hosting.process import end_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 _PRELOADED = ("ktverify.verify", "suites.support.accuracy", "suites.support.contract", "suites.support.training")
 _NOT_YET = ("ktverify.experts", "ktverify._native")
@@ -193,25 +195,23 @@ def _become(function: str, fds: list[int], env: dict[str, str], log: int) -> int
 def _serve(connection: socket.socket) -> None:
     """Answer until the other end has gone; the processes that it left behind are ended then."""
     alive: set[int] = set()
-    while True:
-        try:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
             (what, *rest), fds = _receive(connection)
-        except (EOFError, ConnectionError):
-            for pid in alive:
-                end_group(pid)
-            return
-        if what == "fork":
-            function, env, count = rest
-            pid = os.fork()
-            if pid == 0:
-                connection.close()
-                os._exit(_become(function, fds[:count], env, fds[count]))
-            for fd in fds:
-                os.close(fd)
-            alive.add(pid)
-            _send(connection, pid)
-        else:
-            _send(connection, _exit_code(rest[0], alive))
+            if what == "fork":
+                function, env, count = rest
+                pid = os.fork()
+                if pid == 0:
+                    connection.close()
+                    os._exit(_become(function, fds[:count], env, fds[count]))
+                for fd in fds:
+                    os.close(fd)
+                alive.add(pid)
+                _send(connection, pid)
+            else:
+                _send(connection, _exit_code(rest[0], alive))
+    for pid in alive:
+        end_group(pid)
 
 
 def _exit_code(pid: int, alive: set[int]) -> int | None:
@@ -228,8 +228,11 @@ def main(fd: int) -> None:
     faulthandler.enable()
     # Ctrl-C is for the other end, which then closes the connection; until then its children have to be ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     for module in _PRELOADED:
         importlib.import_module(module)
+    # from here on there may be children to be ended first
+    end_with_parent(False)
     early = [module for module in _NOT_YET if module in sys.modules]
     if early:
         raise SystemExit(f"{early[0]} is imported by the suites' own modules; engines belong into the forked processes")

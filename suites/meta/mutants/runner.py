@@ -6,18 +6,15 @@ inputs, oracle and peer are made once for all mutants.
 
 from __future__ import annotations
 
-import gc
 import math
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
-
-import torch
 
 from ktverify.gates import GATES
 from suites.meta.mutants import MUTANTS, Mutant
 from suites.meta.mutants.checks import RAISED, TABLE, Exceeded, ask, ask_without
+from suites.meta.workers import workers
 
 # judges the case, not the engine: see suites/meta/test_mutants.py for what it catches
 NOT_OF_ENGINES = "trust"
@@ -48,13 +45,6 @@ def worst(kills: dict[str, list[Exceeded]]) -> Exceeded:
     return max(finite, key=lambda exceeded: exceeded.used) if finite else found[0]
 
 
-def prepare() -> None:
-    """What a process does before it computes: a layer's release collects garbage, and need not look through modules."""
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-
-
 def _one_check(key: str, names: list[str]) -> tuple[str, dict[str, list[Exceeded]]]:
     return key, {name: ask(TABLE[key], MUTANTS[name].engine) for name in names}
 
@@ -80,7 +70,7 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
     names = [mutant.name for mutant in mutants]
     result = Result(len(TABLE), {name: {} for name in names})
     order = {key: place for place, key in enumerate(TABLE)}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=prepare) as pool:
+    with workers(jobs) as pool:
         waiting = [pool.submit(_one_check, key, names) for key in TABLE]
         for done, future in enumerate(as_completed(waiting), start=1):
             key, found = future.result()
@@ -103,4 +93,4 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
     return result
 
 
-__all__ = ["NOT_OF_ENGINES", "RAISED", "Result", "candidates", "prepare", "run", "worst"]
+__all__ = ["NOT_OF_ENGINES", "RAISED", "Result", "candidates", "run", "worst"]

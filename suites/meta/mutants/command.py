@@ -1,4 +1,4 @@
-"""`python -m suites.meta.mutants [NAME…]`: what `python -m ktverify mutants` starts."""
+"""What `python -m ktverify mutants` starts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,3 @@ def main(
     # of a few mutants most gates have nobody to kill
     if result.alive or (not names and result.idle_gates):
         raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,68 @@
+"""Ctrl-C: a command ends at once, with one line and exit code 130, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from suites.support.child import processes_of
+from suites.support.zygote import ROOT
+
+SECONDS = 5.0  # to end in, on a machine that has other things to do
+
+
+def awaited(condition: Callable[[], bool], seconds: float) -> bool:
+    """True once `condition` holds, False where it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def imports_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+
+
+def computes(pid: int) -> bool:
+    """The command, the process that counts semaphores, and two that compute."""
+    return len(processes_of(pid)) >= 4
+
+
+def stopped(arguments: list[str], when: Callable[[int], bool]) -> str:
+    """What `python -m ktverify …` says on stderr when Ctrl-C comes as soon as `when` is true of its number."""
+    command = [sys.executable, "-m", "ktverify", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as started:
+        assert awaited(lambda: when(started.pid), 60)
+        family = processes_of(started.pid)
+        os.killpg(started.pid, signal.SIGINT)
+        _, said = started.communicate(timeout=SECONDS)
+    assert started.returncode == 130
+    assert awaited(lambda: not any(map(_lives, family)), SECONDS)
+    return said
+
+
+def _lives(process: psutil.Process) -> bool:
+    # one that has ended waits for whoever inherited it to be told
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("command", ["mutants", "clean"])
+def test_ctrl_c_ends_every_process(command: str) -> None:
+    said = stopped([command, "--jobs", "2"], computes)
+    assert said.strip().splitlines()[-1] == "stopped; nothing was written"
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments", [["clean"], ["diagnose", "--mutants"]], ids=["clean", "diagnose"])
+def test_ctrl_c_while_torch_is_imported(arguments: list[str]) -> None:
+    assert stopped(arguments, imports_torch) == "stopped; nothing was written\n"

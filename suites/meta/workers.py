@@ -1,0 +1,45 @@
+"""Processes that judge engines side by side, for the commands `mutants` and `clean`."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from ktverify.hosting.process import end_with_parent
+
+
+@contextlib.contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of `jobs` processes. They end with this one, however it ends, and at once where the body raises."""
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
+    # Ctrl-C reaches all processes of a terminal; this one ends the others, which would each show a traceback
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for _ in range(jobs):
+            pool.submit(os.getpid)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        yield pool
+    except BaseException:
+        # what they compute is for nobody any more
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _prepare() -> None:
+    end_with_parent()
+    torch.set_num_threads(1)
+    # a layer's release collects garbage, and need not look through modules
+    gc.collect()
+    gc.freeze()
