@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ktverify.cases import Case
 from ktverify.names import ALL_TENSORS
@@ -39,7 +39,7 @@ class Place:
 class Accusation:
     """What was said: the verdict; the tensor, "" for what is no single one's; what the suite found, in few words.
 
-    exact: the check takes nothing but the one right answer of integer data.
+    exact: the check takes nothing but the one right answer of integer data. message: all that the suite said.
     """
 
     place: Place
@@ -47,6 +47,7 @@ class Accusation:
     tensor: str
     suite: str
     exact: bool = False
+    message: str = field(default="", compare=False)
 
 
 def accusations(records: Iterable[Result]) -> list[Accusation]:
@@ -71,7 +72,7 @@ def _of(record: Result) -> Iterator[Accusation]:
     place = Place(record.case, record.tp, record.isa)
     if record.verdict != "FAIL":
         ended = _SIGNAL.search(record.message)
-        yield Accusation(place, record.verdict, "", ended.group() if ended else record.verdict)
+        yield Accusation(place, record.verdict, "", ended.group() if ended else record.verdict, message=record.message)
     elif isinstance(record, AccuracyRecord):
         yield Accusation(place, "FAIL", record.tensor, error_text(record.rel_l2, record.non_finite))
     else:

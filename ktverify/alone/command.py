@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,7 +23,9 @@ def confirm(
     reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")] = None,
     time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="for one case", min=1)] = 60.0,
 ) -> None:
-    """Repeat what a run says against an engine, without the suite. Exit code 1 if an accusation is not confirmed.
+    """Repeat what a run says against an engine, without the suite.
+
+    Exit code 1 if an accusation is refuted; 2 if only scripts that could not be run leave one unconfirmed.
 
     Every case that is FAIL, CRASH or TIMEOUT is written as a folder of its inputs, the expected values and the
     engine's own script, and run in the engine's interpreter. The folders stay in the run's directory, below confirm/.
@@ -50,8 +53,9 @@ def confirm(
     text = _text(found, findings)
     write_whole(found.directory / FOLDER / "confirm.md", text)
     typer.echo(text, nl=False)
-    if not all(finding.confirmed for finding in findings):
-        raise typer.Exit(1)
+    bad = [finding for finding in findings if not finding.confirmed]
+    if bad:
+        raise typer.Exit(1 if any(finding.ran for finding in bad) else 2)
 
 
 def _text(run: Run, findings: Sequence[Finding]) -> str:
@@ -64,6 +68,7 @@ def _text(run: Run, findings: Sequence[Finding]) -> str:
     assert run.head is not None
     cases = len({finding.accusation.place for finding in findings})
     bad = sum(not finding.confirmed for finding in findings)
+    broken = sum(not finding.ran for finding in findings)
     left = untold(run.records)
     if not findings:
         verdict = (
@@ -71,13 +76,15 @@ def _text(run: Run, findings: Sequence[Finding]) -> str:
         )
     elif bad:
         verdict = f"NOT CONFIRMED: {bad} of {len(findings)} accusations, in {cases} cases of {run.head.engine}."
+        if broken:
+            verdict += f" Of {broken} of them nothing is known: the engine's script could not be run."
     else:
         verdict = f"CONFIRMED: all {len(findings)} accusations, in {cases} cases of {run.head.engine}."
     parts = [verdict]
     if findings:
         rows = [_row(finding) for finding in sorted(findings, key=_order)]
         parts.append(tabulate(rows, headers=HEADINGS, tablefmt="github", disable_numparse=True))
-        parts.append(f"One again: the engine's Python, and {run.directory.name}/{FOLDER}/CASE/run.py")
+        parts.append(f"One again: the engine's Python, and {os.path.relpath(run.directory)}/{FOLDER}/CASE/run.py")
     if left:
         parts.append(f"Not of one case's forward and backward, and not repeated here: {left} checks.")
     return "\n\n".join(parts) + "\n"
@@ -90,5 +97,5 @@ def _order(finding: Finding) -> tuple[bool, bool]:
 
 def _row(finding: Finding) -> tuple[str, ...]:
     told = finding.accusation
-    word = "yes" if finding.confirmed else "NO"
+    word = "yes" if finding.confirmed else "NO" if finding.ran else "?"
     return (word, str(told.place), told.verdict, told.tensor, told.suite, finding.alone)

@@ -35,23 +35,32 @@ from ktverify.verify import LiveOracle, isa_name
 FOLDER = "confirm"
 # what corrupts memory does not end a process each time
 TRIES = 3
+# characters of a script's last line that are shown
+LINE = 60
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An accusation, whether it was confirmed, and what was found without the suite, in few words."""
+    """An accusation, whether it was confirmed, and what was found without the suite, in few words.
+
+    ran: False where the script failed by itself, so that nothing is known of the engine.
+    """
 
     accusation: Accusation
     confirmed: bool
     alone: str
+    ran: bool = True
 
 
 @dataclass(frozen=True)
 class Alone:
-    """How one run of a script ended: "" where it saved its tensors, else "SIGSEGV", "no answer", its last line."""
+    """How one run of a script ended: "" where it saved its tensors, else "SIGSEGV", "no answer", its last line.
+
+    gave_up: it left by itself, without tensors; its last line is whole.
+    """
 
     ended: str
-    signalled: bool = False
+    gave_up: bool = False
     actual: dict[str, torch.Tensor] | None = None
 
 
@@ -124,19 +133,24 @@ class _Again:
         if code is None:
             return Alone("no answer")
         if code < 0:
-            return Alone(signal.Signals(-code).name, signalled=True)
+            return Alone(signal.Signals(-code).name)
         if not actual.is_file():
             last = said.strip().splitlines()
-            return Alone(last[-1][:60] if last else how_it_ended(code))
+            how = f"it ended without {ACTUAL_FILE}" if code == 0 else how_it_ended(code)
+            return Alone(last[-1] if last and code else how, gave_up=True)
         from safetensors.torch import load
 
         return Alone("", actual=load(actual.read_bytes()))
 
     def _finding(self, accusation: Accusation, alone: Alone) -> Finding:
+        if alone.gave_up:
+            confirmed = accusation.verdict == "CRASH" and _same_end(accusation, alone.ended)
+            text = alone.ended[:LINE]
+            return Finding(accusation, confirmed, text if confirmed else f"could not be run: {text}", ran=confirmed)
         if accusation.verdict == "TIMEOUT":
             return Finding(accusation, alone.ended == "no answer", alone.ended or "answered")
         if accusation.verdict == "CRASH":
-            return Finding(accusation, bool(alone.ended) and alone.ended != "no answer", alone.ended or "computed")
+            return Finding(accusation, alone.ended not in ("", "no answer"), alone.ended or "computed")
         if alone.actual is None:
             return Finding(accusation, False, alone.ended)
         wrong = dict(self._wrong(alone.actual, accusation.exact))
@@ -157,6 +171,17 @@ class _Again:
                 yield name, f"{difference.mismatched} of {difference.numel} elements differ"
             elif not exact and judgement.verdict is Verdict.FAIL:
                 yield name, error_text(difference.rel_l2, difference.non_finite)
+
+
+def _same_end(accusation: Accusation, last: str) -> bool:
+    """True where a script's last line is what the suite was told as well: the error and its text, or the exit code.
+
+    Any other error is the script's own: it does not parse, lacks a module or a file, or calls what is not there.
+    """
+    name, colon, text = last.partition(": ")
+    # a traceback names a class with its modules
+    said = f"{name.rpartition('.')[2]}: {text}" if colon else last
+    return " ".join(said.split()) in " ".join(accusation.message.split())
 
 
 def _wait(command: list[str], environment: dict[str, str], log: int, time_limit: float) -> int | None:

@@ -15,6 +15,7 @@ from ktverify.cases import Case
 from ktverify.cli import app
 from ktverify.report.record import AccuracyRecord, CheckRecord, Result
 from ktverify.report.store import load, start_run
+from suites.support import accused
 
 ENGINE = "suites.support.accused:Accused"
 
@@ -73,6 +74,8 @@ def test_a_failure_and_a_crash_are_confirmed(tmp_path: Path) -> None:
     kept = run / "confirm" / crashed[1]
     assert (kept / "output.txt").read_text(encoding="utf-8").startswith("13 tokens")
     assert {path.name for path in kept.iterdir()} == {"case.safetensors", "run.py", "output.txt"}
+    again = text.partition("One again: the engine's Python, and ")[2].partition("\n")[0]
+    assert Path(again.replace("CASE", crashed[1])).resolve() == kept.resolve() / "run.py"
     assert (run / "confirm" / "confirm.md").read_text(encoding="utf-8") == text
 
 
@@ -86,6 +89,46 @@ def test_what_is_not_shown_alone_is_not_confirmed(tmp_path: Path, monkeypatch: p
     assert rows(text)[case_of(11).brief][::5] == ["NO", "right"]
     assert rows(text)[case_of(10).brief][4:] == ["SIGABRT", "computed"]
     assert text.endswith("not repeated here: 1 checks.\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("def f(:\n", "SyntaxError: invalid syntax"),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("open('/no/such/file')\n", "FileNotFoundError: [Errno 2] No such file or directory"),
+        ("raise SystemExit(3)\n", "ended with exit code 3"),
+        ("print('done')\n", "it ended without actual.safetensors"),
+    ],
+)
+def test_a_script_that_fails_by_itself_says_nothing_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    path = tmp_path / "alone.py"
+    path.write_text(script, encoding="utf-8")
+    monkeypatch.setattr(accused.Accused, "stand_alone", str(path))
+    monkeypatch.setattr(confirming, "TRIES", 1)
+    died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
+    silent = ended(14, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")
+    code, text = confirm(write(tmp_path / "run", [*failing(12), died, silent]))
+    assert code == 2
+    assert text.startswith("NOT CONFIRMED: 3 of 3 accusations")
+    assert "Of 3 of them nothing is known: the engine's script could not be run." in text
+    for tokens in (12, 13, 14):
+        row = rows(text)[case_of(tokens).brief]
+        assert row[0] == "?"
+        assert row[5].startswith(f"could not be run: {says}")
+
+
+def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "alone.py"
+    path.write_text("import no_such_module\n", encoding="utf-8")
+    monkeypatch.setattr(accused.Accused, "stand_alone", str(path))
+    same = ended(13, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'no_such_module' (engine.py:7)")
+    other = ended(14, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'another' (engine.py:7)")
+    code, text = confirm(write(tmp_path / "run", [same, other]))
+    assert code == 2
+    assert [rows(text)[case_of(tokens).brief][0] for tokens in (13, 14)] == ["yes", "?"]
 
 
 def test_no_answer_is_confirmed_by_none(tmp_path: Path) -> None:
