@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -264,6 +265,8 @@ def test_run_of_a_broken_engine_fails(tmp_path: Path) -> None:
     assert verdicts["grad_input"] == "FAIL"
     assert "FAIL" in (run_dir / "accuracy.md").read_text()
     assert "python -m ktverify repro" in done.stdout
+    assert "\nFAIL grad_input rel_l2 " in done.stdout
+    assert not re.search(r"suites/support|conftest|Traceback|^[E>] ", done.stdout, re.MULTILINE), done.stdout
 
 
 def test_run_of_a_dying_engine_fails(tmp_path: Path) -> None:
