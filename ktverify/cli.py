@@ -7,17 +7,16 @@ carried out (one line says why), 130 it was stopped by Ctrl-C. Heavy modules are
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
 
 import typer
 
+from ktverify import supervised
 from ktverify.alone.command import confirm
 from ktverify.bench.group import bench_app
 from ktverify.diagnose.command import DEBUG, diagnose
@@ -28,7 +27,6 @@ from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
 
 if TYPE_CHECKING:
     from ktverify.cases import Case
-    from ktverify.report.record import AccuracyRecord
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,18 +43,7 @@ app = typer.Typer(
 # what users can cause: wrong arguments, missing files, an engine that refuses. Anything else is a bug and shows itself
 _EXPECTED_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError, ImportError)
 _state = {"traceback": False}
-
-
-@contextlib.contextmanager
-def _traced(time_limit: float) -> Iterator[None]:
-    """For an engine that runs in this process: where it dies, or hangs for so many seconds, a trace is left."""
-    to = sys.__stderr__ or sys.stderr
-    faulthandler.enable(to)
-    faulthandler.dump_traceback_later(time_limit, exit=True, file=to)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+_TIME_LIMIT = typer.Option(metavar="SECONDS", help="for one call of the engine; then say where it hangs", min=1)
 
 
 def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -197,7 +184,7 @@ def repro(
         Path | None,
         typer.Option("--stand-alone", metavar="DIR", help="write a folder that repeats it without ktverify"),
     ] = None,
-    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="then say where it hangs, and end", min=1)] = 900,
+    time_limit: Annotated[float, _TIME_LIMIT] = 900,
 ) -> None:
     """Run one case and say for every tensor what its gates said.
 
@@ -215,12 +202,17 @@ def repro(
     from ktverify.alone import folder
     from ktverify.cases import Case
     from ktverify.diagnose.hook import add_cause
+    from ktverify.running import METHOD
+    from ktverify.verify_command import Found, Part, Subject, judged
 
     parsed = Case.parse(case)
-    checking.check_names(tensor, backward=True)
+    wanted = checking.check_names(tensor, backward=True)
     if stand_alone is not None:
         folder.script_of(engine)
-    with _traced(time_limit), _progress(f"{parsed.id} on {engine}"):
+
+    kept: list[checking.Checked] = []
+
+    def run() -> Found:
         checked = checking.check_case(
             engine,
             parsed,
@@ -232,23 +224,41 @@ def repro(
             backward=tensor != ["output"],
             tensors=tensor,
         )
-        if method == "AMXBF16_SFT":
+        if method == METHOD:
             add_cause(checked, engine, isa=isa, tp=tp)
-    against = checked.records[0].source
+        kept.append(checked)
+        return checked.records, []
+
+    def write() -> Found:
+        # in a new process, where the engine has ended the other
+        checked = kept[0] if kept else checking.unanswered(parsed, fresh=fresh, method=method)
+        written = []
+        if dump is not None:
+            written.append(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
+        if stand_alone is not None:
+            label = checking.isa_label(engine, isa)
+            script = folder.write_checked(checked, engine, stand_alone, tp=tp, threads=threads or 0, label=label)
+            written.append(f"{script}: run it with a Python that has {engine}")
+        return [], written
+
+    subject = Subject(engine, parsed, method, fresh, isa, threads, time_limit)
+    todo = [Part(run, f"{parsed.id} on {engine}", wanted, tp)]
+    if dump is not None or stand_alone is not None:
+        todo.append(Part(write, "writing", ()))
+    records, written = judged(subject, todo)
     typer.echo(f"{parsed.id}: {parsed.why}")
-    parts = [f"engine {engine}", f"ISA {checked.records[0].isa or 'its own choice'}", f"TP {tp}"]
-    typer.echo(", ".join([*parts, "compared with " + ("the golden" if against == "golden" else "the live oracle")]))
-    told = [(record.message, "" if record.verdict == "PASS" else f"    {record.repro}") for record in checked.records]
+    parts = [f"engine {engine}", f"ISA {records[0].isa or 'its own choice'}", f"TP {tp}"]
+    if any(record.gates for record in records):
+        parts.append("compared with " + ("the golden" if records[0].source == "golden" else "the live oracle"))
+    typer.echo(", ".join(parts))
+    told = [(record.message, "" if record.verdict == "PASS" else f"    {record.repro}") for record in records]
     for message, again in dict.fromkeys(told):  # what no tensor came of is one thing
         typer.echo(message)
         if again:
             typer.echo(again)
-    if dump is not None:
-        typer.echo(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
-    if stand_alone is not None:
-        script = folder.write_checked(checked, engine, stand_alone, tp=tp, threads=threads or 0)
-        typer.echo(f"{script}: run it with a Python that has {engine}")
-    if not checked.passed:
+    for line in written:
+        typer.echo(line)
+    if any(record.verdict != "PASS" for record in records):
         raise typer.Exit(1)
 
 
@@ -346,6 +356,7 @@ def verify(
     threads: Annotated[int | None, typer.Option(help="at most so many threads", min=1)] = None,
     fresh: Annotated[int | None, typer.Option(metavar="SEED", help="draw new inputs from this seed")] = None,
     steps: Annotated[int, typer.Option(help="training steps", min=2)] = 10,
+    time_limit: Annotated[float, _TIME_LIMIT] = 900,
 ) -> None:
     """Verify one engine without pytest: inputs, oracle, gates, one table.
 
@@ -359,6 +370,7 @@ def verify(
                python -m ktverify verify --mode training --engine my_package.layer:make_layer
     """
     from ktverify import verify as checking
+    from ktverify import verify_command as verifying
     from ktverify.cases import Case
     from ktverify.running import METHOD
 
@@ -370,122 +382,17 @@ def verify(
     degrees = checking.tp_degrees(parsed, tp)
     if mode == "training" and method != METHOD:
         raise ValueError(f"--mode training steps the LoRA parameters, which {method} has no gradients for")
-    options: dict[str, Any] = {"isa": isa, "threads": threads}
+    subject = verifying.Subject(engine, parsed, method, fresh is not None, isa, threads, time_limit)
     typer.echo(f"{parsed.id}: {parsed.why}")
-    records: list[AccuracyRecord] = []
-    problems: list[str] = []
-    if mode != "training":
-        records += _verify_calls(engine, parsed, degrees, mode, method, fresh is not None, options)
+    parts = verifying.parts_of_calls(subject, degrees, mode) if mode != "training" else []
     if mode in ("training", "all") and method == METHOD:
-        trained, found = _verify_training(engine, parsed, degrees, steps, options)
-        records += trained
-        problems += found
-    _conclude(records, problems)
-
-
-def _verify_calls(
-    engine: str, case: Case, degrees: tuple[int, ...], mode: str, method: str, fresh: bool, options: dict[str, Any]
-) -> list[AccuracyRecord]:
-    """The records of forward and backward at every TP degree; expected values are computed once."""
-    from ktverify import names
-    from ktverify import verify as checking
-    from ktverify.diagnose.hook import add_cause
-
-    wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode)
-    records: list[AccuracyRecord] = []
-    checked = None
-    for degree in degrees:
-        with _progress(f"{mode if mode != 'all' else 'forward and backward'}, TP {degree}"):
-            checked = checking.check_case(
-                engine,
-                case,
-                tp=degree,
-                method=method,
-                fresh=fresh,
-                backward=mode != "forward",
-                tensors=wanted,
-                given=checked,
-                **options,
-            )
-        if method == "AMXBF16_SFT":
-            add_cause(checked, engine, isa=options["isa"], tp=degree)
-        records += checked.records
-    return records
-
-
-def _verify_training(
-    engine: str, case: Case, degrees: tuple[int, ...], steps: int, options: dict[str, Any]
-) -> tuple[list[AccuracyRecord], list[str]]:
-    """The worst step's record of each tensor at every TP degree, and what else was wrong with the losses."""
-    from ktverify import names
-    from ktverify import verify as checking
-    from ktverify.running import RAISED
-
-    records: list[AccuracyRecord] = []
-    problems: list[str] = []
-    for degree in degrees:
-        done: list[list[AccuracyRecord]] = []
-        losses: list[float] = []
-        training = checking.check_training(engine, case, tp=degree, steps=steps, **options)
-        try:
-            for loss, found in training:
-                done.append(found)
-                losses.append(loss)
-                typer.echo(f"TP {degree}, step {len(done):2d}: loss {loss:.6g}", err=True)
-        except RAISED as error:
-            told = checking.as_told(error)
-            label = checking.isa_label(engine, options["isa"])
-            records += checking.lost(
-                told, names.ALL_TENSORS, engine, case, label, tp=degree, source="fresh", family="training"
-            )
-            continue
-        records += checking.worst_of_steps(done)
-        problem = checking.loss_problem(losses)
-        if problem:
-            problems.append(f"FAIL training at TP {degree}: {problem}")
-    return records, problems
-
-
-def _conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
-    """Print the table, what failed and the verdict; exit 1 unless something passed, and all that the engine claims."""
-    from ktverify.diagnose.hook import cause_of
-    from ktverify.report import console
-    from ktverify.report.problems import problem_text
-
-    claimed = [record for record in records if record.verdict != "UNSUPPORTED"]
-    if claimed:
-        console.print_accuracy(claimed)
-    declared = [record for record in records if record.verdict == "UNSUPPORTED"]
-    for tp, training, message in dict.fromkeys((r.tp, r.family == "training", r.message) for r in declared):
-        typer.echo(f"TP {tp}{', training' if training else ''}: {message}")
-    bad = [record for record in claimed if record.verdict != "PASS"]
-    for text, cause in dict.fromkeys((problem_text(record), cause_of(record.message)) for record in bad):
-        typer.echo(text)
-        if cause:
-            typer.echo(f"    {cause}")
-    for problem in problems:
-        typer.echo(problem)
-    beside = f"; {len(declared)} are UNSUPPORTED" if declared else ""
-    if bad or problems:
-        more = f", and {len(problems)} more" if problems else ""
-        typer.echo(f"FAIL {len(bad)} of {len(claimed)} comparisons{more}{beside}")
-        raise typer.Exit(1)
-    if not claimed:
-        typer.echo(f"FAIL nothing was compared{beside}")
-        raise typer.Exit(1)
-    typer.echo(f"PASS {len(claimed)} comparisons{beside}")
+        parts += verifying.parts_of_training(subject, degrees, steps)
+    verifying.conclude(*verifying.judged(subject, parts))
 
 
 def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:
     if value is not None and value not in allowed:
         raise ValueError(f"{option} is {value!r}, it takes one of {', '.join(allowed)}")
-
-
-def _progress(text: str) -> Any:
-    """A spinner on a terminal's stderr while something long runs; nothing where the output is kept."""
-    from ktverify.report.console import make_console
-
-    return make_console(stderr=True).status(text)
 
 
 for _command in (mutants, clean, diagnose, confirm, profile):
@@ -502,4 +409,6 @@ app.add_typer(bench_app(_one_line_errors), name="bench")
 
 def main() -> None:
     """Entry point of `ktverify` and `python -m ktverify`."""
+    # this process is the program's own: see supervised.py
+    supervised.forks = True
     app(prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")

@@ -18,26 +18,37 @@ from ktverify.engines import EngineFactory
 from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 METHOD = "AMXBF16_SFT"
-CONSTRUCTOR = "constructor"
+IMPORT, CONSTRUCTOR = "import", "constructor"
 # what counts as raised by an engine: it may not end the program that asks it, so sys.exit is one more exception
 RAISED = (Exception, SystemExit)
+
+
+def _nobody(_method: str) -> None:
+    """Who is told of calls where nobody watches over the process."""
+
+
+# told an engine's method when it is called and "" when that is over, so that a process's end can be told of it
+on_call: Callable[[str], None] = _nobody
 
 
 @contextlib.contextmanager
 def call_of(method: str) -> Iterator[None]:
     """What the engine raises in it knows the method: `method_of`."""
+    on_call(method)
     try:
         yield
     except RAISED as error:
         error.ktverify_method = method  # type: ignore[union-attr]
         raise
+    finally:
+        on_call("")
 
 
 def method_of(error: BaseException) -> str:
-    """The method of a layer that raised `error`, or CONSTRUCTOR; "" where nothing of an engine did."""
+    """The method of a layer that raised `error`, IMPORT or CONSTRUCTOR; "" where no engine did."""
     return getattr(error, "ktverify_method", "")
 
 

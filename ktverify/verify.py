@@ -28,6 +28,7 @@ from ktverify.peer import peer_error
 from ktverify.report.record import AccuracyRecord, VerdictName, accuracy_record, worst_first
 from ktverify.running import (
     CONSTRUCTOR,
+    IMPORT,
     METHOD,
     RAISED,
     build_layer,
@@ -93,7 +94,7 @@ def as_told(error: BaseException) -> Exception:
     """
     if isinstance(error, NotImplementedError | Died):
         return error
-    refusal = method_of(error) in ("", CONSTRUCTOR) and not isinstance(error, SystemExit)
+    refusal = method_of(error) in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
     if isinstance(error, MemoryError) or refusal:
         raise error
     return Raised(error)
@@ -139,6 +140,12 @@ def expected_of(case: Case, inputs: Inputs, *, fresh: bool, method: str = METHOD
     return LiveOracle.of(inputs, skip_lora=method != METHOD), "fresh"
 
 
+def unanswered(case: Case, *, fresh: bool, method: str = METHOD) -> Checked:
+    """What is known of a case whose engine ended its process: its inputs, and what they have to give."""
+    inputs = make_inputs(case)
+    return Checked(case, inputs, {}, *expected_of(case, inputs, fresh=fresh, method=method))
+
+
 def check_case(
     engine: str,
     case: Case,
@@ -163,7 +170,8 @@ def check_case(
         raise ValueError(f"method is {method!r}, it takes one of {', '.join(METHODS)}")
     if case.intermediate % tp:
         raise ValueError(f"TP {tp} does not divide I = {case.intermediate} of {case.id}")
-    factory = engines.find(engine)
+    with call_of(IMPORT):
+        factory = engines.find(engine)
     started = time.perf_counter()
     if given is not None:
         inputs, expected, source = given.inputs, given.expected, given.source
@@ -289,7 +297,8 @@ def check_training(
     limits of the project's own engine, and the bits of an integer case, are agreed for the inputs of the catalogue, and
     after a step parameters and upstream gradient are others.
     """
-    factory = engines.find(engine)
+    with call_of(IMPORT):
+        factory = engines.find(engine)
     inputs = make_inputs(case)
     label = isa_label(engine, isa)
     target = inputs.grad_output.float()

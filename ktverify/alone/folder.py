@@ -76,12 +76,12 @@ def write(inputs: Inputs, oracle: LiveOracle, script: Path, directory: str | os.
 
 
 def write_checked(
-    checked: Checked, engine: str, directory: str | os.PathLike[str], *, tp: int = 1, threads: int = 0
+    checked: Checked, engine: str, directory: str | os.PathLike[str], *, tp: int = 1, threads: int = 0, label: str = ""
 ) -> Path:
-    """write for a case that was checked here."""
+    """write for a case that was checked here, on the instruction set that `label` names."""
     oracle = checked.expected if isinstance(checked.expected, LiveOracle) else LiveOracle.of(checked.inputs)
     suite = {record.tensor: record.rel_l2 for record in checked.records if record.gates}
-    how = Setting(tp, threads, isa_name(checked.records[0].isa), suite)
+    how = Setting(tp, threads, isa_name(label), suite)
     return write(checked.inputs, oracle, script_of(engine), directory, how)
 
 

@@ -66,6 +66,8 @@ def load(name: str) -> EngineFactory:
 def _module(place: str, name: str) -> Any:
     try:
         return host.module_at(place)
+    except SystemExit as error:
+        raise ImportError(f"engine {name!r}: {place} ends the program when it is imported: exit {error}") from None
     except Exception as error:
         cause = " ".join(str(error).split()) or type(error).__name__
         # where nothing of its own has run yet, it was not found

@@ -210,6 +210,7 @@ def test_repro_ends_an_engine_that_hangs(tmp_path: Path) -> None:
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1
+    assert "TIMEOUT constructor: no answer after 1 s\n" in done.stdout
     assert "Timeout" in done.stderr
     assert "in make" in done.stderr
 

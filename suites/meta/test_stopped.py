@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from suites.support import unruly
 from suites.support.child import processes_of
 from suites.support.zygote import ROOT
 
@@ -66,3 +67,9 @@ def test_ctrl_c_ends_every_process(command: str) -> None:
 @pytest.mark.parametrize("arguments", [["clean"], ["diagnose", "--mutants"]], ids=["clean", "diagnose"])
 def test_ctrl_c_while_torch_is_imported(arguments: list[str]) -> None:
     assert stopped(arguments, imports_torch) == "stopped; nothing was written\n"
+
+
+def test_ctrl_c_ends_an_engine_that_hangs() -> None:
+    case = f"E=4,k=2,H=32,I=32,T={unruly.HANGS},r=4,alpha=8"
+    arguments = ["verify", "--engine", "suites.support.unruly:Unruly", "--case", case]
+    assert "Traceback" not in stopped(arguments, lambda pid: len(processes_of(pid)) == 2)

@@ -25,6 +25,7 @@ from typing import IO, Any
 import psutil
 
 from ktverify.hosting.process import LAST_LINES, how_it_ended, last_lines
+from ktverify.supervised import portable
 from suites.support import locks
 from suites.support.unsupported import Unsupported
 from suites.support.zygote import WAIT_S, find, zygote
@@ -288,15 +289,6 @@ def _function(name: str) -> Callable[..., Any]:
     return found
 
 
-def _portable(error: BaseException) -> BaseException | None:
-    """`error` if it survives a pickle round trip with its text, else None."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:
-        return None
-    return copy if type(copy) is type(error) and str(copy) == str(error) else None
-
-
 def serve(request: int, answer: int) -> None:
     """Answer the calls that come over the pipe `request` until it closes."""
     while True:
@@ -307,5 +299,5 @@ def serve(request: int, answer: int) -> None:
         try:
             data = pickle.dumps((True, _function(function)(**kwargs)))
         except Exception as error:
-            data = pickle.dumps((False, (_portable(error), traceback.format_exc())))
+            data = pickle.dumps((False, (portable(error), traceback.format_exc())))
         _write_all(answer, data)

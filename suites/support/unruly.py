@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,6 +113,21 @@ class Leaves(TorchBf16):
 
     def backward(self, grad_output: torch.Tensor) -> Any:
         sys.exit(EXIT_CODE)
+
+
+class DiesInParts(TorchBf16):
+    """Right without tensor parallelism; with it, a backward ends the process."""
+
+    stand_alone = str(Path(__file__).with_name("accused_alone.py"))
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._parts = arguments["threadpool_count"]
+
+    def backward(self, grad_output: torch.Tensor) -> Any:
+        if self._parts > 1:
+            _die()
+        return super().backward(grad_output)
 
 
 class LeavesAtOnce:
