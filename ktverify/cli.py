@@ -26,7 +26,7 @@ from ktverify.stopping import told_in_one_line
 from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
 
 if TYPE_CHECKING:
-    from ktverify.cases import Case
+    pass
 
 P = ParamSpec("P")
 R = TypeVar("R")

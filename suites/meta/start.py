@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+from ktverify.stopping import INTERRUPTED
 
 
 def main(module: str, arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C: a command ends at once, with one line and exit code 130, and leaves no process behind."""
+"""Ctrl-C: a command ends at once, with one line and exit code 130, keeps what is whole and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner, Result
 
+from ktverify import doctor
+from ktverify.cli import app
+from ktverify.golden import __main__ as golden
+from ktverify.golden import store
+from ktverify.stopping import INTERRUPTED, USUAL
 from suites.support import unruly
 from suites.support.child import processes_of
 from suites.support.zygote import ROOT
@@ -47,7 +53,7 @@ def stopped(arguments: list[str], when: Callable[[int], bool]) -> str:
         family = processes_of(started.pid)
         os.killpg(started.pid, signal.SIGINT)
         _, said = started.communicate(timeout=SECONDS)
-    assert started.returncode == 130
+    assert started.returncode == INTERRUPTED
     assert awaited(lambda: not any(map(_lives, family)), SECONDS)
     return said
 
@@ -73,3 +79,50 @@ def test_ctrl_c_ends_an_engine_that_hangs() -> None:
     case = f"E=4,k=2,H=32,I=32,T={unruly.HANGS},r=4,alpha=8"
     arguments = ["verify", "--engine", "suites.support.unruly:Unruly", "--case", case]
     assert "Traceback" not in stopped(arguments, lambda pid: len(processes_of(pid)) == 2)
+
+
+def stop(*arguments: object, **more: object) -> None:
+    raise KeyboardInterrupt
+
+
+def told(result: Result) -> str:
+    """The one line of a stopped command."""
+    assert result.exit_code == INTERRUPTED, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("stopped")]
+    assert "Traceback" not in result.output
+    return line
+
+
+def test_every_command_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", stop)
+    assert told(CliRunner().invoke(app, ["doctor"])) == USUAL
+
+
+def test_goldens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "regenerate", stop)
+    assert told(CliRunner().invoke(golden.app, ["regenerate", "--check"])) == USUAL
+
+
+def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ktverify.training.journal import Journal
+
+    def at_three(self: Journal, args: object, state: object, control: object, **more: object) -> None:
+        if getattr(state, "global_step", 0) == 3:
+            raise KeyboardInterrupt
+
+    tiny, output = tmp_path / "tiny", tmp_path / "out"
+    assert CliRunner().invoke(app, ["make-tiny", "qwen3_moe", "--out", str(tiny)]).exit_code == 0
+    settings = {"model_name_or_path": tiny, "output_dir": output, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    command = [
+        "train",
+        "examples/minimal.yaml",
+        *(word for key in settings for word in (f"--{key}", f"{settings[key]}")),
+    ]
+    with monkeypatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(Journal, "on_step_end", at_three)
+        line = told(CliRunner().invoke(app, command))
+        early = told(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
+    again = "the same command with --resume_from_checkpoint true goes on from there"
+    assert line == f"stopped at step 3 of 4; {output}/checkpoint-2 and loss.jsonl are kept: {again}"
+    assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew")
