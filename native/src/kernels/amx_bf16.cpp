@@ -82,24 +82,29 @@ KTV_INLINE void multiply() {
     if constexpr (M > 1 && N > 1) tile_dot<3, 5, 7>();
 }
 
-// What one of several passes over the tokens fetches of each block that comes: its share of the block's 32 lines, so that
-// the memory has as much to do in the last pass as in the first.
+// What one of several passes over W's blocks fetches of each block that comes: its share of the block's 32 lines, so that
+// the memory has as much to do in the last pass as in the first. The arithmetic is short beside the reading, and little
+// is there to hide a miss: every line is asked for often.
 struct Share {
-    int pass, lines;  // of a quarter
+    int pass, lines;  // lines of a quarter
     static int lines_of(int passes) { return (kBlock / 4 + passes - 1) / passes; }
     // A quarter of it, between two tile loads.
-    KTV_INLINE void fetch_quarter(const Coming<2>& block, int quarter) const {
+    template <int times>
+    KTV_INLINE void fetch_quarter(const Coming<times>& block, int quarter) const {
         fetch(block + std::min((4 * pass + quarter) * lines, kBlock - lines) * kBlock, lines);
     }
 };
+// How often; k-blocks in a chunk, and between two of these asks.
+constexpr int nt_times = 6, nn_times = 4, nt_chunk = 16, nt_step = 8;
+using Panels = ComingPanels<nn_times>;
 
 // 32 rows of W (A, natural) by G groups of tokens (B, packed).
 template <int G>
-void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const Coming<2>& coming, Share share,
-              float* c, std::size_t ldc, bool add) {
+void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, const Coming<nt_times>& coming,
+              Share share, float* c, std::size_t ldc, bool add) {
     load_results<2, G>(c, ldc, add);
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
-        const Coming<2> now = coming + kb * kBlockSize;
+        const Coming<nt_times> now = coming + kb * kBlockSize;
         share.fetch_quarter(now, 0);
         tile_load<4>(w, 64);
         share.fetch_quarter(now, 1);
@@ -115,9 +120,8 @@ void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblock
 
 // k goes in chunks that keep W's 32 rows in the cache while all groups pass over them: W is read from memory once.
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
-    constexpr int chunk = 16;
     const int groups = (rows + kGroup - 1) / kGroup, lines = Share::lines_of((groups + 1) / 2);
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const Coming<2>& coming, bool add) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const Coming<nt_times>& coming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         const bf16* x = seg.tokens + kb * kPackSize;
         for (int g = 0; g < groups; g += 2) {
@@ -126,17 +130,17 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
                   add);
         }
     };
-    visit_chunks<2>(segments, count, chunk, chunk, multiply);
+    visit_chunks<nt_times>(segments, count, nt_chunk, nt_step, multiply);
 }
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
 template <int M>
-void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const ComingPanels& coming, Share share,
+void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const Panels& coming, Share share,
               float* c, std::size_t ldc, bool add) {
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
     for (int kb = 0; kb < kblocks; ++kb, panel += kBlockSize, g += kBlock) {
-        const Coming<2> now = coming.at<2>(kb, panel);
+        const auto now = coming.at<nn_times>(kb, panel);
         share.fetch_quarter(now, 0);
         tile_load<4>(g, stride);
         share.fetch_quarter(now, 1);
@@ -150,28 +154,37 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
     store_results<M, 2>(c, ldc);
 }
 
-// The panel in one go: a tile load behind the stores of its own block would wait for them. Nothing is fetched
-// meanwhile, for there is no arithmetic to spread it over.
+// The panel in one go: a tile load behind the stores of its own block would wait for them.
 template <bool gathered>
-void interleave(const NnSegment& seg, const Panel& panel) {
+void interleave(const NnSegment& seg, const Panel& panel, const Panels& coming, Share share) {
     for (int i = 0; i < panel.count; ++i) {
         const RawBlock<gathered> block(seg, panel.kb + i, panel.cb, false);
-        for (int pair = 0; pair < 16; ++pair) block.interleave(pair, panel.blocks + i * kBlockSize);
+        bf16* to = panel.blocks + i * kBlockSize;
+        const auto now = coming.at<nn_times>(i, to);
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            share.fetch_quarter(now, quarter);
+            for (int pair = 4 * quarter; pair < 4 * quarter + 4; ++pair) block.interleave(pair, to);
+        }
     }
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    const int lines = Share::lines_of((rows + 31) / 32);
-    visit_panels(segments, count, cblocks,
-                 [&](const NnSegment& seg, const Panel& panel, const ComingPanels& coming, bool add) {
-                     if (panel.raw) (seg.weights ? interleave<false> : interleave<true>)(seg, panel);
-                     const bf16* g = seg.rows + panel.kb * kBlock;
-                     for (int r = 0; r < rows; r += 32) {
-                         const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
-                         block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming, {r / 32, lines},
-                               c + r * ldc + panel.cb * kBlock, ldc, add);
-                     }
-                 });
+    // The fewer rows, the shorter the time between two asks for a line should be; with many, results would go to and from
+    // the tiles too often.
+    const int depth = rows <= 128 ? kNnBlocks / 2 : kNnBlocks;
+    // interleaving is a pass too
+    const int lines = Share::lines_of(1 + (rows + 31) / 32);
+    visit_panels<nn_times>(segments, count, cblocks, depth,
+                           [&](const NnSegment& seg, const Panel& panel, const Panels& coming, bool add) {
+                               if (panel.raw)
+                                   (seg.weights ? interleave<false> : interleave<true>)(seg, panel, coming, {0, lines});
+                               const bf16* g = seg.rows + panel.kb * kBlock;
+                               for (int r = 0; r < rows; r += 32) {
+                                   const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
+                                   block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming, {1 + r / 32, lines},
+                                         c + r * ldc + panel.cb * kBlock, ldc, add);
+                               }
+                           });
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ inline void visit_chunks(const NtSegment* segments, int count, int most, int ste
 }
 
 inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
-inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time: 16 KB of panel stays in L1
+inline constexpr int kNnBlocks = 8;            // k-blocks interleaved at a time, at most: 16 KB of panel stays in L1
 
 // Two neighbouring rows of 32 columns, interleaved: the first 16 columns, and the others.
 struct RowPair {
@@ -129,13 +129,13 @@ inline int sharing(const NnSegment* segments, int count, int s) {
     return same;
 }
 
-// The place that nn visits after `at`: s is `count` at the end.
-inline Place after(const NnSegment* segments, int count, int cblocks, Place at) {
+// The place that nn visits after `at`, in panels of at most `depth` k-blocks: s is `count` at the end.
+inline Place after(const NnSegment* segments, int count, int cblocks, int depth, Place at) {
     if (at.s == count) return at;
     const int kblocks = segments[at.s].kblocks;
     if (++at.cb < cblocks) return at;
     at.cb = 0;
-    at.kb += piece(kblocks - at.kb, kNnBlocks);
+    at.kb += piece(kblocks - at.kb, depth);
     if (at.kb < kblocks) return at;
     return {at.s + sharing(segments, count, at.s), 0, 0};
 }
@@ -161,8 +161,8 @@ class Ahead {
 };
 
 // The panels that come next.
+template <int most>
 struct ComingPanels {
-    static constexpr int most = 3;
     Ahead ahead[most];
     // What to fetch of the first `times` of them while the i-th block of the present one is multiplied; where there is
     // nothing more, `at_hand`, which costs little.
@@ -199,17 +199,18 @@ struct Panel {
     int pairs(int i) const { return i + 1 < count ? kBlock / 2 : last_pairs; }
 };
 
-// Visits the panels of W one after the other: calls multiply(segment, panel, coming, add) for each segment that has it.
-template <typename Multiply>
-inline void visit_panels(const NnSegment* segments, int count, int cblocks, const Multiply& multiply) {
+// Visits the panels of W, of at most `depth` k-blocks, one after the other: calls multiply(segment, panel, coming, add)
+// for each segment that has it. What comes are the next `times` of them, so that a line is asked for as often.
+template <int times, typename Multiply>
+inline void visit_panels(const NnSegment* segments, int count, int cblocks, int depth, const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
-    const auto next = [&](Place at) { return after(segments, count, cblocks, at); };
+    const auto next = [&](Place at) { return after(segments, count, cblocks, depth, at); };
     for (Place at; at.s < count; at = next(at)) {
         const NnSegment& seg = segments[at.s];
-        const int have = piece(seg.kblocks - at.kb, kNnBlocks);
+        const int have = piece(seg.kblocks - at.kb, depth);
         const int last_pairs = kBlock / 2 - (at.kb + have == seg.kblocks ? seg.idle_pairs : 0);
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
-        ComingPanels coming;
+        ComingPanels<times> coming;
         Place then = at;
         for (Ahead& ahead : coming.ahead) {
             then = next(then);
@@ -219,7 +220,7 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, cons
         const int same = sharing(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {
             multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have, last_pairs, i == 0}, coming, add);
-            coming = ComingPanels();  // once is enough
+            coming = {};  // once is enough
         }
     }
 }
