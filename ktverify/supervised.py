@@ -24,7 +24,8 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
-from ktverify.hosting.process import Died, end_with_parent, how_it_ended
+from ktverify.hosting.host import end_with_parent
+from ktverify.hosting.process import Died, how_it_ended
 
 T = TypeVar("T")
 
@@ -80,9 +81,8 @@ class Parts(Generic[T]):
         raise error from Elsewhere(trace)
 
     def close(self) -> None:
-        """End the process at once: it keeps nothing that matters."""
+        """End the process at once, and what it started: they keep nothing that matters."""
         if self._connection is not None:
-            os.kill(self._pid, signal.SIGKILL)
             self._reaped()
 
     def _start(self) -> Connection:
@@ -90,21 +90,35 @@ class Parts(Generic[T]):
         # what stands in a buffer at a fork is written twice
         sys.stdout.flush()
         sys.stderr.flush()
-        self._pid = os.fork()
-        if self._pid == 0:
-            here.close()
-            self._serve(there)
-        there.close()
-        self._connection = here
+        # the last process's method is not this one's
+        self._note[:] = bytes(_NOTE)
+        parent = os.getpid()
+        try:
+            # Ctrl-C waits until this process knows what to end, and the other one that it is not meant
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            self._pid = os.fork()
+            if self._pid == 0:
+                here.close()
+                self._serve(there, parent)
+            # by both, since either may be the first to need it
+            os.setpgid(self._pid, self._pid)
+            there.close()
+            self._connection = here
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return here
 
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection: Connection, parent: int) -> None:
         """The other end; does not return."""
         code = 1
         try:
-            end_with_parent()
-            # Ctrl-C is for the parent, which then ends this one
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            # what an engine starts is ended with the group
+            os.setpgid(0, 0)
+            end_with_parent(parent=parent)
+            # Ctrl-C is for the parent, which then ends this one; a terminal would stop what is not in its foreground
+            for number in (signal.SIGINT, signal.SIGTTIN, signal.SIGTTOU):
+                signal.signal(number, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             with watched(self._time_limit, self._noted), contextlib.suppress(EOFError):
                 while True:
                     connection.send(self._answer(connection.recv()))
@@ -143,7 +157,10 @@ class Parts(Generic[T]):
         return Ended("CRASH", f"{where}the process {how_it_ended(code)}")
 
     def _reaped(self) -> int:
+        """Its exit code, once it and what it started are ended."""
         assert self._connection is not None
+        # before its number is free for another process to have
+        os.killpg(self._pid, signal.SIGKILL)
         self._connection.close()
         self._connection = None
         return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])

@@ -3,7 +3,7 @@
 Run by path, under any Python from 3.10 on that has torch and the engine: it imports nothing of ktverify. Requests and
 answers are lines of JSON; tensors travel as memory: the sender copies them into a memfd of their own, which the
 receiver maps and keeps as long as one of them lives. Strides, the address modulo 64 and requires_grad are kept.
-ktverify.hosting.layer uses `pack` and `unpack` for its own end.
+ktverify.hosting.layer uses `Parcel` and `unpack` for its own end.
 """
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ from __future__ import annotations
 import base64
 import builtins
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import json
 import mmap
 import os
 import pickle
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 ALIGNMENT = 64
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 PARAMETERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
 
@@ -144,6 +147,19 @@ def _value(described: dict[str, Any], memory: _Mapped | None) -> Any:
     return tensor.requires_grad_(found["grad"])
 
 
+# ---- the process
+
+
+def end_with_parent(on: bool = True, *, parent: int = 0) -> None:
+    """From now on this process is ended, by SIGKILL, when the thread that started it ends, also by a signal.
+
+    parent: the number of the process that started it; where that has ended already, this one ends at once.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL) if on else 0)
+    if parent and os.getppid() != parent:
+        os._exit(1)
+
+
 # ---- the engine
 
 
@@ -253,4 +269,6 @@ if __name__ == "__main__":
     # the folder of this file comes first on the path: nothing in it may stand for an installed package
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    spec, parent, *pipes = sys.argv[1:]
+    end_with_parent(parent != "0", parent=int(parent))
+    serve(spec, *map(int, pipes))

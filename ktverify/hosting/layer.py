@@ -65,7 +65,9 @@ class _Host:
             environment.pop("PYTHONPATH", None)
             environment.pop("PYTHONHOME", None)
         # no time limit: who started this process watches over it
-        self._process = Process([python, str(HOST), spec], environment, timeout_s=None)
+        # it ends with the thread that starts it: one of a pool's may end before its layers do
+        ends_with = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+        self._process = Process([python, str(HOST), spec, str(ends_with)], environment, timeout_s=None)
         self._lock = threading.Lock()
         self.layers = 0
         self.dropped: list[int] = []

@@ -7,7 +7,6 @@ or `Died` with the signal and the last lines that it wrote.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -22,7 +21,6 @@ from typing import IO, Any
 
 LAST_LINES = 12
 _TAIL = 1 << 15
-_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 # all but the last two parts of a path in a traceback
 _FOLDERS = re.compile(r'File "/(?:[^"/]+/)*(?=[^"/]+/[^"/]+")')
 
@@ -34,11 +32,6 @@ class Died(Exception):
     """
 
     verdict = "CRASH"
-
-
-def end_with_parent(on: bool = True) -> None:
-    """From now on this process is ended, by SIGKILL, when the thread that started it ends, also by a signal."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL) if on else 0)
 
 
 def how_it_ended(code: int) -> str:

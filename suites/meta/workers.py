@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from ktverify.hosting.process import end_with_parent
+from ktverify.hosting.host import end_with_parent
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ktverify.hosting.process import end_with_parent
+from ktverify.hosting.host import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 _PRELOADED = ("ktverify.verify", "suites.support.accuracy", "suites.support.contract", "suites.support.training")
