@@ -19,6 +19,7 @@ from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
 METHOD = "AMXBF16_SFT"
 IMPORT, CONSTRUCTOR = "import", "constructor"
@@ -159,12 +160,17 @@ def run_case(
     """
     given = make_inputs(case) if inputs is None else inputs
     layer = build_layer(factory, case, given, isa=isa, tp=tp, threads=threads, **more)
+    unless_first: AbstractContextManager[None] = contextlib.suppress(*RAISED)
     try:
         found = run_layer(layer, given, backward=backward, into=into)
+        unless_first = contextlib.nullcontext()
         return {name: tensor.detach() for name, tensor in found.items()}
     finally:
-        clear = getattr(layer, "clear_sft_buffer_cache", None)
-        del layer
-        if clear is not None:
-            clear()
-        gc.collect()
+        # of two exceptions the first is told
+        with unless_first, call_of("clear_sft_buffer_cache"):
+            clear = getattr(layer, "clear_sft_buffer_cache", None)
+            del layer
+            if clear is not None:
+                clear()
+            del clear
+            gc.collect()

@@ -212,6 +212,9 @@ def check_case(
         checked.records.append(accuracy_record(judgement, difference, **where))
     if raised is not None:
         missing = [name for name in wanted if name not in actual]
+        if not missing and not isinstance(raised, NotImplementedError):
+            # what went wrong after the last tensor came, as in the clean-up, is told beside that one's own record
+            missing = [wanted[-1]]
         checked.records += lost(raised, missing, engine, case, label, tp=tp, source=source, method=method)
     return checked
 
@@ -303,11 +306,13 @@ def check_training(
     label = isa_label(engine, isa)
     target = inputs.grad_output.float()
     layer = build_layer(factory, case, inputs, isa=isa, tp=tp, threads=threads)
-    parameters = [getattr(layer, name) for name in LORA_NAMES]
+    with call_of("parameters"):
+        parameters = [getattr(layer, name) for name in LORA_NAMES]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
     for step in range(steps):
         started = time.perf_counter()
-        lora = {name: getattr(layer, name).detach().clone() for name in LORA_NAMES}
+        with call_of("parameters"):
+            lora = {name: getattr(layer, name).detach().clone() for name in LORA_NAMES}
         output = forward(layer, inputs, save=False)
         distance = output.float() - target
         # AdamW divides every gradient by its own size, so the mean's constant factor may be left out of the gradient

@@ -187,6 +187,15 @@ def test_an_engine_that_leaves_is_a_crash() -> None:
     assert re.search(r"^CRASH constructor: SystemExit: no licence \(unruly\.py:\d+\)$", text, re.MULTILINE)
 
 
+def test_a_clean_up_that_raises_is_a_crash_and_hides_nothing() -> None:
+    text = ends(call("repro", TINY, "--engine", "suites.support.unruly:Unclean"), 1)
+    assert re.search(r"^CRASH clear_sft_buffer_cache: ValueError: not now \(unruly\.py:\d+\)$", text, re.MULTILINE)
+    assert len(re.findall("^PASS ", text, re.MULTILINE)) == len(ALL_TENSORS)
+    text = ends(call("repro", TINY, "--engine", "suites.support.unruly:LeavesUnclean"), 1)
+    assert "CRASH backward: SystemExit" in text
+    assert "not now" not in text
+
+
 def test_a_case_stands_alone(tmp_path: Path) -> None:
     checked = verify.check_case("torch_bf16", Case.parse(TINY))
     script = write_checked(checked, "kt_kernel", tmp_path / "case")

@@ -115,6 +115,22 @@ class Leaves(TorchBf16):
         sys.exit(EXIT_CODE)
 
 
+class Unclean(TorchBf16):
+    """Right, and raises when it is to let go of its buffers."""
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        raise ValueError("not now")
+
+
+class LeavesUnclean(Leaves):
+    """Ends the program in a backward, and raises in the clean-up after it."""
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        raise ValueError("not now")
+
+
 class DiesInParts(TorchBf16):
     """Right without tensor parallelism; with it, a backward ends the process."""
 
