@@ -207,10 +207,11 @@ def repro(
 
     parsed = Case.parse(case)
     wanted = checking.check_names(tensor, backward=True)
-    if stand_alone is not None:
-        folder.script_of(engine)
-
     kept: list[checking.Checked] = []
+
+    def script() -> Found:
+        folder.script_of(engine)
+        return [], []
 
     def run() -> Found:
         checked = checking.check_case(
@@ -242,7 +243,11 @@ def repro(
         return [], written
 
     subject = Subject(engine, parsed, method, fresh, isa, threads, time_limit)
-    todo = [Part(run, f"{parsed.id} on {engine}", wanted, tp)]
+    source = checking.source_of(parsed, fresh=fresh, method=method)
+    todo = [Part(run, f"{parsed.id} on {engine}", wanted, tp, source)]
+    if stand_alone is not None:
+        # first: where there is no script, nothing need be computed
+        todo.insert(0, Part(script, f"the stand-alone script of {engine}", ()))
     if dump is not None or stand_alone is not None:
         todo.append(Part(write, "writing", ()))
     records, written = judged(subject, todo)

@@ -119,25 +119,31 @@ class Checked:
         return bool(self.records) and all(record.verdict == "PASS" for record in self.records)
 
 
+def source_of(case: Case, *, fresh: bool, method: str = METHOD) -> str:
+    """Where the right answer comes from: "golden" for an unchanged row of the catalogue that has one, else "fresh"."""
+    from ktverify import golden
+
+    of_catalogue = not fresh and method == METHOD and catalogue().get(case.name) == case
+    return "golden" if of_catalogue and golden.has(case) else "fresh"
+
+
 def expected_of(case: Case, inputs: Inputs, *, fresh: bool, method: str = METHOD) -> tuple[Expected, str]:
-    """(expected values, "golden" or "fresh"): goldens of an unchanged row of the catalogue, else the live oracle.
+    """(expected values, `source_of` them): the golden, or the live oracle.
 
     ValueError when a golden is there but belongs to other inputs.
     """
-    if not fresh and method == METHOD and catalogue().get(case.name) == case:
-        from ktverify import golden
+    source = source_of(case, fresh=fresh, method=method)
+    if source == "fresh":
+        return LiveOracle.of(inputs, skip_lora=method != METHOD), source
+    from ktverify import golden
 
-        try:
-            kept = golden.load(case)
-        except FileNotFoundError:
-            return LiveOracle.of(inputs), "fresh"
-        if kept.inputs_sha256 != inputs_sha256(inputs):
-            raise ValueError(
-                f"the golden of {case.id} is of other inputs than this generator makes; "
-                "run `python -m ktverify.golden regenerate`, or compare with --fresh"
-            )
-        return kept, "golden"
-    return LiveOracle.of(inputs, skip_lora=method != METHOD), "fresh"
+    kept = golden.load(case)
+    if kept.inputs_sha256 != inputs_sha256(inputs):
+        raise ValueError(
+            f"the golden of {case.id} is of other inputs than this generator makes; "
+            "run `python -m ktverify.golden regenerate`, or compare with --fresh"
+        )
+    return kept, source
 
 
 def unanswered(case: Case, *, fresh: bool, method: str = METHOD) -> Checked:

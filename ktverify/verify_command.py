@@ -25,15 +25,17 @@ Found = tuple[list["AccuracyRecord"], list[str]]
 
 @dataclass(frozen=True)
 class Part:
-    """One thing to judge: what is shown meanwhile ("" for nothing), and of what its records are if it ends early.
+    """One thing to do: what is shown meanwhile ("" for nothing), and of what its records are if it ends early.
 
-    family: as `ktverify.verify.lost` takes it.
+    tensors: none where it judges nothing, but does what was asked for. source, family: as `ktverify.verify.lost` takes
+    them.
     """
 
     run: Callable[[], Found]
     shown: str
     tensors: tuple[str, ...]
     tp: int = 1
+    source: str = ""
     family: str = ""
 
 
@@ -51,7 +53,10 @@ class Subject:
 
 
 def judged(subject: Subject, parts: Sequence[Part]) -> Found:
-    """The records of all parts in their order: those of one that took its process down say so."""
+    """The records of all parts in their order: those of one that took its process down say so.
+
+    RuntimeError where that one judges nothing.
+    """
     from ktverify import verify as checking
     from ktverify.supervised import Ended, Parts
 
@@ -62,8 +67,9 @@ def judged(subject: Subject, parts: Sequence[Part]) -> Found:
             try:
                 found, more = supervised.value(number, progress(part.shown) if part.shown else nullcontext())
             except Ended as ended:
+                if not part.tensors:
+                    raise RuntimeError(f"{part.shown}: {ended}") from None
                 label = checking.isa_label(subject.engine, subject.isa)
-                source = "fresh" if subject.fresh else "golden"
                 found, more = (
                     checking.lost(
                         ended,
@@ -72,7 +78,7 @@ def judged(subject: Subject, parts: Sequence[Part]) -> Found:
                         subject.case,
                         label,
                         tp=part.tp,
-                        source=source,
+                        source=part.source,
                         method=subject.method,
                         family=part.family,
                     ),
@@ -112,19 +118,22 @@ def parts_of_calls(subject: Subject, degrees: Sequence[int], mode: str) -> list[
         return checked.records, []
 
     shown = mode if mode != "all" else "forward and backward"
-    return [Part(partial(run, degree), f"{shown}, TP {degree}", wanted, degree) for degree in degrees]
+    source = checking.source_of(subject.case, fresh=subject.fresh, method=subject.method)
+    return [Part(partial(run, degree), f"{shown}, TP {degree}", wanted, degree, source) for degree in degrees]
 
 
 def parts_of_training(subject: Subject, degrees: Sequence[int], steps: int) -> list[Part]:
     """A training at every TP degree: the worst step's record of each tensor, and what is wrong with the losses."""
     from ktverify import names
 
+    source = "fresh"
     return [
-        Part(partial(_trained, subject, degree, steps), "", names.ALL_TENSORS, degree, "training") for degree in degrees
+        Part(partial(_trained, subject, degree, steps, source), "", names.ALL_TENSORS, degree, source, "training")
+        for degree in degrees
     ]
 
 
-def _trained(subject: Subject, tp: int, steps: int) -> Found:
+def _trained(subject: Subject, tp: int, steps: int, source: str) -> Found:
     from ktverify import names
     from ktverify import verify as checking
     from ktverify.running import RAISED
@@ -141,7 +150,7 @@ def _trained(subject: Subject, tp: int, steps: int) -> Found:
     except RAISED as error:
         told = checking.as_told(error)
         label = checking.isa_label(engine, subject.isa)
-        return checking.lost(told, names.ALL_TENSORS, engine, case, label, tp=tp, source="fresh", family="training"), []
+        return checking.lost(told, names.ALL_TENSORS, engine, case, label, tp=tp, source=source, family="training"), []
     problem = checking.loss_problem(losses)
     return checking.worst_of_steps(done), [f"FAIL training at TP {tp}: {problem}"] if problem else []
 

@@ -20,6 +20,7 @@ from ktverify.data import Inputs
 from ktverify.files import write_whole
 from ktverify.gates import judge
 from ktverify.names import ALL_TENSORS, BASE_NAMES
+from ktverify.running import IMPORT, call_of
 from ktverify.verify import Checked, LiveOracle, isa_name
 
 SCRIPT = "run.py"
@@ -42,7 +43,8 @@ class Setting:
 
 def script_of(engine: str) -> Path:
     """The script that an engine brings. ValueError where it brings none."""
-    path = getattr(engines.load(engine), "stand_alone", None)
+    with call_of(IMPORT):
+        path = getattr(engines.load(engine), "stand_alone", None)
     if path is None:
         raise ValueError(
             f"engine {engine!r} has no stand-alone script; it takes the attribute stand_alone of its factory, "

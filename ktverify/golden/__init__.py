@@ -5,6 +5,6 @@
 
 from __future__ import annotations
 
-from ktverify.golden.store import Drift, Golden, NoGolden, golden_dir, load, load_full, regenerate
+from ktverify.golden.store import Drift, Golden, NoGolden, golden_dir, has, load, load_full, regenerate
 
-__all__ = ["Drift", "Golden", "NoGolden", "golden_dir", "load", "load_full", "regenerate"]
+__all__ = ["Drift", "Golden", "NoGolden", "golden_dir", "has", "load", "load_full", "regenerate"]

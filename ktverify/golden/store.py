@@ -120,12 +120,26 @@ def cache_dir() -> Path:
 def load(case: Case, directory: Path | None = None) -> Golden:
     """The golden of `case`. NoGolden where there is none for just this case and seed; ValueError for a broken file."""
     where = directory or golden_dir()
-    entry = _read_manifest(where)["cases"].get(case.id)
+    return _from_entry(case, _entry(case, where), where)
+
+
+def has(case: Case) -> bool:
+    """Whether the manifest has a golden for just this case and seed."""
+    try:
+        _entry(case, golden_dir())
+    except NoGolden:
+        return False
+    return True
+
+
+def _entry(case: Case, where: Path) -> dict[str, Any]:
+    """What the manifest says of the golden of `case`. NoGolden where there is none."""
+    entry: dict[str, Any] | None = _read_manifest(where)["cases"].get(case.id)
     if entry is None:
         raise NoGolden(f"no golden for {case.id} in {where}; `python -m ktverify.golden regenerate` makes them")
     if entry["case"] != case.spec:
         raise NoGolden(f"the golden of {case.id} is of {entry['case']}, the catalogue has {case.spec}")
-    return _from_entry(case, entry, where)
+    return entry
 
 
 def load_full(case: Case) -> dict[str, torch.Tensor]:

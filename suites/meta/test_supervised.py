@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ktverify import supervised
+from ktverify.cases import Case
 from ktverify.names import ALL_TENSORS
+from ktverify.running import METHOD, call_of
+from ktverify.verify_command import Part, Subject, judged
 from suites.support import unruly
 from suites.support.zygote import ROOT
 
@@ -46,6 +50,53 @@ def test_repro_tells_an_exit_and_still_writes_what_a_maintainer_needs(tmp_path: 
     assert done.returncode == 1, done.stderr
     assert "CRASH backward: the process died of SIGSEGV\n" in done.stdout
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"case.safetensors", "run.py"}
+
+
+def test_nothing_that_an_engine_does_when_imported_reaches_the_command(tmp_path: Path) -> None:
+    engine = tmp_path / "engine.py"
+    # after threads have computed a fork could not; what it starts holds this test's pipes for as long as it lives
+    text = f"""
+import subprocess
+import torch
+from ktverify.engines.torch_bf16 import TorchBf16
+torch.ones(700, 700) @ torch.ones(700, 700)
+subprocess.Popen(["sleep", "600"])
+class Engine(TorchBf16):
+    stand_alone = {unruly.DiesInParts.stand_alone!r}
+"""
+    engine.write_text(text, encoding="utf-8")
+    arguments = ["repro", CASE, "--engine", f"{engine}:Engine", "--stand-alone", str(tmp_path / "alone")]
+    assert run(*arguments).returncode == 0
+    assert (tmp_path / "alone" / "run.py").is_file()
+    engine.write_text("import os\nos.abort()\n", encoding="utf-8")
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: the stand-alone script of {engine}:Engine: CRASH import: the process died of SIGABRT"
+    )
+
+
+def ends_in(method: str) -> None:
+    with call_of(method):
+        os._exit(3)
+
+
+def test_each_process_is_told_of_its_own_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    # these parts need nothing of this process but that it forks
+    monkeypatch.setattr(supervised, "forks", True)
+    parts: supervised.Parts[None] = supervised.Parts([partial(ends_in, "backward"), partial(os._exit, 4)], 60.0)
+    with closing(parts):
+        with pytest.raises(supervised.Ended, match=r"^CRASH backward: the process ended with exit code 3$"):
+            parts.value(0, nullcontext())
+        with pytest.raises(supervised.Ended, match=r"^CRASH the process ended with exit code 4$"):
+            parts.value(1, nullcontext())
+
+
+def test_what_was_asked_for_and_not_done_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervised, "forks", True)
+    subject = Subject("torch_bf16", Case.parse(CASE), METHOD, False, None, None, 60.0)
+    with pytest.raises(RuntimeError, match=r"^writing: CRASH the process ended with exit code 3$"):
+        judged(subject, [Part(partial(os._exit, 3), "writing", ())])
 
 
 def test_what_is_refused_there_is_refused_here() -> None:
