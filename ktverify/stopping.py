@@ -1,4 +1,4 @@
-"""Ctrl-C: one line that says what is kept and how to go on, and the exit code. Light.
+"""Ctrl-C: one line that says what is kept and how to go on, and the exit code. Light: typer waits until it is needed.
 
 A command that can say more than the usual line raises KeyboardInterrupt again, with its own.
 """
@@ -6,12 +6,27 @@ A command that can say more than the usual line raises KeyboardInterrupt again, 
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
-
-import typer
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 USUAL = "stopped; no file is half-written, and what was not yet written is lost"
+
+
+@contextlib.contextmanager
+def put_off() -> Iterator[None]:
+    """Ctrl-C in the body comes after it. What is started there inherits it blocked. For the main thread."""
+    came: list[int] = []
+    # the mask is this thread's: one that a library started may still take the signal
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -20,5 +35,7 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stopped:
+        import typer
+
         typer.echo(str(stopped) or USUAL, err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -26,6 +26,7 @@ from typing import Any, Generic, TypeVar
 
 from ktverify.hosting.host import end_with_parent
 from ktverify.hosting.process import Died, how_it_ended
+from ktverify.stopping import put_off
 
 T = TypeVar("T")
 
@@ -93,9 +94,8 @@ class Parts(Generic[T]):
         # the last process's method is not this one's
         self._note[:] = bytes(_NOTE)
         parent = os.getpid()
-        try:
-            # Ctrl-C waits until this process knows what to end, and the other one that it is not meant
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # until this process knows what to end, and the other one that it is not meant
+        with put_off():
             self._pid = os.fork()
             if self._pid == 0:
                 here.close()
@@ -104,8 +104,6 @@ class Parts(Generic[T]):
             os.setpgid(self._pid, self._pid)
             there.close()
             self._connection = here
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return here
 
     def _serve(self, connection: Connection, parent: int) -> None:

@@ -6,27 +6,24 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from ktverify.hosting.host import end_with_parent
+from ktverify.stopping import put_off
 
 
 @contextlib.contextmanager
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of `jobs` processes. They end with this one, however it ends, and at once where the body raises."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
-    # Ctrl-C reaches all processes of a terminal; this one ends the others, which would each show a traceback
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        for _ in range(jobs):
-            pool.submit(os.getpid)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    try:
+        # Ctrl-C reaches all processes of a terminal; this one ends the others, which would each show a traceback
+        with put_off():
+            for _ in range(jobs):
+                pool.submit(os.getpid)
         yield pool
     except BaseException:
         # what they compute is for nobody any more
@@ -38,7 +35,9 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _prepare() -> None:
-    end_with_parent()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it is spawned
+    end_with_parent(parent=parent.pid or 0)
     torch.set_num_threads(1)
     # a layer's release collects garbage, and need not look through modules
     gc.collect()
