@@ -1,6 +1,7 @@
 """`python -m suites.meta.start MODULE [ARGUMENT…]`: what ktverify/checkout.py starts. MODULE has a typer function main.
 
-Ctrl-C ends it with one line and exit code 130, also while torch is still being imported.
+Ctrl-C ends it with one line and exit code 130, also while torch is still being imported. Nothing heavy is imported
+before that holds.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from ktverify.stopping import INTERRUPTED
 
 def main(module: str, arguments: list[str]) -> None:
     """Run the command of `module`; ends with SystemExit."""
-    # what is being imported may swallow a KeyboardInterrupt, and there is nothing yet to be ended in order
-    signal.signal(signal.SIGINT, lambda *_: os._exit(_stopped()))
+    # a shell ignores it for what runs in the background of a script
+    heeded = signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    if heeded:
+        # what is being imported may swallow a KeyboardInterrupt, and there is nothing yet to be ended in order
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_stopped()))
     import typer
 
     command = importlib.import_module(module).main
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if heeded:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *arguments]
     try:
         typer.run(command)

@@ -34,9 +34,10 @@ def main(
             progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
 
         result = run(chosen, jobs, step)
+    print_result(result, make_console())
+    # last: until here Ctrl-C says that nothing was written
     if json_path is not None:
         write_whole(json_path, as_json(result))
-    print_result(result, make_console())
     # of a few mutants most gates have nobody to kill
     if result.alive or (not names and result.idle_gates):
         raise typer.Exit(1)
