@@ -3,8 +3,9 @@
 Comes in: parts, functions without arguments. Goes out: each one's value, what it raised, or `Ended` where it took its
 process down or an engine's call did not come back; the next part then gets a new process.
 The process is a fork, made before torch or an engine has computed anything here: it costs milliseconds and has this
-one's terminal, imports and environment. Only the program `python -m ktverify` forks; another that calls its commands
-may have threads by then, and computes in its own process.
+one's imports, environment and terminal, to write to. It leads a group, and what is started in that ends with it.
+Only the program `python -m ktverify` forks; another that calls its commands may have threads by then, and computes in
+its own process.
 """
 
 from __future__ import annotations

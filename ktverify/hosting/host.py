@@ -266,6 +266,8 @@ if __name__ == "__main__":
     import faulthandler
 
     faulthandler.enable()
+    # Ctrl-C is for the other end, which ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # the folder of this file comes first on the path: nothing in it may stand for an installed package
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]

@@ -67,7 +67,8 @@ class _Host:
         # no time limit: who started this process watches over it
         # it ends with the thread that starts it: one of a pool's may end before its layers do
         ends_with = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        self._process = Process([python, str(HOST), spec, str(ends_with)], environment, timeout_s=None)
+        command = [python, str(HOST), spec, str(ends_with)]
+        self._process = Process(command, environment, timeout_s=None, own_session=False)
         self._lock = threading.Lock()
         self.layers = 0
         self.dropped: list[int] = []

@@ -53,9 +53,19 @@ def last_lines(log: IO[bytes]) -> list[str]:
 
 
 class Process:
-    """A process that answers. Its output goes to a file whose end tells how it died. Not for several threads."""
+    """A process that answers. Its output goes to a file whose end tells how it died. Not for several threads.
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], *, timeout_s: float | None) -> None:
+    own_session: False where it looks after Ctrl-C itself, and is to be ended with the group of this process.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        timeout_s: float | None,
+        own_session: bool = True,
+    ) -> None:
         self.timeout_s = timeout_s
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         request_read, self._request = os.pipe()
@@ -69,7 +79,7 @@ class Process:
             stdout=self._log,
             stderr=self._log,
             # Ctrl-C is for the controller: it ends its engines in order
-            start_new_session=True,
+            start_new_session=own_session,
         )
         os.close(request_read)
         os.close(answer_write)

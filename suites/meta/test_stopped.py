@@ -100,6 +100,22 @@ def test_ctrl_c_ends_an_engine_that_hangs() -> None:
     assert "Traceback" not in said
 
 
+def test_ctrl_c_ends_a_hosted_engine_and_what_it_started(tmp_path: Path) -> None:
+    engine, sign = tmp_path / "engine.py", tmp_path / "sign"
+    text = f"""
+import pathlib, subprocess, time
+from ktverify.hosting import Hosted
+def hang(**_):
+    subprocess.Popen(["sleep", "600"])
+    pathlib.Path({str(sign)!r}).touch()
+    time.sleep(600)
+make = Hosted({f"{engine}:hang"!r})
+"""
+    engine.write_text(text, encoding="utf-8")
+    arguments = ["verify", "--engine", f"{engine}:make", "--case", "E=4,k=2,H=32,I=32,T=3,r=4,alpha=8"]
+    assert stopped(arguments, lambda pid: sign.exists()).splitlines()[-1] == USUAL
+
+
 def stop(*arguments: object, **more: object) -> None:
     raise KeyboardInterrupt
 
