@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec, TypeVar
+from typing import Annotated, ParamSpec, TypeVar
 
 import typer
 
@@ -20,13 +20,11 @@ from ktverify import supervised
 from ktverify.alone.command import confirm
 from ktverify.bench.group import bench_app
 from ktverify.diagnose.command import DEBUG, diagnose
+from ktverify.options import EngineName
 from ktverify.power import clean, mutants
 from ktverify.profile.command import profile
 from ktverify.stopping import told_in_one_line
 from ktverify.training.command import COMMANDS as TRAINING_COMMANDS
-
-if TYPE_CHECKING:
-    pass
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -172,7 +170,7 @@ def list_cases(
 @_one_line_errors
 def repro(
     case: Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")],
-    engine: Annotated[str, typer.Option(help="engine name, package.module:factory or path/file.py:factory")] = "native",
+    engine: EngineName = "native",
     isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
     tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
     tp: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)] = 1,
@@ -356,7 +354,7 @@ def verify(
     method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
     tp: Annotated[str, typer.Option(help="no-tp, tp (every degree above 1 that the case has) or all")] = "no-tp",
     case: Annotated[str | None, typer.Option(help="a case as repro takes it (default: a Qwen3-30B-A3B shape)")] = None,
-    engine: Annotated[str, typer.Option(help="engine name, package.module:factory or path/file.py:factory")] = "native",
+    engine: EngineName = "native",
     isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
     threads: Annotated[int | None, typer.Option(help="at most so many threads", min=1)] = None,
     fresh: Annotated[int | None, typer.Option(metavar="SEED", help="draw new inputs from this seed")] = None,

@@ -413,8 +413,7 @@ def repro_command(
     method: str = METHOD,
 ) -> str:
     """The command line that repeats one comparison. `isa` may be a label; an emulated one sets the environment."""
-    words = [_environment(isa) + f"python -m ktverify repro '{case.id}'"]
-    words += [f"--engine {engine}"] if engine != engines.NATIVE else []
+    words = [f"{_environment(isa)}python -m ktverify repro '{case.id}'{engines.option(engine)}"]
     words += [f"--isa {isa_name(isa)}"] if isa else []
     words += [f"--tp {tp}"] if tp != 1 else []
     words += [f"--method {method}"] if method != METHOD else []
@@ -425,8 +424,7 @@ def repro_command(
 
 def verify_command(case: Case, *, engine: str = engines.NATIVE, isa: str = "", tp: int = 1) -> str:
     """The command line that repeats a training check."""
-    words = [_environment(isa) + f"python -m ktverify verify --mode training --case '{case.id}'"]
-    words += [f"--engine {engine}"] if engine != engines.NATIVE else []
+    words = [f"{_environment(isa)}python -m ktverify verify --mode training --case '{case.id}'{engines.option(engine)}"]
     words += [f"--isa {isa_name(isa)}"] if isa else []
     words += ["--tp tp"] if tp != 1 else []
     return " ".join(words)

@@ -52,8 +52,7 @@ def _above_zero(text: str) -> float:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ktverify", "the layer under test")
-    own = "package.module:factory or path/file.py:factory"
-    group.addoption("--engine", default="native", help=f"engine name, {own} (default: native)")
+    group.addoption("--engine", default="native", help=f"engine name, {engines.OWN} (default: native)")
     group.addoption("--isa", default="all", help="one instruction set of the native engine (default: all it can run)")
     group.addoption("--fresh", type=int, metavar="SEED", help="draw new inputs and compute the oracle live")
     group.addoption("--cases", metavar="GLOB", help="only the catalogue's cases whose name matches")
@@ -77,6 +76,10 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # the processes that compute start in the checkout, wherever this one did
+    config.option.engine = engines.absolute(config.option.engine, config.invocation_params.dir)
+    if path := os.environ.get("PYTHONPATH"):
+        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in path.split(os.pathsep))
     choose_limits(config.option.time_limit, config.option.memory_limit)
     if _is_worker(config):
         # workers share the processors; torch's own threads, here and in processes that tests start, would spin for

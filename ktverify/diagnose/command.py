@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktverify.checkout import become
+from ktverify.options import EngineName
 
 if TYPE_CHECKING:
     from ktverify.diagnose.search import Diagnosis
 
 _CASE = typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")
-_ENGINE = typer.Option(help="engine name, package.module:factory or path/file.py:factory")
 _ISA = typer.Option(help="force an instruction set; refused where it cannot run")
 _TP = typer.Option(help="tensor-parallel degree", min=1)
 
 
 def diagnose(
     case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = "small",
-    engine: Annotated[str, _ENGINE] = "native",
+    engine: EngineName = "native",
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
     tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
@@ -107,7 +107,7 @@ def _as_json(found: Diagnosis, engine: str) -> str:
 
 def debug_nan(
     case: Annotated[str, _CASE],
-    engine: Annotated[str, _ENGINE] = "native",
+    engine: EngineName = "native",
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
     save: Annotated[Path, typer.Option(help="where to put what is needed to replay")] = Path(".cache/nan.safetensors"),
@@ -131,7 +131,7 @@ def debug_nan(
 
 def debug_gradients(
     case: Annotated[str, _CASE],
-    engine: Annotated[str, _ENGINE] = "native",
+    engine: EngineName = "native",
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
 ) -> None:

@@ -55,7 +55,7 @@ def walk_non_finite(case: str, engine: str, *, isa: str | None, tp: int, save: P
             tensors.update({f"stages.{name}": value for name, value in v.of.items()})
     _save(tensors, parsed, save)
     lines.append(f"{len(tensors)} tensors in {save}: the inputs, the stages of expert {expert}, what the engine gave")
-    more = (f" --engine {engine}" if engine != engines.NATIVE else "") + (f" --isa {isa}" if isa else "")
+    more = engines.option(engine) + (f" --isa {isa}" if isa else "")
     lines.append(f"python -m ktverify debug nan '{parsed.id}'{more}" + (f" --tp {tp}" if tp != 1 else ""))
     return lines
 

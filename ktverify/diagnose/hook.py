@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ktverify import engines
 from ktverify.gates import Verdict
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def add_cause(checked: Checked, engine: str, *, isa: str | None = None, tp: int 
 def cause_line(checked: Checked, engine: str, *, isa: str | None = None, tp: int = 1) -> str:
     """`cause: …` in one line, whatever happens."""
     case = checked.case
-    command = f"python -m ktverify diagnose '{case.id}'" + (f" --engine {engine}" if engine != "native" else "")
+    command = f"python -m ktverify diagnose '{case.id}'{engines.option(engine)}"
     command += (f" --isa {isa}" if isa else "") + (f" --tp {tp}" if tp != 1 else "")
     if 3 * len(checked.inputs.active) * case.hidden * case.intermediate > _LARGE:
         return f"{PREFIX}not looked for in a case of this size; {command}"

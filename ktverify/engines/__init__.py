@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import shlex
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,20 @@ _BUILT_IN: dict[str, str] = {
 def names() -> list[str]:
     """The engines that come with the package."""
     return list(_BUILT_IN)
+
+
+def absolute(name: str, folder: str | os.PathLike[str] = "") -> str:
+    """`name` with its file, if it names one, by its whole path: not every process is in the user's directory.
+
+    folder: what a relative path starts from; the current directory if "".
+    """
+    place, colon, attribute = name.partition(":")
+    return f"{os.path.abspath(os.path.join(folder, place))}:{attribute}" if colon and place.endswith(".py") else name
+
+
+def option(name: str) -> str:
+    """What a command that is printed needs for engine `name`: " --engine name", quoted, "" for the native one."""
+    return f" --engine {shlex.quote(name)}" if name != NATIVE else ""
 
 
 def find(name: str) -> EngineFactory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -245,7 +246,7 @@ def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
             [TINY, "--engine", "no.such:f"],
             "'no.such:f' cannot be imported: No module named 'no'; put .* PYTHONPATH",
         ),
-        ([TINY, "--engine", "no/such.py:f"], "'no/such.py:f' cannot be imported: there is no file .*/no/such.py$"),
+        ([TINY, "--engine", "no/such.py:f"], "'/.*/no/such.py:f' cannot be imported: there is no file /.*/no/such.py$"),
         ([TINY, "--engine", "torch_bf16", "--tensor", "grad_up"], "tensor is 'grad_up', it takes one of output"),
         ([TINY, "--engine", "torch_bf16", "--tp", "5"], "TP 5 does not divide I = 32"),
         ([TINY, "--engine", "torch_bf16", "--method", "AMXInt3"], "method is 'AMXInt3', it takes one of AMXBF16_SFT"),
@@ -377,6 +378,23 @@ def test_losses_must_be_finite_and_fall(losses: list[float], wanted: str) -> Non
 def test_the_repro_command_of_an_emulated_isa_sets_the_environment() -> None:
     command = verify.repro_command(Case.parse("small"), isa="amx_bf16 (emulated)", tp=2)
     assert command == "KTVERIFY_EMULATE_AMX=1 python -m ktverify repro 'small@seed=0' --isa amx_bf16 --tp 2"
+
+
+def test_a_printed_command_names_an_engine_whose_path_has_a_space_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my engines"
+    folder.mkdir()
+    (folder / "mine.py").write_text("from ktverify.engines.torch_bf16 import TorchBf16 as make", encoding="utf-8")
+    monkeypatch.chdir(folder)
+    text = ends(call("debug", "nan", "nan_row", "--engine", "mine.py:make", "--save", "nan.safetensors"), 1)
+    engine = f"{folder}/mine.py:make"
+    commands = [
+        text.splitlines()[-1],
+        verify.repro_command(Case.parse("small"), engine=engine),
+        verify.verify_command(Case.parse("small"), engine=engine),
+    ]
+    assert [shlex.split(command)[-1] for command in commands] == [engine] * 3
 
 
 # ---- report and gate

@@ -97,6 +97,18 @@ def test_the_example_is_judged_from_its_own_folder(tmp_path: Path) -> None:
     assert "(1 UNSUPPORTED)" in (tmp_path / "run" / "accuracy.md").read_text(encoding="utf-8")
 
 
+def test_a_relative_path_is_one_from_where_the_run_was_started(tmp_path: Path) -> None:
+    folder = tmp_path / "else where"
+    folder.mkdir()
+    shutil.copy(ROOT / "examples" / "engine_outside" / "my_engine.py", folder)
+    suite = [str(ROOT / "suites" / "forward"), f"--rootdir={ROOT}", "--cases=tiny"]
+    done = judge(tmp_path / "run", *suite, "--engine=my_engine.py:Engine", folder=folder)
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    head = load(tmp_path / "run").head
+    assert head is not None
+    assert head.engine == f"{folder}/my_engine.py:Engine"
+
+
 @pytest.mark.parametrize(
     ("asked", "engine", "left_out"),
     [

@@ -70,4 +70,4 @@ def _given(text: str, name: str) -> Case:
 
 def _options(engine: str, isa: Isa) -> str:
     chosen = f" --isa {isa.id}" if isa.name else ""
-    return chosen if engine == engines.NATIVE else f" --engine {engine}{chosen}"
+    return f"{engines.option(engine)}{chosen}"
