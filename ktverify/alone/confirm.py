@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import dropwhile, groupby
 from pathlib import Path
 
 import torch
@@ -37,6 +38,8 @@ FOLDER = "confirm"
 TRIES = 3
 # characters of a script's last line that are shown
 LINE = 60
+_TRACEBACK = "Traceback (most recent call last):\n"
+_CODE = re.compile(r"\b(?:ended with exit code|SystemExit:) (\d+)\b")
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Alone:
-    """How one run of a script ended: "" where it saved its tensors, else "SIGSEGV", "no answer", its last line.
+    """How one run of a script ended: "" where it saved its tensors, else "SIGSEGV", "no answer", exit code or error.
 
-    gave_up: it left by itself, without tensors; its last line is whole.
+    gave_up: it left by itself, without tensors; the error is whole.
     """
 
     ended: str
@@ -135,9 +138,9 @@ class _Again:
         if code < 0:
             return Alone(signal.Signals(-code).name)
         if not actual.is_file():
-            last = said.strip().splitlines()
             how = f"it ended without {ACTUAL_FILE}" if code == 0 else how_it_ended(code)
-            return Alone(last[-1] if last and code else how, gave_up=True)
+            # Python's own code for every error: only the text says which
+            return Alone((_error_in(said) if code == 1 else "") or how, gave_up=True)
         from safetensors.torch import load
 
         return Alone("", actual=load(actual.read_bytes()))
@@ -173,15 +176,28 @@ class _Again:
                 yield name, error_text(difference.rel_l2, difference.non_finite)
 
 
-def _same_end(accusation: Accusation, last: str) -> bool:
-    """True where a script's last line is what the suite was told as well: the error and its text, or the exit code.
+def _error_in(said: str) -> str:
+    """The error that a script's output ends with, in one line: "ValueError: …", or what sys.exit was given."""
+    _, traced, end = said.rpartition(_TRACEBACK)
+    lines = end.strip("\n").splitlines()
+    error = dropwhile(lambda line: line.startswith(" "), lines) if traced else lines[-1:]
+    return " ".join(" ".join(error).split())
+
+
+def _same_end(accusation: Accusation, ended: str) -> bool:
+    """True where a script's end is what the suite was told as well: the exit code, or the error with its text, whole.
 
     Any other error is the script's own: it does not parse, lacks a module or a file, or calls what is not there.
+    A name without a text, like AssertionError, may be both.
     """
-    name, colon, text = last.partition(": ")
-    # a traceback names a class with its modules
-    said = f"{name.rpartition('.')[2]}: {text}" if colon else last
-    return " ".join(said.split()) in " ".join(accusation.message.split())
+    if code := _CODE.fullmatch(ended):
+        told = _CODE.search(accusation.message)
+        return told is not None and int(told.group(1)) == int(code.group(1))
+    # a traceback names a class with its modules, and sys.exit's text comes without a class
+    named = re.fullmatch(r"(?:\w+\.)*(\w+: .+)", ended)
+    error = re.escape(named.group(1)) if named else rf"[A-Z]\w*: {re.escape(ended)}"
+    # nothing follows but the place, as ktverify.verify.Raised tells it
+    return re.search(rf"(?:^|\s){error}(?: \(\S+:\d+\))?$", " ".join(accusation.message.split())) is not None
 
 
 def _wait(command: list[str], environment: dict[str, str], log: int, time_limit: float) -> int | None:

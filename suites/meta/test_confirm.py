@@ -131,6 +131,45 @@ def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypat
     assert [rows(text)[case_of(tokens).brief][0] for tokens in (13, 14)] == ["yes", "?"]
 
 
+@pytest.mark.parametrize(
+    ("message", "alone", "same"),
+    [
+        ("forward_sft: the process ended with exit code 127", "ended with exit code 1", False),
+        ("forward_sft: the process ended with exit code 1", "ended with exit code 127", False),
+        ("forward_sft: the process ended with exit code 3; last words:\n13 tokens", "ended with exit code 3", True),
+        ("CRASH forward_sft: SystemExit: 3 (engine.py:7)", "ended with exit code 3", True),
+        ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "AssertionError", False),
+        ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "AssertionError: rows", False),
+        (
+            "CRASH forward_sft: AssertionError: rows differ (engine.py:7)",
+            "engine.Own.AssertionError: rows differ",
+            True,
+        ),
+        ("CRASH forward_sft: the engine's process is gone", "e", False),
+        ("RuntimeError: no weights for fourteen", "fourteen", False),
+        ("CRASH forward_sft: SystemExit: no weights (engine.py:7)", "no weights", True),
+    ],
+)
+def test_only_the_same_end_is_confirmed(message: str, alone: str, same: bool) -> None:
+    told = Accusation(Place(case_of(13).id), "CRASH", "", "CRASH", message=message)
+    assert confirming._same_end(told, alone) is same
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("13 tokens\n", "13 tokens"),
+        (
+            "a\nTraceback (most recent call last):\n  File ...\n    f()\nValueError: two\n  lines\n",
+            "ValueError: two lines",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_error_that_an_output_ends_with(said: str, error: str) -> None:
+    assert confirming._error_in(said) == error
+
+
 def test_no_answer_is_confirmed_by_none(tmp_path: Path) -> None:
     # python alone takes longer than that
     run = write(tmp_path / "run", [ended(12, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")])
