@@ -88,8 +88,8 @@ struct Kernels {
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
     void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
     // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is
-    // not null also g and u as they are, transposed to [row][keep_ld] fp32; those begin
-    // on cache lines, and keep_ld is a multiple of 16.
+    // not null also g and u as they are, transposed to [row][keep_ld] fp32; those begin on cache lines, and keep_ld is
+    // a multiple of 16.
     void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
                      float* keep_g, float* keep_u, std::size_t keep_ld);
     // The same for few tokens: g, u [tokens][32] fp32 -> pack [tokens][32].
