@@ -28,7 +28,7 @@ from suites.tp_consistency.test_tp_consistency import DEGREES
 from suites.tp_constraint.test_tp_constraint import PAIRS
 from suites.training_loop.test_training_loop import TRAINED, UPDATED
 
-RAISED = "raised"  # what the engine raised where it should have computed: no gate, and none can hide it
+ENGINE_RAISED = "raised"  # what the engine raised where it should have computed: no gate, and none can hide it
 PRECONDITION = "check"  # a check that could not be made
 
 
@@ -54,7 +54,7 @@ def ask(check: Check, engine: str) -> list[Exceeded]:
     except AssertionError as error:
         return [Exceeded(PRECONDITION, float("inf"), str(error).partition("\n")[0])]
     except Exception as error:
-        return [Exceeded(RAISED, float("inf"), f"{type(error).__name__}: {error}".partition("\n")[0])]
+        return [Exceeded(ENGINE_RAISED, float("inf"), f"{type(error).__name__}: {error}".partition("\n")[0])]
     return []
 
 

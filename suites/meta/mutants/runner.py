@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ktverify.gates import GATES
 from suites.meta.mutants import MUTANTS, Mutant
-from suites.meta.mutants.checks import RAISED, TABLE, Exceeded, ask, ask_without
+from suites.meta.mutants.checks import TABLE, Exceeded, ask, ask_without
 from suites.meta.workers import workers
 
 # judges the case, not the engine: see suites/meta/test_mutants.py for what it catches
@@ -91,6 +91,3 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
     for lived in result.only.values():
         lived.sort(key=names.index)
     return result
-
-
-__all__ = ["NOT_OF_ENGINES", "RAISED", "Result", "candidates", "run", "worst"]
