@@ -70,12 +70,12 @@ def busy(shares: Iterable[float], where: str = "") -> list[str]:
     """The same of shares of the processors, 0 to 1; where: of which times, if not of all."""
     from ktverify.bench.quiet import BUSY
 
-    most = max(shares, default=0.0)
-    return (
-        [f"other programs had {100 * most:.0f} % of the processors{where}: these times mean little"]
-        if most >= BUSY
-        else []
-    )
+    found = list(shares)
+    most = max(found, default=0.0)
+    if most < BUSY:
+        return []
+    up_to = "up to " if len(found) > 1 else ""
+    return [f"other programs had {up_to}{100 * most:.0f} % of the processors{where}: these times mean little"]
 
 
 def collect(path: Path, head: RunLine, measured: Iterable[Line], steps: int, what: str) -> tuple[list[Any], bool]:

@@ -83,9 +83,9 @@ def test_a_sweep_names_what_it_varies_and_labels_stand_on_paper() -> None:
     [
         ([], None),
         ([1], "other programs had 50 % of the processors at TP 2: these times mean little"),
-        ([1, 2], "other programs had 50 % of the processors at TP 2, 1 x 17: these times mean little"),
-        ([0, 1, 2], "other programs had 50 % of the processors: these times mean little"),
-        ([None], "other programs had 50 % of the processors: these times mean little"),
+        ([1, 2], "other programs had up to 50 % of the processors at TP 2, batch 1 x 17: these times mean little"),
+        ([0, 1, 2], "other programs had up to 50 % of the processors: these times mean little"),
+        ([None], "other programs had up to 50 % of the processors: these times mean little"),
     ],
 )
 def test_only_what_was_measured_beside_others_is_doubted(numbers: list[int | None], wanted: str | None) -> None:
@@ -105,7 +105,7 @@ def test_tables_of_made_up_times() -> None:
     times, degrees, throughput, memory = view.grids
     assert times.rows[0] == ("forward", "3.00 ± 1.41", "3.00", "2.00", "2.10", "3.90", "4.00", "5,667")
     assert degrees.rows[1] == ("TP 2", "2", "3.00", "1.00", "20.0", "0.50")
-    assert throughput.rows == (("1 x 17", "17", "3.00", "5,667", "170", "100"),)
+    assert throughput.rows == (("batch 1 x 17", "17", "3.00", "5,667", "170", "100"),)
     assert memory.rows[0] == ("TP 1", "1.0 MiB", "1.0 MiB", "2.0 MiB", "3.0 MiB", "3.0 MiB", "0 B", "3.00")
     assert view.verdict == "forward 3.00 ms, forward + backward 10.0 ms, backward 5.00 ms, 1,700 tokens/s"
     rows = tsv(view.rows).splitlines()

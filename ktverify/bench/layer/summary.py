@@ -46,7 +46,7 @@ class SpotSummary:
     def name(self) -> str:
         """Told apart from the other spots of its run."""
         if self.spot.varied == "throughput":
-            return f"{self.spot.batch} x {self.case.qlen // self.spot.batch}"
+            return f"batch {self.spot.batch} x {self.case.qlen // self.spot.batch}"
         return f"{TITLES[self.spot.varied]} {self.spot.value}"
 
     @property
