@@ -57,7 +57,8 @@ def kept(output: Path) -> str:
     try:
         last = checkpoints.choose(True, output)
     except ValueError:
-        return f"{output} has no checkpoint yet: begin anew by --overwrite_output_dir true, or save more often"
+        again = "begin anew with --overwrite_output_dir true; a smaller --save_steps keeps more"
+        return f"{output} has no checkpoint yet: {again}"
     return f"{last} and {LOSS_FILE} are kept: the same command with --resume_from_checkpoint true goes on from there"
 
 

@@ -116,8 +116,10 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
         for callback in trainer.callback_handler.callbacks:
             if bar := getattr(callback, "training_bar", None):
                 bar.close()  # on a terminal; else it would be drawn once more behind the line
-        reached = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise KeyboardInterrupt(f"stopped at {reached}; {place.kept(output)}") from None
+        # max_steps may not be known before the first
+        done = trainer.state.global_step
+        reached = f"at step {done} of {trainer.state.max_steps}" if done else "before the first step"
+        raise KeyboardInterrupt(f"stopped {reached}; {place.kept(output)}") from None
     return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
 
 

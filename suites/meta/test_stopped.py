@@ -160,4 +160,4 @@ def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypa
         early = told(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
     again = "the same command with --resume_from_checkpoint true goes on from there"
     assert line == f"stopped at step 3 of 4; {output}/checkpoint-2 and loss.jsonl are kept: {again}"
-    assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew")
+    assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew with --")
