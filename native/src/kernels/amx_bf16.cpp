@@ -94,9 +94,9 @@ struct Share {
         fetch(block + std::min((4 * pass + quarter) * lines, kBlock - lines) * kBlock, lines);
     }
 };
-// How often; k-blocks in a chunk, and between two of these asks.
-constexpr int nt_times = 6, nn_times = 4, nt_chunk = 16, nt_step = 8;
-using Panels = ComingPanels<nn_times>;
+constexpr int nt_times = 6, nn_times = ComingPanels::most;  // how often
+constexpr int nt_chunk = 16;                                // k-blocks in a chunk
+constexpr int nt_step = 8;                                  // k-blocks from one ask for a line to the next
 
 // 32 rows of W (A, natural) by G groups of tokens (B, packed).
 template <int G>
@@ -135,7 +135,7 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 
 // 16 M rows of G (A, natural) by 32 columns of W (B, interleaved in L1).
 template <int M>
-void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const Panels& coming, Share share,
+void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, const ComingPanels& coming, Share share,
               float* c, std::size_t ldc, bool add) {
     load_results<M, 2>(c, ldc, add);
     const std::size_t stride = ld * sizeof(bf16);
@@ -156,7 +156,7 @@ void nn_block(const bf16* g, std::size_t ld, const bf16* panel, int kblocks, con
 
 // The panel in one go: a tile load behind the stores of its own block would wait for them.
 template <bool gathered>
-void interleave(const NnSegment& seg, const Panel& panel, const Panels& coming, Share share) {
+void interleave(const NnSegment& seg, const Panel& panel, const ComingPanels& coming, Share share) {
     for (int i = 0; i < panel.count; ++i) {
         const RawBlock<gathered> block(seg, panel.kb + i, panel.cb, false);
         bf16* to = panel.blocks + i * kBlockSize;
@@ -169,22 +169,22 @@ void interleave(const NnSegment& seg, const Panel& panel, const Panels& coming, 
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    // The fewer rows, the shorter the time between two asks for a line should be; with many, results would go to and from
-    // the tiles too often.
+    // Small panels shorten the time from one ask to the next; with many rows, results would go to and from the tiles too
+    // often.
     const int depth = rows <= 128 ? kNnBlocks / 2 : kNnBlocks;
     // interleaving is a pass too
     const int lines = Share::lines_of(1 + (rows + 31) / 32);
-    visit_panels<nn_times>(segments, count, cblocks, depth,
-                           [&](const NnSegment& seg, const Panel& panel, const Panels& coming, bool add) {
-                               if (panel.raw)
-                                   (seg.weights ? interleave<false> : interleave<true>)(seg, panel, coming, {0, lines});
-                               const bf16* g = seg.rows + panel.kb * kBlock;
-                               for (int r = 0; r < rows; r += 32) {
-                                   const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
-                                   block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming, {1 + r / 32, lines},
-                                         c + r * ldc + panel.cb * kBlock, ldc, add);
-                               }
-                           });
+    visit_panels(segments, count, cblocks, depth,
+                 [&](const NnSegment& seg, const Panel& panel, const ComingPanels& coming, bool add) {
+                     if (panel.raw)
+                         (seg.weights ? interleave<false> : interleave<true>)(seg, panel, coming, {0, lines});
+                     const bf16* g = seg.rows + panel.kb * kBlock;
+                     for (int r = 0; r < rows; r += 32) {
+                         const auto block = rows - r > 16 ? nn_block<2> : nn_block<1>;
+                         block(g + r * seg.ld, seg.ld, panel.blocks, panel.count, coming, {1 + r / 32, lines},
+                               c + r * ldc + panel.cb * kBlock, ldc, add);
+                     }
+                 });
 }
 
 }  // namespace

@@ -237,14 +237,11 @@ struct Interleaving {
     }
 };
 
-constexpr int nn_times = 3;
-using Panels = ComingPanels<nn_times>;
-
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R, typename Blocks>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, Panels coming, float* c,
-                         std::size_t ldc, bool add) {
-    constexpr int times = R <= 2 ? nn_times : 2;  // see Coming
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming,
+                         float* c, std::size_t ldc, bool add) {
+    constexpr int times = R <= 2 ? ComingPanels::most : 2;  // see Coming
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)
@@ -269,7 +266,7 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Pan
 }
 
 template <int R, typename Blocks>
-void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, Panels coming, float* c,
+void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming, float* c,
              std::size_t ldc, bool add) {
     if (rows == R) return nn_block<R>(g, ld, blocks, panel, coming, c, ldc, add);
     if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, coming, c, ldc, add);
@@ -277,20 +274,22 @@ void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
     constexpr int most = 12;
-    visit_panels<nn_times>(
-        segments, count, cblocks, kNnBlocks, [&](const NnSegment& seg, const Panel& panel, Panels coming, bool add) {
-            const int some = piece(rows, most);
-            for (int r = 0; r < rows; r += some) {
-                const auto run = [&](auto blocks) {
-                    nn_rows<most>(std::min(rows - r, some), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld, blocks,
-                                  panel, coming, c + r * ldc + panel.cb * kBlock, ldc, add);
-                };
-                if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});
-                else if (seg.weights) run(Interleaving<false>{seg, panel});
-                else run(Interleaving<true>{seg, panel});
-                coming = {};  // once is enough
-            }
-        });
+    // With few rows the memory is ahead of the arithmetic: small panels shorten the time from one ask to the next.
+    const int depth = rows <= 4 ? kNnBlocks / 2 : kNnBlocks;
+    visit_panels(segments, count, cblocks, depth,
+                 [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
+                     const int some = piece(rows, most);
+                     for (int r = 0; r < rows; r += some) {
+                         const auto run = [&](auto blocks) {
+                             nn_rows<most>(std::min(rows - r, some), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld,
+                                           blocks, panel, coming, c + r * ldc + panel.cb * kBlock, ldc, add);
+                         };
+                         if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});
+                         else if (seg.weights) run(Interleaving<false>{seg, panel});
+                         else run(Interleaving<true>{seg, panel});
+                         coming = ComingPanels();  // once is enough
+                     }
+                 });
 }
 
 }  // namespace

@@ -161,8 +161,8 @@ class Ahead {
 };
 
 // The panels that come next.
-template <int most>
 struct ComingPanels {
+    static constexpr int most = 3;
     Ahead ahead[most];
     // What to fetch of the first `times` of them while the i-th block of the present one is multiplied; where there is
     // nothing more, `at_hand`, which costs little.
@@ -200,8 +200,8 @@ struct Panel {
 };
 
 // Visits the panels of W, of at most `depth` k-blocks, one after the other: calls multiply(segment, panel, coming, add)
-// for each segment that has it. What comes are the next `times` of them, so that a line is asked for as often.
-template <int times, typename Multiply>
+// for each segment that has it.
+template <typename Multiply>
 inline void visit_panels(const NnSegment* segments, int count, int cblocks, int depth, const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
     const auto next = [&](Place at) { return after(segments, count, cblocks, depth, at); };
@@ -210,7 +210,7 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, int 
         const int have = piece(seg.kblocks - at.kb, depth);
         const int last_pairs = kBlock / 2 - (at.kb + have == seg.kblocks ? seg.idle_pairs : 0);
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
-        ComingPanels<times> coming;
+        ComingPanels coming;
         Place then = at;
         for (Ahead& ahead : coming.ahead) {
             then = next(then);
@@ -220,7 +220,7 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, int 
         const int same = sharing(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {
             multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have, last_pairs, i == 0}, coming, add);
-            coming = {};  // once is enough
+            coming = ComingPanels();  // once is enough
         }
     }
 }
