@@ -100,7 +100,7 @@ def _histogram(axes: Axes, title: str, counted: str, values: Sequence[float]) ->
     axes.axvline(high, color=_INK, linewidth=1.2, linestyle=(0, (4, 2)))
     text = f"{title}: median {figure(found.median)}, p95 {figure(high)}, n = {found.count}"
     beyond = len(values) - len(shown)
-    _plain(axes, f"{text}, {beyond} beyond, to {figure(found.max)}" if beyond else text, size=8.5)
+    _plain(axes, f"{text}\n{beyond} beyond, to {figure(found.max)}" if beyond else text, size=8.5)
     axes.set_ylabel(counted, color=_QUIET, fontsize=8.5)
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
 
