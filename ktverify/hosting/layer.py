@@ -64,10 +64,10 @@ class _Host:
             # they lead to packages of this interpreter
             environment.pop("PYTHONPATH", None)
             environment.pop("PYTHONHOME", None)
-        # no time limit: who started this process watches over it
         # it ends with the thread that starts it: one of a pool's may end before its layers do
         ends_with = os.getpid() if threading.current_thread() is threading.main_thread() else 0
         command = [python, str(HOST), spec, str(ends_with)]
+        # no time limit: who started this process watches over it
         self._process = Process(command, environment, timeout_s=None, own_session=False)
         self._lock = threading.Lock()
         self.layers = 0
