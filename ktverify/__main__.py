@@ -1,6 +1,6 @@
 """`python -m ktverify`."""
 
-from ktverify.cli import main
+from ktverify.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktverify import places
 from ktverify.bench.host import load_module
-from ktverify.hosting.process import Died
-from ktverify.hosting.process import Process as AnsweringProcess
+from ktverify.isolation.process import Died
+from ktverify.isolation.process import Process as AnsweringProcess
+from ktverify.system import optional_peers
+from ktverify.system.paths import ROOT
 
 HOST = Path(__file__).with_name("host.py")
 PEERS = Path(__file__).with_name("peers")
@@ -76,7 +77,7 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
     try:
         need, python, more, missing = module.NEEDS, Path(sys.executable), {}, ""
         if need:
-            place, missing = places.find(need, options)
+            place, missing = optional_peers.find(need, options)
             if place is not None and need == "kt_python":
                 python = place
             elif place is not None:
@@ -126,8 +127,7 @@ def environment(engine: Engine, *, threads: int, isa: str) -> dict[str, str]:
     }
     if engine.python == Path(sys.executable):
         # where this ktverify comes from, for the native engine's file
-        root = str(Path(__file__).resolve().parents[2])
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     else:
         variables.pop("PYTHONPATH", None)
         variables.pop("PYTHONHOME", None)

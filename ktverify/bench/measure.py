@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ktverify import machine
 from ktverify.bench import problem
 from ktverify.bench.engines import OWN, Engine, Process
-from ktverify.bench.quiet import Neighbours
+from ktverify.bench.other_load import Neighbours
 from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
-from ktverify.hosting import Died
-from ktverify.names import BACKWARD_TENSORS, OUTPUT
-from ktverify.stages import StageTimes
+from ktverify.engines.native.phase_times import StageTimes
+from ktverify.isolation.process import Died
+from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
+from ktverify.system import machine
+from ktverify.system.paths import ROOT
 
 # rel_l2 from which on a result is wrong and its time worth nothing. A right bf16 engine stands at 2e-3 to 1e-2; the
 # finer question of how good it is belongs to the suites
@@ -157,8 +158,7 @@ class Bench:
 
         problem.check_space(shape.case, directory)
         arguments = [shape.case.id, str(directory), str(self.settings.threads), *(["--plain"] if plain else [])]
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
             [sys.executable, "-m", problem.__name__, *arguments],
             env={**os.environ, "PYTHONPATH": path},
@@ -320,7 +320,7 @@ class _Group:
 
     def _compare(self, seat: _Seat, results: Path, names: Sequence[str]) -> dict[str, float | str]:
         """rel_l2 of each tensor of `names`, or what is wrong with it beyond a number."""
-        from ktverify.metrics import compare
+        from ktverify.judge.metrics import compare
 
         results.mkdir(exist_ok=True)
         written = seat.process.ask("write", directory=str(results))["tensors"]

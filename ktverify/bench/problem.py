@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.bench.host import BASE_NAMES
-from ktverify.cases import Case
-from ktverify.files import write_whole
-from ktverify.names import LORA_NAMES, OUTPUT
+from ktverify.runs.files import write_whole
+from ktverify.spec.cases import Case
+from ktverify.spec.names import LORA_NAMES, OUTPUT
 
 OUTPUT_PLAIN = "output_plain"
 _SLACK = 1 << 28  # rows, LoRA and results beside the base weights, with room
@@ -39,8 +39,8 @@ def check_space(case: Case, directory: Path) -> None:
 
 def write(case: Case, directory: Path, *, plain: bool) -> None:
     """Make, compute and write all of it; `plain`: output_plain as well."""
-    from ktverify.data import make_inputs
-    from ktverify.reference import forward_backward
+    from ktverify.judge.reference import forward_backward
+    from ktverify.spec.inputs import make_inputs
 
     inputs = make_inputs(case)
     tensors: dict[str, Any] = {

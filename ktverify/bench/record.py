@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ktverify.bench.journal import LineFile, whole_lines
-from ktverify.machine import Machine
-from ktverify.report.record import VerdictName
-from ktverify.stages import StageTimes
+from ktverify.engines.native.phase_times import StageTimes
+from ktverify.runs.jsonl import LineFile, whole_lines
+from ktverify.runs.record import VerdictName
+from ktverify.system.machine import Machine
 
 FILE = "bench.jsonl"
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ktverify import cases
-from ktverify.cases import Case
-from ktverify.toml import read_toml
+from ktverify.spec import cases
+from ktverify.spec.cases import Case
+from ktverify.spec.toml import read_toml
 
 TABLE = Path(__file__).with_name("shapes.toml")
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ktverify.bench.engines import OWN
-from ktverify.bench.quiet import BUSY
+from ktverify.bench.other_load import BUSY
 from ktverify.bench.record import CeilingLine, EngineLine, HeadLine, Line, QuietLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Work
-from ktverify.report.record import VerdictName
-from ktverify.stages import StageTimes
+from ktverify.engines.native.phase_times import StageTimes
+from ktverify.runs.record import VerdictName
 
 # a round of a group: (group, round)
 Round = tuple[int, int]

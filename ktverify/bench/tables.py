@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ktverify.bench.engines import OWN
-from ktverify.bench.quiet import BUSY
+from ktverify.bench.other_load import BUSY
 from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary, Spread, Timing
-from ktverify.cases import Case
-from ktverify.machine import format_bytes
-from ktverify.stages import StageTimes
+from ktverify.engines.native.phase_times import StageTimes
+from ktverify.spec.cases import Case
+from ktverify.system.machine import format_bytes
 
 NOTHING = "–"
 
@@ -86,7 +86,7 @@ def shape_grid(summary: ShapeSummary, *, told: bool = False) -> Grid:
     return Grid(title, tuple(notes), headings, tuple(_engine_row(summary, engine) for engine in summary.engines))
 
 
-# what people call the engine's phases; ktverify/stages.py has the engine's own names
+# what people call the engine's phases; ktverify/engines/native/phase_times.py has the engine's own names
 PHASES = {
     "routing": "routing",
     "allocation": "buffers",

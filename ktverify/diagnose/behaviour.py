@@ -13,7 +13,7 @@ from ktverify.diagnose import probes_calls as calling
 from ktverify.diagnose import probes_inputs as feeding
 from ktverify.diagnose import probes_lora as training
 from ktverify.diagnose.causes import Cause
-from ktverify.diagnose.situation import Finding, Probe, Situation
+from ktverify.diagnose.evidence import Finding, Probe, Situation
 from ktverify.diagnose.stand import Stand, certain
 
 _Probe = tuple[str, Cause, Callable[[Stand], Iterator[Finding]]]

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify.cases import Case
-from ktverify.data import Inputs
-from ktverify.diagnose.situation import Tensors
-from ktverify.engines import EngineFactory
-from ktverify.names import ALL_TENSORS, GRAD_INPUT, GRAD_WEIGHTS, OUTPUT
-from ktverify.running import layer_arguments, run_layer
+from ktverify.diagnose.evidence import Tensors
+from ktverify.engines.registry import EngineFactory
+from ktverify.engines.run import layer_arguments, run_layer
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_WEIGHTS, OUTPUT
 
 _INPUTS = ("hidden_states", "expert_ids", "weights", "grad_output", "gate_proj", "up_proj", "down_proj")
 

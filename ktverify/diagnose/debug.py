@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktverify import engines
-from ktverify.cases import Case
-from ktverify.data import make_inputs
-from ktverify.diagnose.non_finite import first_in, first_of
+from ktverify.diagnose.formulas import label, walk
+from ktverify.diagnose.hypotheses.non_finite import first_in, first_of
+from ktverify.diagnose.hypotheses.tails import axis_words
 from ktverify.diagnose.search import reduced
-from ktverify.diagnose.stages import label, walk
-from ktverify.diagnose.tails import axis_words
-from ktverify.files import write_whole
-from ktverify.metrics import compare
-from ktverify.names import ALL_TENSORS
-from ktverify.reference import forward_backward
-from ktverify.running import run_case
+from ktverify.engines import registry
+from ktverify.engines.run import run_case
+from ktverify.judge.metrics import compare
+from ktverify.judge.reference import forward_backward
+from ktverify.runs.files import write_whole
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import ALL_TENSORS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,7 @@ def walk_non_finite(case: str, engine: str, *, isa: str | None, tp: int, save: P
     parsed = Case.parse(case)
     inputs, note = reduced(make_inputs(parsed))
     place = first_in(inputs)
-    actual = run_case(engines.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
+    actual = run_case(registry.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
     expected = forward_backward(inputs)
     own = first_of(actual, expected)
     hidden = [n for n in ALL_TENSORS if bool((torch.isfinite(actual[n]) & ~torch.isfinite(expected[n])).any())]
@@ -55,7 +55,7 @@ def walk_non_finite(case: str, engine: str, *, isa: str | None, tp: int, save: P
             tensors.update({f"stages.{name}": value for name, value in v.of.items()})
     _save(tensors, parsed, save)
     lines.append(f"{len(tensors)} tensors in {save}: the inputs, the stages of expert {expert}, what the engine gave")
-    more = engines.option(engine) + (f" --isa {isa}" if isa else "")
+    more = registry.option(engine) + (f" --isa {isa}" if isa else "")
     lines.append(f"python -m ktverify debug nan '{parsed.id}'{more}" + (f" --tp {tp}" if tp != 1 else ""))
     return lines
 
@@ -74,7 +74,7 @@ def gradient_table(case: str, engine: str, *, isa: str | None, tp: int) -> Table
 
     parsed = Case.parse(case)
     inputs, note = reduced(make_inputs(parsed))
-    actual = run_case(engines.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
+    actual = run_case(registry.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
     expected = forward_backward(inputs)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), title=note or None)
     for heading in ("tensor", "max abs", "mean abs", "max rel", "mean rel", "rel_l2", "norm", "expected", "cosine"):

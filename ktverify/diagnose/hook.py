@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ktverify import engines
-from ktverify.gates import Verdict
+from ktverify.engines import registry
+from ktverify.judge.gates import Verdict
 
 if TYPE_CHECKING:
-    from ktverify.verify import Checked
+    from ktverify.checks.accuracy import Checked
 
 SECONDS = 5.0
 _LARGE = 1 << 23  # base weights of active experts (elements) above which nothing is looked for unasked
@@ -32,7 +32,7 @@ def add_cause(checked: Checked, engine: str, *, isa: str | None = None, tp: int 
 def cause_line(checked: Checked, engine: str, *, isa: str | None = None, tp: int = 1) -> str:
     """`cause: …` in one line, whatever happens."""
     case = checked.case
-    command = f"python -m ktverify diagnose '{case.id}'{engines.option(engine)}"
+    command = f"python -m ktverify diagnose '{case.id}'{registry.option(engine)}"
     command += (f" --isa {isa}" if isa else "") + (f" --tp {tp}" if tp != 1 else "")
     if 3 * len(checked.inputs.active) * case.hidden * case.intermediate > _LARGE:
         return f"{PREFIX}not looked for in a case of this size; {command}"

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ktverify.data import Inputs, make_inputs
 from ktverify.diagnose import calls
 from ktverify.diagnose.causes import Cause
-from ktverify.diagnose.situation import Finding
+from ktverify.diagnose.evidence import Finding
 from ktverify.diagnose.stand import BEHAVIOUR, Stand, certain, with_tokens
-from ktverify.metrics import compare
-from ktverify.names import GRAD_NAMES, LORA_NAMES, OUTPUT
+from ktverify.judge.metrics import compare
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import GRAD_NAMES, LORA_NAMES, OUTPUT
 
 _CHANCE = 1e-2  # results that differ by less than this differ in the order of a sum, not in what is summed
 

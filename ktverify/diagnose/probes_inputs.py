@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from ktverify import gates
-from ktverify.cases import Case
-from ktverify.data import make_inputs
 from ktverify.diagnose import calls
 from ktverify.diagnose.causes import Cause
-from ktverify.diagnose.situation import Finding, Situation
+from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.stand import Stand, certain
-from ktverify.metrics import compare
-from ktverify.names import ALL_TENSORS, GRAD_INPUT, OUTPUT, TOKEN_TENSORS
+from ktverify.judge import gates
+from ktverify.judge.metrics import compare
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, OUTPUT, TOKEN_TENSORS
 
 # what each adds to a plain case: sizes that are multiples of nothing, one row, many, many slots, kinds of routing,
 # of numbers and of parameters

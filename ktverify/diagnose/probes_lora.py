@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify.data import make_inputs
 from ktverify.diagnose import calls
 from ktverify.diagnose.causes import Cause
-from ktverify.diagnose.situation import Finding, Situation
-from ktverify.diagnose.stages import Layer
+from ktverify.diagnose.evidence import Finding, Situation
+from ktverify.diagnose.formulas import Layer
 from ktverify.diagnose.stand import BEHAVIOUR, Stand, certain
-from ktverify.metrics import compare
-from ktverify.names import GRAD_NAMES, LORA_NAMES, OUTPUT
-from ktverify.running import METHOD
+from ktverify.engines.run import METHOD
+from ktverify.judge.metrics import compare
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import GRAD_NAMES, LORA_NAMES, OUTPUT
 
 STEPS = (1, 2, 3, 4, 6, 10, 20, 35, 50)
 

@@ -11,21 +11,31 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ktverify import engines
-from ktverify.cases import Case
-from ktverify.data import Inputs, make_inputs
-from ktverify.diagnose import activation, experts, factors, non_finite, operands, parts, places, rounding, tails
-from ktverify.diagnose.situation import Finding, Probe, Situation, Tensors
-from ktverify.engines import EngineFactory
-from ktverify.names import ALL_TENSORS
+from ktverify.diagnose.evidence import Finding, Probe, Situation, Tensors
+from ktverify.diagnose.hypotheses import (
+    activation,
+    factors,
+    misplaced,
+    non_finite,
+    operands,
+    rounding,
+    routing,
+    tails,
+    tensor_parallel,
+)
+from ktverify.engines import registry
+from ktverify.engines.registry import EngineFactory
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import ALL_TENSORS
 
 Family = Callable[[Situation], Iterator[Finding]]
 
 # a family yields a finding for each of its hypotheses; what explains all of the error ends the search after its row
 FAMILIES: tuple[tuple[Family, ...], ...] = (
-    (places.forms, places.stray, non_finite.unexpected),
+    (misplaced.forms, misplaced.stray, non_finite.unexpected),
     (
-        parts.tp_parts,
+        tensor_parallel.tp_parts,
         factors.lora_scale,
         factors.stage_factors,
         factors.routing_weight,
@@ -33,24 +43,24 @@ FAMILIES: tuple[tuple[Family, ...], ...] = (
         operands.two_sided,
         activation.activation,
         activation.shifted,
-        experts.ids_changed,
-        experts.one_slot,
-        experts.one_expert,
-        experts.one_token,
-        experts.rows_cut,
+        routing.ids_changed,
+        routing.one_slot,
+        routing.one_expert,
+        routing.one_token,
+        routing.rows_cut,
     ),
     (
-        experts.permuted,
+        routing.permuted,
         operands.interleaved,
-        places.tensors_exchanged,
+        misplaced.tensors_exchanged,
         operands.transposed,
-        places.moved,
+        misplaced.moved,
         tails.k_tail,
         tails.n_tail,
     ),
     (rounding.types,),
     (operands.rolled, operands.substituted),
-    (experts.where_it_is,),
+    (routing.where_it_is,),
 )
 FITS = 0.5  # a hypothesis that explains less than half of the error is none
 _TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
@@ -130,8 +140,8 @@ def diagnose(
     """
     from ktverify.diagnose import behaviour as probes
 
-    factory = engines.find(engine) if isinstance(engine, str) else engine
-    probe = Probe(factory, isa, tp, threads, engines.strict(engine))
+    factory = registry.find(engine) if isinstance(engine, str) else engine
+    probe = Probe(factory, isa, tp, threads, registry.strict(engine))
     inputs = make_inputs(case) if inputs is None else inputs
     inputs, note = reduced(inputs)
     if actual is None or note:

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ktverify.cases import Case
-from ktverify.data import Inputs, make_inputs
 from ktverify.diagnose import calls
 from ktverify.diagnose.causes import Cause
-from ktverify.diagnose.situation import Finding, Probe, Situation
-from ktverify.running import build_layer
+from ktverify.diagnose.evidence import Finding, Probe, Situation
+from ktverify.engines.run import build_layer
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs, make_inputs
 
 TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
 # small enough for a hundred calls; H and I are no whole blocks of 32, I has the degrees 2, 4, 5, T is above 32

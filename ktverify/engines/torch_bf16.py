@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import psutil
 import torch
 
-from ktverify import contract
-from ktverify.names import LORA_NAMES
-from ktverify.reference import plain_expert, routed, zeros
+from ktverify.engines import argument_checks
+from ktverify.judge.reference import plain_expert, routed, zeros
+from ktverify.spec.names import LORA_NAMES
 
 
 @dataclass
@@ -58,7 +58,7 @@ class TorchBf16:
         max_cache_depth: int = 1,
         isa: str | None = None,
     ) -> None:
-        self.spec = contract.check_spec(
+        self.spec = argument_checks.check_spec(
             layer_idx=layer_idx,
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
@@ -75,7 +75,7 @@ class TorchBf16:
             lora_dropout=lora_dropout,
             max_cache_depth=max_cache_depth,
         )
-        contract.check_no_weight_path(weight_path)
+        argument_checks.check_no_weight_path(weight_path)
         self.layer_idx = layer_idx
         self.isa = "torch"
         self.grad_weights: torch.Tensor | None = None
@@ -91,8 +91,8 @@ class TorchBf16:
 
         The tensors are kept, not copied.
         """
-        base = contract.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
-        slots = contract.check_physical_map(self.spec, physical_map)
+        base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
+        slots = argument_checks.check_physical_map(self.spec, physical_map)
         self._base = tuple(base.values())
         self._slot_of = sorted(range(len(slots)), key=slots.__getitem__)
 
@@ -107,17 +107,17 @@ class TorchBf16:
     ) -> None:
         """Take the six LoRA tensors (all bf16 or all fp32) as the parameters, and their values as of now."""
         given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
-        for name, tensor in contract.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True))).items():
+        for name, tensor in argument_checks.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True))).items():
             setattr(self, name, tensor if tensor.is_contiguous() else tensor.detach().contiguous())
         self._take_over()
 
     def update_lora_weights(self) -> None:
         """Compute with the parameters' present values from now on, all six alike. Outstanding forwards keep theirs."""
-        contract.check_ready(True, bool(self._lora), "update_lora_weights")
+        argument_checks.check_ready(True, bool(self._lora), "update_lora_weights")
         self._take_over()
 
     def _take_over(self) -> None:
-        present = contract.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
+        present = argument_checks.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
         self._lora = {name: tensor.detach().clone() for name, tensor in present.items()}
 
     def forward_sft(
@@ -128,11 +128,11 @@ class TorchBf16:
         save_for_backward: bool = True,
     ) -> torch.Tensor:
         """output [T, H] bf16 of hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32."""
-        contract.check_ready(bool(self._base), bool(self._lora), "forward_sft")
-        contract.check_forward(self.spec, hidden_states, expert_ids, weights)
-        contract.check_expert_ids(expert_ids, self.spec.num_experts)
+        argument_checks.check_ready(bool(self._base), bool(self._lora), "forward_sft")
+        argument_checks.check_forward(self.spec, hidden_states, expert_ids, weights)
+        argument_checks.check_expert_ids(expert_ids, self.spec.num_experts)
         if save_for_backward:
-            contract.check_room(len(self._saved), self.spec.max_cache_depth)
+            argument_checks.check_room(len(self._saved), self.spec.max_cache_depth)
         with _memory_told():
             return self._forward(hidden_states.detach(), expert_ids, weights.detach(), save_for_backward)
 
@@ -161,7 +161,7 @@ class TorchBf16:
 
         Where the method leaves LoRA out, its gradients are zero and grad_input has the base's part only.
         """
-        contract.check_backward(self.spec, grad_output, self._saved[-1].rows if self._saved else None)
+        argument_checks.check_backward(self.spec, grad_output, self._saved[-1].rows if self._saved else None)
         with _memory_told():
             return self._backward(self._saved.pop(), grad_output.detach())
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from ktverify.engines.torch_bf16 import Saved, TorchBf16
-from ktverify.names import LORA_NAMES
+from ktverify.spec.names import LORA_NAMES
 
 # elements of bf16 in 16 bytes
 MULTIPLE = 8

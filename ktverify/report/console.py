@@ -13,8 +13,8 @@ from rich.text import Text
 
 from ktverify.report import tables
 from ktverify.report.problems import group_text, problems
-from ktverify.report.record import AccuracyRecord
-from ktverify.report.store import Run
+from ktverify.runs.record import AccuracyRecord
+from ktverify.runs.store import Run
 
 STYLES = {
     "PASS": "green",

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ktverify.report import plots, tables
 from ktverify.report.problems import problems
-from ktverify.report.record import CheckRecord, worst_first
-from ktverify.report.store import Run
+from ktverify.runs.record import CheckRecord, worst_first
+from ktverify.runs.store import Run
 
 PROBLEMS_SHOWN = 8
 ACCURACY_SHOWN = 15

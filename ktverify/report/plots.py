@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktverify.report.record import NOT_RUN, AccuracyRecord, LatencyRecord
 from ktverify.report.tables import NO_ISA, base_isa, figures, isa_rank
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,7 +215,7 @@ def _bin(used: float, step: float) -> int:
 
 def _in_order(tensors: Sequence[str]) -> list[str]:
     """Tensors in the contract's order, unknown ones by name behind them."""
-    from ktverify.names import ALL_TENSORS
+    from ktverify.spec.names import ALL_TENSORS
 
     present = set(tensors)
     return [t for t in ALL_TENSORS if t in present] + sorted(present - set(ALL_TENSORS))

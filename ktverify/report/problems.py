@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ktverify.report.record import NOT_RUN, AccuracyRecord, CheckRecord, LatencyRecord, Result, VerdictName, worst_first
-from ktverify.report.store import Run
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, LatencyRecord, Result, VerdictName, worst_first
+from ktverify.runs.store import Run
 
 WIDTH = 110
 # lines of one check, and characters of its name, in the block of a family

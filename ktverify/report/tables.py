@@ -13,10 +13,8 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from ktverify.machine import ISA_FLAGS, format_bytes
-from ktverify.names import ALL_TENSORS
 from ktverify.report.problems import ENDED, group_text, problems
-from ktverify.report.record import (
+from ktverify.runs.record import (
     NOT_RUN,
     VERDICT_ORDER,
     AccuracyRecord,
@@ -26,7 +24,9 @@ from ktverify.report.record import (
     VerdictName,
     worst_first,
 )
-from ktverify.report.store import Run
+from ktverify.runs.store import Run
+from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.machine import ISA_FLAGS, format_bytes
 
 NO_ISA = "no ISA"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktverify.bench.journal import whole_lines
+from ktverify.runs.jsonl import whole_lines
 
 LOSS_FILE, STATE_FILE = "loss.jsonl", "trainer_state.json"
 # two runs of the same mathematics in other precision; beyond it they are two trainings
@@ -102,7 +102,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
     from matplotlib.figure import Figure
 
-    from ktverify.files import write_whole
+    from ktverify.runs.files import write_whole
 
     figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from ktverify.experts import KTMoEWrapper
-from ktverify.names import GRAD_NAMES
+from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify.spec.names import GRAD_NAMES
 
 
 @dataclass(frozen=True)

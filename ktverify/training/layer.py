@@ -18,8 +18,9 @@ from torch.nn import functional
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ktverify import contract, experts
-from ktverify.names import LORA_NAMES
+from ktverify.engines import argument_checks
+from ktverify.engines.native import layer
+from ktverify.spec.names import LORA_NAMES
 from ktverify.training.function import Call, MOEAMXFunction
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
@@ -122,11 +123,11 @@ class MOELayerWrapper(nn.Module):
         self.layer_idx = layer_idx
         self.infer = infer
         self.num_experts, self.hidden_size, self.intermediate_size = down_proj.shape
-        contract.check_tp(self.intermediate_size, infer.threadpool_count)
+        argument_checks.check_tp(self.intermediate_size, infer.threadpool_count)
         self.auto_update = True
         self.adapters: dict[str, Adapter] = {}
         self.calling: list[Adapter] = []  # those that the present call came through
-        self.engine: experts.KTMoEWrapper | None = None
+        self.engine: layer.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
         self._held: object = None  # the key of the values that the engine computes with
         self._steps = 0  # of all optimizers, when they were taken over
@@ -231,7 +232,7 @@ class MOELayerWrapper(nn.Module):
                 "adapter before the first forward, or wrap a freshly loaded model"
             )
         rank = lora[0].shape[1] if lora else 1
-        self.engine = experts.KTMoEWrapper(
+        self.engine = layer.KTMoEWrapper(
             layer_idx=self.layer_idx,
             num_experts=self.num_experts,
             num_experts_per_tok=top_k,

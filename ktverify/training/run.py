@@ -22,14 +22,14 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
-from ktverify.files import write_whole
-from ktverify.pretrained import load_model, load_pretrained, load_tokenizer
+from ktverify.runs.files import write_whole
 from ktverify.training import curves, place
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.journal import Journal
 from ktverify.training.layer import init_cpu_infer
+from ktverify.training.pretrained import load_model, load_pretrained, load_tokenizer
 from ktverify.training.wrap import wrap_moe_layers
 
 BASE_OPTION = "model_name_or_path"

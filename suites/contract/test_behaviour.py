@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from ktverify import engines
-from ktverify.cases import Case
-from suites.support.child import ChildPool
-from suites.support.contract import ODD_MIDDLE
-from suites.support.isas import Isa
-from suites.support.subject import Subject
+from ktverify.checks.behaviour import ODD_MIDDLE
+from ktverify.checks.isas import Isa
+from ktverify.checks.target import Subject
+from ktverify.engines import registry
+from ktverify.isolation.child import ChildPool
+from ktverify.spec.cases import Case
 
 EDGES = {
     "no_token": "E=4,k=2,H=64,I=32,T=0,r=4,alpha=8",
@@ -59,23 +59,23 @@ def test_edge(
     case = Case.parse(EDGES[name])
     case = case if fresh is None else case.with_seed(fresh)
     about(case, 1)
-    children.get(isa.env).call("suites.support.contract:check_edge", subject=Subject(engine, isa.name), case=case)
+    children.get(isa.env).call("ktverify.checks.behaviour:check_edge", subject=Subject(engine, isa.name), case=case)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
-    children.get(isa.env).call(f"suites.support.contract:check_{check}", subject=Subject(engine, isa.name))
+    children.get(isa.env).call(f"ktverify.checks.behaviour:check_{check}", subject=Subject(engine, isa.name))
 
 
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
 def test_native_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
-    if engine != engines.NATIVE:
+    if engine != registry.NATIVE:
         pytest.skip("docs/contract.md does not ask this of every engine")
-    children.get(isa.env).call(f"suites.support.contract:check_{check}", subject=Subject(engine, isa.name))
+    children.get(isa.env).call(f"ktverify.checks.behaviour:check_{check}", subject=Subject(engine, isa.name))
 
 
 @pytest.mark.parametrize("check", AT_ODD_SIZES)
 def test_behaviour_at_odd_sizes(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
     children.get(isa.env).call(
-        f"suites.support.contract:check_{check}", subject=Subject(engine, isa.name), case=ODD_MIDDLE
+        f"ktverify.checks.behaviour:check_{check}", subject=Subject(engine, isa.name), case=ODD_MIDDLE
     )

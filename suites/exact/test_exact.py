@@ -9,12 +9,13 @@ from collections.abc import Callable
 
 import pytest
 
-from ktverify import cases, engines
-from ktverify.cases import Case
-from suites.support import isas
-from suites.support.child import ChildPool
-from suites.support.isas import Isa
-from suites.support.subject import Subject, expect_same_bits
+from ktverify.checks import isas
+from ktverify.checks.isas import Isa
+from ktverify.checks.target import Subject, expect_same_bits
+from ktverify.engines import registry
+from ktverify.isolation.child import ChildPool
+from ktverify.spec import cases
+from ktverify.spec.cases import Case
 
 About = Callable[[Case, int], None]
 
@@ -32,7 +33,7 @@ def test_equals_the_oracle(
     for tp in case.tp:
         about(case, tp)
         children.get(isa.env).call(
-            "suites.support.exact:check_exact", subject=Subject(engine, isa.name), case=case, tp=tp
+            "ktverify.checks.exact:check_exact", subject=Subject(engine, isa.name), case=case, tp=tp
         )
 
 
@@ -43,11 +44,11 @@ def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: 
         (
             isa,
             children.get(isa.env).call(
-                "suites.support.exact:check_exact", subject=Subject(engine, isa.name), case=case
+                "ktverify.checks.exact:check_exact", subject=Subject(engine, isa.name), case=case
             ),
         )
         for isa in isas.planned(engine, pytestconfig.option.isa)
     ]
     first, tensors = found[0]
-    for isa, other in found[1:] if engines.strict(engine) else ():
+    for isa, other in found[1:] if registry.strict(engine) else ():
         expect_same_bits(f"{first.label} and {isa.label}", tensors, other)

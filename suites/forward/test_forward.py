@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ktverify.cases import Case
-from suites.support.isas import Isa
+from ktverify.checks.isas import Isa
+from ktverify.spec.cases import Case
 
 
 def test_case(judge_case: Callable[[str, Case, Isa], None], case: Case, isa: Isa) -> None:

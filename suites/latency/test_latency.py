@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
-from ktverify.cases import Case
-from ktverify.report.record import Result
-from suites.support import isas, latency
-from suites.support.child import ChildPool, call_fresh
-from suites.support.subject import Subject
+from ktverify.checks import isas, latency
+from ktverify.checks.target import Subject
+from ktverify.isolation.child import ChildPool, call_fresh
+from ktverify.runs.record import Result
+from ktverify.spec.cases import Case
 
 # DeepSeek-V2-Lite's layer, whole
 CASE = Case.parse("deepseek_v2_lite_t16,T=128")
@@ -44,7 +44,9 @@ def test_layer(
     # an idle child's memory is not this test's to use
     children.close()
     subject = Subject(engine, isa.name)
-    timings = call_fresh("suites.support.latency:measure", env=latency.environment(), subject=subject, case=CASE, tp=tp)
+    timings = call_fresh(
+        "ktverify.checks.latency:measure", env=latency.environment(), subject=subject, case=CASE, tp=tp
+    )
     latency.check_samples(timings)
     for timing in timings:
         medians[timing.what, tp] = statistics.median(timing.samples_ms)

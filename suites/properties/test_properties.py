@@ -1,4 +1,4 @@
-"""What holds of every right layer, on cases that hypothesis draws and makes small: see suites/support/properties.py."""
+"""What holds of every right layer, on cases that hypothesis draws and makes small: see ktverify/checks/properties.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from ktverify import engines
-from ktverify.cases import Case
-from suites.support import drawn, isas
-from suites.support.child import ChildPool
-from suites.support.isas import Isa
-from suites.support.properties import PROPERTIES
-from suites.support.subject import Subject
+from ktverify.checks import isas, property_search
+from ktverify.checks.isas import Isa
+from ktverify.checks.properties import PROPERTIES
+from ktverify.checks.target import Subject
+from ktverify.engines import registry
+from ktverify.isolation.child import ChildPool
+from ktverify.spec.cases import Case
 
 # cases for each property: on the best instruction set, on each of the others, on an emulated one
 BEST, OTHER, EMULATED = 15, 2, 1
@@ -32,7 +32,7 @@ def test_property(
     def run(case: Case) -> tuple[int, int]:
         try:
             compared, believed = children.get(isa.env).call(
-                "suites.support.properties:check", subject=Subject(engine, isa.name), name=name, case=case
+                "ktverify.checks.properties:check", subject=Subject(engine, isa.name), name=name, case=case
             )
         except Exception as error:
             # a process that the case ends, it ends without the property too; a relation of two calls is more than it
@@ -47,13 +47,14 @@ def test_property(
         return
     best = isa == isas.planned(engine)[0]
     usual = EMULATED if isa.emulated else BEST if best else OTHER
-    drawn.search(
+    property_search.search(
         name,
         PROPERTIES[name],
         run,
         examples=pytestconfig.getoption("--examples", default=None) or usual,
         sizes=replace(
-            drawn.TINY if isa.emulated else drawn.ORDINARY, step=pytestconfig.getoption("--sizes-of", default=None) or 1
+            property_search.TINY if isa.emulated else property_search.ORDINARY,
+            step=pytestconfig.getoption("--sizes-of", default=None) or 1,
         ),
         fresh=fresh or 0,
         options=_options(engine, isa),
@@ -70,4 +71,4 @@ def _given(text: str, name: str) -> Case:
 
 def _options(engine: str, isa: Isa) -> str:
     chosen = f" --isa {isa.id}" if isa.name else ""
-    return f"{engines.option(engine)}{chosen}"
+    return f"{registry.option(engine)}{chosen}"

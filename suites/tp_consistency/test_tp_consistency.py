@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 from torch import Tensor
 
-from ktverify.cases import Case
-from suites.support import tensor_parallel
-from suites.support.child import ChildPool, call_fresh
-from suites.support.isas import Isa
-from suites.support.subject import GateFailed, Subject
+from ktverify.checks import tensor_parallel
+from ktverify.checks.isas import Isa
+from ktverify.checks.target import GateFailed, Subject
+from ktverify.isolation.child import ChildPool, call_fresh
+from ktverify.spec.cases import Case
 
 DEGREES = (1, 2, 4)
 CASES = {
@@ -61,7 +61,7 @@ def _run_alone(subject: Subject, isa: Isa, case: Case) -> tensor_parallel.TpResu
 
 def _run_degree(subject: Subject, isa: Isa, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
     found: list[dict[str, Tensor]] = call_fresh(
-        "suites.support.tensor_parallel:run_degree", env=isa.env, subject=subject, cases=cases, degree=degree
+        "ktverify.checks.tensor_parallel:run_degree", env=isa.env, subject=subject, cases=cases, degree=degree
     )
     return found
 
@@ -91,7 +91,7 @@ def test_degrees_agree(
         about(case, found.degree)
         raise found.error
     wrong = children.get().call(
-        "suites.support.tensor_parallel:compare_degrees",
+        "ktverify.checks.tensor_parallel:compare_degrees",
         subject=Subject(engine, isa.name),
         case=case,
         found=found,

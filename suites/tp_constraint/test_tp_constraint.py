@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from suites.support.child import ChildPool
-from suites.support.subject import Subject
+from ktverify.checks.target import Subject
+from ktverify.isolation.child import ChildPool
 
 # moe_intermediate_size -> degrees tried: primes, powers of two and their neighbours, the sizes of real models
 DEGREES = {
@@ -31,10 +31,10 @@ def subject(engine: str) -> Subject:
 @pytest.mark.parametrize(("intermediate", "degree"), PAIRS)
 def test_degree(children: ChildPool, subject: Subject, intermediate: int, degree: int) -> None:
     children.get().call(
-        "suites.support.tensor_parallel:check_degree", subject=subject, intermediate=intermediate, degree=degree
+        "ktverify.checks.tensor_parallel:check_degree", subject=subject, intermediate=intermediate, degree=degree
     )
 
 
 @pytest.mark.parametrize("degree", [0, -1, -4])
 def test_no_degree_at_all(children: ChildPool, subject: Subject, degree: int) -> None:
-    children.get().call("suites.support.tensor_parallel:check_bad_degree", subject=subject, degree=degree)
+    children.get().call("ktverify.checks.tensor_parallel:check_bad_degree", subject=subject, degree=degree)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from ktverify.cases import Case
-from suites.support.child import ChildPool
-from suites.support.isas import Isa
-from suites.support.subject import Subject
+from ktverify.checks.isas import Isa
+from ktverify.checks.target import Subject
+from ktverify.isolation.child import ChildPool
+from ktverify.spec.cases import Case
 
 TRAINED = {
     "fp32_parameters": "E=6,k=2,H=128,I=128,T=32,r=8,alpha=16,lora=float32",
@@ -25,13 +25,15 @@ def _case(text: str, fresh: int | None) -> Case:
 @pytest.mark.parametrize("name", TRAINED)
 def test_trajectory(engine: str, children: ChildPool, isa: Isa, name: str, fresh: int | None) -> None:
     children.get(isa.env).call(
-        "suites.support.training:check_trajectory", subject=Subject(engine, isa.name), case=_case(TRAINED[name], fresh)
+        "ktverify.checks.trajectory:check_trajectory",
+        subject=Subject(engine, isa.name),
+        case=_case(TRAINED[name], fresh),
     )
 
 
 def test_trajectory_tensor_parallel(engine: str, children: ChildPool, isa: Isa, fresh: int | None) -> None:
     children.get(isa.env).call(
-        "suites.support.training:check_trajectory",
+        "ktverify.checks.trajectory:check_trajectory",
         subject=Subject(engine, isa.name),
         case=_case(TRAINED["fp32_parameters"], fresh),
         tp=2,
@@ -40,11 +42,11 @@ def test_trajectory_tensor_parallel(engine: str, children: ChildPool, isa: Isa, 
 
 def test_parameters_count_only_once_synchronised(engine: str, children: ChildPool, isa: Isa, fresh: int | None) -> None:
     children.get(isa.env).call(
-        "suites.support.training:check_update", subject=Subject(engine, isa.name), case=_case(UPDATED, fresh)
+        "ktverify.checks.trajectory:check_update", subject=Subject(engine, isa.name), case=_case(UPDATED, fresh)
     )
 
 
 def test_backward_uses_the_weights_of_its_forward(engine: str, children: ChildPool, isa: Isa) -> None:
     children.get(isa.env).call(
-        "suites.support.training:check_update_between", subject=Subject(engine, isa.name), case=Case.parse(UPDATED)
+        "ktverify.checks.trajectory:check_update_between", subject=Subject(engine, isa.name), case=Case.parse(UPDATED)
     )

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ktverify.bench import fresh
-from ktverify.bench.clock import Clock
 from ktverify.bench.host import resident_bytes
 from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine
 from ktverify.bench.ranges import nvtx_range
 from ktverify.bench.shapes import weight_bytes
-from ktverify.cases import Case, flops
-from ktverify.machine import format_bytes, read_machine
-from ktverify.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
+from ktverify.isolation import fresh
+from ktverify.spec.cases import Case, flops
+from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
+from ktverify.system.clock import Clock
+from ktverify.system.machine import format_bytes, read_machine
 
 # rows whose results are compared with the oracle's; each depends on its own token alone
 CHECKED_ROWS = 16
@@ -53,10 +53,10 @@ class Stand:
     """One loaded layer with its inputs; the base weights are the layer's alone."""
 
     def __init__(self, spot: Spot) -> None:
-        from ktverify import reference
-        from ktverify.data import make_inputs
-        from ktverify.experts import KTMoEWrapper
-        from ktverify.running import build_layer
+        from ktverify.engines.native.layer import KTMoEWrapper
+        from ktverify.engines.run import build_layer
+        from ktverify.judge import reference
+        from ktverify.spec.inputs import make_inputs
 
         self.spot, self.case, self.clock = spot, Case.parse(spot.case), Clock()
         self.before = resident_bytes()
@@ -92,7 +92,7 @@ class Stand:
     def check(self) -> dict[str, float]:
         """rel_l2 of output and grad_input; RuntimeError for wrong ones."""
         from ktverify.bench.measure import WRONG
-        from ktverify.metrics import compare
+        from ktverify.judge.metrics import compare
 
         results = {OUTPUT: self.forward(), GRAD_INPUT: self.backward()[0]}
         found = {name: compare(results[name][:CHECKED_ROWS], right).rel_l2 for name, right in self.expected.items()}
@@ -152,7 +152,7 @@ def _fp32() -> Any:
 
 def spot_lines(spot: Spot) -> Iterator[Line]:
     """Everything that one process measures."""
-    from ktverify.bench.quiet import Neighbours
+    from ktverify.bench.other_load import Neighbours
 
     # what torch loads and allocates for good with its first step must not count as the layer's memory
     Stand(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(min(1, spot.steps))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.record import SWEEPS
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of
-from ktverify.bench.style import BLUE, BROWN, GREEN, INK, ORANGE, PAPER, PURPLE, QUIET, RED, bare, png
 from ktverify.bench.tables import number
+from ktverify.report.style import BLUE, BROWN, GREEN, INK, ORANGE, PAPER, PURPLE, QUIET, RED, bare, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.journal import whole_lines
-from ktverify.bench.runs import Line as _Line
-from ktverify.bench.runs import QuietLine, RunLine
+from ktverify.bench.measured import Line as _Line
+from ktverify.bench.measured import QuietLine, RunLine
+from ktverify.runs.jsonl import whole_lines
 
 FILE = "layer.jsonl"
 

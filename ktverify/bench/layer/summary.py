@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ktverify.bench.clock import Statistics
 from ktverify.bench.layer.record import LayerLine, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine, Varied
-from ktverify.cases import Case
+from ktverify.spec.cases import Case
+from ktverify.system.clock import Statistics
 
 FORWARD, BOTH, SAVING, BACKWARD, DIFFERENCE = (
     "forward",

@@ -33,7 +33,7 @@ class Native:
         import torch
 
         import ktverify
-        from ktverify.experts import KTMoEWrapper
+        from ktverify.engines.native.layer import KTMoEWrapper
 
         p = problem
         self.layer = KTMoEWrapper(

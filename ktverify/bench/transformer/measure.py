@@ -13,12 +13,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ktverify.bench import fresh
-from ktverify.bench.clock import Clock, use_device
 from ktverify.bench.ranges import nvtx_range
+from ktverify.bench.transformer.memory import step_memory, timing_bytes
 from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
-from ktverify.machine import format_bytes
-from ktverify.transformer.memory import step_memory, timing_bytes
+from ktverify.isolation import fresh
+from ktverify.system.clock import Clock, use_device
+from ktverify.system.machine import format_bytes
 
 
 def check_fits(settings: Settings) -> None:
@@ -46,7 +46,7 @@ def check_fits(settings: Settings) -> None:
 def free_bytes(device: str) -> int:
     """Memory that is free on a device. ValueError for a name that is none, RuntimeError where there is none."""
     if device == "cpu":
-        from ktverify import machine
+        from ktverify.system import machine
 
         return machine.read_machine().memory_available_bytes
     if device.partition(":")[0] != "cuda":
@@ -77,7 +77,7 @@ class Stepper:
     def __init__(self, settings: Settings) -> None:
         import torch
 
-        from ktverify.transformer.model import Transformer, batch_of
+        from ktverify.bench.transformer.model import Transformer, batch_of
 
         torch.manual_seed(0)
         if settings.threads is not None:
@@ -137,8 +137,8 @@ def process_lines(settings: Settings) -> Iterator[Line]:
     """Everything that one process measures."""
     import torch
 
-    from ktverify.bench.quiet import Neighbours
-    from ktverify.bench.runs import QuietLine
+    from ktverify.bench.measured import QuietLine
+    from ktverify.bench.other_load import Neighbours
 
     use_device(settings.device)
     stepper, warmup = Stepper(settings), settings.warmup_steps

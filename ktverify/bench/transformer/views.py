@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ktverify.bench.clock import Statistics
-from ktverify.bench.runs import disturbed, run_pairs
-from ktverify.bench.style import BLUE, INK, ORANGE, QUIET, RULE, bare, png
+from ktverify.bench.measured import disturbed, run_pairs
 from ktverify.bench.tables import NOTHING, Grid, number
 from ktverify.bench.transformer.measure import agreement
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
-from ktverify.bench.views import View, statistics_row
-from ktverify.machine import format_bytes
-from ktverify.transformer.sizes import forward_flops, parameters
+from ktverify.bench.transformer.sizes import forward_flops, parameters
+from ktverify.report.pages import View, statistics_row
+from ktverify.report.style import BLUE, INK, ORANGE, QUIET, RULE, bare, png
+from ktverify.system.clock import Statistics
+from ktverify.system.machine import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

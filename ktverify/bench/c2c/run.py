@@ -1,0 +1,132 @@
+"""A run: models loaded once, a warm-up, then prompt after prompt, each record written when it is made.
+
+Comes in: settings and prompts. Goes out: the file of records, and its info file.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ktverify.bench.c2c import store
+from ktverify.bench.c2c.models import load_side
+from ktverify.bench.c2c.pipeline import Pipeline, Response
+from ktverify.bench.c2c.projector import Projectors
+from ktverify.bench.c2c.record import ModelPair, Record, Settings, Sitting, Timing
+from ktverify.bench.c2c.timeline import Timeline
+from ktverify.bench.other_load import Neighbours, Reading
+from ktverify.system import machine
+from ktverify.system.clock import use_device
+from ktverify.training.pretrained import DTYPES
+
+WARMUP_TOKENS = 4
+
+
+def check(settings: Settings) -> None:
+    """ValueError for a device or dtype that is not there, before anything is loaded."""
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"--dtype is {settings.dtype!r}, it takes {' or '.join(DTYPES)}")
+    kind = settings.device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {settings.device!r}, it takes cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {settings.device!r}, but torch finds no CUDA device; it takes cpu here")
+
+
+def load(settings: Settings, projectors: Path | None) -> Pipeline:
+    """Both models and the projectors between them. ValueError in one line for what cannot be loaded."""
+    check(settings)
+    use_device(settings.device)
+    options = {"dtype": settings.dtype, "device": settings.device}
+    base = load_side(settings.base_model, "--base_model", **options)
+    teacher = load_side(settings.teacher_model, "--teacher_model", **options)
+    shapes = base.cache_shapes(), teacher.cache_shapes()
+    between = Projectors(*shapes) if projectors is None else Projectors.load(projectors, *shapes)
+    return Pipeline(base, teacher, between, template=settings.template)
+
+
+def warm_up(pipeline: Pipeline, settings: Settings, prompt: str, times: int) -> tuple[float, ...]:
+    """Milliseconds of `times` short runs of `prompt`, which count nowhere else."""
+    found = []
+    for _ in range(times):
+        timeline = Timeline(settings.device)
+        pipeline.run(prompt, min(settings.max_new_tokens, WARMUP_TOKENS), timeline)
+        found.append(Timing.of(timeline).total_ms)
+    return tuple(found)
+
+
+def time_prompt(pipeline: Pipeline, settings: Settings, number: int, prompt: str) -> tuple[Record, Timeline]:
+    """One prompt: its record, and the timeline that the record sums up."""
+    timeline = Timeline(settings.device)
+    response: Response = pipeline.run(prompt, settings.max_new_tokens, timeline)
+    models = ModelPair(base_model=settings.base_model, teacher_model=settings.teacher_model)
+    record = Record(id=number, prompt=prompt, response=response.text, model_config=models, timing=Timing.of(timeline))
+    return record, timeline
+
+
+def sitting(from_id: int, warmup_ms: tuple[float, ...]) -> Sitting:
+    """This run of the program."""
+    return Sitting(
+        stamp=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
+        command=shlex.join(["python", "-m", "ktverify", *sys.argv[1:]]),
+        commit=machine.git_commit(),
+        machine=machine.read_machine(),
+        transformers=machine.package_version("transformers"),
+        threads=torch.get_num_threads(),
+        from_id=from_id,
+        warmup_ms=warmup_ms,
+    )
+
+
+class Run:
+    """Prompts to time into the file `path`, those left out that are there already.
+
+    `prompts`: those of `settings.ids`, in order. ValueError where the file is of another run; then nothing is loaded.
+    """
+
+    def __init__(self, settings: Settings, prompts: Sequence[str], path: Path) -> None:
+        store.info_path(path)
+        self.settings, self.path = settings, path
+        self.file = store.RecordFile(path)
+        try:
+            store.check_resumable(path, settings, self.file.done, prompts)
+        except BaseException:
+            self.file.close()
+            raise
+        done = len(self.file.done)
+        self.left = list(zip(settings.ids, prompts, strict=True))[done:]
+        self._sittings: list[Sitting] = []
+        self._began: Reading | None = None
+
+    def records(self, load_pipeline: Callable[[], Pipeline], warmups: int) -> Iterator[tuple[Record, Timeline]]:
+        """Each record, after it was written, and the timeline that it sums up."""
+        if not self.left:
+            return
+        pipeline = load_pipeline()
+        number, prompt = self.left[0]
+        now = sitting(number, warm_up(pipeline, self.settings, prompt, warmups))
+        earlier = store.read_info(self.path).sittings if self.file.done else ()
+        self._sittings = [*earlier, now]
+        store.write_info(self.path, self.settings, self._sittings)
+        self._began = _neighbours().read()
+        for number, prompt in self.left:
+            record, timeline = time_prompt(pipeline, self.settings, number, prompt)
+            self.file.write(record)
+            yield record, timeline
+
+    def close(self) -> None:
+        """Also after an interrupt: what others took of the processors goes to the info file."""
+        self.file.close()
+        if self._began is not None:
+            *earlier, now = self._sittings
+            others = self._began.share_until(_neighbours().read())
+            store.write_info(self.path, self.settings, [*earlier, now.model_copy(update={"others": others})])
+
+
+def _neighbours() -> Neighbours:
+    return Neighbours(list)  # everything runs in this process

@@ -1,0 +1,193 @@
+"""The file of records: it grows by whole lines, and a run that was killed goes on behind the last of them.
+
+Comes in: records. Goes out: NAME.jsonl, and beside it NAME.run.json with the settings, which guards against lines of
+two kinds in one file. Several processes cannot write the same file at once. No torch here.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ktverify.bench.c2c.record import IDENTITY, Record, RunInfo, Settings, Sitting
+from ktverify.bench.measured import busy
+from ktverify.runs.files import write_whole
+from ktverify.runs.jsonl import LineFile
+
+SUFFIX = ".jsonl"
+
+
+def beside(path: Path, ending: str) -> Path:
+    """NAME + ending for NAME.jsonl. ValueError for a path of another ending."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"{path} does not end in {SUFFIX}; it takes a file of JSON lines")
+    return path.with_name(path.name.removesuffix(SUFFIX) + ending)
+
+
+def info_path(path: Path) -> Path:
+    return beside(path, ".run.json")
+
+
+class RecordFile(LineFile):
+    """Appends records to a file that may have some; a last line that was cut off is removed first.
+
+    `done`: the records that are there. BlockingIOError where another process has the file open so.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # not LineFile's own, which takes new files only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _cut(self._descriptor)
+            self.done = read_records(path)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise BlockingIOError(
+                f"{path} is being written by another run: wait for it, or name another file"
+            ) from None
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def close(self) -> None:
+        """Also removes a file that got no record."""
+        if os.fstat(self._descriptor).st_size == 0:
+            self.path.unlink(missing_ok=True)
+        super().close()
+
+
+def _cut(descriptor: int) -> None:
+    """Remove what stands behind the last newline."""
+    end = os.fstat(descriptor).st_size
+    os.ftruncate(descriptor, _whole(os.pread(descriptor, end, 0)))
+
+
+def _whole(content: bytes) -> int:
+    """How many bytes the whole lines take."""
+    return content.rfind(b"\n") + 1
+
+
+def read_records(path: Path) -> list[Record]:
+    """The whole records of a file. ValueError with the line for what is none, or for a file that is not there."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    found = []
+    # bytes: a line may have been cut off inside a character
+    for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
+        try:
+            found.append(Record.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path}, line {number} is no record of `bench c2c`: {where} {first['msg']}") from None
+    return found
+
+
+def read_info(path: Path) -> RunInfo:
+    """What is known of the file of records at `path`. ValueError where nothing is."""
+    file = info_path(path)
+    try:
+        return RunInfo.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing, so it is unknown how {path} was made; name another file") from None
+    except ValidationError as error:
+        raise ValueError(f"{file} is no file of `bench c2c`: {error.errors()[0]['msg']}") from None
+
+
+def describe(projectors: Path | None) -> str:
+    """What Settings.projectors says of a file: its name and its SHA-256. ValueError where it cannot be read."""
+    if projectors is None:
+        return IDENTITY
+    try:
+        return f"{projectors.name} {hashlib.sha256(projectors.read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise ValueError(f"--projectors {projectors} cannot be read: {error}") from None
+
+
+def notes(paths: Sequence[Path]) -> list[str]:
+    """A line for each way in which files were made: models, settings, machine, versions; first, whether others kept the
+    processors busy. What is unknown is left out."""
+    return [
+        *busy_notes(paths),
+        *dict.fromkeys(_note(info.settings, sitting) for info in _infos(paths) for sitting in info.sittings),
+    ]
+
+
+def busy_notes(paths: Sequence[Path]) -> list[str]:
+    """A line where other programs had so much of the processors that times mean little."""
+    return busy(sitting.others for info in _infos(paths) for sitting in info.sittings if sitting.others is not None)
+
+
+def _infos(paths: Sequence[Path]) -> list[RunInfo]:
+    return [read_info(path) for path in paths if info_path(path).is_file()]
+
+
+def _note(settings: Settings, sitting: Sitting) -> str:
+    where = f"{sitting.machine.cpu}, threads {sitting.threads}" if settings.device == "cpu" else settings.device
+    versions = f"torch {sitting.machine.versions.get('torch', '?')}, transformers {sitting.transformers}"
+    pair = f"{settings.base_model} taught by {settings.teacher_model}"
+    return f"{pair}, {settings.projectors.partition(' ')[0]}, {settings.dtype}, {where}; {versions}"
+
+
+def write_info(path: Path, settings: Settings, sittings: Sequence[Sitting]) -> None:
+    write_whole(info_path(path), RunInfo(settings=settings, sittings=tuple(sittings)).model_dump_json(indent=1) + "\n")
+
+
+def check_resumable(path: Path, settings: Settings, done: Sequence[Record], prompts: Sequence[str]) -> None:
+    """ValueError unless `done` is how a run with `settings` over `prompts` begins."""
+    if not done:
+        return
+    apart = read_info(path).settings.differences(settings)
+    if apart:
+        raise ValueError(f"{path} was made with other settings ({', '.join(apart)}); name another --output")
+    for record, wanted, prompt in zip(done, settings.ids, prompts, strict=False):
+        if record.id != wanted or record.prompt != prompt:
+            raise ValueError(f"{path}: the record of id {record.id} is not of prompt {wanted} of this data set")
+    if len(done) > len(settings.ids):
+        raise ValueError(f"{path} has {len(done)} records, this run makes {len(settings.ids)}; name another --output")
+
+
+def merge(paths: Sequence[Path], output: Path) -> list[Record]:
+    """Join the files of shards or of ranges, in the order of ids, and write the whole to `output` with its info.
+
+    ValueError unless their settings are those of one run, and every id of the range that they span is there once.
+    """
+    info_path(output)
+    if output.exists():
+        raise ValueError(f"{output} exists: remove it or name another --output")
+    infos = [read_info(path) for path in paths]
+    first = infos[0].settings
+    for path, info in zip(paths, infos, strict=True):
+        apart = first.differences(info.settings, ("start", "count", "shard"))
+        if apart:
+            raise ValueError(f"{paths[0]} and {path} are not of one run: {', '.join(apart)}")
+    found: dict[int, Record] = {}
+    for path in paths:
+        for record in read_records(path):
+            if record.id in found:
+                raise ValueError(f"{path}: id {record.id} is in another of the files as well")
+            found[record.id] = record
+    # of the ranges, not of the shards at hand: a shard that was not named may have the first or the last ids
+    ranges = [range(info.settings.start, info.settings.start + info.settings.count) for info in infos]
+    span = range(min(one.start for one in ranges), max(one.stop for one in ranges))
+    missing = [number for number in span if number not in found]
+    if missing:
+        shown = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+        raise ValueError(
+            f"{len(missing)} of {len(span)} ids are in no file: {shown}; finish those shards or name them too"
+        )
+    joined = [found[number] for number in span]
+    whole = first.model_copy(update={"start": span.start, "count": len(span), "shard": (1, 1)})
+    write_info(output, whole, [sitting for info in infos for sitting in info.sittings])
+    write_whole(output, "".join(record.model_dump_json() + "\n" for record in joined))
+    return joined

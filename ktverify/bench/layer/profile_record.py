@@ -1,0 +1,81 @@
+"""The lines of a profile: `reports/runs/<stamp>-profile/profile.jsonl`. Times are integer nanoseconds.
+
+Comes in: measurements, each written the moment it is made. Goes out: the same lines, read back.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from ktverify.bench.measured import Line as _Line
+from ktverify.bench.measured import QuietLine, RunLine
+from ktverify.engines.native.phase_times import StageTimes
+from ktverify.runs.jsonl import whole_lines
+
+FILE = "profile.jsonl"
+
+Range = Literal["forward_only", "backward_only", "full_train_loop"]
+RANGES: tuple[Range, ...] = ("forward_only", "backward_only", "full_train_loop")
+# first: of a fresh layer, which packs its weights; plain: steady, nothing recorded; recorded: steady, with stages
+Pass = Literal["first", "warmup", "plain", "recorded"]
+
+
+class ProfileLine(RunLine):
+    """The run: one case on one instruction set."""
+
+    kind: Literal["profile"] = "profile"
+    case: str
+    why: str
+    isa: str
+    tp: int
+    workers: int
+
+
+class CeilingLine(_Line):
+    """The machine's ceilings, bytes and operations a second, measured before each range and behind the last."""
+
+    kind: Literal["ceiling"] = "ceiling"
+    read: float
+    multiply: float
+
+
+class Part(_Line):
+    """One piece of a call, as Python sees it. at: since the call began; stages: where it is a recorded engine call."""
+
+    name: str
+    at: int
+    ns: int
+    stages: StageTimes | None = None
+
+    @property
+    def explained_ns(self) -> float:
+        """What is known of its inside: the sum of an engine call's stages, else all of it."""
+        return self.ns if self.stages is None else sum(phase.wall_ns for phase in self.stages.phases)
+
+
+class CallLine(_Line):
+    """One call of one range, as Python sees it. at: since the run began; parts: in order, the rest is between them."""
+
+    kind: Literal["call"] = "call"
+    range: Range
+    which: Pass
+    at: int
+    ns: int
+    parts: tuple[Part, ...]
+
+    @property
+    def stages(self) -> tuple[StageTimes, ...]:
+        """Of its engine calls, where they were recorded."""
+        return tuple(part.stages for part in self.parts if part.stages is not None)
+
+
+Line = ProfileLine | CeilingLine | CallLine | QuietLine
+_ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
+
+
+def read(directory: Path) -> list[Line]:
+    """The lines of a profile. FileNotFoundError without one; a last line that was cut off is left out."""
+    return [_ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

@@ -1,0 +1,69 @@
+"""Which instruction sets a run covers, and how each of them is run on this CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ktverify.engines import registry
+
+EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
+AMX = "amx_bf16"
+# every id that an Isa can have: how a test's id tells its instruction set
+IDS = (AMX, f"{AMX}_emulated", "avx512_bf16", "avx2", "scalar", "engine")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set of an engine: `name` is what its `isa=` takes, None for an engine that has no choice."""
+
+    name: str | None = None
+    emulated: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name that reports show."""
+        return f"{self.name} (emulated)" if self.emulated else self.name or ""
+
+    @property
+    def id(self) -> str:
+        """The name that test ids and xdist groups show."""
+        return f"{self.name}_emulated" if self.emulated else self.name or "engine"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a process needs in its environment to run this instruction set."""
+        return {EMULATION_ENV: "1"} if self.emulated else {}
+
+
+def planned(engine: str, wanted: str = "all") -> list[Isa]:
+    """The instruction sets of `engine` to run, best first. AMX is emulated where this CPU has none.
+
+    Raises ValueError when `wanted` is neither "all" nor one of them: a forced choice never falls back silently.
+    """
+    isas = _native() if engine == registry.NATIVE else _declared(engine)
+    if wanted == "all":
+        return isas
+    chosen = [isa for isa in isas if wanted in (isa.name, isa.id)]
+    if not chosen:
+        names = ", ".join(isa.id for isa in isas if isa.name) or "all"
+        raise ValueError(f"--isa {wanted}: engine {engine} has no such instruction set on this CPU; it takes {names}")
+    return chosen
+
+
+def _declared(engine: str) -> list[Isa]:
+    """What the factory's attribute `isas` names, a tuple of what its `isa=` takes; one without a name otherwise."""
+    names = getattr(registry.find(engine), "isas", None) or (None,)
+    if any(name is not None and name not in IDS for name in names):
+        raise ValueError(f"engine {engine}: isas is {names!r}, it takes some of {', '.join(IDS[:-1])}")
+    return [Isa(name) for name in names]
+
+
+def _native() -> list[Isa]:
+    from ktverify.engines.native.layer import amx_is_emulated, available_isas
+
+    trapped = amx_is_emulated()
+    isas = [Isa(name, emulated=trapped and name == AMX) for name in available_isas()]
+    # the trap handler stands for the tile instructions alone; the kernels around them are AVX-512 BF16
+    if "avx512_bf16" in [isa.name for isa in isas] and AMX not in [isa.name for isa in isas]:
+        isas.append(Isa(AMX, emulated=True))
+    return isas

@@ -1,0 +1,168 @@
+"""What the caller drops: base weights go expert by expert as they are packed, LoRA gradients' memory is used again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ktverify.checks.target import expect
+from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify.engines.run import layer_arguments
+from ktverify.isolation.child import resident_of
+from ktverify.spec.cases import Case
+
+CASE = Case.parse("E=16,k=1,H=1024,I=1024,T=16,r=1,alpha=1")
+
+
+def _layer() -> KTMoEWrapper:
+    layer = KTMoEWrapper(**layer_arguments(CASE, threads=2))
+    layer.init_lora_weights(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in layer.spec.lora_shapes.values()))
+    return layer
+
+
+def _weights(layer: KTMoEWrapper) -> list[Tensor]:
+    """Of expert e all elements are 1 + e / 128, so that one in another's place shows."""
+    values = (1 + torch.arange(CASE.num_experts) / 128).to(torch.bfloat16)[:, None, None]
+    return [values.expand(-1, *shape).contiguous() for shape in layer.spec.expert_shapes.values()]
+
+
+def _call() -> tuple[Tensor, Tensor, Tensor]:
+    """Token t goes to expert t, of all."""
+    x = torch.full((CASE.num_experts, CASE.hidden), 2.0**-12, dtype=torch.bfloat16)
+    return x, torch.arange(CASE.num_experts)[:, None], torch.ones(CASE.num_experts, 1)
+
+
+def _load(layer: KTMoEWrapper, weights: list[Tensor]) -> None:
+    gate_proj, up_proj, down_proj = weights
+    layer.load_weights_from_tensors(gate_proj, up_proj, down_proj, torch.arange(CASE.num_experts))
+
+
+def _reach(layer: KTMoEWrapper, tokens: int) -> Tensor:
+    """The output for tokens of which token t goes to expert t."""
+    x = torch.full((tokens, CASE.hidden), 2.0**-12, dtype=torch.bfloat16)
+    output = layer.forward_sft(x, torch.arange(tokens)[:, None], torch.ones(tokens, 1), save_for_backward=False)
+    expect(layer.packed_experts == tokens, f"{layer.packed_experts} experts are packed after {tokens}")
+    return output
+
+
+def _expected(weights: list[Tensor] | None = None) -> Tensor:
+    """Of all experts, by a layer whose caller keeps the tensors."""
+    layer = _layer()
+    kept = weights if weights is not None else _weights(layer)
+    _load(layer, kept)
+    return _reach(layer, CASE.num_experts)
+
+
+def check_never_twice() -> None:
+    """Whatever part of the experts has been reached, the process held the weights and one expert at most."""
+    expected = _expected()
+    layer = _layer()
+    layer.clear_sft_buffer_cache()
+    before = resident_of(os.getpid())
+    weights = _weights(layer)
+    size = sum(tensor.nbytes for tensor in weights)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
+    _load(layer, weights)
+    del weights
+    for tokens in (1, 8, 15, 16):
+        found = _reach(layer, tokens)
+        expect(torch.equal(found, expected[:tokens]), f"wrong results once {tokens} experts are packed")
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 - before
+    # one expert, huge pages that are not full, and what a call works with
+    budget = 1.05 * size + size / CASE.num_experts + (4 << 20)
+    expect(peak < budget, f"{peak / size:.2f} times the weights at the peak", "resources")
+
+
+HOLDERS: dict[str, Callable[[Tensor], Any]] = {
+    "a tensor": lambda tensor: tensor,
+    "a view": lambda tensor: tensor[3:],
+    "a storage": lambda tensor: tensor.untyped_storage(),
+    "an array": lambda tensor: tensor.view(torch.int16).numpy(),
+}
+
+
+def check_held_ones_stay() -> None:
+    """A tensor, a view, a storage or an array that somebody holds keeps its values while experts are packed."""
+    for what, hold in HOLDERS.items():
+        layer = _layer()
+        weights = _weights(layer)
+        _load(layer, weights)
+        held = [hold(tensor) for tensor in weights]
+        del weights
+        _reach(layer, 15)
+        for one in held:
+            seen = torch.empty(0, dtype=torch.bfloat16).set_(one) if what == "a storage" else one
+            seen = torch.from_numpy(one).view(torch.bfloat16) if what == "an array" else seen
+            expect(bool((seen >= 1).all()), f"{what} was held, and its values are gone")
+
+
+def check_lent_memory_stays() -> None:
+    """What numpy lent to torch is not given up when the last tensor is dropped: numpy still has it."""
+    layer = _layer()
+    arrays = [tensor.view(torch.int16).numpy().copy() for tensor in _weights(layer)]
+    _load(layer, [torch.from_numpy(array).view(torch.bfloat16) for array in arrays])
+    _reach(layer, 15)
+    expect(all(bool(np.all(array >= 0x3F80)) for array in arrays), "the memory of an array was given up")
+
+
+def check_experts_that_share_memory_stay() -> None:
+    """One matrix for all experts, or experts that overlap, are not given up with the first of them."""
+    spread = [weight[3:4].clone() for weight in _weights(_layer())]
+    expected = _expected([weight.expand(CASE.num_experts, -1, -1) for weight in spread])
+    layer = _layer()
+    _load(layer, [weight.expand(CASE.num_experts, -1, -1) for weight in spread])
+    del spread
+    for tokens in (1, 8, 16):
+        expect(torch.equal(_reach(layer, tokens), expected[:tokens]), "a shared matrix was given up")
+
+
+def check_threads_reach_it_at_once() -> None:
+    """Two threads whose forwards are the first, on one layer: both are right."""
+    expected = _expected()
+    for _ in range(8):
+        layer = _layer()
+        _load(layer, _weights(layer))
+        with ThreadPoolExecutor(2) as pool:
+            calls = [pool.submit(layer.forward_sft, *_call(), save_for_backward=False) for _ in range(2)]
+            for found in (call.result() for call in calls):
+                expect(torch.equal(found, expected), "wrong results of one of two threads")
+
+
+# ---- LoRA gradients
+
+
+def _gradients(layer: KTMoEWrapper) -> dict[str, Tensor]:
+    x, ids, weights = _call()
+    layer.forward_sft(x, ids, weights)
+    return layer.backward(torch.ones_like(x))[1]
+
+
+def check_gradient_memory_comes_back() -> None:
+    """The memory of gradients is handed out again when all of them are dropped, not before, and can be returned."""
+    layer = _layer()
+    _load(layer, _weights(layer))
+    first = _gradients(layer)
+    expected = {name: tensor.clone() for name, tensor in first.items()}
+    place, held = min(tensor.data_ptr() for tensor in first.values()), first["grad_up_lora_a"][1:]
+    del first
+    second = _gradients(layer)
+    other = min(tensor.data_ptr() for tensor in second.values())
+    expect(other != place, "a view of a gradient is held, and its memory was handed out")
+    expect(torch.equal(held, expected["grad_up_lora_a"][1:]), "a gradient that is held has changed")
+    del second
+    third = _gradients(layer)
+    expect(min(tensor.data_ptr() for tensor in third.values()) == other, "dropped memory was not handed out again")
+    for name, tensor in third.items():
+        expect(torch.equal(tensor, expected[name]), f"{name} differs in memory that was used before")
+    del third, held, tensor
+    before = resident_of(os.getpid())
+    layer.clear_sft_buffer_cache()
+    gone, size = before - resident_of(os.getpid()), sum(tensor.nbytes for tensor in expected.values())
+    expect(gone >= 2 * size, f"{gone} bytes were returned, two sets of gradients have {2 * size}", "resources")

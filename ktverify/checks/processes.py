@@ -1,0 +1,388 @@
+"""How a layer behaves as a part of a process: threads, forks, the interpreter's lock, memory, instruction sets.
+
+Those that depend on what happened in their process before say so; they want a fresh one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import psutil
+import torch
+from torch import Tensor
+
+from ktverify.checks.behaviour import MIDDLE, WIDE
+from ktverify.checks.target import SMALL, Subject, bits, expect, expect_same_bits, same_bits
+from ktverify.engines.run import run_layer
+from ktverify.isolation.child import processes_of, resident_of
+from ktverify.judge import gates, reference
+from ktverify.judge.metrics import compare
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import ALL_TENSORS, LORA_NAMES, OUTPUT
+from ktverify.system.paths import ROOT
+
+
+def digest(found: dict[str, Tensor]) -> str:
+    """Hash of all tensors' bytes."""
+    total = hashlib.sha256()
+    for name in ALL_TENSORS:
+        total.update(bits(found[name]).numpy().tobytes())
+    return total.hexdigest()
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process ever had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fork_and_run(subject: Subject, case: Case, layer: object | None = None) -> str:
+    """The digest that a forked child computes, on `layer` or on one of its own. AssertionError if it dies or hangs."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            inputs = make_inputs(case)
+            found = subject.run(case, inputs) if layer is None else run_layer(layer, inputs)
+            os.write(write, digest(found).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(write)
+    deadline = time.monotonic() + 60
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > deadline:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            raise AssertionError("a forked process hangs")
+        time.sleep(0.01)
+    with os.fdopen(read, "rb") as stream:
+        text = stream.read().decode()
+    expect(status == 0, f"a forked process ended with status {status}")
+    return text
+
+
+def check_fork_before_use(subject: Subject) -> None:
+    """Forked after the import, and after a layer was built and loaded, parent and child compute the same bits."""
+    torch.set_num_threads(1)
+    _ = subject.factory
+    forked = [fork_and_run(subject, MIDDLE)]
+    layer = subject.layer(MIDDLE, make_inputs(MIDDLE))
+    forked.append(fork_and_run(subject, MIDDLE, layer))
+    own = digest(run_layer(layer, make_inputs(MIDDLE)))
+    expect(forked == [own, own], "a forked process computes other bits than its parent")
+
+
+def check_threads_with_layers_of_their_own(subject: Subject) -> None:
+    """Python threads that each have a layer get the bits that one thread gets."""
+    torch.set_num_threads(1)
+    cases = [MIDDLE, WIDE, SMALL, MIDDLE.with_seed(3)]
+    expected = [digest(subject.run(case)) for case in cases]
+    failed: list[str] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(5):
+                if digest(subject.run(cases[index])) != expected[index]:
+                    failed.append(f"thread {index} got other bits")
+        except Exception as error:
+            failed.append(f"thread {index}: {type(error).__name__}: {error}")
+
+    _in_threads(work, len(cases))
+    expect(not failed, "; ".join(failed[:4]))
+
+
+def check_threads_that_share_a_layer(subject: Subject) -> None:
+    """Python threads that call one layer's forward at once each get their own batch's bits."""
+    torch.set_num_threads(1)
+    batches = [make_inputs(MIDDLE.with_seed(seed)) for seed in range(4)]
+    weights = batches[0]
+    layer = subject.layer(MIDDLE, weights)
+
+    def forward(index: int) -> Tensor:
+        batch = batches[index]
+        output: Tensor = layer.forward_sft(
+            batch.hidden_states, batch.expert_ids, batch.weights, save_for_backward=False
+        )
+        return output
+
+    expected = [forward(index) for index in range(4)]
+    failed: list[str] = []
+
+    def work(index: int) -> None:
+        try:
+            for _ in range(10):
+                if not same_bits(forward(index), expected[index]):
+                    failed.append(f"thread {index} got other bits")
+        except Exception as error:
+            failed.append(f"thread {index}: {type(error).__name__}: {error}")
+
+    _in_threads(work, 4)
+    expect(not failed, "; ".join(failed[:4]))
+
+
+def _in_threads(work: object, count: int) -> None:
+    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(count)]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        expect(not thread.is_alive(), "a thread hangs")
+
+
+def check_interpreter_runs_on(subject: Subject) -> None:
+    """While one thread is inside forward and backward, another Python thread makes progress."""
+    case = Case.parse("E=4,k=2,H=512,I=512,T=256,r=8,alpha=16")
+    inputs = make_inputs(case)
+    layer = subject.layer(case, inputs, threads=1)
+    run_layer(layer, inputs)
+    ticks: list[float] = []
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    windows: list[tuple[float, float]] = []
+    try:
+        # a loaded machine may not give the other thread a turn in any single call
+        for _ in range(200):
+            begin = time.perf_counter()
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+            between = time.perf_counter()
+            layer.backward(inputs.grad_output)
+            windows += [(begin, between), (between, time.perf_counter())]
+            # only the middle of a call counts: at its edges the interpreter itself changes threads
+            found = [_inside(ticks, windows[part::2]) for part in (0, 1)]
+            if min(found) >= 3:
+                return
+    finally:
+        stop.set()
+        ticker.join()
+    raise AssertionError(f"another Python thread ran {found[0]} times inside forward, {found[1]} inside backward")
+
+
+def _inside(ticks: list[float], windows: list[tuple[float, float]]) -> int:
+    middles = [(begin + 0.3 * (end - begin), begin + 0.7 * (end - begin)) for begin, end in windows]
+    return sum(any(begin < tick < end for begin, end in middles) for tick in list(ticks))
+
+
+def _workers() -> int:
+    """Threads beyond the first of this process and of each that it started: a hosted engine's are over there."""
+    return sum(process.num_threads() - 1 for process in processes_of(os.getpid()))
+
+
+def check_threads_have_a_ceiling(subject: Subject) -> None:
+    """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut."""
+    torch.set_num_threads(1)
+    inputs = make_inputs(MIDDLE)
+    allowed = sorted(os.sched_getaffinity(0))
+    for processors in {1, len(allowed)}:
+        os.sched_setaffinity(0, allowed[:processors])
+        before = _workers()
+        layer = subject.layer(MIDDLE, inputs, threads=64)
+        run_layer(layer, inputs)
+        more = _workers() - before
+        expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
+        del layer
+
+
+def check_idle_experts_take_no_memory(subject: Subject) -> None:
+    """A layer of 128 experts, of which one token reaches two, holds the memory of a few experts."""
+    case = Case.parse("E=128,k=2,H=1024,I=1024,T=1,r=1,alpha=2")
+    inputs = make_inputs(case)
+    one = 3 * 2 * case.hidden * case.intermediate
+    lora = sum(tensor.numel() * tensor.element_size() for tensor in inputs.lora.values())
+    subject.run(SMALL)
+    before = resident_of(os.getpid())
+    layer = subject.layer(case, inputs)
+    run_layer(layer, inputs)
+    grown = resident_of(os.getpid()) - before
+    numbers = gates.tolerances()["memory"]
+    budget = numbers["idle_experts"] * one + numbers["idle_lora"] * lora
+    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources")
+    del layer
+
+
+def check_update_while_forward_waits(subject: Subject) -> None:
+    """The backward of a forward that was saved before update_lora_weights belongs to the values of its forward."""
+    inputs = make_inputs(MIDDLE)
+    expected = subject.run(MIDDLE, inputs)
+    layer = subject.layer(MIDDLE, inputs)
+    output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    with torch.no_grad():
+        for name in LORA_NAMES:
+            getattr(layer, name).mul_(-1.5)
+    layer.update_lora_weights()
+    grad_input, gradients = layer.backward(inputs.grad_output)
+    found = {OUTPUT: output, "grad_input": grad_input, **gradients, "grad_weights": layer.grad_weights}
+    expect_same_bits("update_lora_weights between forward and backward", expected, found)
+    changed = replace(inputs, lora={name: getattr(layer, name).detach().clone() for name in LORA_NAMES})
+    expect_same_bits("the forward after the update", subject.run(MIDDLE, changed), run_layer(layer, inputs))
+
+
+def check_fork_during_a_call(subject: Subject) -> None:
+    """A process forked while another thread computes has a layer that works."""
+    inputs = make_inputs(MIDDLE)
+    layer = subject.layer(MIDDLE, inputs)
+    expected = run_layer(layer, inputs)
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+
+    busy = threading.Thread(target=compute)
+    busy.start()
+    try:
+        for _ in range(4):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                try:
+                    expect_same_bits("in a forked child", expected, run_layer(layer, inputs))
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            expect(status == 0, f"a child forked during a call ended with status {status} (14: it hung)")
+    finally:
+        stop.set()
+        busy.join()
+
+
+def check_reload_refused_while_forward_waits(subject: Subject) -> None:
+    """New base weights are refused while a saved forward waits for its backward, which then works."""
+    inputs = make_inputs(SMALL)
+    expected = subject.run(SMALL, inputs)
+    layer = subject.layer(SMALL, inputs)
+    layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    bases = (inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"))
+    try:
+        layer.load_weights_from_tensors(*bases, inputs.physical_map)
+    except RuntimeError as error:
+        expect("backward" in str(error), f"the error must say to call backward first, it says {error}")
+    else:
+        raise AssertionError("base weights were exchanged under a saved forward")
+    grad_input, _ = layer.backward(inputs.grad_output)
+    expect(torch.equal(grad_input, expected["grad_input"]), "the backward after the refusal gives other bits")
+
+
+def check_no_memory_half_way(subject: Subject) -> None:
+    """Memory that ends while experts are packed: MemoryError, and the same call is right once there is enough."""
+    case = Case.parse("E=16,k=8,H=1024,I=1024,T=16,r=4,alpha=8")
+    inputs = make_inputs(case)
+    expected = subject.run(case, inputs)[OUTPUT]
+    refused = 0
+    for extra in (16 << 20, 40 << 20, 70 << 20, 100 << 20, 115 << 20):
+        layer = subject.layer(case, inputs)
+        layer.clear_sft_buffer_cache()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + extra, hard))
+        try:
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        except MemoryError:
+            refused += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        found = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        expect(torch.equal(found, expected), f"other bits after {extra >> 20} MiB were all there was")
+    expect(refused > 0, "no limit was low enough: nothing was tried")
+
+
+def check_no_memory_for_another_dtype(subject: Subject) -> None:
+    """Memory that ends while LoRA of another dtype is taken over: MemoryError, and the layer is what it was."""
+    inputs = make_inputs(SMALL)
+    layer = subject.layer(SMALL, inputs)
+    layer._build = lambda **_: mock.Mock(**{"update_lora.side_effect": MemoryError("for LoRA")})
+    try:
+        layer.init_lora_weights(*(inputs.lora[name].float() for name in LORA_NAMES))
+    except MemoryError:
+        expect_same_bits("after MemoryError", subject.run(SMALL, inputs), run_layer(layer, inputs))
+        return
+    raise AssertionError("the layer was not built anew")
+
+
+# ---- instruction sets: of the native engine
+
+
+@contextlib.contextmanager
+def _variable(isa: str | None) -> Iterator[None]:
+    """KTVERIFY_ISA is `isa` inside, and not set for None."""
+    before = os.environ.pop("KTVERIFY_ISA", None)
+    if isa is not None:
+        os.environ["KTVERIFY_ISA"] = isa
+    try:
+        yield
+    finally:
+        os.environ.pop("KTVERIFY_ISA", None)
+        if before is not None:
+            os.environ["KTVERIFY_ISA"] = before
+
+
+def check_isa_is_kept(isa: str) -> None:
+    """A layer that was asked for `isa` says that it computes with it; so does one that KTVERIFY_ISA asked for."""
+    expect(Subject("native", isa).bare().isa == isa, f"isa={isa!r} gave another")
+    with _variable(isa):
+        expect(Subject("native").bare().isa == isa, f"KTVERIFY_ISA={isa} gave another")
+
+
+def check_isa_refused(isa: str, error_name: str, mention: str, by_variable: bool) -> None:
+    """AssertionError unless a layer for `isa` is refused with that error, whose text holds `mention`."""
+    subject = Subject("native", None if by_variable else isa)
+    try:
+        with _variable(isa if by_variable else None):
+            layer = subject.bare()
+    except Exception as error:
+        expect(type(error).__name__ == error_name, f"isa {isa}: must raise {error_name}, raised {error!r}")
+        expect(mention in str(error), f"isa {isa}: the error must say {mention!r}, it says {error}")
+        return
+    raise AssertionError(f"isa {isa} was asked for and {layer.isa} computes: a fallback in silence")
+
+
+def check_accumulation(isa: str | None) -> None:
+    """backward(..., accumulate=True) sums the LoRA gradients of many different calls with the error of one call."""
+    subject = Subject("native", isa)
+    inputs = make_inputs(MIDDLE)
+    layer = subject.layer(MIDDLE, inputs)
+    total = {name: torch.zeros_like(inputs.lora[name], dtype=torch.float64) for name in LORA_NAMES}
+    found: dict[str, torch.Tensor] = {}
+    for call in range(24):
+        # every call has the tokens in another order and another sign: its terms neither repeat nor vanish
+        here = replace(inputs, grad_output=inputs.grad_output.roll(call, 0) * (1 if call % 3 else -1))
+        layer.forward_sft(here.hidden_states, here.expert_ids, here.weights, save_for_backward=True)
+        found = layer.backward(here.grad_output, accumulate=True)[1]
+        for name, gradient in reference.forward_backward(here).items():
+            if name.removeprefix("grad_") in total:
+                total[name.removeprefix("grad_")] += gradient
+    for name, exact in total.items():
+        apart = compare(found[f"grad_{name}"], exact).rel_l2
+        limit = gates.own_limit(MIDDLE, f"grad_{name}", isa or "")
+        assert limit is not None
+        expect(apart < limit, f"grad_{name} summed over 24 calls is {apart:.1e} from the oracle, limit {limit:.1e}")
+
+
+def loaded_modules(statement: str) -> list[str]:
+    """Top-level modules that a new interpreter has loaded after `statement`."""
+    import subprocess
+    import sys
+
+    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.split()

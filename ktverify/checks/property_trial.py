@@ -1,0 +1,146 @@
+"""One drawn case on the engine under test: what it gives, what is right, and how far apart the two may be.
+
+A property says how two calls are related. The relation is exact in real numbers, so what a changed call gives, mapped
+back, has the unchanged call's oracle as its right answer, and that case's budgets: no property has a number of its own.
+Where moreover the order of no sum changes, the native engine owes the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from ktverify.checks.behaviour import changed
+from ktverify.checks.target import Subject, expect_same_bits
+from ktverify.engines import registry
+from ktverify.judge import gates, metrics, reference
+from ktverify.judge.bf16_baseline import peer_error
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs, make_inputs
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Right:
+    """tensors: fp64, by name; peer(): rel_l2 of plain bf16 torch, by name. peer takes long and is seldom wanted."""
+
+    tensors: Tensors
+    peer: Callable[[], dict[str, float]]
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Right:
+        """The oracle and the peer of `inputs`."""
+        oracle = reference.forward_backward(inputs)
+        return cls(oracle, functools.cache(lambda: peer_error(inputs, oracle)))
+
+    @classmethod
+    def total(cls, parts: Sequence[Right], names: Sequence[str]) -> Right:
+        """The sum of `parts`. Their peers' errors are independent, so they add in the mean square."""
+        tensors = {name: sum((part.tensors[name] for part in parts[1:]), parts[0].tensors[name]) for name in names}
+
+        def peer() -> dict[str, float]:
+            found = {}
+            for name in names:
+                errors = [part.peer()[name] * float(part.tensors[name].norm()) for part in parts]
+                found[name] = metrics.relative(math.hypot(*errors), float(tensors[name].norm()))
+            return found
+
+        return cls(tensors, functools.cache(peer))
+
+
+class Trial:
+    """A case, its inputs and its oracle on one engine; counts the comparisons, and those that could be believed."""
+
+    def __init__(self, subject: Subject, case: Case) -> None:
+        self.subject = subject
+        self.case = case
+        self.inputs = make_inputs(case)
+        self.own = registry.strict(subject.engine)
+        self.compared = self.believed = 0
+
+    @cached_property
+    def right(self) -> Right:
+        return Right.of(self.inputs)
+
+    @cached_property
+    def plain(self) -> Tensors:
+        """ALL_TENSORS of the case as it was drawn."""
+        return self.run(self.inputs)
+
+    def run(self, inputs: Inputs, *, tp: int = 1) -> Tensors:
+        """ALL_TENSORS of a new layer with `inputs`, whose case tells the sizes and the scale."""
+        found = self.subject.run(inputs.case, inputs, tp=tp)
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def keeps(self, what: str, found: Mapping[str, Tensor], right: Right | None = None, *, exact: bool = True) -> None:
+        """AssertionError unless every tensor of `found` is within the budgets of `right` (default: the case's).
+
+        exact=False where the tensors are sums of rounded results, so that even integer data does not give equal bits.
+        """
+        right = right or self.right
+        wrong = []
+        for name, tensor in found.items():
+            difference = metrics.compare(tensor, right.tensors[name])
+            judge = functools.partial(self._judge, name, difference, exact)
+            # budgets only grow with the peer's error: who keeps the floor needs no peer
+            judgement = judge(0.0)
+            if judgement.verdict is gates.Verdict.FAIL:
+                judgement = judge(right.peer()[name])
+            self.compared += 1
+            self.believed += judgement.verdict is gates.Verdict.PASS
+            if judgement.verdict is gates.Verdict.FAIL:
+                wrong.append(judgement.line.partition("\n")[0])
+        if wrong:
+            raise AssertionError("\n".join([what, *wrong]))
+
+    def _judge(self, name: str, difference: metrics.Difference, exact: bool, peer: float) -> gates.Judgement:
+        # the limits of strict engines are for tensors that many numbers decide, as small T is exempt there
+        own = self.own and (exact if self.case.exact else self._many(name, difference.nonzero))
+        isa = self.subject.isa or ""
+        return gates.judge(self.case, name, difference, peer, own_engine=own, isa=isa, searched=True)
+
+    def _many(self, name: str, nonzero: int) -> bool:
+        # h, dg and du are rounded too: with an I of 1, one of them decides a whole row
+        slots = self.case.qlen * self.case.top_k
+        decided = min(gates.numbers_deciding(self.case, name, nonzero), slots * self.case.intermediate)
+        return bool(decided >= gates.tolerances()["peer"]["few"])
+
+    def same(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """AssertionError unless the bits are the same: of the native engine only, see docs/contract.md."""
+        if self.subject.engine == registry.NATIVE:
+            # an empty tensor may have strides of which no bytes can be seen, and has no bits to differ in
+            expect_same_bits(what, left, right, tuple(name for name in names if left[name].numel()))
+
+    def close(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """AssertionError unless two results differ by no more than fp32 sums in another order may ([tp] rel_l2).
+
+        Asked of engines that are `engines.strict`, of tensors that many numbers decide, and not of sums that cancel.
+        """
+        numbers = gates.tolerances()
+        for name in names if self.own else ():
+            apart = metrics.compare(left[name], right[name].double())
+            if apart.rel_l2 <= numbers["tp"]["rel_l2"] or not self._many(name, apart.nonzero):
+                continue
+            if self.right.peer()[name] <= numbers["trust"]["max_peer"]:
+                raise AssertionError(
+                    f"{what}\nFAIL {name}: {apart.rel_l2:.1e} apart, budget {numbers['tp']['rel_l2']:.1e}, "
+                    f"worst {list(apart.worst_index)}"
+                )
+
+
+def with_case(inputs: Inputs, **sizes: object) -> Inputs:
+    """`inputs` under another case: `sizes` are fields of Case."""
+    return replace(inputs, case=replace(inputs.case, **sizes))  # type: ignore[arg-type]
+
+
+def rows_of(inputs: Inputs, rows: slice | Tensor) -> Inputs:
+    """`inputs` with some of its tokens, in that order."""
+    tokens = ("hidden_states", "expert_ids", "weights", "grad_output")
+    part = changed(inputs, **{name: getattr(inputs, name)[rows] for name in tokens})
+    return with_case(part, qlen=len(part.hidden_states))

@@ -1,0 +1,121 @@
+"""The engine under test as the checks see it: a name, an instruction set, and how to get a loaded layer of it.
+
+The check functions of this package take a Subject, so that they run in a child process, on any engine, unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktverify.engines import registry
+from ktverify.engines.run import build_layer, layer_arguments, run_layer
+from ktverify.judge import gates
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import ALL_TENSORS
+
+# multiples of 32, also in four parts: an engine that fails on other sizes fails the checks that are about them
+SMALL = Case.parse("E=6,k=2,H=64,I=128,T=9,r=4,alpha=8")
+ODD = Case.parse("E=5,k=3,H=97,I=47,T=7,r=3,alpha=5")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An engine by name and what its `isa=` gets (None: its own choice)."""
+
+    engine: str
+    isa: str | None = None
+
+    @property
+    def factory(self) -> registry.EngineFactory:
+        return registry.find(self.engine)
+
+    def bare(self, case: Case = SMALL, **more: Any) -> Any:
+        """A layer without weights; `more` overrides constructor arguments."""
+        arguments = layer_arguments(case, isa=self.isa, tp=1, threads=2)
+        return self.factory(**{**arguments, **more})
+
+    def layer(self, case: Case, inputs: Inputs, *, tp: int = 1, threads: int = 2, **more: Any) -> Any:
+        """A layer with the base weights and LoRA of `inputs`."""
+        return build_layer(self.factory, case, inputs, isa=self.isa, tp=tp, threads=threads, **more)
+
+    def run(self, case: Case, inputs: Inputs | None = None, **more: Any) -> dict[str, Tensor]:
+        """ALL_TENSORS of one forward and backward of a new layer."""
+        inputs = make_inputs(case) if inputs is None else inputs
+        return run_layer(self.layer(case, inputs, **more), inputs)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, so that NaN equals NaN and -0 is not +0."""
+    return tensor.detach().contiguous().view(torch.uint8)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and left.shape == right.shape and bool(torch.equal(bits(left), bits(right)))
+
+
+class GateFailed(AssertionError):
+    """What a check found: its text, and (gate, share of the budget that was used) for each gate that was exceeded."""
+
+    def __init__(self, text: str, exceeded: tuple[tuple[str, float], ...]) -> None:
+        super().__init__(text, exceeded)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def exceeded(self) -> tuple[tuple[str, float], ...]:
+        found: tuple[tuple[str, float], ...] = self.args[1]
+        return found
+
+
+def expect_same_bits(
+    what: str,
+    left: Mapping[str, Tensor],
+    right: Mapping[str, Tensor],
+    names: tuple[str, ...] = ALL_TENSORS,
+    gate: str = "bits",
+) -> None:
+    """GateFailed that names each of the tensors whose bits differ, and where first."""
+    if not gates.asked(gate):
+        return
+    wrong = []
+    for name in names:
+        a, b = left[name], right[name]
+        if same_bits(a, b):
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            wrong.append(f"{name}: {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
+            continue
+        places = (bits(a).view(*a.shape, -1) != bits(b).view(*b.shape, -1)).any(-1).nonzero()
+        first = tuple(places[0].tolist())
+        wrong.append(
+            f"{name}: {len(places)} of {a.numel()} differ, first {list(first)}: {float(a[first])} {float(b[first])}"
+        )
+    if wrong:
+        raise GateFailed(f"{what}: the bits differ\n" + "\n".join(wrong), ((gate, math.inf),))
+
+
+def expect(condition: bool, message: str, gate: str = "", used: float = math.inf) -> None:
+    """GateFailed with `message` unless `condition`; unlike assert, it survives python -O and needs no rewriting.
+
+    gate: one of gates.GATES, which a test may turn off; "" for what a check demands of itself: AssertionError then.
+    used: the share of the gate's budget, inf for one that has none.
+    """
+    if condition:
+        return
+    if not gate:
+        raise AssertionError(message)
+    if gates.asked(gate):
+        raise GateFailed(message, ((gate, used),))
+
+
+def accepted(what: str) -> None:
+    """GateFailed: `what` should have been refused."""
+    expect(False, f"{what} was accepted", "refusal")

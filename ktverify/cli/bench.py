@@ -1,0 +1,68 @@
+"""`python -m ktverify bench`: several commands under one name; without a command's name it times shapes.
+
+So `bench e16_t128` and `bench --list` are `bench shapes e16_t128` and `bench shapes --list`. Light: help needs
+no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from ktverify.cli.bench_analyze import analyze
+from ktverify.cli.bench_c2c import c2c_app
+from ktverify.cli.bench_layer import layer, sweep
+from ktverify.cli.bench_memory import memory
+from ktverify.cli.bench_shapes import bench
+from ktverify.cli.bench_transformer import transformer
+
+DEFAULT = "shapes"
+COMMANDS: dict[str, Callable[..., None]] = {
+    DEFAULT: bench,
+    "layer": layer,
+    "sweep": sweep,
+    "transformer": transformer,
+    "memory": memory,
+    "analyze": analyze,
+}
+
+
+class DefaultGroup(TyperGroup):
+    """A group whose first argument may be left out: then it is DEFAULT."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first not in self.commands and first not in ctx.help_option_names:
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+def _as_shells_do(name: str) -> str:
+    """--batch_sizes is --batch-sizes: the field writes the one, shells the other."""
+    return name.replace("_", "-")
+
+
+def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typer.Typer:
+    """The group, each command wrapped by `wrap`, which turns errors into lines."""
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _as_shells_do}
+    group = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, help=HELP, context_settings=settings)
+    for name, command in COMMANDS.items():
+        group.command(name)(wrap(command))
+    group.add_typer(c2c_app(wrap, settings), name="c2c")
+    return group
+
+
+HELP = """Time things, or count what they take. docs/profile.md shows each view, docs/c2c.md those of c2c and analyze.
+
+\b
+python -m ktverify bench [SHAPE]...         the engine beside its peers; options: bench shapes --help
+python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor parallelism, memory
+python -m ktverify bench sweep [WHAT]...    its cost over qlen, rank, threads, experts
+python -m ktverify bench transformer small  forward and backward of a transformer
+python -m ktverify bench memory 2.7b        what a training step of a transformer takes
+python -m ktverify bench c2c single         a pipeline of two models: single, batch, dataset, merge
+python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution, slowest prompts, CSV
+"""

@@ -1,0 +1,289 @@
+"""`python -m ktverify bench c2c`: single, batch, dataset, merge. Light until one is called: help needs no torch."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ktverify.bench.c2c import prompts
+from ktverify.cli import c2c_options
+from ktverify.isolation.interrupt import INTERRUPTED
+
+if TYPE_CHECKING:
+    from ktverify.bench.c2c.record import Record, Settings
+
+_MANY = 12  # more prompts than this are printed as a distribution alone
+
+
+def c2c_app(wrap: Callable[[Callable[..., None]], Callable[..., None]], settings: dict[str, object]) -> typer.Typer:
+    """The group, each command wrapped by `wrap`, which turns errors into lines."""
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP, context_settings=settings)
+    for command in (single, batch, dataset, merge):
+        group.command()(wrap(command))
+    return group
+
+
+def single(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text (default: the first built-in one)")] = "",
+    base_model: c2c_options.BaseModel = c2c_options.BASE,
+    teacher_model: c2c_options.TeacherModel = c2c_options.TEACHER,
+    projectors: c2c_options.ProjectorFile = None,
+    max_new_tokens: c2c_options.MaxNewTokens = 64,
+    profile_tokens: Annotated[
+        int, c2c_options.named("profile_tokens", "new tokens of the run for operators; 0: no such run", min=0)
+    ] = 8,
+    warmup_steps: c2c_options.Warmup = 1,
+    dtype: c2c_options.Dtype = "bfloat16",
+    device: c2c_options.Device = "cpu",
+    template: c2c_options.Template = True,
+    output: c2c_options.Output = None,
+    as_json: c2c_options.Json = False,
+) -> None:
+    """Time one prompt, stage by stage, and see which operators the time goes to.
+
+    Written beside each other: NAME.jsonl (the record), .tsv, .trace.json (the stages, for ui.perfetto.dev), .png (the
+    same, drawn), .operators.tsv and .operators.trace.json (a second run, under torch's profiler), .run.json (settings,
+    machine, versions, warm-up).
+
+    \b
+    Examples:  python -m ktverify bench c2c single "Why is the sky blue?"
+               python -m ktverify bench c2c single --base_model tiny/base --teacher_model tiny/teacher
+    """
+    text = prompt.strip() or prompts.built_in()[0]
+    chosen = _settings(locals(), source="argument", start=0, count=1)
+    path = _output(output)
+    if path.exists():
+        raise ValueError(f"{path} exists: remove it or name another --output")
+    _quiet()
+    from ktverify.bench.c2c.one import run_single, show_single
+
+    with _status(f"{base_model} taught by {teacher_model}"):
+        found = run_single(chosen, text, projectors, path, warmups=warmup_steps, profile_tokens=profile_tokens)
+    if as_json:
+        typer.echo(found.record.model_dump_json())
+    else:
+        show_single(found)
+
+
+def batch(
+    base_model: c2c_options.BaseModel = c2c_options.BASE,
+    teacher_model: c2c_options.TeacherModel = c2c_options.TEACHER,
+    projectors: c2c_options.ProjectorFile = None,
+    max_new_tokens: c2c_options.MaxNewTokens = 64,
+    warmup_steps: c2c_options.Warmup = 1,
+    dtype: c2c_options.Dtype = "bfloat16",
+    device: c2c_options.Device = "cpu",
+    template: c2c_options.Template = True,
+    output: c2c_options.Output = None,
+    as_json: c2c_options.Json = False,
+) -> None:
+    """Time the five built-in prompts: short, long, prose, code, arithmetic, characters beyond ASCII.
+
+    Written: NAME.jsonl (a record a prompt), .tsv, .run.json. Started again with the same --output, it goes on behind
+    the last whole record.
+
+    \b
+    Example:  python -m ktverify bench c2c batch --max_new_tokens 32 --output five.jsonl
+    """
+    texts = prompts.built_in()
+    chosen = _settings(locals(), source="built-in", start=0, count=len(texts))
+    _run(chosen, texts, projectors, _output(output), warmup_steps, as_json=as_json)
+
+
+def dataset(
+    dataset: Annotated[
+        str | None, c2c_options.named("dataset", "a data set of the hub, or a directory; needs datasets")
+    ] = None,
+    subset: Annotated[str | None, c2c_options.named("subset", "its configuration, where it has several")] = None,
+    split: Annotated[str, c2c_options.named("split", "which part of it")] = "test",
+    dataset_file: Annotated[
+        Path | None, c2c_options.named("dataset_file", "instead: JSON lines with prompt or question")
+    ] = None,
+    num_samples: Annotated[
+        int | None, c2c_options.named("num_samples", "so many prompts (default: all)", min=1)
+    ] = None,
+    start: Annotated[int, c2c_options.named("start", "number of the first prompt, from 0", min=0)] = 0,
+    shard: Annotated[
+        str, c2c_options.named("shard", "k/n: of these, every n-th from the k-th on", metavar="K/N")
+    ] = "1/1",
+    base_model: c2c_options.BaseModel = c2c_options.BASE,
+    teacher_model: c2c_options.TeacherModel = c2c_options.TEACHER,
+    projectors: c2c_options.ProjectorFile = None,
+    max_new_tokens: c2c_options.MaxNewTokens = 64,
+    warmup_steps: c2c_options.Warmup = 1,
+    dtype: c2c_options.Dtype = "bfloat16",
+    device: c2c_options.Device = "cpu",
+    template: c2c_options.Template = True,
+    output: c2c_options.Output = None,
+    as_json: c2c_options.Json = False,
+) -> None:
+    """Time the prompts of a data set, one after the other.
+
+    Written as in batch. Killed or interrupted, and started again with the same options and --output, it goes on behind
+    the last whole record. Several processes or machines share the work by --shard 1/3, 2/3, 3/3, or by --start and
+    --num_samples, each with an --output of its own; `merge` joins them.
+
+    \b
+    Examples:  python -m ktverify bench c2c dataset --dataset openai/gsm8k --subset main --num_samples 100
+               python -m ktverify bench c2c dataset --dataset_file lines.jsonl --shard 1/2 --output part1.jsonl
+    """
+    given = locals()
+    number, of = _shard(shard)
+    texts, source = _texts(dataset, subset, split, dataset_file, start, num_samples)
+    chosen = _settings(given, source=source, start=start, count=len(texts), shard=(number, of))
+    mine = texts[number - 1 :: of]
+    if not mine:
+        raise ValueError(
+            f"--shard {shard} of {len(texts)} prompts has none; it takes at most as many shards as prompts"
+        )
+    _run(chosen, mine, projectors, _output(output), warmup_steps, as_json=as_json)
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="the shards' files of records")],
+    output: Annotated[Path, c2c_options.named("output", "the file to write, NAME.jsonl")],
+    as_json: c2c_options.Json = False,
+) -> None:
+    """Join the files of shards or ranges into the file that one run would have written.
+
+    Refused where settings differ, an id is there twice, or one is missing.
+
+    \b
+    Example:  python -m ktverify bench c2c merge part1.jsonl part2.jsonl --output whole.jsonl
+    """
+    from ktverify.bench.c2c import store, tables
+    from ktverify.runs.files import write_whole
+
+    joined = store.merge(files, output)
+    write_whole(store.beside(output, ".tsv"), tables.delimited(joined, "\t"))
+    if as_json:
+        typer.echo(json.dumps({"output": str(output), "records": len(joined)}))
+    else:
+        typer.echo(f"{output}: {len(joined)} records of {len(files)} files, ids {joined[0].id} to {joined[-1].id}")
+
+
+HELP = """Time a pipeline of two models: a base receives a teacher's KV cache, then decodes.
+
+\b
+python -m ktverify bench c2c single "…"        one prompt, with a trace and operator statistics
+python -m ktverify bench c2c batch             five built-in prompts
+python -m ktverify bench c2c dataset           a data set or a file of prompts; goes on where it was stopped
+python -m ktverify bench c2c merge FILE...     joins what --shard or --start split
+python -m ktverify bench analyze FILE...       distribution, slowest prompts, histogram, CSV
+"""
+
+
+def _settings(
+    given: dict[str, object], *, source: str, start: int, count: int, shard: tuple[int, int] = (1, 1)
+) -> Settings:
+    """Settings of a command's options and of where its prompts are from."""
+    from ktverify.bench.c2c.record import Settings
+    from ktverify.bench.c2c.store import describe
+
+    names = ("base_model", "teacher_model", "dtype", "device", "template", "max_new_tokens")
+    projectors = given["projectors"]
+    return Settings.model_validate(
+        {
+            **{name: given[name] for name in names},
+            "projectors": describe(projectors if isinstance(projectors, Path) else None),
+            "source": source,
+            "start": start,
+            "count": count,
+            "shard": shard,
+        }
+    )
+
+
+def _texts(
+    dataset: str | None, subset: str | None, split: str, file: Path | None, start: int, count: int | None
+) -> tuple[list[str], str]:
+    """The prompts of the data set or of the file, and the words that Settings.source has for it."""
+    if (dataset is None) == (file is None):
+        raise ValueError("give either --dataset NAME or --dataset_file FILE")
+    if file is not None:
+        return prompts.of_file(file, start, count), file.name
+    assert dataset is not None
+    found = prompts.of_dataset(dataset, subset, split, start, count)
+    return found, f"{dataset}{':' + subset if subset else ''}, split {split}"
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, of = text.partition("/")
+    if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+        return int(number), int(of)
+    raise ValueError(f"--shard is {text!r}, it takes K/N with K from 1 to N, like 1/4")
+
+
+def _output(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    from ktverify.runs.jsonl import new_directory
+
+    return new_directory("c2c") / "timing.jsonl"
+
+
+def _run(
+    settings: Settings, texts: Sequence[str], projectors: Path | None, path: Path, warmups: int, *, as_json: bool
+) -> None:
+    """Time the prompts that are not yet in the file; tables of all that is in it then."""
+    _quiet()
+    from ktverify.bench.c2c.console import Watch
+    from ktverify.bench.c2c.run import Run, check, load
+
+    check(settings)
+    run = Run(settings, texts, path)
+    # a terminated run ends like an interrupted one
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    done, stopped = list(run.file.done), False
+    try:
+        with Watch(len(texts), len(done)) as watch:
+            for record, _ in run.records(lambda: load(settings, projectors), warmups):
+                done.append(record)
+                watch.advance(record)
+    except KeyboardInterrupt:
+        stopped = True
+        typer.echo(
+            f"stopped after {len(done)} of {len(texts)}; the same command with --output {path} goes on", err=True
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        run.close()
+    if done:
+        _conclude(done, path, as_json=as_json)
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _conclude(records: Sequence[Record], path: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ktverify.bench.c2c import store, tables
+    from ktverify.bench.c2c.console import print_grids
+    from ktverify.runs.files import write_whole
+
+    written = [path, write_whole(store.beside(path, ".tsv"), tables.delimited(records, "\t")), store.info_path(path)]
+    if as_json:
+        statistics = {name: asdict(found) for name, found in tables.distribution(records).items()}
+        typer.echo(json.dumps({"output": str(path), "records": len(records), "statistics": statistics}))
+        return
+    grids = [tables.distribution_grid(records, store.notes([path]))]
+    if len(records) <= _MANY:
+        grids.insert(0, tables.prompts_grid("prompt by prompt", records))
+    print_grids(grids, written)
+
+
+def _quiet() -> None:
+    from ktverify.training.pretrained import quiet
+
+    quiet("bench c2c")
+
+
+def _status(text: str) -> Any:
+    from ktverify.report.console import make_console
+
+    return make_console(stderr=True).status(text)

@@ -1,0 +1,206 @@
+"""`python -m ktverify bench layer` and `bench sweep`: parse, measure, print. Light until they are called."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ktverify.isolation.interrupt import INTERRUPTED
+
+if TYPE_CHECKING:
+    from ktverify.bench.layer.record import Line, Spot, Varied
+    from ktverify.spec.cases import Case
+
+DEFAULT_CASE = "E=16,k=4,H=2048,I=768,T=128,r=16"
+
+_Isa = Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")]
+_Threads = Annotated[int | None, typer.Option(help="at most so many threads", min=1)]
+_Warmup = Annotated[int, typer.Option(help="repeats that don't count", min=0)]
+_Repeats = Annotated[int, typer.Option(help="repeats that do", min=1)]
+_Steps = Annotated[int, typer.Option(help="training steps behind them, for memory; 0: none", min=0)]
+_Out = Annotated[Path | None, typer.Option(help="where it is written (default: a folder in reports/runs)")]
+_Show = Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")]
+_Json = Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")]
+
+
+def layer(
+    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = DEFAULT_CASE,
+    tp: Annotated[str, typer.Option(help="tensor-parallel degrees; 1 always comes first")] = "1,2",
+    batch_sizes: Annotated[str, typer.Option("--batch_sizes", help="sequences at a time, for throughput")] = "1,4",
+    sequence_lengths: Annotated[
+        str, typer.Option("--sequence_lengths", help="tokens a sequence, for throughput")
+    ] = "32,128",
+    isa: _Isa = None,
+    threads: _Threads = None,
+    warmup: _Warmup = 3,
+    repeats: _Repeats = 15,
+    steps: _Steps = 5,
+    out: _Out = None,
+    show: _Show = None,
+    as_json: _Json = False,
+) -> None:
+    """Times of one layer: forward, backward, tensor parallelism, tokens/s, memory.
+
+    Backward is timed alone, and as forward + backward with its forward subtracted. Every degree and every batch is
+    measured in a process of its own, and its first results are compared with the fp32 oracle. Written: layer.jsonl
+    (every repeat), .md, .html, .tsv, .png. Ctrl-C leaves what was measured.
+
+    \b
+    Examples:  python -m ktverify bench layer
+               python -m ktverify bench layer E=64,k=6,H=2048,I=1408,T=512,r=16 --tp 1,2,4
+               python -m ktverify bench layer --batch_sizes 1,2,4,8 --sequence_lengths 64,256,1024
+    """
+    from ktverify.bench.layer.record import Spot
+
+    if show is not None:
+        _again(show, as_json)
+        return
+    parsed = _timed(case)
+    degrees = dict.fromkeys([1, *_numbers("--tp", tp)])
+    plain = Spot(case=parsed.id, isa=isa, threads=threads, warmup=warmup, repeats=repeats, steps=steps)
+    spots: list[Spot] = []
+
+    def add(varied: Varied, value: int, chosen: Case, **more: int) -> None:
+        # the case checks that the degree divides I
+        text = replace(chosen, tp=(more.get("tp", 1),)).id
+        fields = {"number": len(spots), "varied": varied, "value": value, "case": text, **more}
+        spots.append(plain.model_copy(update=fields))
+
+    for degree in degrees:
+        add("tp", degree, parsed, tp=degree)
+    for batch in _numbers("--batch_sizes", batch_sizes):
+        for length in _numbers("--sequence_lengths", sequence_lengths):
+            add("throughput", batch * length, replace(parsed, qlen=batch * length), batch=batch)
+    _measure("layer", parsed, spots, out, as_json)
+
+
+def sweep(
+    what: Annotated[
+        list[str] | None, typer.Argument(metavar="WHAT", help="qlen, rank, threads, experts (default: all)")
+    ] = None,
+    case: Annotated[str, typer.Option(help="what is varied, a case as repro takes it")] = DEFAULT_CASE,
+    values: Annotated[str | None, typer.Option(help="of one WHAT: 1,2,4 (default: some that suit it)")] = None,
+    isa: _Isa = None,
+    threads: _Threads = None,
+    warmup: _Warmup = 3,
+    repeats: _Repeats = 9,
+    steps: _Steps = 1,
+    out: _Out = None,
+    show: _Show = None,
+    as_json: _Json = False,
+) -> None:
+    """How a layer's cost grows over qlen, LoRA rank, threads and experts, beside its work.
+
+    Each value is measured in a process of its own. Written: layer.jsonl (every repeat), sweep.md, .html, .tsv, .png.
+    Ctrl-C leaves what was measured.
+
+    \b
+    Examples:  python -m ktverify bench sweep
+               python -m ktverify bench sweep qlen --values 1,4,16,64,256,1024
+               python -m ktverify bench sweep rank experts --case E=64,k=6,H=2048,I=1408,T=512,r=16
+    """
+    from ktverify.bench.layer.record import SWEEPS, Spot
+
+    if show is not None:
+        _again(show, as_json)
+        return
+    parsed = _timed(case)
+    chosen = [name for name in SWEEPS if name in (what or SWEEPS)]
+    unknown = [name for name in what or () if name not in SWEEPS]
+    if unknown:
+        raise ValueError(f"nothing that can be varied is called {unknown[0]!r}; there are {', '.join(SWEEPS)}")
+    if values is not None and len(chosen) != 1:
+        raise ValueError(f"--values is for one of {', '.join(SWEEPS)}, {len(chosen)} are to be varied")
+    plain = Spot(case=parsed.id, isa=isa, threads=threads, warmup=warmup, repeats=repeats, steps=steps)
+    spots: list[Spot] = []
+    for varied in chosen:
+        # the engine takes no more workers than there are processors, so a larger value would time the same again
+        most = len(os.sched_getaffinity(0))
+        for value in _numbers("--values", values) if values is not None else _DEFAULTS[varied](parsed):
+            fields = {"number": len(spots), "varied": varied, "value": value}
+            if varied == "threads" and value > most:
+                raise ValueError(f"--values has {value} threads, this process may run on {most} processors")
+            change = {"threads": value} if varied == "threads" else {"case": _CHANGES[varied](parsed, value).id}
+            spots.append(plain.model_copy(update={**fields, **change}))
+    _measure("sweep", parsed, spots, out, as_json)
+
+
+# case and value -> the case of that spot
+_CHANGES: dict[str, Callable[[Case, int], Case]] = {
+    "qlen": lambda case, value: replace(case, qlen=value),
+    "rank": lambda case, value: replace(case, rank=value, alpha=2.0 * value),
+    "experts": lambda case, value: replace(case, num_experts=value),
+}
+# case -> values that suit it
+_DEFAULTS: dict[str, Callable[[Case], list[int]]] = {
+    "qlen": lambda case: [1, 4, 16, 64, 256],
+    "rank": lambda case: [4, 8, 16, 32, 64],
+    "threads": lambda case: _doubling(1, len(os.sched_getaffinity(0))),
+    "experts": lambda case: _doubling(case.top_k, 4 * case.num_experts),
+}
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    """first, twice that, … and last."""
+    found = [first]
+    while found[-1] * 2 < last:
+        found.append(found[-1] * 2)
+    return list(dict.fromkeys([*found, last]))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Whole numbers from 1 on, between commas, each once, in the order given."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option} is {text!r}, it takes whole numbers from 1 on with commas between, like 1,2,4")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _timed(case: str) -> Case:
+    from ktverify.spec.cases import Case
+
+    parsed = Case.parse(case)
+    if parsed.qlen == 0:
+        raise ValueError(f"case {parsed.id}: T is 0, there is nothing to time")
+    if parsed.data != "gaussian":
+        raise ValueError(f"case {parsed.id}: its results are compared with fp32, which takes data=gaussian")
+    return parsed
+
+
+def _measure(kind: str, case: Case, spots: list[Spot], out: Path | None, as_json: bool) -> None:
+    from ktverify.bench.layer import measure, record
+    from ktverify.bench.measured import RunLine, collect, if_there_is_any
+    from ktverify.runs.jsonl import new_directory
+
+    measure.check_fits(spots)
+    directory = out if out is not None else new_directory(kind)
+    head = record.LayerLine(**RunLine.facts(directory), case=case.id, spots=tuple(spots))
+    measured, count = measure.measured(spots), measure.line_count(spots)
+    lines, stopped = collect(directory / record.FILE, head, measured, count, f"bench {kind}")
+    with if_there_is_any(stopped):
+        _conclude(directory, lines, as_json)
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _again(directory: Path, as_json: bool) -> None:
+    from ktverify.bench.layer import record
+
+    _conclude(directory, record.read(directory), as_json)
+
+
+def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
+    """Write the views, then print. ValueError for a run that has no repeat that counts."""
+    from ktverify.bench.layer import record, tables
+    from ktverify.bench.measured import NothingCountsError
+    from ktverify.report import pages
+
+    view = tables.view(lines)
+    if view is None:
+        raise NothingCountsError(f"{directory / record.FILE} has no repeat that counts")
+    pages.conclude(view, lines, directory / record.FILE, as_json)

@@ -1,0 +1,173 @@
+"""The commands `diagnose` and `debug`: arguments, the module that does the work, and what is printed.
+
+Light: heavy modules are imported inside the commands.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ktverify.cli.checkout import become
+from ktverify.cli.options import EngineName
+
+if TYPE_CHECKING:
+    from ktverify.diagnose.search import Diagnosis
+
+_CASE = typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")
+_ISA = typer.Option(help="force an instruction set; refused where it cannot run")
+_TP = typer.Option(help="tensor-parallel degree", min=1)
+
+
+def diagnose(
+    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = "small",
+    engine: EngineName = "native",
+    isa: Annotated[str | None, _ISA] = None,
+    tp: Annotated[int, _TP] = 1,
+    tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
+    mutants: Annotated[bool, typer.Option("--mutants", help="diagnose the engines that are wrong on purpose")] = False,
+) -> None:
+    """Say what is wrong with an engine: a cause, not a number.
+
+    Hypotheses are tried on the tensors of the case and ranked by how much of the error each explains. Where the case
+    passes, further calls look at the behaviour: repeats, threads, updates, outstanding forwards, ids, NaN, refusals.
+
+    \b
+    Examples:  python -m ktverify diagnose small --engine my_package.layer:make_layer
+               python -m ktverify diagnose 'small,T=1' --tensor grad_up_lora_a --json
+               python -m ktverify diagnose --mutants
+
+    Exit code 0: nothing to explain; 1: there is something wrong.
+    """
+    if mutants:
+        become("ktverify.mutants.diagnosed", [])
+    from ktverify.checks.accuracy import check_names
+    from ktverify.diagnose.search import diagnose as search
+    from ktverify.report.console import make_console
+    from ktverify.spec.cases import Case
+
+    parsed = Case.parse(case)
+    with make_console(stderr=True).status(f"{parsed.id} on {engine}"):
+        found = search(parsed, engine, isa=isa, tp=tp, tensors=check_names(tensor, True), seconds=120.0)
+    if as_json:
+        typer.echo(_as_json(found, engine))
+    else:
+        _print(found, engine, tp)
+    if found.failing or found.findings:
+        raise typer.Exit(1)
+
+
+def _print(found: Diagnosis, engine: str, tp: int) -> None:
+    typer.echo(found.line)
+    where = f"{found.case.id}, engine {engine}, TP {tp}"
+    wrong = f"over budget: {', '.join(found.failing)}" if found.failing else "every tensor is within its budget"
+    typer.echo(f"{where}: {wrong}; {found.tried} tried")
+    if found.note:
+        typer.echo(found.note)
+    for finding in found.findings[:1]:
+        for line in finding.evidence:
+            typer.echo(f"    {line}")
+    others = found.findings[1:4]
+    if others:
+        typer.echo("less likely:")
+    for finding in others:
+        typer.echo(f"    {finding.cause.value}: {finding.line}")
+
+
+def _as_json(found: Diagnosis, engine: str) -> str:
+    import json
+
+    return json.dumps(
+        {
+            "case": found.case.id,
+            "engine": engine,
+            "failing": list(found.failing),
+            "tried": found.tried,
+            "note": found.note,
+            "findings": [
+                {
+                    "cause": finding.cause.value,
+                    "text": finding.text,
+                    "explains": finding.share,
+                    "complete": finding.complete,
+                    "evidence": list(finding.evidence),
+                }
+                for finding in found.findings
+            ],
+        },
+        indent=2,
+    )
+
+
+# ---- debug
+
+
+def debug_nan(
+    case: Annotated[str, _CASE],
+    engine: EngineName = "native",
+    isa: Annotated[str | None, _ISA] = None,
+    tp: Annotated[int, _TP] = 1,
+    save: Annotated[Path, typer.Option(help="where to put what is needed to replay")] = Path(".cache/nan.safetensors"),
+) -> None:
+    """Find the first NaN or Inf: stage, expert, token, index; save what is needed to replay.
+
+    The oracle's stages are walked on the case's inputs: x, gate and up, their LoRA parts, silu, h, down, the weighted
+    sum, then the backward's; and the engine's tensors are looked at. Exit code 1 where there is a NaN or Inf.
+
+    \b
+    Example:  python -m ktverify debug nan nan_row --engine my_package.layer:make_layer
+    """
+    from ktverify.diagnose import debug
+
+    found = debug.walk_non_finite(case, engine, isa=isa, tp=tp, save=save)
+    for line in found:
+        typer.echo(line)
+    if found[0] != debug.FINITE:
+        raise typer.Exit(1)
+
+
+def debug_gradients(
+    case: Annotated[str, _CASE],
+    engine: EngineName = "native",
+    isa: Annotated[str | None, _ISA] = None,
+    tp: Annotated[int, _TP] = 1,
+) -> None:
+    """Per tensor: largest and mean differences, absolute and relative, norms, cosine, worst index.
+
+    \b
+    Example:  python -m ktverify debug gradients small --engine my_package.layer:make_layer
+    """
+    from ktverify.diagnose import debug
+    from ktverify.report.console import make_console
+
+    make_console().print(debug.gradient_table(case, engine, isa=isa, tp=tp))
+
+
+def debug_tp(
+    intermediate_size: Annotated[int, typer.Option(help="moe_intermediate_size", min=1)],
+    threadpool_count: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)],
+) -> None:
+    """Say whether a degree of tensor parallelism divides an intermediate size, and what would.
+
+    \b
+    Example:  python -m ktverify debug tp --intermediate-size 2049 --threadpool-count 4
+    """
+    from ktverify.engines import argument_checks
+
+    try:
+        argument_checks.check_tp(intermediate_size, threadpool_count)
+    except RuntimeError as error:
+        typer.echo(f"no: {error}")
+        above = -(-intermediate_size // threadpool_count) * threadpool_count
+        below = above - threadpool_count
+        sizes = " or ".join(str(size) for size in (below, above) if size > 0)
+        typer.echo(f"with {threadpool_count} parts the intermediate size could be {sizes}")
+        raise typer.Exit(1) from None
+    each = intermediate_size // threadpool_count
+    typer.echo(f"yes: {threadpool_count} parts of {each} columns each")
+
+
+DEBUG: dict[str, Any] = {"nan": debug_nan, "gradients": debug_gradients, "tp": debug_tp}

@@ -1,0 +1,250 @@
+"""What will run on this machine, what won't, and why.
+
+Comes in: the machine, the installed packages, the native module. Goes out: lines of (state, name, text); `ok` runs,
+`no` will not run and says what to do, `note` runs but is worth knowing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ktverify.system import machine, optional_peers
+from ktverify.system.machine import EMULATION_VARIABLE, ISA_FLAGS, Machine, format_bytes
+from ktverify.system.paths import ROOT
+
+State = Literal["ok", "no", "note"]
+
+MINIMUM_GCC = 12
+# declared size of deepseek_v3_t4's base weights, most of it never touched, and what the process then really holds
+DEEPSEEK_VIRTUAL = 256 * 3 * 7168 * 2048 * 2
+DEEPSEEK_RESIDENT = 12 << 30
+DEFAULT_TIER = 3 << 30
+
+
+@dataclass(frozen=True)
+class Line:
+    """One fact. `needed`: without it the suites do not run on the native engine at all."""
+
+    state: State
+    name: str
+    text: str
+    needed: bool = False
+
+
+def examine(here: Machine | None = None) -> Iterator[Line]:
+    """All lines, one after another, so that a slow one does not hold back the others."""
+    here = here or machine.read_machine()
+    yield from _system(here)
+    yield from _amx(here)
+    yield from _isas(here)
+    yield from _compiler(here)
+    yield from _packages()
+    yield from _native(here)
+    yield from _extras()
+    yield from _memory(here)
+    yield from _threads(here)
+    yield from _checkout()
+
+
+def _system(here: Machine) -> Iterator[Line]:
+    yield Line("ok", "CPU", f"{here.cpu} ({here.architecture})")
+    linux = sys.platform == "linux"
+    text = here.system if linux else f"{here.system}: the native engine needs Linux; engines in plain torch run"
+    yield Line("ok" if linux else "no", "system", text, needed=True)
+
+
+def _isas(here: Machine) -> Iterator[Line]:
+    have = set(here.flags)
+    for isa, flags in ISA_FLAGS.items():
+        if isa == "amx_bf16":
+            continue
+        missing = [flag for flag in flags if flag not in have]
+        if isa in here.isas:
+            yield Line("ok", isa, "kernels run" if flags else "portable kernels run on every CPU")
+        else:
+            yield Line("no", isa, f"this CPU lacks {', '.join(missing)}")
+
+
+def _amx(here: Machine) -> Iterator[Line]:
+    amx = here.amx
+    if amx.usable and "amx_bf16" in here.isas:
+        held = "already granted" if amx.permitted else "granted when the engine first asks"
+        yield Line("ok", "amx_bf16", f"the CPU has it and the kernel permits it ({held})")
+        return
+    if amx.cpu and not amx.kernel:
+        why = "the CPU has it, but the kernel does not offer the tile state: Linux 5.16 or newer is needed"
+    elif amx.cpu:
+        why = f"the CPU has tiles but lacks {', '.join(f for f in ISA_FLAGS['amx_bf16'] if f not in here.flags)}"
+    else:
+        why = "this CPU has no AMX (no amx_tile, amx_bf16 in its flags); Intel Sapphire Rapids and later have"
+    yield Line("no", "amx_bf16", why)
+    if amx.emulated:
+        yield Line("note", "", f"{EMULATION_VARIABLE}=1 is set: tile instructions are emulated, right but very slow")
+    elif hint := machine.emulation_hint(here.isas):
+        yield Line("note", "", hint)
+
+
+def _compiler(here: Machine) -> Iterator[Line]:
+    line = here.versions.get("compiler", "")
+    if not line:
+        yield Line("no", "compiler", f"none found; the native engine is built with g++ {MINIMUM_GCC} or newer")
+        return
+    found = re.search(r"(\d+)\.\d+(\.\d+)?\s*$", line) or re.search(r"\s(\d+)\.\d+", line)
+    old = "clang" not in line and found is not None and int(found.group(1)) < MINIMUM_GCC
+    yield Line("no" if old else "ok", "compiler", f"{line}; g++ {MINIMUM_GCC} or newer is needed" if old else line)
+
+
+def _packages() -> Iterator[Line]:
+    """The packages that ktverify itself declares, so that the list stands in pyproject.toml alone."""
+    found: list[str] = []
+    missing: list[str] = []
+    for name in _declared() or _declared_in_checkout():
+        version = machine.package_version(name)
+        (found if version else missing).append(f"{name} {version}".strip())
+    if missing:
+        what = f"missing: {', '.join(missing)}; `pip install -c constraints.txt {' '.join(missing)}`"
+        yield Line("no", "packages", what, needed=True)
+    if found:
+        yield Line("ok", "packages", ", ".join(found))
+
+
+def _declared(extra: str = "") -> list[str]:
+    """The packages that ktverify needs, or those of one extra alone; none where it is not installed."""
+    try:
+        declared = importlib.metadata.requires("ktverify") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    names = []
+    for requirement in declared:
+        of = re.search(r"extra == ['\"](\w+)['\"]", requirement)
+        if (of.group(1) if of else "") == extra:
+            names += _names([requirement])
+    return names
+
+
+def _names(requirements: Iterable[str]) -> list[str]:
+    wanted = [text for text in requirements if "python_version" not in text or sys.version_info < (3, 11)]
+    return [found.group() for found in (re.match(r"[A-Za-z0-9._-]+", text) for text in wanted) if found]
+
+
+def _declared_in_checkout() -> list[str]:
+    pyproject = ROOT / "pyproject.toml"
+    if not pyproject.is_file():
+        return []
+    block = re.search(r"^dependencies = \[(.*?)^\]", pyproject.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return _names(re.findall(r'"([^"]+)"', block.group(1))) if block else []
+
+
+def _extras() -> Iterator[Line]:
+    """What some commands need beyond the packages, and how to get it."""
+    runs = "train, make-tiny, verify-training and bench c2c"
+    missing = [name for name in _declared("training") if not machine.package_version(name)]
+    if missing:
+        how = "`pip install -c constraints.txt -e '.[training]'`"
+        yield Line("note", "training", f"{runs} need {', '.join(missing)}: {how}")
+    else:
+        yield Line("ok", "training", f"{runs} run")
+    for need in optional_peers.INSTALLED:
+        try:
+            path, why = optional_peers.find(need, {})
+        except ValueError as error:
+            path, why = None, str(error)
+        name = "peers of bench" if need == optional_peers.INSTALLED[0] else ""
+        what = optional_peers.PLACES[need].what
+        yield Line("ok", name, f"{what}: {path}") if path else Line("note", name, f"{what}: {why.partition(',')[0]}")
+
+
+def _native(here: Machine) -> Iterator[Line]:
+    if importlib.util.find_spec("ktverify._native") is None:
+        yield Line("no", "native engine", "not built; `pip install .` builds it", needed=True)
+        return
+    try:
+        from ktverify.engines.native.layer import available_isas
+
+        isas = available_isas()
+    # whatever stops the import stops every run as well, and is what the user has to read
+    except Exception as error:
+        yield Line("no", "native engine", f"built, but does not load: {error}", needed=True)
+        return
+    yield Line("ok", "native engine", f"loads and runs {', '.join(isas)}", needed=True)
+    for isa in here.isas:
+        if isa not in isas:
+            yield Line("no", "", f"it leaves out {isa}, although this CPU has it")
+
+
+def _memory(here: Machine) -> Iterator[Line]:
+    limited = here.memory_bytes < here.memory_total_bytes
+    total = f"{format_bytes(here.memory_bytes)}{' by the control group' if limited else ''}"
+    free = here.memory_available_bytes
+    enough = free >= DEFAULT_TIER
+    text = f"{total}, {format_bytes(free)} free"
+    if not enough:
+        text += f"; the default cases need about {format_bytes(DEFAULT_TIER)}"
+    yield Line("ok" if enough else "no", "memory", text)
+    yield _deepseek(free)
+    pages = here.huge_pages
+    if pages in ("always", "madvise"):
+        yield Line("ok", "huge pages", f"transparent huge pages are on ({pages})")
+    else:
+        state = pages or "not offered by this kernel"
+        yield Line("note", "huge pages", f"transparent huge pages: {state}; everything runs, large shapes more slowly")
+
+
+def _deepseek(free: int) -> Line:
+    name = "deepseek_v3_t4"
+    need = format_bytes(DEEPSEEK_RESIDENT)
+    if free < DEEPSEEK_RESIDENT:
+        return Line(
+            "no", name, f"needs {need} of memory, {format_bytes(free)} are free; leave it out with --tier default"
+        )
+    declared = format_bytes(DEEPSEEK_VIRTUAL)
+    overcommit = _read("/proc/sys/vm/overcommit_memory")
+    if overcommit == "2":
+        return Line("no", name, f"reserves {declared} and touches a part of it; vm.overcommit_memory=2 forbids that")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < DEEPSEEK_VIRTUAL + DEEPSEEK_RESIDENT:
+        return Line("no", name, f"reserves {declared} of address space; `ulimit -v` allows {format_bytes(limit)}")
+    return Line("ok", name, f"fits: all 256 experts declared ({declared} reserved), at most {need} used")
+
+
+def _threads(here: Machine) -> Iterator[Line]:
+    if here.threads < here.cpus_online:
+        yield Line("note", "threads", f"this process may use {here.threads} of {here.cpus_online} CPUs (affinity)")
+    else:
+        yield Line("ok", "threads", f"{here.threads} CPUs")
+    nodes = len(here.numa)
+    listing = "; ".join(f"node {n.node}: CPUs {n.cpus}, {format_bytes(n.memory_bytes)}" for n in here.numa)
+    if nodes > 1:
+        yield Line("ok", "NUMA", f"{listing}: one tensor-parallel part per node")
+    else:
+        yield Line("note", "NUMA", f"{listing or 'no nodes told'}: tensor-parallel parts share one node")
+
+
+def _checkout() -> Iterator[Line]:
+    from ktverify.system.paths import reports_dir
+
+    root = reports_dir().parent
+    if not (root / "suites").is_dir():
+        yield Line("note", "suites", "no checkout here: repro and verify run, `pytest suites/` does not")
+        return
+    manifest = root / "golden" / "manifest.json"
+    if manifest.is_file():
+        yield Line("ok", "goldens", os.path.relpath(manifest.parent))
+    else:
+        yield Line("note", "goldens", "none; `python -m ktverify.golden regenerate` makes them, --fresh does without")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

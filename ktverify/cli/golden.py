@@ -1,0 +1,64 @@
+"""python -m ktverify.golden regenerate: make the goldens anew, or check that they would come out the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ktverify.isolation.interrupt import told_in_one_line
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback()
+def main() -> None:
+    """Goldens: the fp64 oracle's answers to every case of the catalogue."""
+
+
+@app.command()
+def regenerate(
+    only: Annotated[str | None, typer.Option(metavar="GLOB", help="only the cases whose name matches")] = None,
+    check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if anything drifted")] = False,
+    force: Annotated[bool, typer.Option("--force", help="write anew even what agrees to 1e-10")] = False,
+    full: Annotated[bool, typer.Option("--full", help="also write whole fp64 tensors into .cache/")] = False,
+    directory: Annotated[Path | None, typer.Option("--dir", help="the goldens' directory; default golden/")] = None,
+) -> None:
+    """Compute the fp64 oracle of every case and write golden/; what agrees with its golden to 1e-10 stays as it is."""
+    # imported late: --help need not wait for torch
+    from ktverify.judge import golden
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    try:
+        with (
+            told_in_one_line(),
+            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        ):
+            task = bar.add_task("goldens", total=1.0)
+            drift = golden.regenerate(
+                only,
+                directory=directory,
+                check=check,
+                force=force,
+                full=full,
+                progress=lambda text, share: bar.update(task, description=text or "done", completed=share),
+            )
+    except ValueError as error:
+        typer.echo(f"golden: {error}", err=True)
+        raise typer.Exit(2) from None
+    for line in drift.lines:
+        typer.echo(f"drifted: {line}" if check else line)
+    count = f"{len(drift.kept)} goldens unchanged, {len(drift.made)} {'drifted' if check else 'written'}"
+    typer.echo(f"{count} in {directory or golden.golden_dir()}")
+    if check and drift.lines:
+        raise typer.Exit(1)

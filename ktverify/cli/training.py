@@ -1,0 +1,214 @@
+"""The training commands: make-tiny, train, verify-training, compare-curves, export-merged, memory, throughput.
+
+Parses, calls the module that does the work, prints. Light until a command is called: help needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ktverify.training.pretrained import DTYPES, quiet
+
+_CONFIG = typer.Argument(metavar="CONFIG.yaml", help="the training's configuration")
+_Base = Annotated[str | None, typer.Option(help="the base model (default: the one that the adapter names)")]
+_Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the base model's own code")]
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def make_tiny(
+    family: Annotated[
+        str,
+        typer.Argument(
+            help="deepseek_v2, deepseek_v3, qwen2_moe, qwen3_moe, mixtral, glm4_moe, olmoe; without experts: qwen3"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="the directory to write")],
+    seed: Annotated[int, typer.Option(help="of the weights", min=0)] = 0,
+    sizes: Annotated[
+        str,
+        typer.Option(metavar="NAME=N,…", help="put over the family's, as its config.json names them; vocab_size too"),
+    ] = "",
+) -> None:
+    """Write a small random checkpoint of a family, with a tokenizer. Needs no network.
+
+    \b
+    Examples:  python -m ktverify make-tiny deepseek_v2 --out tiny/deepseek_v2
+               python -m ktverify make-tiny qwen3 --out tiny/wide --sizes hidden_size=104,num_hidden_layers=3
+    """
+    quiet("training", "peft", "yaml")
+    from ktverify.training import tiny
+
+    with _status(f"a tiny {family}"):
+        written = tiny.make_tiny(family, out, seed=seed, sizes=tiny.parse_sizes(sizes))
+    size = sum(path.stat().st_size for path in written.iterdir())
+    typer.echo(f"{written}: {family}, {size / 1024:.0f} KiB")
+
+
+def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
+    """Fine-tune with LoRA, experts in the engine, as a LLaMA-Factory configuration says.
+
+    Any key may be put over the file's as --key value. Left in output_dir: the adapter (stock peft loads it),
+    checkpoints, loss.jsonl, loss.png, training.json. docs/training.md lists the keys.
+
+    \b
+    Examples:  python -m ktverify train examples/minimal.yaml
+               python -m ktverify train examples/minimal.yaml --learning_rate 1e-3 --max_steps 20
+               python -m ktverify train examples/minimal.yaml --resume_from_checkpoint true
+    """
+    quiet("training", "peft", "yaml")
+    from ktverify.training.config import read_config
+
+    chosen = read_config(config, context.args)
+    from ktverify.system.machine import format_bytes
+    from ktverify.training.run import train as run
+
+    done = run(chosen, config.resolve().parent)
+    slope = "" if math.isnan(done.slope) else f", slope {done.slope:.2e} a step"  # one logged step has none
+    typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f}{slope}")
+    typer.echo(
+        f"{done.steps} steps, {done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak "
+        f"memory {format_bytes(done.peak_rss)}"
+    )
+    typer.echo(f"{chosen.output_dir}: adapter_model.safetensors, loss.jsonl, loss.png, training.json")
+
+
+def verify_training(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="a training's output directory")],
+    base: _Base = None,
+    trust_remote_code: _Trust = False,
+) -> None:
+    """Accept what a training left, or say what is wrong with it. Exit code 1 if anything is.
+
+    \b
+    Asked: files, NaN or Inf, whether the adapter moved, loss finite and falling (fitted slope), keys and shapes
+    against the base, loading in stock peft, generation finite and other than the base's.
+    Example:  python -m ktverify verify-training saves/minimal
+    """
+    quiet("training", "peft", "yaml")
+    from ktverify.training.acceptance import verify_training as ask
+
+    bad = asked = 0
+    for finding in ask(directory, base, trust=trust_remote_code):
+        asked += 1
+        bad += not finding.passed
+        typer.echo(f"{'PASS' if finding.passed else 'FAIL'} {finding.name:11} {finding.text}")
+    _verdict(not bad, f"{directory}: {asked - bad} of {asked}")
+
+
+def compare_curves(
+    old: Annotated[Path, typer.Argument(help="a run's directory, loss.jsonl or trainer_state.json")],
+    new: Annotated[Path, typer.Argument(help="the same of the run to judge")],
+    plot: Annotated[Path | None, typer.Option(help="draw both into this PNG")] = None,
+) -> None:
+    """Compare two loss histories step by step. Exit code 1 where they differ by more than 5 % anywhere.
+
+    \b
+    Example:  python -m ktverify compare-curves saves/stock saves/engine --plot curves.png
+    """
+    from ktverify.training import curves
+
+    first, second = curves.read_curve(old), curves.read_curve(new)
+    found = curves.compare(first, second)
+    typer.echo(
+        f"{len(found.steps)} steps: mean {found.mean:.2%}, largest {found.largest:.2%} at step "
+        f"{found.largest_at}, final {found.final:.2%}"
+    )
+    typer.echo(f"slope {found.slopes[0]:.3e} and {found.slopes[1]:.3e} a step")
+    if plot is not None:
+        curves.draw({str(old): first, str(new): second}, plot)
+        typer.echo(str(plot))
+    _verdict(found.passed, f"largest difference {found.largest:.2%}, at most {curves.MAX_RELATIVE:.0%}")
+
+
+def export_merged(
+    adapter: Annotated[Path, typer.Argument(help="a directory with an adapter")],
+    out: Annotated[Path, typer.Option(help="the directory to write")],
+    base: _Base = None,
+    trust_remote_code: _Trust = False,
+    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "bfloat16",
+) -> None:
+    """Merge an adapter into its base model and write an ordinary checkpoint.
+
+    \b
+    Example:  python -m ktverify export-merged saves/minimal --out merged/minimal
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}, it takes {' or '.join(DTYPES)}")
+    quiet("training", "peft", "yaml")
+    from ktverify.training.export import export_merged as merge
+
+    with _status("merging"):
+        written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code)
+    typer.echo(f"{written}: merged checkpoint, {dtype}")
+
+
+def memory(
+    context: typer.Context,
+    config: Annotated[Path, _CONFIG],
+    steps: Annotated[int, typer.Option(help="steps after the warm-up", min=3)] = 10,
+) -> None:
+    """Resident memory after loading and after each step of a training. Exit code 1 if it grows: a leak.
+
+    \b
+    Example:  python -m ktverify memory examples/minimal.yaml
+    """
+    quiet("training", "peft", "yaml")
+    from ktverify.training.config import read_config
+
+    chosen = read_config(config, context.args)
+    from ktverify.system.machine import format_bytes
+    from ktverify.training.measure import LEAK_BYTES, measure_memory
+
+    found = measure_memory(chosen, config.resolve().parent, steps)
+    typer.echo(f"loaded    {format_bytes(found.loaded):>10}")
+    for number, rss in enumerate(found.steps, start=1):
+        typer.echo(f"step {number:3}  {format_bytes(rss):>10}")
+    _verdict(not found.leaks, f"slope {found.slope / 1024:.1f} KiB a step, at most {LEAK_BYTES // 1024}")
+
+
+def throughput(
+    context: typer.Context,
+    config: Annotated[Path, _CONFIG],
+    steps: Annotated[int, typer.Option(help="steps after the warm-up", min=3)] = 10,
+) -> None:
+    """Tokens per second of a training, padding left out: the median of some steps.
+
+    \b
+    Example:  python -m ktverify throughput examples/minimal.yaml
+    """
+    quiet("training", "peft", "yaml")
+    from ktverify.training.config import read_config
+
+    chosen = read_config(config, context.args)
+    from ktverify.training.measure import measure_throughput
+
+    typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
+    "make-tiny": (make_tiny, {}),
+    "train": (train, PASS_THROUGH),
+    "verify-training": (verify_training, {}),
+    "compare-curves": (compare_curves, {}),
+    "export-merged": (export_merged, {}),
+    "memory": (memory, PASS_THROUGH),
+    "throughput": (throughput, PASS_THROUGH),
+}
+"""Name -> (function, click's context settings), for ktverify.cli to register."""
+
+
+def _verdict(passed: bool, text: str) -> None:
+    typer.echo(f"{'PASS' if passed else 'FAIL'} {text}")
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _status(text: str) -> Any:
+    from ktverify.report.console import make_console
+
+    return make_console(stderr=True).status(text)

@@ -1,0 +1,192 @@
+"""What the commands `verify` and `repro` do with the parts of their work, each in a process that may die.
+
+Comes in: a case, an engine, what to compare. Goes out: records, and the table and verdict that `verify` prints. torch
+is imported inside, before any part is started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ktverify.checks.accuracy import Checked
+    from ktverify.runs.record import AccuracyRecord
+    from ktverify.spec.cases import Case
+
+# the records of a part, and what else there is to say of it
+Found = tuple[list["AccuracyRecord"], list[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to do: what is shown meanwhile ("" for nothing), and of what its records are if it ends early.
+
+    tensors: none where it judges nothing, but does what was asked for. source, family: as `ktverify.verify.lost` takes
+    them.
+    """
+
+    run: Callable[[], Found]
+    shown: str
+    tensors: tuple[str, ...]
+    tp: int = 1
+    source: str = ""
+    family: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The engine, what it is asked, and the seconds that one of its calls may take."""
+
+    engine: str
+    case: Case
+    method: str
+    fresh: bool
+    isa: str | None
+    threads: int | None
+    time_limit: float
+
+
+def judged(subject: Subject, parts: Sequence[Part]) -> Found:
+    """The records of all parts in their order: those of one that took its process down say so.
+
+    RuntimeError where that one judges nothing.
+    """
+    from ktverify.checks import accuracy as checking
+    from ktverify.isolation.forked import Ended, Parts
+
+    records: list[AccuracyRecord] = []
+    said: list[str] = []
+    with closing(Parts([part.run for part in parts], subject.time_limit)) as supervised:
+        for number, part in enumerate(parts):
+            try:
+                found, more = supervised.value(number, progress(part.shown) if part.shown else nullcontext())
+            except Ended as ended:
+                if not part.tensors:
+                    raise RuntimeError(f"{part.shown}: {ended}") from None
+                label = checking.isa_label(subject.engine, subject.isa)
+                found, more = (
+                    checking.lost(
+                        ended,
+                        part.tensors,
+                        subject.engine,
+                        subject.case,
+                        label,
+                        tp=part.tp,
+                        source=part.source,
+                        method=subject.method,
+                        family=part.family,
+                    ),
+                    [],
+                )
+            records += found
+            said += more
+    return records, said
+
+
+def parts_of_calls(subject: Subject, degrees: Sequence[int], mode: str) -> list[Part]:
+    """Forward and backward at every TP degree; expected values are computed once, by each process."""
+    from ktverify.checks import accuracy as checking
+    from ktverify.diagnose.hook import add_cause
+    from ktverify.engines.run import METHOD
+    from ktverify.spec import names
+
+    wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode, names.ALL_TENSORS)
+    kept: list[Checked] = []
+
+    def run(degree: int) -> Found:
+        checked = checking.check_case(
+            subject.engine,
+            subject.case,
+            isa=subject.isa,
+            tp=degree,
+            threads=subject.threads,
+            method=subject.method,
+            fresh=subject.fresh,
+            backward=mode != "forward",
+            tensors=wanted,
+            given=kept[0] if kept else None,
+        )
+        if subject.method == METHOD:
+            add_cause(checked, subject.engine, isa=subject.isa, tp=degree)
+        kept[:] = [checked]
+        return checked.records, []
+
+    shown = mode if mode != "all" else "forward and backward"
+    source = checking.source_of(subject.case, fresh=subject.fresh, method=subject.method)
+    return [Part(partial(run, degree), f"{shown}, TP {degree}", wanted, degree, source) for degree in degrees]
+
+
+def parts_of_training(subject: Subject, degrees: Sequence[int], steps: int) -> list[Part]:
+    """A training at every TP degree: the worst step's record of each tensor, and what is wrong with the losses."""
+    from ktverify.spec import names
+
+    source = "fresh"
+    return [
+        Part(partial(_trained, subject, degree, steps, source), "", names.ALL_TENSORS, degree, source, "training")
+        for degree in degrees
+    ]
+
+
+def _trained(subject: Subject, tp: int, steps: int, source: str) -> Found:
+    from ktverify.checks import accuracy as checking
+    from ktverify.engines.run import RAISED
+    from ktverify.spec import names
+
+    engine, case = subject.engine, subject.case
+    done: list[list[AccuracyRecord]] = []
+    losses: list[float] = []
+    training = checking.check_training(engine, case, tp=tp, steps=steps, isa=subject.isa, threads=subject.threads)
+    try:
+        for loss, found in training:
+            done.append(found)
+            losses.append(loss)
+            typer.echo(f"TP {tp}, step {len(done):2d}: loss {loss:.6g}", err=True)
+    except RAISED as error:
+        told = checking.as_told(error)
+        label = checking.isa_label(engine, subject.isa)
+        return checking.lost(told, names.ALL_TENSORS, engine, case, label, tp=tp, source=source, family="training"), []
+    problem = checking.loss_problem(losses)
+    return checking.worst_of_steps(done), [f"FAIL training at TP {tp}: {problem}"] if problem else []
+
+
+def conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
+    """Print the table, what failed and the verdict; exit 1 unless something passed, and all that the engine claims."""
+    from ktverify.diagnose.hook import cause_of
+    from ktverify.report import console
+    from ktverify.report.problems import problem_text
+
+    claimed = [record for record in records if record.verdict != "UNSUPPORTED"]
+    if claimed:
+        console.print_accuracy(claimed)
+    declared = [record for record in records if record.verdict == "UNSUPPORTED"]
+    for tp, training, message in dict.fromkeys((r.tp, r.family == "training", r.message) for r in declared):
+        typer.echo(f"TP {tp}{', training' if training else ''}: {message}")
+    bad = [record for record in claimed if record.verdict != "PASS"]
+    for text, cause in dict.fromkeys((problem_text(record), cause_of(record.message)) for record in bad):
+        typer.echo(text)
+        if cause:
+            typer.echo(f"    {cause}")
+    for problem in problems:
+        typer.echo(problem)
+    beside = f"; {len(declared)} are UNSUPPORTED" if declared else ""
+    if bad or problems:
+        more = f", and {len(problems)} more" if problems else ""
+        typer.echo(f"FAIL {len(bad)} of {len(claimed)} comparisons{more}{beside}")
+        raise typer.Exit(1)
+    if not claimed:
+        typer.echo(f"FAIL nothing was compared{beside}")
+        raise typer.Exit(1)
+    typer.echo(f"PASS {len(claimed)} comparisons{beside}")
+
+
+def progress(text: str) -> Any:
+    """A spinner on a terminal's stderr while something long runs; nothing where the output is kept."""
+    from ktverify.report.console import make_console
+
+    return make_console(stderr=True).status(text)

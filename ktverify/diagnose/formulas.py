@@ -1,0 +1,244 @@
+"""The layer as a table of formulas, one a stage: the oracle in a form that can be looked into and changed.
+
+Comes in: the inputs of a case. Goes out: every intermediate value of every expert, and what the layer would give if a
+formula were another one. A defect is a dict from stages to formulas; all that depends on them is computed anew, and
+nothing else. ktverify.reference stays the judge, a plain loop that nothing can reach into; a test keeps both equal.
+
+Per expert of n rows: x, d_out [n, H]; w [n, 1]; gate, up [I, H]; down [H, I]; LoRA ga, ua [r, H], gb, ub [I, r],
+da [r, I], db [H, r]; s a scalar; g, u, h, dh, dg, du [n, I]; y, dy, dx [n, H]; all fp64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ktverify.judge.reference import routed, zeros
+from ktverify.spec.inputs import Inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, TOKEN_TENSORS
+
+DTYPE = torch.float64
+LEAVES = ("x", "w", "d_out", "gate", "up", "down", "ga", "gb", "ua", "ub", "da", "db", "s")
+_LORA_LEAVES = dict(zip(("ga", "gb", "ua", "ub", "da", "db"), LORA_NAMES, strict=True))
+
+
+@dataclass
+class Values:
+    """One expert's values by name: leaves and stages. rows, slots [n]: which (token, slot) the expert has."""
+
+    expert: int
+    rows: Tensor
+    slots: Tensor
+    of: dict[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.of[name]
+
+    def with_values(self, of: dict[str, Tensor]) -> Values:
+        return Values(self.expert, self.rows, self.slots, of)
+
+
+Formula = Callable[[Values], Tensor]
+Change = Mapping[str, Formula]
+
+# docs/contract.md, "The layer", in the order in which a layer computes it
+FORMULAS: dict[str, Formula] = {
+    "x_ga": lambda v: v["x"] @ v["ga"].T,
+    "x_ua": lambda v: v["x"] @ v["ua"].T,
+    "g_base": lambda v: v["x"] @ v["gate"].T,
+    "u_base": lambda v: v["x"] @ v["up"].T,
+    "g_lora": lambda v: v["s"] * (v["x_ga"] @ v["gb"].T),
+    "u_lora": lambda v: v["s"] * (v["x_ua"] @ v["ub"].T),
+    "g": lambda v: v["g_base"] + v["g_lora"],
+    "u": lambda v: v["u_base"] + v["u_lora"],
+    "sigma": lambda v: torch.sigmoid(v["g"]),
+    "silu": lambda v: v["g"] * v["sigma"],
+    "h": lambda v: v["silu"] * v["u"],
+    "h_da": lambda v: v["h"] @ v["da"].T,
+    "y_base": lambda v: v["h"] @ v["down"].T,
+    "y_lora": lambda v: v["s"] * (v["h_da"] @ v["db"].T),
+    "y": lambda v: v["y_base"] + v["y_lora"],
+    OUTPUT: lambda v: v["w"] * v["y"],
+    GRAD_WEIGHTS: lambda v: (v["d_out"] * v["y"]).sum(1),
+    "dy": lambda v: v["w"] * v["d_out"],
+    "dy_db": lambda v: v["dy"] @ v["db"],
+    "dh_base": lambda v: v["dy"] @ v["down"],
+    "dh_lora": lambda v: v["s"] * (v["dy_db"] @ v["da"]),
+    "dh": lambda v: v["dh_base"] + v["dh_lora"],
+    "grad_down_lora_b": lambda v: v["s"] * (v["dy"].T @ v["h_da"]),
+    "grad_down_lora_a": lambda v: v["s"] * (v["dy_db"].T @ v["h"]),
+    "dsilu": lambda v: v["sigma"] * (1 + v["g"] * (1 - v["sigma"])),
+    "dg": lambda v: v["dh"] * v["u"] * v["dsilu"],
+    "du": lambda v: v["dh"] * v["silu"],
+    "dg_gb": lambda v: v["dg"] @ v["gb"],
+    "du_ub": lambda v: v["du"] @ v["ub"],
+    "grad_gate_lora_b": lambda v: v["s"] * (v["dg"].T @ v["x_ga"]),
+    "grad_gate_lora_a": lambda v: v["s"] * (v["dg_gb"].T @ v["x"]),
+    "grad_up_lora_b": lambda v: v["s"] * (v["du"].T @ v["x_ua"]),
+    "grad_up_lora_a": lambda v: v["s"] * (v["du_ub"].T @ v["x"]),
+    "dx_gate": lambda v: v["dg"] @ v["gate"],
+    "dx_up": lambda v: v["du"] @ v["up"],
+    "dx_gate_lora": lambda v: v["s"] * (v["dg_gb"] @ v["ga"]),
+    "dx_up_lora": lambda v: v["s"] * (v["du_ub"] @ v["ua"]),
+    GRAD_INPUT: lambda v: v["dx_gate"] + v["dx_up"] + v["dx_gate_lora"] + v["dx_up_lora"],
+}
+
+# a stage in words, where its name alone would not be understood; the rest are called by their names
+LABELS: dict[str, str] = {
+    "x_ga": "x Agᵀ (gate LoRA, low rank)",
+    "x_ua": "x Auᵀ (up LoRA, low rank)",
+    "g_base": "x Wgᵀ (gate product)",
+    "u_base": "x Wuᵀ (up product)",
+    "g_lora": "gate's LoRA part",
+    "u_lora": "up's LoRA part",
+    "g": "g, gate with LoRA",
+    "u": "u, up with LoRA",
+    "sigma": "sigmoid(g)",
+    "silu": "silu(g)",
+    "h": "h = silu(g) u",
+    "h_da": "h Adᵀ (down LoRA, low rank)",
+    "y_base": "h Wdᵀ (down product)",
+    "y_lora": "down's LoRA part",
+    "y": "y, one expert's result",
+    "dy": "dy = w dO",
+    "dy_db": "dy Bd (down LoRA, low rank)",
+    "dh_base": "dy Wd",
+    "dh_lora": "dh's LoRA part",
+    "dsilu": "silu'(g)",
+    "dg_gb": "dg Bg (gate LoRA, low rank)",
+    "du_ub": "du Bu (up LoRA, low rank)",
+    "dx_gate": "dg Wg",
+    "dx_up": "du Wu",
+    "dx_gate_lora": "gate LoRA's part of grad_input",
+    "dx_up_lora": "up LoRA's part of grad_input",
+}
+
+
+def label(name: str) -> str:
+    """A stage or leaf in words."""
+    return LABELS.get(name, name)
+
+
+class _Tracing(dict[str, Tensor]):
+    """Notes which names a formula asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __missing__(self, name: str) -> Tensor:
+        self.asked.append(name)
+        return torch.ones(1, 1, dtype=DTYPE)
+
+
+@functools.cache
+def operands(stage: str) -> tuple[str, ...]:
+    """The names that a stage's formula asks for, each once, in order."""
+    trace = _Tracing()
+    FORMULAS[stage](Values(0, torch.zeros(1), torch.zeros(1), trace))
+    return tuple(dict.fromkeys(trace.asked))
+
+
+@functools.cache
+def downstream(name: str) -> frozenset[str]:
+    """`name` and every stage that depends on it."""
+    found = {name}
+    for stage in FORMULAS:
+        if found.intersection(operands(stage)):
+            found.add(stage)
+    return frozenset(found)
+
+
+def reached_tensors(names: Iterable[str]) -> frozenset[str]:
+    """Which of ALL_TENSORS a change of these stages or leaves can reach."""
+    return frozenset(name for start in names for name in downstream(start) if name in ALL_TENSORS)
+
+
+def exchanged(stage: str, **other: Formula) -> Formula:
+    """The formula of `stage` with some operands exchanged, there and nowhere else."""
+
+    def formula(v: Values) -> Tensor:
+        return FORMULAS[stage](v.with_values({**v.of, **{name: make(v) for name, make in other.items()}}))
+
+    return formula
+
+
+def leaves_of(inputs: Inputs, expert: int, rows: Tensor, slots: Tensor) -> Values:
+    """The leaves of one expert, fp64."""
+    of = {
+        "x": inputs.hidden_states[rows].to(DTYPE),
+        "w": inputs.weights[rows, slots].to(DTYPE).unsqueeze(1),
+        "d_out": inputs.grad_output[rows].to(DTYPE),
+        "gate": inputs.gate_proj[expert].to(DTYPE),
+        "up": inputs.up_proj[expert].to(DTYPE),
+        "down": inputs.down_proj[expert].to(DTYPE),
+        "s": torch.tensor(inputs.case.scaling, dtype=DTYPE),
+    }
+    of.update({leaf: inputs.lora[name][expert].to(DTYPE) for leaf, name in _LORA_LEAVES.items()})
+    return Values(expert, rows, slots, of)
+
+
+@dataclass
+class Layer:
+    """Every value of every expert that some token reaches, and the tensors that they add up to."""
+
+    inputs: Inputs
+    experts: list[Values] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> Layer:
+        """All formulas as docs/contract.md has them."""
+        layer = cls(inputs)
+        for v in walk(inputs):
+            layer.experts.append(v)
+        layer.tensors = {name: add_up(inputs, layer.experts, name) for name in ALL_TENSORS}
+        return layer
+
+    def changed(self, change: Change) -> dict[str, Tensor]:
+        """The tensors that `change` reaches, as a layer with these formulas gives them; the others are not in it."""
+        wanted = reached_tensors(change)
+        experts = [recomputed(v, change) for v in self.experts]
+        return {name: add_up(self.inputs, experts, name) for name in ALL_TENSORS if name in wanted}
+
+
+def walk(inputs: Inputs, change: Change | None = None) -> Iterator[Values]:
+    """Each expert's values, computed stage by stage; `change` exchanges formulas."""
+    for expert, rows, slots in routed(inputs.expert_ids):
+        v = leaves_of(inputs, expert, rows, slots)
+        for stage, formula in FORMULAS.items():
+            v.of[stage] = formula(v)
+        yield recomputed(v, change) if change else v
+
+
+def recomputed(v: Values, change: Change) -> Values:
+    """One expert's values with the formulas of `change`: those, and what depends on them, are computed anew."""
+    here = v.with_values(dict(v.of))
+    touched = {name for name in change if name in LEAVES}
+    for name in touched:
+        here.of[name] = change[name](v)
+    for stage, formula in FORMULAS.items():
+        if stage in change or touched.intersection(operands(stage)):
+            here.of[stage] = change.get(stage, formula)(here)
+            touched.add(stage)
+    return here
+
+
+def add_up(inputs: Inputs, experts: Iterable[Values], name: str) -> Tensor:
+    """One of ALL_TENSORS from the experts' values, fp64."""
+    if name in TOKEN_TENSORS:
+        total = zeros(inputs.weights.shape if name == GRAD_WEIGHTS else inputs.hidden_states.shape, DTYPE)
+        for v in experts:
+            if name == GRAD_WEIGHTS:
+                total[v.rows, v.slots] = v[name]
+            else:
+                total.index_add_(0, v.rows, v[name])
+        return total
+    total = zeros(inputs.lora[LORA_NAMES[GRAD_NAMES.index(name)]].shape, DTYPE)
+    for v in experts:
+        total[v.expert] = v[name]
+    return total

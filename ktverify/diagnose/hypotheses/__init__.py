@@ -1,0 +1,1 @@
+"""Hypotheses about a defect, one family per module; `search` tries them all."""

@@ -1,0 +1,287 @@
+"""What every engine refuses, and how it says so: the checks of a layer's constructor and of its calls.
+
+Each refusal is raised before anything is computed or changed and names the argument, what it got and what it takes.
+Engines share these checks, so that the same mistake reads the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ktverify.spec.names import LORA_NAMES, lora_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS: Mapping[str, bool] = {"AMXBF16_SFT": True, "AMXBF16_SFT_SkipLoRA": False}
+"""Supported methods, and whether their backward includes LoRA."""
+
+MODES = ("sft",)
+
+# No size of a layer may be larger. Kernels and tables count blocks, rows and bytes of a row in 32-bit integers, with
+# small factors (4 bytes an element, 2 r rows, sizes rounded up to blocks); 2^24 is far from 2^31 / 4, and two hundred
+# times the widest model there is. Token slots, T k, are one such count: their product is checked by itself.
+LARGEST = 1 << 24
+MOST_SLOTS = 1 << 30
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The sizes of a layer, checked. Field names are those of KTMoEWrapper."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    moe_intermediate_size: int
+    cpuinfer_threads: int
+    threadpool_count: int
+    chunked_prefill_size: int
+    method: str
+    lora_rank: int
+    lora_alpha: float
+    max_cache_depth: int
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def lora_backward(self) -> bool:
+        return METHODS[self.method]
+
+    @property
+    def base_shapes(self) -> dict[str, tuple[int, int, int]]:
+        e, h, i = self.num_experts, self.hidden_size, self.moe_intermediate_size
+        return {"gate_proj": (e, i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}
+
+    @property
+    def expert_shapes(self) -> dict[str, tuple[int, int]]:
+        """Of one expert."""
+        return {name: shape[1:] for name, shape in self.base_shapes.items()}
+
+    @property
+    def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
+        return lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
+
+
+def tp_degrees(intermediate: int, limit: int = 64) -> list[int]:
+    """Degrees of tensor parallelism up to `limit` that divide an intermediate size."""
+    return [n for n in range(1, min(intermediate, limit) + 1) if intermediate % n == 0]
+
+
+def check_tp(intermediate: int, degree: int) -> None:
+    """RuntimeError when `degree` does not divide the intermediate size, with the degrees that do."""
+    if intermediate % degree:
+        works = ", ".join(map(str, tp_degrees(intermediate)))
+        raise RuntimeError(
+            f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({degree}); "
+            f"degrees that would work: {works}"
+        )
+
+
+def check_spec(
+    *,
+    layer_idx: int,
+    num_experts: int,
+    num_experts_per_tok: int,
+    hidden_size: int,
+    moe_intermediate_size: int,
+    num_gpu_experts: int,
+    cpuinfer_threads: int,
+    threadpool_count: int,
+    chunked_prefill_size: int,
+    method: str,
+    mode: str,
+    lora_rank: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    max_cache_depth: int,
+) -> LayerSpec:
+    """Checks a constructor's arguments. TypeError, ValueError, or RuntimeError for a TP degree that does not divide."""
+    counts = {
+        "num_experts": num_experts,
+        "num_experts_per_tok": num_experts_per_tok,
+        "hidden_size": hidden_size,
+        "moe_intermediate_size": moe_intermediate_size,
+        "cpuinfer_threads": cpuinfer_threads,
+        "threadpool_count": threadpool_count,
+        "chunked_prefill_size": chunked_prefill_size,
+        "lora_rank": lora_rank,
+        "max_cache_depth": max_cache_depth,
+    }
+    for name, value in {**counts, "layer_idx": layer_idx, "num_gpu_experts": num_gpu_experts}.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it takes an int")
+    for name, value in counts.items():
+        if not 0 < value <= LARGEST:
+            raise ValueError(f"{name} is {value}; it takes a positive number, at most {LARGEST}")
+    if chunked_prefill_size * num_experts_per_tok > MOST_SLOTS:
+        raise ValueError(
+            f"chunked_prefill_size is {chunked_prefill_size}; with num_experts_per_tok {num_experts_per_tok} it takes "
+            f"at most {MOST_SLOTS // num_experts_per_tok}"
+        )
+    if layer_idx < 0:
+        raise ValueError(f"layer_idx is {layer_idx}; it takes 0 or more")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; supported: {', '.join(MODES)}")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; supported: {', '.join(METHODS)}")
+    if num_experts_per_tok > num_experts:
+        raise ValueError(
+            f"num_experts_per_tok is {num_experts_per_tok}, more than num_experts ({num_experts}); "
+            f"it takes 1 to {num_experts}"
+        )
+    if num_gpu_experts != 0:
+        raise ValueError(
+            f"num_gpu_experts is {num_gpu_experts}; it takes 0: this layer computes every expert on the CPU. Give the "
+            "slots of experts that another device computes the id -1"
+        )
+    if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
+        raise ValueError(f"lora_alpha is {lora_alpha!r}; it takes a positive number")
+    if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):
+        raise ValueError(f"lora_dropout is {lora_dropout!r}; it takes a number from 0 up to, not including, 1")
+    check_tp(moe_intermediate_size, threadpool_count)
+    if lora_dropout > 0:
+        raise ValueError(f"lora_dropout is {lora_dropout!r}; this engine computes without dropout: pass 0")
+    return LayerSpec(
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        hidden_size=hidden_size,
+        moe_intermediate_size=moe_intermediate_size,
+        cpuinfer_threads=cpuinfer_threads,
+        threadpool_count=threadpool_count,
+        chunked_prefill_size=chunked_prefill_size,
+        method=method,
+        lora_rank=lora_rank,
+        lora_alpha=float(lora_alpha),
+        max_cache_depth=max_cache_depth,
+    )
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """`value` itself, if it is a CPU tensor of this shape and one of these dtypes; else TypeError or ValueError."""
+    import torch
+
+    wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {list(shape)} on the CPU"
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it takes a torch.Tensor, {wants}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it takes {wants}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)}; it takes {wants}")
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} is on {value.device}; it takes {wants}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; it takes a dense tensor, {wants}")
+    return value
+
+
+def check_base_weights(spec: LayerSpec, gate_proj: Any, up_proj: Any, down_proj: Any) -> dict[str, torch.Tensor]:
+    """gate_proj, up_proj [E, I, H], down_proj [E, H, I], bf16. Any strides."""
+    import torch
+
+    given = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
+    return {n: check_tensor(n, given[n], shape, (torch.bfloat16,)).detach() for n, shape in spec.base_shapes.items()}
+
+
+def check_no_weight_path(weight_path: str) -> None:
+    """For engines that read no files."""
+    if weight_path:
+        raise ValueError(
+            f"weight_path is {weight_path!r}; this engine takes its weights from load_weights_from_tensors: pass ''"
+        )
+
+
+def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:
+    """int64 [E], a permutation: slot p holds logical expert physical_map[p]."""
+    import torch
+
+    slots: list[int] = check_tensor("physical_map", physical_map, (spec.num_experts,), (torch.int64,)).tolist()
+    if sorted(slots) != list(range(spec.num_experts)):
+        odd = next((f"{e} at slot {p}" for p, e in enumerate(slots) if not 0 <= e < spec.num_experts), None)
+        twice = next((f"{e} twice" for p, e in enumerate(slots) if e in slots[:p]), "")
+        raise ValueError(
+            f"physical_map has {odd or twice}; it takes a permutation of 0..{spec.num_experts - 1}: "
+            "the logical expert that each slot holds"
+        )
+    return slots
+
+
+def check_lora(spec: LayerSpec, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The six LoRA tensors, all bf16 or all fp32, in the shapes of `spec.lora_shapes`."""
+    import torch
+
+    checked = {
+        n: check_tensor(n, given[n], shape, (torch.bfloat16, torch.float32)) for n, shape in spec.lora_shapes.items()
+    }
+    first = checked[LORA_NAMES[0]].dtype
+    for name, tensor in checked.items():
+        if tensor.dtype != first:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, {LORA_NAMES[0]} has {first}; all six take the same")
+    return checked
+
+
+def check_expert_ids(expert_ids: torch.Tensor, num_experts: int) -> None:
+    """ValueError with the first offending position: ids are 0..E-1, or -1 for a slot that is not this layer's."""
+    bad = (expert_ids >= num_experts) | (expert_ids < -1)
+    if bool(bad.any()):
+        t, j = (int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"expert_ids[{t}, {j}] is {int(expert_ids[t, j])}; it takes 0 to {num_experts - 1}, "
+            "or -1 for a slot that is not this layer's"
+        )
+
+
+def check_forward(spec: LayerSpec, hidden_states: Any, expert_ids: Any, weights: Any) -> int:
+    """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32. Returns T."""
+    import torch
+
+    if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 2:
+        got = list(hidden_states.shape) if isinstance(hidden_states, torch.Tensor) else type(hidden_states).__name__
+        wants = f"bfloat16 [T, {spec.hidden_size}]"
+        error = ValueError if isinstance(hidden_states, torch.Tensor) else TypeError
+        raise error(f"hidden_states is {got}; it takes {wants}")
+    tokens = hidden_states.shape[0]
+    check_tensor("hidden_states", hidden_states, (tokens, spec.hidden_size), (torch.bfloat16,))
+    slots = (tokens, spec.num_experts_per_tok)
+    check_tensor("expert_ids", expert_ids, slots, (torch.int64,))
+    check_tensor("weights", weights, slots, (torch.float32,))
+    if tokens > spec.chunked_prefill_size:
+        raise ValueError(
+            f"hidden_states has {tokens} rows; chunked_prefill_size allows {spec.chunked_prefill_size}: "
+            "split the batch or raise it"
+        )
+    return tokens
+
+
+def check_backward(spec: LayerSpec, grad_output: Any, saved_rows: int | None) -> None:
+    """grad_output [T, H] bf16, with as many rows as the saved forward; `saved_rows` is None where there is none."""
+    import torch
+
+    if saved_rows is None:
+        raise RuntimeError("backward without a saved forward: call forward_sft(..., save_for_backward=True) first")
+    if isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2 and grad_output.shape[0] != saved_rows:
+        raise ValueError(f"grad_output has {grad_output.shape[0]} rows; the saved forward had {saved_rows}")
+    check_tensor("grad_output", grad_output, (saved_rows, spec.hidden_size), (torch.bfloat16,))
+
+
+def check_room(outstanding: int, depth: int) -> None:
+    """RuntimeError when `outstanding` saved forwards leave no room for another."""
+    if outstanding >= depth:
+        raise RuntimeError(
+            f"forward_sft(save_for_backward=True): {outstanding} forwards already wait for their backward, and "
+            f"max_cache_depth is {depth}; call backward first or raise max_cache_depth"
+        )
+
+
+def check_ready(weights: bool, lora: bool, call: str) -> None:
+    """RuntimeError that names the call which is missing."""
+    for there, what, missing in (
+        (weights, "the base weights", "load_weights_from_tensors"),
+        (lora, "the LoRA weights", "init_lora_weights"),
+    ):
+        if not there:
+            raise RuntimeError(f"{call} before {what} are there: call {missing} first")

@@ -1,0 +1,1 @@
+"""kt-kernel, run by its own interpreter in a process of its own."""

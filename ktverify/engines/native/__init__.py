@@ -1,0 +1,1 @@
+"""The engine that ships with ktverify: the Python side of the compiled layer."""

@@ -1,0 +1,364 @@
+"""KTMoEWrapper: a Mixture-of-Experts layer with LoRA on the experts, computed on the CPU by the native engine."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ktverify.engines import argument_checks
+from ktverify.engines.native.base_weights import Sources, alias
+from ktverify.engines.native.phase_times import StageTimes
+from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
+
+try:
+    from ktverify import _native
+except ImportError as error:  # an installation without its compiled part
+    raise ImportError(
+        f"ktverify's native engine is not installed ({error}); run `make setup` or `pip install .` in the repository"
+    ) from error
+
+ISA_VARIABLE = "KTVERIFY_ISA"
+
+if os.environ.get(EMULATION_VARIABLE) == "1":
+    _native.emulate_amx()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this CPU, this OS and this build can run, best first."""
+    return list(_native.available_isas())
+
+
+def chosen_isa() -> str:
+    """The instruction set of a layer that names none: that of the variable KTVERIFY_ISA, else the best."""
+    return os.environ.get(ISA_VARIABLE) or available_isas()[0]
+
+
+def amx_is_emulated() -> bool:
+    """True when tile instructions run in a trap handler: right for checking kernels, meaningless for speed."""
+    return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
+
+
+def _require(isa: str) -> None:
+    """RuntimeError where it cannot run here, which of AMX says how it can."""
+    try:
+        _native.require_isa(isa)
+    except RuntimeError as error:
+        hint = emulation_hint(available_isas()) if isa == "amx_bf16" else ""
+        raise RuntimeError(f"{error}; {hint}" if hint else str(error)) from None
+
+
+def _gradients(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, written: int
+) -> tuple[list[torch.Tensor], bool]:
+    """Tensors of these shapes in one block of memory, and whether they are zero.
+
+    written: experts at most that will write theirs. Where each of them touching a huge page of each tensor makes up the
+    block, it is the memory of gradients that were dropped, if there is such: clearing the idle experts' in it takes
+    less time than the system takes to clear fresh pages. Otherwise it is fresh pages, of which most are never there at
+    all. One block, because huge pages are for large blocks.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    count = sum(sizes) * dtype.itemsize
+    again = written * len(shapes) * _native.HUGE_PAGE >= count
+    memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
+    parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
+
+
+class KTMoEWrapper:
+    """E experts of gate_proj, up_proj [I, H], down_proj [H, I] (bf16, frozen) with LoRA of rank r (bf16 or fp32).
+
+        g = x Wgᵀ + s (x Agᵀ) Bgᵀ,  u likewise,  h = silu(g) ⊙ u,  y = h Wdᵀ + s (h Adᵀ) Bdᵀ
+        s = lora_alpha / lora_rank
+        out[t] = Σ_j weights[t, j] · y of expert expert_ids[t, j]
+
+    Operands are bf16, sums fp32, and each result is rounded once. The same call gives the same bits whatever the
+    number of threads. An expert's weights are packed when its first token arrives: until all are, the tensors given
+    to `load_weights_from_tensors` are kept, and they must not change. Where the caller has dropped them, an expert's
+    part goes as soon as it is packed.
+
+    Arguments are those of the contract; beyond them:
+    isa: one of `available_isas()`; None takes the variable KTVERIFY_ISA, and without it the best. A name that cannot
+        run here is refused with RuntimeError, never replaced.
+    max_cache_depth: forwards with save_for_backward=True that may wait for their backward; backward takes the newest.
+    """
+
+    def __init__(
+        self,
+        *,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        num_gpu_experts: int = 0,
+        cpuinfer_threads: int,
+        threadpool_count: int = 1,
+        weight_path: str = "",
+        chunked_prefill_size: int = 25600,
+        method: str = "AMXBF16_SFT",
+        mode: str = "sft",
+        lora_rank: int = 16,
+        lora_alpha: float = 32.0,
+        lora_dropout: float = 0.0,
+        max_cache_depth: int = 1,
+        isa: str | None = None,
+    ) -> None:
+        self.spec = argument_checks.check_spec(
+            layer_idx=layer_idx,
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            hidden_size=hidden_size,
+            moe_intermediate_size=moe_intermediate_size,
+            num_gpu_experts=num_gpu_experts,
+            cpuinfer_threads=cpuinfer_threads,
+            threadpool_count=threadpool_count,
+            chunked_prefill_size=chunked_prefill_size,
+            method=method,
+            mode=mode,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            max_cache_depth=max_cache_depth,
+        )
+        self.layer_idx = layer_idx
+        self.weight_path = weight_path
+        self.isa: str = isa or chosen_isa()
+        _require(self.isa)
+        self.grad_weights: torch.Tensor | None = None
+        self.last_ticket = 0
+        self.gate_lora_a: torch.Tensor
+        self.gate_lora_b: torch.Tensor
+        self.up_lora_a: torch.Tensor
+        self.up_lora_b: torch.Tensor
+        self.down_lora_a: torch.Tensor
+        self.down_lora_b: torch.Tensor
+        self._lora_dtype: torch.dtype | None = None
+        self._sources: Sources | None = None
+        self._weights_loaded = False
+        self._record_stages = False
+        self._native: Any = self._build(lora_fp32=False)
+
+    def _build(self, *, lora_fp32: bool) -> Any:
+        spec = self.spec
+        return _native.Layer(
+            num_experts=spec.num_experts,
+            top_k=spec.num_experts_per_tok,
+            hidden=spec.hidden_size,
+            intermediate=spec.moe_intermediate_size,
+            rank=spec.lora_rank,
+            scaling=spec.scaling,
+            parts=spec.threadpool_count,
+            threads=spec.cpuinfer_threads,
+            max_rows=spec.chunked_prefill_size,
+            max_cache_depth=spec.max_cache_depth,
+            lora_fp32=lora_fp32,
+            lora_backward=spec.lora_backward,
+            isa=self.isa,
+        )
+
+    @property
+    def threads(self) -> int:
+        """Workers that a call uses: cpuinfer_threads, or the processors this process may run on if those are fewer."""
+        return int(self._native.threads)
+
+    @property
+    def packed_experts(self) -> int:
+        """Experts whose weights the engine holds: those that a token has reached."""
+        return int(self._native.packed_experts)
+
+    @property
+    def saved_forwards(self) -> int:
+        """Forwards that wait for their backward."""
+        return int(self._native.saved_forwards)
+
+    def load_weights_from_tensors(
+        self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
+    ) -> None:
+        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: slot p holds logical
+        expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
+        base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
+        slots = argument_checks.check_physical_map(self.spec, physical_map)
+        self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots, mapped=False))
+
+    def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
+        """The base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file, or a folder
+        of them; ktverify/engines/native/checkpoint.py tells which names are known.
+
+        The files are mapped: an expert's pages are read when its first token arrives, and given back once they are
+        packed. physical_map as above, the checkpoint's expert p being slot p; None: slots are logical experts.
+        """
+        from ktverify.engines.native import checkpoint
+
+        if physical_map is None:
+            physical_map = torch.arange(self.spec.num_experts)
+        slots = argument_checks.check_physical_map(self.spec, physical_map)
+        base = checkpoint.expert_weights(
+            self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts
+        )
+        self._load(Sources(list(base.values()), slots, mapped=True))
+
+    def _load(self, sources: Sources) -> None:
+        sources.load(self._native)
+        self._sources = sources
+        self._weights_loaded = True
+
+    def init_lora_weights(
+        self,
+        gate_lora_a: torch.Tensor,
+        gate_lora_b: torch.Tensor,
+        up_lora_a: torch.Tensor,
+        up_lora_b: torch.Tensor,
+        down_lora_a: torch.Tensor,
+        down_lora_b: torch.Tensor,
+    ) -> None:
+        """gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b
+        [E, H, r], all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …;
+        a non-contiguous one is copied."""
+        given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
+        lora = argument_checks.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
+        lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
+        dtype = lora[LORA_NAMES[0]].dtype
+        if dtype == (self._lora_dtype or torch.bfloat16):
+            self._take(self._native, lora)
+            return
+        if self._native.saved_forwards:
+            raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
+        native, sources = self._build(lora_fp32=dtype == torch.float32), self._sources
+        native.record_stages(self._record_stages)
+        if not self._weights_loaded:
+            self._take(native, lora)
+            return
+        with sources.lock if sources is not None else contextlib.nullcontext():
+            if sources is None or sources.going:
+                raise TypeError(
+                    f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
+                    "call load_weights_from_tensors again before changing it"
+                )
+            sources.load(native)
+            self._take(native, lora)
+
+    def _take(self, native: _native.Layer, lora: dict[str, torch.Tensor]) -> None:
+        """`native` becomes the engine, with these as its parameters."""
+        # memory may end here: only what has its parameters takes the place of what was there
+        native.update_lora([t.data_ptr() for t in lora.values()])
+        self._native = native
+        self._lora_dtype = lora[LORA_NAMES[0]].dtype
+        for name, tensor in lora.items():
+            setattr(self, name, tensor)
+
+    def update_lora_weights(self) -> None:
+        """Takes over the values of all six parameters at once. Until then the engine computes with the last ones, and
+        the backward of a forward that was saved before computes with those of its forward."""
+        argument_checks.check_ready(True, self._lora_dtype is not None, "update_lora_weights")
+        lora = argument_checks.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
+        if lora[LORA_NAMES[0]].dtype != self._lora_dtype:
+            raise TypeError(
+                f"the LoRA parameters have dtype {lora[LORA_NAMES[0]].dtype}; init_lora_weights got "
+                f"{self._lora_dtype}: call it again to change the dtype"
+            )
+        contiguous = [t.detach().contiguous() for t in lora.values()]
+        self._native.update_lora([t.data_ptr() for t in contiguous])
+
+    def forward_sft(
+        self,
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        save_for_backward: bool = True,
+    ) -> torch.Tensor:
+        """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32 -> output [T, H] bf16.
+
+        An id of -1 says that the slot is not this layer's: it contributes nothing. `last_ticket` then names what was
+        saved, for `backward` or `drop`; 0 without save_for_backward."""
+        argument_checks.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
+        tokens = argument_checks.check_forward(self.spec, hidden_states, expert_ids, weights)
+        x, ids, slot_weights = (t.detach().contiguous() for t in (hidden_states, expert_ids, weights))
+        output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
+        native, given_up = self._native_and_given_up() if tokens else (self._native, 0)
+        self.last_ticket = native.forward(
+            tokens,
+            x.data_ptr(),
+            ids.data_ptr(),
+            slot_weights.data_ptr(),
+            output.data_ptr(),
+            save_for_backward,
+            given_up,
+        )
+        if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
+            self._sources = None  # every expert is packed: the caller's tensors may go
+        return output
+
+    def _native_and_given_up(self) -> tuple[_native.Layer, int]:
+        """The engine, and the name of the sources that it may let go as it packs them; 0 for none."""
+        sources = self._sources
+        if sources is None:
+            return self._native, 0
+        with sources.lock:
+            sources.going = sources.given_up()
+            return self._native, sources.name if sources.going else 0
+
+    def backward(
+        self, grad_output: torch.Tensor, *, accumulate: bool = False, ticket: int = 0
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """grad_output [T, H] bf16 of the newest saved forward -> grad_input [T, H] bf16 and the six LoRA gradients in
+        their parameters' shapes and dtype; `grad_weights` then holds that of the routing weights, fp32 [T, k].
+
+        accumulate: the LoRA gradients are the sum over the backward calls since update_lora_weights that had it set,
+        added in fp32 and rounded once.
+        ticket: that of another saved forward than the newest. RuntimeError for one that was used or dropped."""
+        rows = int(self._native.saved_rows)
+        waiting = None if rows < 0 else rows
+        if ticket and isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2:
+            waiting = grad_output.shape[0]  # the engine knows the rows of each ticket, and compares
+        argument_checks.check_backward(self.spec, grad_output, waiting)
+        tokens = grad_output.shape[0]
+        upstream = grad_output.detach().contiguous()
+        grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
+        assert self._lora_dtype is not None  # a saved forward had its LoRA
+        shapes = list(self.spec.lora_shapes.values())
+        written = tokens * self.spec.num_experts_per_tok if self.spec.lora_backward else 0
+        tensors, zero = _gradients(shapes, self._lora_dtype, written=written)
+        grads = dict(zip(GRAD_NAMES, tensors, strict=True))
+        grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
+        self._native.backward(
+            tokens,
+            upstream.data_ptr(),
+            grad_input.data_ptr(),
+            [g.data_ptr() for g in grads.values()],
+            zero,
+            grad_weights.data_ptr(),
+            accumulate,
+            ticket,
+        )
+        self.grad_weights = grad_weights
+        return grad_input, grads
+
+    def drop(self, ticket: int) -> None:
+        """Frees what the forward of this ticket saved; nothing where it was used or dropped before."""
+        self._native.drop(ticket)
+
+    def record_stages(self, on: bool = True) -> None:
+        """From now on each forward and backward keeps where its time went; it costs a clock read a task."""
+        self._record_stages = on
+        self._native.record_stages(on)
+
+    def stage_times(self) -> StageTimes:
+        """Of the last forward or backward since `record_stages()`; RuntimeError without one."""
+        found = self._native.stage_times()
+        if not found["workers"]:
+            raise RuntimeError("no call was recorded: call record_stages(), then forward_sft or backward")
+        return StageTimes.of(found)
+
+    @staticmethod
+    def clear_sft_buffer_cache() -> None:
+        """Returns the working buffers that layers share, and the memory of LoRA gradients that nobody holds, to the
+        operating system. Saved forwards keep theirs."""
+        _native.clear_buffer_cache()

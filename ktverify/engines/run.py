@@ -1,0 +1,176 @@
+"""One case through one engine: build the layer, load it, forward, backward.
+
+Comes in: an engine factory and a case. Goes out: a dict of ALL_TENSORS. Holds nothing between calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ktverify.engines.registry import EngineFactory
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+
+METHOD = "AMXBF16_SFT"
+IMPORT, CONSTRUCTOR = "import", "constructor"
+# what counts as raised by an engine: it may not end the program that asks it, so sys.exit is one more exception
+RAISED = (Exception, SystemExit)
+
+
+def _nobody(_method: str) -> None:
+    """Who is told of calls where nobody watches over the process."""
+
+
+# told an engine's method when it is called and "" when that is over, so that a process's end can be told of it
+on_call: Callable[[str], None] = _nobody
+
+
+@contextlib.contextmanager
+def call_of(method: str) -> Iterator[None]:
+    """What the engine raises in it knows the method: `method_of`."""
+    on_call(method)
+    try:
+        yield
+    except RAISED as error:
+        error.ktverify_method = method  # type: ignore[union-attr]
+        raise
+    finally:
+        on_call("")
+
+
+def method_of(error: BaseException) -> str:
+    """The method of a layer that raised `error`, IMPORT or CONSTRUCTOR; "" where no engine did."""
+    return getattr(error, "ktverify_method", "")
+
+
+def layer_arguments(
+    case: Case, *, isa: str | None = None, tp: int = 1, threads: int | None = None, **more: Any
+) -> dict[str, Any]:
+    """KTMoEWrapper's keyword arguments for `case`; `more` overrides. isa is passed on only where one is asked for."""
+    arguments: dict[str, Any] = {
+        "layer_idx": 0,
+        "num_experts": case.num_experts,
+        "num_experts_per_tok": case.top_k,
+        "hidden_size": case.hidden,
+        "moe_intermediate_size": case.intermediate,
+        "num_gpu_experts": 0,
+        "cpuinfer_threads": threads or len(os.sched_getaffinity(0)),
+        "threadpool_count": tp,
+        "weight_path": "",
+        "chunked_prefill_size": max(512, case.qlen),
+        "method": METHOD,
+        "mode": "sft",
+        "lora_rank": case.rank,
+        "lora_alpha": case.alpha,
+    }
+    if isa is not None:
+        arguments["isa"] = isa
+    return {**arguments, **more}
+
+
+def build_layer(
+    factory: EngineFactory,
+    case: Case,
+    inputs: Inputs,
+    *,
+    isa: str | None = None,
+    tp: int = 1,
+    threads: int | None = None,
+    **more: Any,
+) -> Any:
+    """A layer of `factory` with the case's base weights and LoRA loaded. LoRA tensors are copies: inputs stay as is."""
+    with call_of(CONSTRUCTOR):
+        layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
+    with call_of("load_weights_from_tensors"):
+        layer.load_weights_from_tensors(
+            inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"), inputs.physical_map
+        )
+    with call_of("init_lora_weights"):
+        layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
+    return layer
+
+
+def forward(layer: Any, inputs: Inputs, *, save: bool) -> torch.Tensor:
+    """The output [T, H] as the engine gave it. TypeError where it gave no tensor."""
+    with call_of("forward_sft"):
+        output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=save)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"the result is a {type(output).__name__}, it must be a tensor [T, H]")
+    return output
+
+
+def run_layer(
+    layer: Any, inputs: Inputs, *, backward: bool = True, into: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """ALL_TENSORS of one forward and one backward of a loaded layer; only output without backward.
+
+    The tensors are what the engine gave; a gradient that is missing raises KeyError, a further one ValueError.
+    into: an empty dict that gets each tensor as it comes, so that the output is there where the backward raises.
+    """
+    result = {} if into is None else into
+    result[OUTPUT] = forward(layer, inputs, save=backward)
+    if not backward:
+        return result
+    with call_of("backward"):
+        grad_input, grad_loras = layer.backward(inputs.grad_output)
+        check_grad_names(grad_loras)
+        result[GRAD_INPUT] = grad_input
+        result.update({name: grad_loras[name] for name in GRAD_NAMES})
+        result[GRAD_WEIGHTS] = layer.grad_weights
+    return {name: result[name] for name in ALL_TENSORS}
+
+
+def check_grad_names(grad_loras: Mapping[str, torch.Tensor]) -> None:
+    """KeyError or ValueError unless the keys are exactly the six of the contract."""
+    missing = [name for name in GRAD_NAMES if name not in grad_loras]
+    if missing:
+        raise KeyError(f"backward gave no {', '.join(missing)}")
+    further = [name for name in grad_loras if name not in GRAD_NAMES]
+    if further:
+        raise ValueError(f"backward gave {', '.join(further)}, it takes exactly {', '.join(GRAD_NAMES)}")
+
+
+def run_case(
+    factory: EngineFactory,
+    case: Case,
+    *,
+    inputs: Inputs | None = None,
+    isa: str | None = None,
+    tp: int = 1,
+    threads: int | None = None,
+    backward: bool = True,
+    into: dict[str, torch.Tensor] | None = None,
+    **more: Any,
+) -> dict[str, torch.Tensor]:
+    """ALL_TENSORS of `case` as the engine computes them; only output without backward.
+
+    inputs: those of the case where the caller has them already. isa, tp, threads: instruction set, tensor-parallel
+    degree, ceiling of workers (default: the processors this process may run on). into: as run_layer takes it. What the
+    engine raises comes through.
+    """
+    given = make_inputs(case) if inputs is None else inputs
+    layer = build_layer(factory, case, given, isa=isa, tp=tp, threads=threads, **more)
+    unless_first: AbstractContextManager[None] = contextlib.suppress(*RAISED)
+    try:
+        found = run_layer(layer, given, backward=backward, into=into)
+        unless_first = contextlib.nullcontext()
+        return {name: tensor.detach() for name, tensor in found.items()}
+    finally:
+        # of two exceptions the first is told
+        with unless_first, call_of("clear_sft_buffer_cache"):
+            clear = getattr(layer, "clear_sft_buffer_cache", None)
+            del layer
+            if clear is not None:
+                clear()
+            del clear
+            gc.collect()

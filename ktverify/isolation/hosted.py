@@ -1,0 +1,215 @@
+"""A hosted engine from this side: a factory, and layers whose calls go to a process of their own.
+
+One process serves one configuration of threads, since engines exist that allow only one: another number of threads, of
+thread pools or of processors gets another process. A process that dies raises Died in the call that killed it and in
+every later call to its layers; the next layer gets a new process.
+What a hosted engine writes into the tokens' tensors is copied back. What it does to memory after it has answered is not
+seen, nor are its process's threads forked along.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktverify.isolation.host import Parcel, unpack
+from ktverify.isolation.process import Died, Process
+from ktverify.spec.names import LORA_NAMES
+
+HOST = Path(__file__).with_name("host.py")
+# processes without a living layer that are kept for the next one: starting one takes seconds
+IDLE_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A factory of layers in another process.
+
+    spec: "path/to/file.py:attribute" or "package.module:attribute", as the other interpreter finds it. python: that
+    interpreter, or a function that finds it and raises ValueError where there is none; None is this one. stand_alone:
+    the path of a script that makes one case's calls without ktverify; see ktverify/reproducer/bundle.py.
+    """
+
+    spec: str
+    python: str | Callable[[], str] | None = None
+    stand_alone: str | None = None
+
+    def check(self) -> str:
+        """The interpreter. ValueError where there is none."""
+        python = self.python() if callable(self.python) else self.python or sys.executable
+        if not Path(python).is_file():
+            raise ValueError(f"{python!r} is no file; the engine {self.spec} takes the path of a Python")
+        return python
+
+    def __call__(self, **arguments: Any) -> HostedLayer:
+        threads = (arguments.get("cpuinfer_threads"), arguments.get("threadpool_count"))
+        key = (self.spec, self.check(), repr(threads), tuple(sorted(os.sched_getaffinity(0))))
+        return HostedLayer(_process_of(key), arguments)
+
+
+class _Host:
+    """A process, and which of its layers are gone."""
+
+    def __init__(self, spec: str, python: str) -> None:
+        environment = dict(os.environ)
+        if python != sys.executable:
+            # they lead to packages of this interpreter
+            environment.pop("PYTHONPATH", None)
+            environment.pop("PYTHONHOME", None)
+        # it ends with the thread that starts it: one of a pool's may end before its layers do
+        ends_with = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+        command = [python, str(HOST), spec, str(ends_with)]
+        # no time limit: who started this process watches over it
+        self._process = Process(command, environment, timeout_s=None, own_session=False)
+        self._lock = threading.Lock()
+        self.layers = 0
+        self.dropped: list[int] = []
+        self.died = ""
+
+    def ask(self, do: str, *given: Any) -> Any:
+        """The value that the host answers with. Raises what the engine raised, or Died."""
+        parcel = Parcel(given)
+        try:
+            return self.send(do, parcel, do if do != "call" else str(given[1]))
+        finally:
+            parcel.close()
+
+    def send(self, do: str, parcel: Parcel, what: str) -> Any:
+        """As ask, with the arguments packed; `what` is the call's name in an error."""
+        with self._lock:
+            if self.died:
+                raise Died(f"{what}: the engine's process is gone: {self.died}")
+            drop = self.dropped[:]
+            try:
+                answer = self._process.exchange({"do": do, "drop": drop, "given": parcel.description})
+            except Died as died:
+                self.died = str(died)
+                how = self.died.partition("; last line")[0]
+                raise Died(f"{what}: the engine's process {how}; last words:\n{self._process.last_words()}") from None
+            del self.dropped[: len(drop)]
+            self.layers -= len(drop)
+            if answer["ok"]:
+                return unpack(answer["result"])
+        error = answer["error"]
+        if error["class"] == error["builtin"]:
+            raise getattr(builtins, error["builtin"])(error["text"])
+        raise _subclass(error["class"], error["builtin"])(error["text"])
+
+    @property
+    def idle(self) -> bool:
+        return bool(self.died) or self.layers <= len(self.dropped)
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def _subclass(name: str, builtin: str) -> type[Exception]:
+    """An exception class of that name, so that an `except` of its builtin base catches it."""
+    made: type[Exception] = type(name, (getattr(builtins, builtin),), {})
+    return made
+
+
+_hosts: dict[tuple[Any, ...], _Host] = {}
+
+
+def _process_of(key: tuple[Any, ...]) -> _Host:
+    """The living process for a configuration, started where there is none; the longest unused idle ones end."""
+    host = _hosts.pop(key, None)
+    if host is not None and host.died:
+        host.close()
+        host = None
+    if host is None:
+        idle = [other for other, there in _hosts.items() if there.idle]
+        for other in idle[: max(0, len(idle) - IDLE_KEPT)]:
+            _hosts.pop(other).close()
+        host = _Host(key[0], key[1])
+    _hosts[key] = host
+    return host
+
+
+@atexit.register
+def _close_all() -> None:
+    while _hosts:
+        _hosts.popitem()[1].close()
+
+
+class HostedLayer:
+    """A layer of a hosted engine, with KTMoEWrapper's methods; shapes and dtypes as in docs/contract.md."""
+
+    def __init__(self, host: _Host, arguments: dict[str, Any]) -> None:
+        self._host = host
+        self._number: int = host.ask("build", arguments)
+        host.layers += 1
+        weakref.finalize(self, host.dropped.append, self._number).atexit = False
+        self._shared: dict[str, Any] = {}
+        self.grad_weights: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._host.ask("attribute", self._number, name)
+
+    def _call(self, method: str, *given: Any, **named: Any) -> Any:
+        return self._host.ask("call", self._number, method, given, named)
+
+    def load_weights_from_tensors(self, *given: Any, **named: Any) -> None:
+        self._call("load_weights_from_tensors", *given, **named)
+
+    def init_lora_weights(self, *given: Any, **named: Any) -> None:
+        """The parameters from now on are tensors that both processes see, so an optimizer's step needs no copy."""
+        parcel = Parcel((self._number, "init_lora_weights", given, named))
+        try:
+            self._host.send("call", parcel, "init_lora_weights")
+            _, _, given, named = parcel.opened()
+        finally:
+            parcel.close()
+        self._shared = dict(zip(LORA_NAMES, given, strict=False)) | named
+        for name, tensor in self._shared.items():
+            setattr(self, name, tensor)
+
+    def update_lora_weights(self) -> None:
+        present = {name: self.__dict__[name] for name in self._shared}
+        exchanged = {name: tensor for name, tensor in present.items() if tensor is not self._shared[name]}
+        self._host.ask("update", self._number, exchanged)
+
+    def forward_sft(self, *given: Any, **named: Any) -> Any:
+        return self._on_tokens("forward_sft", given, named)
+
+    def backward(self, *given: Any, **named: Any) -> Any:
+        result, self.grad_weights = self._on_tokens("backward", given, named)
+        return result
+
+    def _on_tokens(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """A call whose arguments are small: what the engine wrote into them reaches the caller's tensors."""
+        parcel = Parcel((self._number, method, given, named))
+        try:
+            result = self._host.send("call", parcel, method)
+            _, _, after, named_after = parcel.opened()
+        finally:
+            parcel.close()
+        for mine, theirs in [*zip(given, after, strict=True), *((named[key], named_after[key]) for key in named)]:
+            _copy_back(mine, theirs)
+        return result
+
+    def clear_sft_buffer_cache(self) -> None:
+        self._call("clear_sft_buffer_cache")
+
+
+def _copy_back(mine: Any, theirs: Any) -> None:
+    """What was written into a CPU tensor over there, where anything was."""
+    import torch
+
+    if not isinstance(mine, torch.Tensor) or mine.device.type != "cpu" or mine.numel() == 0:
+        return
+    before, after = mine.detach(), theirs.detach()
+    as_bytes = [tensor.contiguous().view(torch.uint8) for tensor in (before, after)]
+    if not torch.equal(*as_bytes):
+        before.copy_(after)

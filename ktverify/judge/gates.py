@@ -1,0 +1,303 @@
+"""From a difference and its budgets to a verdict. The numbers stand in tolerances.toml, and only there.
+
+Comes in: a case, a tensor's name, its `Difference` and the plain bf16 peer's error. Goes out: a `Judgement`, whose line
+is what a person reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktverify.judge.metrics import Difference
+from ktverify.spec.cases import Case, catalogue, expects_zero
+from ktverify.spec.names import BACKWARD_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT, TOKEN_TENSORS
+from ktverify.spec.toml import read_toml
+
+TOLERANCES = Path(__file__).with_name("tolerances.toml")
+AMX = "amx_bf16"
+
+# Every gate that the suite has, and what it is that exceeds it. The first block is asked here, the second by the checks
+# of ktverify/checks. For each stands a wrong engine in ktverify/mutants that nothing else finds.
+GATES: dict[str, str] = {
+    "non_finite": "a NaN or Inf where the oracle has none",
+    "hidden_non_finite": "a number where the oracle has NaN or Inf",
+    "stray": "something other than 0 in an idle expert's gradient or a masked token's row",
+    "mean_rel": "the contract's ceiling on the mean relative error",
+    "rel_l2": "the budget that plain bf16 torch's own error leaves",
+    "rel_l2_own": "the limit of fp32 sums and one rounding",
+    "exact": "other bits than the one right answer of integer data",
+    "trust": "expected values too empty to believe a pass",
+    "loss": "ten steps' losses, and the parameters after them, beside the oracle's",
+    "tp": "more than the order of one sum between tensor-parallel degrees or batches",
+    "bits": "other bits from what has to be the same computation",
+    "form": "another shape or dtype than the contract's",
+    "written": "an input or an earlier result that was written to",
+    "refusal": "bad input that was accepted, or refused in other words than the contract's",
+    "resources": "more threads or memory than the contract allows",
+}
+_off: set[str] = set()
+
+
+@contextlib.contextmanager
+def without(gate: str) -> Iterator[None]:
+    """Inside, `gate` is not asked: for the tests that show what each gate is good for, and for nothing else.
+
+    ValueError for a name that is not in GATES.
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate is {gate!r}, it takes one of {', '.join(GATES)}")
+    _off.add(gate)
+    try:
+        yield
+    finally:
+        _off.discard(gate)
+
+
+def asked(gate: str) -> bool:
+    """False inside `without(gate)`."""
+    return gate not in _off
+
+
+def turned_off() -> tuple[str, ...]:
+    """The gates inside whose `without` we are: what a process that a check starts has to be told."""
+    return tuple(sorted(_off))
+
+
+class Verdict(enum.Enum):
+    """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass.
+
+    CRASH: the engine raised or its process died; TIMEOUT: it did not answer in time; OOM: it took more memory than
+    it may; UNSUPPORTED: it says that it cannot do this.
+    """
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    CRASH = "CRASH"
+    TIMEOUT = "TIMEOUT"
+    OOM = "OOM"
+    SKIP = "SKIP"
+    UNSUPPORTED = "UNSUPPORTED"
+    MISTRUSTED = "MISTRUSTED"
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate: `value` may be at most `budget`; used = value / budget (a budget of 0: 0 when kept, else inf)."""
+
+    gate: str
+    value: float
+    budget: float
+    used: float
+    verdict: Verdict
+    reason: str
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict on one tensor, every gate that was asked, and the line to print."""
+
+    verdict: Verdict
+    gates: tuple[GateResult, ...]
+    line: str
+
+
+@functools.cache
+def tolerances() -> dict[str, Any]:
+    """tolerances.toml, parsed."""
+    return read_toml(TOLERANCES)
+
+
+def _allowance(numbers_deciding: float) -> float:
+    """a = 1 + spread (1 / sqrt(n) - 1 / sqrt(few)) where n < few: by how much a draw of n numbers may exceed."""
+    numbers = tolerances()["peer"]
+    if numbers_deciding >= numbers["few"]:
+        return 1.0
+    return float(1 + numbers["spread"] * (1 / math.sqrt(max(1.0, numbers_deciding)) - 1 / math.sqrt(numbers["few"])))
+
+
+def peer_budget(peer: float, numbers_deciding: float | None = None, *, capped: bool = True) -> float:
+    """rel_l2 that an engine may have where plain bf16 torch has `peer`: min(cap, max(factor * peer, floor)).
+
+    numbers_deciding: how many independent numbers the tensor is made of, n. Where n < few, factor is multiplied by
+    a = 1 + spread (1 / sqrt(n) - 1 / sqrt(few)) and cap by a^2. capped=False leaves the cap out.
+    """
+    numbers = tolerances()["peer"]
+    allowance = 1.0 if numbers_deciding is None else _allowance(numbers_deciding)
+    if math.isnan(peer):
+        return float(numbers["floor"])
+    cap = numbers["cap"] * allowance**2 if capped else math.inf
+    return float(min(cap, max(numbers["factor"] * allowance * peer, numbers["floor"])))
+
+
+def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
+    """How many independent numbers the relative error of `tensor` is made of; nonzero: its elements other than 0.
+
+    A LoRA gradient is a sum of outer products of r-vectors, one for each of the T k token slots: its elements err
+    together, and T k r numbers decide; so they do everywhere where LoRA rules. Gates of magnitude m > 4 are open or
+    shut but for some 4 / m of them, and those carry the error of all that silu' multiplies. Every other tensor has its
+    elements.
+    """
+    slots = case.qlen * case.top_k
+    found = nonzero
+    if tensor in GRAD_NAMES or (case.data == "strong_lora" and tensor != GRAD_WEIGHTS):
+        found = min(found, slots * case.rank)
+    bend = float(tolerances()["peer"]["bend"])
+    if case.magnitudes[0] > bend and tensor in BACKWARD_TENSORS:
+        found = min(found, int(slots * case.intermediate * bend / case.magnitudes[0]))
+    return found
+
+
+def _is_a_draw(case: Case) -> bool:
+    """Whether the inputs are others than those that the catalogue names, on which every limit holds as it stands."""
+    return catalogue().get(case.name) != case
+
+
+def own_limit(case: Case, tensor: str, isa: str, participation: float = math.inf) -> float | None:
+    """rel_l2 that the project's own engine keeps on this case; None where only the peer's budget rules.
+
+    On the catalogue's own seeds it is the number of tolerances.toml. Other inputs are a new draw: where fewer than
+    `few` elements carry the tensor's norm, by their participation, it has the allowance of peer_budget.
+    """
+    numbers = tolerances()["own"]
+    ordinary = case.data == "gaussian" and case.magnitude == 1
+    if not ordinary or case.qlen < numbers["min_tokens"] or case.rank < numbers["min_rank"]:
+        return None
+    direction = "forward" if tensor == OUTPUT else "backward"
+    limit = float(numbers[direction if isa in ("", AMX) else f"{direction}_other_isa"])
+    return limit * _allowance(participation) if _is_a_draw(case) else limit
+
+
+def judge(
+    case: Case,
+    tensor: str,
+    difference: Difference,
+    peer: float,
+    *,
+    own_engine: bool = False,
+    isa: str = "",
+    searched: bool = False,
+) -> Judgement:
+    """The verdict on `tensor` of `case`: FAIL if any gate is exceeded, MISTRUSTED if the inputs were too empty.
+
+    peer: rel_l2 of the plain bf16 peer on the same tensor. own_engine adds the strict limits and, on exact cases, the
+    demand for equal bits. isa: the instruction set that computed; the limits for AMX hold where it is not told.
+    searched: the case was looked for among many of all sizes, so no more numbers decide than carry the expected
+    tensor's norm.
+    """
+    gates = [
+        _gate(name, value, budget, reason)
+        for name, value, budget, reason in _asked(case, tensor, difference, peer, own_engine, isa, searched)
+        if asked(name)
+    ]
+    if any(gate.verdict is Verdict.FAIL for gate in gates):
+        verdict = Verdict.FAIL
+    elif asked("trust"):
+        gates.append(_trust(case, tensor, difference, peer))
+        verdict = gates[-1].verdict
+    else:
+        verdict = Verdict.PASS
+    return Judgement(verdict, tuple(gates), _line(case, tensor, difference, verdict, gates))
+
+
+def _asked(
+    case: Case, tensor: str, difference: Difference, peer: float, own_engine: bool, isa: str, searched: bool
+) -> list[tuple[str, float, float, str]]:
+    numbers = tolerances()
+    direction = "forward" if tensor == OUTPUT else "backward"
+    deciding: float = numbers_deciding(case, tensor, difference.nonzero)
+    if searched:
+        deciding = min(deciding, difference.participation)
+    found = [
+        ("non_finite", float(difference.non_finite), float(numbers["non_finite"]["unexpected"]), "NaN or Inf"),
+    ]
+    # experts that a broken token reached may or may not show it; the token's own rows must
+    if tensor in TOKEN_TENSORS:
+        limit = float(numbers["non_finite"]["missing"])
+        found.append(("hidden_non_finite", float(difference.missing_non_finite), limit, "a NaN was hidden"))
+    found.append(("stray", float(difference.stray), float(numbers["zero"]["stray"]), "must be exactly zero"))
+    if difference.norm_expected == 0:
+        pass  # all of it is zero, idle or not finite: the gates above have seen every element
+    elif _cancels(peer):
+        # nobody's relative error is small here; a pass is out of reach (see _trust), a gross error is still one
+        budget = peer_budget(peer, deciding, capped=False)
+        found.append(("rel_l2", difference.rel_l2, budget, "the sum cancels"))
+    else:
+        found.append(("mean_rel", difference.mean_rel, float(numbers["outer"][direction]), "the contract's ceiling"))
+        budget = peer_budget(peer, deciding)
+        found.append(("rel_l2", difference.rel_l2, budget, f"the plain bf16 peer errs by {peer:.2e}"))
+        limit_own = own_limit(case, tensor, isa, difference.participation) if own_engine else None
+        if limit_own is not None:
+            found.append(("rel_l2_own", difference.rel_l2, limit_own, "what fp32 sums and one rounding leave"))
+    if case.exact and own_engine:
+        # -1: a golden that cannot tell. An exact case without the full tensor proves nothing, so it must not pass
+        count = math.inf if difference.mismatched < 0 else float(difference.mismatched)
+        found.append(("exact", count, float(numbers["exact"]["mismatched"]), "integer data has one right answer"))
+    return found
+
+
+def _gate(name: str, value: float, budget: float, reason: str) -> GateResult:
+    kept = value <= budget  # a NaN is not kept
+    used = value / budget if budget > 0 else 0.0 if kept else math.inf
+    return GateResult(name, value, budget, used, Verdict.PASS if kept else Verdict.FAIL, reason)
+
+
+def _cancels(peer: float) -> bool:
+    return bool(peer > tolerances()["trust"]["max_peer"])
+
+
+def _trust(case: Case, tensor: str, difference: Difference, peer: float) -> GateResult:
+    """MISTRUSTED where the expected tensor is too empty, or too badly conditioned, for agreement to mean anything."""
+    numbers = tolerances()["trust"]
+    least = float(numbers["min_density_exact" if case.exact else "min_density"])
+    if expects_zero(case, tensor):
+        return GateResult("trust", difference.density, 0.0, 0.0, Verdict.PASS, "zero by construction")
+    if difference.norm_expected > 0 and _cancels(peer):
+        limit = float(numbers["max_peer"])
+        reason = f"plain bf16 itself errs by {peer:.1e}: the sum cancels, and its relative error tells nothing"
+        return GateResult("trust", peer, limit, peer / limit, Verdict.MISTRUSTED, reason)
+    believed = difference.nonzero >= numbers["min_nonzero"] and difference.density >= least
+    reason = (
+        "expected values are alive"
+        if believed
+        else (f"only {difference.nonzero} of {difference.numel} expected elements are other than 0")
+    )
+    used = least / difference.density if difference.density > 0 else math.inf
+    verdict = Verdict.PASS if believed else Verdict.MISTRUSTED
+    return GateResult("trust", difference.density, least, used, verdict, reason)
+
+
+def _line(case: Case, tensor: str, difference: Difference, verdict: Verdict, gates: list[GateResult]) -> str:
+    shown = next((gate for gate in gates if gate.verdict is not Verdict.PASS), None)
+    if shown is None:
+        numeric = [gate for gate in gates if gate.gate != "trust"]
+        shown = max(numeric, key=lambda gate: (gate.used, gate.gate == "rel_l2"))
+    elif shown.gate == "mean_rel":
+        # both relative gates usually break together; rel_l2 is the one that people compare
+        shown = next((g for g in gates if g.gate == "rel_l2" and g.verdict is Verdict.FAIL), shown)
+    text = f"{verdict.value} {tensor} {shown.gate} {_number(shown.value)}, budget {_number(shown.budget)}"
+    if shown.gate == "trust":
+        text = f"{verdict.value} {tensor}: {shown.reason}"
+    elif shown.budget > 0:
+        text += f" ({shown.used:.0%})".replace("%", " %")
+    if difference.worst_index:
+        text += f", worst {list(difference.worst_index)}"
+    if verdict is not Verdict.PASS:
+        text += f"\npython -m ktverify repro '{case.id}'"
+    return text
+
+
+def _number(value: float) -> str:
+    """Two digits (3.1e-2) for a measure, all of them for a count, and the word for what is not finite."""
+    if not math.isfinite(value):
+        return str(value)
+    if value.is_integer() and abs(value) < 1e6:
+        return f"{value:.0f}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -1,0 +1,185 @@
+"""The oracle: docs/contract.md, "The layer", as a plain loop over experts, by hand; and the plain bf16 peer.
+
+Comes in: the tensors of one case (`ktverify.data.Inputs`, or anything with the same attributes). Goes out: a dict of
+ALL_TENSORS. Imports torch and nothing of ours but names, so that no engine can share a mistake with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
+
+
+class Sizes(Protocol):
+    """What the oracle asks of a case: s = alpha / rank."""
+
+    @property
+    def scaling(self) -> float: ...
+
+
+class LayerInputs(Protocol):
+    """hidden_states, grad_output [T, H]; expert_ids [T, k] int64; weights [T, k]; gate_proj, up_proj [E, I, H];
+    down_proj [E, H, I]; lora: six tensors by LORA_NAMES; all in logical order."""
+
+    @property
+    def case(self) -> Sizes: ...
+    @property
+    def hidden_states(self) -> torch.Tensor: ...
+    @property
+    def expert_ids(self) -> torch.Tensor: ...
+    @property
+    def weights(self) -> torch.Tensor: ...
+    @property
+    def grad_output(self) -> torch.Tensor: ...
+    @property
+    def gate_proj(self) -> torch.Tensor: ...
+    @property
+    def up_proj(self) -> torch.Tensor: ...
+    @property
+    def down_proj(self) -> torch.Tensor: ...
+    @property
+    def lora(self) -> dict[str, torch.Tensor]: ...
+
+
+def forward_backward(
+    inputs: LayerInputs, *, dtype: torch.dtype = torch.float64, skip_lora: bool = False, backward: bool = True
+) -> dict[str, torch.Tensor]:
+    """ALL_TENSORS of one forward and one backward, computed and returned in `dtype` (fp64 or fp32).
+
+    output, grad_input [T, H]; six LoRA gradients in their parameters' shapes, zero for idle experts; grad_weights
+    [T, k], zero for ids of -1. skip_lora leaves every LoRA term out of the backward (LoRA gradients zero); the forward
+    has them all the same. backward=False gives only output. One expert's weights are converted at a time.
+
+    Formulas: docs/contract.md, "The layer". d silu(g) / dg = sigma(g) (1 + g (1 - sigma(g))).
+    """
+    s = inputs.case.scaling
+    result = _empty_result(inputs, dtype, backward)
+    output = result[OUTPUT]
+    for expert, rows, slots in routed(inputs.expert_ids):
+        x = inputs.hidden_states[rows].to(dtype)
+        w = inputs.weights[rows, slots].to(dtype).unsqueeze(1)
+        gate, up, down = (tensor[expert].to(dtype) for tensor in (inputs.gate_proj, inputs.up_proj, inputs.down_proj))
+        ga, gb, ua, ub, da, db = (inputs.lora[name][expert].to(dtype) for name in LORA_NAMES)
+
+        x_ga, x_ua = x @ ga.T, x @ ua.T
+        g = x @ gate.T + s * (x_ga @ gb.T)
+        u = x @ up.T + s * (x_ua @ ub.T)
+        sigma = torch.sigmoid(g)
+        silu = g * sigma
+        h = silu * u
+        h_da = h @ da.T
+        y = h @ down.T + s * (h_da @ db.T)
+        output.index_add_(0, rows, w * y)
+        if not backward:
+            continue
+
+        d_out = inputs.grad_output[rows].to(dtype)
+        result[GRAD_WEIGHTS][rows, slots] = (d_out * y).sum(1)
+        dy = w * d_out
+        dh = dy @ down
+        if not skip_lora:
+            dy_db = dy @ db
+            result["grad_down_lora_b"][expert] = s * (dy.T @ h_da)
+            result["grad_down_lora_a"][expert] = s * (dy_db.T @ h)
+            dh = dh + s * (dy_db @ da)
+        dg = dh * u * (sigma * (1 + g * (1 - sigma)))
+        du = dh * silu
+        dx = dg @ gate + du @ up
+        if not skip_lora:
+            dg_gb, du_ub = dg @ gb, du @ ub
+            result["grad_gate_lora_b"][expert] = s * (dg.T @ x_ga)
+            result["grad_gate_lora_a"][expert] = s * (dg_gb.T @ x)
+            result["grad_up_lora_b"][expert] = s * (du.T @ x_ua)
+            result["grad_up_lora_a"][expert] = s * (du_ub.T @ x)
+            dx = dx + s * (dg_gb @ ga) + s * (du_ub @ ua)
+        result[GRAD_INPUT].index_add_(0, rows, dx)
+    return result
+
+
+def peer_bf16(inputs: LayerInputs) -> dict[str, torch.Tensor]:
+    """ALL_TENSORS as plain torch computes them in bf16: an expert loop, torch's own autograd, a rounding at every op.
+
+    Tensors are bf16; grad_weights is fp32 [T, k], LoRA gradients have their parameters' dtype. Its error against
+    forward_backward is the measure for what an engine may err.
+    """
+    result = _empty_result(inputs, torch.bfloat16, True)
+    for name in LORA_NAMES:
+        if inputs.lora[name].dtype != torch.bfloat16:
+            result[f"grad_{name}"] = zeros(inputs.lora[name].shape, inputs.lora[name].dtype)
+    result[GRAD_WEIGHTS] = result[GRAD_WEIGHTS].float()
+    for expert, rows, slots in routed(inputs.expert_ids):
+        lora = [inputs.lora[name][expert].detach().requires_grad_() for name in LORA_NAMES]
+        x = inputs.hidden_states[rows].detach().requires_grad_()
+        w = inputs.weights[rows, slots].to(torch.bfloat16).requires_grad_()
+        base = (inputs.gate_proj[expert], inputs.up_proj[expert], inputs.down_proj[expert])
+        y = plain_expert(x, *base, *lora, scaling=inputs.case.scaling) * w.unsqueeze(1)
+        result[OUTPUT].index_add_(0, rows, y.detach())
+        dx, dw, *d_lora = torch.autograd.grad(y, [x, w, *lora], inputs.grad_output[rows])
+        result[GRAD_INPUT].index_add_(0, rows, dx)
+        result[GRAD_WEIGHTS][rows, slots] = dw.float()
+        for name, gradient in zip(LORA_NAMES, d_lora, strict=True):
+            result[f"grad_{name}"][expert] = gradient
+    return result
+
+
+def plain_expert(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    gate_a: torch.Tensor,
+    gate_b: torch.Tensor,
+    up_a: torch.Tensor,
+    up_b: torch.Tensor,
+    down_a: torch.Tensor,
+    down_b: torch.Tensor,
+    *,
+    scaling: float,
+    skip_lora: bool = False,
+) -> torch.Tensor:
+    """[n, H]: one expert's y of x [n, H] as a torch user writes it, in x's dtype; differentiable.
+
+    gate, up [I, H], down [H, I] in x's dtype; LoRA [r, in], [out, r] in x's dtype or fp32, which then computes in fp32.
+    skip_lora: no gradient flows through the LoRA terms.
+    """
+
+    def linear(value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        base = functional.linear(value, weight)
+        low = functional.linear(functional.linear(value.to(a.dtype), a), b) * scaling
+        return (base + (low.detach() if skip_lora else low)).to(value.dtype)
+
+    h = functional.silu(linear(x, gate, gate_a, gate_b)) * linear(x, up, up_a, up_b)
+    return linear(h, down, down_a, down_b)
+
+
+def routed(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(expert, rows [n], slots [n]) for each expert that expert_ids [T, k] names, ascending; -1 is skipped."""
+    for expert in torch.unique(expert_ids).tolist():
+        if expert >= 0:
+            rows, slots = (expert_ids == expert).nonzero(as_tuple=True)
+            yield int(expert), rows, slots
+
+
+def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages take memory when they are written: the gradients of idle experts are most of a large layer's.
+
+    dtype is fp64, fp32 or bf16.
+    """
+    kinds = {torch.float64: np.float64, torch.float32: np.float32, torch.bfloat16: np.int16}
+    return torch.from_numpy(np.zeros(tuple(shape), kinds[dtype])).view(dtype)
+
+
+def _empty_result(inputs: LayerInputs, dtype: torch.dtype, backward: bool) -> dict[str, torch.Tensor]:
+    result = {OUTPUT: zeros(inputs.hidden_states.shape, dtype)}
+    if backward:
+        result[GRAD_INPUT] = zeros(inputs.hidden_states.shape, dtype)
+        for name in LORA_NAMES:
+            result[f"grad_{name}"] = zeros(inputs.lora[name].shape, dtype)
+        result[GRAD_WEIGHTS] = zeros(inputs.weights.shape, dtype)
+    return result

@@ -1,0 +1,247 @@
+"""The right engine that the wrong ones are made of: torch_bf16's calls, and the arithmetic step by step.
+
+Comes in: KTMoEWrapper's keyword arguments. Goes out: a layer that keeps even the limits of the project's own engine:
+bf16 operands, fp32 sums, one rounding. Each step is a method, so that a mutant overrides the one that it gets wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ktverify.engines.torch_bf16 import TorchBf16
+from ktverify.judge.reference import routed, zeros
+from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+
+Matrices = tuple[Tensor, Tensor, Tensor]
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Group:
+    """One expert's n rows in one call, and what its forward leaves to its backward; all fp32 but rows and slots.
+
+    rows, slots [n]; x [n, H]; w [n, 1]; base: gate, up [I, H], down [H, I]; lora: six by LORA_NAMES, of this expert;
+    x_ga, x_ua, h_da [n, r]; g, u, h [n, I]; y [n, H].
+    """
+
+    expert: int
+    rows: Tensor
+    slots: Tensor
+    x: Tensor
+    w: Tensor
+    base: Matrices
+    lora: dict[str, Tensor]
+    x_ga: Tensor = field(init=False)
+    x_ua: Tensor = field(init=False)
+    h_da: Tensor = field(init=False)
+    g: Tensor = field(init=False)
+    u: Tensor = field(init=False)
+    h: Tensor = field(init=False)
+    y: Tensor = field(init=False)
+
+
+@dataclass
+class Outstanding:
+    """A saved forward: T, the shape of its weights [T, k], the LoRA dtype, and its groups."""
+
+    rows: int
+    slots: torch.Size
+    lora_dtype: torch.dtype
+    groups: list[Group]
+
+
+class Plain(TorchBf16):
+    """Right. Sums over I are split by threadpool_count; cpuinfer_threads changes nothing."""
+
+    fp32_sums = True
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.s = self.spec.scaling
+
+    # ---- roundings and sums
+
+    def operand(self, value: Tensor) -> Tensor:
+        """What a matrix instruction takes: rounded to bf16."""
+        return value.to(torch.bfloat16).float()
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """A finished fp32 sum in the dtype of its result."""
+        return value.to(dtype)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a [n, K] times b [K, m]: every sum over H, I or r."""
+        return a @ b
+
+    def over_rows(self, a: Tensor, b: Tensor) -> Tensor:
+        """aᵀ b of a [n, p], b [n, q]: every sum over an expert's rows."""
+        return a.T @ b
+
+    def over_parts(self, term: Callable[[slice], Tensor]) -> Tensor:
+        """The sum of `term` over the tensor-parallel parts of I."""
+        size = self.spec.moe_intermediate_size // self.spec.threadpool_count
+        parts = [slice(begin, begin + size) for begin in range(0, self.spec.moe_intermediate_size, size)]
+        return self.sum_of_parts([term(part) for part in parts])
+
+    def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    # ---- who computes what
+
+    def routes(self, expert_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(expert, rows, slots) of every expert with a token."""
+        return routed(expert_ids)
+
+    def base_of(self, expert: int) -> Matrices:
+        gate, up, down = (tensor[self._slot_of[expert]].float() for tensor in self._base)
+        return gate, up, down
+
+    def lora_of(self, expert: int) -> dict[str, Tensor]:
+        return {name: self._lora[name][expert].float() for name in LORA_NAMES}
+
+    def groups(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> list[Group]:
+        return [
+            Group(
+                expert,
+                rows,
+                slots,
+                hidden_states[rows].float(),
+                weights[rows, slots].unsqueeze(1),
+                self.base_of(expert),
+                self.lora_of(expert),
+            )
+            for expert, rows, slots in self.routes(expert_ids)
+        ]
+
+    # ---- forward
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return torch.nn.functional.silu(g) * u
+
+    def gate_and_up(self, at: Group) -> None:
+        gate, up, _ = at.base
+        at.x_ga = self.product(at.x, at.lora["gate_lora_a"].T)
+        at.x_ua = self.product(at.x, at.lora["up_lora_a"].T)
+        at.g = self.product(at.x, gate.T) + self.s * self.product(at.x_ga, at.lora["gate_lora_b"].T)
+        at.u = self.product(at.x, up.T) + self.s * self.product(at.x_ua, at.lora["up_lora_b"].T)
+
+    def down(self, at: Group) -> None:
+        down, a, b = at.base[2], at.lora["down_lora_a"], at.lora["down_lora_b"]
+        at.h_da = self.over_parts(lambda i: self.product(at.h[:, i], a[:, i].T))
+        at.y = self.over_parts(lambda i: self.product(at.h[:, i], down[:, i].T)) + self.down_lora(at, b)
+
+    def down_lora(self, at: Group, b: Tensor) -> Tensor:
+        return self.s * self.product(at.h_da, b.T)
+
+    def expert(self, at: Group) -> None:
+        """y of x."""
+        self.gate_and_up(at)
+        at.h = self.operand(self.activation(at.g, at.u))
+        self.down(at)
+
+    def combine(self, output: Tensor, at: Group) -> None:
+        """output [T, H] fp32 += w y."""
+        output.index_add_(0, at.rows, at.w * at.y)
+
+    def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
+        groups = self.groups(hidden_states, expert_ids, weights)
+        output = torch.zeros(hidden_states.shape)
+        for at in groups:
+            self.expert(at)
+            self.combine(output, at)
+        if save:
+            self.save(Outstanding(len(hidden_states), expert_ids.shape, self._lora[LORA_NAMES[0]].dtype, groups))
+        return self.stored(output, torch.bfloat16)
+
+    def save(self, saved: Outstanding) -> None:
+        self._saved.append(saved)  # type: ignore[arg-type]  # the parent's backward asks for rows only
+
+    # ---- backward
+
+    def routing_gradient(self, at: Group, d_out: Tensor) -> Tensor:
+        """dw [n] of the upstream gradient's rows d_out [n, H]."""
+        return (d_out * at.y).sum(1)
+
+    def weighted(self, at: Group, d_out: Tensor) -> Tensor:
+        """dy [n, H] = w dO."""
+        return self.operand(at.w * d_out)
+
+    def slope(self, g: Tensor) -> Tensor:
+        """silu'(g)."""
+        sigma = torch.sigmoid(g)
+        return sigma * (1 + g * (1 - sigma))
+
+    def through_activation(self, at: Group, dh: Tensor) -> tuple[Tensor, Tensor]:
+        """dg, du [n, I]."""
+        return self.operand(dh * at.u * self.slope(at.g)), self.operand(dh * torch.nn.functional.silu(at.g))
+
+    def down_gradients(self, at: Group, dy: Tensor) -> tuple[Tensor, Gradients]:
+        """dh [n, I] of dy [n, H], and the gradients of down's LoRA."""
+        dh = self.product(dy, at.base[2])
+        if not self.spec.lora_backward:
+            return dh, {}
+        dy_db = self.product(dy, at.lora["down_lora_b"])
+        found = {
+            "grad_down_lora_b": self.s * self.over_rows(dy, at.h_da),
+            "grad_down_lora_a": self.s * self.over_rows(dy_db, at.h),
+        }
+        return dh + self.s * self.product(dy_db, at.lora["down_lora_a"]), found
+
+    def gate_up_gradients(self, at: Group, dg: Tensor, du: Tensor) -> tuple[Tensor, Gradients]:
+        """dx [n, H] of dg and du [n, I], and the gradients of gate's and up's LoRA."""
+        gate, up, _ = at.base
+        dx = self.over_parts(lambda i: self.product(dg[:, i], gate[i]) + self.product(du[:, i], up[i]))
+        if not self.spec.lora_backward:
+            return dx, {}
+        dg_gb = self.over_parts(lambda i: self.product(dg[:, i], at.lora["gate_lora_b"][i]))
+        du_ub = self.over_parts(lambda i: self.product(du[:, i], at.lora["up_lora_b"][i]))
+        found = {
+            "grad_gate_lora_b": self.s * self.over_rows(dg, at.x_ga),
+            "grad_gate_lora_a": self.s * self.over_rows(dg_gb, at.x),
+            "grad_up_lora_b": self.s * self.over_rows(du, at.x_ua),
+            "grad_up_lora_a": self.s * self.over_rows(du_ub, at.x),
+        }
+        low = self.product(dg_gb, at.lora["gate_lora_a"]) + self.product(du_ub, at.lora["up_lora_a"])
+        return dx + self.s * low, found
+
+    def backward_of(self, at: Group, d_out: Tensor) -> tuple[Tensor, Gradients]:
+        """dx [n, H] and the six gradients of one expert."""
+        dh, found = self.down_gradients(at, self.weighted(at, d_out))
+        dx, more = self.gate_up_gradients(at, *self.through_activation(at, dh))
+        return dx, {**found, **more}
+
+    def collect(self, grad_input: Tensor, at: Group, dx: Tensor) -> None:
+        """grad_input [T, H] fp32 += dx."""
+        grad_input.index_add_(0, at.rows, dx)
+
+    def empty_gradients(self, saved: Outstanding) -> Gradients:
+        return {f"grad_{name}": zeros(shape, saved.lora_dtype) for name, shape in self.spec.lora_shapes.items()}
+
+    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
+        """Put one expert's gradients into their places."""
+        for name, gradient in found.items():
+            gradients[name][at.expert] = self.stored(gradient, gradients[name].dtype)
+
+    def finish(self, gradients: Gradients, grad_weights: Tensor) -> None:
+        """The last word on the LoRA gradients and dw [T, k]."""
+        self.grad_weights = grad_weights
+
+    def _backward(self, saved: Any, grad_output: Tensor) -> tuple[Tensor, Gradients]:
+        grad_input, grad_weights = torch.zeros(grad_output.shape), torch.zeros(saved.slots)
+        gradients = self.empty_gradients(saved)
+        for at in saved.groups:
+            d_out = grad_output[at.rows].float()
+            grad_weights[at.rows, at.slots] = self.routing_gradient(at, d_out)
+            dx, found = self.backward_of(at, d_out)
+            self.collect(grad_input, at, dx)
+            self.keep(gradients, at, found)
+        self.finish(gradients, grad_weights)
+        return self.stored(grad_input, torch.bfloat16), {name: gradients[name] for name in GRAD_NAMES}

@@ -1,0 +1,344 @@
+"""Wrong with numbers: types of sums, roundings, activations, NaN and Inf, tails of sums and of results, TP parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ktverify.diagnose.causes import Cause
+from ktverify.mutants.base import Gradients, Group, Plain
+from ktverify.mutants.registry import mutant
+
+
+def bf16(value: Tensor) -> Tensor:
+    """Rounded to bf16, as fp32."""
+    return value.to(torch.bfloat16).float()
+
+
+# ---- types of sums
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "forward/wide_top_k", "rel_l2_own")
+class slots_summed_in_bf16(Plain):
+    """The output is summed over a token's slots in bf16."""
+
+    def combine(self, output: Tensor, at: Group) -> None:
+        super().combine(output, at)
+        output.copy_(bf16(output))
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "backward/wide_top_k", "rel_l2_own")
+class grad_input_summed_in_bf16(Plain):
+    """grad_input is summed over experts in bf16."""
+
+    def collect(self, grad_input: Tensor, at: Group, dx: Tensor) -> None:
+        super().collect(grad_input, at, dx)
+        grad_input.copy_(bf16(grad_input))
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "backward/tokens_300", "rel_l2_own")
+class rows_summed_in_bf16(Plain):
+    """LoRA gradients are summed over tokens in bf16, sixteen rows at a time."""
+
+    def over_rows(self, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros(a.shape[1], b.shape[1])
+        for begin in range(0, len(a), 16):
+            total = bf16(total + a[begin : begin + 16].T @ b[begin : begin + 16])
+        return total
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "forward/k_tail_wide", "rel_l2_own")
+class reduction_in_bf16(Plain):
+    """Sums over H, I and r are kept in bf16 from one block of 128 to the next."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros(len(a), b.shape[1])
+        for begin in range(0, a.shape[1], 128):
+            total = bf16(total + a[:, begin : begin + 128] @ b[begin : begin + 128])
+        return total
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "exact/exact_fp32_lora", "exact")
+class fp32_gradients_hold_bf16(Plain):
+    """Gradients of fp32 parameters are computed in bf16 and widened."""
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return bf16(value).to(dtype)
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "edge/multiples_of_nothing_many_rows", "form")
+class fp32_gradients_come_as_bf16(Plain):
+    """Gradients of fp32 parameters are handed out as bf16 tensors."""
+
+    def _backward(self, saved: object, grad_output: Tensor) -> tuple[Tensor, Gradients]:
+        grad_input, gradients = super()._backward(saved, grad_output)
+        return grad_input, {name: gradient.to(torch.bfloat16) for name, gradient in gradients.items()}
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "exact/exact_zipf", "exact")
+class rounded_twice(Plain):
+    """Results are rounded to 11 bits and then to bf16."""
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return _to_bits(value, 11).to(dtype)
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "exact/exact_zipf", "exact")
+class ties_away_from_zero(Plain):
+    """A result half way between two bf16 numbers is rounded away from zero instead of to the even one."""
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype != torch.bfloat16:
+            return value.to(dtype)
+        raised = (value.contiguous().view(torch.int32) + (1 << 15)) & -(1 << 16)
+        return torch.where(torch.isfinite(value), raised.view(torch.float32), value).to(dtype)
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "forward/small", "rel_l2_own")
+class results_cut_off(Plain):
+    """Results are cut off to bf16 instead of rounded."""
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype != torch.bfloat16:
+            return value.to(dtype)
+        cut = (value.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32)
+        return torch.where(torch.isfinite(value), cut, value).to(dtype)
+
+
+@mutant(Cause.ACCUMULATION_TYPE, "forward/small", "rel_l2_own")
+class gate_and_up_rounded(Plain):
+    """gate, up and silu(gate) are rounded to bf16 on their way to h."""
+
+    def gate_and_up(self, at: Group) -> None:
+        super().gate_and_up(at)
+        at.g, at.u = bf16(at.g), bf16(at.u)
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return bf16(functional.silu(g)) * u
+
+
+def _to_bits(value: Tensor, bits: int) -> Tensor:
+    """fp32 rounded to `bits` significant bits, ties to even; NaN and Inf stay."""
+    mantissa, exponent = torch.frexp(value)
+    return torch.where(
+        torch.isfinite(value), torch.ldexp(torch.round(mantissa * 2.0**bits) / 2.0**bits, exponent), value
+    )
+
+
+# ---- activation
+
+
+@mutant(Cause.ACTIVATION, "forward/small")
+class gelu_for_silu(Plain):
+    """h = gelu(g) u."""
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return functional.gelu(g) * u
+
+
+@mutant(Cause.ACTIVATION, "forward/small")
+class hard_swish_for_silu(Plain):
+    """h = hardswish(g) u, the piecewise approximation of silu."""
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return functional.hardswish(g) * u
+
+
+@mutant(Cause.ACTIVATION, "backward/small")
+class slope_is_sigma(Plain):
+    """silu'(g) = sigma(g): the term g sigma (1 - sigma) is left out."""
+
+    def slope(self, g: Tensor) -> Tensor:
+        return torch.sigmoid(g)
+
+
+@mutant(Cause.ACTIVATION, "backward/small")
+class slope_of_silu_of_silu(Plain):
+    """silu' is evaluated at silu(g), the buffer that the forward left, instead of at g."""
+
+    def slope(self, g: Tensor) -> Tensor:
+        return super().slope(functional.silu(g))
+
+
+@mutant(Cause.ACTIVATION, "forward/one_token", "rel_l2")
+class single_row_with_a_coarse_exp(Plain):
+    """The path for a single token evaluates sigma with an exp that is off by 8 %."""
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return g / (1 + torch.exp(-g) * 1.08) * u if self._single else super().activation(g, u)
+
+    _single = False
+
+    def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
+        self._single = len(hidden_states) == 1
+        return super()._forward(hidden_states, expert_ids, weights, save)
+
+
+# ---- NaN and Inf
+
+
+@mutant(Cause.NON_FINITE, "forward/large", "non_finite")
+class exp_overflows(Plain):
+    """sigma(g) = exp(g) / (1 + exp(g)), which is Inf / Inf from 89 on."""
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return g * (torch.exp(g) / (1 + torch.exp(g))) * u
+
+
+@mutant(Cause.NON_FINITE, "forward/large", "non_finite")
+class h_overflows_fp16(Plain):
+    """h is kept in fp16, which ends at 65504."""
+
+    def operand(self, value: Tensor) -> Tensor:
+        return super().operand(value.half().float())
+
+
+@mutant(Cause.NON_FINITE, "forward/nan_row", "hidden_non_finite")
+class nan_comes_out_as_zero(Plain):
+    """NaN and Inf in the output are replaced by zero."""
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().stored(value.nan_to_num(0.0, 0.0, 0.0), dtype)
+
+
+@mutant(Cause.NON_FINITE, "forward/nan_row", "non_finite")
+class nan_spreads_in_whole_blocks(Plain):
+    """Batches of whole blocks of 8 tokens are combined by a matrix of zeros and weights: 0 times NaN is NaN."""
+
+    def combine(self, output: Tensor, at: Group) -> None:
+        if len(output) % 8:
+            super().combine(output, at)
+            return
+        matrix = torch.zeros(len(output), len(at.rows))
+        matrix[at.rows, torch.arange(len(at.rows))] = at.w.squeeze(1)
+        output += matrix @ at.y
+
+
+@mutant(Cause.NON_FINITE, "behaviour/masked_weights_do_not_count", "bits")
+class masked_weight_is_multiplied(Plain):
+    """A slot of id -1 adds its weight times zero, which is NaN for a weight of Inf or NaN."""
+
+    def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
+        output = super()._forward(hidden_states, expert_ids, weights, save)
+        return output + (torch.where(expert_ids < 0, weights, 0.0) * 0.0).sum(1, keepdim=True).to(output.dtype)
+
+
+# ---- tails
+
+
+@mutant(Cause.K_TAIL, "forward/odd_sizes")
+class hidden_remainder_skipped(Plain):
+    """Sums over H stop at the last whole block of 32."""
+
+    def groups(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> list[Group]:
+        cut = hidden_states.clone()
+        cut[:, cut.shape[1] // 32 * 32 :] = 0
+        return super().groups(cut, expert_ids, weights)
+
+
+@mutant(Cause.K_TAIL, "forward/small")
+class last_column_of_hidden_skipped(Plain):
+    """Sums over H end at H - 2."""
+
+    def groups(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> list[Group]:
+        cut = hidden_states.clone()
+        cut[:, -1] = 0
+        return super().groups(cut, expert_ids, weights)
+
+
+@mutant(Cause.K_TAIL, "forward/odd_sizes")
+class intermediate_remainder_skipped(Plain):
+    """Sums over I stop at the last whole block of 16, where there is one."""
+
+    def expert(self, at: Group) -> None:
+        self.gate_and_up(at)
+        at.h = self.operand(self.activation(at.g, at.u))
+        whole = at.h.shape[1] // 16 * 16
+        at.h[:, whole or at.h.shape[1] :] = 0
+        self.down(at)
+
+
+@mutant(Cause.N_TAIL, "forward/odd_sizes")
+class output_remainder_not_written(Plain):
+    """The columns of the output behind the last whole block of 16 are never written."""
+
+    def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        if value.dim() == 2 and value.shape[1] == self.spec.hidden_size > 16:
+            value = value.clone()
+            value[:, value.shape[1] // 16 * 16 :] = 0
+        return super().stored(value, dtype)
+
+
+@mutant(Cause.N_TAIL, "backward/odd_sizes")
+class gate_b_gradient_remainder_not_written(Plain):
+    """The rows of gate_lora_b's gradient behind the last whole block of 16 keep their zeros."""
+
+    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
+        super().keep(gradients, at, found)
+        gradients["grad_gate_lora_b"][at.expert, self.spec.moe_intermediate_size // 16 * 16 :] = 0
+
+
+# ---- tensor parallelism
+
+
+class _Parts(Plain):
+    """Knows its degree."""
+
+    @property
+    def degree(self) -> int:
+        return self.spec.threadpool_count
+
+
+@mutant(Cause.TP_PART, "tp/gaussian")
+class tp_part_lost(_Parts):
+    """The last part's share of every sum over tensor-parallel parts is missing."""
+
+    def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
+        return super().sum_of_parts(parts[:-1] if len(parts) > 1 else parts)
+
+
+@mutant(Cause.TP_PART, "tp/gaussian")
+class tp_part_twice(_Parts):
+    """The first part's share of every sum over tensor-parallel parts is added twice."""
+
+    def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
+        return super().sum_of_parts([*parts, parts[0]] if len(parts) > 1 else parts)
+
+
+@mutant(Cause.TP_PART, "tp/gaussian")
+class tp_lora_in_every_part(_Parts):
+    """Each part adds the whole LoRA term of down, so that it counts as often as there are parts."""
+
+    def down_lora(self, at: Group, b: Tensor) -> Tensor:
+        return self.degree * super().down_lora(at, b)
+
+
+@mutant(Cause.TP_PART, "tp/gaussian")
+class tp_gradient_parts_exchanged(_Parts):
+    """The parts of up_lora_b's gradient are stored in reverse order."""
+
+    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
+        if found:
+            value = found["grad_up_lora_b"]
+            parts = value.view(self.degree, -1, value.shape[1]).flip(0)
+            found = {**found, "grad_up_lora_b": parts.reshape(value.shape)}
+        super().keep(gradients, at, found)
+
+
+@mutant(Cause.TP_PART, "tp/gaussian", "tp")
+class tp_parts_with_a_coarse_exp(_Parts):
+    """Parts evaluate sigma with an exp that is off by 0.4 %, a whole layer does not."""
+
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        return g / (1 + torch.exp(-g) * 1.004) * u if self.degree > 1 else super().activation(g, u)
+
+
+@mutant(Cause.TP_PART, "tp/gaussian", "tp")
+class tp_parts_summed_in_bf16(_Parts):
+    """The parts' shares are rounded to bf16 before they are added."""
+
+    def over_parts(self, term: Callable[[slice], Tensor]) -> Tensor:
+        return super().over_parts(lambda part: bf16(term(part)) if self.degree > 1 else term(part))

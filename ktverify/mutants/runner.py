@@ -1,0 +1,93 @@
+"""Every mutant against every check: who is killed by what, and which gate is the only one that kills somebody.
+
+Comes in: mutants. Goes out: a Result, that tables and JSON are made of. Checks are the outer loop, so that a case's
+inputs, oracle and peer are made once for all mutants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field
+
+from ktverify.isolation.pool import workers
+from ktverify.judge.gates import GATES
+from ktverify.mutants import MUTANTS, Mutant
+from ktverify.mutants.checks import TABLE, Exceeded, ask, ask_without
+
+# judges the case, not the engine: see tests/mutants/test_mutants.py for what it catches
+NOT_OF_ENGINES = "trust"
+
+
+@dataclass
+class Result:
+    """kills: mutant -> check -> what it exceeded. only: gate -> mutants that live when it alone is turned off."""
+
+    checks: int
+    kills: dict[str, dict[str, list[Exceeded]]]
+    only: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def alive(self) -> list[str]:
+        return [name for name, kills in self.kills.items() if not kills]
+
+    @property
+    def idle_gates(self) -> list[str]:
+        """Gates that kill nobody whom nothing else kills."""
+        return [gate for gate, names in self.only.items() if not names]
+
+
+def worst(kills: dict[str, list[Exceeded]]) -> Exceeded:
+    """What was exceeded by the most; where only gates without a budget were, the first of them."""
+    found = [exceeded for each in kills.values() for exceeded in each]
+    finite = [exceeded for exceeded in found if math.isfinite(exceeded.used)]
+    return max(finite, key=lambda exceeded: exceeded.used) if finite else found[0]
+
+
+def _one_check(key: str, names: list[str]) -> tuple[str, dict[str, list[Exceeded]]]:
+    return key, {name: ask(TABLE[key], MUTANTS[name].engine) for name in names}
+
+
+def _one_gate(gate: str, name: str, keys: list[str]) -> tuple[str, str, bool]:
+    """(gate, mutant, True if it lives when the gate is off); keys: the checks that kill it with the gate on.
+
+    Turning a gate off adds no failure, so the checks that the mutant passes need not be asked again.
+    """
+    return gate, name, not any(ask_without(gate, key, MUTANTS[name].engine) for key in keys)
+
+
+def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[str]:
+    """The mutants of which every check that kills them found `gate` exceeded and no other, fewest checks first."""
+    names = [
+        n for n, each in kills.items() if each and all({x.gate for x in found} == {gate} for found in each.values())
+    ]
+    return sorted(names, key=lambda name: len(kills[name]))
+
+
+def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None]) -> Result:
+    """All of TABLE on `mutants` in `jobs` processes; `step` is told (done, of, what) as it goes on."""
+    names = [mutant.name for mutant in mutants]
+    result = Result(len(TABLE), {name: {} for name in names})
+    order = {key: place for place, key in enumerate(TABLE)}
+    with workers(jobs) as pool:
+        waiting = [pool.submit(_one_check, key, names) for key in TABLE]
+        for done, future in enumerate(as_completed(waiting), start=1):
+            key, found = future.result()
+            for name, exceeded in found.items():
+                if exceeded:
+                    result.kills[name][key] = exceeded
+            step(done, len(waiting), key)
+        for name, kills in result.kills.items():
+            result.kills[name] = dict(sorted(kills.items(), key=lambda item: order[item[0]]))
+        result.only = {gate: [] for gate in GATES if gate != NOT_OF_ENGINES}
+        trials = [(gate, name) for gate in result.only for name in candidates(result.kills, gate)]
+        turned_off = [pool.submit(_one_gate, gate, name, list(result.kills[name])) for gate, name in trials]
+        for done, trial in enumerate(as_completed(turned_off), start=1):
+            gate, name, lives = trial.result()
+            if lives:
+                result.only[gate].append(name)
+            step(done, len(turned_off), f"{name} without {gate}")
+    for lived in result.only.values():
+        lived.sort(key=names.index)
+    return result

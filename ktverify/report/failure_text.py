@@ -1,0 +1,47 @@
+"""What pytest prints of an engine that did not pass: the verdict and what was found, none of the suite's source.
+
+Comes in: what a test raised. Goes out: lines, or "" where it may be a bug of the suite, which pytest shows whole; so it
+does all where `--tb` asks for a style.
+"""
+
+from __future__ import annotations
+
+from ktverify.checks.accuracy import verdict_of
+from ktverify.checks.case_accuracy import NotPassed
+from ktverify.checks.property_search import Violated
+from ktverify.checks.target import GateFailed
+from ktverify.isolation.child import ChildCrash, ChildError, raised_by_the_engine
+from ktverify.isolation.process import Died
+from ktverify.system.paths import ROOT
+
+_FRAME = '  File "'
+_OURS = f"{_FRAME}{ROOT / 'suites'}/"
+
+
+def text_of(raised: BaseException, repeat: str) -> str:
+    """The lines; `repeat` is the command that repeats the test, for what names none itself."""
+    if isinstance(raised, (NotPassed, Violated)):
+        return str(raised)
+    if isinstance(raised, GateFailed):
+        return f"FAIL {raised}\n{repeat}"
+    if isinstance(raised, (ChildCrash, Died)):
+        verdict, message = verdict_of(raised)
+        return f"{verdict} {message.removeprefix(f'{verdict} ')}\n{repeat}"
+    if raised_by_the_engine(raised):
+        trace = str(raised.__cause__ or raised).splitlines()
+        frames = [line for line in trace if line.startswith(_FRAME)]
+        if frames and not frames[-1].startswith(_OURS):
+            what = trace[-1] if isinstance(raised, ChildError) else f"{type(raised).__name__}: {raised}"
+            return "\n".join([f"CRASH {what}", *_without_ours(trace), repeat])
+    return ""
+
+
+def _without_ours(trace: list[str]) -> list[str]:
+    """A traceback's lines but for the frames of the suite."""
+    kept, ours = [], False
+    for line in trace:
+        if line.startswith(_FRAME) or not line.startswith(" "):
+            ours = line.startswith(_OURS)
+        if not ours:
+            kept.append(line)
+    return kept

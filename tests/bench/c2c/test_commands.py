@@ -1,0 +1,341 @@
+"""The commands: what they write, what goes on after a kill, what shards merge to."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktverify.bench.c2c import run, store
+from ktverify.bench.c2c.models import Side
+from ktverify.bench.c2c.prompts import BUILT_IN
+from ktverify.bench.c2c.record import Record, Settings
+from ktverify.bench.c2c.tables import COLUMNS, figure, short
+from ktverify.bench.c2c.timeline import LANES
+from tests.cli.test_cli import call, ends, refused
+from tests.support import c2c
+
+ROOT = Path(__file__).resolve().parents[2]
+Pair = tuple[Path, Path]
+TIMING = {
+    "base_embedding_ms", "base_prefill_ms", "teacher_embedding_ms", "teacher_prefill_ms", "projector_total_ms",
+    "projector_avg_ms", "projector_calls", "decode_total_ms", "decode_avg_ms", "num_generated_tokens",
+    "tokens_per_second", "decode_step_times_ms",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The records of seven prompts, made in one run."""
+    folder = tmp_path_factory.mktemp("whole")
+    given = c2c.write_prompts(folder / "prompts.jsonl", 7)
+    ends(call(*dataset(pair, folder / "whole.jsonl", given)), 0)
+    return folder / "whole.jsonl"
+
+
+def dataset(pair: Pair, output: Path, given: Path, *more: str) -> list[str]:
+    return ["bench", "c2c", "dataset", "--dataset_file", str(given), *c2c.options(pair, output), *more]
+
+
+# ---- what is written
+
+
+def test_single_writes_every_view(pair: Pair, tmp_path: Path) -> None:
+    output = tmp_path / "one.jsonl"
+    given = c2c.options(pair, output)
+    given[-1] = "2"  # warm-ups
+    text = ends(call("bench", "c2c", "single", BUILT_IN[0], *given, "--profile_tokens", "2"), 0)
+    (record,) = c2c.lines(output)
+    assert set(record) == {"id", "prompt", "response", "model_config", "timing"}
+    assert record["model_config"] == {"base_model": str(pair[0]), "teacher_model": str(pair[1])}
+    timing: Any = record["timing"]
+    assert set(timing) == TIMING
+    assert (record["prompt"], timing["num_generated_tokens"]) == (BUILT_IN[0], 3)
+    assert "3 tokens in " in text.splitlines()[0]
+    info = store.read_info(output)
+    (sitting,) = info.sittings
+    assert len(sitting.warmup_ms) == 2
+    assert sitting.others is not None
+    assert 0 <= sitting.others <= 1
+    assert sitting.machine.cpu
+    assert sitting.machine.versions["torch"]
+    with (tmp_path / "one.operators.tsv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream, delimiter="\t"))
+    assert "aten::mm" in {row["operator"] for row in rows}
+    assert not LANES.keys() & {row["operator"] for row in rows}
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=0.01)
+    own = [float(row["self_ms"]) for row in rows]
+    assert own == sorted(own, reverse=True)
+    traced = json.loads((tmp_path / "one.operators.trace.json").read_text())["traceEvents"]
+    assert LANES.keys() <= {event["name"] for event in traced}
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    check_trace(json.loads((tmp_path / "one.trace.json").read_text()), timing)
+    refused(call("bench", "c2c", "single", *given), "one.jsonl exists: remove it or name another --output")
+
+
+def test_projectors_of_a_file_are_used_and_named(pair: Pair, sides: tuple[Side, Side], tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    c2c.pipeline(*sides, teaching=True).projectors.save(file)
+    single = ("bench", "c2c", "single", BUILT_IN[0], "--profile_tokens", "0")
+    ends(call(*single, *c2c.options(pair, tmp_path / "plain.jsonl")), 0)
+    ends(call(*single, *c2c.options(pair, tmp_path / "taught.jsonl"), "--projectors", str(file)), 0)
+    plain, taught = (store.read_records(tmp_path / name)[0] for name in ("plain.jsonl", "taught.jsonl"))
+    assert plain.response != taught.response
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert store.read_info(tmp_path / "taught.jsonl").settings.projectors == f"mine.safetensors {digest}"
+    assert not (tmp_path / "plain.operators.tsv").exists()
+
+
+def check_trace(trace: dict[str, Any], timing: dict[str, Any]) -> None:
+    """The Trace Event Format, a named lane for each event, and the times of the record."""
+    events = trace["traceEvents"]
+    named = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    assert list(named.values()) == list(dict.fromkeys(LANES.values()))
+    calls = [event for event in events if event["ph"] == "X"]
+    assert {event["ph"] for event in events} == {"M", "X"}
+    end = 0.0
+    for event in calls:
+        assert {"name", "cat", "pid", "tid", "ts", "dur"} <= event.keys()
+        assert named[event["tid"]] == LANES[event["name"]]
+        assert event["ts"] >= end
+        end = event["ts"] + event["dur"]
+    for stage, field in (("decode_step", "decode_total_ms"), ("projector", "projector_total_ms")):
+        assert sum(e["dur"] for e in calls if e["name"] == stage) / 1e3 == pytest.approx(timing[field])
+
+
+def test_batch_and_what_analyze_makes_of_it(pair: Pair, tmp_path: Path) -> None:
+    output = tmp_path / "five.jsonl"
+    text = ends(call("bench", "c2c", "batch", *c2c.options(pair, output)), 0)
+    records = store.read_records(output)
+    assert [record.prompt for record in records] == list(BUILT_IN)
+    assert all(short(prompt) in text for prompt in BUILT_IN)
+    with (tmp_path / "five.tsv").open(newline="", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream, delimiter="\t"))
+    shown = ends(call("bench", "analyze", str(output)), 0)
+    with (tmp_path / "five.analysis.csv").open(newline="", encoding="utf-8") as stream:
+        assert list(csv.DictReader(stream)) == table
+    for row, record in zip(table, records, strict=True):
+        assert (row["prompt"], row["response"]) == (record.prompt, record.response)
+        assert [float(row[name]) for name in COLUMNS] == pytest.approx([getattr(record.timing, n) for n in COLUMNS])
+    assert (tmp_path / "five.analysis.png").read_bytes().startswith(b"\x89PNG")
+    totals = sorted(record.timing.total_ms for record in records)
+    line = next(line for line in shown.splitlines() if line.startswith("total_ms")).split()
+    assert line[3:6] == [figure(totals[2]), figure(totals[0]), figure(totals[-1])]
+    found = json.loads(ends(call("bench", "analyze", str(output), "--json"), 0))
+    assert found["slowest"][0]["total_ms"] == totals[-1]
+    assert found["statistics"]["decode_step_times_ms"]["count"] == 15
+    assert "## the slowest 5" in (tmp_path / "five.analysis.md").read_text(encoding="utf-8")
+
+
+def test_the_slowest_ten_are_ten(whole: Path, tmp_path: Path) -> None:
+    twice = [str(whole), str(whole)]
+    found = json.loads(ends(call("bench", "analyze", *twice, "--out", str(tmp_path), "--json"), 0))
+    assert (found["records"], len(found["slowest"])) == (14, 10)
+    totals = [row["total_ms"] for row in found["slowest"]]
+    assert totals == sorted(totals, reverse=True)
+
+
+# ---- going on after a kill
+
+
+def test_goes_on_behind_the_last_whole_record_after_a_kill(pair: Pair, tmp_path: Path) -> None:
+    given, output = c2c.write_prompts(tmp_path / "p.jsonl", 40), tmp_path / "t.jsonl"
+    command = dataset(pair, output, given)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ktverify", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 120
+        while not output.is_file() or output.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    before = output.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    done = before.count(b"\n")
+    assert 2 <= done < 40
+    ends(call(*command), 0)
+    assert output.read_bytes().startswith(before)
+    assert [record.id for record in store.read_records(output)] == list(range(40))
+    assert [sitting.from_id for sitting in store.read_info(output).sittings] == [0, done]
+    assert "40 of 40 are there already" in ends(call(*command), 0)
+
+
+def test_a_torn_line_is_cut_off_wherever_it_was_torn(whole: Path, tmp_path: Path) -> None:
+    content = whole.read_bytes()
+    start = content[:-1].rfind(b"\n") + 1
+    assert any(byte > 127 for byte in content[start:]), "no letter of several bytes to tear"
+    path = tmp_path / "torn.jsonl"
+    for end in (start, start + 1, *range(start + 5, len(content), 11), len(content) - 1):
+        path.write_bytes(content[:end])
+        assert len(store.read_records(path)) == 6
+        file = store.RecordFile(path)
+        file.close()
+        assert len(file.done) == 6
+        assert path.read_bytes() == content[:start]
+
+
+def test_a_torn_file_is_finished_and_equals_the_whole(pair: Pair, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "whole.jsonl"
+    output.write_bytes(whole.read_bytes()[:-30])
+    store.info_path(output).write_bytes(store.info_path(whole).read_bytes())
+    ends(call(*dataset(pair, output, whole.parent / "prompts.jsonl")), 0)
+    assert c2c.without_times(output) == c2c.without_times(whole)
+
+
+def test_ctrl_c_leaves_whole_records(pair: Pair, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time_prompt = run.time_prompt
+
+    def interrupted(pipeline: Any, settings: Settings, number: int, prompt: str) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return time_prompt(pipeline, settings, number, prompt)
+
+    monkeypatch.setattr(run, "time_prompt", interrupted)
+    command = dataset(pair, tmp_path / "t.jsonl", whole.parent / "prompts.jsonl")
+    stopped = call(*command)
+    ends(stopped, 130)
+    assert "stopped after 2 of 7; the same command with --output" in stopped.stderr
+    assert [record.id for record in store.read_records(tmp_path / "t.jsonl")] == [0, 1]
+    with (tmp_path / "t.tsv").open(newline="", encoding="utf-8") as stream:
+        assert [row["id"] for row in csv.DictReader(stream, delimiter="\t")] == ["0", "1"]
+    monkeypatch.undo()
+    ends(call(*command), 0)
+    assert c2c.without_times(tmp_path / "t.jsonl") == c2c.without_times(whole)
+
+
+def test_a_file_of_other_settings_is_not_continued(pair: Pair, whole: Path) -> None:
+    content, given = whole.read_bytes(), whole.parent / "prompts.jsonl"
+    refused(
+        call(*dataset(pair, whole, given, "--max_new_tokens", "4")), "other settings .max_new_tokens 3 and 4.; name"
+    )
+    refused(call(*dataset(pair, whole, given, "--num_samples", "3")), "count 7 and 3")
+    assert whole.read_bytes() == content
+
+
+def test_records_of_other_prompts_are_not_continued(pair: Pair, whole: Path, tmp_path: Path) -> None:
+    given = tmp_path / "prompts.jsonl"
+    lines = (whole.parent / "prompts.jsonl").read_bytes().splitlines(keepends=True)
+    given.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+    refused(call(*dataset(pair, whole, given)), "the record of id 0 is not of prompt 0 of this data set")
+
+
+def test_a_full_disk_leaves_whole_records(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, *_ = store.read_records(whole)
+    file = store.RecordFile(tmp_path / "t.jsonl")
+    file.write(first)
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:50]))
+        with pytest.raises(OSError, match=r"t\.jsonl: the disk took only a part of a record"):
+            file.write(second)
+    file.write(second)
+    file.close()
+    assert store.read_records(tmp_path / "t.jsonl") == [first, second]
+
+
+def test_two_runs_cannot_write_one_file(whole: Path, pair: Pair) -> None:
+    held = store.RecordFile(whole)
+    try:
+        refused(call(*dataset(pair, whole, whole.parent / "prompts.jsonl")), "is being written by another run")
+    finally:
+        held.close()
+
+
+# ---- shards
+
+
+def test_merged_shards_equal_one_run(pair: Pair, whole: Path, tmp_path: Path) -> None:
+    given = whole.parent / "prompts.jsonl"
+    parts = [tmp_path / f"part{number}.jsonl" for number in (1, 2)]
+    for number, part in enumerate(parts, start=1):
+        ends(call(*dataset(pair, part, given, "--shard", f"{number}/2")), 0)
+    joined = tmp_path / "joined.jsonl"
+    ends(call("bench", "c2c", "merge", str(parts[1]), str(parts[0]), "--output", str(joined)), 0)
+    assert c2c.without_times(joined) == c2c.without_times(whole)
+    assert store.read_info(joined).settings == store.read_info(whole).settings
+    assert len(store.read_info(joined).sittings) == 2
+    refuse_merges(parts, joined, tmp_path)
+
+
+def refuse_merges(parts: list[Path], joined: Path, folder: Path) -> None:
+    def merge(*files: Path, output: Path = folder / "no.jsonl") -> Any:
+        return call("bench", "c2c", "merge", *map(str, files), "--output", str(output))
+
+    refused(merge(*parts, output=joined), "joined.jsonl exists")
+    refused(merge(parts[0]), "3 of 7 ids are in no file: 1, 3, 5; finish those shards or name them too")
+    refused(merge(parts[0], parts[1], parts[0]), r"part1\.jsonl: id 0 is in another of the files as well")
+    short_of_one = folder / "unfinished.jsonl"
+    short_of_one.write_bytes(b"".join(parts[1].read_bytes().splitlines(keepends=True)[:-1]))
+    store.info_path(short_of_one).write_bytes(store.info_path(parts[1]).read_bytes())
+    refused(merge(parts[0], short_of_one), "1 of 7 ids are in no file: 5")
+    other = store.read_info(parts[1])
+    store.write_info(short_of_one, other.settings.model_copy(update={"dtype": "float32"}), other.sittings)
+    refused(merge(parts[0], short_of_one), "are not of one run: dtype bfloat16 and float32")
+    assert not (folder / "no.jsonl").exists()
+
+
+def test_busy_processors_are_told_first(whole: Path, tmp_path: Path) -> None:
+    info, path = store.read_info(whole), tmp_path / "busy.jsonl"
+    (sitting,) = info.sittings
+
+    def notes(*others: float | None) -> list[str]:
+        store.write_info(path, info.settings, [sitting.model_copy(update={"others": share}) for share in others])
+        return store.notes([path])
+
+    quiet = notes(None, 0.01)
+    assert len(quiet) == 1
+    assert "taught by" in quiet[0]
+    busy = "other programs had up to 42 % of the processors: these times mean little"
+    assert notes(0.01, 0.42, None) == [busy, *quiet]
+
+
+def test_ranges_merge_as_shards_do(whole: Path, tmp_path: Path) -> None:
+    """--start 0 --num_samples 3 and --start 3: cut out of the whole run's records, for time's sake."""
+    info, lines = store.read_info(whole), whole.read_bytes().splitlines(keepends=True)
+    for name, start, count in (("a", 0, 3), ("b", 3, 4)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(b"".join(lines[start : start + count]))
+        store.write_info(path, info.settings.model_copy(update={"start": start, "count": count}), info.sittings)
+    joined = store.merge([tmp_path / "b.jsonl", tmp_path / "a.jsonl"], tmp_path / "joined.jsonl")
+    assert joined == store.read_records(whole)
+    assert store.read_info(tmp_path / "joined.jsonl").settings == info.settings
+
+
+def test_the_last_shard_is_missed(whole: Path, tmp_path: Path) -> None:
+    """Three prompts in three shards: the ids of the first two leave no gap."""
+    info, lines = store.read_info(whole), whole.read_bytes().splitlines(keepends=True)
+    parts = [tmp_path / f"{number}.jsonl" for number in (1, 2)]
+    for number, path in enumerate(parts, start=1):
+        path.write_bytes(lines[number - 1])
+        store.write_info(path, info.settings.model_copy(update={"count": 3, "shard": (number, 3)}), info.sittings)
+    with pytest.raises(ValueError, match="1 of 3 ids are in no file: 2; finish those shards"):
+        store.merge(parts, tmp_path / "joined.jsonl")
+
+
+def test_shards_share_all_ids() -> None:
+    settings = Settings(
+        base_model="b", teacher_model="t", projectors="identity", dtype="float32", device="cpu", template=True,
+        max_new_tokens=1, source="s", start=5, count=11,
+    )  # fmt: skip
+    ids = [settings.model_copy(update={"shard": (number, 3)}).ids for number in (1, 2, 3)]
+    assert sorted(number for part in ids for number in part) == list(range(5, 16)) == list(settings.ids)
+
+
+def test_a_record_is_written_as_it_is_read(whole: Path) -> None:
+    for line, record in zip(whole.read_bytes().splitlines(), store.read_records(whole), strict=True):
+        assert record.model_dump_json().encode() == line
+        assert Record.model_validate_json(line) == record

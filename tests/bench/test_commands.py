@@ -1,0 +1,80 @@
+"""Options of `bench`: the GPU that is named, the JSON lines of shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ktverify.bench import measured, record
+from ktverify.bench.transformer import measure
+from ktverify.bench.transformer.record import Settings
+from ktverify.bench.transformer.sizes import resolve
+from ktverify.cli.main import app
+from ktverify.system import machine
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
+def test_the_gpu_that_was_named_is_the_one_that_is_timed(
+    device: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+
+    def stop(settings: Settings) -> None:
+        raise KeyboardInterrupt  # what comes next needs that device
+
+    monkeypatch.setattr(measure, "Stepper", stop)
+    settings = Settings(size=resolve("small", {}), device=device, warmup_steps=0, num_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        next(measure.process_lines(settings))
+    assert chosen == wanted
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+def test_the_loop_beside_the_steps_uses_nothing_of_them(forward_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "context_length": 4}
+    size = resolve("small", {**sizes, "batch_size": 1})
+    stepper = measure.Stepper(Settings(size=size, forward_only=forward_only))
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the loop is not independent")
+
+    for name in ("forward", "backward", "timed"):
+        monkeypatch.setattr(measure.Stepper, name, refuse)
+    monkeypatch.setattr("ktverify.system.clock.Clock.time", refuse)
+    assert stepper.loop() > 0
+    assert (stepper.model.embedding.weight.grad is None) == forward_only
+
+
+def test_an_earlier_run_is_printed_as_lines(tmp_path: Path) -> None:
+    journal = record.Journal(tmp_path)
+    head = record.HeadLine(
+        stamp="s", command="c", commit="", machine=machine.read_machine(), engines=(), threads=1, rounds=1, warmup=3,
+        runs=1, isa="",
+    )  # fmt: skip
+    journal.add(head)
+    journal.close()
+    done = CliRunner().invoke(app, ["bench", "--show", str(tmp_path), "--json"])
+    assert done.exit_code == 1  # nothing was measured, so nothing was right
+    assert [record.HeadLine.model_validate_json(line) for line in done.stdout.splitlines()] == [head]
+
+
+def test_another_commands_run_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "profile.jsonl").touch()
+    done = CliRunner().invoke(app, ["bench", "layer", "--show", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "has no layer.jsonl, which this command wrote; it has profile.jsonl" in done.output
+
+
+def test_only_a_run_that_was_stopped_may_have_nothing() -> None:
+    def conclude(error: Exception, *, stopped: bool) -> None:
+        with measured.if_there_is_any(stopped):
+            raise error
+
+    conclude(measured.NothingCountsError("no repeat"), stopped=True)
+    with pytest.raises(ValueError, match="drawing"):
+        conclude(ValueError("drawing"), stopped=True)
+    with pytest.raises(measured.NothingCountsError):
+        conclude(measured.NothingCountsError("no repeat"), stopped=False)

@@ -1,0 +1,339 @@
+"""The profile of the layer: what it says about made-up calls is right to the digit, and real ones have all its parts.
+
+No time is judged: what is asserted of measured ones holds on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ktverify.bench import ranges
+from ktverify.bench.layer import profile, profile_record, profile_tables, profile_trace
+from ktverify.bench.layer.profile_record import RANGES, CallLine, CeilingLine, Part, Pass, ProfileLine
+from ktverify.bench.layer.profile_summary import Imbalance, Summary, Worker, imbalances, stage_name, worker_of
+from ktverify.bench.measured import QuietLine
+from ktverify.engines.native.phase_times import Phase, Span, StageTimes
+from ktverify.report import pages
+from ktverify.spec.cases import Case
+from ktverify.system.clock import PERCENTILES, Clock, Statistics
+from tests.cli.test_cli import TINY, call, ends, refused
+from tests.support.records import MACHINE
+
+TP2 = TINY.replace("I=32", "I=64")
+MS = 1_000_000
+
+
+def made_up(wall: int, direction: str = "forward") -> StageTimes:
+    """Two workers, two stages in 10 ms: one works 6 and 2 ms, the other comes 1 ms late and works 3 and 3 ms."""
+    phases = (Phase("gate_up", (6 * MS, 3 * MS), 9e6, 0.0), Phase("down", (2 * MS, 3 * MS), 0.0, 4e6))
+    wait = Phase("wait", (wall - 8 * MS, wall - 6 * MS), 0.0, 0.0)
+    spans = (
+        (Span(0, 0, 6 * MS, 6 * MS), Span(1, 6 * MS, 8 * MS, 9 * MS)),
+        (Span(0, MS, 4 * MS, 6 * MS), Span(1, 6 * MS, 9 * MS, 9 * MS)),
+    )
+    return StageTimes.of(
+        {
+            "direction": direction,
+            "rows": 7,
+            "workers": 2,
+            "stages": 2,
+            "wall_ns": wall,
+            "phases": [vars(phase) for phase in (*phases, wait)],
+            "spans": [[vars(span) for span in worker] for worker in spans],
+        }
+    )
+
+
+def made_up_lines() -> list[profile_record.Line]:
+    head = ProfileLine(
+        stamp="stamp", command="python -m ktverify profile", commit="abc", machine=MACHINE, case=TINY, why="w",
+        isa="scalar", tp=1, workers=2,
+    )  # fmt: skip
+    lines: list[profile_record.Line] = [head, CeilingLine(read=1e9, multiply=2e9), CeilingLine(read=2e9, multiply=1e9)]
+    passes: tuple[tuple[Pass, int], ...] = (("first", 30), ("plain", 10), ("recorded", 11))
+    for at, (which, ms) in enumerate(passes):
+        ns = ms * MS
+        stages = None if which == "plain" else made_up(10 * MS)
+        part = Part(name="forward", at=0, ns=ns, stages=stages)
+        lines.append(CallLine(range="forward_only", which=which, at=at * 50 * MS, ns=ns, parts=(part,)))
+    return lines
+
+
+def test_statistics_are_those_of_numpy() -> None:
+    values = [3.0, 1.0, 4.0, 1.5, 9.0, 2.6]
+    found = Statistics.of(values)
+    assert (found.count, found.min, found.max) == (6, 1.0, 9.0)
+    assert (found.mean, found.std, found.median) == pytest.approx(
+        (np.mean(values), np.std(values, ddof=1), np.median(values))
+    )
+    assert found.percentiles == pytest.approx({share: np.percentile(values, share) for share in PERCENTILES})
+    assert Statistics.of([2.0]).std == 0.0
+    with pytest.raises(ValueError, match="no time was measured"):
+        Statistics.of([])
+
+
+def test_the_clock_times_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([100, 350])
+    monkeypatch.setattr("ktverify.system.clock.time.perf_counter_ns", lambda: next(ticks))
+    assert Clock().time(lambda: None) == 250
+
+
+def test_a_device_is_waited_for_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("record")
+
+        def elapsed_time(self, end: object) -> float:
+            return 1.5
+
+    cuda = SimpleNamespace(synchronize=lambda: said.append("wait"), Event=Event)
+    monkeypatch.setattr("torch.cuda", cuda)
+    assert Clock("cuda:0").time(lambda: said.append("call")) == 1_500_000
+    assert said == ["wait", "record", "call", "record", "wait"]
+
+
+def test_workers_and_imbalance_of_a_made_up_call() -> None:
+    times = made_up(10 * MS)
+    assert worker_of(times, 0) == Worker(busy=8 * MS, barrier=MS, other=MS)
+    assert worker_of(times, 1) == Worker(busy=6 * MS, barrier=2 * MS, other=2 * MS)
+    assert imbalances(times) == [Imbalance(0, finish=2 * MS, begin=MS), Imbalance(1, finish=MS, begin=0)]
+
+
+def test_tables_of_a_made_up_profile() -> None:
+    summary = Summary.of(made_up_lines())
+    assert summary is not None
+    assert (summary.read, summary.multiply) == (2e9, 2e9), "the best of the ceilings counts"
+    ranges_, phases, workers = profile_tables.view(summary, b"").grids
+    # 10 of 11 ms are the engine's
+    assert ranges_.rows == (
+        ("forward_only", "30.0", "10.0 ± 0.00", "10.0", "10.0", "10.0", "10.0", "1.100", "90.9 %", "1.00"),
+    )
+    # 9e6 operations at 2e9 a second are 4.5 ms, in the 4.5 ms that the workers took on average; 4e6 bytes 2 of 2.5
+    assert [row[-1] for row in phases.rows] == ["100.0 %", "80.0 %", "–", "65.0 %"]
+    assert [row[3] for row in phases.rows] == ["45.0 %", "25.0 %", "30.0 %", "100.0 %"]
+    assert workers.rows[0] == ("worker 0", "8.00", "1.00", "1.00", "80.0 %", "6.00", "2.00")
+    assert "its last worker finishes 2.00 ms after its first, 20.0 % of the call" in workers.notes[1]
+    assert profile_tables.verdict(summary) == "forward 10.0 ms, most of it gate + up (+ LoRA B) (45.0 %)"
+
+
+def test_a_busy_machine_is_said_to_be_one() -> None:
+    for others, wanted in ((0.3, "other programs had 30 %"), (0.01, "ceilings")):
+        summary = Summary.of([*made_up_lines(), QuietLine(others=others)])
+        assert summary is not None
+        assert profile_tables.ranges_grid(summary).notes[0].startswith(wanted)
+
+
+def test_views_hold_the_same_table(tmp_path: Path) -> None:
+    summary = Summary.of(made_up_lines())
+    assert summary is not None
+    names = pages.write(profile_tables.view(summary, b"not empty"), tmp_path)
+    assert names == ["profile.md", "profile.html", "profile.tsv", "profile.png"]
+    page, text = ((tmp_path / name).read_text() for name in names[:2][::-1])
+    for cell in ("gate + up (+ LoRA B)", "90.9 %", "stamp, abc"):
+        assert cell in page
+        assert cell in text
+    heading, *rows = [line.split("\t") for line in (tmp_path / "profile.tsv").read_text().splitlines()]
+    assert [dict(zip(heading, row, strict=True))["median"] for row in rows] == ["10", "11"]
+
+
+# ---- real calls
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def lines(request: pytest.FixtureRequest) -> list[profile_record.Line]:
+    settings = profile.Settings(tp=request.param, threads=2, warmup=1, repeats=2, read_bytes=1 << 22)
+    profiler = profile.Profiler(Case.parse(TP2), settings)
+    found: list[profile_record.Line] = list(profiler.lines())
+    assert len(found) == profiler.steps()
+    head = made_up_lines()[0].model_copy(update={"workers": profiler.about["workers"]})
+    return [head, *found]
+
+
+def calls_of(lines: list[profile_record.Line]) -> list[CallLine]:
+    return [line for line in lines if isinstance(line, CallLine)]
+
+
+def test_every_range_has_its_calls(lines: list[profile_record.Line]) -> None:
+    for name in RANGES:
+        passes = [one.which for one in calls_of(lines) if one.range == name]
+        assert passes == ["first", "warmup", *["plain", "recorded"] * 2]
+
+
+def test_parts_follow_each_other_inside_their_call(lines: list[profile_record.Line]) -> None:
+    for one in calls_of(lines):
+        names = [part.name for part in one.parts if part.name != profile.READING]
+        step = [profile.FORWARD, profile.BACKWARD, profile.OPTIMIZER, profile.UPDATE]
+        assert names == {RANGES[0]: step[:1], RANGES[1]: step[1:2], RANGES[2]: step}[one.range]
+        directions = [times.direction for times in one.stages]
+        assert directions == (names[:2] if one.which in ("first", "recorded") else [])
+        end = 0
+        for part in one.parts:
+            assert part.at >= end
+            end = part.at + part.ns
+            if part.stages is not None:
+                # the engine's call lies inside of what Python saw of it, and its stages add up to it
+                assert part.stages.wall_ns <= part.ns
+                assert part.explained_ns == pytest.approx(part.stages.wall_ns)
+
+
+def test_every_worker_is_accounted_for(lines: list[profile_record.Line]) -> None:
+    for one in calls_of(lines):
+        for times in one.stages:
+            for worker in range(times.workers):
+                found = worker_of(times, worker)
+                assert min(found.busy, found.barrier) >= 0
+                assert found.busy + found.barrier + found.other == times.wall_ns
+            assert len({stage_name(times, stage) for stage in range(times.stages)}) == times.stages
+
+
+def validate(text: str, workers: int) -> list[dict[str, Any]]:
+    """The events of a trace in the Trace Event Format, JSON object form, as Perfetto's importer reads it."""
+    found = json.loads(text)
+    assert set(found) >= {"traceEvents"}
+    named: dict[int, str] = {}
+    lanes: dict[int, list[tuple[float, float]]] = {}
+    for event in found["traceEvents"]:
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        # thread 0 would share the lane of the thread that has the process's number
+        assert event["tid"] > 0
+        assert isinstance(event["name"], str)
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name", "thread_sort_index")
+            if event["name"] == "thread_name":
+                named[event["tid"]] = event["args"]["name"]
+            continue
+        assert event["ph"] == "X"
+        assert event["ts"] >= 0
+        assert event["dur"] >= 0
+        lanes.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    assert named == {1: "Python", **{worker + 2: f"worker {worker}" for worker in range(workers)}}
+    assert set(lanes) == set(named), "every lane has events, and every event a lane with a name"
+    for lane in lanes.values():
+        nested(lane)
+    events: list[dict[str, Any]] = found["traceEvents"]
+    return events
+
+
+def nested(events: list[tuple[float, float]]) -> None:
+    """Events of one lane lie inside or behind each other; a viewer drops what overlaps. Microseconds, to a rounding."""
+    slack = 1e-3
+    open_: list[float] = []
+    for begin, end in sorted(events, key=lambda event: (event[0], -event[1])):
+        while open_ and open_[-1] <= begin + slack:
+            open_.pop()
+        assert not open_ or end <= open_[-1] + slack, f"{begin} to {end} overlaps an event that ends at {open_[-1]}"
+        open_.append(end)
+
+
+def test_the_trace_is_one_that_perfetto_reads(lines: list[profile_record.Line]) -> None:
+    head = lines[0]
+    assert isinstance(head, ProfileLine)
+    events = validate(profile_trace.trace(lines), head.workers)
+    shown = [event for event in events if event.get("cat") == "engine"]
+    assert len(shown) == sum(len(one.stages) for one in calls_of(lines))
+    working = sum(event["dur"] for event in events if event.get("cat") == "work")
+    spans = [span for one in calls_of(lines) for times in one.stages for spans in times.spans for span in spans]
+    assert working == pytest.approx(sum(span.work_end - span.begin for span in spans) / 1e3)
+
+
+def test_an_overlap_in_a_lane_would_be_seen() -> None:
+    nested([(0, 5), (1, 3), (5, 8)])
+    with pytest.raises(AssertionError, match="overlaps"):
+        nested([(0, 5), (4, 8)])
+
+
+def test_ranges_carry_their_names_to_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def annotate(name: str) -> Iterator[None]:
+        said.append(f"+{name}")
+        yield
+        said.append(f"-{name}")
+
+    monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate, __spec__=object()))
+    ranges._annotate.cache_clear()
+    try:
+        settings = profile.Settings(threads=1, warmup=0, repeats=1, read_bytes=1 << 20)
+        profiler = profile.Profiler(Case.parse(TINY), settings)
+        list(profiler.lines())
+    finally:
+        ranges._annotate.cache_clear()
+    # the last step is recorded
+    step = [f"{sign}{part}" for part in STEP for sign in "+-"]
+    assert said[-len(step) - 2 :] == ["+full_train_loop", *step, "-full_train_loop"]
+    assert [said.count(f"+{name}") for name in RANGES] == [3, 3, 3]
+
+
+STEP = (
+    profile.FORWARD, profile.READING, profile.BACKWARD, profile.READING, profile.OPTIMIZER, profile.UPDATE,
+)  # fmt: skip
+
+
+# ---- the command
+
+
+@pytest.fixture
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that take no time to measure."""
+    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_profile_command(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("profile", TINY, "--threads", "2", "--warmup", "1", "--repeats", "1")
+    text = ends(call(*arguments, "--out", str(out)), 0)
+    for wanted in ("forward_only: phases", "backward: workers", "full_train_loop: parts", "AdamW step", "trace.json"):
+        assert wanted in text
+    names = {"profile.jsonl", "profile.md", "profile.html", "profile.tsv", "profile.png", "trace.json"}
+    assert {path.name for path in out.iterdir()} == names
+    head = profile_record.read(out)[0]
+    assert isinstance(head, ProfileLine)
+    validate((out / "trace.json").read_text(), head.workers)
+    assert ends(call("profile", "--show", str(out)), 0) == text, "the lines hold all that was shown"
+    shown = ends(call("profile", "--show", str(out), "--json"), 0)
+    assert shown == (out / profile_record.FILE).read_text()
+    refused(call(*arguments, "--out", str(out)), "profile.jsonl is there already: name another folder by --out")
+    refused(call("profile", "small,T=0"), "T is 0, there is nothing to time")
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_a_stopped_profile_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, made = profile.Profiler._call, [0]
+
+    def stops(self: profile.Profiler, name: Any, which: Any) -> CallLine:
+        made[0] += 1
+        if made[0] == 5:
+            raise KeyboardInterrupt
+        return honest(self, name, which)
+
+    monkeypatch.setattr(profile.Profiler, "_call", stops)
+    out = tmp_path / "run"
+    arguments = ("profile", TINY, "--threads", "1", "--warmup", "0", "--repeats", "1", "--out", str(out))
+    text = ends(call(*arguments), 130)
+    assert "forward_only" in text
+    assert "backward_only" not in text
+    # head, ceilings, three calls, ceilings, one call
+    assert len(profile_record.read(out)) == 7
+    with open(out / profile_record.FILE, "a") as file:
+        file.write('{"kind": "call", "range": "forw')
+    assert len(profile_record.read(out)) == 7, "a line that was cut off is left out"
+    os.truncate(out / profile_record.FILE, 0)
+    refused(call("profile", "--show", str(out)), "no range that was measured")

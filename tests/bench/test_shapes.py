@@ -1,0 +1,415 @@
+"""The bench: who computes when, who gets a time, what a time is held against. Tiny shapes, no time is judged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktverify import _native
+from ktverify.bench import engines, plot, record, shapes, summary, tables
+from ktverify.bench.engines import Engine
+from ktverify.bench.measure import Bench, Settings, plan
+from ktverify.bench.other_load import Reading
+from ktverify.bench.record import EngineLine, HeadLine, Journal, QuietLine, TurnLine
+from ktverify.spec.cases import Case
+from ktverify.spec.names import BACKWARD_TENSORS
+from tests.cli.test_cli import call, ends, refused
+from tests.support.records import MACHINE
+
+SHAPE = shapes.Shape("tiny", "small enough to wait for", Case.parse("E=4,k=2,H=64,I=32,T=17,r=8"))
+ROUNDS = 3
+SETTINGS = Settings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, patience_s=0.0, read_bytes=1 << 22)
+
+PEER = """
+import os, signal
+from ktverify.bench.peers.torch_loop import BACKWARD, HELD, LAZY, LORA, NEEDS, TorchLoop
+TITLE = {title!r}
+class Peer(TorchLoop):
+    calls = 0
+    def forward(self):
+        super().forward()
+        self.calls += 1
+{forward}
+    def results(self):
+        found = super().results()
+{results}
+        return found
+def load(problem):
+{load}
+    return Peer(problem)
+"""
+PEERS = {
+    # after loading, checking and the warm-up, in the second round that counts
+    "dies": {"forward": "        if self.calls == 5: print('so it ends', flush=True); os.kill(os.getpid(), 11)"},
+    "raises": {"load": "    raise ValueError('not today')"},
+    "wrong": {"results": "        found['output'] = found['output'] * 1.1"},
+    "wrong_gradient": {"results": "        if 'grad_input' in found: found['grad_input'] = found['grad_input'] * 0.9"},
+    "forgets": {"results": "        found.pop('grad_up_lora_a', None)"},
+}
+
+
+class Silent:
+    def begin(self, text: str, steps: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def advance(self) -> None: ...
+
+
+def peer(folder: Path, name: str) -> str:
+    """The path of a fake peer: a torch loop with one defect."""
+    parts = {"forward": "", "results": "", "load": "", **PEERS[name]}
+    path = folder / f"{name}.py"
+    path.write_text(PEER.format(title=f"the one that {name}", **parts), encoding="utf-8")
+    return str(path)
+
+
+def head(names: list[str]) -> HeadLine:
+    return HeadLine(
+        stamp="20250101T000000Z-bench",
+        command="python -m ktverify bench tiny",
+        commit="abc",
+        machine=MACHINE,
+        engines=tuple(names),
+        threads=1,
+        rounds=ROUNDS,
+        warmup=1,
+        runs=1,
+        isa="",
+    )
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+    """One run over one shape with right, wrong, dying and missing engines."""
+    folder = tmp_path_factory.mktemp("bench")
+    found = engines.find(["torch_loop", *(peer(folder, name) for name in PEERS)], {})
+    missing = Engine(
+        "absent", "absent", Path("absent.py"), 1.0, False, True, True, Path("python"), missing="not installed"
+    )
+    written = Journal(folder / "run")
+    written.add(head([engine.name for engine in [*found, missing]]))
+    Bench([*found, missing], SETTINGS, written, Silent()).measure(SHAPE)
+    written.close()
+    return written
+
+
+def turns(journal: Journal, engine: str) -> list[TurnLine]:
+    return [line for line in journal.lines if isinstance(line, TurnLine) and line.engine == engine]
+
+
+def summed(journal: Journal) -> summary.ShapeSummary:
+    (found,) = summary.summarise(journal.lines)
+    return found
+
+
+def test_rounds_are_interleaved(journal: Journal) -> None:
+    for number in range(ROUNDS):
+        order = [
+            (line.engine, line.what) for line in journal.lines if isinstance(line, TurnLine) and line.round == number
+        ]
+        forward = [engine for engine, what in order if what == "forward"]
+        alive = [*(["dies"] if number == 0 else []), "wrong_gradient", "forgets"]
+        assert forward == ["native", "torch_loop", *alive], number
+        step = ["native", "torch_loop", *(["dies"] if number == 0 else [])]
+        assert order == [
+            *((engine, "forward") for engine in forward),
+            *((engine, what) for engine in step for what in ("forward_saving", "backward")),
+        ], number
+    ceilings = [line.round for line in journal.lines if isinstance(line, record.CeilingLine)]
+    assert ceilings == list(range(ROUNDS))
+
+
+def test_a_crash_costs_only_its_own_column(journal: Journal) -> None:
+    found = summed(journal)
+    dead = found.engine("dies")
+    assert dead is not None
+    assert (dead.line.forward, dead.line.backward) == ("CRASH", "CRASH")
+    assert dead.line.reason == "in round 2: died of SIGSEGV; last line: so it ends"
+    assert dead.forward is None
+    for name in ("native", "torch_loop"):
+        engine = found.engine(name)
+        assert engine is not None
+        assert (engine.line.forward, engine.line.backward) == ("PASS", "PASS")
+        for timing in (engine.forward, engine.forward_saving, engine.backward):
+            assert timing is not None
+            assert timing.ms.count == ROUNDS
+            assert timing.over_roofline is not None
+
+
+def test_what_raises_while_loading_is_told(journal: Journal) -> None:
+    engine = summed(journal).engine("raises")
+    assert engine is not None
+    assert engine.line.forward == "CRASH"
+    assert engine.line.reason == "while loading: ValueError: not today"
+    assert not turns(journal, "raises")
+
+
+def test_a_wrong_output_gets_no_time(journal: Journal) -> None:
+    engine = summed(journal).engine("wrong")
+    assert engine is not None
+    assert (engine.line.forward, engine.line.backward) == ("FAIL", "FAIL")
+    assert engine.line.reason.startswith("output is wrong: rel_l2 1.0e-01")
+    assert not turns(journal, "wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("wrong_gradient", "grad_input is wrong: rel_l2 1.0e-01"), ("forgets", "grad_up_lora_a is missing")],
+)
+def test_a_wrong_gradient_costs_the_time_of_backward(journal: Journal, name: str, reason: str) -> None:
+    engine = summed(journal).engine(name)
+    assert engine is not None
+    assert (engine.line.forward, engine.line.backward) == ("PASS", "FAIL")
+    assert engine.line.reason.startswith(reason)
+    assert {line.what for line in turns(journal, name)} == {"forward"}
+    assert engine.forward is not None
+    assert engine.backward is None
+
+
+def test_what_is_not_installed_is_told(journal: Journal) -> None:
+    found = summed(journal)
+    engine = found.engine("absent")
+    assert engine is not None
+    assert engine.line.forward == "SKIP"
+    assert "SKIP absent: not installed" in tables.problems(found)
+
+
+def test_right_engines_are_compared_with_the_oracle(journal: Journal) -> None:
+    engine = summed(journal).engine("native")
+    assert engine is not None
+    assert set(engine.line.rel_l2) == {"output", *BACKWARD_TENSORS}
+    assert 0 < max(engine.line.rel_l2.values()) < 1e-2
+    assert engine.line.about["isa"]
+
+
+def test_a_run_reads_back_and_every_printer_takes_it(journal: Journal, tmp_path: Path) -> None:
+    assert record.read(journal.directory) == journal.lines
+    (quiet,) = [line for line in journal.lines if isinstance(line, QuietLine)]
+    assert 0 <= quiet.others <= 1
+    found = summary.summarise(journal.lines)
+    first = journal.lines[0]
+    assert isinstance(first, HeadLine)
+    page = tables.markdown(first, found)
+    for text in ("| native ", "| torch loop ", "CRASH the one that dies: in round 2", " SKIP |", "## forward"):
+        assert text in page, text
+    assert plot.draw(found, tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert not plot.draw([], tmp_path / "empty.png")
+    shown = ends(call("bench", "--show", str(journal.directory)), 0)
+    assert "in round 2: died of SIGSEGV" in shown
+    html = (journal.directory / "bench.html").read_text()
+    for text in ("<td>torch loop</td>", "CRASH the one that dies: in round 2", "times the roofline", "data:image/png"):
+        assert text in html, text
+    heading, *rows = [line.split("\t") for line in (journal.directory / "bench.tsv").read_text().splitlines()]
+    timed = {(row[heading.index("engine")], row[heading.index("what")]) for row in rows}
+    assert {("native", "backward"), ("torch_loop", "forward"), ("wrong_gradient", "forward")} <= timed
+    assert ("wrong_gradient", "backward") not in timed
+
+
+def test_ratios_are_taken_round_by_round(journal: Journal) -> None:
+    own = {(line.round, line.what): line.ns for line in turns(journal, "native")}
+    ratios = [line.ns / own[line.round, line.what] for line in turns(journal, "torch_loop") if line.what == "backward"]
+    engine = summed(journal).engine("torch_loop")
+    assert engine is not None
+    assert engine.backward is not None
+    assert engine.backward.against_own is not None
+    assert engine.backward.against_own.median == pytest.approx(sorted(ratios)[1])
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
+    class Impatient(Silent):
+        steps = 0
+
+        def advance(self) -> None:
+            self.steps += 1
+            # one engine loaded, one warm-up, two rounds
+            if self.steps == 4:
+                raise KeyboardInterrupt
+
+    written = Journal(tmp_path / "run")
+    written.add(head(["native"]))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        Bench(engines.find(["native"], {}), replace(SETTINGS, scratch=scratch), written, Impatient()).measure(SHAPE)
+    written.close()
+    (found,) = summary.summarise(record.read(tmp_path / "run"))
+    engine = found.engine("native")
+    assert engine is not None
+    assert engine.backward is not None
+    assert engine.backward.ms.count == 2
+    assert not list(scratch.iterdir())
+
+
+# ---- the roofline
+
+
+def products(case: Case) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of every product of one forward, base and LoRA apart, counted from docs/contract.md."""
+    rows, h, i, r = case.qlen * case.top_k, case.hidden, case.intermediate, case.rank
+    base = [(rows, h, i), (rows, h, i), (rows, i, h)]
+    return [*base, (rows, h, r), (rows, r, i), (rows, h, r), (rows, r, i), (rows, i, r), (rows, r, h)]
+
+
+def test_the_roofline_counts_the_contracts_products() -> None:
+    case = Case.parse("E=16,k=8,H=7168,I=2048,T=128,r=16")
+    every = [2 * rows * k * n for rows, k, n in products(case)]
+    forward, backward = shapes.forward_work(case, 16), shapes.backward_work(case, 16)
+    assert forward.flops == sum(every)
+    # the gradient of the input of all nine; that of the weight only where it is trained
+    assert backward.flops == sum(every) + sum(every[3:])
+    assert forward.bytes == backward.bytes == 16 * 3 * 7168 * 2048 * 2
+    # experts that no token reaches are not read
+    assert shapes.forward_work(case, 4).bytes == forward.bytes / 4
+
+
+@pytest.mark.parametrize(("rate", "seconds", "bound"), [(1e12, 0.5, "memory"), (1e11, 1.0, "arithmetic")])
+def test_the_roofline_is_the_slower_of_reading_and_multiplying(rate: float, seconds: float, bound: str) -> None:
+    work = shapes.Work(bytes=1e10, flops=1e11)
+    assert work.seconds(2e10, rate) == pytest.approx(seconds)
+    assert work.bound(2e10, rate) == bound
+
+
+def test_median_and_quartiles() -> None:
+    assert summary.spread([]) is None
+    assert summary.spread([3.0]) == summary.Spread(3.0, 3.0, 3.0, 1)
+    assert summary.spread([5.0, 1.0, 4.0, 2.0, 3.0]) == summary.Spread(3.0, 2.0, 4.0, 5)
+
+
+def test_every_shape_of_the_table_is_a_case_that_repro_takes() -> None:
+    found = shapes.shapes()
+    assert len(found) == 9
+    for shape in found.values():
+        assert Case.parse(shape.case.id).spec == shape.case.spec
+        assert len(shape.why) > 20
+
+
+# ---- who is measured with whom
+
+
+def pretended(name: str, held: float) -> Engine:
+    return Engine(name, name, Path(f"{name}.py"), held, name == "native", True, True, Path("python"))
+
+
+def test_engines_that_do_not_fit_together_run_in_pairs() -> None:
+    every = [pretended("native", 1.0), pretended("a", 1.0), pretended("b", 2.0)]
+    weights = 5 << 30
+    assert plan(every, weights, weights, 40 << 30) == ([every], [])
+    groups, left_out = plan(every, weights, weights, 18 << 30)
+    assert [[engine.name for engine in group] for group in groups] == [["native", "a"], ["native", "b"]]
+    assert not left_out
+    groups, left_out = plan(every, weights, weights, 14 << 30)
+    assert [[engine.name for engine in group] for group in groups] == [["native", "a"]]
+    assert [engine.name for engine, _ in left_out] == ["b"]
+    assert "needs 17.8 GB" in left_out[0][1]
+    # the native engine holds only the experts that are used
+    groups, _ = plan(every, weights, weights // 4, 14 << 30)
+    assert [[engine.name for engine in group] for group in groups] == [["native", "a"], ["native", "b"]]
+    groups, left_out = plan(every, weights, weights, 8 << 30)
+    assert [[engine.name for engine in group] for group in groups] == [["native"]]
+    groups, left_out = plan(every, weights, weights, 4 << 30)
+    assert not groups
+    assert {engine.name for engine, _ in left_out} == {"native", "a", "b"}
+
+
+# ---- the command
+
+
+def test_a_named_place_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KTVERIFY_KT_PYTHON", raising=False)
+    (_, kt) = engines.find(["kt_kernel"], {})
+    assert kt.missing.startswith("not installed: run `make peers`")
+    monkeypatch.setenv("KTVERIFY_KT_PYTHON", "/nowhere/python")
+    refused(call("bench", "tiny=1"), "shape|case")
+    refused(call("bench", "--list", "--peers", "kt_kernel"), "KTVERIFY_KT_PYTHON is '/nowhere/python'")
+    here = tmp_path / ".peers" / "kt" / "bin"
+    here.mkdir(parents=True)
+    (here / "python").touch()
+    monkeypatch.delenv("KTVERIFY_KT_PYTHON")
+    (_, kt) = engines.find(["kt_kernel"], {})
+    assert kt.python == here / "python"
+
+
+def test_another_build_runs_beside_this_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("KTVERIFY_OTHER_BUILD", raising=False)
+    (_, other) = engines.find(["other_build"], {})
+    assert other.missing == "not named: set KTVERIFY_OTHER_BUILD to another build of this engine's _native.so"
+    refused(
+        call("bench", "e16_t128", "--peers", "other_build"), "--peers other_build: not named: set KTVERIFY_OTHER_BUILD"
+    )
+    copied = tmp_path / "before.so"
+    shutil.copy(_native.__file__, copied)
+    monkeypatch.setenv("KTVERIFY_OTHER_BUILD", str(copied))
+    found = engines.find(["other_build"], {})
+    written = Journal(tmp_path / "run")
+    written.add(head([engine.name for engine in found]))
+    Bench(found, SETTINGS, written, Silent()).measure(SHAPE)
+    written.close()
+    (mine, its) = (turns(written, name) for name in ("native", "other_build"))
+    assert len(mine) == len(its) > 0
+    (about,) = (line.about for line in written.lines if isinstance(line, EngineLine) and line.engine == "other_build")
+    assert about["build"] == str(copied)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["e16_t127"], "no shape is called 'e16_t127'; there are e16_t"),
+        (["--peers", "nobody", "--list"], "no engine is called 'nobody'"),
+        (["E=4,k=2,H=64,I=32,T=0,r=8"], "T is 0"),
+        (["--isa", "avx1024"], "--isa is 'avx1024', this machine runs"),
+        (["--show", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bench_refuses_in_one_line(arguments: list[str], wanted: str) -> None:
+    refused(call("bench", *arguments), wanted)
+
+
+def test_all_engines_get_the_same_threads_and_patience() -> None:
+    own, foreign = pretended("native", 1.0), replace(pretended("b", 1.0), python=Path("/peers/kt/bin/python"))
+    for engine in (own, foreign):
+        variables = engines.environment(engine, threads=3, isa="avx512_bf16")
+        assert variables["OMP_NUM_THREADS"] == "3"
+        assert variables["OMP_WAIT_POLICY"] == "passive"
+        assert variables["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE_BF16"
+    assert "PYTHONPATH" not in engines.environment(foreign, threads=3, isa="")
+
+
+# ---- other programs
+
+
+def turn(round_: int, ns: int, others: float) -> TurnLine:
+    return TurnLine(shape="s", run=1, group=0, round=round_, engine="native", what="forward", ns=ns, others=others)
+
+
+@pytest.mark.parametrize(("quiet", "median"), [(6, 1.0), (4, 9.0)])
+def test_disturbed_turns_do_not_count_where_enough_others_are_there(quiet: int, median: float) -> None:
+    work: dict[str, Any] = {"forward_bytes": 1, "forward_flops": 1, "backward_bytes": 1, "backward_flops": 1}
+    lines: list[record.Line] = [
+        record.ShapeLine(shape="s", why="", case=SHAPE.case.id, active=4, weight_bytes=1, **work),
+        record.EngineLine(
+            shape="s", run=1, group=0, engine="native", title="native", forward="PASS", backward="UNSUPPORTED"
+        ),
+        *(turn(number, 1_000_000, 0.0) for number in range(quiet)),
+        *(turn(number, 9_000_000, 0.5) for number in range(quiet, 15)),
+    ]
+    (found,) = summary.summarise(lines)
+    engine = found.engine("native")
+    assert engine is not None
+    assert engine.forward is not None
+    assert engine.forward.ms.median == median
+    assert found.left_out == (15 - quiet if median == 1.0 else 0)
+
+
+def test_the_share_of_others() -> None:
+    processors = os.cpu_count() or 1
+    start = Reading(10.0, 100.0)
+    assert start.share_until(Reading(11.0, 100.02 + processors / 2)) == pytest.approx(0.5)
+    assert start.share_until(Reading(11.0, 100.0)) == 0
+    assert start.share_until(Reading(11.0, 200.0)) == 1

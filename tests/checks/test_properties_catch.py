@@ -1,0 +1,178 @@
+"""Each property is violated by an engine that is wrong in the way it is about, and the smallest case is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ktverify.checks import properties, property_search
+from ktverify.checks.properties import PROPERTIES
+from ktverify.checks.target import Subject
+from ktverify.errors import Unsupported
+from ktverify.isolation.process import Died
+from ktverify.mutants import MUTANTS
+from ktverify.mutants.base import Group, Plain
+from ktverify.spec.cases import Case
+
+
+class third_token_doubled(Plain):
+    """What a token gets depends on its place in the call."""
+
+    def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().forward_sft(*args, **kwargs)
+        output[2:3] *= 2
+        return output
+
+
+class b_never_zero(Plain):
+    """Takes a LoRA B that is all zero for one that was not initialised."""
+
+    def init_lora_weights(self, *given: Tensor) -> None:
+        super().init_lora_weights(*(tensor if bool(tensor.any()) else tensor + 1 for tensor in given))
+
+
+class idle_times_zero(Plain):
+    """Multiplies idle experts' results by zero instead of leaving them out."""
+
+    def forward_sft(self, *args: Any, **kwargs: Any) -> Tensor:
+        gate, _, _ = self._base
+        return super().forward_sft(*args, **kwargs) + (gate.float().sum() * 0).to(torch.bfloat16)
+
+
+class expert_0_doubled(Plain):
+    """Expert 0 counts twice: the order of experts matters."""
+
+    def combine(self, output: Tensor, at: Group) -> None:
+        super().combine(output, at)
+        if at.expert == 0:
+            super().combine(output, at)
+
+
+def _here(factory: type[Plain]) -> str:
+    return f"{__name__}:{factory.__name__}"
+
+
+# property, an engine that violates it
+VIOLATED = {
+    "within_budget": MUTANTS["hidden_remainder_skipped"].engine,
+    "permuted_experts": _here(expert_0_doubled),
+    "permuted_tokens": MUTANTS["last_token_left_out"].engine,
+    "permuted_slots": MUTANTS["last_slot_dropped"].engine,
+    "split_batch": _here(third_token_doubled),
+    "accumulated_gradients": MUTANTS["gradients_accumulate_inside"].engine,
+    "zero_lora_b": _here(b_never_zero),
+    "scaled_alpha": MUTANTS["lora_scale_one"].engine,
+    "merged_slots": MUTANTS["duplicate_counted_once"].engine,
+    "idle_experts": _here(idle_times_zero),
+    "linear_weights": MUTANTS["routing_weights_normalised"].engine,
+    "tensor_parallel": MUTANTS["tp_part_lost"].engine,
+    "finite_differences": MUTANTS["no_routing_weight_in_backward"].engine,
+}
+# those whose smallest case is also looked for here: it takes hundreds of runs of an engine
+SHRUNK = ("zero_lora_b", "idle_experts")
+SMALL = property_search.Sizes(experts=3, slots=2, tokens=4, width=36, rank=3)
+
+
+def _search(name: str, engine: str, examples: int) -> None:
+    property_search.search(
+        name,
+        PROPERTIES[name],
+        lambda case: properties.check(Subject(engine), name, case),
+        examples=examples,
+        sizes=SMALL,
+        options=f" --engine {engine}",
+        shrink=name in SHRUNK,
+    )
+
+
+def test_every_property_has_a_wrong_engine() -> None:
+    assert set(VIOLATED) == set(PROPERTIES)
+
+
+@pytest.mark.parametrize("name", VIOLATED)
+def test_wrong_engine_violates_it(name: str) -> None:
+    with pytest.raises(property_search.Violated) as found:
+        _search(name, VIOLATED[name], examples=20)
+    title, text, *said, repeat = str(found.value).splitlines()
+    assert title.startswith(name)
+    assert said
+    case = Case.parse(text)
+    if name in SHRUNK:
+        assert (case.num_experts, case.hidden, case.rank) == (1, 1, 1), "the case was not made small"
+    assert repeat == f"pytest suites/properties -k {name} --case '{case.id}' --engine {VIOLATED[name]}"
+    # the case alone repeats it
+    with pytest.raises((AssertionError, RuntimeError)):
+        properties.check(Subject(VIOLATED[name]), name, case)
+
+
+def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:
+    tried: list[Case] = []
+
+    def run(case: Case) -> tuple[int, int]:
+        tried.append(case)
+        if case.hidden % 32:
+            raise Died("died of SIGSEGV")
+        return 1, 1
+
+    with pytest.raises(property_search.Ended, match="died of SIGSEGV") as found:
+        property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
+    assert found.value.verdict == "CRASH"
+    assert tried[-1].id in str(found.value)
+    assert [bool(case.hidden % 32) for case in tried].count(True) == 1
+
+
+def test_sizes_are_multiples_of_what_is_asked_for() -> None:
+    seen: list[Case] = []
+
+    def run(case: Case) -> tuple[int, int]:
+        seen.append(case)
+        return 1, 1
+
+    sizes = property_search.Sizes(step=32)
+    property_search.search("tensor_parallel", PROPERTIES["tensor_parallel"], run, examples=20, sizes=sizes)
+    assert {(case.hidden % 32, case.intermediate % 128) for case in seen} == {(0, 0)}
+    assert {case.hidden for case in seen} == {32, 64, 96}
+
+
+def test_what_an_engine_cannot_do_violates_nothing() -> None:
+    def run(case: Case) -> tuple[int, int]:
+        if case.lora_dtype == "float32":
+            raise NotImplementedError("LoRA in float32")
+        return 1, 1
+
+    property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
+
+    def nothing(case: Case) -> tuple[int, int]:
+        raise NotImplementedError("tensor parallelism")
+
+    with pytest.raises(Unsupported, match="tensor parallelism"):
+        property_search.search("tensor_parallel", PROPERTIES["tensor_parallel"], nothing, examples=3)
+
+
+def test_comparisons_that_prove_nothing_do_not_pass() -> None:
+    with pytest.raises(property_search.Violated, match="0 of 0"):
+        property_search.search("within_budget", PROPERTIES["within_budget"], lambda case: (0, 0), examples=2)
+    with pytest.raises(property_search.Violated, match="only 4 of 10"):
+        property_search.believe("within_budget", compared=10, believed=4)
+    property_search.believe("within_budget", compared=10, believed=5)
+
+
+def test_draws_repeat_themselves() -> None:
+    def drawn_cases(fresh: int) -> list[str]:
+        seen: list[str] = []
+
+        def run(case: Case) -> tuple[int, int]:
+            seen.append(case.id)
+            assert Case.parse(case.id) == case
+            return 1, 1
+
+        property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30, fresh=fresh)
+        return seen
+
+    first = drawn_cases(0)
+    assert first == drawn_cases(0)
+    assert first != drawn_cases(1)
+    assert len(set(first)) >= 25

@@ -1,0 +1,316 @@
+"""The families' own checks, run on engines with one defect each: every defect is found, and a right engine passes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import psutil
+import pytest
+
+from ktverify import pytest_plugin
+from ktverify.checks import case_accuracy, isas, tensor_parallel
+from ktverify.checks.target import GateFailed, Subject
+from ktverify.checks.trajectory import Drift, within_budgets
+from ktverify.isolation.child import Child, ChildCrash, ChildPool, Limits
+from ktverify.mutants import MUTANTS
+from ktverify.runs.store import load
+from ktverify.spec import cases
+from ktverify.spec.cases import Case
+from ktverify.spec.names import LORA_NAMES
+from ktverify.system.paths import ROOT
+from tests.support import broken
+
+RIGHT = "torch_bf16"
+SMALL = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
+ODD = Case.parse("E=5,k=3,H=97,I=47,T=24,r=8,alpha=16")
+TRAINED = Case.parse("E=6,k=2,H=128,I=96,T=32,r=8,alpha=16,lora=float32")
+INTEGER = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16,data=integer")
+
+
+LIMITS = Limits(20.0, 3 << 30)
+
+
+def forward(child: Child, engine: str, case: Case) -> None:
+    """What suites/forward does with a case."""
+    case_accuracy.assert_passed(
+        child.call("ktverify.checks.case_accuracy:check_case", family="forward", engine=engine, case=case, fresh=1)
+    )
+
+
+def backward(child: Child, engine: str, case: Case) -> None:
+    """What suites/backward does with a case."""
+    case_accuracy.assert_passed(
+        child.call("ktverify.checks.case_accuracy:check_case", family="backward", engine=engine, case=case, fresh=1)
+    )
+
+
+def tp_consistency(child: Child, engine: str, case: Case) -> None:
+    """What suites/tp_consistency does with a case, but for the fresh processes."""
+    subject = Subject(engine)
+    run = "ktverify.checks.tensor_parallel:run_degree"
+    found = {degree: child.call(run, subject=subject, cases=[case], degree=degree)[0] for degree in (1, 2, 4)}
+    wrong = tensor_parallel.compare_degrees(subject, case, found)
+    assert not wrong, "\n".join(wrong)
+
+
+def exact(child: Child, engine: str, case: Case) -> None:
+    """What suites/exact does with a case."""
+    child.call("ktverify.checks.exact:check_exact", subject=Subject(engine), case=case)
+
+
+def training(child: Child, engine: str, case: Case) -> None:
+    """What suites/training_loop does with a case."""
+    child.call("ktverify.checks.trajectory:check_trajectory", subject=Subject(engine), case=case)
+
+
+def update(child: Child, engine: str, case: Case) -> None:
+    """The other half of suites/training_loop."""
+    child.call("ktverify.checks.trajectory:check_update", subject=Subject(engine), case=case)
+
+
+def behaviour(name: str) -> Any:
+    """A check of suites/contract."""
+
+    def check(child: Child, engine: str, case: Case) -> None:
+        child.call(f"ktverify.checks.behaviour:check_{name}", subject=Subject(engine))
+
+    return check
+
+
+def refusal(name: str) -> Any:
+    """A row of the refusal table."""
+
+    def check(child: Child, engine: str, case: Case) -> None:
+        child.call("ktverify.checks.refusals:check_refusal", subject=Subject(engine), name=name)
+
+    return check
+
+
+# defect, the check that has to find it, on which case, and a part of what it has to say
+CAUGHT = [
+    ("lora_scale_one", forward, SMALL, "FAIL output"),
+    ("lora_scale_one", backward, SMALL, "FAIL grad_up_lora_a"),
+    ("lora_scale_one", exact, INTEGER, "FAIL output"),
+    ("lora_scale_one", training, TRAINED, "FAIL loss"),
+    ("gate_up_exchanged", forward, SMALL, "FAIL output"),
+    ("gate_up_exchanged", backward, SMALL, "FAIL grad_gate_lora_b"),
+    ("gate_up_exchanged", exact, INTEGER, "FAIL output"),
+    ("no_routing_weight_in_backward", backward, SMALL, "FAIL grad_input"),
+    ("no_routing_weight_in_backward", exact, INTEGER, "FAIL grad_down_lora_b"),
+    ("no_routing_weight_in_backward", training, TRAINED, "FAIL"),
+    ("tp_part_lost", tp_consistency, SMALL, "TP 2: FAIL output"),
+    ("tp_part_lost", tp_consistency, INTEGER, "TP 4: FAIL output"),
+    ("update_does_nothing", training, TRAINED, "FAIL loss"),
+    ("update_does_nothing", update, SMALL, "then update_lora_weights"),
+    ("hidden_remainder_skipped", forward, ODD, "FAIL output"),
+    ("hidden_remainder_skipped", backward, ODD, "FAIL grad_gate_lora_a"),
+    ("idle_gradients_stale", behaviour("idle_experts"), SMALL, "idle experts [5]"),
+    ("expert_off_by_one", forward, SMALL, "FAIL output"),
+    ("expert_off_by_one", backward, SMALL, "FAIL grad_input"),
+    ("expert_off_by_one", exact, INTEGER, "FAIL output"),
+    ("unsynchronised", update, SMALL, "no update_lora_weights"),
+    ("update_takes_half", update, SMALL, "then update_lora_weights"),
+    ("results_reused", behaviour("nothing_is_written"), SMALL, "output of call 1 lies where output of call 0 lies"),
+    ("input_scaled_in_place", behaviour("nothing_is_written"), SMALL, "written"),
+    ("nan_comes_out_as_zero", behaviour("non_finite_isolation"), SMALL, "was hidden"),
+    ("physical_map_ignored", behaviour("physical_map"), SMALL, "physical_map [3, 5, 0, 1, 4, 2]"),
+    ("never_the_same", behaviour("repeats"), SMALL, "the same layer again"),
+    ("never_the_same", behaviour("varying_tokens"), SMALL, "the bits differ"),
+    ("ids_clamped", refusal("expert id 6"), SMALL, "was accepted"),
+]
+
+
+@pytest.mark.parametrize(
+    ("defect", "check", "case", "says"),
+    CAUGHT,
+    ids=[f"{row[0]}-{row[1].__name__}-{index}" for index, row in enumerate(CAUGHT)],
+)
+def test_defect_is_found(children: ChildPool, defect: str, check: Any, case: Case, says: str) -> None:
+    with pytest.raises(AssertionError) as found:
+        check(children.get(), MUTANTS[defect].engine, case)
+    assert says in str(found.value)
+
+
+def test_backward_takes_the_newest(children: ChildPool) -> None:
+    with pytest.raises(AssertionError, match="newest first: the bits differ"):
+        behaviour("outstanding_forwards")(children.get(), MUTANTS["oldest_first"].engine, SMALL)
+
+
+@pytest.mark.parametrize("name", LORA_NAMES)
+def test_a_parameter_alone_fails_a_training(name: str) -> None:
+    peer = Drift(1e-3, dict.fromkeys(LORA_NAMES, 0.03))
+    within_budgets("as good as torch", peer, peer)
+    for far in (0.05, math.nan):
+        with pytest.raises(GateFailed, match=f"FAIL {name} drift") as found:
+            within_budgets("one is not", Drift(1e-3, {**peer.parameters, name: far}), peer)
+        assert [gate for gate, _ in found.value.exceeded] == ["loss"]
+
+
+@pytest.mark.parametrize("check", [forward, backward, tp_consistency, exact, training, update])
+def test_right_engine_passes(children: ChildPool, check: Any) -> None:
+    check(children.get(), RIGHT, {exact: INTEGER, training: TRAINED}.get(check, SMALL))
+
+
+@pytest.mark.parametrize(
+    ("defect", "check"), [("no_routing_weight_in_backward", forward), ("update_does_nothing", backward)]
+)
+def test_defect_is_not_seen_where_it_does_no_harm(children: ChildPool, defect: str, check: Any) -> None:
+    check(children.get(), MUTANTS[defect].engine, SMALL)
+
+
+def test_crash_is_told_from_failure(children: ChildPool) -> None:
+    with pytest.raises(ChildCrash, match="SIGSEGV"):
+        forward(children.get(), "tests.support.broken:dies", SMALL)
+    # and the next case gets a new process
+    forward(children.get(), RIGHT, SMALL)
+
+
+class _Unportable(Exception):
+    """Cannot be unpickled where it is raised."""
+
+    def __init__(self, left: str, right: str) -> None:
+        super().__init__(left + right)
+
+
+def raises(kind: str) -> None:
+    """Called in a child."""
+    raise {"value": ValueError("x"), "unportable": _Unportable("x", "y"), "wrong": AssertionError("FAIL x")}[kind]
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [("value", "CRASH"), ("unportable", "CRASH"), ("wrong", "FAIL")])
+def test_what_an_engine_raises_is_a_crash(
+    children: ChildPool, pytestconfig: pytest.Config, kind: str, verdict: str
+) -> None:
+    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
+    with pytest.raises(Exception, match="x") as found:
+        children.get().call("tests.checks.test_suite_catches:raises", kind=kind)
+    assert plugin._verdict(SimpleNamespace(passed=False, skipped=False), found.value)[0] == verdict
+
+
+@pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
+def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
+    told = tmp_path / "number"
+    subject = Subject(f"tests.support.broken:{engine}")
+    with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
+        child.call("ktverify.checks.tensor_parallel:run_degree", subject=subject, cases=[SMALL], degree=1)
+    assert type(found.value) is ChildCrash
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(told.read_text()))
+        if engine == "leaves_a_session":
+            process.kill()
+        deadline = time.monotonic() + 5
+        # one that has ended waits for whoever inherited it to be told
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, f"{process} lives on"
+            time.sleep(0.01)
+
+
+def _interrupted(pid: int) -> int:
+    raise KeyboardInterrupt
+
+
+def test_a_child_that_computes_when_it_is_closed_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = Child(limits=LIMITS)
+    monkeypatch.setattr("ktverify.isolation.child.resident_of", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        child.call("tests.support.broken:sleeps", seconds=60)
+    child.close()
+    assert not child.alive
+
+
+def test_a_missing_golden_is_no_crash_of_the_engine(
+    children: ChildPool, judge_case: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    children.close()
+    monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match="small@seed=0 cannot be judged"):
+        judge_case("forward", cases.select("small")[0], isas.planned(RIGHT)[0])
+    children.close()
+
+
+# ---- whole runs
+
+
+def _pytest(run_dir: Path, *arguments: str, plugin: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    if plugin is not None:
+        environment["PYTHONPATH"] = str(plugin.parent)
+        arguments = ("-p", plugin.stem, *arguments)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--run-dir", str(run_dir), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def _small_golden() -> str:
+    return next(case.name for case in cases.select("small*") if case.tier == "default")
+
+
+def test_run_of_a_broken_engine_fails(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = _pytest(
+        run_dir, "suites/forward", "suites/backward", f"--engine={MUTANTS['no_routing_weight_in_backward'].engine}",
+        f"--cases={_small_golden()}",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout
+    verdicts = {record.tensor: record.verdict for record in load(run_dir).accuracy}
+    assert verdicts["output"] == "PASS"
+    assert verdicts["grad_input"] == "FAIL"
+    assert "FAIL" in (run_dir / "accuracy.md").read_text()
+    assert "python -m ktverify repro" in done.stdout
+    assert "\nFAIL grad_input rel_l2 " in done.stdout
+    assert not re.search(r"suites/support|conftest|Traceback|^[E>] ", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_run_of_a_dying_engine_fails(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = _pytest(
+        run_dir, "suites/forward", "--engine=tests.support.broken:dies", f"--cases={_small_golden()}", "-n", "2"
+    )
+    assert done.returncode == 1, done.stdout
+    assert {record.verdict for record in load(run_dir).accuracy} == {"CRASH"}
+    assert "SIGSEGV" in (run_dir / "accuracy.md").read_text() + done.stdout
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_run_that_compared_nothing_fails(tmp_path: Path, workers: tuple[str, ...]) -> None:
+    plugin = tmp_path / "skip_everything.py"
+    plugin.write_text(
+        "import pytest\n"
+        "def pytest_runtest_setup(item):\n"
+        "    pytest.skip('nothing runs')\n"
+    )  # fmt: skip
+    done = _pytest(
+        tmp_path / "run", "suites/forward", f"--engine={RIGHT}", f"--cases={_small_golden()}", *workers, plugin=plugin
+    )
+    assert done.returncode == 1, done.stdout
+    assert "compared nothing" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("choice", "wrong"),
+    [
+        ("cases", "no_such_case"),
+        ("isa", "no_such_isa"),
+        ("engine", "no_such_engine"),
+        ("engine", "tests.support.broken:no_such_factory"),
+    ],
+)
+def test_wrong_choice_is_refused(choice: str, wrong: str) -> None:
+    options = {"engine": RIGHT, "isa": "all", "cases": None, "tier": None, choice: wrong}
+    with pytest.raises(pytest.UsageError, match=wrong.rpartition(":")[2]):
+        pytest_plugin._check_choices(cast(pytest.Config, SimpleNamespace(option=SimpleNamespace(**options))))
+
+
+def test_run_of_a_wrong_choice_ends_at_once(tmp_path: Path) -> None:
+    done = _pytest(tmp_path / "run", "suites/forward", f"--engine={RIGHT}", "--cases=no_such_case")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout + done.stderr
+    assert "no_such_case" in done.stdout + done.stderr

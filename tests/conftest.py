@@ -1,0 +1,3 @@
+"""The project's own tests: they take the options and fixtures of the package's pytest plug-in."""
+
+pytest_plugins = ["ktverify.pytest_plugin"]

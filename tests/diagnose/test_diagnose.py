@@ -1,0 +1,239 @@
+"""The diagnosis: it names the right cause of engines that are wrong on purpose, and none where there is none."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ktverify.checks import accuracy, case_accuracy
+from ktverify.cli.main import app
+from ktverify.diagnose import hook, search
+from ktverify.diagnose.causes import Cause
+from ktverify.diagnose.evidence import Finding, Situation
+from ktverify.diagnose.formulas import FORMULAS, LABELS, Layer, downstream, operands
+from ktverify.diagnose.search import diagnose, explain, one_thread, reduced
+from ktverify.judge import reference
+from ktverify.mutants import MUTANTS
+from ktverify.mutants.diagnosed import LEAST, diagnosed
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_NAMES, OUTPUT
+
+SMALL = Case.parse("E=5,k=2,H=72,I=40,T=20,r=8,alpha=16")
+ODD = Case.parse("E=5,k=3,H=33,I=21,T=9,r=3,alpha=5,routing=masked")
+MUTANT = "ktverify.mutants."
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    return make_inputs(SMALL)
+
+
+@pytest.fixture(scope="module")
+def peer(inputs: Inputs) -> Tensors:
+    return reference.peer_bf16(inputs)
+
+
+def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
+    """What the tensors alone tell."""
+    with one_thread():
+        return explain(Situation.of(inputs.case, inputs, actual, seconds=300.0))
+
+
+# ---- the share of the mutants
+
+
+def test_causes_of_the_mutants_are_found() -> None:
+    # all of them take two minutes; `python -m ktverify diagnose --mutants` diagnoses all, and fails below LEAST
+    results = list(diagnosed(list(MUTANTS.values())[::13]))
+    right = sum(result.right for result in results)
+    table = "\n".join(result.line for result in results if not result.right)
+    assert len(results) >= 9
+    assert right >= LEAST * len(results), f"{right} of {len(results)} causes are right\n{table}"
+
+
+# ---- the table of formulas
+
+
+@pytest.mark.parametrize("case", [SMALL, ODD], ids=["plain", "odd"])
+def test_stages_are_the_oracle(case: Case) -> None:
+    inputs = make_inputs(case)
+    right = reference.forward_backward(inputs)
+    found = Layer.of(inputs).tensors
+    for name in ALL_TENSORS:
+        assert torch.allclose(found[name], right[name], rtol=1e-12, atol=1e-12 * float(right[name].abs().max())), name
+
+
+def test_changed_formula_reaches_what_depends_on_it_and_nothing_else(inputs: Inputs) -> None:
+    layer = Layer.of(inputs)
+    found = layer.changed({"dsilu": lambda v: 2 * FORMULAS["dsilu"](v)})
+    assert set(found) == {"grad_input", "grad_gate_lora_a", "grad_gate_lora_b"}
+    # dg, and all that comes of it, is linear in silu'
+    assert torch.allclose(found["grad_gate_lora_b"], 2 * layer.tensors["grad_gate_lora_b"])
+    assert OUTPUT in downstream("s")
+    assert operands("g_lora") == ("s", "x_ga", "gb")
+    assert set(LABELS) <= set(FORMULAS)
+
+
+# ---- nothing to explain, nothing that fits
+
+
+def test_right_engine_has_nothing_to_explain() -> None:
+    found = diagnose(SMALL, "torch_bf16", behaviour=False)
+    assert (found.line, found.findings) == ("nothing to explain", [])
+
+
+def test_right_behaviour_has_nothing_to_explain() -> None:
+    found = diagnose(SMALL, MUTANT + "base:Plain", seconds=300.0)
+    assert found.line == "nothing to explain"
+    assert found.tried > 10, "no call was tried"
+
+
+@pytest.mark.parametrize("name", [OUTPUT, "grad_up_lora_b"])
+def test_noise_of_random_sign_fits_nothing(inputs: Inputs, peer: Tensors, name: str) -> None:
+    draw = torch.Generator().manual_seed(3)
+    noise = 0.2 * peer[name].float().std() * torch.randn(peer[name].shape, generator=draw)
+    found = explained(inputs, {**peer, name: (peer[name].float() + noise).to(peer[name].dtype)})
+    assert found.failing == (name,)
+    assert found.first is None, found.line
+    assert re.fullmatch(rf"cause: none of \d+ hypotheses fits \({name}\)", found.line)
+
+
+# ---- numbers that are found
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.7, 3.0])
+def test_factor_is_fitted_not_guessed(inputs: Inputs, factor: float) -> None:
+    wrong = replace(inputs, case=replace(SMALL, alpha=SMALL.alpha * factor))
+    found = explained(inputs, reference.peer_bf16(wrong)).first
+    assert found is not None
+    assert found.cause is Cause.LORA_SCALE
+    number = re.search(r"found ([\d.]+)", found.text)
+    assert number is not None
+    assert float(number.group(1)) == pytest.approx(2.0 * factor, rel=0.02)
+
+
+def test_permutation_is_matched(inputs: Inputs) -> None:
+    order = torch.tensor([0, 3, 2, 4, 1])
+    wrong = replace(inputs, **{name: getattr(inputs, name)[order] for name in ("gate_proj", "up_proj", "down_proj")})
+    found = explained(inputs, reference.peer_bf16(wrong)).first
+    assert found is not None
+    assert found.cause is Cause.EXPERT_PERMUTATION
+    assert "1 has 3's, 3 has 4's, 4 has 1's (base weights)" in found.text
+
+
+def test_missing_expert_and_slot_are_named(inputs: Inputs) -> None:
+    for cause, ids, said in (
+        (Cause.EXPERT_WRONG, torch.where(inputs.expert_ids == 3, -1, inputs.expert_ids), "expert 3's share is missing"),
+        (Cause.SLOT_WRONG, torch.where(torch.arange(2) == 1, -1, inputs.expert_ids), "slot 1's share is missing"),
+    ):
+        found = explained(inputs, reference.peer_bf16(replace(inputs, expert_ids=ids))).first
+        assert found is not None
+        assert (found.cause, found.text) == (cause, said)
+
+
+def test_wrong_dtype_is_said(inputs: Inputs, peer: Tensors) -> None:
+    found = explained(inputs, {**peer, **{name: peer[name].float() for name in GRAD_NAMES}})
+    assert "grad_gate_lora_a is float32, expected bfloat16, and 5 more" in found.line
+
+
+def test_simpler_of_two_equal_hypotheses_comes_first() -> None:
+    def finding(rank: int, left: float, share: float = 0.9) -> Finding:
+        return Finding(Cause.OTHER, f"{rank} {left}", share, left, rank=rank)
+
+    order = search.ranked([finding(3, 10.0), finding(1, 10.5), finding(1, 20.0), finding(1, 1.0, share=0.4)])
+    assert [found.text for found in order] == ["1 10.5", "3 10.0", "1 20.0"]
+
+
+def test_large_cases_are_looked_at_in_part() -> None:
+    case = Case.parse("E=12,k=2,H=2048,I=768,T=8,r=4,alpha=8")
+    inputs = make_inputs(case)
+    small, note = reduced(inputs)
+    assert len(small.active) < len(inputs.active)
+    assert set(torch.unique(small.expert_ids).tolist()) == {-1, *small.active}
+    assert str(len(inputs.active)) in note
+
+
+# ---- below a failing case
+
+
+def test_cause_stands_below_a_failing_case() -> None:
+    engine = MUTANT + "lora:lora_b_gradient_unscaled"
+    records = case_accuracy.check_case("backward", engine, SMALL, fresh=1)
+    with pytest.raises(
+        AssertionError, match=r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected"
+    ) as said:
+        case_accuracy.assert_passed(records)
+    assert str(said.value).count("cause: ") == 1
+
+
+def test_broken_diagnosis_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("in a hypothesis")
+
+    engine = MUTANT + "lora:lora_b_gradient_unscaled"
+    checked = accuracy.check_case(engine, SMALL, fresh=True)
+    before = [record.verdict for record in checked.records]
+    monkeypatch.setattr(search, "diagnose", broken)
+    hook.add_cause(checked, engine)
+    assert [record.verdict for record in checked.records] == before
+    assert "cause: not found, the diagnosis itself failed: ZeroDivisionError: in a hypothesis" in "\n".join(
+        record.message for record in checked.records
+    )
+
+
+def test_passing_case_gets_no_cause() -> None:
+    checked = accuracy.check_case("torch_bf16", SMALL, fresh=True)
+    before = list(checked.records)
+    hook.add_cause(checked, "torch_bf16")
+    assert checked.records == before
+
+
+# ---- commands
+
+
+def test_command_names_the_cause() -> None:
+    done = CliRunner().invoke(
+        app, ["diagnose", SMALL.id, "--engine", MUTANT + "routes:no_routing_weight", "--tensor", OUTPUT, "--json"]
+    )
+    assert done.exit_code == 1, done.output
+    findings = json.loads(done.stdout)["findings"]
+    assert findings[0]["cause"] == "routing_weight"
+    assert findings[0]["explains"] > 0.99
+
+
+def test_debug_nan_finds_the_input_and_saves_a_replay(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = tmp_path / "nan.safetensors"
+    done = CliRunner().invoke(app, ["debug", "nan", "nan_row", "--engine", "torch_bf16", "--save", str(path)])
+    assert done.exit_code == 1, done.output
+    assert re.search(r"oracle: nan in x, expert \d+, token 12, index \[\d+, \d+\]", done.stdout)
+    kept = load_file(path)
+    assert not torch.isfinite(kept["inputs.hidden_states"][12]).all()
+    assert "stages.h" in kept
+    clean = CliRunner().invoke(app, ["debug", "nan", SMALL.id, "--engine", "torch_bf16", "--save", str(path)])
+    assert (clean.exit_code, clean.stdout.strip()) == (0, "every stage and every tensor is finite")
+
+
+def test_debug_gradients_lists_every_tensor() -> None:
+    done = CliRunner().invoke(app, ["debug", "gradients", SMALL.id, "--engine", "torch_bf16"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == list(ALL_TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("size", "degree", "code", "says"),
+    [("2048", "4", 0, "4 parts of 512"), ("2049", "4", 1, "degrees that would work: 1, 3"), ("3", "4", 1, "be 4")],
+)
+def test_debug_tp_says_why_not(size: str, degree: str, code: int, says: str) -> None:
+    done = CliRunner().invoke(app, ["debug", "tp", "--intermediate-size", size, "--threadpool-count", degree])
+    assert done.exit_code == code
+    assert says in done.stdout

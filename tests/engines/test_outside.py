@@ -1,0 +1,138 @@
+"""Engines from outside: declared gaps, misbehaving processes, and the example, each judged through a whole run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ktverify.checks import isas
+from ktverify.runs.record import AccuracyRecord, Result
+from ktverify.runs.store import load
+from ktverify.system.paths import ROOT
+from tests.support import unruly
+
+
+def judge(run_dir: Path, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """A run of its own, started in `folder`, which is on the path of modules as well."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(folder)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--run-dir", str(run_dir), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def what(record: Result) -> str:
+    """A short name of what a record is of."""
+    if isinstance(record, AccuracyRecord):
+        return f"{record.family} {record.case.partition('@')[0]}"
+    return f"{record.family} {getattr(record, 'name', '')}"
+
+
+def test_misbehaviour_costs_its_own_cases(tmp_path: Path) -> None:
+    done = judge(
+        tmp_path / "run",
+        "suites/forward",
+        "suites/backward",
+        "suites/tp_constraint",
+        "--engine=tests.support.unruly:Unruly",
+        "--cases=tokens_*",
+        "--time-limit=10",
+        "--memory-limit=1",
+    )
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    records = load(tmp_path / "run").records
+    found = {what(record): record for record in records}
+    # that many processes died, and all that shared a run with them is judged as if nothing had been
+    crashed = {name for name, record in found.items() if record.verdict == "CRASH"}
+    deadly = {f"{family} tokens_{tokens}" for family in ("forward", "backward") for tokens in unruly.DEADLY_TOKENS}
+    assert len(crashed) > 50
+    assert deadly <= crashed
+    assert {name: found[name].verdict for name in found if found[name].verdict != "CRASH"} == {
+        f"backward tokens_{unruly.HANGS}": "TIMEOUT",
+        f"backward tokens_{unruly.EATS}": "OOM",
+        **{f"forward tokens_{tokens}": "PASS" for tokens in (unruly.HANGS, unruly.EATS, unruly.EXITS)},
+        **{f"tp_constraint test_degree[47-{degree}]": "PASS" for degree in (1, 2, 47)},
+    }
+    messages = {name: record.message for name, record in found.items()}
+    assert "SIGSEGV" in messages["forward tokens_15"]
+    assert "going to sleep" in messages[f"backward tokens_{unruly.HANGS}"]
+    assert "no answer after 10 s" in messages[f"backward tokens_{unruly.HANGS}"]
+    assert "the limit is 1.0 GiB" in messages[f"backward tokens_{unruly.EATS}"]
+    assert f"exit code {unruly.EXIT_CODE}" in messages[f"backward tokens_{unruly.EXITS}"]
+    assert "leaving" in messages[f"backward tokens_{unruly.EXITS}"]
+    for word in ("CRASH", "TIMEOUT", "OOM"):
+        assert f" {word}" in (tmp_path / "run" / "accuracy.md").read_text(encoding="utf-8").partition("\n- ")[0]
+
+
+def test_a_run_without_any_pass_fails(tmp_path: Path) -> None:
+    done = judge(
+        tmp_path / "run", "suites/tp_constraint", "suites/forward", "--engine=tests.support.unruly:Nothing",
+        "--cases=tiny",
+    )  # fmt: skip
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    assert {record.verdict for record in load(tmp_path / "run").records} == {"UNSUPPORTED"}
+    assert "Nothing was checked" in (tmp_path / "run" / "accuracy.md").read_text(encoding="utf-8")
+
+
+def test_the_example_is_judged_from_its_own_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    shutil.copy(ROOT / "examples" / "engine_outside" / "my_engine.py", folder)
+    families = [str(ROOT / "suites" / family) for family in ("forward", "backward", "tp_consistency")]
+    done = judge(
+        tmp_path / "run", *families, f"--rootdir={ROOT}", "--engine=my_engine:Engine", "--cases=small",
+        "-k=small or gaussian", folder=folder,
+    )  # fmt: skip
+    verdicts = Counter((record.family, record.verdict) for record in load(tmp_path / "run").records)
+    assert verdicts["forward", "PASS"] == 1, done.stdout + done.stderr
+    assert verdicts["backward", "PASS"] == 8
+    assert verdicts["tp_consistency", "UNSUPPORTED"] == 1
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    assert "UNSUPPORTED tensor parallelism" in done.stdout
+    assert "(1 UNSUPPORTED)" in (tmp_path / "run" / "accuracy.md").read_text(encoding="utf-8")
+
+
+def test_a_relative_path_is_one_from_where_the_run_was_started(tmp_path: Path) -> None:
+    folder = tmp_path / "else where"
+    folder.mkdir()
+    shutil.copy(ROOT / "examples" / "engine_outside" / "my_engine.py", folder)
+    suite = [str(ROOT / "suites" / "forward"), f"--rootdir={ROOT}", "--cases=tiny"]
+    done = judge(tmp_path / "run", *suite, "--engine=my_engine.py:Engine", folder=folder)
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    head = load(tmp_path / "run").head
+    assert head is not None
+    assert head.engine == f"{folder}/my_engine.py:Engine"
+
+
+@pytest.mark.parametrize(
+    ("asked", "engine", "left_out"),
+    [
+        ([], "torch_bf16", ("c2c", "meta", "training")),
+        (["suites", "tests/judge/test_gates.py::test_x"], "torch_bf16", ("c2c", "training")),
+        (["suites/forward"], "torch_bf16", ()),
+        ([], "native", ()),
+    ],
+)
+def test_an_engine_is_not_asked_what_is_not_about_it(
+    pytestconfig: pytest.Config, asked: list[str], engine: str, left_out: tuple[str, ...]
+) -> None:
+    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
+    config = SimpleNamespace(
+        option=SimpleNamespace(engine=engine),
+        args=asked or pytestconfig.getini("testpaths"),
+        invocation_params=SimpleNamespace(dir=ROOT),
+    )
+    assert plugin._left_out(config) == left_out
+
+
+def test_only_known_instruction_sets_are_declared() -> None:
+    assert [isa.name for isa in isas.planned("tests.support.unruly:Choosy")] == ["avx2"]
+    assert [isa.name for isa in isas.planned("tests.support.unruly:Unruly")] == [None]
+    with pytest.raises(ValueError, match=r"--isa scalar: engine .*Choosy has no such"):
+        isas.planned("tests.support.unruly:Choosy", "scalar")

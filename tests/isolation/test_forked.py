@@ -1,0 +1,130 @@
+"""`verify` and `repro` outlive the engine: what takes its process down is a verdict, and the rest is judged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ktverify.cli.verify import Part, Subject, judged
+from ktverify.engines.run import METHOD, call_of
+from ktverify.isolation import forked
+from ktverify.spec.cases import Case
+from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.paths import ROOT
+from tests.support import unruly
+
+CASE = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
+DIES = "tests.support.unruly:DiesInParts"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ktverify", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_signal_costs_the_degrees_that_it_came_in() -> None:
+    done = run("verify", "--engine", DIES, "--case", CASE, "--tp", "all", "--steps", "2")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1, done.stderr
+    # of TP 1, 2 and 4, each judged and trained, the first is right
+    assert lines[-1] == f"FAIL {4 * len(ALL_TENSORS)} of {6 * len(ALL_TENSORS)} comparisons"
+    assert sum(line.startswith("PASS ") for line in lines) == 2 * len(ALL_TENSORS)
+    assert sum(line.endswith("CRASH backward: the process died of SIGSEGV") for line in lines) == 5
+    assert "in _die" in done.stderr  # where it died
+
+
+def test_repro_tells_an_exit_and_still_writes_what_a_maintainer_needs(tmp_path: Path) -> None:
+    case = f"E=4,k=2,H=32,I=32,T={unruly.EXITS},r=4,alpha=8"
+    target = str(tmp_path / "case.safetensors")
+    done = run("repro", case, "--engine", "tests.support.unruly:Unruly", "--dump", target)
+    assert done.returncode == 1, done.stderr
+    assert "CRASH forward_sft: the process ended with exit code 3\n" in done.stdout
+    assert f"tensors in {target}" in done.stdout
+    done = run("repro", CASE, "--engine", DIES, "--tp", "2", "--stand-alone", str(tmp_path / "alone"))
+    assert done.returncode == 1, done.stderr
+    assert "CRASH backward: the process died of SIGSEGV\n" in done.stdout
+    assert {path.name for path in (tmp_path / "alone").iterdir()} == {"case.safetensors", "run.py"}
+
+
+def test_nothing_that_an_engine_does_when_imported_reaches_the_command(tmp_path: Path) -> None:
+    engine = tmp_path / "engine.py"
+    # after threads have computed a fork could not; what it starts holds this test's pipes for as long as it lives
+    text = f"""
+import subprocess
+import torch
+from ktverify.engines.torch_bf16 import TorchBf16
+torch.ones(700, 700) @ torch.ones(700, 700)
+subprocess.Popen(["sleep", "600"])
+class Engine(TorchBf16):
+    stand_alone = {unruly.DiesInParts.stand_alone!r}
+"""
+    engine.write_text(text, encoding="utf-8")
+    arguments = ["repro", CASE, "--engine", f"{engine}:Engine", "--stand-alone", str(tmp_path / "alone")]
+    assert run(*arguments).returncode == 0
+    assert (tmp_path / "alone" / "run.py").is_file()
+    engine.write_text("import os\nos.abort()\n", encoding="utf-8")
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: the stand-alone script of {engine}:Engine: CRASH import: the process died of SIGABRT"
+    )
+
+
+def ends_in(method: str) -> None:
+    with call_of(method):
+        os._exit(3)
+
+
+def test_each_process_is_told_of_its_own_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    # these parts need nothing of this process but that it forks
+    monkeypatch.setattr(forked, "forks", True)
+    parts: forked.Parts[None] = forked.Parts([partial(ends_in, "backward"), partial(os._exit, 4)], 60.0)
+    with closing(parts):
+        with pytest.raises(forked.Ended, match=r"^CRASH backward: the process ended with exit code 3$"):
+            parts.value(0, nullcontext())
+        with pytest.raises(forked.Ended, match=r"^CRASH the process ended with exit code 4$"):
+            parts.value(1, nullcontext())
+
+
+def test_what_was_asked_for_and_not_done_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "forks", True)
+    subject = Subject("torch_bf16", Case.parse(CASE), METHOD, False, None, None, 60.0)
+    with pytest.raises(RuntimeError, match=r"^writing: CRASH the process ended with exit code 3$"):
+        judged(subject, [Part(partial(os._exit, 3), "writing", ())])
+
+
+def test_what_is_refused_there_is_refused_here() -> None:
+    done = run("repro", CASE, "--engine", "torch_bf16", "--tp", "5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert (
+        done.stderr
+        == "error: TP 5 does not divide I = 32 of "
+        + CASE.replace("@", ",data=gaussian,routing=uniform,lora=bfloat16@")
+        + "\n"
+    )
+    done = run("--traceback", "repro", CASE, "--engine", "torch_bf16", "--tp", "5")
+    assert "in check_case" in done.stderr
+
+
+def test_an_engine_that_leaves_when_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_script.py").write_text("import sys\n\nsys.exit('usage: a_script')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run("repro", CASE, "--engine", "a_script:make")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: engine 'a_script:make': a_script ends the program when it is imported: exit usage: a_script\n"
+    )
+
+
+def test_only_the_program_itself_forks() -> None:
+    # this process has threads, and has computed
+    assert not forked.forks
+    parts = forked.Parts([os.getpid], 60.0)
+    assert parts.value(0, nullcontext()) == os.getpid()
+    parts.close()

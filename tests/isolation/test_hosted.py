@@ -1,0 +1,138 @@
+"""Hosted engines: the same bits as at home, the same errors, shared parameters, and a death that is theirs alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ktverify.checks.target import ODD, SMALL, expect_same_bits, same_bits
+from ktverify.engines.run import build_layer, layer_arguments, run_layer
+from ktverify.engines.torch_bf16 import TorchBf16
+from ktverify.isolation.host import Parcel, unpack
+from ktverify.isolation.hosted import Hosted
+from ktverify.isolation.process import Died
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import LORA_NAMES
+
+# one process for all tests of this file: it takes seconds to start
+ENGINE = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from ktverify.engines.torch_bf16 import TorchBf16
+
+class Engine(TorchBf16):
+    def forward_sft(self, hidden_states, expert_ids, weights, save_for_backward=True):
+        if self.layer_idx == 1:
+            hidden_states[0, 0] = 7
+        if self.layer_idx == 2:
+            print("these are my last words", flush=True)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.layer_idx == 3:
+            raise NotImplementedError("not on a Sunday")
+        return super().forward_sft(hidden_states, expert_ids, weights, save_for_backward)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosted(tmp_path_factory: pytest.TempPathFactory) -> Hosted:
+    path = tmp_path_factory.mktemp("hosted") / "engine.py"
+    path.write_text(ENGINE.format(root=str(Path(__file__).resolve().parents[2])), encoding="utf-8")
+    return Hosted(f"{path}:Engine")
+
+
+def layer_of(hosted: Hosted, number: int = 0, case: Any = SMALL) -> Any:
+    return build_layer(hosted, case, make_inputs(case), threads=1, layer_idx=number)
+
+
+def test_bits_are_those_of_the_engine_itself(hosted: Hosted) -> None:
+    for case in (SMALL, ODD):
+        inputs = make_inputs(case)
+        at_home = run_layer(build_layer(TorchBf16, case, inputs, threads=1), inputs)
+        expect_same_bits(case.id, at_home, run_layer(layer_of(hosted, case=case), inputs))
+
+
+def test_an_optimizer_steps_the_engines_own_parameters(hosted: Hosted) -> None:
+    inputs = make_inputs(SMALL)
+    layers = [build_layer(factory, SMALL, inputs, threads=1) for factory in (TorchBf16, hosted)]
+    for layer in layers:
+        with torch.no_grad():
+            for name in LORA_NAMES:
+                getattr(layer, name).mul_(2)
+        before = run_layer(layer, inputs)
+        layer.gate_lora_a = layer.gate_lora_a.detach() + 1
+        layer.update_lora_weights()
+        assert not same_bits(before["output"], run_layer(layer, inputs)["output"])
+    at_home, found = (run_layer(layer, inputs) for layer in layers)
+    expect_same_bits("after the update", at_home, found)
+
+
+def test_errors_are_those_of_the_engine(hosted: Hosted) -> None:
+    inputs, layer = make_inputs(SMALL), layer_of(hosted)
+    with pytest.raises(ValueError, match=r"expert_ids.*-2"):
+        layer.forward_sft(inputs.hidden_states, inputs.expert_ids - 2, inputs.weights)
+    with pytest.raises((ValueError, TypeError), match=r"hidden_states.*meta"):
+        layer.forward_sft(inputs.hidden_states.to("meta"), inputs.expert_ids, inputs.weights)
+    with pytest.raises(RuntimeError, match="forward_sft"):
+        layer.backward(inputs.grad_output)
+    with pytest.raises(NotImplementedError, match="not on a Sunday"):
+        run_layer(layer_of(hosted, 3), inputs)
+    with pytest.raises(RuntimeError, match=rf"For TP, intermediate_size \({SMALL.intermediate}\)"):
+        hosted(**layer_arguments(SMALL, tp=5, threads=1))
+
+
+def test_what_is_written_into_inputs_is_seen(hosted: Hosted) -> None:
+    inputs = make_inputs(SMALL)
+    run_layer(layer_of(hosted, 1), inputs)
+    assert float(inputs.hidden_states[0, 0]) == 7
+    assert same_bits(inputs.hidden_states[1:], make_inputs(SMALL).hidden_states[1:])
+
+
+def test_a_death_is_its_own(hosted: Hosted) -> None:
+    inputs, other = make_inputs(SMALL), layer_of(hosted)
+    with pytest.raises(Died, match=r"(?s)forward_sft: the engine's process died of SIGSEGV.*these are my last words"):
+        run_layer(layer_of(hosted, 2), inputs)
+    with pytest.raises(Died, match="process is gone"):
+        run_layer(other, inputs)
+    run_layer(layer_of(hosted), inputs)
+
+
+def test_a_python_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="no_such_python"):
+        Hosted("x:y", "/no_such_python").check()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(12.0).view(3, 4).t(),
+        torch.zeros(1, dtype=torch.bfloat16).expand(1 << 20, 1 << 20),
+        torch.empty(0, 7, dtype=torch.int64),
+        torch.ones(3, requires_grad=True),
+        torch.frombuffer(bytearray(range(65)), dtype=torch.int16, count=16, offset=1),
+    ],
+    ids=["transposed", "stride 0", "empty", "requires grad", "odd address"],
+)
+def test_tensors_arrive_as_they_are(tensor: torch.Tensor) -> None:
+    parcel = Parcel({"a": (tensor, [None, "text", float("inf")])})
+    arrived, rest = unpack(parcel.description)["a"]
+    parcel.close()
+    assert arrived.shape == tensor.shape
+    assert arrived.stride() == tensor.stride()
+    assert arrived.requires_grad == tensor.requires_grad
+    assert arrived.numel() == 0 or arrived.data_ptr() % 64 == tensor.data_ptr() % 64
+    assert rest == [None, "text", float("inf")]
+    corner = (slice(0, 3),) * tensor.dim()
+    assert torch.equal(arrived[corner], tensor[corner])
+
+
+def test_no_memory_file_is_left() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        parcel = Parcel(torch.ones(3))
+        unpack(parcel.description)
+        parcel.close()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,163 @@
+"""Ctrl-C: a command ends at once, with one line and exit code 130, keeps what is whole and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner, Result
+
+from ktverify.cli import doctor
+from ktverify.cli.golden import app as golden_app
+from ktverify.cli.main import app
+from ktverify.isolation.child import processes_of
+from ktverify.isolation.interrupt import INTERRUPTED, USUAL
+from ktverify.judge import golden
+from ktverify.system.paths import ROOT
+from tests.support import unruly
+
+SECONDS = 30.0  # to end in, on a machine that has other things to do
+
+
+def awaited(condition: Callable[[], bool], seconds: float) -> bool:
+    """True once `condition` holds, False where it does not within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def imports_torch(pid: int) -> bool:
+    return "libtorch" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+
+
+def hangs(pid: int) -> bool:
+    """unruly's engine has said so."""
+    return "going to sleep" in Path(f"/proc/{pid}/fd/2").read_text(encoding="utf-8")
+
+
+def starts(pid: int) -> bool:
+    """The command, the process that counts semaphores, and one that will compute, perhaps not yet two."""
+    return len(processes_of(pid)) >= 3
+
+
+def computes(pid: int) -> bool:
+    """The command, the process that counts semaphores, and two that compute."""
+    return len(processes_of(pid)) >= 4
+
+
+def stopped(arguments: list[str], when: Callable[[int], bool]) -> str:
+    """What `python -m ktverify …` says on stderr when Ctrl-C comes as soon as `when` is true of its number."""
+    command = [sys.executable, "-m", "ktverify", *arguments]
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
+        subprocess.Popen(command, cwd=ROOT, stderr=log, start_new_session=True) as started,
+    ):
+        try:
+            assert awaited(lambda: when(started.pid), 120)
+            family = processes_of(started.pid)
+            os.killpg(started.pid, signal.SIGINT)
+            assert started.wait(timeout=SECONDS) == INTERRUPTED
+        finally:
+            started.kill()
+        assert awaited(lambda: not any(map(_lives, family)), SECONDS)
+        log.seek(0)
+        return log.read()
+
+
+def _lives(process: psutil.Process) -> bool:
+    # one that has ended waits for whoever inherited it to be told
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize(("command", "when"), [("mutants", computes), ("clean", computes), ("clean", starts)])
+def test_ctrl_c_ends_every_process(command: str, when: Callable[[int], bool]) -> None:
+    said = stopped([command, "--jobs", "2"], when)
+    assert said.strip().splitlines()[-1] == "stopped; nothing was written"
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments", [["clean"], ["diagnose", "--mutants"]], ids=["clean", "diagnose"])
+def test_ctrl_c_while_torch_is_imported(arguments: list[str]) -> None:
+    assert stopped(arguments, imports_torch) == "stopped; nothing was written\n"
+
+
+def test_ctrl_c_ends_an_engine_that_hangs() -> None:
+    case = f"E=4,k=2,H=32,I=32,T={unruly.HANGS},r=4,alpha=8"
+    arguments = ["verify", "--engine", "tests.support.unruly:Unruly", "--case", case]
+    said = stopped(arguments, hangs)
+    assert said.splitlines()[-1] == USUAL
+    assert "Traceback" not in said
+
+
+def test_ctrl_c_ends_a_hosted_engine_and_what_it_started(tmp_path: Path) -> None:
+    engine, sign = tmp_path / "engine.py", tmp_path / "sign"
+    text = f"""
+import pathlib, subprocess, time
+from ktverify.hosting import Hosted
+def hang(**_):
+    subprocess.Popen(["sleep", "600"])
+    pathlib.Path({str(sign)!r}).touch()
+    time.sleep(600)
+make = Hosted({f"{engine}:hang"!r})
+"""
+    engine.write_text(text, encoding="utf-8")
+    arguments = ["verify", "--engine", f"{engine}:make", "--case", "E=4,k=2,H=32,I=32,T=3,r=4,alpha=8"]
+    assert stopped(arguments, lambda pid: sign.exists()).splitlines()[-1] == USUAL
+
+
+def stop(*arguments: object, **more: object) -> None:
+    raise KeyboardInterrupt
+
+
+def told(result: Result) -> str:
+    """The one line of a stopped command."""
+    assert result.exit_code == INTERRUPTED, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("stopped")]
+    assert "Traceback" not in result.output
+    return line
+
+
+def test_every_command_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", stop)
+    assert told(CliRunner().invoke(app, ["doctor"])) == USUAL
+
+
+def test_goldens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golden, "regenerate", stop)
+    assert told(CliRunner().invoke(golden_app, ["regenerate", "--check"])) == USUAL
+
+
+def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ktverify.training.journal import Journal
+
+    def at_three(self: Journal, args: object, state: object, control: object, **more: object) -> None:
+        if getattr(state, "global_step", 0) == 3:
+            raise KeyboardInterrupt
+
+    tiny, output = tmp_path / "tiny", tmp_path / "out"
+    assert CliRunner().invoke(app, ["make-tiny", "qwen3_moe", "--out", str(tiny)]).exit_code == 0
+    settings = {"model_name_or_path": tiny, "output_dir": output, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
+    command = [
+        "train",
+        "examples/minimal.yaml",
+        *(word for key in settings for word in (f"--{key}", f"{settings[key]}")),
+    ]
+    with monkeypatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(Journal, "on_step_end", at_three)
+        line = told(CliRunner().invoke(app, command))
+        early = told(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
+    again = "the same command with --resume_from_checkpoint true goes on from there"
+    assert line == f"stopped at step 3 of 4; {output}/checkpoint-2 and loss.jsonl are kept: {again}"
+    assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew with --")

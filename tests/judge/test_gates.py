@@ -1,0 +1,409 @@
+"""Every gate is shown to fail, and to hold its tongue where all is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ktverify.engines.registry import find
+from ktverify.engines.run import run_case
+from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge.gates import (
+    TOLERANCES,
+    Judgement,
+    Verdict,
+    judge,
+    numbers_deciding,
+    own_limit,
+    peer_budget,
+    tolerances,
+)
+from ktverify.judge.metrics import compare
+from ktverify.judge.reference import forward_backward
+from ktverify.spec.cases import DATA_KINDS, ROUTING_KINDS, Case, catalogue
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
+
+CASE = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16@seed=3")
+EXACT = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16,data=integer@seed=3")
+Tensors = dict[str, torch.Tensor]
+
+
+class Setting:
+    """A case with its oracle, its peer, and what a right engine gives: the oracle rounded once."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.inputs: Inputs = make_inputs(case)
+        self.expected = forward_backward(self.inputs)
+        self.peer = peer_error(self.inputs, self.expected)
+        self.right = {n: v.to(torch.float32 if n == GRAD_WEIGHTS else torch.bfloat16) for n, v in self.expected.items()}
+
+    def judge(self, name: str, actual: torch.Tensor, *, own: bool = True, isa: str = "amx_bf16") -> Judgement:
+        difference = compare(actual, self.expected[name])
+        return judge(self.case, name, difference, self.peer[name], own_engine=own, isa=isa)
+
+    def verdicts(self, actual: Tensors, *, own: bool = True) -> dict[str, Verdict]:
+        return {name: self.judge(name, actual[name], own=own).verdict for name in ALL_TENSORS}
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return Setting(CASE)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Setting:
+    return Setting(EXACT)
+
+
+def broken_gates(judgement: Judgement) -> set[str]:
+    return {gate.gate for gate in judgement.gates if gate.verdict is Verdict.FAIL}
+
+
+def test_the_right_answer_passes(setting: Setting, exact: Setting) -> None:
+    assert set(setting.verdicts(setting.right).values()) == {Verdict.PASS}
+    assert set(exact.verdicts(exact.right).values()) == {Verdict.PASS}
+
+
+# every kind of data with two kinds of routing; `python -m ktverify clean` takes the catalogue with many seeds
+_ROUTINGS = tuple(ROUTING_KINDS)
+PAIRS = [(kind, _ROUTINGS[(i + more) % len(_ROUTINGS)]) for i, kind in enumerate(DATA_KINDS) for more in (0, 3)]
+
+
+@pytest.mark.parametrize(("kind", "routing"), PAIRS)
+def test_plain_torch_passes_as_a_foreign_engine(kind: str, routing: str) -> None:
+    here = Setting(Case.parse(f"E=9,k=3,H=64,I=48,T=20,r=4,alpha=8,data={kind},routing={routing}"))
+    actual = run_case(find("torch_bf16"), here.case, inputs=here.inputs)
+    assert set(here.verdicts(actual, own=False).values()) == {Verdict.PASS}
+
+
+# ---- perturbations: (name, what is done to the right answer, tensors that must notice)
+
+
+def swap_experts(tensors: Tensors, _: Setting) -> Tensors:
+    swapped = {n: (v[[1, 0, *range(2, len(v))]] if n in GRAD_NAMES else v) for n, v in tensors.items()}
+    return swapped
+
+
+def everywhere(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors, Setting], Tensors]:
+    return lambda tensors, _: {name: change(tensor.clone()) for name, tensor in tensors.items()}
+
+
+def largest_off_by_half(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.view(-1)
+    flat[flat.abs().argmax()] *= 1.5
+    return tensor
+
+
+def with_(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[tensor.numel() // 2] = value
+        return tensor
+
+    return put
+
+
+def rerun(**changes: object) -> Callable[[Tensors, Setting], Tensors]:
+    """The oracle of other inputs, rounded as a right engine would."""
+
+    def go(_: Tensors, setting: Setting) -> Tensors:
+        inputs = replace(setting.inputs)
+        for name, change in changes.items():
+            setattr(inputs, name, change(setting.inputs))  # type: ignore[operator]
+        found = forward_backward(inputs)
+        return {name: value.to(setting.right[name].dtype) for name, value in found.items()}
+
+    return go
+
+
+ALL = set(ALL_TENSORS)
+PERTURBATIONS: dict[str, tuple[Callable[[Tensors, Setting], Tensors], set[str]]] = {
+    "one element, the largest, off by half": (everywhere(largest_off_by_half), ALL),
+    "two experts swapped": (swap_experts, set(GRAD_NAMES)),
+    "everything zero": (everywhere(torch.zeros_like), ALL),
+    "wrong sign": (everywhere(torch.neg), ALL),
+    "one per cent too large": (everywhere(lambda v: v * 1.01), ALL),
+    "rows in reverse order": (everywhere(lambda v: v.flip(0)), ALL),
+    "transposed by halves": (everywhere(lambda v: v.roll(1, -1)), ALL),
+    "a NaN": (everywhere(with_(math.nan)), ALL),
+    "an Inf": (everywhere(with_(math.inf)), ALL),
+    "LoRA scale dropped": (
+        rerun(case=lambda i: Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=8")),
+        ALL,
+    ),
+    "gate and up exchanged": (rerun(gate_proj=lambda i: i.up_proj, up_proj=lambda i: i.gate_proj), ALL),
+    "routing weights left out": (rerun(weights=lambda i: torch.ones_like(i.weights)), ALL - {GRAD_WEIGHTS}),
+    "routing weights of the neighbour slot": (rerun(weights=lambda i: i.weights.flip(1)), ALL - {GRAD_WEIGHTS}),
+    "expert off by one": (rerun(expert_ids=lambda i: (i.expert_ids + 1) % 6), ALL),
+    "one slot ignored": (
+        rerun(expert_ids=lambda i: torch.where(torch.arange(2) == 1, -1, i.expert_ids)),
+        ALL,
+    ),
+    "last column of hidden ignored": (
+        rerun(
+            hidden_states=lambda i: torch.cat(
+                [i.hidden_states[:, :-1], torch.zeros(len(i.hidden_states), 1, dtype=torch.bfloat16)], 1
+            )
+        ),
+        ALL,
+    ),
+    "upstream gradient of ones": (rerun(grad_output=lambda i: torch.ones_like(i.grad_output)), ALL - {OUTPUT}),
+}
+
+
+@pytest.mark.parametrize("what", PERTURBATIONS)
+@pytest.mark.parametrize("own", [True, False], ids=["own", "foreign"])
+def test_a_defect_is_noticed(setting: Setting, what: str, own: bool) -> None:
+    change, touched = PERTURBATIONS[what]
+    verdicts = setting.verdicts(change(setting.right, setting), own=own)
+    passed = {name for name in touched if verdicts[name] is not Verdict.FAIL}
+    assert not passed
+    # and no tensor is blamed that the defect does not reach
+    assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} <= touched
+
+
+# ---- gate by gate
+
+
+def test_outer_gate_is_the_contracts() -> None:
+    here = Setting(CASE)
+    for name, limit in ((OUTPUT, 0.05), (GRAD_INPUT, 0.10)):
+        for share, breaks in ((0.99, False), (1.01, True)):
+            judgement = here.judge(name, here.expected[name] * (1 + limit * share))
+            assert ("mean_rel" in broken_gates(judgement)) is breaks
+
+
+def test_peer_budget_by_hand() -> None:
+    numbers = tolerances()["peer"]
+    assert (numbers["factor"], numbers["floor"], numbers["cap"]) == (1.5, 2**-8, 0.03)
+    assert peer_budget(5e-3) == pytest.approx(7.5e-3)
+    assert peer_budget(1e-4) == 2**-8  # a lucky peer
+    assert peer_budget(0.0) == 2**-8
+    assert peer_budget(1.0) == 0.03  # a sloppy peer does not loosen the gate
+    assert peer_budget(math.nan) == 2**-8
+    assert peer_budget(math.inf) == 0.03
+    assert peer_budget(5e-3, 256) == pytest.approx(7.5e-3)
+    assert peer_budget(5e-3, 64) == pytest.approx(7.5e-3 * (1 + 3 / 8 - 3 / 16))
+    assert peer_budget(1.0, 1, capped=False) == pytest.approx(1.5 * (1 + 3 - 3 / 16))
+    assert peer_budget(1.0, 1) == pytest.approx(0.03 * (1 + 3 - 3 / 16) ** 2)
+
+
+def test_numbers_deciding_by_hand() -> None:
+    case = Case.parse("E=6,k=2,H=96,I=80,T=5,r=3,alpha=6")
+    assert numbers_deciding(case, OUTPUT, 480) == 480
+    assert numbers_deciding(case, "grad_up_lora_b", 1440) == 30
+    assert numbers_deciding(case, "grad_up_lora_b", 7) == 7
+    assert numbers_deciding(case, GRAD_WEIGHTS, 10) == 10
+    strong, large = (Case.parse(f"E=6,k=2,H=96,I=80,T=5,r=3,alpha=6,data={kind}") for kind in ("strong_lora", "large"))
+    assert [numbers_deciding(strong, name, 480) for name in (OUTPUT, GRAD_WEIGHTS)] == [30, 480]
+    assert [numbers_deciding(large, name, 480) for name in (OUTPUT, GRAD_INPUT)] == [480, 12]
+
+
+def test_the_catalogue_is_judged_by_the_plain_factor() -> None:
+    """The allowance for few numbers is for cases that are about few numbers."""
+    few = {"one_token", "one_token_odd", "mostly_idle"}
+    for case in catalogue().values():
+        if case.name in few or case.exact or case.tier != "default" or case.qlen == 0:
+            continue
+        for name in (OUTPUT, GRAD_INPUT, *GRAD_NAMES):
+            if case.data != "strong_lora" and case.rank >= 8 and case.qlen >= 16:
+                assert numbers_deciding(case, name, 10**9) >= tolerances()["peer"]["few"], (case.name, name)
+
+
+def test_the_peer_budget_bites_between_peer_and_twice_the_peer(setting: Setting) -> None:
+    noise = torch.Generator().manual_seed(5)
+    for name in ALL_TENSORS:
+        right = setting.expected[name]
+        draw = torch.randn(right.shape, generator=noise, dtype=torch.float64)
+        draw *= setting.peer[name] * right.norm() / draw.norm()
+        foreign = setting.judge(name, right + draw, own=False)
+        assert foreign.verdict is Verdict.PASS, foreign.line
+        twice = setting.judge(name, right + 2.2 * draw, own=False)
+        assert broken_gates(twice) == {"rel_l2"}
+
+
+def test_own_limits_by_hand() -> None:
+    assert own_limit(CASE, OUTPUT, "amx_bf16") == 2.8e-3
+    for name in ALL_TENSORS[1:]:
+        assert own_limit(CASE, name, "amx_bf16") == 3.8e-3
+    for isa in ("avx512_bf16", "avx2", "scalar"):
+        assert own_limit(CASE, OUTPUT, isa) == own_limit(CASE, GRAD_INPUT, isa) == 4e-3
+    for few in ("T=15,r=8,data=gaussian", "T=40,r=7,data=gaussian", "T=40,r=8,data=strong_lora", "T=40,r=8,data=large"):
+        case = Case.parse(f"E=6,k=2,H=96,I=80,alpha=16,{few}")
+        assert own_limit(case, OUTPUT, "amx_bf16") is None
+
+
+def test_own_limit_of_a_draw_that_few_elements_decide() -> None:
+    row = catalogue()["tail_h17_i15"]
+    assert own_limit(row, OUTPUT, "amx_bf16", 64.0) == 2.8e-3
+    drawn = row.with_seed(5)
+    assert own_limit(drawn, OUTPUT, "amx_bf16", 256.0) == 2.8e-3
+    assert own_limit(drawn, OUTPUT, "amx_bf16", 64.0) == pytest.approx(2.8e-3 * (1 + 3 / 8 - 3 / 16))
+
+
+def test_own_limit_bites_where_the_peer_is_content(setting: Setting) -> None:
+    noise = torch.Generator().manual_seed(6)
+    for name in ALL_TENSORS:
+        right = setting.expected[name]
+        draw = torch.randn(right.shape, generator=noise, dtype=torch.float64)
+        limit = own_limit(setting.case, name, "amx_bf16", compare(right, right).participation)
+        assert limit is not None
+        draw *= 1.05 * limit * right.norm() / draw.norm()
+        assert broken_gates(setting.judge(name, right + draw)) == {"rel_l2_own"}
+        assert setting.judge(name, right + draw, own=False).verdict is Verdict.PASS
+
+
+def test_exact_gate_sees_one_bit(exact: Setting) -> None:
+    for name in ALL_TENSORS:
+        tensor = exact.right[name].clone()
+        if tensor.dtype == torch.bfloat16:
+            bits = tensor.view(torch.int16).view(-1)
+            bits[tensor.view(-1).abs().argmin() if name == OUTPUT else tensor.view(-1).abs().argmax()] += 1
+        else:
+            tensor.view(-1)[0] = torch.nextafter(tensor.view(-1)[0], torch.tensor(math.inf))
+        judgement = exact.judge(name, tensor)
+        assert "exact" in broken_gates(judgement), name
+        if name != OUTPUT:
+            # a foreign engine may round as often as plain torch does: one bit is within its budget
+            assert "exact" not in {gate.gate for gate in exact.judge(name, tensor, own=False).gates}
+
+
+def test_exact_gate_does_not_pass_what_it_cannot_see(exact: Setting) -> None:
+    blind = replace(compare(exact.right[OUTPUT], exact.expected[OUTPUT]), mismatched=-1)
+    assert broken_gates(judge(EXACT, OUTPUT, blind, 0.0, own_engine=True)) == {"exact"}
+
+
+def test_idle_experts_must_be_exactly_zero() -> None:
+    here = Setting(Case.parse("E=40,k=1,H=32,I=32,T=3,r=4,alpha=8"))
+    idle = next(e for e in range(40) if e not in here.inputs.active)
+    for name in GRAD_NAMES:
+        tensor = here.right[name].clone()
+        tensor[idle, 0, 0] = 1e-38
+        assert broken_gates(here.judge(name, tensor)) == {"stray"}
+
+
+def test_masked_tokens_rows_must_be_exactly_zero() -> None:
+    here = Setting(Case.parse("E=4,k=2,H=32,I=32,T=9,r=4,alpha=8,routing=masked"))
+    for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
+        tensor = here.right[name].clone()
+        tensor[8, 1] = 1e-30
+        assert broken_gates(here.judge(name, tensor)) == {"stray"}
+
+
+@pytest.mark.parametrize("text", ["T=9,routing=all_masked", "T=0"])
+def test_what_must_be_zero_is_zero(text: str) -> None:
+    here = Setting(Case.parse(f"E=4,k=2,H=32,I=32,r=4,alpha=8,{text}"))
+    assert set(here.verdicts(here.right).values()) == {Verdict.PASS}
+    for name in GRAD_NAMES:
+        tensor = here.right[name].clone()
+        tensor[3, 1, 1] = 1e-20
+        assert {"stray"} == broken_gates(here.judge(name, tensor))
+
+
+@pytest.mark.parametrize("kind", ["nan_row", "inf_row"])
+def test_a_nan_stays_where_it_belongs(kind: str) -> None:
+    here = Setting(Case.parse(f"E=12,k=2,H=32,I=32,T=11,r=4,alpha=8,data={kind}"))
+    token = 5
+    experts = here.inputs.expert_ids[token].tolist()
+    assert set(here.verdicts(here.right).values()) == {Verdict.PASS}
+    for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
+        assert not torch.isfinite(here.right[name][token]).any()
+        leaked = here.right[name].clone()
+        leaked[token + 1, 0] = math.nan
+        assert broken_gates(here.judge(name, leaked)) == {"non_finite"}
+        hidden = here.right[name].clone()
+        hidden[token, 0] = 0.0
+        assert broken_gates(here.judge(name, hidden)) == {"hidden_non_finite"}
+        # the other tokens are judged as ever
+        wrong = here.right[name].clone()
+        wrong[:token] *= 1.1
+        assert "rel_l2" in broken_gates(here.judge(name, wrong))
+    other = next(e for e in here.inputs.active if e not in experts)
+    for name in GRAD_NAMES:
+        assert not torch.isfinite(here.right[name][experts]).any()
+        leaked = here.right[name].clone()
+        leaked[other, 0, 0] = math.nan
+        assert broken_gates(here.judge(name, leaked)) == {"non_finite"}
+        # the gradient of an expert that saw the NaN may show it or not
+        finite = here.right[name].clone()
+        finite[experts] = 0.0
+        assert here.judge(name, finite).verdict is Verdict.PASS
+
+
+def test_empty_inputs_are_mistrusted() -> None:
+    here = Setting(CASE)
+    zero = torch.zeros_like(here.expected[OUTPUT])
+    judgement = judge(CASE, OUTPUT, compare(zero, zero), 0.0)
+    assert judgement.verdict is Verdict.MISTRUSTED
+    assert "0 of 3840" in judgement.line
+    thin = zero.clone()
+    thin[:, 0] = 1.0  # every row alive by one element in 96
+    assert judge(CASE, OUTPUT, compare(thin, thin), 0.0).verdict is Verdict.MISTRUSTED
+    assert judge(EXACT, OUTPUT, compare(thin, thin), 0.0).verdict is Verdict.PASS
+    nothing = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16,routing=all_masked")
+    assert judge(nothing, OUTPUT, compare(zero, zero), 0.0).verdict is Verdict.PASS
+
+
+def test_a_sum_that_cancels_is_mistrusted_and_never_passes(setting: Setting) -> None:
+    """Whatever the peer does: a sloppy one cannot buy a pass, a gross error stays a failure."""
+    right = setting.expected[GRAD_WEIGHTS]
+    for error, peer, verdict in (
+        (0.0, 0.049, Verdict.PASS),
+        (0.0, 0.051, Verdict.MISTRUSTED),
+        (0.1, 0.1, Verdict.MISTRUSTED),
+        (0.1, 10.0, Verdict.MISTRUSTED),
+        (0.3, 0.1, Verdict.FAIL),
+        (0.04, 0.049, Verdict.FAIL),
+    ):
+        judgement = judge(CASE, GRAD_WEIGHTS, compare(right * (1 + error), right), peer)
+        assert judgement.verdict is verdict, (error, peer, judgement.line)
+    assert "the sum cancels" in judge(CASE, GRAD_WEIGHTS, compare(right, right), 0.2).line
+
+
+def test_a_failure_is_never_hidden_by_mistrust() -> None:
+    zero = torch.zeros(40, 96)
+    assert judge(CASE, OUTPUT, compare(zero + 1, zero), 0.0).verdict is Verdict.FAIL
+
+
+def test_zero_b_is_trusted_for_a_only() -> None:
+    fresh = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16,data=zero_b")
+    zero = torch.zeros(6, 8, 96)
+    assert judge(fresh, "grad_gate_lora_a", compare(zero, zero), 0.0).verdict is Verdict.PASS
+    zero_b = torch.zeros(6, 80, 8)
+    assert judge(fresh, "grad_gate_lora_b", compare(zero_b, zero_b), 0.0).verdict is Verdict.MISTRUSTED
+
+
+def test_the_line_is_the_houses(setting: Setting) -> None:
+    wrong = setting.right["grad_up_lora_a"].clone()
+    wrong[3, 5, 41] += 10 * wrong.abs().max()
+    first, second = setting.judge("grad_up_lora_a", wrong, own=False).line.splitlines()
+    assert first.startswith("FAIL grad_up_lora_a rel_l2 ")
+    assert "budget" in first
+    assert first.endswith(" %), worst [3, 5, 41]")
+    assert second == f"python -m ktverify repro '{CASE.id}'"
+    passed = setting.judge("grad_up_lora_a", setting.right["grad_up_lora_a"]).line
+    assert passed.startswith("PASS grad_up_lora_a rel_l2")
+    assert "\n" not in passed
+
+
+def test_used_is_the_share_of_the_budget(setting: Setting) -> None:
+    for gate in setting.judge(OUTPUT, setting.right[OUTPUT]).gates:
+        if gate.budget > 0 and gate.gate != "trust":
+            assert gate.used == pytest.approx(gate.value / gate.budget)
+
+
+def test_every_number_has_its_reason() -> None:
+    lines = TOLERANCES.read_text(encoding="utf-8").splitlines()
+    explained = False
+    for line in lines:
+        if line.startswith("#"):
+            explained = True
+        elif not line.strip() or line.startswith("["):
+            explained = False
+        elif "=" in line:
+            assert explained, f"{line!r} stands without a reason"

@@ -1,0 +1,276 @@
+"""The oracle against torch's autograd in fp64, against finite differences, and the peer against what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from ktverify.engines.registry import find
+from ktverify.engines.run import check_grad_names, run_case
+from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge.metrics import compare
+from ktverify.judge.reference import forward_backward, peer_bf16, plain_expert, routed, zeros
+from ktverify.spec.cases import Case, flops, select
+from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
+
+CASES = [
+    "E=5,k=2,H=12,I=9,T=7,r=3,alpha=7.5",
+    "E=5,k=3,H=12,I=9,T=7,r=3,alpha=6,routing=duplicate",
+    "E=5,k=3,H=12,I=9,T=7,r=3,alpha=6,routing=masked",
+    "E=3,k=2,H=12,I=9,T=4,r=3,alpha=6,routing=all_masked",
+    "E=5,k=1,H=12,I=9,T=1,r=1,alpha=6",
+    "E=5,k=2,H=12,I=9,T=0,r=2,alpha=6",
+    "E=4,k=4,H=8,I=16,T=5,r=20,alpha=1",
+    "E=4,k=2,H=8,I=16,T=20,r=2,alpha=4,routing=zipf",
+    "E=4,k=2,H=8,I=16,T=6,r=2,alpha=4,lora=float32",
+    "E=4,k=2,H=8,I=16,T=6,r=2,alpha=4,data=large",
+    "E=4,k=2,H=8,I=16,T=6,r=2,alpha=4,data=tiny",
+    "E=4,k=2,H=8,I=16,T=6,r=2,alpha=4,data=strong_lora",
+    "E=4,k=2,H=8,I=16,T=6,r=2,alpha=4,data=zero_b",
+]
+
+
+def loss_by_token(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(output [T, H], <output, grad_output>): the forward of docs/contract.md, token by token, slot by slot."""
+    s = inputs.case.scaling
+    rows = []
+    for t in range(inputs.case.qlen):
+        total = torch.zeros(inputs.case.hidden, dtype=torch.float64)
+        for j in range(inputs.case.top_k):
+            e = int(inputs.expert_ids[t, j])
+            if e < 0:
+                continue
+            x = leaves["x"][t]
+            a = {name: leaves[name][e] for name in LORA_NAMES}
+            g = inputs.gate_proj[e].double() @ x + s * (a["gate_lora_b"] @ (a["gate_lora_a"] @ x))
+            u = inputs.up_proj[e].double() @ x + s * (a["up_lora_b"] @ (a["up_lora_a"] @ x))
+            h = g / (1 + torch.exp(-g)) * u
+            y = inputs.down_proj[e].double() @ h + s * (a["down_lora_b"] @ (a["down_lora_a"] @ h))
+            total = total + leaves["w"][t, j] * y
+        rows.append(total)
+    output = torch.stack(rows) if rows else torch.zeros(0, inputs.case.hidden, dtype=torch.float64)
+    return output, (output * inputs.grad_output.double()).sum()
+
+
+def by_autograd(inputs: Inputs) -> dict[str, Tensor]:
+    leaves = {name: inputs.lora[name].double().requires_grad_() for name in LORA_NAMES}
+    leaves["x"] = inputs.hidden_states.double().requires_grad_()
+    leaves["w"] = inputs.weights.double().requires_grad_()
+    output, loss = loss_by_token(inputs, leaves)
+    order = [leaves["x"], *(leaves[name] for name in LORA_NAMES), leaves["w"]]
+    gradients = (
+        torch.autograd.grad(loss, order, allow_unused=True, materialize_grads=True)
+        if loss.requires_grad
+        else [torch.zeros_like(leaf) for leaf in order]
+    )
+    return dict(zip(ALL_TENSORS, [output.detach(), *gradients], strict=True))
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_oracle_is_autograd_in_fp64(text: str) -> None:
+    inputs = make_inputs(Case.parse(text))
+    found, wanted = forward_backward(inputs), by_autograd(inputs)
+    assert tuple(found) == ALL_TENSORS
+    for name in ALL_TENSORS:
+        assert found[name].dtype == torch.float64
+        difference = compare(found[name], wanted[name])
+        assert difference.rel_l2 < 1e-12, (name, difference)
+        assert difference.stray == 0, name
+
+
+def test_oracle_by_finite_differences() -> None:
+    """Of the loss <output, dO>, in fp64, without any derivative written down."""
+    inputs = make_inputs(Case.parse("E=3,k=2,H=6,I=5,T=4,r=2,alpha=4,routing=duplicate"))
+    found = forward_backward(inputs)
+    sources = {GRAD_INPUT: "x", GRAD_WEIGHTS: "w", **{f"grad_{name}": name for name in LORA_NAMES}}
+    values = {name: inputs.lora[name].double() for name in LORA_NAMES}
+    values["x"], values["w"] = inputs.hidden_states.double(), inputs.weights.double()
+    for gradient, source in sources.items():
+        if gradient == GRAD_WEIGHTS:
+            places = [(0, 0), (1, 1), (3, 0)]
+        else:
+            places = [(0, int(at)) for at in found[gradient].abs().flatten().topk(3).indices]
+        for place in places:
+            flat = place[0] * values[source].shape[1] + place[1]
+            step = 1e-6
+            both = []
+            for sign in (1, -1):
+                moved = {name: value.clone() for name, value in values.items()}
+                moved[source].view(-1)[flat] += sign * step
+                both.append(float(loss_by_token(inputs, moved)[1]))
+            slope = (both[0] - both[1]) / (2 * step)
+            assert float(found[gradient].reshape(-1)[flat]) == pytest.approx(slope, rel=1e-6, abs=1e-7), gradient
+
+
+def test_fp32_oracle_is_close_to_fp64() -> None:
+    inputs = make_inputs(Case.parse("E=6,k=2,H=96,I=80,T=40,r=8"))
+    exact, single = forward_backward(inputs), forward_backward(inputs, dtype=torch.float32)
+    for name in ALL_TENSORS:
+        assert single[name].dtype == torch.float32
+        assert compare(single[name], exact[name]).rel_l2 < 2e-6, name
+
+
+def test_forward_only_is_the_same_forward() -> None:
+    inputs = make_inputs(Case.parse("E=5,k=2,H=12,I=9,T=7,r=3"))
+    found = forward_backward(inputs, backward=False)
+    assert tuple(found) == (OUTPUT,)
+    assert torch.equal(found[OUTPUT], forward_backward(inputs)[OUTPUT])
+
+
+def test_skip_lora_is_the_base_alone() -> None:
+    """grad_input is that of a layer whose g, u and h are LoRA's, but which passes gradients through the base only."""
+    inputs = make_inputs(Case.parse("E=5,k=2,H=12,I=9,T=7,r=3,alpha=6"))
+    skipped, whole = forward_backward(inputs, skip_lora=True), forward_backward(inputs)
+    assert torch.equal(skipped[OUTPUT], whole[OUTPUT])
+    assert torch.equal(skipped[GRAD_WEIGHTS], whole[GRAD_WEIGHTS])
+    for name in GRAD_NAMES:
+        assert not bool(skipped[name].any())
+    assert compare(skipped[GRAD_INPUT], whole[GRAD_INPUT]).rel_l2 > 0.05
+    expected = torch.zeros_like(whole[GRAD_INPUT])
+    for expert, rows, slots in routed(inputs.expert_ids):
+        x = inputs.hidden_states[rows].double().requires_grad_()
+        lora = [inputs.lora[name][expert].double() for name in LORA_NAMES]
+        base = [getattr(inputs, name)[expert].double() for name in ("gate_proj", "up_proj", "down_proj")]
+        y = plain_expert(x, *base, *lora, scaling=inputs.case.scaling, skip_lora=True)
+        upstream = inputs.weights[rows, slots].double().unsqueeze(1) * inputs.grad_output[rows].double()
+        expected.index_add_(0, rows, torch.autograd.grad(y, x, upstream)[0])
+    assert compare(skipped[GRAD_INPUT], expected).rel_l2 < 1e-12
+
+
+def test_duplicate_slots_count_both() -> None:
+    """A token that names an expert twice gets what one slot with the summed weight gives."""
+    case = Case.parse("E=4,k=2,H=12,I=9,T=6,r=3,alpha=6,routing=duplicate")
+    twice = make_inputs(case)
+    once = replace(twice, expert_ids=twice.expert_ids[:, :1], weights=twice.weights.double().sum(1, keepdim=True))
+    found, wanted = forward_backward(twice), forward_backward(once)
+    for name in (OUTPUT, GRAD_INPUT, *GRAD_NAMES):
+        assert compare(found[name], wanted[name]).rel_l2 < 1e-12, name
+    assert torch.allclose(found[GRAD_WEIGHTS], wanted[GRAD_WEIGHTS].expand(-1, 2), rtol=1e-12)
+
+
+def test_masked_slots_are_as_if_they_were_not_there() -> None:
+    inputs = make_inputs(Case.parse("E=4,k=3,H=12,I=9,T=8,r=3,routing=masked"))
+    masked = inputs.expert_ids < 0
+    wild = replace(inputs, weights=torch.where(masked, torch.tensor(float("nan")), inputs.weights))
+    found, wanted = forward_backward(wild), forward_backward(inputs)
+    for name in ALL_TENSORS:
+        assert torch.equal(found[name], wanted[name]), name
+    assert not bool(found[GRAD_WEIGHTS][masked].any())
+
+
+def test_a_nan_reaches_its_token_and_its_experts_only() -> None:
+    inputs = make_inputs(Case.parse("E=12,k=2,H=16,I=12,T=9,r=3,data=nan_row"))
+    clean = make_inputs(Case.parse("E=12,k=2,H=16,I=12,T=9,r=3"))
+    found, wanted = forward_backward(inputs), forward_backward(clean)
+    touched = inputs.expert_ids[4].tolist()
+    for name in ALL_TENSORS:
+        rows = touched if name in GRAD_NAMES else [4]
+        rest = [n for n in range(len(found[name])) if n not in rows]
+        assert bool(torch.isnan(found[name][rows]).all()), name
+        assert torch.equal(found[name][rest], wanted[name][rest]), name
+
+
+def test_routed_skips_masked_and_sorts() -> None:
+    ids = torch.tensor([[3, -1], [0, 3], [3, 3]])
+    found = [(e, rows.tolist(), slots.tolist()) for e, rows, slots in routed(ids)]
+    assert found == [(0, [1], [0]), (3, [0, 1, 2, 2], [0, 1, 0, 1])]
+
+
+def test_zeros() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        made = zeros((3, 0, 2), dtype)
+        assert (made.dtype, made.shape) == (dtype, (3, 0, 2))
+        assert not bool(zeros((2, 3), dtype).any())
+
+
+# ---- the peer
+
+
+def test_the_peer_is_where_plain_bf16_is_known_to_be() -> None:
+    """4.5e-3 to 7e-3 on ordinary cases (docs/contract.md, "Numbers")."""
+    inputs = make_inputs(Case.parse("E=8,k=2,H=512,I=256,T=64,r=16,alpha=32"))
+    for name, error in peer_error(inputs, forward_backward(inputs)).items():
+        assert 4e-3 < error < 8e-3, name
+
+
+def test_the_peer_has_the_contracts_dtypes() -> None:
+    for kind in ("bfloat16", "float32"):
+        inputs = make_inputs(Case.parse(f"E=4,k=2,H=16,I=12,T=5,r=3,lora={kind}"))
+        found = peer_bf16(inputs)
+        assert tuple(found) == ALL_TENSORS
+        assert found[GRAD_WEIGHTS].dtype == torch.float32
+        assert found[OUTPUT].dtype == found[GRAD_INPUT].dtype == torch.bfloat16
+        for name in GRAD_NAMES:
+            assert found[name].dtype == getattr(torch, kind)
+
+
+def test_where_few_numbers_decide_the_peer_is_an_average() -> None:
+    """One lucky run of the peer would make a budget that no engine keeps."""
+    case = Case.parse("E=4,k=1,H=32,I=24,T=1,r=1")
+    single, averaged = [], []
+    for seed in range(24):
+        inputs = make_inputs(case.with_seed(seed))
+        right = forward_backward(inputs)
+        single.append(compare(peer_bf16(inputs)[GRAD_WEIGHTS], right[GRAD_WEIGHTS]).rel_l2)
+        averaged.append(peer_error(inputs, right)[GRAD_WEIGHTS])
+    assert min(single) < 1e-3
+    assert min(averaged) > 2e-3
+
+
+def test_neighbours_are_the_same_on_every_machine_and_near() -> None:
+    from ktverify.judge.bf16_baseline import _neighbour
+
+    inputs = make_inputs(Case.parse("E=4,k=2,H=64,I=24,T=9,r=1,data=inf_row"))
+    near = _neighbour(inputs, 0)
+    changed = near.hidden_states.view(torch.int16) != inputs.hidden_states.view(torch.int16)
+    assert float(changed.float().mean()) == pytest.approx(0.5, abs=0.1)
+    assert int(changed.sum()) == 270
+    assert torch.equal(torch.isinf(near.hidden_states), torch.isinf(inputs.hidden_states))
+    apart = (near.hidden_states - inputs.hidden_states).float()[~torch.isinf(inputs.hidden_states)]
+    assert float(apart.abs().max()) <= 2**-7 * float(inputs.hidden_states.float().nan_to_num(posinf=0).abs().max())
+    assert not torch.equal(_neighbour(inputs, 1).hidden_states, near.hidden_states)
+
+
+# ---- the plain torch engine
+
+
+@pytest.mark.parametrize("case", [c for c in select(tier="default") if flops(c, backward=True) < 10**8], ids=str)
+def test_the_torch_engine_is_the_peer(case: Case) -> None:
+    inputs = make_inputs(case)
+    found, wanted = run_case(find("torch_bf16"), case, inputs=inputs), peer_bf16(inputs)
+    for name in ALL_TENSORS:
+        # the same operations on the same numbers; torch may add in another order from call to call
+        assert compare(found[name], wanted[name]).rel_l2 < 1e-3, name
+
+
+def test_gradient_names_are_checked() -> None:
+    right = {name: torch.zeros(1) for name in GRAD_NAMES}
+    check_grad_names(right)
+    with pytest.raises(KeyError, match="gave no grad_up_lora_b"):
+        check_grad_names({name: value for name, value in right.items() if name != "grad_up_lora_b"})
+    with pytest.raises(ValueError, match="gave gate_lora_a"):
+        check_grad_names({**right, "gate_lora_a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("natve", "did you mean native"),
+        ("ktverify.engines.registry:nothing", "has no nothing"),
+        ("ktverify.engines.registry:NATIVE", "takes a callable"),
+        (":x", "takes native, torch_bf16"),
+    ],
+)
+def test_engines_that_are_none(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        find(name)
+
+
+def test_engines_by_import_path() -> None:
+    assert find("ktverify.engines.torch_bf16:TorchBf16") is find("torch_bf16")
+    with pytest.raises(ImportError):
+        find("no_such_package.module:factory")

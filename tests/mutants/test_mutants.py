@@ -1,0 +1,187 @@
+"""Engines that are wrong on purpose are found by the check that is said to find them, and every gate is needed."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ktverify.checks.accuracy import LiveOracle
+from ktverify.checks.target import GateFailed, expect
+from ktverify.diagnose.causes import Cause
+from ktverify.engines.run import run_case
+from ktverify.judge import gates
+from ktverify.judge.gates import GATES, Verdict
+from ktverify.mutants import MUTANTS, Plain
+from ktverify.mutants.checks import TABLE, Exceeded, ask, ask_without
+from ktverify.mutants.results import as_json, verdict_line
+from ktverify.mutants.runner import NOT_OF_ENGINES, Result, candidates, worst
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import ALL_TENSORS
+
+RIGHT = "ktverify.mutants.base:Plain"
+
+# gate -> a mutant that lives without it, and every check that kills it (`python -m ktverify mutants` finds them)
+NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "non_finite": ("nan_spreads_in_whole_blocks", ("forward/nan_row", "forward/inf_row")),
+    "hidden_non_finite": (
+        "nan_comes_out_as_zero",
+        (
+            "forward/nan_row",
+            "backward/nan_row",
+            "forward/inf_row",
+            "behaviour/non_finite_isolation",
+        ),
+    ),
+    "stray": ("idle_experts_beyond_32_not_cleared", ("backward/mostly_idle",)),
+    "mean_rel": ("small_rows_taken_for_padding", ("behaviour/outlier_token",)),
+    "rel_l2": (
+        "single_row_with_a_coarse_exp",
+        (
+            "forward/one_token",
+            "backward/one_token",
+            "forward/one_token_odd",
+            "backward/one_token_odd",
+            "edge/one_token",
+            "tp/decode",
+        ),
+    ),
+    "rel_l2_own": ("gate_and_up_rounded", ("forward/small", "backward/small")),
+    "exact": (
+        "fp32_gradients_hold_bf16",
+        (
+            "backward/exact_fp32_lora",
+            "exact/exact_fp32_lora",
+            "exact/E=5,k=3,H=97,I=47,T=19,r=3,alpha=6,data=integer,routing=uniform,lora=float32@seed=0",
+        ),
+    ),
+    "loss": (
+        "update_by_truncated_differences",
+        ("training/fp32_parameters", "training/odd_sizes_idle_experts", "training/tp"),
+    ),
+    "tp": ("tp_parts_with_a_coarse_exp", ("tp/gaussian", "tp/odd_parts", "tp/decode", "tp/permuted")),
+    "bits": ("one_share_a_thread", ("behaviour/threads", "behaviour/threads_at_odd_sizes")),
+    "form": ("fp32_gradients_come_as_bf16", ("edge/multiples_of_nothing_many_rows",)),
+    "written": ("padding_written_behind_the_input", ("behaviour/nothing_is_written_at_odd_sizes",)),
+    "refusal": ("ids_clamped", ("refusals/expert id 6",)),
+    "resources": ("every_expert_packed", ("processes/idle_experts_take_no_memory",)),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_and_little_garbage() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    # a layer's release collects garbage, and need not look through half a million objects of pytest and torch
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(before)
+
+
+def test_there_are_enough_of_every_kind() -> None:
+    assert len(MUTANTS) >= 45
+    assert {mutant.cause for mutant in MUTANTS.values()} == set(Cause)
+    assert all(mutant.what.endswith(".") for mutant in MUTANTS.values())
+
+
+@pytest.mark.parametrize("name", [mutant.name for mutant in sorted(MUTANTS.values(), key=lambda mutant: mutant.check)])
+def test_a_mutant_dies_as_foretold(name: str) -> None:
+    mutant = MUTANTS[name]
+    found = ask(TABLE[mutant.check], mutant.engine)
+    assert mutant.gate in {exceeded.gate for exceeded in found}, found
+
+
+def test_the_engine_that_they_are_made_of_is_right() -> None:
+    for key in {mutant.check for mutant in MUTANTS.values()}:
+        assert ask(TABLE[key], RIGHT) == [], key
+
+
+def test_every_gate_is_in_the_table() -> None:
+    assert set(NEEDED) == set(GATES) - {NOT_OF_ENGINES}
+
+
+@pytest.mark.parametrize("gate", NEEDED)
+def test_without_a_gate_a_mutant_lives(gate: str) -> None:
+    name, checks = NEEDED[gate]
+    for key in checks:
+        assert {exceeded.gate for exceeded in ask(TABLE[key], MUTANTS[name].engine)} == {gate}, key
+        assert ask_without(gate, key, MUTANTS[name].engine) == [], key
+
+
+def test_without_trust_an_emptied_case_passes_a_wrong_engine() -> None:
+    """trust judges what a case can tell. With an upstream gradient of zero no backward can be wrong."""
+    case = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
+    inputs = make_inputs(case)
+    empty = replace(inputs, grad_output=torch.zeros_like(inputs.grad_output))
+    expected = LiveOracle.of(empty)
+    actual = run_case(MUTANTS["up_gradient_from_dg"].factory, case, inputs=empty)
+
+    def verdict() -> Verdict:
+        name = "grad_up_lora_b"
+        return gates.judge(case, name, expected.compare(name, actual[name]), expected.peer[name]).verdict
+
+    assert verdict() is Verdict.MISTRUSTED
+    with gates.without("trust"):
+        assert verdict() is Verdict.PASS
+
+
+def test_the_switch_is_for_one_gate_and_ends() -> None:
+    with pytest.raises(ValueError, match="no_such_gate"), gates.without("no_such_gate"):
+        pass
+    with gates.without("bits"):
+        expect(False, "not asked", "bits")
+        with pytest.raises(GateFailed):
+            expect(False, "asked", "form")
+        with pytest.raises(AssertionError):
+            expect(False, "what a check demands of itself is always asked")
+    with pytest.raises(GateFailed, match="again"):
+        expect(False, "again", "bits")
+
+
+def test_what_is_expected_is_named_once() -> None:
+    with pytest.raises(GateFailed) as failed:
+        expect(False, "a sentence", "tp", 2.5)
+    assert str(failed.value) == "a sentence"
+    assert failed.value.exceeded == (("tp", 2.5),)
+
+
+def _result() -> Result:
+    kills = {
+        "lora_scale_one": {"forward/small": [Exceeded("rel_l2", 34.0, ""), Exceeded("mean_rel", 6.0, "")]},
+        "ids_clamped": {"refusals/expert id 6": [Exceeded("refusal", float("inf"), "")]},
+        "never_the_same": {},
+    }
+    return Result(3, kills, {"refusal": ["ids_clamped"], "bits": []})
+
+
+def test_a_mutant_that_lives_is_told_first() -> None:
+    result = _result()
+    assert verdict_line(result) == "FAIL 2 of 3 mutants killed by 3 checks"
+    assert result.alive == ["never_the_same"]
+    assert result.idle_gates == ["bits"]
+    assert worst(result.kills["lora_scale_one"]).used == 34.0
+    assert candidates(result.kills, "refusal") == ["ids_clamped"]
+    assert candidates(result.kills, "rel_l2") == []
+
+
+def test_the_written_table_is_whole() -> None:
+    document = json.loads(as_json(_result()))
+    assert document["mutants"]["ids_clamped"]["killed_by"] == {"refusals/expert id 6": [["refusal", None]]}
+    assert document["killed_by_this_gate_only"] == {"refusal": ["ids_clamped"], "bits": []}
+
+
+def test_the_right_engine_keeps_the_strict_limits() -> None:
+    assert Plain.fp32_sums
+    case = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
+    inputs = make_inputs(case)
+    expected, actual = LiveOracle.of(inputs), run_case(Plain, case, inputs=inputs)
+    for name in ALL_TENSORS:
+        judgement = gates.judge(case, name, expected.compare(name, actual[name]), expected.peer[name], own_engine=True)
+        assert judgement.verdict is Verdict.PASS, judgement.line

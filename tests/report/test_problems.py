@@ -1,0 +1,90 @@
+"""What did not pass is told by its cause: one block for what one defect costs, nothing left out, one command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ktverify.report import problems, tables
+from ktverify.runs.record import AccuracyRecord, CheckRecord, Result
+from ktverify.spec.names import ALL_TENSORS
+from tests.support.pages import markdown_rows
+from tests.support.records import accuracy, write
+
+LAST_WORDS = """load_weights_from_tensors: the engine's process died of SIGSEGV; last words:
+Fatal Python error: Segmentation fault
+Thread 0x00007f{number:02x} (most recent call first):"""
+
+
+def dead(family: str, case: str, tensor: str, number: int) -> AccuracyRecord:
+    return AccuracyRecord(
+        family=family, engine="native", verdict="CRASH", case=case, tensor=tensor,
+        message=LAST_WORDS.format(number=number), repro=f"python -m ktverify repro '{case}'",
+    )  # fmt: skip
+
+
+def dead_checks() -> list[Result]:
+    """Two checks that one way to die has ended, told by the suite's own processes, and one that another has."""
+    said = LAST_WORDS.format(number=77)
+    return [
+        CheckRecord(family="contract", engine="native", name="test_edge[engine-odd]", verdict="CRASH", message=said),
+        CheckRecord(
+            family="properties", engine="native", name="test_property[engine-split]", verdict="CRASH",
+            message=f"split: rows are the same\nE=1,k=1@seed=3\nDied: {said}\npytest suites/properties --case 'E=1'",
+        ),
+        CheckRecord(
+            family="contract", engine="native", name="test_process[fork]", verdict="CRASH",
+            message="ktverify.checks.processes:check_fork: the process died of SIGABRT; last words:\nabort() was called",
+        ),
+    ]  # fmt: skip
+
+
+def test_what_died_in_one_way_is_told_once(tmp_path: Path) -> None:
+    cases = [f"tail_h{width}@seed=0" for width in range(31)]
+    records: list[Result] = [dead("backward", case, name, at) for at, case in enumerate(cases) for name in ALL_TENSORS]
+    records += [dead("forward", case, "output", at) for at, case in enumerate(cases)]
+    run = write(tmp_path / "run", records + dead_checks())
+    found, other = problems.problems(run)
+    assert found.where == f"× {31 * 10 + 2} load_weights_from_tensors: the engine's process died of SIGSEGV"
+    assert other.where == "the process died of SIGABRT"
+    text = " ".join(problems.group_text(found).split())
+    assert text.count("most recent call first") == 1
+    assert "backward, forward: tail_h0, tail_h1," in text
+    assert "contract: edge[odd]" in text
+    assert "properties: property[split]" in text
+    assert text.count("python -m ktverify repro") == 1
+    page = tables.accuracy_markdown(run)
+    assert page.count("most recent call first") == 1
+    rows = markdown_rows(page, "rel-L2")
+    assert {(row["case"], row["family"], row["tensor"]) for row in rows} == {
+        (case, family, tensor)
+        for case in cases
+        for family, tensor in (("backward", "9 tensors"), ("forward", "output"))
+    }
+
+
+def test_failing_tensors_of_a_case_have_one_command(tmp_path: Path) -> None:
+    records: list[Result] = [
+        accuracy(3e-2, tensor=tensor, family=family)
+        for tensor, family in (("output", "forward"), ("grad_input", "backward"), ("grad_up_lora_a", "backward"))
+    ]
+    (found,) = problems.problems(write(tmp_path / "run", records))
+    assert found.where == "forward, backward · avx2 · small@seed=0"
+    assert len(found.lines) == 3
+    assert found.repro == "python -m ktverify repro 'small@seed=0' --isa avx2"
+
+
+def test_checks_that_found_the_same_share_a_line(tmp_path: Path) -> None:
+    def failed(name: str, message: str) -> CheckRecord:
+        return CheckRecord(family="contract", engine="native", name=name, verdict="FAIL", message=message)
+
+    records: list[Result] = [
+        failed(f"test_refused[{name}]", f"{name}: was accepted") for name in ("gate_proj shape", "expert id 6")
+    ]
+    records += [failed("test_behaviour[engine-reload]", "the bits differ\n" + "\n".join("abcdef"))]
+    (found,) = problems.problems(write(tmp_path / "run", records))
+    assert found.where == "× 3 contract"
+    said, names, reload, *more = found.lines
+    assert said == "was accepted (2 times):"
+    assert names == "  refused[gate_proj shape, expert id 6]"
+    assert reload.split() == ["behaviour[reload]", "the", "bits", "differ"]
+    assert [line.strip() for line in more] == ["a", "b", "c", "and 3 more lines"]

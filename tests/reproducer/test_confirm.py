@@ -1,0 +1,227 @@
+"""`confirm`: what a run says is shown again by the engine's own script, and what is not shown there is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ktverify.checks import accuracy
+from ktverify.cli.main import app
+from ktverify.reproducer import confirm as confirming
+from ktverify.reproducer.bundle import script_of
+from ktverify.reproducer.claims import Accusation, Place, accusations, untold
+from ktverify.runs.record import AccuracyRecord, CheckRecord, Result
+from ktverify.runs.store import load, start_run
+from ktverify.spec.cases import Case
+from tests.support import accused
+
+ENGINE = "tests.support.accused:Accused"
+
+
+def case_of(tokens: int) -> Case:
+    return Case.parse(f"E=4,k=2,H=32,I=32,T={tokens},r=4,alpha=8")
+
+
+def failing(tokens: int) -> list[AccuracyRecord]:
+    """What the suite's own gates say of the engine on so many tokens."""
+    return accuracy.check_case(ENGINE, case_of(tokens), fresh=True).records
+
+
+def ended(tokens: int, verdict: str, message: str) -> CheckRecord:
+    return CheckRecord.model_validate(
+        {
+            "family": "contract", "engine": ENGINE, "name": "test_edge", "verdict": verdict, "message": message,
+            "case": case_of(tokens).id,
+        }
+    )  # fmt: skip
+
+
+def write(directory: Path, records: list[Result], engine: str = ENGINE) -> Path:
+    recorder = start_run(directory, engine, "pytest")
+    for record in records:
+        recorder.add(record)
+    return directory
+
+
+def confirm(directory: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    done = CliRunner().invoke(app, ["confirm", str(directory), *arguments])
+    return done.exit_code, done.output
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The table's rows by case."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line][2:]
+    return {row[1]: row for row in cells}
+
+
+def test_a_failure_and_a_crash_are_confirmed(tmp_path: Path) -> None:
+    died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
+    raised = ended(14, "CRASH", "RuntimeError: no weights for fourteen")
+    run = write(tmp_path / "run", [*failing(12), died, raised])
+    code, text = confirm(run)
+    assert code == 0, text
+    assert text.startswith(f"CONFIRMED: all 3 accusations, in 3 cases of {ENGINE}.")
+    failed, crashed, refused = (rows(text)[case_of(tokens).brief] for tokens in (12, 13, 14))
+    assert failed[0] == "yes"
+    assert failed[2:4] == ["FAIL", "output"]
+    assert float(failed[4]) == pytest.approx(1.0, abs=0.05)
+    assert failed[4] == failed[5]
+    assert crashed == ["yes", crashed[1], "CRASH", "", "SIGSEGV", "SIGSEGV"]
+    assert refused[5] == "no weights for fourteen"
+    kept = run / "confirm" / crashed[1]
+    assert (kept / "output.txt").read_text(encoding="utf-8").startswith("13 tokens")
+    assert {path.name for path in kept.iterdir()} == {"case.safetensors", "run.py", "output.txt"}
+    again = text.partition("One again: the engine's Python, and ")[2].partition("\n")[0]
+    assert Path(again.replace("CASE", crashed[1])).resolve() == kept.resolve() / "run.py"
+    assert (run / "confirm" / "confirm.md").read_text(encoding="utf-8") == text
+
+
+def test_what_is_not_shown_alone_is_not_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confirming, "TRIES", 1)
+    other = CheckRecord(family="contract", engine=ENGINE, name="test_refused[k]", verdict="FAIL", message="k: accepted")
+    crash = ended(10, "CRASH", "the process died of SIGABRT")
+    code, text = confirm(write(tmp_path / "run", [*failing(11), crash, other]))
+    assert code == 1
+    assert text.startswith("NOT CONFIRMED: 2 of 2 accusations")
+    assert rows(text)[case_of(11).brief][::5] == ["NO", "right"]
+    assert rows(text)[case_of(10).brief][4:] == ["SIGABRT", "computed"]
+    assert text.endswith("not repeated here: 1 checks.\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("def f(:\n", "SyntaxError: invalid syntax"),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("open('/no/such/file')\n", "FileNotFoundError: [Errno 2] No such file or directory"),
+        ("raise SystemExit(3)\n", "ended with exit code 3"),
+        ("print('done')\n", "it ended without actual.safetensors"),
+    ],
+)
+def test_a_script_that_fails_by_itself_says_nothing_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+) -> None:
+    path = tmp_path / "alone.py"
+    path.write_text(script, encoding="utf-8")
+    monkeypatch.setattr(accused.Accused, "stand_alone", str(path))
+    monkeypatch.setattr(confirming, "TRIES", 1)
+    died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
+    silent = ended(14, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")
+    code, text = confirm(write(tmp_path / "run", [*failing(12), died, silent]))
+    assert code == 2
+    assert text.startswith("NOT CONFIRMED: 3 of 3 accusations")
+    assert "Of 3 of them nothing is known: the engine's script could not be run." in text
+    for tokens in (12, 13, 14):
+        row = rows(text)[case_of(tokens).brief]
+        assert row[0] == "?"
+        assert row[5].startswith(f"could not be run: {says}")
+
+
+def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "alone.py"
+    path.write_text("import no_such_module\n", encoding="utf-8")
+    monkeypatch.setattr(accused.Accused, "stand_alone", str(path))
+    same = ended(13, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'no_such_module' (engine.py:7)")
+    other = ended(14, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'another' (engine.py:7)")
+    code, text = confirm(write(tmp_path / "run", [same, other]))
+    assert code == 2
+    assert [rows(text)[case_of(tokens).brief][0] for tokens in (13, 14)] == ["yes", "?"]
+
+
+@pytest.mark.parametrize(
+    ("message", "alone", "same"),
+    [
+        ("forward_sft: the process ended with exit code 127", "ended with exit code 1", False),
+        ("forward_sft: the process ended with exit code 1", "ended with exit code 127", False),
+        ("forward_sft: the process ended with exit code 3; last words:\n13 tokens", "ended with exit code 3", True),
+        ("CRASH forward_sft: SystemExit: 3 (engine.py:7)", "ended with exit code 3", True),
+        ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "AssertionError", False),
+        ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "AssertionError: rows", False),
+        (
+            "CRASH forward_sft: AssertionError: rows differ (engine.py:7)",
+            "engine.Own.AssertionError: rows differ",
+            True,
+        ),
+        ("CRASH forward_sft: the engine's process is gone", "e", False),
+        ("RuntimeError: no weights for fourteen", "fourteen", False),
+        ("CRASH forward_sft: SystemExit: no weights (engine.py:7)", "no weights", True),
+    ],
+)
+def test_only_the_same_end_is_confirmed(message: str, alone: str, same: bool) -> None:
+    told = Accusation(Place(case_of(13).id), "CRASH", "", "CRASH", message=message)
+    assert confirming._same_end(told, alone) is same
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("13 tokens\n", "13 tokens"),
+        (
+            "a\nTraceback (most recent call last):\n  File ...\n    f()\nValueError: two\n  lines\n",
+            "ValueError: two lines",
+        ),
+        ("", ""),
+    ],
+)
+def test_the_error_that_an_output_ends_with(said: str, error: str) -> None:
+    assert confirming._error_in(said) == error
+
+
+def test_no_answer_is_confirmed_by_none(tmp_path: Path) -> None:
+    # python alone takes longer than that
+    run = write(tmp_path / "run", [ended(12, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")])
+    found = confirming.confirm(load(run), time_limit=0.01, done=lambda number, of: None)
+    assert [(finding.confirmed, finding.alone) for finding in found] == [(True, "no answer")]
+
+
+def test_a_run_without_accusations_needs_nothing(tmp_path: Path) -> None:
+    """Not even a script."""
+    for engine in (ENGINE, "torch_bf16"):
+        code, text = confirm(write(tmp_path / engine, [], engine))
+        assert code == 0
+        assert text.startswith("Nothing to confirm")
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ("torch_bf16", "error: engine 'torch_bf16' has no stand-alone script; it takes the attribute stand_alone"),
+        ("tests.support.accused:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
+    ],
+)
+def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engine: str, says: str) -> None:
+    code, text = confirm(write(tmp_path / "run", [ended(12, "CRASH", "it raised")], engine))
+    assert code == 2
+    assert says in text
+    assert len(text.splitlines()) == 1
+
+
+def test_kt_kernel_brings_a_script_that_knows_nothing_of_us() -> None:
+    lines = script_of("kt_kernel").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith(("import ktverify", "from ktverify"))]
+
+
+def test_each_accusation_is_told_once() -> None:
+    case = "exact_small@seed=0"
+    lines = ["TP 1: FAIL grad_input non_finite 96, budget 0, worst [0, 0]", "TP 2: FAIL output 3 of 8 elements differ"]
+    said = "\n  ".join([case, *lines])
+    degrees = CheckRecord(
+        family="tp_consistency", engine=ENGINE, name="test_degrees", verdict="FAIL", message=said, case=case
+    )
+    own = "\n".join([case, *(line.partition(": ")[2] for line in lines)])
+    exact = degrees.model_copy(update={"family": "exact", "message": own})
+    assert accusations([degrees, degrees]) == [
+        Accusation(Place(case, 1), "FAIL", "grad_input", "96 not finite"),
+        Accusation(Place(case, 2), "FAIL", "output", "3 of 8 elements differ"),
+    ]
+    assert [(told.place.tp, told.tensor, told.exact) for told in accusations([exact])] == [
+        (1, "output", True),
+        (1, "grad_input", True),
+    ]
+    nameless = degrees.model_copy(update={"case": ""})
+    eaten = degrees.model_copy(update={"verdict": "OOM"})
+    assert accusations([nameless, eaten]) == []
+    assert untold([degrees, nameless, eaten]) == 2

@@ -1,0 +1,95 @@
+"""Facts about the machine and the sizes of a layer, from made-up files and arguments."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktverify.checks.target import SMALL
+from ktverify.engines import argument_checks
+from ktverify.engines.run import layer_arguments
+from ktverify.system import machine
+from ktverify.system.machine import Amx, isas_of, read_machine
+
+
+def write(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
+def test_cached_files_do_not_count_as_used(tmp_path: Path) -> None:
+    write(tmp_path, memory__max=1000, memory__current=900)
+    write(tmp_path / "a", memory__max="max", memory__current=1)
+    stat = "anon 5\ninactive_file 300\nactive_file 100\nslab_reclaimable 7"
+    write(tmp_path / "a" / "b", memory__max=700, memory__current=600, memory__stat=stat)
+    assert machine._cgroup_memory(tmp_path, "0::/a/b") == (1000, 900)
+    assert machine._cgroup_memory(tmp_path, "0::/a/b\n1:cpu:/") == (1000, 900)
+    write(tmp_path, memory__max=1000, memory__current=900, memory__stat="inactive_file 700\nactive_file 100")
+    assert machine._cgroup_memory(tmp_path, "0::/a/b") == (700, 200)
+    assert machine._cgroup_memory(tmp_path, "0::/no/such") == (1000, 100)
+
+
+def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
+    stat = "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 30"
+    folder = tmp_path / "memory" / "a"
+    write(folder, memory__limit_in_bytes=500, memory__usage_in_bytes=400, memory__stat=stat)
+    write(folder.parent, memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=400)
+    assert machine._cgroup_memory(tmp_path, "4:cpu,memory:/a\n5:cpuset:/a") == (500, 350)
+    assert machine._cgroup_memory(tmp_path, "5:cpuset:/a") == (0, 0)
+
+
+def spec(**changed: Any) -> argument_checks.LayerSpec:
+    given = {**layer_arguments(SMALL, isa=None, tp=1, threads=1), "max_cache_depth": 1, "lora_dropout": 0.0, **changed}
+    return argument_checks.check_spec(
+        **{name: value for name, value in given.items() if name not in ("weight_path", "isa")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (
+            {"hidden_size": argument_checks.LARGEST + 1},
+            f"hidden_size is {argument_checks.LARGEST + 1}; it takes .* {argument_checks.LARGEST}",
+        ),
+        ({"num_experts": 2**31 - 1}, "num_experts is 2147483647; it takes a positive number, at most 16777216"),
+        (
+            {"chunked_prefill_size": argument_checks.LARGEST, "num_experts": 128, "num_experts_per_tok": 128},
+            "chunked_prefill_size is 16777216; with num_experts_per_tok 128 it takes at most 8388608",
+        ),
+        ({"num_gpu_experts": 1}, "num_gpu_experts is 1; it takes 0"),
+    ],
+)
+def test_what_would_not_be_computed_is_refused(changed: dict[str, Any], says: str) -> None:
+    assert spec(moe_intermediate_size=argument_checks.LARGEST).moe_intermediate_size == argument_checks.LARGEST
+    with pytest.raises(ValueError, match=says):
+        spec(**changed)
+
+
+def test_the_machine_tells_what_it_knows() -> None:
+    here = read_machine()
+    assert here.cpu
+    assert here.isas[-1] == "scalar"
+    assert 1 <= here.threads <= here.cpus_online
+    assert 0 < here.memory_available_bytes <= here.memory_total_bytes
+    assert here.versions["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "kernel", "expected"),
+    [
+        ("", True, ("amx_bf16", "avx512_bf16", "avx2", "scalar")),
+        ("", False, ("avx512_bf16", "avx2", "scalar")),
+        ("amx_bf16", True, ("avx512_bf16", "avx2", "scalar")),
+        ("avx512_bf16", True, ("avx2", "scalar")),
+        ("fma", True, ("amx_bf16", "avx512_bf16", "scalar")),
+    ],
+)
+def test_isas_follow_the_flags_and_the_kernel(lacking: str, kernel: bool, expected: tuple[str, ...]) -> None:
+    flags = {"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx2", "fma"}
+    amx = Amx(cpu=lacking != "amx_bf16", kernel=kernel, permitted=False, emulated=False)
+    assert isas_of(frozenset(flags - {lacking}), amx) == expected

@@ -1,0 +1,250 @@
+"""Gradients whatever the order: accumulation, several waiting forwards, checkpointing, freed graphs, stale LoRA."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ktverify.training.tiny import build_model
+from tests.support import models
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+FAMILY = "qwen3_moe"
+IDS = models.token_ids(8, 17)
+
+
+def make(**options: Any) -> Any:
+    return models.adapted(models.with_engine(build_model(FAMILY).float(), **options))
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def waiting(model: Any) -> int:
+    return sum(int(wrapper.engine.saved_forwards) for wrapper in model._kt_wrappers)
+
+
+def expect_close(actual: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        apart = float((actual[name] - expected[name]).norm() / expected[name].norm())
+        assert apart <= limit, f"{name} differs by {apart:.2e}"
+
+
+def expect_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert all(torch.equal(actual[name], expected[name]) for name in expected | actual)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    """Gradients of all eight rows in one backward."""
+    model = make()
+    torch.autograd.backward(loss_of(model, IDS))
+    return models.gradients(model)
+
+
+@pytest.mark.parametrize("parts", [4, 8])
+def test_accumulation(parts: int, expected: dict[str, Tensor]) -> None:
+    model = make()
+    for rows in IDS.chunk(parts):
+        torch.autograd.backward(loss_of(model, rows) / parts)
+    # only roundings of single rows to bf16 differ: upstream gradients are not the same bits in another batch
+    expect_close(models.gradients(model), expected, 5e-3)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_forwards_before_their_backwards(order: tuple[int, int]) -> None:
+    one_by_one, together = make(), make()
+    halves = IDS.chunk(2)
+    for place in order:
+        torch.autograd.backward(loss_of(one_by_one, halves[place]))
+    losses = [loss_of(together, half) for half in halves]
+    assert waiting(together) == 4
+    for place in order:
+        torch.autograd.backward(losses[place])
+    expect_same(models.gradients(together), models.gradients(one_by_one))
+    assert waiting(together) == 0
+
+
+def test_one_backward_of_two_forwards() -> None:
+    one_by_one, together = make(), make()
+    halves = IDS.chunk(2)
+    for half in halves:
+        torch.autograd.backward(loss_of(one_by_one, half))
+    torch.autograd.backward(loss_of(together, halves[0]) + loss_of(together, halves[1]))
+    expect_close(models.gradients(together), models.gradients(one_by_one), 1e-6)
+
+
+def test_more_forwards_than_the_engine_keeps() -> None:
+    roomy, tight = make(depth=8), make(depth=1)
+    for model in (roomy, tight):
+        losses = [loss_of(model, rows) for rows in IDS.chunk(4)]
+        assert waiting(model) == (8 if model is roomy else 2)
+        for loss in losses:
+            torch.autograd.backward(loss)
+    expect_same(models.gradients(tight), models.gradients(roomy))
+
+
+def test_a_graph_that_is_used_twice() -> None:
+    once, twice = make(), make()
+    for _ in range(2):
+        torch.autograd.backward(loss_of(once, IDS))
+    loss = loss_of(twice, IDS)
+    torch.autograd.backward(loss, retain_graph=True)
+    torch.autograd.backward(loss)
+    expect_same(models.gradients(twice), models.gradients(once))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool, expected: dict[str, Tensor]) -> None:
+    model = make()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+    loss = loss_of(model, IDS)
+    assert waiting(model) == 0, "a checkpointed forward keeps nothing in the engine"
+    torch.autograd.backward(loss)
+    expect_same(models.gradients(model), expected)
+    assert waiting(model) == 0
+
+
+def test_a_freed_graph_frees_the_engines_memory() -> None:
+    model = make()
+    loss = loss_of(model, IDS)
+    assert waiting(model) == 2
+    del loss
+    gc.collect()
+    assert waiting(model) == 0
+    with torch.no_grad():
+        loss_of(model, IDS)
+    assert waiting(model) == 0
+
+
+# ---- the engine's LoRA is the optimizer's
+
+
+def optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
+    return {
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+        "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+        # moves no version counter
+        "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        "sgd": lambda p: torch.optim.SGD(p, lr=1e-1),
+    }
+
+
+def expect_present_lora(model: Any) -> None:
+    """The model computes with the parameters that it has, as a fresh one with the same parameters does."""
+    fresh = make()
+    fresh.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" in n}, strict=False)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, fresh(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_a_step_is_seen_without_a_call(name: str) -> None:
+    model = make()
+    optimizer = optimizers()[name]([p for p in model.parameters() if p.requires_grad])
+    before = model(input_ids=IDS).logits.detach()
+    torch.autograd.backward(loss_of(model, IDS))
+    optimizer.step()
+    expect_present_lora(model)
+    assert not torch.equal(before, model(input_ids=IDS).logits)
+
+
+def test_writes_behind_autograds_back_are_seen() -> None:
+    model = make()
+    model(input_ids=IDS)
+    for parameter in model._kt_wrappers[0].lora_params.values():
+        parameter.data.mul_(1.5)
+    expect_present_lora(model)
+
+
+def test_stale_lora_is_refused_where_updates_are_off() -> None:
+    model = make(auto_update=False)
+    model(input_ids=IDS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
+    torch.autograd.backward(loss_of(model, IDS))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"changed since the engine took them over.*update_lora_pointers\(\)"):
+        model(input_ids=IDS)
+    for wrapper in model._kt_wrappers:
+        wrapper.update_lora_pointers()
+    expect_present_lora(model)
+
+
+def test_switches_and_other_optimizers_are_no_change() -> None:
+    model, plain = make(auto_update=False), make()
+    for wrapper in model._kt_wrappers:
+        wrapper.update_lora_pointers()  # before the first forward: nothing to do yet
+    loss, twin = loss_of(model, IDS), loss_of(plain, IDS)
+    for one in (loss, twin):
+        torch.autograd.backward(one, retain_graph=True)
+    other = torch.nn.Parameter(torch.ones(3))
+    other.grad = torch.ones(3)
+    torch.optim.AdamW([other], fused=True).step()
+    with torch.no_grad():
+        on = model(input_ids=IDS).logits
+        with model.disable_adapter():
+            off = model(input_ids=IDS).logits
+        assert torch.equal(model(input_ids=IDS).logits, on)
+    assert not torch.equal(on, off)
+    # the graph is used again with the values of its forward
+    for one in (loss, twin):
+        torch.autograd.backward(one)
+    expect_same(models.gradients(model), models.gradients(plain))
+
+
+def test_a_step_while_the_adapter_is_off_is_a_change() -> None:
+    model = make(auto_update=False)
+    torch.autograd.backward(loss_of(model, IDS))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-1)
+    with model.disable_adapter(), torch.no_grad():
+        model(input_ids=IDS)
+        optimizer.step()
+        model(input_ids=IDS)
+    with pytest.raises(RuntimeError, match="changed since the engine took them over"):
+        model(input_ids=IDS)
+
+
+def test_optimizers_of_tensors_without_memory_are_left_alone() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        other = torch.nn.Parameter(torch.ones(3))
+        other.grad = torch.ones(3)
+    torch.optim.SGD([other], lr=0.1, foreach=False).step()
+    sparse = torch.nn.Parameter(torch.eye(2).to_sparse())
+    torch.optim.SGD([sparse], lr=0.1, foreach=False).step()
+
+
+def test_backward_after_a_step_uses_the_lora_of_its_forward() -> None:
+    model, plain = make(), make()
+    torch.autograd.backward(loss_of(plain, IDS))
+    loss = loss_of(model, IDS)
+    with torch.no_grad():
+        for wrapper in model._kt_wrappers:
+            for parameter in wrapper.lora_params.values():
+                parameter.data.mul_(2)
+        model(input_ids=IDS)  # the engine takes the new values over
+    torch.autograd.backward(loss)
+    name = next(n for n, _ in model.named_parameters() if "layers.1.mlp.experts.lora_B" in n)
+    assert torch.equal(models.gradients(model)[name], models.gradients(plain)[name])
+
+
+def test_a_repeated_forward_must_find_its_lora() -> None:
+    model = make(depth=1)
+    losses = [loss_of(model, rows) for rows in IDS.chunk(2)]
+    with torch.no_grad():
+        for wrapper in model._kt_wrappers:
+            wrapper.lora_params["down_lora_b"].data.mul_(2)
+        model(input_ids=IDS)
+    with pytest.raises(RuntimeError, match="the LoRA weights have changed since; raise max_cache_depth"):
+        torch.autograd.backward(losses[1])

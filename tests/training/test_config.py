@@ -1,0 +1,200 @@
+"""Configurations, data and commands: what is refused, each in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ktverify.cli.main import app
+from ktverify.training.config import read_config
+from ktverify.training.dataset import EXAMPLE, IGNORED, Record, encode, example_data, read_records
+from ktverify.training.pretrained import quiet
+from ktverify.training.tiny import make_tiny, make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+MINIMAL = "model_name_or_path: nowhere\ndataset: alpaca_tiny\noutput_dir: out\n"
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Result, wanted: str) -> None:
+    """Exit code 2 and one line that says why."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert wanted in lines[0]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Path]:
+    """A configuration file of MINIMAL and further lines, in tmp_path."""
+
+    def write(*lines: str, text: str = MINIMAL) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text.replace("output_dir: out", f"output_dir: {tmp_path / 'out'}") + "\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("lora_rnak: 8", "unknown key 'lora_rnak'; did you mean lora_rank?"),
+        ("lora_rank: eight", "lora_rank got 'eight'"),
+        ("lora_rank: 0", "lora_rank got 0"),
+        ("stage: ppo", "stage got 'ppo'"),
+        ("lora_rank: true", "lora_rank got True: true and false are not what it takes"),
+        ("warmup_ratio: 1.0", "warmup_ratio got 1.0: Input should be less than 1"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type is 'cosin', it takes one of linear, cosine,"),
+        ("kt_weight_path: /models", "kt_weight_path got '/models': the experts' weights come from model_name_or_path"),
+        ("kt_num_gpu_experts: 4", "kt_num_gpu_experts got 4: experts on a GPU do not exist yet; it takes 0"),
+        ("kt_use_wrapper: false", "kt_use_wrapper got False: the engine has no other way in; it takes true"),
+        ("kt_backend: AMXInt8", "kt_backend is 'AMXInt8', which does not exist yet; it takes AMXBF16"),
+        ("kt_backend: CUDA", "kt_backend is 'CUDA', which is unknown; it takes AMXBF16"),
+        ("dataset: nothing.json", "dataset 'nothing.json' is no file"),
+        ("resume_from_checkpoint: true", "holds no checkpoint to resume from"),
+        ("- a list", "is no YAML"),
+        ("", "model_name_or_path 'nowhere' is no directory"),
+    ],
+)
+def test_wrong_configurations(line: str, wanted: str, config: Callable[..., Path]) -> None:
+    text = MINIMAL.replace("dataset: alpaca_tiny\n", "") if line.startswith("dataset") else MINIMAL
+    refused(call("train", config(line, text=text)), wanted)
+
+
+def test_several_gpus_are_refused(config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    refused(call("train", config()), "2 GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES")
+
+
+def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:
+    refused(call("train", tmp_path / "nothing.yaml"), "there is no configuration")
+    refused(call("train", config(text="dataset: alpaca_tiny\n")), "model_name_or_path got nothing")
+    refused(call("train", config(), "--max_steps"), "--max_steps has no value")
+    refused(call("train", config(), "--max_stps", "3"), "did you mean max_steps?")
+
+
+def test_a_directory_in_use_is_not_overwritten(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("")
+    refused(call("train", config()), "exists and is not empty")
+    assert (tmp_path / "out" / "precious").exists()
+
+
+def test_what_is_refused_later_leaves_the_earlier_run(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "out" / "loss.jsonl").write_text("")
+    refused(call("train", config("overwrite_output_dir: true")), "is no directory")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-5", "loss.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("empty.json", "", "holds no record"),
+        ("empty.jsonl", "\n", "holds no record"),
+        ("list.json", "[]", "holds no record"),
+        ("torn.json", '[{"instruction": ', "is no JSON"),
+        ("other.json", '{"instruction": "a"}', "holds a dict"),
+        ("chat.json", '[{"messages": []}]', "record 1 has no instruction and output"),
+        ("history.jsonl", '{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "record 1 has a history"),
+        ("line.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction', "line.jsonl, line 3 is no JSON"),
+        ("number.jsonl", '{"instruction": "a", "output": 3}', "output is a int, it takes text"),
+    ],
+)
+def test_wrong_data(name: str, text: str, wanted: str, config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    # the path is also looked for beside the configuration
+    path = config(text=MINIMAL.replace(EXAMPLE, name))
+    refused(call("train", path), wanted)
+
+
+def test_values_over_the_file(config: Callable[..., Path]) -> None:
+    found = read_config(config("lora_rank: 4"), ["--lora_rank", "16", "--learning-rate=1e-3", "--use_kt", "false"])
+    assert (found.lora_rank, found.learning_rate, found.use_kt) == (16, 1e-3, False)
+    assert read_config(config("kt_tp_count: 2")).threadpool_count == 1
+    assert read_config(config("kt_tp_count: 2", "kt_tp_enabled: true")).threadpool_count == 2
+
+
+def test_labels_are_on_the_answer_only() -> None:
+    tokenizer = make_tokenizer()
+    records = read_records(example_data())
+    rows = encode(records, tokenizer, 512)
+    assert len(rows) == len(records)
+    for record, row in zip(records, rows, strict=True):
+        answer = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+        assert answer == f"{record.answer}</s>"
+        asked = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == IGNORED]
+        assert record.prompt in tokenizer.decode(asked)
+    assert encode(records, tokenizer, 512, workers=3) == rows
+    cut = encode(records, tokenizer, 40)
+    assert all(len(row["input_ids"]) <= 40 for row in cut)
+    with pytest.raises(ValueError, match="cutoff_len 3 leaves nothing of any answer"):
+        encode(records, tokenizer, 3)
+
+
+def test_records_of_which_nothing_is_left_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [Record("a", "b"), Record("a " * 50, "b")]
+    assert len(encode(records, make_tokenizer(), 24)) == 1
+    assert capsys.readouterr().err.startswith("1 of 2 records are left out: cutoff_len 24 leaves nothing of")
+
+
+def test_a_line_separator_in_a_text_is_no_new_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"instruction": "a\u2028b", "output": "c"}\r\n', encoding="utf-8")
+    assert read_records(path) == [Record("a\u2028b", "c")]
+
+
+def test_templates_by_name_are_the_tokenizers_own(config: Callable[..., Path]) -> None:
+    assert read_config(config("template: deepseek")).template_note.startswith("template 'deepseek' is not looked up")
+    assert read_config(config("template: default")).template_note == ""
+
+
+def test_make_tiny_says_what_it_takes(tmp_path: Path) -> None:
+    refused(call("make-tiny", "deepseekv3", "--out", tmp_path / "a"), "did you mean deepseek_v3?")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "precious").write_text("")
+    refused(call("make-tiny", "mixtral", "--out", tmp_path), "exists and is not empty")
+    made = call("make-tiny", "mixtral", "--out", tmp_path / "b")
+    assert made.exit_code == 0, made.output
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "mixtral"
+
+
+def test_make_tiny_leaves_nothing_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_tiny("mixtral", tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(ImportError, match=r"^training needs no_such_module: pip install -c .*\[training\]"):
+        quiet("training", "no_such_module")
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.04, 0), (1.06, 1)])
+def test_compare_curves(factor: float, code: int, tmp_path: Path) -> None:
+    def write(name: str, by: float) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"step": s, "loss": by * (5 - s / 10)}) + "\n" for s in range(1, 11)))
+        return path
+
+    drawn = tmp_path / "curves.png"
+    done = call("compare-curves", write("old", 1.0), write("new", factor), "--plot", drawn)
+    assert done.exit_code == code, done.output
+    assert done.output.splitlines()[-1].startswith("PASS" if code == 0 else "FAIL")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    refused(call("compare-curves", tmp_path / "nothing", tmp_path / "new.jsonl"), "has no loss history")

@@ -1,0 +1,350 @@
+"""Whole trainings from their configuration: the loss, stock peft beside the engine, resuming, acceptance, examples."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from ktverify.training import checkpoints, curves, measure, place
+from ktverify.training.acceptance import verify_training
+from ktverify.training.config import TrainConfig, read_config
+from ktverify.training.dataset import example_data, read_records
+from ktverify.training.measure import Memory, growth, measure_memory
+from ktverify.training.pretrained import load_tokenizer
+from ktverify.training.run import Summary, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FAMILIES = {"deepseek_v2": "deepseek2", "qwen3_moe": "qwen3_moe"}
+STEPS, HALF = 100, 50
+# of all but the experts: stock bf16 takes twice the time on a CPU without fast bf16, for the same curve within 2 %
+DTYPE = "float32"
+
+
+def run_example(name: str, model: Path, output: Path, **more: Any) -> Summary:
+    """The training of examples/<name>.yaml on the checkpoint `model`; `more` are keys over it."""
+    keys = {"model_name_or_path": model, "output_dir": output, "kt_num_threads": 1, **more}
+    words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    return train(read_config(EXAMPLES / f"{name}.yaml", words), EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The output directory of a family's example, all its steps."""
+    home = tmp_path_factory.mktemp("trained")
+
+    def directory(family: str) -> Path:
+        path = home / family
+        if not path.exists():
+            run_example(FAMILIES[family], tiny(family), path, torch_dtype=DTYPE)
+        return path
+
+    return directory
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_halves_and_stock_peft_has_the_same_curve(
+    family: str, trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    engine = curves.read_curve(trained(family))
+    assert engine.steps == tuple(range(1, STEPS + 1))
+    assert engine.losses[-1] <= engine.losses[0] / 2
+    run_example(FAMILIES[family], tiny(family), tmp_path / "stock", use_kt="false", torch_dtype=DTYPE)
+    found = curves.compare(curves.read_curve(tmp_path / "stock"), engine)
+    assert found.passed, f"{found.largest:.2%} at step {found.largest_at}"
+    # the two runs are two programs; equal to the last digit, one of them was not what it is called
+    assert found.mean > 1e-6
+
+
+def test_curves_that_differ_are_told_apart(trained: Callable[[str], Path]) -> None:
+    curve = curves.read_curve(trained("deepseek_v2"))
+    worse = curves.Curve(curve.steps, (*curve.losses[:40], curve.losses[40] * 1.051, *curve.losses[41:]))
+    found = curves.compare(curve, worse)
+    assert not found.passed
+    assert found.largest_at == 41
+    assert found.largest == pytest.approx(0.051)
+    short = curves.Curve(curve.steps[:-1], curve.losses[:-1])
+    with pytest.raises(ValueError, match="other steps: 1 are in one only, first 100"):
+        curves.compare(curve, short)
+    with pytest.raises(ValueError, match="loss of step 1 is not finite"):
+        curves.compare(curve, curves.Curve(curve.steps, (float("nan"), *curve.losses[1:])))
+
+
+def test_the_slope_is_fitted() -> None:
+    steps = tuple(range(1, 11))
+    # the end lies above the start, but the line falls
+    losses = (1.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5)
+    assert curves.Curve(steps, losses).slope < 0 < losses[-1] - losses[0]
+    assert curves.Curve(steps, tuple(2.0 + 3.0 * step for step in steps)).slope == pytest.approx(3.0)
+
+
+SHORT = {"max_steps": 3, "logging_steps": 1, "torch_dtype": DTYPE}
+
+
+def test_accumulated_steps_have_the_losses_of_stock_peft(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = {**SHORT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for name, use_kt in (("engine", "true"), ("stock", "false")):
+        done = run_example("qwen3_moe", tiny("qwen3_moe"), tmp_path / name, use_kt=use_kt, **settings)
+        assert done.steps == 3
+    found = curves.compare(*(curves.read_curve(tmp_path / name) for name in ("stock", "engine")))
+    assert found.passed, f"{found.largest:.2%} at step {found.largest_at}"
+    assert found.mean > 1e-6
+    state = json.loads((tmp_path / "engine" / curves.STATE_FILE).read_text(encoding="utf-8"))
+    assert state["log_history"][0]["epoch"] == 4 / math.ceil(len(read_records(example_data())) / 2)
+
+
+def test_checkpointing_dropout_rslora_and_a_tokenizer_without_padding(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny("qwen3_moe"), tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del settings["pad_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load_tokenizer(str(base), option="base").pad_token is None
+    more = {"lora_dropout": 0.3, "use_rslora": "true", "save_steps": 1, "save_total_limit": 2}
+    more["per_device_train_batch_size"] = 2
+    for name, on in (("kept", "false"), ("recomputed", "true")):
+        run_example("qwen3_moe", base, tmp_path / name, **SHORT, **more, gradient_checkpointing=on)
+    kept, recomputed = (curves.read_curve(tmp_path / name) for name in ("kept", "recomputed"))
+    # a forward that is computed again has the same bits, its dropout included
+    assert kept == recomputed
+    assert sorted(path.name for path in (tmp_path / "kept").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    stored = json.loads((tmp_path / "kept" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert stored["use_rslora"] is True
+    plain = {**more, "lora_dropout": 0.0}
+    run_example("qwen3_moe", base, tmp_path / "plain", **SHORT, **{**plain, "save_steps": 10})
+    assert curves.read_curve(tmp_path / "plain").losses[0] == kept.losses[0]  # B is zero, so is what dropout changes
+    assert curves.read_curve(tmp_path / "plain").losses[2] != kept.losses[2]
+
+
+# ---- stopping and going on
+
+
+def test_resuming_equals_not_stopping(
+    trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    whole = trained("qwen3_moe")
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole / f"checkpoint-{HALF}", stopped / f"checkpoint-{HALF}")
+    rows = (whole / curves.LOSS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    # it went on for a while after its last checkpoint, and died while it wrote a loss
+    (stopped / curves.LOSS_FILE).write_text("".join(rows[: HALF + 7]) + rows[HALF + 7][:9], encoding="utf-8")
+    assert curves.read_curve(stopped).steps[-1] == HALF + 7
+    # and was killed while it wrote the next one
+    torn = stopped / f"checkpoint-{HALF + 10}"
+    shutil.copytree(whole / f"checkpoint-{HALF}", torn)
+    (torn / "optimizer.pt").write_bytes((torn / "optimizer.pt").read_bytes()[:1000])
+    done = run_example("qwen3_moe", tiny("qwen3_moe"), stopped, resume_from_checkpoint="true", torch_dtype=DTYPE)
+    assert done.steps == STEPS - HALF
+    all_rows = [json.loads(row) for row in rows]
+    assert done.tokens == all_rows[-1]["tokens"] - all_rows[HALF - 1]["tokens"]
+    expected, actual = curves.read_curve(whole), curves.read_curve(stopped)
+    assert actual.steps == expected.steps
+    assert max(abs(a - b) for a, b in zip(actual.losses, expected.losses, strict=True)) <= 1e-6
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (stopped, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
+    for name in ("checkpoint-10/optimizer.pt", "checkpoint-90/optimizer.pt", "mine/checkpoint-3/a", ".saving-x/a"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for name in ("adapter_model.safetensors", curves.LOSS_FILE, "loss.png", "training.json", "notes.txt"):
+        (tmp_path / name).touch()
+    reached = tmp_path / "checkpoint-10"
+    (reached / curves.STATE_FILE).write_text('{"global_step": 10}', encoding="utf-8")
+    place.make_room(tmp_path, reached)
+    assert not (tmp_path / "checkpoint-90").exists()
+    assert (tmp_path / curves.LOSS_FILE).exists()
+    assert reached.exists()
+    place.make_room(tmp_path, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt"}
+
+
+def test_a_checkpoint_of_another_run_does_not_open_a_directory_in_use(
+    trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "precious").touch()
+    other = str(trained("qwen3_moe") / f"checkpoint-{HALF}")
+    with pytest.raises(ValueError, match=r"is not empty: name another.*a checkpoint of"):
+        place.choose_start(tmp_path, other, overwrite=False)
+    assert place.choose_start(tmp_path, other, overwrite=True) == Path(other)
+    assert place.choose_start(Path(other).parent, other, overwrite=False) == Path(other)
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        place.choose_start(tmp_path, str(tmp_path / "checkpoint-7"), overwrite=True)
+
+
+@pytest.mark.parametrize("killed_at", range(len(checkpoints.NEEDED)))
+def test_a_checkpoint_that_was_being_written_is_passed_over(
+    killed_at: int, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    older, newer = tmp_path / "checkpoint-50", tmp_path / "checkpoint-100"
+    for path in (older, newer):
+        shutil.copytree(trained("qwen3_moe") / path.name, path)
+    assert checkpoints.choose(True, tmp_path) == newer
+    for name in checkpoints.NEEDED[killed_at + 1 :]:
+        (newer / name).unlink()
+    torn = newer / checkpoints.NEEDED[killed_at]
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    if killed_at == 0:  # peft writes the weights before their configuration
+        torn.unlink()
+    assert checkpoints.choose(True, tmp_path) == older
+    for name in checkpoints.NEEDED[killed_at:]:
+        (newer / name).write_bytes(b"garbage")  # what a file system may leave of a file after a crash
+    assert checkpoints.choose(True, tmp_path) == older
+    shutil.rmtree(older)
+    with pytest.raises(ValueError, match="no whole checkpoint to resume from; checkpoint-100: "):
+        checkpoints.choose(True, tmp_path)
+
+
+# ---- acceptance
+
+
+def findings(directory: Path, base: Path) -> dict[str, bool]:
+    return {finding.name: finding.passed for finding in verify_training(directory, str(base))}
+
+
+def test_a_finished_training_is_accepted(trained: Callable[[str], Path], tiny: Callable[[str], Path]) -> None:
+    found = findings(trained("deepseek_v2"), tiny("deepseek_v2"))
+    assert len(found) == 9
+    assert all(found.values()), found
+    assert {"loss.jsonl", "loss.png", "training.json", "trainer_state.json"} <= {
+        path.name for path in trained("deepseek_v2").iterdir()
+    }
+
+
+def _with_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        tensors = load_file(directory / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "adapter_model.safetensors")
+
+    return damage
+
+
+def _rising(directory: Path) -> None:
+    rows = [json.dumps({"step": step, "loss": 1.0 + step / 10}) + "\n" for step in range(1, 6)]
+    (directory / curves.LOSS_FILE).write_text("".join(rows), encoding="utf-8")
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "files": lambda directory: (directory / "adapter_config.json").unlink(),
+    "readable": lambda directory: (directory / "adapter_model.safetensors").write_bytes(b"torn"),
+    "finite": _with_tensors(lambda t: next(iter(t.values())).view(-1)[0].fill_(float("nan"))),
+    "trained": _with_tensors(lambda t: [v.zero_() for n, v in t.items() if "lora_B" in n]),
+    "loss": _rising,
+    "keys": _with_tensors(lambda t: t.popitem()),
+    "loads": _with_tensors(lambda t: t.update({n: v[:, :-1].contiguous() for n, v in t.items()})),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_question_can_be_answered_with_no(
+    what: str, trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained("deepseek_v2"), directory, ignore=shutil.ignore_patterns("checkpoint-*"))
+    DAMAGES[what](directory)
+    found = findings(directory, tiny("deepseek_v2"))
+    assert found[what] is False, found
+
+
+def test_an_adapter_that_changes_nothing_generates_what_the_base_does(
+    trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(trained("deepseek_v2"), directory, ignore=shutil.ignore_patterns("checkpoint-*"))
+    DAMAGES["trained"](directory)
+    assert findings(directory, tiny("deepseek_v2"))["generation"] is False
+
+
+# ---- memory
+
+
+def test_memory_does_not_grow(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    words = ["--model_name_or_path", str(tiny("deepseek_v2")), "--output_dir", str(tmp_path), "--kt_num_threads", "1"]
+    found = measure_memory(read_config(EXAMPLES / "minimal.yaml", words), EXAMPLES, steps=30)
+    assert len(found.steps) == 30
+    assert 0 < found.loaded <= found.steps[-1]
+    assert not found.leaks, found
+    assert found.slope < 2**16, found  # 15 KiB a step is the most that such a run was seen to take
+    assert found.waiting == 0
+    assert Memory(found.loaded, found.steps, found.slope + 2**19).leaks
+    assert Memory(found.loaded, found.steps, found.slope, waiting=1).leaks
+
+
+@pytest.mark.parametrize(
+    ("name", "rss"),
+    [
+        ("every step", [at * 2**19 for at in range(10)]),
+        ("every second step", [at // 2 * 2**21 for at in range(10)]),
+        ("behind one large rise", [at * 2**19 + (at > 4) * 2**23 for at in range(10)]),
+    ],
+)
+def test_a_leak_is_found(name: str, rss: list[int]) -> None:
+    assert Memory(0, tuple(rss), growth(rss)).leaks, name
+
+
+@pytest.mark.parametrize("at", range(1, 10))
+def test_one_rise_is_no_leak(at: int) -> None:
+    rss = [2**29 + (step >= at) * 2**23 + step * 2**14 for step in range(10)]
+    assert not Memory(0, tuple(rss), growth(rss)).leaks
+
+
+def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"tokens_per_s": rate} for rate in (1.0, 1.0, 1.0, 40.0, 10.0, 30.0, 20.0)]
+
+    def run(config: TrainConfig, beside: Path, *, one_length: bool) -> SimpleNamespace:
+        assert not one_length
+        assert config.max_steps == len(rows)
+        return SimpleNamespace(journal=SimpleNamespace(rows=rows))
+
+    monkeypatch.setattr(measure, "run", run)
+    config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
+    assert measure.measure_throughput(config, EXAMPLES, steps=4) == 25.0
+
+
+# ---- the examples
+
+
+@pytest.mark.parametrize("example", sorted(path.stem for path in EXAMPLES.glob("*.yaml")))
+def test_every_example_runs(example: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    document = yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text(encoding="utf-8"))
+    family = Path(document["model_name_or_path"]).name
+    # as many workers as the example says, where it says so
+    threads = document.get("kt_num_threads") or 1
+    more = {"max_steps": 3, "logging_steps": 10, "kt_num_threads": threads}
+    done = run_example(example, tiny(family), tmp_path / "out", **more)
+    assert done.steps == 3
+    assert 0 < done.last_loss < math.inf
+    assert done.tokens > 0
+    summary = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
+    assert summary["last_loss"] == done.last_loss
+    assert summary["slope"] is None  # one step was logged, the last
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_full_has_every_key() -> None:
+    document = yaml.safe_load((EXAMPLES / "full.yaml").read_text(encoding="utf-8"))
+    assert set(document) == set(TrainConfig.model_fields)
+    other = {name for name, field in TrainConfig.model_fields.items() if document[name] != field.default}
+    # its header names the same ones; lora_alpha is what its default, 2 lora_rank, comes to
+    assert other == {
+        *("model_name_or_path", "dataset", "output_dir"),
+        *("max_steps", "learning_rate", "per_device_train_batch_size", "logging_steps", "save_steps", "lora_alpha"),
+    }
+    assert document["lora_alpha"] == 2 * document["lora_rank"]
