@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from ktverify.checks import case_accuracy, isas
+from ktverify.checks import case_accuracy, isas, processes
 from ktverify.checks.accuracy import verdict_of
 from ktverify.checks.isas import Isa
 from ktverify.checks.property_search import Violated
@@ -422,12 +422,12 @@ def judge_case(
         child = children.get(isa.env, big=big)
         # what fails here, a golden above all, is no fault of the engine's
         try:
-            child.call("ktverify.checks.case_accuracy:prepare", case=case, fresh=fresh)
+            child.call(case_accuracy.prepare, case=case, fresh=fresh)
         except (OSError, ValueError) as error:
             pytest.fail(f"{case.id} cannot be judged: {error}", pytrace=False)
         try:
             records = child.call(
-                "ktverify.checks.case_accuracy:check_case",
+                case_accuracy.check_case,
                 family=family,
                 engine=engine,
                 case=case,
@@ -448,7 +448,7 @@ def judge_case(
             raise
         if big:
             # a peak too short to be seen while it lasted
-            peak, most = child.call("ktverify.checks.processes:peak_memory"), limits_of(big=True).memory
+            peak, most = child.call(processes.peak_memory), limits_of(big=True).memory
             text = f"{case.id} took {peak / 2**30:.1f} GiB, it takes at most {most / 2**30:.1f} GiB"
             expect(peak <= most, text, "resources")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.target import ODD, Subject, expect, expect_same_bits
+from ktverify.engines.native import layer as native_layer
 from ktverify.engines.run import run_layer
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -54,7 +55,7 @@ def check_sentinels(subject: Subject) -> None:
             guards = Guards()
             with (
                 mock.patch.object(torch, "empty", guards.empty),
-                mock.patch.object(layer, "_gradients", guards.gradients),
+                mock.patch.object(native_layer, "_gradients", guards.gradients),
             ):
                 found = run_layer(layer, inputs)
             expect(len(guards.blocks) >= len(found), f"{len(guards.blocks)} guarded results of {len(found)}")

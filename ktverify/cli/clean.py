@@ -100,9 +100,7 @@ def _seed(seed: int, wanted: list[Subject], glob: str | None) -> list[Run]:
     runs: list[Run] = []
     for subject in wanted:
         if subject.isa.emulated:
-            runs += call_fresh(
-                f"{__name__}:judge", env=subject.isa.env, seed=seed, wanted=[subject], glob=glob, limit=_TINY
-            )
+            runs += call_fresh(judge, env=subject.isa.env, seed=seed, wanted=[subject], glob=glob, limit=_TINY)
     plain = [subject for subject in wanted if not subject.isa.emulated]
     return runs + (judge(seed, plain, glob) if plain else [])
 

@@ -1,4 +1,4 @@
-"""`python -m ktverify.cli.start MODULE [ARGUMENT…]`: what ktverify/cli/checkout.py starts. MODULE has a typer function main.
+"""`python -m ktverify.cli.start MODULE [ARGUMENT…]`: run the typer function `main` of MODULE.
 
 Ctrl-C ends it with one line and exit code 130, also while torch is still being imported. Nothing heavy is imported
 before that holds.

@@ -1,6 +1,6 @@
 """A Python process that calls functions for a test, so that a crash costs one test and not the run.
 
-`Child(env=...)` starts it; `child.call("package.module:function", **kwargs)` returns the function's value or raises
+`Child(env=...)` starts it; `child.call(function, **kwargs)` returns the function's value or raises
 its exception here. A child that dies raises ChildCrash with the signal and the last lines it wrote.
 `serve` is the other end: requests and answers are pickles over two pipes.
 """
@@ -26,7 +26,7 @@ import psutil
 
 from ktverify.errors import Unsupported
 from ktverify.isolation import locks
-from ktverify.isolation.fork_server import WAIT_S, find, zygote
+from ktverify.isolation.fork_server import WAIT_S, zygote
 from ktverify.isolation.forked import portable
 from ktverify.isolation.process import LAST_LINES, how_it_ended, last_lines
 
@@ -168,17 +168,19 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def call(self, function: str, /, **kwargs: Any) -> Any:
-        """Value of `function` ("package.module:name") called in the child with `kwargs`.
+    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return what `function` returns when the child calls it. It is pickled by reference: a function of a module.
 
         Raises what the function raised (as ChildError where that cannot be pickled), or ChildCrash.
         """
         self._busy = True
         try:
-            _write_all(self._request, pickle.dumps((function, kwargs)))
-            answered, value = _read_message(self._answer, self._watch(function))
+            _write_all(self._request, pickle.dumps((function, args, kwargs)))
+            answered, value = _read_message(self._answer, self._watch(name_of(function)))
         except (EOFError, BrokenPipeError):
-            raise ChildCrash(f"{function}: the process {self._end()}; last words:\n{self.last_words()}") from None
+            raise ChildCrash(
+                f"{name_of(function)}: the process {self._end()}; last words:\n{self.last_words()}"
+            ) from None
         self._busy = False
         if answered:
             return value
@@ -189,7 +191,7 @@ class Child:
             raise error from ChildError(text)
         raise ChildError(text)
 
-    def _watch(self, function: str) -> Callable[[], None]:
+    def _watch(self, called: str) -> Callable[[], None]:
         """Ends the child, and what it started, once it is beyond its limits, and raises what it was beyond."""
         limits, deadline = self.limits, time.monotonic() + self.limits.time_s
 
@@ -197,14 +199,14 @@ class Child:
             held = resident_of(self._process.pid)
             if held > limits.memory:
                 self._kill()
-                text = f"{function}: {held / 2**30:.1f} GiB were resident, the limit is {limits.memory / 2**30:.1f} GiB"
+                text = f"{called}: {held / 2**30:.1f} GiB were resident, the limit is {limits.memory / 2**30:.1f} GiB"
                 raise ChildOutOfMemory(f"{text}; last words:\n{self.last_words()}")
             # a process that it started may hold the pipe open; an answer may have come since there was none
             if not self.alive and not select.select([self._answer], [], [], 0)[0]:
                 raise EOFError
             if time.monotonic() > deadline:
                 self._kill()
-                text = f"{function}: no answer after {limits.time_s:g} s, ended with SIGKILL"
+                text = f"{called}: no answer after {limits.time_s:g} s, ended with SIGKILL"
                 raise ChildTimeout(f"{text}; last words:\n{self.last_words()}")
 
         return watch
@@ -272,32 +274,38 @@ class ChildPool:
             self._child = None
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """`package.module:name` of a function, or of the one that a partial calls."""
+    inner = getattr(function, "func", function)
+    return f"{inner.__module__}:{inner.__qualname__}"
+
+
 def call_fresh(
-    function: str, /, *, env: Mapping[str, str] | None = None, limits: Limits | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    env: Mapping[str, str] | None = None,
+    limits: Limits | None = None,
+    **kwargs: Any,
 ) -> Any:
     """One call in a process of its own; see Child.call."""
     with Child(env, limits=limits) as child:
-        return child.call(function, **kwargs)
-
-
-def _function(name: str) -> Callable[..., Any]:
-    is_new = name.partition(":")[0] not in sys.modules
-    found = find(name)
-    if is_new:
-        # modules live as long as the process: a layer's release collects garbage, and need not look through them
-        gc.freeze()
-    return found
+        return child.call(function, *args, **kwargs)
 
 
 def serve(request: int, answer: int) -> None:
     """Answer the calls that come over the pipe `request` until it closes."""
     while True:
+        loaded = len(sys.modules)
         try:
-            function, kwargs = _read_message(request)
+            # unpickling imports the module of the function
+            function, args, kwargs = _read_message(request)
+            if len(sys.modules) > loaded:
+                # modules live as long as the process: a layer's release collects garbage, and need not look there
+                gc.freeze()
+            data = pickle.dumps((True, function(*args, **kwargs)))
         except EOFError:
             return
-        try:
-            data = pickle.dumps((True, _function(function)(**kwargs)))
         except Exception as error:
             data = pickle.dumps((False, (portable(error), traceback.format_exc())))
         _write_all(answer, data)

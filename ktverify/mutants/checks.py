@@ -104,7 +104,7 @@ def _exact(case: Case) -> Check:
 
 def _fresh(name: str) -> Check:
     def check(engine: str) -> None:
-        call_fresh("ktverify.mutants.checks:in_this_process", name=name, engine=engine, off=gates.turned_off())
+        call_fresh(in_this_process, name=name, engine=engine, off=gates.turned_off())
 
     return check
 

@@ -15,7 +15,8 @@ from ktverify.isolation.process import Died
 from ktverify.system.paths import ROOT
 
 _FRAME = '  File "'
-_OURS = f"{_FRAME}{ROOT / 'suites'}/"
+# frames of the checks; an engine's own, also the native one's, are shown
+_OURS = tuple(f"{_FRAME}{ROOT / folder}" for folder in ("suites/", "tests/", "ktverify/checks/", "ktverify/isolation/"))
 
 
 def text_of(raised: BaseException, repeat: str) -> str:

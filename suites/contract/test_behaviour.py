@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from ktverify.checks import behaviour
 from ktverify.checks.behaviour import ODD_MIDDLE
 from ktverify.checks.isas import Isa
 from ktverify.checks.target import Subject
@@ -59,23 +60,21 @@ def test_edge(
     case = Case.parse(EDGES[name])
     case = case if fresh is None else case.with_seed(fresh)
     about(case, 1)
-    children.get(isa.env).call("ktverify.checks.behaviour:check_edge", subject=Subject(engine, isa.name), case=case)
+    children.get(isa.env).call(behaviour.check_edge, subject=Subject(engine, isa.name), case=case)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
-    children.get(isa.env).call(f"ktverify.checks.behaviour:check_{check}", subject=Subject(engine, isa.name))
+    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), subject=Subject(engine, isa.name))
 
 
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
 def test_native_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
     if engine != registry.NATIVE:
         pytest.skip("docs/contract.md does not ask this of every engine")
-    children.get(isa.env).call(f"ktverify.checks.behaviour:check_{check}", subject=Subject(engine, isa.name))
+    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), subject=Subject(engine, isa.name))
 
 
 @pytest.mark.parametrize("check", AT_ODD_SIZES)
 def test_behaviour_at_odd_sizes(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
-    children.get(isa.env).call(
-        f"ktverify.checks.behaviour:check_{check}", subject=Subject(engine, isa.name), case=ODD_MIDDLE
-    )
+    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), subject=Subject(engine, isa.name), case=ODD_MIDDLE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ktverify.checks import isas
+from ktverify.checks import isas, native_memory, native_sentinels, processes
 from ktverify.checks.isas import AMX, Isa
 from ktverify.checks.processes import loaded_modules
 from ktverify.checks.target import Subject
@@ -40,12 +40,12 @@ def best(engine: str, pytestconfig: pytest.Config) -> Isa:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_process(engine: str, children: ChildPool, best: Isa, check: str) -> None:
-    children.get(best.env).call(f"ktverify.checks.processes:check_{check}", subject=Subject(engine, best.name))
+    children.get(best.env).call(getattr(processes, f"check_{check}"), subject=Subject(engine, best.name))
 
 
 @pytest.mark.parametrize("check", IN_A_FRESH_PROCESS)
 def test_fresh_process(engine: str, best: Isa, check: str) -> None:
-    call_fresh(f"ktverify.checks.processes:check_{check}", env=best.env, subject=Subject(engine, best.name))
+    call_fresh(getattr(processes, f"check_{check}"), env=best.env, subject=Subject(engine, best.name))
 
 
 @pytest.fixture
@@ -57,18 +57,18 @@ def native(engine: str) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
 def test_native_process(engine: str, children: ChildPool, best: Isa, check: str) -> None:
-    children.get(best.env).call(f"ktverify.checks.processes:check_{check}", subject=Subject(engine, best.name))
+    children.get(best.env).call(getattr(processes, f"check_{check}"), subject=Subject(engine, best.name))
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE_IN_A_FRESH_PROCESS)
 def test_native_fresh_process(engine: str, best: Isa, check: str) -> None:
-    call_fresh(f"ktverify.checks.processes:check_{check}", env=best.env, subject=Subject(engine, best.name))
+    call_fresh(getattr(processes, f"check_{check}"), env=best.env, subject=Subject(engine, best.name))
 
 
 @pytest.mark.usefixtures("native")
 def test_chosen_isa_is_kept(children: ChildPool, isa: Isa) -> None:
-    children.get(isa.env).call("ktverify.checks.processes:check_isa_is_kept", isa=isa.name)
+    children.get(isa.env).call(processes.check_isa_is_kept, isa=isa.name)
 
 
 @pytest.mark.usefixtures("native")
@@ -76,7 +76,7 @@ def test_chosen_isa_is_kept(children: ChildPool, isa: Isa) -> None:
 @pytest.mark.parametrize("isa_name", ["sse9", "AVX2", "avx512", " avx2"])
 def test_unknown_isa(children: ChildPool, isa_name: str, by_variable: bool) -> None:
     children.get().call(
-        "ktverify.checks.processes:check_isa_refused",
+        processes.check_isa_refused,
         isa=isa_name,
         error_name="ValueError",
         mention=isa_name,
@@ -90,7 +90,7 @@ def test_amx_is_never_replaced(engine: str, children: ChildPool, by_variable: bo
     if any(isa.name == AMX and not isa.emulated for isa in isas.planned(engine)):
         pytest.skip("this CPU has AMX")
     children.get().call(
-        "ktverify.checks.processes:check_isa_refused",
+        processes.check_isa_refused,
         isa=AMX,
         error_name="RuntimeError",
         mention="Intel AMX not supported on this CPU",
@@ -100,18 +100,18 @@ def test_amx_is_never_replaced(engine: str, children: ChildPool, by_variable: bo
 
 @pytest.mark.usefixtures("native")
 def test_sentinels(engine: str, children: ChildPool, isa: Isa) -> None:
-    children.get(isa.env).call("ktverify.checks.native_sentinels:check_sentinels", subject=Subject(engine, isa.name))
+    children.get(isa.env).call(native_sentinels.check_sentinels, subject=Subject(engine, isa.name))
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("check", WHAT_IS_DROPPED)
 def test_what_the_caller_drops(best: Isa, check: str) -> None:
-    call_fresh(f"ktverify.checks.native_memory:check_{check}", env=best.env)
+    call_fresh(getattr(native_memory, f"check_{check}"), env=best.env)
 
 
 @pytest.mark.usefixtures("native")
 def test_accumulation(children: ChildPool, isa: Isa) -> None:
-    children.get(isa.env).call("ktverify.checks.processes:check_accumulation", isa=isa.name)
+    children.get(isa.env).call(processes.check_accumulation, isa=isa.name)
 
 
 def test_import_is_light() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ktverify.checks import isas
+from ktverify.checks import exact, isas
 from ktverify.checks.isas import Isa
 from ktverify.checks.target import Subject, expect_same_bits
 from ktverify.engines import registry
@@ -32,9 +32,7 @@ def test_equals_the_oracle(
     case = case if fresh is None else case.with_seed(fresh)
     for tp in case.tp:
         about(case, tp)
-        children.get(isa.env).call(
-            "ktverify.checks.exact:check_exact", subject=Subject(engine, isa.name), case=case, tp=tp
-        )
+        children.get(isa.env).call(exact.check_exact, subject=Subject(engine, isa.name), case=case, tp=tp)
 
 
 def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: pytest.Config, about: About) -> None:
@@ -43,9 +41,7 @@ def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: 
     found = [
         (
             isa,
-            children.get(isa.env).call(
-                "ktverify.checks.exact:check_exact", subject=Subject(engine, isa.name), case=case
-            ),
+            children.get(isa.env).call(exact.check_exact, subject=Subject(engine, isa.name), case=case),
         )
         for isa in isas.planned(engine, pytestconfig.option.isa)
     ]

@@ -44,9 +44,7 @@ def test_layer(
     # an idle child's memory is not this test's to use
     children.close()
     subject = Subject(engine, isa.name)
-    timings = call_fresh(
-        "ktverify.checks.latency:measure", env=latency.environment(), subject=subject, case=CASE, tp=tp
-    )
+    timings = call_fresh(latency.measure, env=latency.environment(), subject=subject, case=CASE, tp=tp)
     latency.check_samples(timings)
     for timing in timings:
         medians[timing.what, tp] = statistics.median(timing.samples_ms)

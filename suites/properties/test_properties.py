@@ -1,4 +1,4 @@
-"""What holds of every right layer, on cases that hypothesis draws and makes small: see ktverify/checks/properties.py."""
+"""Properties of every right layer, on cases that hypothesis draws and makes small: ktverify/checks/properties.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ktverify.checks import isas, property_search
+from ktverify.checks import isas, properties, property_search
 from ktverify.checks.isas import Isa
 from ktverify.checks.properties import PROPERTIES
 from ktverify.checks.target import Subject
@@ -32,7 +32,7 @@ def test_property(
     def run(case: Case) -> tuple[int, int]:
         try:
             compared, believed = children.get(isa.env).call(
-                "ktverify.checks.properties:check", subject=Subject(engine, isa.name), name=name, case=case
+                properties.check, subject=Subject(engine, isa.name), name=name, case=case
             )
         except Exception as error:
             # a process that the case ends, it ends without the property too; a relation of two calls is more than it

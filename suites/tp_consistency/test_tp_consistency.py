@@ -61,7 +61,7 @@ def _run_alone(subject: Subject, isa: Isa, case: Case) -> tensor_parallel.TpResu
 
 def _run_degree(subject: Subject, isa: Isa, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
     found: list[dict[str, Tensor]] = call_fresh(
-        "ktverify.checks.tensor_parallel:run_degree", env=isa.env, subject=subject, cases=cases, degree=degree
+        tensor_parallel.run_degree, env=isa.env, subject=subject, cases=cases, degree=degree
     )
     return found
 
@@ -91,7 +91,7 @@ def test_degrees_agree(
         about(case, found.degree)
         raise found.error
     wrong = children.get().call(
-        "ktverify.checks.tensor_parallel:compare_degrees",
+        tensor_parallel.compare_degrees,
         subject=Subject(engine, isa.name),
         case=case,
         found=found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ktverify.checks import tensor_parallel
 from ktverify.checks.target import Subject
 from ktverify.isolation.child import ChildPool
 
@@ -30,11 +31,9 @@ def subject(engine: str) -> Subject:
 
 @pytest.mark.parametrize(("intermediate", "degree"), PAIRS)
 def test_degree(children: ChildPool, subject: Subject, intermediate: int, degree: int) -> None:
-    children.get().call(
-        "ktverify.checks.tensor_parallel:check_degree", subject=subject, intermediate=intermediate, degree=degree
-    )
+    children.get().call(tensor_parallel.check_degree, subject=subject, intermediate=intermediate, degree=degree)
 
 
 @pytest.mark.parametrize("degree", [0, -1, -4])
 def test_no_degree_at_all(children: ChildPool, subject: Subject, degree: int) -> None:
-    children.get().call("ktverify.checks.tensor_parallel:check_bad_degree", subject=subject, degree=degree)
+    children.get().call(tensor_parallel.check_bad_degree, subject=subject, degree=degree)

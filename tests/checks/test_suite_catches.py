@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from ktverify import pytest_plugin
-from ktverify.checks import case_accuracy, isas, tensor_parallel
+from ktverify.checks import behaviour, case_accuracy, exact, isas, refusals, tensor_parallel, trajectory
 from ktverify.checks.target import GateFailed, Subject
 from ktverify.checks.trajectory import Drift, within_budgets
 from ktverify.isolation.child import Child, ChildCrash, ChildPool, Limits
@@ -43,46 +43,46 @@ LIMITS = Limits(20.0, 3 << 30)
 def forward(child: Child, engine: str, case: Case) -> None:
     """What suites/forward does with a case."""
     case_accuracy.assert_passed(
-        child.call("ktverify.checks.case_accuracy:check_case", family="forward", engine=engine, case=case, fresh=1)
+        child.call(case_accuracy.check_case, family="forward", engine=engine, case=case, fresh=1)
     )
 
 
 def backward(child: Child, engine: str, case: Case) -> None:
     """What suites/backward does with a case."""
     case_accuracy.assert_passed(
-        child.call("ktverify.checks.case_accuracy:check_case", family="backward", engine=engine, case=case, fresh=1)
+        child.call(case_accuracy.check_case, family="backward", engine=engine, case=case, fresh=1)
     )
 
 
 def tp_consistency(child: Child, engine: str, case: Case) -> None:
     """What suites/tp_consistency does with a case, but for the fresh processes."""
     subject = Subject(engine)
-    run = "ktverify.checks.tensor_parallel:run_degree"
+    run = tensor_parallel.run_degree
     found = {degree: child.call(run, subject=subject, cases=[case], degree=degree)[0] for degree in (1, 2, 4)}
     wrong = tensor_parallel.compare_degrees(subject, case, found)
     assert not wrong, "\n".join(wrong)
 
 
-def exact(child: Child, engine: str, case: Case) -> None:
+def bit_equality(child: Child, engine: str, case: Case) -> None:
     """What suites/exact does with a case."""
-    child.call("ktverify.checks.exact:check_exact", subject=Subject(engine), case=case)
+    child.call(exact.check_exact, subject=Subject(engine), case=case)
 
 
 def training(child: Child, engine: str, case: Case) -> None:
     """What suites/training_loop does with a case."""
-    child.call("ktverify.checks.trajectory:check_trajectory", subject=Subject(engine), case=case)
+    child.call(trajectory.check_trajectory, subject=Subject(engine), case=case)
 
 
 def update(child: Child, engine: str, case: Case) -> None:
     """The other half of suites/training_loop."""
-    child.call("ktverify.checks.trajectory:check_update", subject=Subject(engine), case=case)
+    child.call(trajectory.check_update, subject=Subject(engine), case=case)
 
 
-def behaviour(name: str) -> Any:
+def behaves(name: str) -> Any:
     """A check of suites/contract."""
 
     def check(child: Child, engine: str, case: Case) -> None:
-        child.call(f"ktverify.checks.behaviour:check_{name}", subject=Subject(engine))
+        child.call(getattr(behaviour, f"check_{name}"), subject=Subject(engine))
 
     return check
 
@@ -91,7 +91,7 @@ def refusal(name: str) -> Any:
     """A row of the refusal table."""
 
     def check(child: Child, engine: str, case: Case) -> None:
-        child.call("ktverify.checks.refusals:check_refusal", subject=Subject(engine), name=name)
+        child.call(refusals.check_refusal, subject=Subject(engine), name=name)
 
     return check
 
@@ -100,13 +100,13 @@ def refusal(name: str) -> Any:
 CAUGHT = [
     ("lora_scale_one", forward, SMALL, "FAIL output"),
     ("lora_scale_one", backward, SMALL, "FAIL grad_up_lora_a"),
-    ("lora_scale_one", exact, INTEGER, "FAIL output"),
+    ("lora_scale_one", bit_equality, INTEGER, "FAIL output"),
     ("lora_scale_one", training, TRAINED, "FAIL loss"),
     ("gate_up_exchanged", forward, SMALL, "FAIL output"),
     ("gate_up_exchanged", backward, SMALL, "FAIL grad_gate_lora_b"),
-    ("gate_up_exchanged", exact, INTEGER, "FAIL output"),
+    ("gate_up_exchanged", bit_equality, INTEGER, "FAIL output"),
     ("no_routing_weight_in_backward", backward, SMALL, "FAIL grad_input"),
-    ("no_routing_weight_in_backward", exact, INTEGER, "FAIL grad_down_lora_b"),
+    ("no_routing_weight_in_backward", bit_equality, INTEGER, "FAIL grad_down_lora_b"),
     ("no_routing_weight_in_backward", training, TRAINED, "FAIL"),
     ("tp_part_lost", tp_consistency, SMALL, "TP 2: FAIL output"),
     ("tp_part_lost", tp_consistency, INTEGER, "TP 4: FAIL output"),
@@ -114,18 +114,18 @@ CAUGHT = [
     ("update_does_nothing", update, SMALL, "then update_lora_weights"),
     ("hidden_remainder_skipped", forward, ODD, "FAIL output"),
     ("hidden_remainder_skipped", backward, ODD, "FAIL grad_gate_lora_a"),
-    ("idle_gradients_stale", behaviour("idle_experts"), SMALL, "idle experts [5]"),
+    ("idle_gradients_stale", behaves("idle_experts"), SMALL, "idle experts [5]"),
     ("expert_off_by_one", forward, SMALL, "FAIL output"),
     ("expert_off_by_one", backward, SMALL, "FAIL grad_input"),
-    ("expert_off_by_one", exact, INTEGER, "FAIL output"),
+    ("expert_off_by_one", bit_equality, INTEGER, "FAIL output"),
     ("unsynchronised", update, SMALL, "no update_lora_weights"),
     ("update_takes_half", update, SMALL, "then update_lora_weights"),
-    ("results_reused", behaviour("nothing_is_written"), SMALL, "output of call 1 lies where output of call 0 lies"),
-    ("input_scaled_in_place", behaviour("nothing_is_written"), SMALL, "written"),
-    ("nan_comes_out_as_zero", behaviour("non_finite_isolation"), SMALL, "was hidden"),
-    ("physical_map_ignored", behaviour("physical_map"), SMALL, "physical_map [3, 5, 0, 1, 4, 2]"),
-    ("never_the_same", behaviour("repeats"), SMALL, "the same layer again"),
-    ("never_the_same", behaviour("varying_tokens"), SMALL, "the bits differ"),
+    ("results_reused", behaves("nothing_is_written"), SMALL, "output of call 1 lies where output of call 0 lies"),
+    ("input_scaled_in_place", behaves("nothing_is_written"), SMALL, "written"),
+    ("nan_comes_out_as_zero", behaves("non_finite_isolation"), SMALL, "was hidden"),
+    ("physical_map_ignored", behaves("physical_map"), SMALL, "physical_map [3, 5, 0, 1, 4, 2]"),
+    ("never_the_same", behaves("repeats"), SMALL, "the same layer again"),
+    ("never_the_same", behaves("varying_tokens"), SMALL, "the bits differ"),
     ("ids_clamped", refusal("expert id 6"), SMALL, "was accepted"),
 ]
 
@@ -143,7 +143,7 @@ def test_defect_is_found(children: ChildPool, defect: str, check: Any, case: Cas
 
 def test_backward_takes_the_newest(children: ChildPool) -> None:
     with pytest.raises(AssertionError, match="newest first: the bits differ"):
-        behaviour("outstanding_forwards")(children.get(), MUTANTS["oldest_first"].engine, SMALL)
+        behaves("outstanding_forwards")(children.get(), MUTANTS["oldest_first"].engine, SMALL)
 
 
 @pytest.mark.parametrize("name", LORA_NAMES)
@@ -156,9 +156,9 @@ def test_a_parameter_alone_fails_a_training(name: str) -> None:
         assert [gate for gate, _ in found.value.exceeded] == ["loss"]
 
 
-@pytest.mark.parametrize("check", [forward, backward, tp_consistency, exact, training, update])
+@pytest.mark.parametrize("check", [forward, backward, tp_consistency, bit_equality, training, update])
 def test_right_engine_passes(children: ChildPool, check: Any) -> None:
-    check(children.get(), RIGHT, {exact: INTEGER, training: TRAINED}.get(check, SMALL))
+    check(children.get(), RIGHT, {bit_equality: INTEGER, training: TRAINED}.get(check, SMALL))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_what_an_engine_raises_is_a_crash(
 ) -> None:
     plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
     with pytest.raises(Exception, match="x") as found:
-        children.get().call("tests.checks.test_suite_catches:raises", kind=kind)
+        children.get().call(raises, kind=kind)
     assert plugin._verdict(SimpleNamespace(passed=False, skipped=False), found.value)[0] == verdict
 
 
@@ -202,7 +202,7 @@ def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path)
     told = tmp_path / "number"
     subject = Subject(f"tests.support.broken:{engine}")
     with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
-        child.call("ktverify.checks.tensor_parallel:run_degree", subject=subject, cases=[SMALL], degree=1)
+        child.call(tensor_parallel.run_degree, subject=subject, cases=[SMALL], degree=1)
     assert type(found.value) is ChildCrash
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(told.read_text()))
@@ -223,7 +223,7 @@ def test_a_child_that_computes_when_it_is_closed_is_ended(monkeypatch: pytest.Mo
     child = Child(limits=LIMITS)
     monkeypatch.setattr("ktverify.isolation.child.resident_of", _interrupted)
     with pytest.raises(KeyboardInterrupt):
-        child.call("tests.support.broken:sleeps", seconds=60)
+        child.call(broken.sleeps, seconds=60)
     child.close()
     assert not child.alive
 

@@ -50,7 +50,7 @@ def test_physical_map_is_of_the_files_experts(tmp_path: Path) -> None:
 
 
 def test_memory(tmp_path: Path) -> None:
-    call_fresh("tests.support.checkpoints:check_memory", directory=str(tmp_path), text=MEMORY)
+    call_fresh(checkpoints.check_memory, directory=str(tmp_path), text=MEMORY)
 
 
 def _refused(path: Path | str, layer: int = 0, case: Case = CASE) -> str:

@@ -33,7 +33,7 @@ def dead_checks() -> list[Result]:
         ),
         CheckRecord(
             family="contract", engine="native", name="test_process[fork]", verdict="CRASH",
-            message="ktverify.checks.processes:check_fork: the process died of SIGABRT; last words:\nabort() was called",
+            message="checks.processes:check_fork: the process died of SIGABRT; last words:\nabort() was called",
         ),
     ]  # fmt: skip
 
