@@ -1,6 +1,6 @@
 """What docs/contract.md demands beyond right numbers: determinism, isolation, no leftovers, edge inputs.
 
-Each check takes a Subject and raises AssertionError with what it saw.
+Each check takes a Target and raises AssertionError with what it saw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, GateFailed, Subject, accepted, expect, expect_same_bits, same_bits
+from ktverify.checks.target import SMALL, GateFailed, Target, accepted, expect, expect_same_bits, same_bits
 from ktverify.engines import registry
 from ktverify.engines.run import run_layer
 from ktverify.judge import gates, metrics, reference
@@ -70,10 +70,10 @@ def reached(ids: Tensor) -> list[int]:
 # ---- shapes, dtypes and edge inputs
 
 
-def check_edge(subject: Subject, case: Case) -> None:
+def check_edge(target: Target, case: Case) -> None:
     """Shapes and dtypes as docs/contract.md, "The layer", has them, values within the budgets."""
     inputs = make_inputs(case)
-    found = subject.run(case, inputs)
+    found = target.run(case, inputs)
     shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
     lora_dtype = getattr(torch, case.lora_dtype)
     dtypes = {OUTPUT: torch.bfloat16, GRAD_INPUT: torch.bfloat16, GRAD_WEIGHTS: torch.float32}
@@ -86,28 +86,28 @@ def check_edge(subject: Subject, case: Case) -> None:
     judged(case.id, case, found, inputs)
 
 
-def check_masked_weights_do_not_count(subject: Subject) -> None:
+def check_masked_weights_do_not_count(target: Target) -> None:
     """A slot of id -1 contributes nothing, whatever its routing weight is."""
     case = dataclasses.replace(SMALL, routing="masked")
     inputs = make_inputs(case)
-    expected = subject.run(case, inputs)
+    expected = target.run(case, inputs)
     masked = inputs.expert_ids < 0
     expect(bool(masked.any()), "the case masks nothing")
     for value in (0.0, 1e30, float("inf"), float("nan")):
         weights = torch.where(masked, torch.tensor(value), inputs.weights)
-        found = subject.run(case, changed(inputs, weights=weights))
+        found = target.run(case, changed(inputs, weights=weights))
         expect_same_bits(f"weight {value} in masked slots", expected, found)
         expect(not bool(found[GRAD_WEIGHTS][masked].any()), "grad_weights of masked slots must be zero", "stray")
 
 
-def check_odd_addresses(subject: Subject, case: Case = MIDDLE) -> None:
+def check_odd_addresses(target: Target, case: Case = MIDDLE) -> None:
     """Tensors one byte and one element off any alignment give the bits of aligned ones."""
     inputs = make_inputs(case)
-    expected = subject.run(case, inputs)
+    expected = target.run(case, inputs)
     for step in (1, 2, 4, 63):
         moved = _everywhere(inputs, lambda tensor: _at_offset(tensor, step))  # noqa: B023 - called at once
         expect(moved.hidden_states.data_ptr() % 64 == step, "the test did not get its address")
-        expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, subject.run(case, moved))
+        expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, target.run(case, moved))
 
 
 def _at_offset(tensor: Tensor, offset: int) -> Tensor:
@@ -126,10 +126,10 @@ def _everywhere(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return changed(inputs, **tensors, **lora)
 
 
-def check_strides(subject: Subject) -> None:
+def check_strides(target: Target) -> None:
     """Non-contiguous tensors are accepted and give the bits of contiguous ones; so do tensors that require grad."""
     inputs = make_inputs(MIDDLE)
-    expected = subject.run(MIDDLE, inputs)
+    expected = target.run(MIDDLE, inputs)
 
     def transposed(tensor: Tensor) -> Tensor:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else spaced(tensor)
@@ -143,7 +143,7 @@ def check_strides(subject: Subject) -> None:
         moved = _everywhere(inputs, change)
         expect(not moved.hidden_states.is_contiguous(), "the test made a contiguous tensor")
         # running.build_layer clones the LoRA tensors, which would make them contiguous
-        layer = subject.bare(MIDDLE)
+        layer = target.bare(MIDDLE)
         layer.load_weights_from_tensors(moved.gate_proj, moved.up_proj, moved.down_proj, moved.physical_map)
         layer.init_lora_weights(*moved.lora.values())
         expect_same_bits(change.__name__, expected, run_layer(layer, moved))
@@ -151,45 +151,45 @@ def check_strides(subject: Subject) -> None:
     def tracked(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
 
-    found = subject.run(MIDDLE, _everywhere(inputs, tracked))
+    found = target.run(MIDDLE, _everywhere(inputs, tracked))
     expect_same_bits("tensors that require grad", expected, {name: tensor.detach() for name, tensor in found.items()})
 
 
 # ---- the same bits
 
 
-def check_repeats(subject: Subject, case: Case = MIDDLE) -> None:
+def check_repeats(target: Target, case: Case = MIDDLE) -> None:
     """The same call again, on the same layer and on a new one, gives the same bits."""
     inputs = make_inputs(case)
-    layer = subject.layer(case, inputs)
+    layer = target.layer(case, inputs)
     first = {name: tensor.clone() for name, tensor in run_layer(layer, inputs).items()}
     for _ in range(4):
         expect_same_bits("the same layer again", first, run_layer(layer, inputs))
-    expect_same_bits("a new layer", first, subject.run(case, inputs))
+    expect_same_bits("a new layer", first, target.run(case, inputs))
 
 
-def check_threads(subject: Subject, case: Case = MIDDLE) -> None:
+def check_threads(target: Target, case: Case = MIDDLE) -> None:
     """1, 2, 3 and more threads than there are processors give the same bits, for one token too."""
     for sized in (case, dataclasses.replace(case, qlen=1)):
         inputs = make_inputs(sized)
-        expected = subject.run(sized, inputs, threads=1)
+        expected = target.run(sized, inputs, threads=1)
         for threads in (2, 3, 16):
-            found = subject.run(sized, inputs, threads=threads)
+            found = target.run(sized, inputs, threads=threads)
             expect_same_bits(f"{sized.id} with 1 and {threads} threads", expected, found)
 
 
-def check_company(subject: Subject) -> None:
+def check_company(target: Target) -> None:
     """What a token gets does not depend on which other tokens are in the call.
 
     Other tokens may change the order of a sum: engines that are `engines.strict` owe no more than that leaves, others
     what the oracle asks of the few alone.
     """
     inputs = make_inputs(MIDDLE)
-    whole = subject.run(MIDDLE, inputs)
+    whole = target.run(MIDDLE, inputs)
     part = slice(3, 20)
     few = changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS})
-    found = subject.run(MIDDLE, few)
-    if not registry.strict(subject.engine):
+    found = target.run(MIDDLE, few)
+    if not registry.strict(target.engine):
         judged("17 tokens out of 70, by themselves", MIDDLE, found, few)
         return
     for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
@@ -203,7 +203,7 @@ def check_company(subject: Subject) -> None:
         )
 
 
-def check_outlier_token(subject: Subject) -> None:
+def check_outlier_token(target: Target) -> None:
     """One token 48 times as large as the others, as first tokens are in real models: the others are still computed.
 
     It alone makes up the norm, so rel_l2 is blind to all the rest; the mean is not.
@@ -211,18 +211,18 @@ def check_outlier_token(subject: Subject) -> None:
     case = Case.parse("E=2,k=2,H=96,I=96,T=300,r=8,alpha=16")
     inputs = make_inputs(case)
     inputs.hidden_states[0] *= 48
-    judged("a token 48 times as large as the others", case, subject.run(case, inputs), inputs)
+    judged("a token 48 times as large as the others", case, target.run(case, inputs), inputs)
 
 
 # ---- isolation
 
 
-def check_non_finite_isolation(subject: Subject) -> None:
+def check_non_finite_isolation(target: Target) -> None:
     """A NaN or Inf in one token's row reaches that token and the gradients of its experts, and nothing else."""
     # nine experts for two tokens' worth of slots: some experts never meet the broken token
     case = dataclasses.replace(MIDDLE, num_experts=9, qlen=21)
     inputs = make_inputs(case)
-    clean = subject.run(case, inputs)
+    clean = target.run(case, inputs)
     token = 7
     hit = reached(inputs.expert_ids[token])
     spared = [expert for expert in reached(inputs.expert_ids) if expert not in hit]
@@ -232,7 +232,7 @@ def check_non_finite_isolation(subject: Subject) -> None:
         for name in ("hidden_states", "grad_output"):
             broken = getattr(inputs, name).clone()
             broken[token, 13] = value
-            layer = subject.layer(case, inputs)
+            layer = target.layer(case, inputs)
             found = run_layer(layer, changed(inputs, **{name: broken}))
             what = f"{value} in {name}[{token}, 13]"
             for tensor in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
@@ -250,11 +250,11 @@ def check_non_finite_isolation(subject: Subject) -> None:
             expect_same_bits(f"the call after {what}", clean, run_layer(layer, inputs))
 
 
-def check_idle_experts(subject: Subject) -> None:
+def check_idle_experts(target: Target) -> None:
     """Experts without a token have gradients of exactly zero, also after a call that reached them, and whatever the
     caller wrote into the gradients of that call before it dropped them."""
     inputs = make_inputs(MIDDLE)
-    layer = subject.layer(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     for idle in ([5], [0], [1, 2, 3], [4], list(range(1, 6))):
         for gradient in run_layer(layer, inputs).values():
             gradient.fill_(math.nan)
@@ -267,7 +267,7 @@ def check_idle_experts(subject: Subject) -> None:
             expect(bool(found[name][busy].any()), f"{name} of the busy experts {busy} is all zero", "bits")
 
 
-def check_nothing_is_written(subject: Subject, case: Case = MIDDLE) -> None:
+def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
     """The inputs are the same bytes after the calls, and earlier results are not overwritten by later calls."""
     inputs, other = make_inputs(case), make_inputs(case.with_seed(9))
     # each tensor lies between guards, so that a write beside it shows
@@ -281,7 +281,7 @@ def check_nothing_is_written(subject: Subject, case: Case = MIDDLE) -> None:
         return inner
 
     watched = _everywhere(inputs, guarded)
-    layer = subject.layer(case, watched)
+    layer = target.layer(case, watched)
     first = run_layer(layer, watched)
     kept = {name: tensor.clone() for name, tensor in first.items()}
     second = run_layer(layer, changed(other, **watched.lora))
@@ -309,11 +309,11 @@ def layer_parameters(layer: object) -> Tensors:
 # ---- several calls, several layers
 
 
-def check_two_layers(subject: Subject) -> None:
+def check_two_layers(target: Target) -> None:
     """Layers of different sizes, their calls interleaved, give the bits that each gives alone."""
     every = [make_inputs(case) for case in (SMALL, MIDDLE, WIDE)]
-    alone = [subject.run(inputs.case, inputs) for inputs in every]
-    layers = [subject.layer(inputs.case, inputs) for inputs in every]
+    alone = [target.run(inputs.case, inputs) for inputs in every]
+    layers = [target.layer(inputs.case, inputs) for inputs in every]
     for _ in range(2):
         outputs = [
             layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
@@ -334,7 +334,7 @@ def _backward(layer: object, inputs: Inputs, output: Tensor) -> Tensors:
     return {OUTPUT: output, GRAD_INPUT: grad_input, **gradients, GRAD_WEIGHTS: grad_weights}
 
 
-def check_outstanding_forwards(subject: Subject) -> None:
+def check_outstanding_forwards(target: Target) -> None:
     """max_cache_depth forwards may be outstanding, backward takes the newest first, unsaved forwards do not count."""
     depth = 3
     inputs = make_inputs(MIDDLE)
@@ -342,8 +342,8 @@ def check_outstanding_forwards(subject: Subject) -> None:
     for seed, rows in ((1, 70), (2, 5), (3, 33), (4, 1), (5, 33)):
         drawn = make_inputs(MIDDLE.with_seed(seed))
         batches.append(changed(inputs, **{name: getattr(drawn, name)[:rows] for name in TOKENS}))
-    alone = [subject.run(MIDDLE, batch) for batch in batches]
-    layer = subject.layer(MIDDLE, inputs, max_cache_depth=depth)
+    alone = [target.run(MIDDLE, batch) for batch in batches]
+    layer = target.layer(MIDDLE, inputs, max_cache_depth=depth)
 
     def forward(index: int, save: bool = True) -> Tensor:
         batch = batches[index]
@@ -378,11 +378,11 @@ def check_outstanding_forwards(subject: Subject) -> None:
     backward(0)
 
 
-def check_clear_cache(subject: Subject) -> None:
+def check_clear_cache(target: Target) -> None:
     """clear_sft_buffer_cache at any moment changes no bit."""
     inputs = make_inputs(MIDDLE)
-    expected = subject.run(MIDDLE, inputs)
-    layer = subject.layer(MIDDLE, inputs)
+    expected = target.run(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     layer.clear_sft_buffer_cache()
     expect_same_bits("cleared before the first call", expected, run_layer(layer, inputs))
     layer.clear_sft_buffer_cache()
@@ -393,20 +393,20 @@ def check_clear_cache(subject: Subject) -> None:
     expect_same_bits("cleared between forward and backward", expected, _backward(layer, inputs, output))
 
 
-def check_varying_tokens(subject: Subject, case: Case = MIDDLE) -> None:
+def check_varying_tokens(target: Target, case: Case = MIDDLE) -> None:
     """One layer, calls of many lengths up and down: no value is left over from a longer call."""
     inputs = make_inputs(case)
-    layer = subject.layer(case, inputs)
+    layer = target.layer(case, inputs)
     for rows in (70, 1, 0, 33, 2, 70, 16, 31):
         batch = changed(inputs, **{name: getattr(inputs, name)[:rows] for name in TOKENS})
-        expect_same_bits(f"{rows} rows", subject.run(case, batch), run_layer(layer, batch))
+        expect_same_bits(f"{rows} rows", target.run(case, batch), run_layer(layer, batch))
 
 
-def check_gradient_accumulation(subject: Subject) -> None:
+def check_gradient_accumulation(target: Target) -> None:
     """Gradients of four micro-batches, summed in fp32, err no more than one call on all of them may."""
     case = dataclasses.replace(MIDDLE, lora_dtype="float32", qlen=64)
     inputs = make_inputs(case)
-    layer = subject.layer(case, inputs)
+    layer = target.layer(case, inputs)
     total = {name: torch.zeros(inputs.lora[name].shape) for name in LORA_NAMES}
     for begin in range(0, case.qlen, 16):
         part = slice(begin, begin + 16)
@@ -416,24 +416,24 @@ def check_gradient_accumulation(subject: Subject) -> None:
     judged("four micro-batches", case, {f"grad_{name}": tensor for name, tensor in total.items()}, inputs)
 
 
-def check_reload(subject: Subject) -> None:
+def check_reload(target: Target) -> None:
     """Loading other weights into a used layer leaves nothing of the old ones."""
     inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(4))
-    layer = subject.layer(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     run_layer(layer, inputs)
     layer.load_weights_from_tensors(other.gate_proj, other.up_proj, other.down_proj, other.physical_map)
     layer.init_lora_weights(*(other.lora[name].clone() for name in LORA_NAMES))
-    expect_same_bits("a used layer with new weights", subject.run(MIDDLE, other), run_layer(layer, other))
+    expect_same_bits("a used layer with new weights", target.run(MIDDLE, other), run_layer(layer, other))
 
 
-def check_physical_map(subject: Subject) -> None:
+def check_physical_map(target: Target) -> None:
     """Slots in another order, with the map that says so, change no bit; the map is not ignored."""
     inputs = make_inputs(MIDDLE)
-    expected = subject.run(MIDDLE, inputs)
+    expected = target.run(MIDDLE, inputs)
     order = torch.tensor([3, 5, 0, 1, 4, 2])
 
     def load(physical_map: Tensor) -> Tensors:
-        layer = subject.bare(MIDDLE)
+        layer = target.bare(MIDDLE)
         layer.load_weights_from_tensors(*(getattr(inputs, name)[order] for name in BASE_NAMES), physical_map)
         layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
         return run_layer(layer, inputs)
@@ -442,10 +442,10 @@ def check_physical_map(subject: Subject) -> None:
     expect(not same_bits(load(torch.arange(6))[OUTPUT], expected[OUTPUT]), "physical_map is ignored", "bits")
 
 
-def check_failed_update(subject: Subject) -> None:
+def check_failed_update(target: Target) -> None:
     """update_lora_weights that meets one bad parameter takes none: never a mixture."""
     inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(6))
-    layer = subject.layer(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     before = run_layer(layer, inputs)
     for name in LORA_NAMES:
         good = {each: other.lora[each].clone() for each in LORA_NAMES}
@@ -464,20 +464,20 @@ def check_failed_update(subject: Subject) -> None:
         setattr(layer, each, other.lora[each].clone())
     layer.update_lora_weights()
     found = run_layer(layer, inputs)
-    expect_same_bits("after the update that worked", subject.run(MIDDLE, changed(inputs, **other.lora)), found)
+    expect_same_bits("after the update that worked", target.run(MIDDLE, changed(inputs, **other.lora)), found)
 
 
-def check_skip_lora(subject: Subject) -> None:
+def check_skip_lora(target: Target) -> None:
     """…_SkipLoRA: the same output; grad_input without the LoRA terms; LoRA gradients zero."""
     inputs = make_inputs(MIDDLE)
     method = "AMXBF16_SFT_SkipLoRA"
-    found = subject.run(MIDDLE, inputs, method=method)
-    full = subject.run(MIDDLE, inputs)
+    found = target.run(MIDDLE, inputs, method=method)
+    full = target.run(MIDDLE, inputs)
     expect(same_bits(found[OUTPUT], full[OUTPUT]), f"{method}: the output is another than without SkipLoRA", "bits")
     for name in GRAD_NAMES:
         expect(not bool(found[name].any()), f"{method}: {name} must be zero", "stray")
     oracle = reference.forward_backward(inputs, skip_lora=True)
-    plain = Subject("torch_bf16").run(MIDDLE, inputs, method=method)
+    plain = Target("torch_bf16").run(MIDDLE, inputs, method=method)
     for name in (GRAD_INPUT, GRAD_WEIGHTS):
         peer = metrics.compare(plain[name], oracle[name]).rel_l2
         judgement = gates.judge(MIDDLE, name, metrics.compare(found[name], oracle[name]), peer)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ktverify.checks.behaviour import raise_for
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import GateFailed, Subject
+from ktverify.checks.target import GateFailed, Target
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics
 from ktverify.spec.cases import Case, expects_zero
@@ -16,7 +16,7 @@ from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS
 
 
-def check_exact(subject: Subject, case: Case, tp: int = 1) -> dict[str, Tensor]:
+def check_exact(target: Target, case: Case, tp: int = 1) -> dict[str, Tensor]:
     """ALL_TENSORS of `case`, after each was found equal to the fp64 oracle rounded once to the tensor's dtype.
 
     Engines that are not `engines.strict` may round on the way: they are judged by the budgets, as everywhere.
@@ -25,9 +25,9 @@ def check_exact(subject: Subject, case: Case, tp: int = 1) -> dict[str, Tensor]:
     """
     inputs = make_inputs(case)
     oracle, peer = expected_of(inputs)
-    actual = subject.run(case, inputs, tp=tp)
+    actual = target.run(case, inputs, tp=tp)
     found = {name: metrics.compare(actual[name], oracle[name]) for name in ALL_TENSORS}
-    if registry.strict(subject.engine):
+    if registry.strict(target.engine):
         _same_bits(f"{case.id} with TP {tp}", case, found)
     else:
         judgements = [gates.judge(case, name, difference, peer[name]) for name, difference in found.items()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ktverify.checks.target import Subject, expect
+from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_layer
 from ktverify.judge import gates, metrics, reference
 from ktverify.judge.bf16_baseline import peer_error
@@ -43,14 +43,14 @@ def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(processors())}
 
 
-def measure(subject: Subject, case: Case, tp: int) -> list[Timing]:
+def measure(target: Target, case: Case, tp: int) -> list[Timing]:
     """Times of forward, and of forward and backward together, at tensor-parallel degree `tp` with all processors.
 
     What the last timed calls gave is compared with the oracle, so that no time of a wrong result is ever reported.
     `bytes` is the traffic that cannot be avoided: the weights of the experts that were reached, once per direction.
     """
     inputs = make_inputs(case)
-    layer = subject.layer(case, inputs, tp=tp, threads=processors())
+    layer = target.layer(case, inputs, tp=tp, threads=processors())
     found: dict[str, Tensor] = {}
 
     def forward() -> None:

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ktverify.checks.target import ODD, Subject, expect, expect_same_bits
+from ktverify.checks.target import ODD, Target, expect, expect_same_bits
 from ktverify.engines.native import layer as native_layer
 from ktverify.engines.run import run_layer
 from ktverify.spec.cases import Case
@@ -45,13 +45,13 @@ class Guards:
         return [number for number, guard in enumerate(around) if bool((guard != PATTERN).any())]
 
 
-def check_sentinels(subject: Subject) -> None:
+def check_sentinels(target: Target) -> None:
     """AssertionError unless forward and backward write every byte of their results and none beside them."""
     for case in CASES:
         inputs = make_inputs(case)
         for tp in (1, 4) if case.intermediate % 4 == 0 else (1,):
-            expected = run_layer(subject.layer(case, inputs, tp=tp), inputs)
-            layer: Any = subject.layer(case, inputs, tp=tp)
+            expected = run_layer(target.layer(case, inputs, tp=tp), inputs)
+            layer: Any = target.layer(case, inputs, tp=tp)
             guards = Guards()
             with (
                 mock.patch.object(torch, "empty", guards.empty),

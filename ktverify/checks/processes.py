@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.behaviour import MIDDLE, WIDE
-from ktverify.checks.target import SMALL, Subject, bits, expect, expect_same_bits, same_bits
+from ktverify.checks.target import SMALL, Target, bits, expect, expect_same_bits, same_bits
 from ktverify.engines.run import run_layer
 from ktverify.isolation.child import processes_of, resident_of
 from ktverify.judge import gates, reference
@@ -45,7 +45,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def fork_and_run(subject: Subject, case: Case, layer: object | None = None) -> str:
+def fork_and_run(target: Target, case: Case, layer: object | None = None) -> str:
     """The digest that a forked child computes, on `layer` or on one of its own. AssertionError if it dies or hangs."""
     read, write = os.pipe()
     child = os.fork()
@@ -53,7 +53,7 @@ def fork_and_run(subject: Subject, case: Case, layer: object | None = None) -> s
         status = 1
         try:
             inputs = make_inputs(case)
-            found = subject.run(case, inputs) if layer is None else run_layer(layer, inputs)
+            found = target.run(case, inputs) if layer is None else run_layer(layer, inputs)
             os.write(write, digest(found).encode())
             status = 0
         finally:
@@ -75,28 +75,28 @@ def fork_and_run(subject: Subject, case: Case, layer: object | None = None) -> s
     return text
 
 
-def check_fork_before_use(subject: Subject) -> None:
+def check_fork_before_use(target: Target) -> None:
     """Forked after the import, and after a layer was built and loaded, parent and child compute the same bits."""
     torch.set_num_threads(1)
-    _ = subject.factory
-    forked = [fork_and_run(subject, MIDDLE)]
-    layer = subject.layer(MIDDLE, make_inputs(MIDDLE))
-    forked.append(fork_and_run(subject, MIDDLE, layer))
+    _ = target.factory
+    forked = [fork_and_run(target, MIDDLE)]
+    layer = target.layer(MIDDLE, make_inputs(MIDDLE))
+    forked.append(fork_and_run(target, MIDDLE, layer))
     own = digest(run_layer(layer, make_inputs(MIDDLE)))
     expect(forked == [own, own], "a forked process computes other bits than its parent")
 
 
-def check_threads_with_layers_of_their_own(subject: Subject) -> None:
+def check_threads_with_layers_of_their_own(target: Target) -> None:
     """Python threads that each have a layer get the bits that one thread gets."""
     torch.set_num_threads(1)
     cases = [MIDDLE, WIDE, SMALL, MIDDLE.with_seed(3)]
-    expected = [digest(subject.run(case)) for case in cases]
+    expected = [digest(target.run(case)) for case in cases]
     failed: list[str] = []
 
     def work(index: int) -> None:
         try:
             for _ in range(5):
-                if digest(subject.run(cases[index])) != expected[index]:
+                if digest(target.run(cases[index])) != expected[index]:
                     failed.append(f"thread {index} got other bits")
         except Exception as error:
             failed.append(f"thread {index}: {type(error).__name__}: {error}")
@@ -105,12 +105,12 @@ def check_threads_with_layers_of_their_own(subject: Subject) -> None:
     expect(not failed, "; ".join(failed[:4]))
 
 
-def check_threads_that_share_a_layer(subject: Subject) -> None:
+def check_threads_that_share_a_layer(target: Target) -> None:
     """Python threads that call one layer's forward at once each get their own batch's bits."""
     torch.set_num_threads(1)
     batches = [make_inputs(MIDDLE.with_seed(seed)) for seed in range(4)]
     weights = batches[0]
-    layer = subject.layer(MIDDLE, weights)
+    layer = target.layer(MIDDLE, weights)
 
     def forward(index: int) -> Tensor:
         batch = batches[index]
@@ -143,11 +143,11 @@ def _in_threads(work: object, count: int) -> None:
         expect(not thread.is_alive(), "a thread hangs")
 
 
-def check_interpreter_runs_on(subject: Subject) -> None:
+def check_interpreter_runs_on(target: Target) -> None:
     """While one thread is inside forward and backward, another Python thread makes progress."""
     case = Case.parse("E=4,k=2,H=512,I=512,T=256,r=8,alpha=16")
     inputs = make_inputs(case)
-    layer = subject.layer(case, inputs, threads=1)
+    layer = target.layer(case, inputs, threads=1)
     run_layer(layer, inputs)
     ticks: list[float] = []
     stop = threading.Event()
@@ -188,7 +188,7 @@ def _workers() -> int:
     return sum(process.num_threads() - 1 for process in processes_of(os.getpid()))
 
 
-def check_threads_have_a_ceiling(subject: Subject) -> None:
+def check_threads_have_a_ceiling(target: Target) -> None:
     """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut."""
     torch.set_num_threads(1)
     inputs = make_inputs(MIDDLE)
@@ -196,22 +196,22 @@ def check_threads_have_a_ceiling(subject: Subject) -> None:
     for processors in {1, len(allowed)}:
         os.sched_setaffinity(0, allowed[:processors])
         before = _workers()
-        layer = subject.layer(MIDDLE, inputs, threads=64)
+        layer = target.layer(MIDDLE, inputs, threads=64)
         run_layer(layer, inputs)
         more = _workers() - before
         expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
         del layer
 
 
-def check_idle_experts_take_no_memory(subject: Subject) -> None:
+def check_idle_experts_take_no_memory(target: Target) -> None:
     """A layer of 128 experts, of which one token reaches two, holds the memory of a few experts."""
     case = Case.parse("E=128,k=2,H=1024,I=1024,T=1,r=1,alpha=2")
     inputs = make_inputs(case)
     one = 3 * 2 * case.hidden * case.intermediate
     lora = sum(tensor.numel() * tensor.element_size() for tensor in inputs.lora.values())
-    subject.run(SMALL)
+    target.run(SMALL)
     before = resident_of(os.getpid())
-    layer = subject.layer(case, inputs)
+    layer = target.layer(case, inputs)
     run_layer(layer, inputs)
     grown = resident_of(os.getpid()) - before
     numbers = gates.tolerances()["memory"]
@@ -220,11 +220,11 @@ def check_idle_experts_take_no_memory(subject: Subject) -> None:
     del layer
 
 
-def check_update_while_forward_waits(subject: Subject) -> None:
+def check_update_while_forward_waits(target: Target) -> None:
     """The backward of a forward that was saved before update_lora_weights belongs to the values of its forward."""
     inputs = make_inputs(MIDDLE)
-    expected = subject.run(MIDDLE, inputs)
-    layer = subject.layer(MIDDLE, inputs)
+    expected = target.run(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
     with torch.no_grad():
         for name in LORA_NAMES:
@@ -234,13 +234,13 @@ def check_update_while_forward_waits(subject: Subject) -> None:
     found = {OUTPUT: output, "grad_input": grad_input, **gradients, "grad_weights": layer.grad_weights}
     expect_same_bits("update_lora_weights between forward and backward", expected, found)
     changed = replace(inputs, lora={name: getattr(layer, name).detach().clone() for name in LORA_NAMES})
-    expect_same_bits("the forward after the update", subject.run(MIDDLE, changed), run_layer(layer, inputs))
+    expect_same_bits("the forward after the update", target.run(MIDDLE, changed), run_layer(layer, inputs))
 
 
-def check_fork_during_a_call(subject: Subject) -> None:
+def check_fork_during_a_call(target: Target) -> None:
     """A process forked while another thread computes has a layer that works."""
     inputs = make_inputs(MIDDLE)
-    layer = subject.layer(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     expected = run_layer(layer, inputs)
     stop = threading.Event()
 
@@ -267,11 +267,11 @@ def check_fork_during_a_call(subject: Subject) -> None:
         busy.join()
 
 
-def check_reload_refused_while_forward_waits(subject: Subject) -> None:
+def check_reload_refused_while_forward_waits(target: Target) -> None:
     """New base weights are refused while a saved forward waits for its backward, which then works."""
     inputs = make_inputs(SMALL)
-    expected = subject.run(SMALL, inputs)
-    layer = subject.layer(SMALL, inputs)
+    expected = target.run(SMALL, inputs)
+    layer = target.layer(SMALL, inputs)
     layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
     bases = (inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"))
     try:
@@ -284,14 +284,14 @@ def check_reload_refused_while_forward_waits(subject: Subject) -> None:
     expect(torch.equal(grad_input, expected["grad_input"]), "the backward after the refusal gives other bits")
 
 
-def check_no_memory_half_way(subject: Subject) -> None:
+def check_no_memory_half_way(target: Target) -> None:
     """Memory that ends while experts are packed: MemoryError, and the same call is right once there is enough."""
     case = Case.parse("E=16,k=8,H=1024,I=1024,T=16,r=4,alpha=8")
     inputs = make_inputs(case)
-    expected = subject.run(case, inputs)[OUTPUT]
+    expected = target.run(case, inputs)[OUTPUT]
     refused = 0
     for extra in (16 << 20, 40 << 20, 70 << 20, 100 << 20, 115 << 20):
-        layer = subject.layer(case, inputs)
+        layer = target.layer(case, inputs)
         layer.clear_sft_buffer_cache()
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + extra, hard))
@@ -306,15 +306,15 @@ def check_no_memory_half_way(subject: Subject) -> None:
     expect(refused > 0, "no limit was low enough: nothing was tried")
 
 
-def check_no_memory_for_another_dtype(subject: Subject) -> None:
+def check_no_memory_for_another_dtype(target: Target) -> None:
     """Memory that ends while LoRA of another dtype is taken over: MemoryError, and the layer is what it was."""
     inputs = make_inputs(SMALL)
-    layer = subject.layer(SMALL, inputs)
+    layer = target.layer(SMALL, inputs)
     layer._build = lambda **_: mock.Mock(**{"update_lora.side_effect": MemoryError("for LoRA")})
     try:
         layer.init_lora_weights(*(inputs.lora[name].float() for name in LORA_NAMES))
     except MemoryError:
-        expect_same_bits("after MemoryError", subject.run(SMALL, inputs), run_layer(layer, inputs))
+        expect_same_bits("after MemoryError", target.run(SMALL, inputs), run_layer(layer, inputs))
         return
     raise AssertionError("the layer was not built anew")
 
@@ -338,17 +338,17 @@ def _variable(isa: str | None) -> Iterator[None]:
 
 def check_isa_is_kept(isa: str) -> None:
     """A layer that was asked for `isa` says that it computes with it; so does one that KTVERIFY_ISA asked for."""
-    expect(Subject("native", isa).bare().isa == isa, f"isa={isa!r} gave another")
+    expect(Target("native", isa).bare().isa == isa, f"isa={isa!r} gave another")
     with _variable(isa):
-        expect(Subject("native").bare().isa == isa, f"KTVERIFY_ISA={isa} gave another")
+        expect(Target("native").bare().isa == isa, f"KTVERIFY_ISA={isa} gave another")
 
 
 def check_isa_refused(isa: str, error_name: str, mention: str, by_variable: bool) -> None:
     """AssertionError unless a layer for `isa` is refused with that error, whose text holds `mention`."""
-    subject = Subject("native", None if by_variable else isa)
+    target = Target("native", None if by_variable else isa)
     try:
         with _variable(isa if by_variable else None):
-            layer = subject.bare()
+            layer = target.bare()
     except Exception as error:
         expect(type(error).__name__ == error_name, f"isa {isa}: must raise {error_name}, raised {error!r}")
         expect(mention in str(error), f"isa {isa}: the error must say {mention!r}, it says {error}")
@@ -358,9 +358,9 @@ def check_isa_refused(isa: str, error_name: str, mention: str, by_variable: bool
 
 def check_accumulation(isa: str | None) -> None:
     """backward(..., accumulate=True) sums the LoRA gradients of many different calls with the error of one call."""
-    subject = Subject("native", isa)
+    target = Target("native", isa)
     inputs = make_inputs(MIDDLE)
-    layer = subject.layer(MIDDLE, inputs)
+    layer = target.layer(MIDDLE, inputs)
     total = {name: torch.zeros_like(inputs.lora[name], dtype=torch.float64) for name in LORA_NAMES}
     found: dict[str, torch.Tensor] = {}
     for call in range(24):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktverify.checks.behaviour import changed
 from ktverify.checks.property_trial import Right, Tensors, Trial, rows_of, with_case
-from ktverify.checks.target import Subject, expect
+from ktverify.checks.target import Target, expect
 from ktverify.judge import gates, metrics, reference
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS, BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
@@ -47,9 +47,9 @@ def states(what: str, *, splits: bool = False, **fixed: object) -> Callable[[Cal
     return enter
 
 
-def check(subject: Subject, name: str, case: Case) -> tuple[int, int]:
+def check(target: Target, name: str, case: Case) -> tuple[int, int]:
     """(comparisons, those that could be believed) of property `name` on `case`. AssertionError where it is violated."""
-    trial = Trial(subject, case)
+    trial = Trial(target, case)
     PROPERTIES[name].check(trial)
     return trial.compared, trial.believed
 
@@ -143,7 +143,7 @@ def split_batch(trial: Trial) -> None:
 @states("gradients accumulated over three calls equal those of one call on all tokens")
 def accumulated_gradients(trial: Trial) -> None:
     inputs = trial.inputs
-    layer = trial.subject.layer(inputs.case, inputs)
+    layer = trial.target.layer(inputs.case, inputs)
     parts = [rows_of(inputs, cut) for cut in _cuts(trial, 3)]
     built_in = "accumulate" in inspect.signature(layer.backward).parameters
     total: Tensors = {name: torch.zeros(inputs.lora[name[5:]].shape, dtype=torch.float64) for name in GRAD_NAMES}

@@ -16,7 +16,7 @@ from functools import cached_property
 from torch import Tensor
 
 from ktverify.checks.behaviour import changed
-from ktverify.checks.target import Subject, expect_same_bits
+from ktverify.checks.target import Target, expect_same_bits
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics, reference
 from ktverify.judge.bf16_baseline import peer_error
@@ -57,11 +57,11 @@ class Right:
 class Trial:
     """A case, its inputs and its oracle on one engine; counts the comparisons, and those that could be believed."""
 
-    def __init__(self, subject: Subject, case: Case) -> None:
-        self.subject = subject
+    def __init__(self, target: Target, case: Case) -> None:
+        self.target = target
         self.case = case
         self.inputs = make_inputs(case)
-        self.own = registry.strict(subject.engine)
+        self.own = registry.strict(target.engine)
         self.compared = self.believed = 0
 
     @cached_property
@@ -75,7 +75,7 @@ class Trial:
 
     def run(self, inputs: Inputs, *, tp: int = 1) -> Tensors:
         """ALL_TENSORS of a new layer with `inputs`, whose case tells the sizes and the scale."""
-        found = self.subject.run(inputs.case, inputs, tp=tp)
+        found = self.target.run(inputs.case, inputs, tp=tp)
         return {name: tensor.detach() for name, tensor in found.items()}
 
     def keeps(self, what: str, found: Mapping[str, Tensor], right: Right | None = None, *, exact: bool = True) -> None:
@@ -102,7 +102,7 @@ class Trial:
     def _judge(self, name: str, difference: metrics.Difference, exact: bool, peer: float) -> gates.Judgement:
         # the limits of strict engines are for tensors that many numbers decide, as small T is exempt there
         own = self.own and (exact if self.case.exact else self._many(name, difference.nonzero))
-        isa = self.subject.isa or ""
+        isa = self.target.isa or ""
         return gates.judge(self.case, name, difference, peer, own_engine=own, isa=isa, searched=True)
 
     def _many(self, name: str, nonzero: int) -> bool:
@@ -113,7 +113,7 @@ class Trial:
 
     def same(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """AssertionError unless the bits are the same: of the native engine only, see docs/contract.md."""
-        if self.subject.engine == registry.NATIVE:
+        if self.target.engine == registry.NATIVE:
             # an empty tensor may have strides of which no bytes can be seen, and has no bits to differ in
             expect_same_bits(what, left, right, tuple(name for name in names if left[name].numel()))
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify.checks.target import SMALL, Subject, accepted, expect, expect_same_bits
+from ktverify.checks.target import SMALL, Target, accepted, expect, expect_same_bits
 from ktverify.engines.run import run_layer
 from ktverify.errors import Unsupported
 from ktverify.isolation.process import Died
@@ -29,20 +29,20 @@ WRONG = (ValueError, TypeError)
 class Stage:
     """What a refusal is tried on: the engine, a loaded layer of it (TP 1, SMALL) and the inputs that it works with."""
 
-    subject: Subject
+    target: Target
     inputs: Inputs
     layer: Any
 
     def another(self, **more: Any) -> Stage:
         """The same with a layer of other, permitted arguments. Unsupported where the engine has none such."""
         try:
-            return Stage(self.subject, self.inputs, self.subject.layer(SMALL, self.inputs, **more))
+            return Stage(self.target, self.inputs, self.target.layer(SMALL, self.inputs, **more))
         except NotImplementedError as error:
             raise Unsupported(str(error)) from error
 
     def bare(self) -> Stage:
         """The same with a layer that has neither weights nor LoRA."""
-        return Stage(self.subject, self.inputs, self.subject.bare(SMALL))
+        return Stage(self.target, self.inputs, self.target.bare(SMALL))
 
     def load_into_bare(self, **changed: Any) -> None:
         """load on a layer that has no weights yet, which has to work once it gets the right ones."""
@@ -90,11 +90,11 @@ class Refusal:
     after: Callable[[Stage], None] | None = field(default=None)
 
 
-def check_refusal(subject: Subject, name: str) -> None:
+def check_refusal(target: Target, name: str) -> None:
     """AssertionError unless REFUSALS[name] is refused as it says and the layer works on, with the same bits."""
     refusal = REFUSALS[name]
     inputs = make_inputs(SMALL)
-    stage = Stage(subject, inputs, subject.layer(SMALL, inputs))
+    stage = Stage(target, inputs, target.layer(SMALL, inputs))
     before = run_layer(stage.layer, inputs)
     try:
         refusal.act(stage)
@@ -125,7 +125,7 @@ def check_refusal(subject: Subject, name: str) -> None:
 
 def _constructor() -> Iterable[tuple[str, Refusal]]:
     def build(**more: Any) -> Callable[[Stage], object]:
-        return lambda stage: stage.subject.bare(SMALL, **more)
+        return lambda stage: stage.target.bare(SMALL, **more)
 
     yield "mode unknown", Refusal((ValueError,), ("mode", "no_such_mode", "sft"), build(mode="no_such_mode"))
     yield (
@@ -276,7 +276,7 @@ def _outstanding_still_answers(stage: Stage) -> None:
     """The forward that was outstanding when something was refused has its gradients, and the same bits."""
     grad_input, gradients = stage.layer.backward(stage.inputs.grad_output)
     found = {"grad_input": grad_input, **gradients, "grad_weights": stage.layer.grad_weights}
-    expected = stage.subject.run(SMALL, stage.inputs)
+    expected = stage.target.run(SMALL, stage.inputs)
     expect_same_bits("backward after the refusal", expected, found, tuple(found))
 
 
@@ -364,14 +364,14 @@ REFUSALS = _as_table(_constructor(), _weights(), _order(), _inputs())
 # ---- rows that no Stage can hold
 
 
-def check_out_of_memory(subject: Subject) -> None:
+def check_out_of_memory(target: Target) -> None:
     """AssertionError unless four times this machine's memory of weights gets a MemoryError with both figures: how much
     was needed and how much there is.
 
     The tensors have stride 0, so that they take nothing here. Other layers work afterwards.
     """
     inputs = make_inputs(SMALL)
-    before = subject.run(SMALL, inputs)
+    before = target.run(SMALL, inputs)
     # wide both ways, so that only the base weights are large
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hidden = intermediate = math.isqrt(4 * memory // 6)
@@ -380,7 +380,7 @@ def check_out_of_memory(subject: Subject) -> None:
     sizes = {"num_experts": 1, "num_experts_per_tok": 1, "hidden_size": hidden, "lora_rank": 1}
     try:
         # an engine that packs an expert when its first token comes needs the memory only then
-        layer = subject.bare(SMALL, moe_intermediate_size=intermediate, **sizes)
+        layer = target.bare(SMALL, moe_intermediate_size=intermediate, **sizes)
         shapes = [(1, intermediate, hidden), (1, intermediate, hidden), (1, hidden, intermediate)]
         layer.load_weights_from_tensors(*(wide.expand(shape) for shape in shapes), torch.zeros(1, dtype=torch.int64))
         layer.init_lora_weights(
@@ -396,4 +396,4 @@ def check_out_of_memory(subject: Subject) -> None:
         )
     else:
         accepted(f"{4 * memory / 2**30:.0f} GiB of weights")
-    expect_same_bits("before the MemoryError and after it", before, subject.run(SMALL, inputs))
+    expect_same_bits("before the MemoryError and after it", before, target.run(SMALL, inputs))

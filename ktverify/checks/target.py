@@ -1,6 +1,6 @@
 """The engine under test as the checks see it: a name, an instruction set, and how to get a loaded layer of it.
 
-The check functions of this package take a Subject, so that they run in a child process, on any engine, unchanged.
+A check takes a Target, so that it runs in a child process, on any engine, unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ktverify.engines import registry
-from ktverify.engines.run import build_layer, layer_arguments, run_layer
+from ktverify.engines.run import METHOD, build_layer, layer_arguments, run_layer
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
@@ -26,29 +26,44 @@ ODD = Case.parse("E=5,k=3,H=97,I=47,T=7,r=3,alpha=5")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An engine by name and what its `isa=` gets (None: its own choice)."""
+class Target:
+    """An engine under test and how it is called.
+
+    engine: a name, as `registry.find` takes it. isa: what its `isa=` gets, None for its own choice. tp: tensor parallel
+    degree. threads: ceiling of workers, None for all processors of this process. method: the engine's `method=`.
+    """
 
     engine: str
     isa: str | None = None
+    tp: int = 1
+    threads: int | None = 2
+    method: str = METHOD
 
     @property
     def factory(self) -> registry.EngineFactory:
+        """The callable that makes a layer."""
         return registry.find(self.engine)
+
+    @property
+    def strict(self) -> bool:
+        """True for an engine that claims fp32 sums: see `registry.strict`."""
+        return registry.strict(self.engine)
 
     def bare(self, case: Case = SMALL, **more: Any) -> Any:
         """A layer without weights; `more` overrides constructor arguments."""
-        arguments = layer_arguments(case, isa=self.isa, tp=1, threads=2)
-        return self.factory(**{**arguments, **more})
+        return self.factory(**{**layer_arguments(case, **self._how()), **more})
 
-    def layer(self, case: Case, inputs: Inputs, *, tp: int = 1, threads: int = 2, **more: Any) -> Any:
-        """A layer with the base weights and LoRA of `inputs`."""
-        return build_layer(self.factory, case, inputs, isa=self.isa, tp=tp, threads=threads, **more)
+    def layer(self, case: Case, inputs: Inputs, **more: Any) -> Any:
+        """A layer with the base weights and LoRA of `inputs`; `more` overrides how it is built, also tp and threads."""
+        return build_layer(self.factory, case, inputs, **{**self._how(), **more})
 
     def run(self, case: Case, inputs: Inputs | None = None, **more: Any) -> dict[str, Tensor]:
         """ALL_TENSORS of one forward and backward of a new layer."""
         inputs = make_inputs(case) if inputs is None else inputs
         return run_layer(self.layer(case, inputs, **more), inputs)
+
+    def _how(self) -> dict[str, Any]:
+        return {"isa": self.isa, "tp": self.tp, "threads": self.threads, "method": self.method}
 
 
 def bits(tensor: Tensor) -> Tensor:

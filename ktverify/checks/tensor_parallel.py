@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, GateFailed, Subject, accepted, expect, expect_same_bits
+from ktverify.checks.target import SMALL, GateFailed, Target, accepted, expect, expect_same_bits
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics
 from ktverify.spec.cases import Case
@@ -22,11 +22,11 @@ def degrees_that_work(intermediate: int, up_to: int) -> list[int]:
     return [degree for degree in range(1, up_to + 1) if intermediate % degree == 0]
 
 
-def check_degree(subject: Subject, intermediate: int, degree: int) -> None:
+def check_degree(target: Target, intermediate: int, degree: int) -> None:
     """AssertionError unless `degree` is accepted where it divides, else refused with the contract's sentence."""
     what = f"moe_intermediate_size {intermediate}, threadpool_count {degree}"
     try:
-        layer = subject.bare(moe_intermediate_size=intermediate, threadpool_count=degree, cpuinfer_threads=2)
+        layer = target.bare(moe_intermediate_size=intermediate, threadpool_count=degree, cpuinfer_threads=2)
     except NotImplementedError:
         # a RuntimeError too, but one that declares
         raise
@@ -49,10 +49,10 @@ def check_degree(subject: Subject, intermediate: int, degree: int) -> None:
     del layer
 
 
-def check_bad_degree(subject: Subject, degree: int) -> None:
+def check_bad_degree(target: Target, degree: int) -> None:
     """AssertionError unless a threadpool_count that is no degree at all is refused by name."""
     try:
-        subject.bare(SMALL, threadpool_count=degree)
+        target.bare(SMALL, threadpool_count=degree)
     except NotImplementedError:
         raise
     except (ValueError, RuntimeError) as error:
@@ -61,17 +61,17 @@ def check_bad_degree(subject: Subject, degree: int) -> None:
     accepted(f"threadpool_count {degree}")
 
 
-def run_degree(subject: Subject, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
+def run_degree(target: Target, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
     """ALL_TENSORS of each case at one tensor-parallel degree."""
-    return [subject.run(case, tp=degree) for case in cases]
+    return [target.run(case, tp=degree) for case in cases]
 
 
-def compare_degrees(subject: Subject, case: Case, found: TpResults) -> list[str]:
+def compare_degrees(target: Target, case: Case, found: TpResults) -> list[str]:
     """What is wrong with the results of `case` at several degrees, in words; [] if nothing. See exceeded_by."""
-    return [line for _, _, line in exceeded_by(subject, case, found)]
+    return [line for _, _, line in exceeded_by(target, case, found)]
 
 
-def exceeded_by(subject: Subject, case: Case, found: TpResults) -> list[tuple[str, float, str]]:
+def exceeded_by(target: Target, case: Case, found: TpResults) -> list[tuple[str, float, str]]:
     """(gate, share of its budget, line) for all that is wrong with `found`, against the oracle and each other.
 
     Each degree keeps the budgets of `gates`. Engines that are `engines.strict` moreover have the same bits at all
@@ -89,14 +89,14 @@ def exceeded_by(subject: Subject, case: Case, found: TpResults) -> list[tuple[st
                 name,
                 metrics.compare(actual, oracle[name]),
                 peer[name],
-                own_engine=registry.strict(subject.engine),
-                isa=subject.isa or "",
+                own_engine=registry.strict(target.engine),
+                isa=target.isa or "",
             )
             if judgement.verdict is not gates.Verdict.PASS:
                 line = f"TP {degree}: {judgement.line.partition(chr(10))[0]}"
                 bad = [gate for gate in judgement.gates if gate.verdict is not gates.Verdict.PASS]
                 wrong += [(gate.gate, gate.used, line) for gate in bad]
-    for degree in others if registry.strict(subject.engine) else ():
+    for degree in others if registry.strict(target.engine) else ():
         if case.exact:
             try:
                 expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])

@@ -1,6 +1,6 @@
 """Some optimizer steps through an engine, beside the same steps through the oracle.
 
-Loss: 0.5 ||output - target||^2, so grad_output = output - target; AdamW steps layer.gate_lora_a … layer.down_lora_b.
+Loss: 0.5 ||output - goal||^2, so grad_output = output - goal; AdamW steps layer.gate_lora_a … layer.down_lora_b.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.behaviour import judged
-from ktverify.checks.target import GateFailed, Subject, expect, expect_same_bits
+from ktverify.checks.target import GateFailed, Target, expect, expect_same_bits
 from ktverify.engines.run import run_layer
 from ktverify.judge import gates, reference
 from ktverify.spec.cases import Case
@@ -50,7 +50,7 @@ class Drift:
     parameters: dict[str, float]
 
 
-def target_of(case: Case) -> Tensor:
+def goal_of(case: Case) -> Tensor:
     """[T, H] bf16: what the oracle gives with other LoRA weights, so that the loss can be lowered."""
     inputs = make_inputs(case)
     other = make_inputs(case.with_seed(case.seed + 1))
@@ -60,14 +60,14 @@ def target_of(case: Case) -> Tensor:
 
 
 def train(
-    parameters: dict[str, Tensor], target: Tensor, forward: Forward, backward: Backward, update: Callable[[], None]
+    parameters: dict[str, Tensor], goal: Tensor, forward: Forward, backward: Backward, update: Callable[[], None]
 ) -> Trajectory:
     """STEPS steps of AdamW on `parameters`, in place."""
     start = {name: tensor.detach().double().clone() for name, tensor in parameters.items()}
     optimizer = torch.optim.AdamW(list(parameters.values()), lr=LEARNING_RATE)
     losses = []
     for _ in range(STEPS):
-        error = forward().double() - target.double()
+        error = forward().double() - goal.double()
         losses.append(0.5 * float((error * error).sum()))
         gradients = backward(error.to(torch.bfloat16))
         for name, parameter in parameters.items():
@@ -75,12 +75,12 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         update()
-    error = forward().double() - target.double()
+    error = forward().double() - goal.double()
     losses.append(0.5 * float((error * error).sum()))
     return Trajectory(losses, {name: tensor.detach().clone() for name, tensor in parameters.items()}, start)
 
 
-def oracle_trajectory(case: Case, target: Tensor) -> Trajectory:
+def oracle_trajectory(case: Case, goal: Tensor) -> Trajectory:
     """The steps with fp64 outputs and gradients; the parameters keep the case's dtype, as the engine's do."""
     inputs = make_inputs(case)
 
@@ -91,13 +91,13 @@ def oracle_trajectory(case: Case, target: Tensor) -> Trajectory:
         inputs.grad_output = grad_output
         return reference.forward_backward(inputs)
 
-    return train(inputs.lora, target, forward, backward, lambda: None)
+    return train(inputs.lora, goal, forward, backward, lambda: None)
 
 
-def engine_trajectory(subject: Subject, case: Case, target: Tensor, tp: int = 1) -> Trajectory:
+def engine_trajectory(target: Target, case: Case, goal: Tensor, tp: int = 1) -> Trajectory:
     """The steps through forward_sft, backward and update_lora_weights."""
     inputs = make_inputs(case)
-    layer = subject.layer(case, inputs, tp=tp)
+    layer = target.layer(case, inputs, tp=tp)
 
     def forward() -> Tensor:
         # the last loss of the trajectory needs no backward, so nothing may be left outstanding by this
@@ -112,7 +112,7 @@ def engine_trajectory(subject: Subject, case: Case, target: Tensor, tp: int = 1)
         return gradients
 
     parameters = {name: getattr(layer, name) for name in LORA_NAMES}
-    return train(parameters, target, forward, backward, layer.update_lora_weights)
+    return train(parameters, goal, forward, backward, layer.update_lora_weights)
 
 
 def drift(found: Trajectory, oracle: Trajectory) -> Drift:
@@ -128,19 +128,19 @@ def drift(found: Trajectory, oracle: Trajectory) -> Drift:
 
 @functools.lru_cache(maxsize=8)
 def _beside(case: Case) -> tuple[Tensor, Trajectory, Drift]:
-    """What every engine is held against: the target, the oracle's steps, and how far plain bf16 torch is from them."""
-    target = target_of(case)
-    oracle = oracle_trajectory(case, target)
-    return target, oracle, drift(engine_trajectory(Subject("torch_bf16"), case, target), oracle)
+    """What every engine is held against: the goal, the oracle's steps, and how far plain bf16 torch is from them."""
+    goal = goal_of(case)
+    oracle = oracle_trajectory(case, goal)
+    return goal, oracle, drift(engine_trajectory(Target("torch_bf16"), case, goal), oracle)
 
 
-def check_trajectory(subject: Subject, case: Case, tp: int = 1) -> dict[str, float]:
+def check_trajectory(target: Target, case: Case, tp: int = 1) -> dict[str, float]:
     """GateFailed unless losses and parameters keep to the oracle's as well as plain torch in bf16 does.
 
     Returns the share of its budget that each used, by name ("loss" and LORA_NAMES).
     """
-    target, oracle, peer = _beside(case)
-    found = engine_trajectory(subject, case, target, tp)
+    goal, oracle, peer = _beside(case)
+    found = engine_trajectory(target, case, goal, tp)
     # a trajectory that goes nowhere would agree with anything
     learns = oracle.losses[-1] < gates.tolerances()["training"]["learns"] * oracle.losses[0]
     expect(learns, f"the oracle learns nothing: {oracle.losses}")
@@ -166,10 +166,10 @@ def within_budgets(what: str, own: Drift, peer: Drift) -> dict[str, float]:
     return used
 
 
-def check_update(subject: Subject, case: Case) -> None:
+def check_update(target: Target, case: Case) -> None:
     """AssertionError unless the engine computes with the values of the last update_lora_weights, all six alike."""
     inputs, other = make_inputs(case), make_inputs(case.with_seed(case.seed + 1))
-    layer = subject.layer(case, inputs)
+    layer = target.layer(case, inputs)
     before = run_layer(layer, inputs)
 
     def change(names: tuple[str, ...]) -> None:
@@ -191,11 +191,11 @@ def check_update(subject: Subject, case: Case) -> None:
     judged("all parameters changed, then update_lora_weights", case, run_layer(layer, inputs), inputs)
 
 
-def check_update_between(subject: Subject, case: Case) -> None:
+def check_update_between(target: Target, case: Case) -> None:
     """AssertionError unless a forward's gradients are those of the weights that it was computed with."""
     inputs = make_inputs(case)
-    expected = subject.run(case, inputs)
-    layer = subject.layer(case, inputs)
+    expected = target.run(case, inputs)
+    layer = target.layer(case, inputs)
     layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
     with torch.no_grad():
         for name in LORA_NAMES:

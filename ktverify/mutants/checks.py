@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ktverify.checks import accuracy, behaviour, exact, processes, refusals, tensor_parallel, trajectory
 from ktverify.checks.accuracy import Checked
 from ktverify.checks.case_accuracy import TENSORS
-from ktverify.checks.target import GateFailed, Subject
+from ktverify.checks.target import GateFailed, Target
 from ktverify.isolation.child import call_fresh
 from ktverify.judge import gates
 from ktverify.spec import cases
@@ -85,9 +85,9 @@ def _accuracy(family: str, case: Case) -> Check:
 
 def _tensor_parallel(case: Case) -> Check:
     def check(engine: str) -> None:
-        subject = Subject(engine)
-        found = {degree: tensor_parallel.run_degree(subject, [case], degree)[0] for degree in DEGREES}
-        wrong = tensor_parallel.exceeded_by(subject, case, found)
+        target = Target(engine)
+        found = {degree: tensor_parallel.run_degree(target, [case], degree)[0] for degree in DEGREES}
+        wrong = tensor_parallel.exceeded_by(target, case, found)
         if wrong:
             raise GateFailed("\n".join(line for _, _, line in wrong), tuple((gate, used) for gate, used, _ in wrong))
 
@@ -97,7 +97,7 @@ def _tensor_parallel(case: Case) -> Check:
 def _exact(case: Case) -> Check:
     def check(engine: str) -> None:
         for tp in case.tp:
-            exact.check_exact(Subject(engine), case, tp)
+            exact.check_exact(Target(engine), case, tp)
 
     return check
 
@@ -114,12 +114,12 @@ def in_this_process(name: str, engine: str, off: tuple[str, ...]) -> None:
     with contextlib.ExitStack() as without:
         for gate in off:
             without.enter_context(gates.without(gate))
-        getattr(processes, f"check_{name}")(Subject(engine))
+        getattr(processes, f"check_{name}")(Target(engine))
 
 
 def _of(function: Callable[..., object], *arguments: object) -> Check:
     def check(engine: str) -> None:
-        function(Subject(engine), *arguments)
+        function(Target(engine), *arguments)
 
     return check
 

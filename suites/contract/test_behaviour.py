@@ -9,7 +9,7 @@ import pytest
 from ktverify.checks import behaviour
 from ktverify.checks.behaviour import ODD_MIDDLE
 from ktverify.checks.isas import Isa
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.isolation.child import ChildPool
 from ktverify.spec.cases import Case
@@ -60,21 +60,21 @@ def test_edge(
     case = Case.parse(EDGES[name])
     case = case if fresh is None else case.with_seed(fresh)
     about(case, 1)
-    children.get(isa.env).call(behaviour.check_edge, subject=Subject(engine, isa.name), case=case)
+    children.get(isa.env).call(behaviour.check_edge, target=Target(engine, isa.name), case=case)
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
-    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), subject=Subject(engine, isa.name))
+    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), target=Target(engine, isa.name))
 
 
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
 def test_native_behaviour(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
     if engine != registry.NATIVE:
         pytest.skip("docs/contract.md does not ask this of every engine")
-    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), subject=Subject(engine, isa.name))
+    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), target=Target(engine, isa.name))
 
 
 @pytest.mark.parametrize("check", AT_ODD_SIZES)
 def test_behaviour_at_odd_sizes(engine: str, children: ChildPool, isa: Isa, check: str) -> None:
-    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), subject=Subject(engine, isa.name), case=ODD_MIDDLE)
+    children.get(isa.env).call(getattr(behaviour, f"check_{check}"), target=Target(engine, isa.name), case=ODD_MIDDLE)

@@ -7,7 +7,7 @@ import pytest
 from ktverify.checks import isas, native_memory, native_sentinels, processes
 from ktverify.checks.isas import AMX, Isa
 from ktverify.checks.processes import loaded_modules
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.isolation.child import ChildPool, call_fresh
 
 # these depend on what happened in the process before
@@ -40,12 +40,12 @@ def best(engine: str, pytestconfig: pytest.Config) -> Isa:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_process(engine: str, children: ChildPool, best: Isa, check: str) -> None:
-    children.get(best.env).call(getattr(processes, f"check_{check}"), subject=Subject(engine, best.name))
+    children.get(best.env).call(getattr(processes, f"check_{check}"), target=Target(engine, best.name))
 
 
 @pytest.mark.parametrize("check", IN_A_FRESH_PROCESS)
 def test_fresh_process(engine: str, best: Isa, check: str) -> None:
-    call_fresh(getattr(processes, f"check_{check}"), env=best.env, subject=Subject(engine, best.name))
+    call_fresh(getattr(processes, f"check_{check}"), env=best.env, target=Target(engine, best.name))
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def native(engine: str) -> None:
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE)
 def test_native_process(engine: str, children: ChildPool, best: Isa, check: str) -> None:
-    children.get(best.env).call(getattr(processes, f"check_{check}"), subject=Subject(engine, best.name))
+    children.get(best.env).call(getattr(processes, f"check_{check}"), target=Target(engine, best.name))
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("check", OF_THE_NATIVE_ENGINE_IN_A_FRESH_PROCESS)
 def test_native_fresh_process(engine: str, best: Isa, check: str) -> None:
-    call_fresh(getattr(processes, f"check_{check}"), env=best.env, subject=Subject(engine, best.name))
+    call_fresh(getattr(processes, f"check_{check}"), env=best.env, target=Target(engine, best.name))
 
 
 @pytest.mark.usefixtures("native")
@@ -100,7 +100,7 @@ def test_amx_is_never_replaced(engine: str, children: ChildPool, by_variable: bo
 
 @pytest.mark.usefixtures("native")
 def test_sentinels(engine: str, children: ChildPool, isa: Isa) -> None:
-    children.get(isa.env).call(native_sentinels.check_sentinels, subject=Subject(engine, isa.name))
+    children.get(isa.env).call(native_sentinels.check_sentinels, target=Target(engine, isa.name))
 
 
 @pytest.mark.usefixtures("native")

@@ -6,14 +6,14 @@ import pytest
 
 from ktverify.checks import refusals
 from ktverify.checks.refusals import REFUSALS
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.isolation.child import ChildPool
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refused(engine: str, children: ChildPool, name: str) -> None:
-    children.get().call(refusals.check_refusal, subject=Subject(engine), name=name)
+    children.get().call(refusals.check_refusal, target=Target(engine), name=name)
 
 
 def test_out_of_memory(engine: str, children: ChildPool) -> None:
-    children.get().call(refusals.check_out_of_memory, subject=Subject(engine))
+    children.get().call(refusals.check_out_of_memory, target=Target(engine))

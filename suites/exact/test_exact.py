@@ -11,7 +11,7 @@ import pytest
 
 from ktverify.checks import exact, isas
 from ktverify.checks.isas import Isa
-from ktverify.checks.target import Subject, expect_same_bits
+from ktverify.checks.target import Target, expect_same_bits
 from ktverify.engines import registry
 from ktverify.isolation.child import ChildPool
 from ktverify.spec import cases
@@ -32,7 +32,7 @@ def test_equals_the_oracle(
     case = case if fresh is None else case.with_seed(fresh)
     for tp in case.tp:
         about(case, tp)
-        children.get(isa.env).call(exact.check_exact, subject=Subject(engine, isa.name), case=case, tp=tp)
+        children.get(isa.env).call(exact.check_exact, target=Target(engine, isa.name), case=case, tp=tp)
 
 
 def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: pytest.Config, about: About) -> None:
@@ -41,7 +41,7 @@ def test_instruction_sets_agree(engine: str, children: ChildPool, pytestconfig: 
     found = [
         (
             isa,
-            children.get(isa.env).call(exact.check_exact, subject=Subject(engine, isa.name), case=case),
+            children.get(isa.env).call(exact.check_exact, target=Target(engine, isa.name), case=case),
         )
         for isa in isas.planned(engine, pytestconfig.option.isa)
     ]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from ktverify.checks import isas, latency
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.isolation.child import ChildPool, call_fresh
 from ktverify.runs.record import Result
 from ktverify.spec.cases import Case
@@ -43,8 +43,8 @@ def test_layer(
         pytest.skip("AMX is emulated here, its times mean nothing")
     # an idle child's memory is not this test's to use
     children.close()
-    subject = Subject(engine, isa.name)
-    timings = call_fresh(latency.measure, env=latency.environment(), subject=subject, case=CASE, tp=tp)
+    target = Target(engine, isa.name)
+    timings = call_fresh(latency.measure, env=latency.environment(), target=target, case=CASE, tp=tp)
     latency.check_samples(timings)
     for timing in timings:
         medians[timing.what, tp] = statistics.median(timing.samples_ms)

@@ -10,7 +10,7 @@ import pytest
 from ktverify.checks import isas, properties, property_search
 from ktverify.checks.isas import Isa
 from ktverify.checks.properties import PROPERTIES
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.isolation.child import ChildPool
 from ktverify.spec.cases import Case
@@ -32,7 +32,7 @@ def test_property(
     def run(case: Case) -> tuple[int, int]:
         try:
             compared, believed = children.get(isa.env).call(
-                properties.check, subject=Subject(engine, isa.name), name=name, case=case
+                properties.check, target=Target(engine, isa.name), name=name, case=case
             )
         except Exception as error:
             # a process that the case ends, it ends without the property too; a relation of two calls is more than it

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ktverify.checks import tensor_parallel
 from ktverify.checks.isas import Isa
-from ktverify.checks.target import GateFailed, Subject
+from ktverify.checks.target import GateFailed, Target
 from ktverify.isolation.child import ChildPool, call_fresh
 from ktverify.spec.cases import Case
 
@@ -36,32 +36,32 @@ class Failed:
 Found = dict[str, tensor_parallel.TpResults | Failed]
 
 
-def _run(subject: Subject, isa: Isa, fresh: int | None) -> Found:
+def _run(target: Target, isa: Isa, fresh: int | None) -> Found:
     """name -> degree -> ALL_TENSORS, or what was raised. One fresh process for each degree computes all the cases.
 
     Where that fails, each case gets processes of its own, so that it costs no other.
     """
     cases = _cases(fresh)
     try:
-        by_degree = {degree: _run_degree(subject, isa, list(cases.values()), degree) for degree in DEGREES}
+        by_degree = {degree: _run_degree(target, isa, list(cases.values()), degree) for degree in DEGREES}
     except Exception:
-        return {name: _run_alone(subject, isa, case) for name, case in cases.items()}
+        return {name: _run_alone(target, isa, case) for name, case in cases.items()}
     return {name: {degree: by_degree[degree][at] for degree in DEGREES} for at, name in enumerate(cases)}
 
 
-def _run_alone(subject: Subject, isa: Isa, case: Case) -> tensor_parallel.TpResults | Failed:
+def _run_alone(target: Target, isa: Isa, case: Case) -> tensor_parallel.TpResults | Failed:
     found: tensor_parallel.TpResults = {}
     for degree in DEGREES:
         try:
-            (found[degree],) = _run_degree(subject, isa, [case], degree)
+            (found[degree],) = _run_degree(target, isa, [case], degree)
         except Exception as error:
             return Failed(degree, error)
     return found
 
 
-def _run_degree(subject: Subject, isa: Isa, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
+def _run_degree(target: Target, isa: Isa, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
     found: list[dict[str, Tensor]] = call_fresh(
-        tensor_parallel.run_degree, env=isa.env, subject=subject, cases=cases, degree=degree
+        tensor_parallel.run_degree, env=isa.env, target=target, cases=cases, degree=degree
     )
     return found
 
@@ -73,7 +73,7 @@ def _cases(fresh: int | None) -> dict[str, Case]:
 
 @pytest.fixture(scope="module")
 def results(isa: Isa, engine: str, fresh: int | None) -> Found:
-    return _run(Subject(engine, isa.name), isa, fresh)
+    return _run(Target(engine, isa.name), isa, fresh)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,7 +92,7 @@ def test_degrees_agree(
         raise found.error
     wrong = children.get().call(
         tensor_parallel.compare_degrees,
-        subject=Subject(engine, isa.name),
+        target=Target(engine, isa.name),
         case=case,
         found=found,
     )

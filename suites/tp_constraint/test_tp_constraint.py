@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ktverify.checks import tensor_parallel
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.isolation.child import ChildPool
 
 # moe_intermediate_size -> degrees tried: primes, powers of two and their neighbours, the sizes of real models
@@ -24,16 +24,16 @@ PAIRS = [(intermediate, degree) for intermediate, degrees in DEGREES.items() for
 
 
 @pytest.fixture
-def subject(engine: str) -> Subject:
+def target(engine: str) -> Target:
     # the refusal comes before anything that depends on the instruction set
-    return Subject(engine)
+    return Target(engine)
 
 
 @pytest.mark.parametrize(("intermediate", "degree"), PAIRS)
-def test_degree(children: ChildPool, subject: Subject, intermediate: int, degree: int) -> None:
-    children.get().call(tensor_parallel.check_degree, subject=subject, intermediate=intermediate, degree=degree)
+def test_degree(children: ChildPool, target: Target, intermediate: int, degree: int) -> None:
+    children.get().call(tensor_parallel.check_degree, target=target, intermediate=intermediate, degree=degree)
 
 
 @pytest.mark.parametrize("degree", [0, -1, -4])
-def test_no_degree_at_all(children: ChildPool, subject: Subject, degree: int) -> None:
-    children.get().call(tensor_parallel.check_bad_degree, subject=subject, degree=degree)
+def test_no_degree_at_all(children: ChildPool, target: Target, degree: int) -> None:
+    children.get().call(tensor_parallel.check_bad_degree, target=target, degree=degree)

@@ -6,7 +6,7 @@ import pytest
 
 from ktverify.checks import trajectory
 from ktverify.checks.isas import Isa
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.isolation.child import ChildPool
 from ktverify.spec.cases import Case
 
@@ -27,7 +27,7 @@ def _case(text: str, fresh: int | None) -> Case:
 def test_trajectory(engine: str, children: ChildPool, isa: Isa, name: str, fresh: int | None) -> None:
     children.get(isa.env).call(
         trajectory.check_trajectory,
-        subject=Subject(engine, isa.name),
+        target=Target(engine, isa.name),
         case=_case(TRAINED[name], fresh),
     )
 
@@ -35,17 +35,17 @@ def test_trajectory(engine: str, children: ChildPool, isa: Isa, name: str, fresh
 def test_trajectory_tensor_parallel(engine: str, children: ChildPool, isa: Isa, fresh: int | None) -> None:
     children.get(isa.env).call(
         trajectory.check_trajectory,
-        subject=Subject(engine, isa.name),
+        target=Target(engine, isa.name),
         case=_case(TRAINED["fp32_parameters"], fresh),
         tp=2,
     )
 
 
 def test_parameters_count_only_once_synchronised(engine: str, children: ChildPool, isa: Isa, fresh: int | None) -> None:
-    children.get(isa.env).call(trajectory.check_update, subject=Subject(engine, isa.name), case=_case(UPDATED, fresh))
+    children.get(isa.env).call(trajectory.check_update, target=Target(engine, isa.name), case=_case(UPDATED, fresh))
 
 
 def test_backward_uses_the_weights_of_its_forward(engine: str, children: ChildPool, isa: Isa) -> None:
     children.get(isa.env).call(
-        trajectory.check_update_between, subject=Subject(engine, isa.name), case=Case.parse(UPDATED)
+        trajectory.check_update_between, target=Target(engine, isa.name), case=Case.parse(UPDATED)
     )

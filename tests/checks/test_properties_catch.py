@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ktverify.checks import properties, property_search
 from ktverify.checks.properties import PROPERTIES
-from ktverify.checks.target import Subject
+from ktverify.checks.target import Target
 from ktverify.errors import Unsupported
 from ktverify.isolation.process import Died
 from ktverify.mutants import MUTANTS
@@ -80,7 +80,7 @@ def _search(name: str, engine: str, examples: int) -> None:
     property_search.search(
         name,
         PROPERTIES[name],
-        lambda case: properties.check(Subject(engine), name, case),
+        lambda case: properties.check(Target(engine), name, case),
         examples=examples,
         sizes=SMALL,
         options=f" --engine {engine}",
@@ -105,7 +105,7 @@ def test_wrong_engine_violates_it(name: str) -> None:
     assert repeat == f"pytest suites/properties -k {name} --case '{case.id}' --engine {VIOLATED[name]}"
     # the case alone repeats it
     with pytest.raises((AssertionError, RuntimeError)):
-        properties.check(Subject(VIOLATED[name]), name, case)
+        properties.check(Target(VIOLATED[name]), name, case)
 
 
 def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:

@@ -19,7 +19,7 @@ import pytest
 
 from ktverify import pytest_plugin
 from ktverify.checks import behaviour, case_accuracy, exact, isas, refusals, tensor_parallel, trajectory
-from ktverify.checks.target import GateFailed, Subject
+from ktverify.checks.target import GateFailed, Target
 from ktverify.checks.trajectory import Drift, within_budgets
 from ktverify.isolation.child import Child, ChildCrash, ChildPool, Limits
 from ktverify.mutants import MUTANTS
@@ -56,33 +56,33 @@ def backward(child: Child, engine: str, case: Case) -> None:
 
 def tp_consistency(child: Child, engine: str, case: Case) -> None:
     """What suites/tp_consistency does with a case, but for the fresh processes."""
-    subject = Subject(engine)
+    target = Target(engine)
     run = tensor_parallel.run_degree
-    found = {degree: child.call(run, subject=subject, cases=[case], degree=degree)[0] for degree in (1, 2, 4)}
-    wrong = tensor_parallel.compare_degrees(subject, case, found)
+    found = {degree: child.call(run, target=target, cases=[case], degree=degree)[0] for degree in (1, 2, 4)}
+    wrong = tensor_parallel.compare_degrees(target, case, found)
     assert not wrong, "\n".join(wrong)
 
 
 def bit_equality(child: Child, engine: str, case: Case) -> None:
     """What suites/exact does with a case."""
-    child.call(exact.check_exact, subject=Subject(engine), case=case)
+    child.call(exact.check_exact, target=Target(engine), case=case)
 
 
 def training(child: Child, engine: str, case: Case) -> None:
     """What suites/training_loop does with a case."""
-    child.call(trajectory.check_trajectory, subject=Subject(engine), case=case)
+    child.call(trajectory.check_trajectory, target=Target(engine), case=case)
 
 
 def update(child: Child, engine: str, case: Case) -> None:
     """The other half of suites/training_loop."""
-    child.call(trajectory.check_update, subject=Subject(engine), case=case)
+    child.call(trajectory.check_update, target=Target(engine), case=case)
 
 
 def behaves(name: str) -> Any:
     """A check of suites/contract."""
 
     def check(child: Child, engine: str, case: Case) -> None:
-        child.call(getattr(behaviour, f"check_{name}"), subject=Subject(engine))
+        child.call(getattr(behaviour, f"check_{name}"), target=Target(engine))
 
     return check
 
@@ -91,7 +91,7 @@ def refusal(name: str) -> Any:
     """A row of the refusal table."""
 
     def check(child: Child, engine: str, case: Case) -> None:
-        child.call(refusals.check_refusal, subject=Subject(engine), name=name)
+        child.call(refusals.check_refusal, target=Target(engine), name=name)
 
     return check
 
@@ -200,9 +200,9 @@ def test_what_an_engine_raises_is_a_crash(
 @pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
 def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
     told = tmp_path / "number"
-    subject = Subject(f"tests.support.broken:{engine}")
+    target = Target(f"tests.support.broken:{engine}")
     with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
-        child.call(tensor_parallel.run_degree, subject=subject, cases=[SMALL], degree=1)
+        child.call(tensor_parallel.run_degree, target=target, cases=[SMALL], degree=1)
     assert type(found.value) is ChildCrash
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(told.read_text()))
