@@ -9,10 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from ktverify.checks.causes import Cause
 from ktverify.diagnose import probes_calls as calling
 from ktverify.diagnose import probes_inputs as feeding
 from ktverify.diagnose import probes_lora as training
-from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.evidence import Finding, Probe, Situation
 from ktverify.diagnose.stand import Stand, certain
 

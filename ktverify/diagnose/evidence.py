@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.diagnose.formulas import Change, Layer, Values, reached_tensors, recomputed
 from ktverify.engines.registry import EngineFactory
 from ktverify.engines.run import run_case

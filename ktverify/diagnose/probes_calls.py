@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ktverify.checks.causes import Cause
 from ktverify.diagnose import calls
-from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.evidence import Finding
 from ktverify.diagnose.stand import BEHAVIOUR, Stand, certain, with_tokens
 from ktverify.judge.metrics import compare

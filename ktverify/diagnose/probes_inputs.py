@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
+from ktverify.checks.causes import Cause
 from ktverify.diagnose import calls
-from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.stand import Stand, certain
 from ktverify.judge import gates

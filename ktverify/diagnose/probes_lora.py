@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ktverify.checks.causes import Cause
 from ktverify.diagnose import calls
-from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.formulas import Layer
 from ktverify.diagnose.stand import BEHAVIOUR, Stand, certain

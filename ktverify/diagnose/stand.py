@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ktverify.checks.causes import Cause
 from ktverify.diagnose import calls
-from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.evidence import Finding, Probe, Situation
 from ktverify.engines.run import build_layer
 from ktverify.spec.cases import Case

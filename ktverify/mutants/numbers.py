@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.mutants.base import Gradients, Group, Plain
 from ktverify.mutants.registry import mutant
 

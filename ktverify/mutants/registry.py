@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.mutants.base import Plain
 
 

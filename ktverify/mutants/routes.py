@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.engines import argument_checks
 from ktverify.judge.reference import routed
 from ktverify.mutants.base import Gradients, Group, Plain

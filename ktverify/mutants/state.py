@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.mutants.base import Gradients, Group, Matrices, Outstanding, Plain
 from ktverify.mutants.registry import mutant
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.mutants.base import Gradients, Group, Matrices, Plain
 from ktverify.mutants.registry import mutant
 

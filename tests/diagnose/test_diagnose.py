@@ -12,9 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from ktverify.checks import accuracy, case_accuracy
+from ktverify.checks.causes import Cause
 from ktverify.cli.main import app
 from ktverify.diagnose import hook, search
-from ktverify.diagnose.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.formulas import FORMULAS, LABELS, Layer, downstream, operands
 from ktverify.diagnose.search import diagnose, explain, one_thread, reduced

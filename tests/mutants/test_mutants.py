@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ktverify.checks.accuracy import LiveOracle
+from ktverify.checks.causes import Cause
 from ktverify.checks.target import GateFailed, expect
-from ktverify.diagnose.causes import Cause
 from ktverify.engines.run import run_case
 from ktverify.judge import gates
 from ktverify.judge.gates import GATES, Verdict

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.spec.names import GRAD_NAMES, TOKEN_TENSORS
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.formulas import FORMULAS, LEAVES, Values, label, leaves_of
 from ktverify.judge.reference import routed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.formulas import FORMULAS, LEAVES, Change, Formula, Values, exchanged, label, operands
 from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, OUTPUT

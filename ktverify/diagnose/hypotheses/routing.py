@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation, Tensors
 from ktverify.diagnose.formulas import Change, Layer, Values, add_up
 from ktverify.spec.inputs import Inputs

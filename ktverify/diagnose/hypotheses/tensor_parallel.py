@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ktverify.diagnose.causes import Cause
+from ktverify.checks.causes import Cause
 from ktverify.diagnose.evidence import Finding, Situation
 from ktverify.diagnose.formulas import FORMULAS, Change, Formula, Values, exchanged, operands
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
