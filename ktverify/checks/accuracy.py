@@ -32,7 +32,7 @@ from ktverify.engines.run import (
 from ktverify.isolation.process import Died
 from ktverify.judge import reference
 from ktverify.judge.bf16_baseline import peer_error
-from ktverify.judge.gates import GateResult, Judgement, Verdict, judge
+from ktverify.judge.gates import ALL_ON, GateResult, Judgement, Verdict, judge
 from ktverify.judge.metrics import Difference, compare
 from ktverify.runs.record import AccuracyRecord, VerdictName, accuracy_record, worst_first
 from ktverify.spec.cases import Case, catalogue
@@ -165,12 +165,13 @@ def check_case(
     backward: bool = True,
     tensors: Sequence[str] | None = None,
     given: Checked | None = None,
+    gates_off: frozenset[str] = ALL_ON,
 ) -> Checked:
     """Run `case` through `engine` and judge each of `tensors` (default: all that were computed).
 
-    given: an earlier result of the same case, whose inputs and expected values are used again. Raises ValueError for an
-    unknown tensor or method, and what the engine's constructor raises; what its methods raise is a CRASH of what they
-    did not give: an output is judged where the backward raises.
+    given: an earlier result of the same case, whose inputs and expected values are used again. gates_off: gates
+    to leave out. Raises ValueError for an unknown tensor or method, and what the engine's constructor raises; what its
+    methods raise is a CRASH of what they did not give: an output is judged where the backward raises.
     """
     wanted = check_names(tensors, backward)
     if method not in METHODS:
@@ -215,7 +216,9 @@ def check_case(
             continue
         difference = expected.compare(name, actual[name])
         own = registry.strict(engine)
-        judgement = judge(case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label))
+        judgement = judge(
+            case, name, difference, expected.peer[name], own_engine=own, isa=isa_name(label), gates_off=gates_off
+        )
         checked.records.append(accuracy_record(judgement, difference, **where))
     if raised is not None:
         missing = [name for name in wanted if name not in actual]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, GateFailed, Target, accepted, expect, expect_same_bits, same_bits
+from ktverify.checks.target import SMALL, GateFailed, Target, expect, same_bits
 from ktverify.engines import registry
 from ktverify.engines.run import run_layer
 from ktverify.judge import gates, metrics, reference
@@ -33,10 +33,13 @@ ODD_MIDDLE = Case.parse("E=6,k=2,H=203,I=137,T=70,r=7,alpha=16")
 WIDE = Case.parse("E=5,k=3,H=96,I=64,T=7,r=3,alpha=5")
 
 
-def judged(what: str, case: Case, found: Tensors, inputs: Inputs) -> None:
+def judged(target: Target, what: str, case: Case, found: Tensors, inputs: Inputs) -> None:
     """AssertionError unless every tensor of `found` is within the budgets of plain bf16 torch on these inputs."""
     oracle, peer = expected_of(inputs)
-    raise_for(what, [gates.judge(case, n, metrics.compare(t, oracle[n]), peer[n]) for n, t in found.items()])
+    off = target.gates_off
+    raise_for(
+        what, [gates.judge(case, n, metrics.compare(t, oracle[n]), peer[n], gates_off=off) for n, t in found.items()]
+    )
 
 
 def raise_for(what: str, judgements: list[gates.Judgement]) -> None:
@@ -79,11 +82,11 @@ def check_edge(target: Target, case: Case) -> None:
     dtypes = {OUTPUT: torch.bfloat16, GRAD_INPUT: torch.bfloat16, GRAD_WEIGHTS: torch.float32}
     for name, tensor in found.items():
         dtype = dtypes.get(name, lora_dtype)
-        expect(
+        target.expect(
             tuple(tensor.shape) == shapes[name], f"{name} is {list(tensor.shape)}, must be {list(shapes[name])}", "form"
         )
-        expect(tensor.dtype == dtype, f"{name} is {tensor.dtype}, must be {dtype}", "form")
-    judged(case.id, case, found, inputs)
+        target.expect(tensor.dtype == dtype, f"{name} is {tensor.dtype}, must be {dtype}", "form")
+    judged(target, case.id, case, found, inputs)
 
 
 def check_masked_weights_do_not_count(target: Target) -> None:
@@ -96,8 +99,8 @@ def check_masked_weights_do_not_count(target: Target) -> None:
     for value in (0.0, 1e30, float("inf"), float("nan")):
         weights = torch.where(masked, torch.tensor(value), inputs.weights)
         found = target.run(case, changed(inputs, weights=weights))
-        expect_same_bits(f"weight {value} in masked slots", expected, found)
-        expect(not bool(found[GRAD_WEIGHTS][masked].any()), "grad_weights of masked slots must be zero", "stray")
+        target.expect_same_bits(f"weight {value} in masked slots", expected, found)
+        target.expect(not bool(found[GRAD_WEIGHTS][masked].any()), "grad_weights of masked slots must be zero", "stray")
 
 
 def check_odd_addresses(target: Target, case: Case = MIDDLE) -> None:
@@ -107,7 +110,7 @@ def check_odd_addresses(target: Target, case: Case = MIDDLE) -> None:
     for step in (1, 2, 4, 63):
         moved = _everywhere(inputs, lambda tensor: _at_offset(tensor, step))  # noqa: B023 - called at once
         expect(moved.hidden_states.data_ptr() % 64 == step, "the test did not get its address")
-        expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, target.run(case, moved))
+        target.expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, target.run(case, moved))
 
 
 def _at_offset(tensor: Tensor, offset: int) -> Tensor:
@@ -146,13 +149,15 @@ def check_strides(target: Target) -> None:
         layer = target.bare(MIDDLE)
         layer.load_weights_from_tensors(moved.gate_proj, moved.up_proj, moved.down_proj, moved.physical_map)
         layer.init_lora_weights(*moved.lora.values())
-        expect_same_bits(change.__name__, expected, run_layer(layer, moved))
+        target.expect_same_bits(change.__name__, expected, run_layer(layer, moved))
 
     def tracked(tensor: Tensor) -> Tensor:
         return tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
 
     found = target.run(MIDDLE, _everywhere(inputs, tracked))
-    expect_same_bits("tensors that require grad", expected, {name: tensor.detach() for name, tensor in found.items()})
+    target.expect_same_bits(
+        "tensors that require grad", expected, {name: tensor.detach() for name, tensor in found.items()}
+    )
 
 
 # ---- the same bits
@@ -164,8 +169,8 @@ def check_repeats(target: Target, case: Case = MIDDLE) -> None:
     layer = target.layer(case, inputs)
     first = {name: tensor.clone() for name, tensor in run_layer(layer, inputs).items()}
     for _ in range(4):
-        expect_same_bits("the same layer again", first, run_layer(layer, inputs))
-    expect_same_bits("a new layer", first, target.run(case, inputs))
+        target.expect_same_bits("the same layer again", first, run_layer(layer, inputs))
+    target.expect_same_bits("a new layer", first, target.run(case, inputs))
 
 
 def check_threads(target: Target, case: Case = MIDDLE) -> None:
@@ -175,7 +180,7 @@ def check_threads(target: Target, case: Case = MIDDLE) -> None:
         expected = target.run(sized, inputs, threads=1)
         for threads in (2, 3, 16):
             found = target.run(sized, inputs, threads=threads)
-            expect_same_bits(f"{sized.id} with 1 and {threads} threads", expected, found)
+            target.expect_same_bits(f"{sized.id} with 1 and {threads} threads", expected, found)
 
 
 def check_company(target: Target) -> None:
@@ -190,12 +195,12 @@ def check_company(target: Target) -> None:
     few = changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS})
     found = target.run(MIDDLE, few)
     if not registry.strict(target.engine):
-        judged("17 tokens out of 70, by themselves", MIDDLE, found, few)
+        judged(target, "17 tokens out of 70, by themselves", MIDDLE, found, few)
         return
     for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
         apart = metrics.compare(found[name], whole[name][part].double())
         budget = float(gates.tolerances()["tp"]["rel_l2"])
-        expect(
+        target.expect(
             apart.rel_l2 <= budget,
             f"{name} of 17 tokens is {apart.rel_l2:.1e} from the same tokens among 70",
             "tp",
@@ -211,7 +216,7 @@ def check_outlier_token(target: Target) -> None:
     case = Case.parse("E=2,k=2,H=96,I=96,T=300,r=8,alpha=16")
     inputs = make_inputs(case)
     inputs.hidden_states[0] *= 48
-    judged("a token 48 times as large as the others", case, target.run(case, inputs), inputs)
+    judged(target, "a token 48 times as large as the others", case, target.run(case, inputs), inputs)
 
 
 # ---- isolation
@@ -236,18 +241,18 @@ def check_non_finite_isolation(target: Target) -> None:
             found = run_layer(layer, changed(inputs, **{name: broken}))
             what = f"{value} in {name}[{token}, 13]"
             for tensor in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
-                expect(
+                target.expect(
                     same_bits(clean[tensor][others], found[tensor][others]),
                     f"{what} reached other rows of {tensor}",
                     "bits",
                 )
             for tensor in GRAD_NAMES:
                 same = same_bits(clean[tensor][spared], found[tensor][spared])
-                expect(same, f"{what} reached {tensor} of experts that the token was not routed to", "bits")
+                target.expect(same, f"{what} reached {tensor} of experts that the token was not routed to", "bits")
             shown = found[OUTPUT] if name == "hidden_states" else found[GRAD_INPUT]
-            expect(not bool(torch.isfinite(shown[token]).all()), f"{what} was hidden", "hidden_non_finite")
+            target.expect(not bool(torch.isfinite(shown[token]).all()), f"{what} was hidden", "hidden_non_finite")
             # nothing of it may be left in a buffer
-            expect_same_bits(f"the call after {what}", clean, run_layer(layer, inputs))
+            target.expect_same_bits(f"the call after {what}", clean, run_layer(layer, inputs))
 
 
 def check_idle_experts(target: Target) -> None:
@@ -263,8 +268,8 @@ def check_idle_experts(target: Target) -> None:
         found = run_layer(layer, changed(inputs, expert_ids=ids))
         for name in GRAD_NAMES:
             left = int(torch.count_nonzero(found[name][idle]))
-            expect(left == 0, f"{name} of the idle experts {idle} has {left} elements other than 0", "stray")
-            expect(bool(found[name][busy].any()), f"{name} of the busy experts {busy} is all zero", "bits")
+            target.expect(left == 0, f"{name} of the idle experts {idle} has {left} elements other than 0", "stray")
+            target.expect(bool(found[name][busy].any()), f"{name} of the busy experts {busy} is all zero", "bits")
 
 
 def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
@@ -286,19 +291,21 @@ def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
     kept = {name: tensor.clone() for name, tensor in first.items()}
     second = run_layer(layer, changed(other, **watched.lora))
     third = run_layer(layer, watched)
-    expect_same_bits("the first results after later calls", kept, first, gate="written")
+    target.expect_same_bits("the first results after later calls", kept, first, gate="written")
     places: dict[int, str] = {}
     for call, results in enumerate((first, second, third)):
         for name, tensor in results.items():
             where = f"{name} of call {call}"
-            expect(
+            target.expect(
                 tensor.data_ptr() not in places, f"{where} lies where {places.get(tensor.data_ptr())} lies", "written"
             )
             places[tensor.data_ptr()] = where
     for what, buffer, before in guards:
-        expect(bool(torch.equal(buffer, before)), f"an input was written to, or beside: {what}", "written")
+        target.expect(bool(torch.equal(buffer, before)), f"an input was written to, or beside: {what}", "written")
     for name, tensor in layer_parameters(layer).items():
-        expect(same_bits(tensor, watched.lora[name]), f"{name}, the optimizer's, was changed by a call", "written")
+        target.expect(
+            same_bits(tensor, watched.lora[name]), f"{name}, the optimizer's, was changed by a call", "written"
+        )
 
 
 def layer_parameters(layer: object) -> Tensors:
@@ -321,11 +328,11 @@ def check_two_layers(target: Target) -> None:
         ]
         for index in (1, 0, 2):
             found = _backward(layers[index], every[index], outputs[index])
-            expect_same_bits(f"layer {index} of three, interleaved", alone[index], found)
+            target.expect_same_bits(f"layer {index} of three, interleaved", alone[index], found)
     # the buffers of a layer that is gone must not be what another one still uses
     del layers[1]
     gc.collect()
-    expect_same_bits("after another layer was deleted", alone[0], run_layer(layers[0], every[0]))
+    target.expect_same_bits("after another layer was deleted", alone[0], run_layer(layers[0], every[0]))
 
 
 def _backward(layer: object, inputs: Inputs, output: Tensor) -> Tensors:
@@ -348,7 +355,7 @@ def check_outstanding_forwards(target: Target) -> None:
     def forward(index: int, save: bool = True) -> Tensor:
         batch = batches[index]
         output: Tensor = layer.forward_sft(batch.hidden_states, batch.expert_ids, batch.weights, save_for_backward=save)
-        expect(
+        target.expect(
             same_bits(output, alone[index][OUTPUT]),
             f"output of batch {index} is another with others outstanding",
             "bits",
@@ -357,7 +364,7 @@ def check_outstanding_forwards(target: Target) -> None:
 
     def backward(index: int) -> None:
         found = _backward(layer, batches[index], alone[index][OUTPUT])
-        expect_same_bits(f"backward of batch {index}, newest first", alone[index], found)
+        target.expect_same_bits(f"backward of batch {index}, newest first", alone[index], found)
 
     # 2 and 4 have as many rows: only their order tells them apart
     for order in ((0, 1, 2), (2, 3, 0), (1, 1, 3), (2, 4, 3)):
@@ -384,13 +391,13 @@ def check_clear_cache(target: Target) -> None:
     expected = target.run(MIDDLE, inputs)
     layer = target.layer(MIDDLE, inputs)
     layer.clear_sft_buffer_cache()
-    expect_same_bits("cleared before the first call", expected, run_layer(layer, inputs))
+    target.expect_same_bits("cleared before the first call", expected, run_layer(layer, inputs))
     layer.clear_sft_buffer_cache()
     layer.clear_sft_buffer_cache()
-    expect_same_bits("cleared twice between calls", expected, run_layer(layer, inputs))
+    target.expect_same_bits("cleared twice between calls", expected, run_layer(layer, inputs))
     output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
     layer.clear_sft_buffer_cache()
-    expect_same_bits("cleared between forward and backward", expected, _backward(layer, inputs, output))
+    target.expect_same_bits("cleared between forward and backward", expected, _backward(layer, inputs, output))
 
 
 def check_varying_tokens(target: Target, case: Case = MIDDLE) -> None:
@@ -399,7 +406,7 @@ def check_varying_tokens(target: Target, case: Case = MIDDLE) -> None:
     layer = target.layer(case, inputs)
     for rows in (70, 1, 0, 33, 2, 70, 16, 31):
         batch = changed(inputs, **{name: getattr(inputs, name)[:rows] for name in TOKENS})
-        expect_same_bits(f"{rows} rows", target.run(case, batch), run_layer(layer, batch))
+        target.expect_same_bits(f"{rows} rows", target.run(case, batch), run_layer(layer, batch))
 
 
 def check_gradient_accumulation(target: Target) -> None:
@@ -413,7 +420,7 @@ def check_gradient_accumulation(target: Target) -> None:
         found = run_layer(layer, changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS}))
         for name in LORA_NAMES:
             total[name] += found[f"grad_{name}"].float()
-    judged("four micro-batches", case, {f"grad_{name}": tensor for name, tensor in total.items()}, inputs)
+    judged(target, "four micro-batches", case, {f"grad_{name}": tensor for name, tensor in total.items()}, inputs)
 
 
 def check_reload(target: Target) -> None:
@@ -423,7 +430,7 @@ def check_reload(target: Target) -> None:
     run_layer(layer, inputs)
     layer.load_weights_from_tensors(other.gate_proj, other.up_proj, other.down_proj, other.physical_map)
     layer.init_lora_weights(*(other.lora[name].clone() for name in LORA_NAMES))
-    expect_same_bits("a used layer with new weights", target.run(MIDDLE, other), run_layer(layer, other))
+    target.expect_same_bits("a used layer with new weights", target.run(MIDDLE, other), run_layer(layer, other))
 
 
 def check_physical_map(target: Target) -> None:
@@ -438,8 +445,8 @@ def check_physical_map(target: Target) -> None:
         layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
         return run_layer(layer, inputs)
 
-    expect_same_bits("physical_map [3, 5, 0, 1, 4, 2]", expected, load(order))
-    expect(not same_bits(load(torch.arange(6))[OUTPUT], expected[OUTPUT]), "physical_map is ignored", "bits")
+    target.expect_same_bits("physical_map [3, 5, 0, 1, 4, 2]", expected, load(order))
+    target.expect(not same_bits(load(torch.arange(6))[OUTPUT], expected[OUTPUT]), "physical_map is ignored", "bits")
 
 
 def check_failed_update(target: Target) -> None:
@@ -456,15 +463,15 @@ def check_failed_update(target: Target) -> None:
             try:
                 layer.update_lora_weights()
             except (ValueError, TypeError) as error:
-                expect(name in str(error), f"the error must name {name}, it says {error}", "refusal")
+                target.expect(name in str(error), f"the error must name {name}, it says {error}", "refusal")
             else:
-                accepted(f"update_lora_weights with a bad {name}")
-            expect_same_bits(f"after a refused update, {name} bad", before, run_layer(layer, inputs))
+                target.accepted(f"update_lora_weights with a bad {name}")
+            target.expect_same_bits(f"after a refused update, {name} bad", before, run_layer(layer, inputs))
     for each in LORA_NAMES:
         setattr(layer, each, other.lora[each].clone())
     layer.update_lora_weights()
     found = run_layer(layer, inputs)
-    expect_same_bits("after the update that worked", target.run(MIDDLE, changed(inputs, **other.lora)), found)
+    target.expect_same_bits("after the update that worked", target.run(MIDDLE, changed(inputs, **other.lora)), found)
 
 
 def check_skip_lora(target: Target) -> None:
@@ -473,14 +480,18 @@ def check_skip_lora(target: Target) -> None:
     method = "AMXBF16_SFT_SkipLoRA"
     found = target.run(MIDDLE, inputs, method=method)
     full = target.run(MIDDLE, inputs)
-    expect(same_bits(found[OUTPUT], full[OUTPUT]), f"{method}: the output is another than without SkipLoRA", "bits")
+    target.expect(
+        same_bits(found[OUTPUT], full[OUTPUT]), f"{method}: the output is another than without SkipLoRA", "bits"
+    )
     for name in GRAD_NAMES:
-        expect(not bool(found[name].any()), f"{method}: {name} must be zero", "stray")
+        target.expect(not bool(found[name].any()), f"{method}: {name} must be zero", "stray")
     oracle = reference.forward_backward(inputs, skip_lora=True)
     plain = Target("torch_bf16").run(MIDDLE, inputs, method=method)
     for name in (GRAD_INPUT, GRAD_WEIGHTS):
         peer = metrics.compare(plain[name], oracle[name]).rel_l2
-        judgement = gates.judge(MIDDLE, name, metrics.compare(found[name], oracle[name]), peer)
+        judgement = gates.judge(
+            MIDDLE, name, metrics.compare(found[name], oracle[name]), peer, gates_off=target.gates_off
+        )
         raise_for(method, [judgement])
     whole = reference.forward_backward(inputs)
     apart = metrics.compare(oracle[GRAD_INPUT], whole[GRAD_INPUT]).rel_l2

@@ -28,20 +28,23 @@ def check_exact(target: Target, case: Case, tp: int = 1) -> dict[str, Tensor]:
     actual = target.run(case, inputs, tp=tp)
     found = {name: metrics.compare(actual[name], oracle[name]) for name in ALL_TENSORS}
     if registry.strict(target.engine):
-        _same_bits(f"{case.id} with TP {tp}", case, found)
+        _same_bits(target, f"{case.id} with TP {tp}", case, found)
     else:
-        judgements = [gates.judge(case, name, difference, peer[name]) for name, difference in found.items()]
+        off = target.gates_off
+        judgements = [
+            gates.judge(case, name, difference, peer[name], gates_off=off) for name, difference in found.items()
+        ]
         raise_for(f"{case.id} with TP {tp}", judgements)
     return actual
 
 
-def _same_bits(what: str, case: Case, found: dict[str, metrics.Difference]) -> None:
+def _same_bits(target: Target, what: str, case: Case, found: dict[str, metrics.Difference]) -> None:
     wrong, exceeded = [], set()
     for name, difference in found.items():
-        if difference.nonzero == 0 and not expects_zero(case, name) and gates.asked("trust"):
+        if difference.nonzero == 0 and not expects_zero(case, name) and target.asks("trust"):
             exceeded.add("trust")
             wrong.append(f"MISTRUSTED {name}: the oracle is all zero, equality would prove nothing")
-        if difference.mismatched and gates.asked("exact"):
+        if difference.mismatched and target.asks("exact"):
             exceeded.add("exact")
             at = difference.worst_index
             wrong.append(

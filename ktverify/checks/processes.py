@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.behaviour import MIDDLE, WIDE
-from ktverify.checks.target import SMALL, Target, bits, expect, expect_same_bits, same_bits
+from ktverify.checks.target import SMALL, Target, bits, expect, same_bits
 from ktverify.engines.run import run_layer
 from ktverify.isolation.child import processes_of, resident_of
 from ktverify.judge import gates, reference
@@ -199,7 +199,7 @@ def check_threads_have_a_ceiling(target: Target) -> None:
         layer = target.layer(MIDDLE, inputs, threads=64)
         run_layer(layer, inputs)
         more = _workers() - before
-        expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
+        target.expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
         del layer
 
 
@@ -216,7 +216,9 @@ def check_idle_experts_take_no_memory(target: Target) -> None:
     grown = resident_of(os.getpid()) - before
     numbers = gates.tolerances()["memory"]
     budget = numbers["idle_experts"] * one + numbers["idle_lora"] * lora
-    expect(grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources")
+    target.expect(
+        grown < budget, f"{grown / 1e6:.0f} MB for two of 128 experts of {one / 1e6:.0f} MB each", "resources"
+    )
     del layer
 
 
@@ -232,9 +234,9 @@ def check_update_while_forward_waits(target: Target) -> None:
     layer.update_lora_weights()
     grad_input, gradients = layer.backward(inputs.grad_output)
     found = {OUTPUT: output, "grad_input": grad_input, **gradients, "grad_weights": layer.grad_weights}
-    expect_same_bits("update_lora_weights between forward and backward", expected, found)
+    target.expect_same_bits("update_lora_weights between forward and backward", expected, found)
     changed = replace(inputs, lora={name: getattr(layer, name).detach().clone() for name in LORA_NAMES})
-    expect_same_bits("the forward after the update", target.run(MIDDLE, changed), run_layer(layer, inputs))
+    target.expect_same_bits("the forward after the update", target.run(MIDDLE, changed), run_layer(layer, inputs))
 
 
 def check_fork_during_a_call(target: Target) -> None:
@@ -256,7 +258,7 @@ def check_fork_during_a_call(target: Target) -> None:
             if child == 0:
                 signal.alarm(30)
                 try:
-                    expect_same_bits("in a forked child", expected, run_layer(layer, inputs))
+                    target.expect_same_bits("in a forked child", expected, run_layer(layer, inputs))
                 except BaseException:
                     os._exit(1)
                 os._exit(0)
@@ -314,7 +316,7 @@ def check_no_memory_for_another_dtype(target: Target) -> None:
     try:
         layer.init_lora_weights(*(inputs.lora[name].float() for name in LORA_NAMES))
     except MemoryError:
-        expect_same_bits("after MemoryError", target.run(SMALL, inputs), run_layer(layer, inputs))
+        target.expect_same_bits("after MemoryError", target.run(SMALL, inputs), run_layer(layer, inputs))
         return
     raise AssertionError("the layer was not built anew")
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ktverify.checks.target import SMALL, Target, accepted, expect, expect_same_bits
+from ktverify.checks.target import SMALL, Target
 from ktverify.engines.run import run_layer
 from ktverify.errors import Unsupported
 from ktverify.isolation.process import Died
@@ -53,7 +53,9 @@ class Stage:
             bare.load()
             bare.init_lora()
             found = run_layer(bare.layer, self.inputs)
-            expect_same_bits("a layer whose first weights were refused", run_layer(self.layer, self.inputs), found)
+            self.target.expect_same_bits(
+                "a layer whose first weights were refused", run_layer(self.layer, self.inputs), found
+            )
             raise
 
     def forward(self, *, save_for_backward: bool = True, **changed: Any) -> Tensor:
@@ -103,21 +105,21 @@ def check_refusal(target: Target, name: str) -> None:
     except Exception as error:
         kinds = " or ".join(kind.__name__ for kind in refusal.errors)
         # RuntimeError has children (NotImplementedError, RecursionError) that say something else
-        expect(
+        target.expect(
             type(error) in refusal.errors,
             f"{name}: must raise {kinds}, raised {type(error).__name__}: {error}",
             "refusal",
         )
         text = str(error)
         missing = [mention for mention in refusal.mentions if mention not in text]
-        expect(not missing, f"{name}: the error must tell {missing}, it says {text!r}", "refusal")
-        expect(len(text.splitlines()) == 1, f"{name}: an error is one line, this has more: {text!r}", "refusal")
+        target.expect(not missing, f"{name}: the error must tell {missing}, it says {text!r}", "refusal")
+        target.expect(len(text.splitlines()) == 1, f"{name}: an error is one line, this has more: {text!r}", "refusal")
     else:
-        accepted(f"{name}:")
+        target.accepted(f"{name}:")
         return
     if refusal.after is not None:
         refusal.after(stage)
-    expect_same_bits(f"{name}: before the refusal and after it", before, run_layer(stage.layer, inputs))
+    target.expect_same_bits(f"{name}: before the refusal and after it", before, run_layer(stage.layer, inputs))
 
 
 # ---- the parts of the table
@@ -277,7 +279,7 @@ def _outstanding_still_answers(stage: Stage) -> None:
     grad_input, gradients = stage.layer.backward(stage.inputs.grad_output)
     found = {"grad_input": grad_input, **gradients, "grad_weights": stage.layer.grad_weights}
     expected = stage.target.run(SMALL, stage.inputs)
-    expect_same_bits("backward after the refusal", expected, found, tuple(found))
+    stage.target.expect_same_bits("backward after the refusal", expected, found, tuple(found))
 
 
 def _inputs() -> Iterable[tuple[str, Refusal]]:
@@ -389,11 +391,11 @@ def check_out_of_memory(target: Target) -> None:
         layer.forward_sft(token, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), save_for_backward=True)
     except MemoryError as error:
         amounts = re.findall(r"\d[\d.,]*\s*(?:[kMGT]i?B|bytes)", str(error))
-        expect(
+        target.expect(
             len(amounts) >= 2,
             f"the error must say how much was needed and how much there is, it says {error}",
             "refusal",
         )
     else:
-        accepted(f"{4 * memory / 2**30:.0f} GiB of weights")
-    expect_same_bits("before the MemoryError and after it", before, target.run(SMALL, inputs))
+        target.accepted(f"{4 * memory / 2**30:.0f} GiB of weights")
+    target.expect_same_bits("before the MemoryError and after it", before, target.run(SMALL, inputs))

@@ -31,6 +31,7 @@ class Target:
 
     engine: a name, as `registry.find` takes it. isa: what its `isa=` gets, None for its own choice. tp: tensor parallel
     degree. threads: ceiling of workers, None for all processors of this process. method: the engine's `method=`.
+    gates_off: gates that its checks leave out. Only the mutants set it, to show that each gate is needed.
     """
 
     engine: str
@@ -38,6 +39,7 @@ class Target:
     tp: int = 1
     threads: int | None = 2
     method: str = METHOD
+    gates_off: frozenset[str] = gates.ALL_ON
 
     @property
     def factory(self) -> registry.EngineFactory:
@@ -64,6 +66,31 @@ class Target:
 
     def _how(self) -> dict[str, Any]:
         return {"isa": self.isa, "tp": self.tp, "threads": self.threads, "method": self.method}
+
+    def asks(self, gate: str) -> bool:
+        """Whether the checks of this target apply `gate`."""
+        return gate not in self.gates_off
+
+    def expect(self, condition: bool, message: str, gate: str, used: float = math.inf) -> None:
+        """GateFailed with `message` unless `condition`, if this target's checks apply `gate`; see `expect`."""
+        if self.asks(gate):
+            expect(condition, message, gate, used)
+
+    def expect_same_bits(
+        self,
+        what: str,
+        left: Mapping[str, Tensor],
+        right: Mapping[str, Tensor],
+        names: tuple[str, ...] = ALL_TENSORS,
+        gate: str = "bits",
+    ) -> None:
+        """`expect_same_bits`, if this target's checks apply `gate`."""
+        if self.asks(gate):
+            expect_same_bits(what, left, right, names, gate)
+
+    def accepted(self, what: str) -> None:
+        """GateFailed: the engine should have refused `what`."""
+        self.expect(False, f"{what} was accepted", "refusal")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -98,8 +125,6 @@ def expect_same_bits(
     gate: str = "bits",
 ) -> None:
     """GateFailed that names each of the tensors whose bits differ, and where first."""
-    if not gates.asked(gate):
-        return
     wrong = []
     for name in names:
         a, b = left[name], right[name]
@@ -120,17 +145,11 @@ def expect_same_bits(
 def expect(condition: bool, message: str, gate: str = "", used: float = math.inf) -> None:
     """GateFailed with `message` unless `condition`; unlike assert, it survives python -O and needs no rewriting.
 
-    gate: one of gates.GATES, which a test may turn off; "" for what a check demands of itself: AssertionError then.
+    gate: one of gates.GATES; "" for a precondition of the check itself, which raises AssertionError.
     used: the share of the gate's budget, inf for one that has none.
     """
     if condition:
         return
     if not gate:
         raise AssertionError(message)
-    if gates.asked(gate):
-        raise GateFailed(message, ((gate, used),))
-
-
-def accepted(what: str) -> None:
-    """GateFailed: `what` should have been refused."""
-    expect(False, f"{what} was accepted", "refusal")
+    raise GateFailed(message, ((gate, used),))

@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, GateFailed, Target, accepted, expect, expect_same_bits
+from ktverify.checks.target import SMALL, GateFailed, Target
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics
 from ktverify.spec.cases import Case
@@ -31,21 +31,23 @@ def check_degree(target: Target, intermediate: int, degree: int) -> None:
         # a RuntimeError too, but one that declares
         raise
     except RuntimeError as error:
-        expect(intermediate % degree != 0, f"{what}: refused though it divides: {error}", "refusal")
+        target.expect(intermediate % degree != 0, f"{what}: refused though it divides: {error}", "refusal")
         text = str(error)
         sentence = f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({degree})"
-        expect(sentence in text, f"{what}: the error must say {sentence!r}, it says {text!r}", "refusal")
+        target.expect(sentence in text, f"{what}: the error must say {sentence!r}, it says {text!r}", "refusal")
         named = {int(number) for number in re.findall(r"\d+", text.replace(sentence, ""))}
         needed = set(degrees_that_work(intermediate, degree))
-        expect(
+        target.expect(
             needed <= named,
             f"{what}: the degrees that would work, {sorted(needed)}, must be named: {text!r}",
             "refusal",
         )
         lies = {number for number in named if intermediate % max(number, 1)}
-        expect(not lies, f"{what}: {sorted(lies)} would not work but is named: {text!r}", "refusal")
+        target.expect(not lies, f"{what}: {sorted(lies)} would not work but is named: {text!r}", "refusal")
         return
-    expect(intermediate % degree == 0, f"{what}: accepted, though {degree} does not divide {intermediate}", "refusal")
+    target.expect(
+        intermediate % degree == 0, f"{what}: accepted, though {degree} does not divide {intermediate}", "refusal"
+    )
     del layer
 
 
@@ -56,9 +58,11 @@ def check_bad_degree(target: Target, degree: int) -> None:
     except NotImplementedError:
         raise
     except (ValueError, RuntimeError) as error:
-        expect("threadpool_count" in str(error), f"the error must name threadpool_count, it says {error}", "refusal")
+        target.expect(
+            "threadpool_count" in str(error), f"the error must name threadpool_count, it says {error}", "refusal"
+        )
         return
-    accepted(f"threadpool_count {degree}")
+    target.accepted(f"threadpool_count {degree}")
 
 
 def run_degree(target: Target, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
@@ -91,6 +95,7 @@ def exceeded_by(target: Target, case: Case, found: TpResults) -> list[tuple[str,
                 peer[name],
                 own_engine=registry.strict(target.engine),
                 isa=target.isa or "",
+                gates_off=target.gates_off,
             )
             if judgement.verdict is not gates.Verdict.PASS:
                 line = f"TP {degree}: {judgement.line.partition(chr(10))[0]}"
@@ -99,14 +104,14 @@ def exceeded_by(target: Target, case: Case, found: TpResults) -> list[tuple[str,
     for degree in others if registry.strict(target.engine) else ():
         if case.exact:
             try:
-                expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])
+                target.expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])
             except GateFailed as error:
                 wrong += [(gate, used, str(error)) for gate, used in error.exceeded]
             continue
         budget = float(gates.tolerances()["tp"]["rel_l2"])
         for name in ALL_TENSORS:
             apart = metrics.compare(found[degree][name], found[first][name].double())
-            if gates.asked("tp") and not apart.rel_l2 <= budget:
+            if target.asks("tp") and not apart.rel_l2 <= budget:
                 line = (
                     f"FAIL {name}: TP {degree} is {apart.rel_l2:.1e} from TP {first}, budget {budget:.1e}, "
                     f"worst {list(apart.worst_index)}"

@@ -6,11 +6,9 @@ is what a person reads.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,8 @@ from ktverify.spec.toml import read_toml
 TOLERANCES = Path(__file__).with_name("tolerances.toml")
 AMX = "amx_bf16"
 
-# Every gate that the suite has, and what it is that exceeds it. The first block is asked here, the second by the checks
-# of ktverify/checks. For each stands a wrong engine in ktverify/mutants that nothing else finds.
+# Every gate, and what exceeds it. `judge` applies those up to "trust", the checks of ktverify/checks apply the rest.
+# For each gate, ktverify/mutants has a wrong engine that no other gate finds.
 GATES: dict[str, str] = {
     "non_finite": "a NaN or Inf where the oracle has none",
     "hidden_non_finite": "a number where the oracle has NaN or Inf",
@@ -42,32 +40,15 @@ GATES: dict[str, str] = {
     "refusal": "bad input that was accepted, or refused in other words than the contract's",
     "resources": "more threads or memory than the contract allows",
 }
-_off: set[str] = set()
+ALL_ON: frozenset[str] = frozenset()
 
 
-@contextlib.contextmanager
-def without(gate: str) -> Iterator[None]:
-    """Inside, `gate` is not asked: for the tests that show what each gate is good for, and for nothing else.
-
-    ValueError for a name that is not in GATES.
-    """
-    if gate not in GATES:
-        raise ValueError(f"gate is {gate!r}, it takes one of {', '.join(GATES)}")
-    _off.add(gate)
-    try:
-        yield
-    finally:
-        _off.discard(gate)
-
-
-def asked(gate: str) -> bool:
-    """False inside `without(gate)`."""
-    return gate not in _off
-
-
-def turned_off() -> tuple[str, ...]:
-    """The gates inside whose `without` we are: what a process that a check starts has to be told."""
-    return tuple(sorted(_off))
+def gates_off(*names: str) -> frozenset[str]:
+    """The gates that a check leaves out, to show what each is needed for. ValueError for an unknown name."""
+    for name in names:
+        if name not in GATES:
+            raise ValueError(f"gate is {name!r}, it takes one of {', '.join(GATES)}")
+    return frozenset(names)
 
 
 class Verdict(enum.Enum):
@@ -183,22 +164,23 @@ def judge(
     own_engine: bool = False,
     isa: str = "",
     searched: bool = False,
+    gates_off: frozenset[str] = ALL_ON,
 ) -> Judgement:
     """The verdict on `tensor` of `case`: FAIL if any gate is exceeded, MISTRUSTED if the inputs were too empty.
 
     peer: rel_l2 of the plain bf16 peer on the same tensor. own_engine adds the strict limits and, on exact cases, the
     demand for equal bits. isa: the instruction set that computed; the limits for AMX hold where it is not told.
     searched: the case was looked for among many of all sizes, so no more numbers decide than carry the expected
-    tensor's norm.
+    tensor's norm. gates_off: gates to leave out.
     """
     gates = [
         _gate(name, value, budget, reason)
         for name, value, budget, reason in _asked(case, tensor, difference, peer, own_engine, isa, searched)
-        if asked(name)
+        if name not in gates_off
     ]
     if any(gate.verdict is Verdict.FAIL for gate in gates):
         verdict = Verdict.FAIL
-    elif asked("trust"):
+    elif "trust" not in gates_off:
         gates.append(_trust(case, tensor, difference, peer))
         verdict = gates[-1].verdict
     else:

@@ -9,7 +9,6 @@ forks, the end of memory, the choice of an instruction set, sentinels, accumulat
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,13 +41,13 @@ class Exceeded:
     says: str
 
 
-Check = Callable[[str], None]
+Check = Callable[[Target], None]
 
 
-def ask(check: Check, engine: str) -> list[Exceeded]:
-    """What `check` finds wrong with `engine`; [] if nothing."""
+def ask(check: Check, engine: str, *off: str) -> list[Exceeded]:
+    """What `check` finds wrong with `engine`, with the gates `off` left out; [] if nothing."""
     try:
-        check(engine)
+        check(Target(engine, gates_off=gates.gates_off(*off)))
     except GateFailed as failed:
         says = str(failed).partition("\n")[0]
         return [Exceeded(gate, used, says) for gate, used in failed.exceeded]
@@ -66,14 +65,19 @@ def _given(case: Case) -> Checked:
 
 
 def _accuracy(family: str, case: Case) -> Check:
-    def check(engine: str) -> None:
+    def check(target: Target) -> None:
         given = _given(case)
         inputs = given.inputs
         # a mutant may write into what it is given; the next one must not inherit that
         own = replace(inputs, **{name: getattr(inputs, name).clone() for name in behaviour.TOKENS})
         tensors = TENSORS[family]
         checked = accuracy.check_case(
-            engine, case, backward=family == "backward", tensors=tensors, given=replace(given, inputs=own)
+            target.engine,
+            case,
+            backward=family == "backward",
+            tensors=tensors,
+            given=replace(given, inputs=own),
+            gates_off=target.gates_off,
         )
         bad = [record for record in checked.records if record.verdict != "PASS"]
         if bad:
@@ -84,8 +88,7 @@ def _accuracy(family: str, case: Case) -> Check:
 
 
 def _tensor_parallel(case: Case) -> Check:
-    def check(engine: str) -> None:
-        target = Target(engine)
+    def check(target: Target) -> None:
         found = {degree: tensor_parallel.run_degree(target, [case], degree)[0] for degree in DEGREES}
         wrong = tensor_parallel.exceeded_by(target, case, found)
         if wrong:
@@ -95,31 +98,23 @@ def _tensor_parallel(case: Case) -> Check:
 
 
 def _exact(case: Case) -> Check:
-    def check(engine: str) -> None:
+    def check(target: Target) -> None:
         for tp in case.tp:
-            exact.check_exact(Target(engine), case, tp)
+            exact.check_exact(target, case, tp)
 
     return check
 
 
 def _fresh(name: str) -> Check:
-    def check(engine: str) -> None:
-        call_fresh(in_this_process, name=name, engine=engine, off=gates.turned_off())
+    def check(target: Target) -> None:
+        call_fresh(getattr(processes, f"check_{name}"), target)
 
     return check
 
 
-def in_this_process(name: str, engine: str, off: tuple[str, ...]) -> None:
-    """A check of ktverify.checks.processes, with the same gates turned off as where it was asked for."""
-    with contextlib.ExitStack() as without:
-        for gate in off:
-            without.enter_context(gates.without(gate))
-        getattr(processes, f"check_{name}")(Target(engine))
-
-
 def _of(function: Callable[..., object], *arguments: object) -> Check:
-    def check(engine: str) -> None:
-        function(Target(engine), *arguments)
+    def check(target: Target) -> None:
+        function(target, *arguments)
 
     return check
 
@@ -157,9 +152,3 @@ def _table() -> dict[str, Check]:
 
 
 TABLE = _table()
-
-
-def ask_without(gate: str, key: str, engine: str) -> list[Exceeded]:
-    """ask with one gate turned off."""
-    with gates.without(gate):
-        return ask(TABLE[key], engine)

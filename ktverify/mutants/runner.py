@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from ktverify.isolation.pool import workers
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS, Mutant
-from ktverify.mutants.checks import TABLE, Exceeded, ask, ask_without
+from ktverify.mutants.checks import TABLE, Exceeded, ask
 
 # judges the case, not the engine: see tests/mutants/test_mutants.py for what it catches
 NOT_OF_ENGINES = "trust"
@@ -54,7 +54,7 @@ def _one_gate(gate: str, name: str, keys: list[str]) -> tuple[str, str, bool]:
 
     Turning a gate off adds no failure, so the checks that the mutant passes need not be asked again.
     """
-    return gate, name, not any(ask_without(gate, key, MUTANTS[name].engine) for key in keys)
+    return gate, name, not any(ask(TABLE[key], MUTANTS[name].engine, gate) for key in keys)
 
 
 def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[str]:

@@ -12,17 +12,17 @@ import torch
 
 from ktverify.checks.accuracy import LiveOracle
 from ktverify.checks.causes import Cause
-from ktverify.checks.target import GateFailed, expect
+from ktverify.checks.target import GateFailed, Target, expect
 from ktverify.engines.run import run_case
 from ktverify.judge import gates
-from ktverify.judge.gates import GATES, Verdict
+from ktverify.judge.gates import GATES, Verdict, gates_off
 from ktverify.mutants import MUTANTS, Plain
-from ktverify.mutants.checks import TABLE, Exceeded, ask, ask_without
+from ktverify.mutants.checks import TABLE, Exceeded, ask
 from ktverify.mutants.results import as_json, verdict_line
 from ktverify.mutants.runner import NOT_OF_ENGINES, Result, candidates, worst
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
-from ktverify.spec.names import ALL_TENSORS
+from ktverify.spec.names import ALL_TENSORS, OUTPUT
 
 RIGHT = "ktverify.mutants.base:Plain"
 
@@ -112,7 +112,7 @@ def test_without_a_gate_a_mutant_lives(gate: str) -> None:
     name, checks = NEEDED[gate]
     for key in checks:
         assert {exceeded.gate for exceeded in ask(TABLE[key], MUTANTS[name].engine)} == {gate}, key
-        assert ask_without(gate, key, MUTANTS[name].engine) == [], key
+        assert ask(TABLE[key], MUTANTS[name].engine, gate) == [], key
 
 
 def test_without_trust_an_emptied_case_passes_a_wrong_engine() -> None:
@@ -123,26 +123,25 @@ def test_without_trust_an_emptied_case_passes_a_wrong_engine() -> None:
     expected = LiveOracle.of(empty)
     actual = run_case(MUTANTS["up_gradient_from_dg"].factory, case, inputs=empty)
 
-    def verdict() -> Verdict:
-        name = "grad_up_lora_b"
-        return gates.judge(case, name, expected.compare(name, actual[name]), expected.peer[name]).verdict
-
-    assert verdict() is Verdict.MISTRUSTED
-    with gates.without("trust"):
-        assert verdict() is Verdict.PASS
+    name = "grad_up_lora_b"
+    difference, peer = expected.compare(name, actual[name]), expected.peer[name]
+    assert gates.judge(case, name, difference, peer).verdict is Verdict.MISTRUSTED
+    assert gates.judge(case, name, difference, peer, gates_off=gates_off("trust")).verdict is Verdict.PASS
 
 
-def test_the_switch_is_for_one_gate_and_ends() -> None:
-    with pytest.raises(ValueError, match="no_such_gate"), gates.without("no_such_gate"):
-        pass
-    with gates.without("bits"):
-        expect(False, "not asked", "bits")
-        with pytest.raises(GateFailed):
-            expect(False, "asked", "form")
-        with pytest.raises(AssertionError):
-            expect(False, "what a check demands of itself is always asked")
-    with pytest.raises(GateFailed, match="again"):
-        expect(False, "again", "bits")
+def test_a_target_leaves_out_only_the_gates_that_are_off() -> None:
+    with pytest.raises(ValueError, match="no_such_gate"):
+        gates_off("no_such_gate")
+    target = Target(RIGHT, gates_off=gates_off("bits"))
+    zero, one = {OUTPUT: torch.zeros(2)}, {OUTPUT: torch.ones(2)}
+    target.expect(False, "left out", "bits")
+    target.expect_same_bits("left out", zero, one, (OUTPUT,))
+    with pytest.raises(GateFailed):
+        target.expect(False, "applied", "form")
+    with pytest.raises(GateFailed):
+        target.expect_same_bits("applied", zero, one, (OUTPUT,), "written")
+    with pytest.raises(GateFailed):
+        Target(RIGHT).expect(False, "applied", "bits")
 
 
 def test_what_is_expected_is_named_once() -> None:
