@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ktverify.runs.files import write_whole
+from ktverify.system.files import write_whole
 
 HERE = Path(__file__).resolve().parent
 COLOURS, GREYS = 48, 8

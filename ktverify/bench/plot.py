@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ktverify.bench.engines import OWN
 from ktverify.bench.summary import ShapeSummary, Timing
 from ktverify.bench.tables import number
-from ktverify.runs.files import write_whole
 from ktverify.spec.cases import Case
+from ktverify.system.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.bench.host import BASE_NAMES
-from ktverify.runs.files import write_whole
 from ktverify.spec.cases import Case
 from ktverify.spec.names import LORA_NAMES, OUTPUT
+from ktverify.system.files import write_whole
 
 OUTPUT_PLAIN = "output_plain"
 _SLACK = 1 << 28  # rows, LoRA and results beside the base weights, with room

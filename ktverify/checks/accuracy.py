@@ -444,7 +444,7 @@ def dump(checked: Checked, path: str) -> list[str]:
     """
     from safetensors.torch import save
 
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     inputs = checked.inputs
     tensors: dict[str, torch.Tensor] = {

@@ -29,7 +29,7 @@ def analyze(
 
     from ktverify.bench.c2c import picture, store, tables
     from ktverify.bench.c2c.console import print_grids
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     records = [record for path in files for record in store.read_records(path)]
     if not records:

@@ -157,7 +157,7 @@ def merge(
     Example:  python -m ktverify bench c2c merge part1.jsonl part2.jsonl --output whole.jsonl
     """
     from ktverify.bench.c2c import store, tables
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     joined = store.merge(files, output)
     write_whole(store.beside(output, ".tsv"), tables.delimited(joined, "\t"))
@@ -264,7 +264,7 @@ def _conclude(records: Sequence[Record], path: Path, *, as_json: bool) -> None:
 
     from ktverify.bench.c2c import store, tables
     from ktverify.bench.c2c.console import print_grids
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     written = [path, write_whole(store.beside(path, ".tsv"), tables.delimited(records, "\t")), store.info_path(path)]
     if as_json:

@@ -152,7 +152,7 @@ def _conclude(
     from ktverify.bench.record import FILE, HeadLine
     from ktverify.bench.summary import summarise
     from ktverify.report.console import make_console, print_pairs
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     console = make_console()
     head: HeadLine | None = next((line for line in lines if isinstance(line, HeadLine)), None)
@@ -186,7 +186,7 @@ def _pages(directory: Path, head: HeadLine | None, summaries: Sequence[ShapeSumm
     """Write bench.html and bench.tsv; returns their names."""
     from ktverify.bench import tables
     from ktverify.report import pages
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     overviews = [tables.overview_grid(summaries, what) for what in ("forward", "backward")]
     shapes = [grid for one in summaries for grid in (tables.shape_grid(one, told=True), *tables.stage_grids(one))]

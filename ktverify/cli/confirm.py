@@ -40,7 +40,7 @@ def confirm(
     from ktverify.reproducer.confirm import FOLDER
     from ktverify.reproducer.confirm import confirm as repeat
     from ktverify.runs import store
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     found = store.load(store.find_run(run, reports))
     console = make_console(stderr=True)

@@ -12,7 +12,7 @@ from ktverify.mutants import MUTANTS
 from ktverify.mutants.results import as_json, print_result
 from ktverify.mutants.runner import run
 from ktverify.report.console import make_console
-from ktverify.runs.files import write_whole
+from ktverify.system.files import write_whole
 
 
 def main(

@@ -72,7 +72,7 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     from ktverify.bench.layer.profile_summary import Summary
     from ktverify.bench.measured import NothingCountsError
     from ktverify.report import pages
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     summary = Summary.of(lines)
     if summary is None:

@@ -15,10 +15,10 @@ from ktverify.engines import registry
 from ktverify.engines.run import run_case
 from ktverify.judge.metrics import compare
 from ktverify.judge.reference import forward_backward
-from ktverify.runs.files import write_whole
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table

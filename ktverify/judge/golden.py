@@ -33,10 +33,10 @@ from ktverify.judge.bf16_baseline import peer_error
 from ktverify.judge.golden_sketch import SKETCH_VERSION, Sketch, compare_sketch, make_sketch, same_sketch
 from ktverify.judge.metrics import Difference, compare, count_nonzero
 from ktverify.judge.reference import forward_backward
-from ktverify.runs.files import write_whole
 from ktverify.spec.cases import Case, catalogue, flops, select, tensors_of
 from ktverify.spec.inputs import GENERATOR_VERSION, inputs_sha256, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_WEIGHTS
+from ktverify.system.files import write_whole
 from ktverify.system.paths import ROOT
 
 MANIFEST = "manifest.json"

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ktverify.report.problems import problem_text
 from ktverify.report.tables import base_isa, error_text, run_verdict
-from ktverify.runs.files import write_whole
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord, Result, VerdictName, worst_first
 from ktverify.runs.store import Run
+from ktverify.system.files import write_whole
 from ktverify.system.machine import ISA_FLAGS
 
 FORMAT = 1

@@ -15,8 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from ktverify.bench.tables import Grid, grid_markdown
-from ktverify.runs.files import write_whole
 from ktverify.system.clock import PERCENTILES, Statistics
+from ktverify.system.files import write_whole
 
 TEMPLATES = Path(__file__).with_name("templates")
 

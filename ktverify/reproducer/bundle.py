@@ -19,9 +19,9 @@ from ktverify.checks.accuracy import Checked, LiveOracle, isa_name
 from ktverify.engines import registry
 from ktverify.engines.run import IMPORT, call_of
 from ktverify.judge.gates import judge
-from ktverify.runs.files import write_whole
 from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import ALL_TENSORS, BASE_NAMES
+from ktverify.system.files import write_whole
 
 SCRIPT = "run.py"
 CASE_FILE = "case.safetensors"

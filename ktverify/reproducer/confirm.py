@@ -27,11 +27,11 @@ from ktverify.isolation.process import how_it_ended
 from ktverify.judge.gates import Verdict, judge
 from ktverify.reproducer.bundle import ACTUAL_FILE, SCRIPT, Setting, script_of, write
 from ktverify.reproducer.claims import Accusation, Place, accusations, error_text
-from ktverify.runs.files import write_whole
 from ktverify.runs.store import Run
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.files import write_whole
 
 FOLDER = "confirm"
 # what corrupts memory does not end a process each time

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ktverify.runs.files import write_whole
 from ktverify.runs.record import AccuracyRecord, CheckRecord, LatencyRecord, Result, RunRecord, parse_line
+from ktverify.system.files import write_whole
 from ktverify.system.paths import reports_dir
 
 MERGED = "records.jsonl"

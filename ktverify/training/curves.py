@@ -102,7 +102,7 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
 
     from matplotlib.figure import Figure
 
-    from ktverify.runs.files import write_whole
+    from ktverify.system.files import write_whole
 
     figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()

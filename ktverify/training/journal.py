@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from ktverify.runs.files import write_whole
 from ktverify.runs.jsonl import whole_lines
+from ktverify.system.files import write_whole
 from ktverify.training.curves import LOSS_FILE
 
 

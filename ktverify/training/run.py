@@ -22,7 +22,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
-from ktverify.runs.files import write_whole
+from ktverify.system.files import write_whole
 from ktverify.training import curves, place
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig

@@ -16,7 +16,7 @@ from ktverify.bench.c2c.record import Record, Settings
 from ktverify.bench.c2c.run import Run, check, load
 from ktverify.bench.c2c.trace import trace
 from ktverify.report.console import make_console
-from ktverify.runs.files import write_whole
+from ktverify.system.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ktverify.bench.c2c.record import Record
 from ktverify.bench.c2c.tables import figure, short, step_times
 from ktverify.bench.c2c.timeline import LANES, Span
-from ktverify.runs.files import write_whole
 from ktverify.system.clock import Statistics
+from ktverify.system.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

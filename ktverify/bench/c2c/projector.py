@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ktverify.bench.c2c.record import IDENTITY
-from ktverify.runs.files import write_whole
+from ktverify.system.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from ktverify.bench.c2c.record import IDENTITY, Record, RunInfo, Settings, Sitting
 from ktverify.bench.measured import busy
-from ktverify.runs.files import write_whole
 from ktverify.runs.jsonl import LineFile
+from ktverify.system.files import write_whole
 
 SUFFIX = ".jsonl"
 

@@ -1,7 +1,7 @@
-"""Files appear whole or not at all.
+"""Write a file so that it appears whole or not at all.
 
-Comes in: a path and what shall stand in it. Goes out: the finished file. Everything that ktverify writes for others to
-read (records, tables, pages, goldens) goes through here, so a killed process leaves the old file or the new one.
+Everything that ktverify writes for other programs to read (records, tables, pages, goldens) goes through `write_whole`:
+a process that is killed leaves either the old file or the new one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
-    """Write `content` (text is UTF-8) to `path` in one step: temporary file beside it, fsync, os.replace.
+    """Write `content` (text is UTF-8) to `path` in one step: temporary file in the same directory, fsync, os.replace.
 
-    Missing parent directories are made. Raises OSError as the file system reports it; then `path` is as it was before.
+    Creates missing parent directories and returns the path. OSError as the file system reports it; `path` is then
+    unchanged.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +26,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes files private; a report is as readable as any other new file
+        # mkstemp creates private files; a report gets the mode of any other new file
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException:
@@ -35,7 +36,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 
 
 def _umask() -> int:
-    """The process's umask; the system call can only be read by setting it, /proc tells it without a race."""
+    """The process's umask, from /proc: the system call can only read it by setting it, which would be a race."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("Umask:"):
