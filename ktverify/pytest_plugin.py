@@ -29,8 +29,10 @@ from ktverify.isolation import locks
 from ktverify.isolation.child import ChildCrash, ChildPool, choose_limits, limits_of, raised_by_the_engine
 from ktverify.isolation.process import Died
 from ktverify.report.failure_text import text_of
+from ktverify.report.run_pages import write_run
+from ktverify.runs.jsonl import new_directory
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, Result, VerdictName
-from ktverify.runs.store import Recorder, Run, load, new_run_dir, start_run
+from ktverify.runs.store import Recorder, Run, load, start_run
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
 from ktverify.system.paths import ROOT
@@ -112,7 +114,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     _check_choices(config)
     config.stash[seen_key] = _Seen()
     config.pluginmanager.register(config.stash[seen_key])
-    run_dir = config.option.run_dir or new_run_dir(config.rootpath / "reports")
+    run_dir = config.option.run_dir or new_directory(reports=config.rootpath / "reports")
     workers = getattr(config.option, "numprocesses", None) or 1
     command = shlex.join(["pytest", *config.invocation_params.args])
     try:
@@ -155,7 +157,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     passed = any(record.verdict == "PASS" for record in records) or not records
     if session.exitstatus == pytest.ExitCode.OK and (broken or config.stash[nothing_key] or not passed):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    config.stash[run_key] = recorder.finish(int(session.exitstatus))
+    run = recorder.finish(int(session.exitstatus))
+    write_run(run)
+    config.stash[run_key] = run
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

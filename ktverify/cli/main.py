@@ -287,11 +287,12 @@ def report(
                python -m ktverify report path/to/run --write
     """
     from ktverify.report import console
+    from ktverify.report.run_pages import write_run
     from ktverify.runs import store
 
     found = store.load(store.find_run(run, reports))
     if write:
-        store.write_run(found)
+        write_run(found)
     if not console.print_run(found):
         raise typer.Exit(1)
 

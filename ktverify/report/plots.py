@@ -131,8 +131,8 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
 def latency_bars(records: Sequence[LatencyRecord]) -> str:
     """One bar per measurement at its median, a line from the fastest to the slowest, every sample as a dot; ms."""
     rows = sorted(
-        (r for r in records if r.samples_ms),
-        key=lambda r: (r.case, r.what, r.tp, r.threads, isa_rank(r.isa)),
+        ((r, r.ms) for r in records if r.ms is not None),
+        key=lambda row: (row[0].case, row[0].what, row[0].tp, row[0].threads, isa_rank(row[0].isa)),
     )
     if not rows:
         return ""
@@ -141,7 +141,7 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
     positions, labels = [], []
     ticks: list[list[float]] = []
     position, last_group = 0.0, None
-    for r in rows:
+    for r, _ in rows:
         group = (r.case, r.what, r.tp, r.threads)
         if group != last_group:
             if ticks:  # a label has two lines, also beside a single bar
@@ -154,18 +154,18 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
         position += 1.0
         last_group = group
     figure, axes = _figure(height=0.7 + 0.21 * position)
-    low = min(r.min_ms for r in rows)
-    high = max(r.max_ms for r in rows)
+    low = min(ms.min for _, ms in rows)
+    high = max(ms.max for _, ms in rows)
     wide = high / low > 20
     left = 10 ** math.floor(math.log10(low)) if wide else 0.0
-    for y, r in zip(positions, rows, strict=True):
+    for y, (r, ms) in zip(positions, rows, strict=True):
         colour = _FAIL if r.verdict != "PASS" else colour_of(r.isa)
-        axes.barh(y, r.median_ms - left, left=left, height=0.78, color=colour, alpha=0.32, linewidth=0)
-        axes.plot([r.min_ms, r.max_ms], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
+        axes.barh(y, ms.median - left, left=left, height=0.78, color=colour, alpha=0.32, linewidth=0)
+        axes.plot([ms.min, ms.max], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
         jittered = [y + _jitter(i) * 0.45 for i in range(len(r.samples_ms))]
         axes.scatter(r.samples_ms, jittered, s=5, color=colour, linewidths=0, zorder=3)
-        text = f"{figures(r.median_ms)} ms"
-        axes.annotate(text, (r.max_ms, y), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
+        text = f"{figures(ms.median)} ms"
+        axes.annotate(text, (ms.max, y), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
     axes.set_yticks([sum(group) / len(group) for group in ticks], labels)
     axes.set_ylim(max(positions) + 0.7, -0.7)
     if wide:
@@ -179,7 +179,7 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
     axes.grid(axis="x", color=_RULE, linewidth=0.8)
     scale = ", log axis" if wide else ""
     axes.set_xlabel(f"ms per iteration: bar to the median, line from fastest to slowest, dots are iterations{scale}")
-    _legend(axes, sorted({r.isa for r in rows}, key=isa_rank), failed=any(r.verdict != "PASS" for r in rows))
+    _legend(axes, sorted({r.isa for r, _ in rows}, key=isa_rank), failed=any(r.verdict != "PASS" for r, _ in rows))
     return _svg(figure, "latency")
 
 

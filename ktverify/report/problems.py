@@ -24,7 +24,7 @@ ENDED: frozenset[str] = frozenset({"CRASH", "TIMEOUT", "OOM"})
 
 _LAST_WORDS = "; last words:"
 # which function of the suite had called does not make two causes of one; nor do addresses and sizes
-_CALLER = re.compile(r"^(?:\w+: )?suites\.[\w.]+:\w+: ")
+_CALLER = re.compile(r"^(?:\w+: )?[\w.]+:[\w.]+: ")
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?")
 
 

@@ -1,1 +1,1 @@
-"""A run on disk: its records as JSON lines, its directory, and files that appear whole or not at all."""
+"""Records of runs, and how they are written to disk and read back."""

@@ -1,9 +1,8 @@
-"""Runs on disk: `reports/runs/<stamp>/`.
+"""Runs on disk: `reports/runs/<stamp>/records.jsonl`.
 
-Comes in: records, one at a time, from any number of processes. Goes out: `records.jsonl` and the pages made of it.
-Every process appends to a part file of its own, one line per write, so that no lock is needed and a killed process
-loses at most the line that it was writing; the controller merges the parts at the end. `load` reads merged runs and
-half-finished ones alike.
+Every process appends its records to a part file of its own, one line per write, so that no lock is needed and a killed
+process loses at most the line that it was writing. The controller merges the parts at the end. `load` reads merged runs
+and half-finished ones alike.
 """
 
 from __future__ import annotations
@@ -11,22 +10,24 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ktverify.runs.jsonl import append_line
 from ktverify.runs.record import AccuracyRecord, CheckRecord, LatencyRecord, Result, RunRecord, parse_line
 from ktverify.system.files import write_whole
 from ktverify.system.paths import reports_dir
 
 MERGED = "records.jsonl"
 _PART = re.compile(r"records-.+\.jsonl$")
-_HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head holds this
+_HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head contains this
 _STAMP = re.compile(r"\d{8}T\d{6}Z(-\d+)?$")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read back: its head (None if it was lost), its records in the order of their making, torn lines."""
+    """A run as read back: its head (None if it was lost), its records in the order in which they were made, the number
+    of lines that were cut off, the names of the part files that it was read from."""
 
     directory: Path
     head: RunRecord | None
@@ -52,7 +53,7 @@ class Run:
 
 
 class Recorder:
-    """Takes records into a run directory. One per process; `worker` names its part file (default: xdist's name)."""
+    """Adds records to a run directory. One per process; `worker` names its part file (default: xdist's name)."""
 
     def __init__(self, run_dir: str | os.PathLike[str], worker: str | None = None) -> None:
         self.run_dir = Path(run_dir)
@@ -65,45 +66,33 @@ class Recorder:
                 stream.write(b"\n")
 
     def add(self, record: RunRecord | Result) -> None:
-        """Append one record. It is in the kernel's hands when this returns, so the process may die right after."""
+        """Append one record. When this returns the kernel has it, so the process may die right after."""
         if not record.worker and not isinstance(record, RunRecord):
             record = record.model_copy(update={"worker": self.worker})
-        line = record.model_dump_json().encode("utf-8") + b"\n"
-        # one write to a file opened for appending: lines of a process and its forked children do not mix
-        descriptor = os.open(self._part, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(descriptor, line)
-        finally:
-            os.close(descriptor)
+        append_line(self._part, record.model_dump_json())
 
     def finish(self, exit_status: int | None = None) -> Run:
-        """Merge all parts into records.jsonl, write accuracy.md, latency.md and report.html; returns the run.
+        """Merge all parts into records.jsonl and return the run; the caller writes the pages.
 
         For the controller, once, after all workers have ended. The head gets its end time and `exit_status`.
         """
         run = load(self.run_dir)
         if run.head is not None:
-            head = run.head.model_copy(update={"finished": time.time(), "exit_status": exit_status})
-            run = Run(run.directory, head, run.records, run.torn_lines, run.parts_read)
-        write_run(run)
+            run = replace(run, head=run.head.model_copy(update={"finished": time.time(), "exit_status": exit_status}))
+        write_records(run)
         for part in run.parts_read:
             (self.run_dir / part).unlink(missing_ok=True)
         return run
 
 
-def write_run(run: Run) -> None:
-    """Write records.jsonl and every page of `run` into its directory, each file whole."""
-    from ktverify.report import html, tables
-
+def write_records(run: Run) -> None:
+    """Write records.jsonl of `run` into its directory."""
     lines = [record.model_dump_json() for record in ((run.head,) if run.head else ()) + run.records]
     write_whole(run.directory / MERGED, "".join(line + "\n" for line in lines))
-    write_whole(run.directory / "accuracy.md", tables.accuracy_markdown(run))
-    write_whole(run.directory / "latency.md", tables.latency_markdown(run))
-    write_whole(run.directory / "report.html", html.page(run))
 
 
 def load(run_dir: str | os.PathLike[str]) -> Run:
-    """Read a run, merged or not. A last line without its end is counted as torn, not believed.
+    """Read a run, merged or not. A last line that was cut off is counted and left out.
 
     Raises FileNotFoundError if there are no records, ValueError for a line that is no record.
     """
@@ -113,7 +102,7 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
     if not merged and not parts:
         raise FileNotFoundError(f"no run in {directory}: it has neither {MERGED} nor records-*.jsonl")
     heads: list[RunRecord] = []
-    # a controller killed between merging and removing the parts leaves lines twice; the same line is the same record
+    # a controller that is killed between merging and removing the parts leaves lines twice: equal lines are one record
     results: dict[str, Result] = {}
     torn = 0
     for path in merged + parts:
@@ -137,30 +126,14 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
 
 
 def _is_torn(line: bytes) -> bool:
-    """A line whose end is missing: a process was killed while it wrote."""
+    """True for a line whose end is missing because its process was killed while it wrote."""
     return not line.rstrip().endswith(b"}")
-
-
-def new_run_dir(reports: str | os.PathLike[str] | None = None) -> Path:
-    """Make and return `reports/runs/<stamp>/`; the stamp is UTC to the second, with a number behind it if taken."""
-    runs = Path(reports) if reports is not None else reports_dir()
-    runs = runs / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    for attempt in range(1, 10_000):
-        directory = runs / (stamp if attempt == 1 else f"{stamp}-{attempt:04d}")
-        try:
-            directory.mkdir()
-        except FileExistsError:
-            continue
-        return directory
-    raise FileExistsError(f"{runs / stamp}: ten thousand runs within one second")
 
 
 def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None) -> Path:
     """The directory of a run: "latest", a stamp (or its beginning), or a path. Raises FileNotFoundError.
 
-    The latest is the newest with a record: one that was stopped before its first result has nothing to say.
+    The latest is the newest that has a result; a run that was stopped before its first one is passed over.
     """
     if name != "latest" and (Path(name).is_dir() or os.sep in name):
         if not Path(name).is_dir():
@@ -186,7 +159,7 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
 
 
 def _has_a_result(directory: Path) -> bool:
-    """True where the run in `directory` holds more than its head. Reads no further than the first result."""
+    """True where the run in `directory` has more than its head. Reads no further than the first result."""
     for path in directory.glob("records*.jsonl"):
         with path.open("rb") as lines:
             if any(line.strip() and not _is_torn(line) and _HEAD not in line for line in lines):
@@ -195,9 +168,9 @@ def _has_a_result(directory: Path) -> bool:
 
 
 def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1) -> Recorder:
-    """The controller's recorder of a new run: its head, with the facts of this machine, is written at once.
+    """Start a run and return the controller's recorder. The head, with the facts of this machine, is written at once.
 
-    Raises FileExistsError if `run_dir` already holds a run: two runs in one directory would be read as one.
+    Raises FileExistsError if `run_dir` already has a run: two runs in one directory would be read as one.
     """
     from ktverify.system import machine
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from ktverify.runs.jsonl import whole_lines
+from ktverify.runs.jsonl import append_line, whole_lines
 from ktverify.system.files import write_whole
 from ktverify.training.curves import LOSS_FILE
 
@@ -66,5 +66,4 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         if not sys.stderr.isatty():  # a terminal has the Trainer's progress bar
             speed = f"{row['tokens_per_s']} tokens/s"
             print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        append_line(self.path, json.dumps(row))

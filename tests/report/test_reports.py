@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.report import baseline, console, html, plots, tables
+from ktverify.report import baseline, console, plots, run_pages, tables
 from ktverify.runs import store
 from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, GateRecord, Result, parse_line, worst_first
 from ktverify.spec.names import ALL_TENSORS
@@ -85,12 +85,7 @@ def test_parts_of_all_workers_are_merged(tmp_path: Path) -> None:
     assert len(run.records) == 3 * len(ALL_TENSORS)
     assert {record.worker for record in run.records} == {"gw0", "gw1", "gw2"}
     assert run.finished
-    assert sorted(path.name for path in directory.iterdir()) == [
-        "accuracy.md",
-        "latency.md",
-        "records.jsonl",
-        "report.html",
-    ]
+    assert [path.name for path in directory.iterdir()] == ["records.jsonl"]
     again = store.load(directory)
     assert again.records == run.records
     assert again.head == run.head
@@ -101,7 +96,7 @@ def test_a_killed_workers_part_is_still_read(tmp_path: Path) -> None:
     store.start_run(directory, engine="native", command="pytest")
     program = f"""
         import os, signal, sys
-        from ktverify.report.record import CheckRecord
+        from ktverify.runs.record import CheckRecord
         from ktverify.runs.store import Recorder
         recorder = Recorder({str(directory)!r}, worker="gw1")
         for number in range(5):
@@ -139,7 +134,7 @@ def test_a_broken_line_within_a_part_is_an_error(tmp_path: Path) -> None:
 def test_a_controller_killed_before_it_removed_the_parts_doubles_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run = write(directory, [accuracy(), check()])
-    store.write_run(run)
+    run_pages.write_run(run)
     assert (directory / "records-gw0.jsonl").exists()
     assert len(store.load(directory).records) == 2
 
@@ -217,14 +212,14 @@ def test_latency_table_shows_the_statistics_of_the_samples(tmp_path: Path) -> No
     assert float(row["GFLOP/s"]) == pytest.approx(2000, rel=1e-3)
     assert float(row["GB/s"]) == pytest.approx(200, rel=1e-3)
     assert row["n"] == "4"
-    assert Page(html.page(run)).rows("median ms")[0]["GFLOP/s"] == row["GFLOP/s"]
+    assert Page(run_pages.page(run)).rows("median ms")[0]["GFLOP/s"] == row["GFLOP/s"]
 
 
 def test_every_row_of_the_overview_is_labelled(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [accuracy(), accuracy(isa=""), check()])
     wanted = [("contract", tables.NO_ISA), ("forward", "avx2"), ("forward", tables.NO_ISA)]
     for rows in (
-        Page(html.page(run)).rows("nearest to its budget"),
+        Page(run_pages.page(run)).rows("nearest to its budget"),
         markdown_rows(tables.accuracy_markdown(run), "nearest to its budget"),
     ):
         assert [(row["family"], row["ISA"]) for row in rows] == wanted
@@ -246,7 +241,7 @@ def test_overview_counts_every_record(tmp_path: Path) -> None:
 def test_every_printer_has_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = some_run(tmp_path / "run")
     console.print_run(run)
-    page = Page(html.page(run))
+    page = Page(run_pages.page(run))
     for text in (tables.accuracy_markdown(run), tables.latency_markdown(run), page.text, capsys.readouterr().out):
         for fact in (
             "Imagined CPU 9000",
@@ -267,7 +262,7 @@ def test_every_printer_has_the_header(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
     run = some_run(tmp_path / "run")
-    page = Page(html.page(run))
+    page = Page(run_pages.page(run))
     rows = page.rows("rel-L2", "used")
     assert len(rows) == len(run.accuracy)
     for row, record in zip(rows, tables.accuracy_rows(run), strict=True):
@@ -280,7 +275,7 @@ def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
 
 
 def test_html_needs_nothing_from_outside(tmp_path: Path) -> None:
-    text = html.page(some_run(tmp_path / "run"))
+    text = run_pages.page(some_run(tmp_path / "run"))
     page = Page(text)
     assert "<svg" in text
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", text, re.IGNORECASE)
@@ -294,7 +289,7 @@ def test_html_needs_nothing_from_outside(tmp_path: Path) -> None:
 
 def test_the_same_run_makes_the_same_page(tmp_path: Path) -> None:
     run = some_run(tmp_path / "run")
-    assert html.page(run) == html.page(run)
+    assert run_pages.page(run) == run_pages.page(run)
 
 
 def test_plots_show_every_record(tmp_path: Path) -> None:
@@ -327,8 +322,9 @@ def test_plots_show_every_record(tmp_path: Path) -> None:
 )
 def test_pages_of_meagre_runs(records: list[Result], tmp_path: Path) -> None:
     run = write(tmp_path / "run", records)
-    store.write_run(run)
-    assert "Imagined CPU 9000" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    run_pages.write_run(run)
+    for name in ("accuracy.md", "latency.md", "report.html"):
+        assert "Imagined CPU 9000" in (tmp_path / "run" / name).read_text(encoding="utf-8")
     console.print_run(run)
 
 
@@ -336,5 +332,5 @@ def test_a_run_without_its_head_is_still_shown(tmp_path: Path) -> None:
     store.Recorder(tmp_path / "run", worker="gw0").add(accuracy())
     run = store.load(tmp_path / "run")
     assert "the run's head was lost" in tables.accuracy_markdown(run)
-    assert "small@seed=0" in html.page(run)
+    assert "small@seed=0" in run_pages.page(run)
     assert not baseline.judge_run(run, None, None).passed

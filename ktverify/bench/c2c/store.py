@@ -6,9 +6,7 @@ two kinds in one file. Several processes cannot write the same file at once. No 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,39 +38,18 @@ class RecordFile(LineFile):
     """
 
     def __init__(self, path: Path) -> None:
-        # not LineFile's own, which takes new files only
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        super().__init__(path, resume=True)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _cut(self._descriptor)
             self.done = read_records(path)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise BlockingIOError(
-                f"{path} is being written by another run: wait for it, or name another file"
-            ) from None
         except BaseException:
-            os.close(self._descriptor)
+            super().close()
             raise
 
     def close(self) -> None:
         """Also removes a file that got no record."""
-        if os.fstat(self._descriptor).st_size == 0:
+        if self.path.stat().st_size == 0:
             self.path.unlink(missing_ok=True)
         super().close()
-
-
-def _cut(descriptor: int) -> None:
-    """Remove what stands behind the last newline."""
-    end = os.fstat(descriptor).st_size
-    os.ftruncate(descriptor, _whole(os.pread(descriptor, end, 0)))
-
-
-def _whole(content: bytes) -> int:
-    """How many bytes the whole lines take."""
-    return content.rfind(b"\n") + 1
 
 
 def read_records(path: Path) -> list[Record]:
@@ -83,7 +60,7 @@ def read_records(path: Path) -> list[Record]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     found = []
     # bytes: a line may have been cut off inside a character
-    for number, line in enumerate(content[: _whole(content)].splitlines(), start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             found.append(Record.model_validate_json(line))
         except ValidationError as error:

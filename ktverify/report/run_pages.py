@@ -1,7 +1,7 @@
-"""report.html: one page, complete in itself, that tells the verdict first and every number on demand.
+"""The pages of a run of the suites: accuracy.md, latency.md and report.html beside its records.
 
-Comes in: a run. Goes out: the page's text. Plots are inline SVG, style and the one small script (it filters the long
-tables) are in the page, and its content policy forbids the browser to load anything.
+report.html is complete in itself: the verdict first, every number on demand. Plots are inline SVG; style and the one
+small script (it filters the long tables) are in the page; its content policy forbids the browser to load anything.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ from pathlib import Path
 from ktverify.report import plots, tables
 from ktverify.report.problems import problems
 from ktverify.runs.record import CheckRecord, worst_first
-from ktverify.runs.store import Run
+from ktverify.runs.store import Run, write_records
+from ktverify.system.files import write_whole
 
 PROBLEMS_SHOWN = 8
 ACCURACY_SHOWN = 15
+
+
+def write_run(run: Run) -> None:
+    """Write records.jsonl and every page of `run` into its directory, each file whole."""
+    write_records(run)
+    write_whole(run.directory / "accuracy.md", tables.accuracy_markdown(run))
+    write_whole(run.directory / "latency.md", tables.latency_markdown(run))
+    write_whole(run.directory / "report.html", page(run))
 
 
 def page(run: Run) -> str:
