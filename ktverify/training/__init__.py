@@ -1,15 +1,16 @@
-"""The engine in real models: under Hugging Face MoE models, with stock transformers and peft. docs/training.md.
+"""Run the routed experts of Hugging Face MoE models in the engine, with stock transformers and peft. docs/training.md.
 
-Comes in: a model that uses transformers' experts interface. Goes out: the same model, its routed experts computed by
-the engine, forward and backward. Light until one of its names is used: `python -m ktverify --help` imports it.
+`wrap_moe_layers` takes a model that uses transformers' experts interface; the engine then computes forward and backward
+of its routed experts. Importing the package is light: a public name imports its module on first use.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-_ROOMS = {
+from ktverify.system.lazy import lazy_attribute
+
+_MODULES = {
     "MOEAMXFunction": "function",
     "MOELayerWrapper": "layer",
     "CpuInfer": "layer",
@@ -20,10 +21,8 @@ _ROOMS = {
     "load_adapter": "adapter",
     "lora_config": "adapter",
 }
-__all__ = sorted(_ROOMS)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    return lazy_attribute(__name__, {key: f"{__name__}.{module}:{key}" for key, module in _MODULES.items()}, name)
