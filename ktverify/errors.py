@@ -1,7 +1,125 @@
-"""What an engine says that it cannot do, on its way to the report."""
+"""All exceptions of the package. Imports the standard library only.
+
+KtverifyError
+|-- Unsupported          NotImplementedError   the engine states that it cannot do this
+|-- EngineFailed         .verdict              the engine gave no answer
+|   |-- EngineRaised     CRASH                 one of its methods raised an exception
+|   `-- EngineDied       CRASH                 its process ended
+|       |-- EngineTimeout      TIMEOUT         ... was ended at the time limit
+|       `-- EngineOutOfMemory  OOM             ... was ended at the memory limit
+|-- CheckFailed          AssertionError        the engine gave an answer, and it is wrong
+|   |-- GateFailed                             the tensors of one check exceed a gate
+|   |-- NotPassed                              a tensor of an accuracy case did not pass
+|   `-- PropertyFailed   .verdict              a drawn case does not have a property
+|-- RemoteError                                an exception of another process, as text
+|-- NotExact             AssertionError        integer data for which fp32 sums may round
+|-- NoGolden             FileNotFoundError     a case has no golden
+|-- AdapterMismatch      ValueError            an adapter does not fit its base model
+`-- NothingMeasured      ValueError            a bench run has no measurement that counts
+"""
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
 
-class Unsupported(NotImplementedError):
-    """The engine raised NotImplementedError in a call that was to be right: its reason. A skip, never a pass."""
+
+class KtverifyError(Exception):
+    """Base of all exceptions that this package defines."""
+
+
+class Unsupported(KtverifyError, NotImplementedError):
+    """The engine raised NotImplementedError in a call that should compute; the text is its reason. Never a pass."""
+
+
+class EngineFailed(KtverifyError):
+    """The engine gave no answer. verdict: CRASH, TIMEOUT or OOM."""
+
+    verdict = "CRASH"
+
+
+class EngineRaised(EngineFailed):
+    """A method of the engine raised an exception: "CRASH forward_sft: ValueError: … (my_engine.py:7)"."""
+
+    @classmethod
+    def of(cls, error: BaseException, method: str) -> EngineRaised:
+        """The exception for `error`, which must have a traceback, raised by `method` of an engine."""
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(str(error).split())
+        return cls(f"CRASH {method}: {type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})")
+
+
+class EngineDied(EngineFailed):
+    """The engine's process ended, or gave no answer. The text says how, and may contain its last lines of output.
+
+    Not a RuntimeError, so that a check which expects the engine to refuse something does not accept its death.
+    """
+
+
+class EngineTimeout(EngineDied):
+    """The engine's process gave no answer within the time limit and was ended."""
+
+    verdict = "TIMEOUT"
+
+
+class EngineOutOfMemory(EngineDied):
+    """The engine's process and its descendants used more memory than the limit and were ended."""
+
+    verdict = "OOM"
+
+
+class CheckFailed(KtverifyError, AssertionError):
+    """The engine gave an answer, and it is wrong."""
+
+
+class GateFailed(CheckFailed):
+    """What a check found: its text, and (gate, used share of its budget) for each gate that was exceeded."""
+
+    def __init__(self, text: str, exceeded: tuple[tuple[str, float], ...]) -> None:
+        super().__init__(text, exceeded)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def exceeded(self) -> tuple[tuple[str, float], ...]:
+        found: tuple[tuple[str, float], ...] = self.args[1]
+        return found
+
+
+class NotPassed(CheckFailed):
+    """A tensor of an accuracy case did not pass; the records of the case contain it already."""
+
+
+class PropertyFailed(CheckFailed):
+    """A property does not hold: the smallest case found, what differs, and the command that repeats it.
+
+    verdict: FAIL; CRASH, TIMEOUT or OOM where the engine gave no answer for the case.
+    """
+
+    def __init__(self, text: str, verdict: str = "FAIL") -> None:
+        super().__init__(text)
+        self.verdict = verdict
+
+
+class RemoteError(KtverifyError):
+    """The traceback of an exception that another process raised, as text.
+
+    It is the cause of the same exception raised here, and is raised itself where that one cannot be pickled.
+    """
+
+
+class NotExact(KtverifyError, AssertionError):
+    """An operand is not a bf16 number, a sum may round, or a gate is neither open nor shut."""
+
+
+class NoGolden(KtverifyError, FileNotFoundError):
+    """The case has no golden: it is not an unchanged row of the catalogue, or its golden was never made."""
+
+
+class AdapterMismatch(KtverifyError, ValueError):
+    """The tensors of a stored adapter are not those that its base model has."""
+
+
+class NothingMeasured(KtverifyError, ValueError):
+    """A bench run has no measurement that counts, so it has no views."""

@@ -21,13 +21,11 @@ import torch
 from ktverify.checks import case_accuracy, isas, processes
 from ktverify.checks.accuracy import verdict_of
 from ktverify.checks.isas import Isa
-from ktverify.checks.property_search import Violated
 from ktverify.checks.target import expect
 from ktverify.engines import registry
-from ktverify.errors import Unsupported
+from ktverify.errors import EngineFailed, NotPassed, PropertyFailed, Unsupported
 from ktverify.isolation import locks
-from ktverify.isolation.child import ChildCrash, ChildPool, choose_limits, limits_of, raised_by_the_engine
-from ktverify.isolation.process import Died
+from ktverify.isolation.child import ChildPool, choose_limits, limits_of, raised_by_the_engine
 from ktverify.report.failure_text import text_of
 from ktverify.report.run_pages import write_run
 from ktverify.runs.jsonl import new_directory
@@ -235,7 +233,7 @@ def _verdict(report: pytest.TestReport, raised: BaseException | None) -> tuple[V
     """The verdict on a test, and what was raised in it."""
     if raised is None:
         return ("PASS" if report.passed else "SKIP" if report.skipped else "FAIL"), ""
-    if isinstance(raised, (ChildCrash, Died, Violated, Unsupported)) or raised_by_the_engine(raised):
+    if isinstance(raised, (EngineFailed, PropertyFailed, Unsupported)) or raised_by_the_engine(raised):
         return verdict_of(raised)
     text = str(raised) if isinstance(raised, (AssertionError, pytest.skip.Exception)) else ""
     return ("SKIP" if report.skipped else "FAIL"), (text or f"{type(raised).__name__}: {raised}").strip()[:2000]
@@ -447,7 +445,7 @@ def judge_case(
             record(result)
         try:
             case_accuracy.assert_passed(records)
-        except (case_accuracy.NotPassed, Unsupported) as error:
+        except (NotPassed, Unsupported) as error:
             request.node.stash[told_key] = error
             raise
         if big:

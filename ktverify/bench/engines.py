@@ -1,7 +1,7 @@
 """The engines that a run times: which there are, and the processes that they live in. No torch here.
 
 Comes in: names, or paths of files like those in peers/. Goes out: `Engine`, and `Process`, which answers requests or
-raises `Died`.
+raises `EngineDied`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.bench.host import load_module
-from ktverify.isolation.process import Died
+from ktverify.errors import EngineDied
 from ktverify.isolation.process import Process as AnsweringProcess
 from ktverify.system import optional_peers
 from ktverify.system.paths import ROOT
@@ -107,10 +107,10 @@ class Process(AnsweringProcess):
         super().__init__(command, environment(engine, threads=threads, isa=isa), timeout_s=timeout_s)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request. Died when there is none, or when the engine raised."""
+        """The answer to one request. EngineDied when there is none, or when the engine raised."""
         answer = self.exchange({"do": do, **arguments})
         if not answer.pop("ok"):
-            raise Died(str(answer["error"])[:400])
+            raise EngineDied(str(answer["error"])[:400])
         return answer
 
 

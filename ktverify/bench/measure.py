@@ -24,7 +24,7 @@ from ktverify.bench.other_load import Neighbours
 from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.engines.native.phase_times import StageTimes
-from ktverify.isolation.process import Died
+from ktverify.errors import EngineDied
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
 from ktverify.system.paths import ROOT
@@ -276,7 +276,7 @@ class _Group:
                 isa=self.settings.isa,
                 options=engine.options,
             )
-        except Died as died:
+        except EngineDied as died:
             self._drop(seat, f"while loading: {died}")
             return
         seat.line = line.model_copy(
@@ -308,7 +308,7 @@ class _Group:
                 seat.line = before.model_copy(update=update)
             else:
                 seat.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **_errors(found)}})
-        except Died as died:
+        except EngineDied as died:
             self._drop(seat, when + str(died))
             return False
         finally:
@@ -349,7 +349,7 @@ class _Group:
                 before = self.neighbours.read()
                 try:
                     times = seat.process.ask(what)
-                except Died as died:
+                except EngineDied as died:
                     self._drop(seat, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
                     continue
                 others = before.share_until(self.neighbours.read())
@@ -379,7 +379,7 @@ class _Group:
         for _ in range(self.settings.recorded):
             try:
                 steps = own.process.ask("stages")["steps"]
-            except Died as died:
+            except EngineDied as died:
                 self._drop(own, f"while its stages were recorded: {died}")
                 return
             for step in steps:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ktverify.errors import NothingMeasured
 from ktverify.runs.jsonl import LineFile
 from ktverify.system import machine
 from ktverify.system.machine import Machine
@@ -108,10 +109,6 @@ def collect(path: Path, head: RunLine, measured: Iterable[Line], steps: int, wha
     return lines, False
 
 
-class NothingCountsError(ValueError):
-    """A run without a measurement that counts has no views."""
-
-
 def if_there_is_any(stopped: bool) -> contextlib.AbstractContextManager[None]:
     """For the views of a run: one that was stopped before anything counted has none, which is no error."""
-    return contextlib.suppress(NothingCountsError) if stopped else contextlib.nullcontext()
+    return contextlib.suppress(NothingMeasured) if stopped else contextlib.nullcontext()

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +27,7 @@ from ktverify.engines.run import (
     run_case,
     run_layer,
 )
-from ktverify.isolation.process import Died
+from ktverify.errors import EngineDied, EngineRaised
 from ktverify.judge import reference
 from ktverify.judge.bf16_baseline import peer_error
 from ktverify.judge.gates import ALL_ON, GateResult, Judgement, Verdict, judge
@@ -76,29 +74,17 @@ class LiveOracle:
         return compare(actual, self.tensors[name])
 
 
-class Raised(Exception):
-    """What a method of an engine raised, and where: "CRASH forward_sft: ValueError: … (my_engine.py:7)"."""
-
-    verdict = "CRASH"
-
-    def __init__(self, error: BaseException) -> None:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        text = " ".join(str(error).split())
-        super().__init__(f"CRASH {method_of(error)}: {type(error).__name__}: {text} ({place})")
-
-
 def as_told(error: BaseException) -> Exception:
     """What `lost` takes of an engine's exception. Raises what is none: the constructor's, and a lack of memory.
 
     The constructor refuses what it is not made for; sys.exit refuses nothing.
     """
-    if isinstance(error, NotImplementedError | Died):
+    if isinstance(error, NotImplementedError | EngineDied):
         return error
     refusal = method_of(error) in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
     if isinstance(error, MemoryError) or refusal:
         raise error
-    return Raised(error)
+    return EngineRaised.of(error, method_of(error))
 
 
 @dataclass

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, GateFailed, Target, expect, same_bits
+from ktverify.checks.target import SMALL, Target, expect, same_bits
 from ktverify.engines import registry
 from ktverify.engines.run import run_layer
+from ktverify.errors import GateFailed
 from ktverify.judge import gates, metrics, reference
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ktverify.checks import accuracy
 from ktverify.checks.accuracy import Checked
 from ktverify.diagnose.hook import add_cause, cause_of
-from ktverify.errors import Unsupported
+from ktverify.errors import NotPassed, Unsupported
 from ktverify.judge import golden
 from ktverify.runs.record import AccuracyRecord
 from ktverify.spec.cases import Case
@@ -77,10 +77,6 @@ def check_case(
 def lost(family: str, engine: str, case: Case, label: str, error: BaseException) -> list[AccuracyRecord]:
     """The records of a case whose engine gave no tensors at all."""
     return accuracy.lost(error, TENSORS[family], engine, case, label)
-
-
-class NotPassed(AssertionError):
-    """A case of which a tensor did not pass; its records have told it."""
 
 
 def assert_passed(records: list[AccuracyRecord]) -> None:

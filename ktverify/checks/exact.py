@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ktverify.checks.behaviour import raise_for
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import GateFailed, Target
+from ktverify.checks.target import Target
 from ktverify.engines import registry
+from ktverify.errors import GateFailed
 from ktverify.judge import gates, metrics
 from ktverify.spec.cases import Case, expects_zero
 from ktverify.spec.inputs import make_inputs

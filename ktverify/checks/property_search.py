@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from ktverify.checks.properties import Property
-from ktverify.errors import Unsupported
+from ktverify.errors import PropertyFailed, Unsupported
 from ktverify.isolation.child import raised_by_the_engine
 from ktverify.judge import gates
 from ktverify.spec.cases import LORA_DTYPES, MAPS, Case, flops
@@ -85,21 +85,6 @@ def _multiple(draw: st.DrawFn, step: int, most: int, label: str) -> int:
     return int(step * draw(st.integers(1, max(1, most // step)), label=label if step == 1 else f"{label} / {step}"))
 
 
-class Violated(AssertionError):
-    """A property does not hold: the smallest case found, what differs, and the command that repeats it.
-
-    verdict: FAIL, or CRASH where the engine raised instead of computing.
-    """
-
-    def __init__(self, text: str, verdict: str = "FAIL") -> None:
-        super().__init__(text)
-        self.verdict = verdict
-
-
-class Ended(Violated):
-    """The engine's process did not outlive a drawn case; verdict: CRASH, TIMEOUT or OOM."""
-
-
 def search(
     name: str,
     wanted: Property,
@@ -111,18 +96,18 @@ def search(
     options: str = "",
     shrink: bool = True,
 ) -> None:
-    """Runs the property on drawn cases. Violated for the smallest that breaks it, or if too few could be believed.
+    """Run the property on drawn cases. PropertyFailed for the smallest that breaks it, or if too few are believed.
 
     run(case) gives (comparisons, believed ones). fresh: another seed draws other cases. options: what a pytest line
     that repeats the case needs besides. shrink=False stops at the first case that breaks it. A case that ends the
-    engine's process is not made smaller, for every try would cost a process: Ended tells of the first. Cases that the
-    engine says it cannot do are left out; Unsupported where that leaves nothing.
+    engine's process is not made smaller, because every try would cost a process: PropertyFailed reports the first.
+    Cases that the engine says it cannot do are left out; Unsupported where that leaves nothing.
     """
     compared = believed = 0
-    ended: dict[str, Ended] = {}
+    ended: dict[str, PropertyFailed] = {}
     reasons: list[str] = []
 
-    def attempt(case: Case) -> Violated | None:
+    def attempt(case: Case) -> PropertyFailed | None:
         nonlocal compared, believed
         if ended:
             return ended.get(case.id)
@@ -136,8 +121,8 @@ def search(
             text = f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}"
             verdict = getattr(error, "verdict", "")
             if not verdict:
-                return Violated(text, "CRASH" if raised_by_the_engine(error) else "FAIL")
-            return ended.setdefault(case.id, Ended(text, verdict))
+                return PropertyFailed(text, "CRASH" if raised_by_the_engine(error) else "FAIL")
+            return ended.setdefault(case.id, PropertyFailed(text, verdict))
         compared += counts[0]
         believed += counts[1]
         return None
@@ -165,7 +150,9 @@ def search(
 
 
 def believe(name: str, compared: int, believed: int) -> None:
-    """Violated if less than half ([trust] min_density) of what was compared could be told right from wrong."""
+    """PropertyFailed if less than half ([trust] min_density) of what was compared could be told right from wrong."""
     least = float(gates.tolerances()["trust"]["min_density"])
     if compared == 0 or believed < least * compared:
-        raise Violated(f"{name}: only {believed} of {compared} comparisons could be believed: the cases are too empty")
+        raise PropertyFailed(
+            f"{name}: only {believed} of {compared} comparisons could be believed: the cases are too empty"
+        )

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ktverify.checks.target import SMALL, Target
 from ktverify.engines.run import run_layer
-from ktverify.errors import Unsupported
-from ktverify.isolation.process import Died
+from ktverify.errors import EngineDied, Unsupported
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES, lora_shapes
 
@@ -100,7 +99,7 @@ def check_refusal(target: Target, name: str) -> None:
     before = run_layer(stage.layer, inputs)
     try:
         refusal.act(stage)
-    except (Died, Unsupported):
+    except (EngineDied, Unsupported):
         raise
     except Exception as error:
         kinds = " or ".join(kind.__name__ for kind in refusal.errors)

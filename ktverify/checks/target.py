@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ktverify.engines import registry
 from ktverify.engines.run import METHOD, build_layer, layer_arguments, run_layer
+from ktverify.errors import GateFailed
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
@@ -100,21 +101,6 @@ def bits(tensor: Tensor) -> Tensor:
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and bool(torch.equal(bits(left), bits(right)))
-
-
-class GateFailed(AssertionError):
-    """What a check found: its text, and (gate, share of the budget that was used) for each gate that was exceeded."""
-
-    def __init__(self, text: str, exceeded: tuple[tuple[str, float], ...]) -> None:
-        super().__init__(text, exceeded)
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-    @property
-    def exceeded(self) -> tuple[tuple[str, float], ...]:
-        found: tuple[tuple[str, float], ...] = self.args[1]
-        return found
 
 
 def expect_same_bits(

@@ -7,8 +7,9 @@ import re
 from torch import Tensor
 
 from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, GateFailed, Target
+from ktverify.checks.target import SMALL, Target
 from ktverify.engines import registry
+from ktverify.errors import GateFailed
 from ktverify.judge import gates, metrics
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs

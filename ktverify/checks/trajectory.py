@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.behaviour import judged
-from ktverify.checks.target import GateFailed, Target, expect
+from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_layer
+from ktverify.errors import GateFailed
 from ktverify.judge import gates, reference
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ktverify.errors import NothingMeasured
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -197,10 +198,9 @@ def _again(directory: Path, as_json: bool) -> None:
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     """Write the views, then print. ValueError for a run that has no repeat that counts."""
     from ktverify.bench.layer import record, tables
-    from ktverify.bench.measured import NothingCountsError
     from ktverify.report import pages
 
     view = tables.view(lines)
     if view is None:
-        raise NothingCountsError(f"{directory / record.FILE} has no repeat that counts")
+        raise NothingMeasured(f"{directory / record.FILE} has no repeat that counts")
     pages.conclude(view, lines, directory / record.FILE, as_json)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.cli import transformer_options
+from ktverify.errors import NothingMeasured
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -100,13 +101,12 @@ def transformer(
 
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     """Write the views, then print; False where the check failed. ValueError for a run that has no step that counts."""
-    from ktverify.bench.measured import NothingCountsError
     from ktverify.bench.transformer import record
     from ktverify.bench.transformer import views as transformer_views
     from ktverify.report import pages
 
     view = transformer_views.view(lines)
     if view is None:
-        raise NothingCountsError(f"{directory / record.FILE} has no step that counts")
+        raise NothingMeasured(f"{directory / record.FILE} has no step that counts")
     pages.conclude(view, lines, directory / record.FILE, as_json)
     return not any(text.startswith("FAIL") for name, text in view.facts if name == "check")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.cli.bench_layer import DEFAULT_CASE
+from ktverify.errors import NothingMeasured
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -70,13 +71,12 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     """Write the pages and the trace, then print. ValueError for a profile that was stopped before it had anything."""
     from ktverify.bench.layer import profile_picture, profile_record, profile_tables, profile_trace
     from ktverify.bench.layer.profile_summary import Summary
-    from ktverify.bench.measured import NothingCountsError
     from ktverify.report import pages
     from ktverify.system.files import write_whole
 
     summary = Summary.of(lines)
     if summary is None:
-        raise NothingCountsError(f"{directory / profile_record.FILE} has no range that was measured to a steady call")
+        raise NothingMeasured(f"{directory / profile_record.FILE} has no range that was measured to a steady call")
     view = profile_tables.view(summary, profile_picture.draw(summary))
     write_whole(directory / "trace.json", profile_trace.trace(lines))
     pages.conclude(view, lines, directory / profile_record.FILE, as_json, extra=["trace.json"])

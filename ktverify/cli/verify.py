@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ktverify.errors import EngineDied
+
 if TYPE_CHECKING:
     from ktverify.checks.accuracy import Checked
     from ktverify.runs.record import AccuracyRecord
@@ -58,7 +60,7 @@ def judged(subject: Subject, parts: Sequence[Part]) -> Found:
     RuntimeError where that one judges nothing.
     """
     from ktverify.checks import accuracy as checking
-    from ktverify.isolation.forked import Ended, Parts
+    from ktverify.isolation.forked import Parts
 
     records: list[AccuracyRecord] = []
     said: list[str] = []
@@ -66,7 +68,7 @@ def judged(subject: Subject, parts: Sequence[Part]) -> Found:
         for number, part in enumerate(parts):
             try:
                 found, more = supervised.value(number, progress(part.shown) if part.shown else nullcontext())
-            except Ended as ended:
+            except EngineDied as ended:
                 if not part.tensors:
                     raise RuntimeError(f"{part.shown}: {ended}") from None
                 label = checking.isa_label(subject.engine, subject.isa)

@@ -1,7 +1,7 @@
 """A Python process that calls functions for a test, so that a crash costs one test and not the run.
 
 `Child(env=...)` starts it; `child.call(function, **kwargs)` returns the function's value or raises
-its exception here. A child that dies raises ChildCrash with the signal and the last lines it wrote.
+its exception here. A child that dies raises EngineDied with the signal and the last lines it wrote.
 `serve` is the other end: requests and answers are pickles over two pipes.
 """
 
@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import psutil
 
-from ktverify.errors import Unsupported
+from ktverify.errors import EngineDied, EngineOutOfMemory, EngineTimeout, RemoteError, Unsupported
 from ktverify.isolation import locks
 from ktverify.isolation.fork_server import WAIT_S, zygote
 from ktverify.isolation.forked import portable
@@ -63,36 +63,14 @@ def limits_of(*, big: bool = False) -> Limits:
     return Limits(_chosen.get("time", usual.time_s), memory)
 
 
-class ChildCrash(AssertionError):
-    """The child process ended instead of answering."""
-
-    verdict = "CRASH"
-
-
-class ChildTimeout(ChildCrash):
-    """The child process did not answer in time, and was ended."""
-
-    verdict = "TIMEOUT"
-
-
-class ChildOutOfMemory(ChildCrash):
-    """The child process and those that it started took more memory than they may, and were ended."""
-
-    verdict = "OOM"
-
-
-class ChildError(AssertionError):
-    """The called function raised an exception that cannot travel between processes; the text of it."""
-
-
 def raised_by_the_engine(error: BaseException) -> bool:
     """True for what `Child.call` raised that was raised over there where nothing was to be refused: a crash.
 
     What a check finds wrong comes from there as an AssertionError.
     """
-    if isinstance(error, ChildError):
+    if isinstance(error, RemoteError):
         return True
-    return isinstance(error.__cause__, ChildError) and not isinstance(error, AssertionError)
+    return isinstance(error.__cause__, RemoteError) and not isinstance(error, AssertionError)
 
 
 def _read_exactly(fd: int, size: int, watch: Callable[[], None] | None) -> bytes:
@@ -171,14 +149,14 @@ class Child:
     def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Return what `function` returns when the child calls it. It is pickled by reference: a function of a module.
 
-        Raises what the function raised (as ChildError where that cannot be pickled), or ChildCrash.
+        Raises what the function raised (as RemoteError where that cannot be pickled), or EngineDied.
         """
         self._busy = True
         try:
             _write_all(self._request, pickle.dumps((function, args, kwargs)))
             answered, value = _read_message(self._answer, self._watch(name_of(function)))
         except (EOFError, BrokenPipeError):
-            raise ChildCrash(
+            raise EngineDied(
                 f"{name_of(function)}: the process {self._end()}; last words:\n{self.last_words()}"
             ) from None
         self._busy = False
@@ -186,10 +164,10 @@ class Child:
             return value
         error, text = value
         if isinstance(error, NotImplementedError):
-            raise Unsupported(str(error)) from ChildError(text)
+            raise Unsupported(str(error)) from RemoteError(text)
         if isinstance(error, BaseException):
-            raise error from ChildError(text)
-        raise ChildError(text)
+            raise error from RemoteError(text)
+        raise RemoteError(text)
 
     def _watch(self, called: str) -> Callable[[], None]:
         """Ends the child, and what it started, once it is beyond its limits, and raises what it was beyond."""
@@ -200,14 +178,14 @@ class Child:
             if held > limits.memory:
                 self._kill()
                 text = f"{called}: {held / 2**30:.1f} GiB were resident, the limit is {limits.memory / 2**30:.1f} GiB"
-                raise ChildOutOfMemory(f"{text}; last words:\n{self.last_words()}")
+                raise EngineOutOfMemory(f"{text}; last words:\n{self.last_words()}")
             # a process that it started may hold the pipe open; an answer may have come since there was none
             if not self.alive and not select.select([self._answer], [], [], 0)[0]:
                 raise EOFError
             if time.monotonic() > deadline:
                 self._kill()
                 text = f"{called}: no answer after {limits.time_s:g} s, ended with SIGKILL"
-                raise ChildTimeout(f"{text}; last words:\n{self.last_words()}")
+                raise EngineTimeout(f"{text}; last words:\n{self.last_words()}")
 
         return watch
 

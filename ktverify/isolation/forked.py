@@ -1,7 +1,7 @@
 """Work on an engine that may take its process down: part by part, in a process that dies alone.
 
-Comes in: parts, functions without arguments. Goes out: each one's value, what it raised, or `Ended` where it took its
-process down or an engine's call did not come back; the next part then gets a new process.
+Comes in: parts, functions without arguments. Goes out: each one's value, what it raised, or EngineDied where it ended
+its process or a call did not come back; the next part then gets a new process.
 The process is a fork, made before torch or an engine has computed anything here: it costs milliseconds and has this
 one's imports, environment and terminal, to write to. It leads a group, and what is started in that ends with it.
 Only the program `python -m ktverify` forks; another that calls its commands may have threads by then, and computes in
@@ -25,9 +25,10 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
+from ktverify.errors import EngineDied, EngineTimeout, RemoteError
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
-from ktverify.isolation.process import Died, how_it_ended
+from ktverify.isolation.process import how_it_ended
 
 T = TypeVar("T")
 
@@ -37,18 +38,6 @@ _WATCH_S = 0.05
 # for a process that has closed its end of the pipe
 _GRACE_S = 10.0
 _NOTE = 128
-
-
-class Ended(Died):
-    """The process of a part ended, or a call of the engine took too long: "CRASH backward: the process died of …"."""
-
-    def __init__(self, verdict: str, text: str) -> None:
-        super().__init__(f"{verdict} {text}")
-        self.verdict = verdict
-
-
-class Elsewhere(Exception):
-    """The traceback of what was raised in the other process, as text."""
 
 
 class Parts(Generic[T]):
@@ -62,7 +51,7 @@ class Parts(Generic[T]):
         self._note = mmap.mmap(-1, _NOTE)
 
     def value(self, number: int, waiting: AbstractContextManager[Any]) -> T:
-        """What part `number` returns; Ended where it does not. `waiting` is entered meanwhile, after the fork."""
+        """What part `number` returns; EngineDied where it does not. `waiting` is entered meanwhile, after the fork."""
         if not forks:
             with watched(self._time_limit, lambda method: None), waiting:
                 return self._parts[number]()
@@ -80,7 +69,7 @@ class Parts(Generic[T]):
             value: T = answer[0]
             return value
         error, trace = answer
-        raise error from Elsewhere(trace)
+        raise error from RemoteError(trace)
 
     def close(self) -> None:
         """End the process at once, and what it started: they keep nothing that matters."""
@@ -140,7 +129,7 @@ class Parts(Generic[T]):
     def _noted(self, method: str) -> None:
         self._note[:] = f"{time.monotonic()} {method}".encode()[:_NOTE].ljust(_NOTE, b"\0")
 
-    def _ended(self) -> Ended:
+    def _ended(self) -> EngineDied:
         """How the process ended, and in which call; it is ended where it has only closed its pipe."""
         deadline = time.monotonic() + _GRACE_S
         while os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -152,8 +141,8 @@ class Parts(Generic[T]):
         where = f"{method}: " if method else ""
         # faulthandler's watch ends a process with this exit code, once it has written where each thread is
         if code == 1 and method and now - float(since) >= self._time_limit:
-            return Ended("TIMEOUT", f"{where}no answer after {self._time_limit:g} s")
-        return Ended("CRASH", f"{where}the process {how_it_ended(code)}")
+            return EngineTimeout(f"TIMEOUT {where}no answer after {self._time_limit:g} s")
+        return EngineDied(f"CRASH {where}the process {how_it_ended(code)}")
 
     def _reaped(self) -> int:
         """Its exit code, once it and what it started are ended."""

@@ -1,8 +1,8 @@
 """A hosted engine from this side: a factory, and layers whose calls go to a process of their own.
 
 One process serves one configuration of threads, since engines exist that allow only one: another number of threads, of
-thread pools or of processors gets another process. A process that dies raises Died in the call that killed it and in
-every later call to its layers; the next layer gets a new process.
+thread pools or of processors gets another process. A process that dies raises EngineDied in the call that killed it and
+in every later call to its layers; the next layer gets a new process.
 What a hosted engine writes into the tokens' tensors is copied back. What it does to memory after it has answered is not
 seen, nor are its process's threads forked along.
 """
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktverify.errors import EngineDied
 from ktverify.isolation.host import Parcel, unpack
-from ktverify.isolation.process import Died, Process
+from ktverify.isolation.process import Process
 from ktverify.spec.names import LORA_NAMES
 
 HOST = Path(__file__).with_name("host.py")
@@ -75,7 +76,7 @@ class _Host:
         self.died = ""
 
     def ask(self, do: str, *given: Any) -> Any:
-        """The value that the host answers with. Raises what the engine raised, or Died."""
+        """The value that the host answers with. Raises what the engine raised, or EngineDied."""
         parcel = Parcel(given)
         try:
             return self.send(do, parcel, do if do != "call" else str(given[1]))
@@ -86,14 +87,16 @@ class _Host:
         """As ask, with the arguments packed; `what` is the call's name in an error."""
         with self._lock:
             if self.died:
-                raise Died(f"{what}: the engine's process is gone: {self.died}")
+                raise EngineDied(f"{what}: the engine's process is gone: {self.died}")
             drop = self.dropped[:]
             try:
                 answer = self._process.exchange({"do": do, "drop": drop, "given": parcel.description})
-            except Died as died:
+            except EngineDied as died:
                 self.died = str(died)
                 how = self.died.partition("; last line")[0]
-                raise Died(f"{what}: the engine's process {how}; last words:\n{self._process.last_words()}") from None
+                raise EngineDied(
+                    f"{what}: the engine's process {how}; last words:\n{self._process.last_words()}"
+                ) from None
             del self.dropped[: len(drop)]
             self.layers -= len(drop)
             if answer["ok"]:

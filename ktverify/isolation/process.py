@@ -1,7 +1,7 @@
 """A process that answers requests over a pipe, and how it ended when it did not. No torch here.
 
 Comes in: a command that takes two file descriptors as its last arguments. Goes out: its answers, lines of JSON as dict,
-or `Died` with the signal and the last lines that it wrote.
+or `EngineDied` with the signal and the last lines that it wrote.
 """
 
 from __future__ import annotations
@@ -19,19 +19,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ktverify.errors import EngineDied
+
 LAST_LINES = 12
 _TAIL = 1 << 15
 # all but the last two parts of a path in a traceback
 _FOLDERS = re.compile(r'File "/(?:[^"/]+/)*(?=[^"/]+/[^"/]+")')
-
-
-class Died(Exception):
-    """An engine's process ended, fell silent, or its engine raised; a line that says how, and perhaps its last words.
-
-    No RuntimeError: a check that expects an engine to refuse something must not take its death for a refusal.
-    """
-
-    verdict = "CRASH"
 
 
 def how_it_ended(code: int) -> str:
@@ -89,7 +82,7 @@ class Process:
         return self._process.pid
 
     def exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request. Died when there is none, after timeout_s or because the process has ended."""
+        """The answer to one request. EngineDied when there is none after timeout_s, or the process has ended."""
         deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         view = memoryview(json.dumps(request).encode("utf-8") + b"\n")
         try:
@@ -97,10 +90,10 @@ class Process:
                 view = view[os.write(self._request, view) :]
             answer: dict[str, Any] = json.loads(self._read_line(deadline))
         except (EOFError, BrokenPipeError):
-            raise Died(self._end()) from None
+            raise EngineDied(self._end()) from None
         except TimeoutError:
             self._process.kill()
-            raise Died(f"no answer after {self.timeout_s:.0f} s; {self._end()}") from None
+            raise EngineDied(f"no answer after {self.timeout_s:.0f} s; {self._end()}") from None
         return answer
 
     def _read_line(self, deadline: float | None) -> bytes:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ktverify.errors import NotExact
 from ktverify.judge.reference import routed, zeros
 from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
@@ -23,10 +24,6 @@ _FP32_BITS = 24
 # silu(g) is g above this and 0 below that, and silu'(g) 1 and 0, in fp32 and fp64: e^-40 < 2^-53, e^746 overflows
 _OPEN, _SHUT = 40.0, -746.0
 _GRAIN = 40  # units are looked for down to 2^-40
-
-
-class NotExact(AssertionError):
-    """Some operand is no bf16 number, some sum may round, or some gate is neither open nor shut."""
 
 
 @dataclass

@@ -29,6 +29,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
 
+from ktverify.errors import NoGolden
 from ktverify.judge.bf16_baseline import peer_error
 from ktverify.judge.golden_sketch import SKETCH_VERSION, Sketch, compare_sketch, make_sketch, same_sketch
 from ktverify.judge.metrics import Difference, compare, count_nonzero
@@ -55,10 +56,6 @@ _PEER_FLOOR = 2.0**-9
 
 Kind = Literal["full", "sketch", "zero"]
 Progress = Callable[[str, float], None]
-
-
-class NoGolden(FileNotFoundError):
-    """There is no golden of that case: it is no unchanged row of the catalogue, or was never made."""
 
 
 @dataclass(frozen=True)

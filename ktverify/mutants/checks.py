@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from ktverify.checks import accuracy, behaviour, exact, processes, refusals, tensor_parallel, trajectory
 from ktverify.checks.accuracy import Checked
 from ktverify.checks.case_accuracy import TENSORS
-from ktverify.checks.target import GateFailed, Target
+from ktverify.checks.target import Target
+from ktverify.errors import GateFailed
 from ktverify.isolation.child import call_fresh
 from ktverify.judge import gates
 from ktverify.spec import cases

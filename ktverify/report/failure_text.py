@@ -7,11 +7,8 @@ does all where `--tb` asks for a style.
 from __future__ import annotations
 
 from ktverify.checks.accuracy import verdict_of
-from ktverify.checks.case_accuracy import NotPassed
-from ktverify.checks.property_search import Violated
-from ktverify.checks.target import GateFailed
-from ktverify.isolation.child import ChildCrash, ChildError, raised_by_the_engine
-from ktverify.isolation.process import Died
+from ktverify.errors import EngineFailed, GateFailed, NotPassed, PropertyFailed, RemoteError
+from ktverify.isolation.child import raised_by_the_engine
 from ktverify.system.paths import ROOT
 
 _FRAME = '  File "'
@@ -21,18 +18,18 @@ _OURS = tuple(f"{_FRAME}{ROOT / folder}" for folder in ("suites/", "tests/", "kt
 
 def text_of(raised: BaseException, repeat: str) -> str:
     """The lines; `repeat` is the command that repeats the test, for what names none itself."""
-    if isinstance(raised, (NotPassed, Violated)):
+    if isinstance(raised, (NotPassed, PropertyFailed)):
         return str(raised)
     if isinstance(raised, GateFailed):
         return f"FAIL {raised}\n{repeat}"
-    if isinstance(raised, (ChildCrash, Died)):
+    if isinstance(raised, EngineFailed):
         verdict, message = verdict_of(raised)
         return f"{verdict} {message.removeprefix(f'{verdict} ')}\n{repeat}"
     if raised_by_the_engine(raised):
         trace = str(raised.__cause__ or raised).splitlines()
         frames = [line for line in trace if line.startswith(_FRAME)]
         if frames and not frames[-1].startswith(_OURS):
-            what = trace[-1] if isinstance(raised, ChildError) else f"{type(raised).__name__}: {raised}"
+            what = trace[-1] if isinstance(raised, RemoteError) else f"{type(raised).__name__}: {raised}"
             return "\n".join([f"CRASH {what}", *_without_ours(trace), repeat])
     return ""
 

@@ -113,7 +113,7 @@ def _cause(record: Result) -> tuple[str, list[str]]:
     at = next((number for number, line in enumerate(lines) if _LAST_WORDS in line), 0)
     how = lines[at] if lines else ""
     # a property tells its sentence and its case first, and the error's class
-    return _CALLER.sub("", how.removeprefix("Died: ")).partition(_LAST_WORDS)[0], lines[at + 1 :]
+    return _CALLER.sub("", how.removeprefix("EngineDied: ")).partition(_LAST_WORDS)[0], lines[at + 1 :]
 
 
 def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ktverify.errors import AdapterMismatch
 from ktverify.training.curves import read_curve
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -76,7 +77,7 @@ def _loss(directory: Path) -> Finding:
 
 
 def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tensor], trust: bool) -> Iterator[Finding]:
-    from ktverify.training.adapter import WrongKeys, load_adapter
+    from ktverify.training.adapter import load_adapter
     from ktverify.training.run import base_of, load_base
 
     path = base_of(directory, base)
@@ -85,7 +86,7 @@ def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tenso
     before = _generate(model, tokenizer)
     try:
         adapted = load_adapter(model, directory)
-    except WrongKeys as error:
+    except AdapterMismatch as error:
         yield Finding("keys", False, str(error))
         return
     except ValueError as error:

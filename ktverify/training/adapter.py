@@ -17,6 +17,7 @@ from peft.tuners.lora import layer as lora_layer
 from peft.utils.save_and_load import load_peft_weights
 from torch import nn
 
+from ktverify.errors import AdapterMismatch
 from ktverify.training.layer import Factors, MOELayerWrapper
 from ktverify.training.wrap import WEIGHTS, find_experts
 
@@ -111,7 +112,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
 def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> PeftModel:
     """`model`, wrapped or stock, with the adapter that `directory` holds.
 
-    ValueError if it is not one, or belongs to another base; WrongKeys if its tensors are not those that the model has.
+    ValueError if it is not one, or belongs to another base; AdapterMismatch if its tensors are not the model's.
     """
     path = Path(directory)
     if not (path / "adapter_config.json").is_file():
@@ -130,18 +131,14 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     return adapted
 
 
-class WrongKeys(ValueError):
-    """An adapter's tensors are not those that its base model takes."""
-
-
 def _check_keys(adapted: PeftModel, path: Path) -> None:
-    """WrongKeys unless the file has a tensor for each of the model's and no other: peft fills up and leaves out."""
+    """AdapterMismatch unless the file has exactly the model's tensors: peft fills up and leaves out."""
     wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     stored = load_peft_weights(str(path), device="cpu")
     for kind, names in (("lacks", wanted.keys() - stored.keys()), ("has, beyond it,", stored.keys() - wanted.keys())):
         found = sorted(name for name in names if "lora_" in name)
         if found:
-            raise WrongKeys(
+            raise AdapterMismatch(
                 f"the adapter in {path} does not fit this base model: it {kind} {len(found)} tensors, first {found[0]}"
             )
 

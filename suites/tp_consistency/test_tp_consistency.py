@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ktverify.checks import tensor_parallel
 from ktverify.checks.isas import Isa
-from ktverify.checks.target import GateFailed, Target
+from ktverify.checks.target import Target
+from ktverify.errors import GateFailed
 from ktverify.isolation.child import ChildPool, call_fresh
 from ktverify.spec.cases import Case
 

@@ -12,6 +12,7 @@ from ktverify.bench.transformer import measure
 from ktverify.bench.transformer.record import Settings
 from ktverify.bench.transformer.sizes import resolve
 from ktverify.cli.main import app
+from ktverify.errors import NothingMeasured
 from ktverify.system import machine
 
 
@@ -73,8 +74,8 @@ def test_only_a_run_that_was_stopped_may_have_nothing() -> None:
         with measured.if_there_is_any(stopped):
             raise error
 
-    conclude(measured.NothingCountsError("no repeat"), stopped=True)
+    conclude(NothingMeasured("no repeat"), stopped=True)
     with pytest.raises(ValueError, match="drawing"):
         conclude(ValueError("drawing"), stopped=True)
-    with pytest.raises(measured.NothingCountsError):
-        conclude(measured.NothingCountsError("no repeat"), stopped=False)
+    with pytest.raises(NothingMeasured):
+        conclude(NothingMeasured("no repeat"), stopped=False)

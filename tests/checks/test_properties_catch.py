@@ -11,8 +11,7 @@ from torch import Tensor
 from ktverify.checks import properties, property_search
 from ktverify.checks.properties import PROPERTIES
 from ktverify.checks.target import Target
-from ktverify.errors import Unsupported
-from ktverify.isolation.process import Died
+from ktverify.errors import EngineDied, PropertyFailed, Unsupported
 from ktverify.mutants import MUTANTS
 from ktverify.mutants.base import Group, Plain
 from ktverify.spec.cases import Case
@@ -94,7 +93,7 @@ def test_every_property_has_a_wrong_engine() -> None:
 
 @pytest.mark.parametrize("name", VIOLATED)
 def test_wrong_engine_violates_it(name: str) -> None:
-    with pytest.raises(property_search.Violated) as found:
+    with pytest.raises(PropertyFailed) as found:
         _search(name, VIOLATED[name], examples=20)
     title, text, *said, repeat = str(found.value).splitlines()
     assert title.startswith(name)
@@ -114,10 +113,10 @@ def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:
     def run(case: Case) -> tuple[int, int]:
         tried.append(case)
         if case.hidden % 32:
-            raise Died("died of SIGSEGV")
+            raise EngineDied("died of SIGSEGV")
         return 1, 1
 
-    with pytest.raises(property_search.Ended, match="died of SIGSEGV") as found:
+    with pytest.raises(PropertyFailed, match="died of SIGSEGV") as found:
         property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
     assert found.value.verdict == "CRASH"
     assert tried[-1].id in str(found.value)
@@ -153,9 +152,9 @@ def test_what_an_engine_cannot_do_violates_nothing() -> None:
 
 
 def test_comparisons_that_prove_nothing_do_not_pass() -> None:
-    with pytest.raises(property_search.Violated, match="0 of 0"):
+    with pytest.raises(PropertyFailed, match="0 of 0"):
         property_search.search("within_budget", PROPERTIES["within_budget"], lambda case: (0, 0), examples=2)
-    with pytest.raises(property_search.Violated, match="only 4 of 10"):
+    with pytest.raises(PropertyFailed, match="only 4 of 10"):
         property_search.believe("within_budget", compared=10, believed=4)
     property_search.believe("within_budget", compared=10, believed=5)
 

@@ -19,9 +19,10 @@ import pytest
 
 from ktverify import pytest_plugin
 from ktverify.checks import behaviour, case_accuracy, exact, isas, refusals, tensor_parallel, trajectory
-from ktverify.checks.target import GateFailed, Target
+from ktverify.checks.target import Target
 from ktverify.checks.trajectory import Drift, within_budgets
-from ktverify.isolation.child import Child, ChildCrash, ChildPool, Limits
+from ktverify.errors import EngineDied, GateFailed
+from ktverify.isolation.child import Child, ChildPool, Limits
 from ktverify.mutants import MUTANTS
 from ktverify.runs.store import load
 from ktverify.spec import cases
@@ -169,7 +170,7 @@ def test_defect_is_not_seen_where_it_does_no_harm(children: ChildPool, defect: s
 
 
 def test_crash_is_told_from_failure(children: ChildPool) -> None:
-    with pytest.raises(ChildCrash, match="SIGSEGV"):
+    with pytest.raises(EngineDied, match="SIGSEGV"):
         forward(children.get(), "tests.support.broken:dies", SMALL)
     # and the next case gets a new process
     forward(children.get(), RIGHT, SMALL)
@@ -201,9 +202,9 @@ def test_what_an_engine_raises_is_a_crash(
 def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
     told = tmp_path / "number"
     target = Target(f"tests.support.broken:{engine}")
-    with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(ChildCrash, match="SIGSEGV") as found:
+    with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(EngineDied, match="SIGSEGV") as found:
         child.call(tensor_parallel.run_degree, target=target, cases=[SMALL], degree=1)
-    assert type(found.value) is ChildCrash
+    assert type(found.value) is EngineDied
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(told.read_text()))
         if engine == "leaves_a_session":

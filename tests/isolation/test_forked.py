@@ -13,6 +13,7 @@ import pytest
 
 from ktverify.cli.verify import Part, Subject, judged
 from ktverify.engines.run import METHOD, call_of
+from ktverify.errors import EngineDied
 from ktverify.isolation import forked
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS
@@ -86,9 +87,9 @@ def test_each_process_is_told_of_its_own_calls(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(forked, "forks", True)
     parts: forked.Parts[None] = forked.Parts([partial(ends_in, "backward"), partial(os._exit, 4)], 60.0)
     with closing(parts):
-        with pytest.raises(forked.Ended, match=r"^CRASH backward: the process ended with exit code 3$"):
+        with pytest.raises(EngineDied, match=r"^CRASH backward: the process ended with exit code 3$"):
             parts.value(0, nullcontext())
-        with pytest.raises(forked.Ended, match=r"^CRASH the process ended with exit code 4$"):
+        with pytest.raises(EngineDied, match=r"^CRASH the process ended with exit code 4$"):
             parts.value(1, nullcontext())
 
 

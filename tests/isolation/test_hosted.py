@@ -12,9 +12,9 @@ import torch
 from ktverify.checks.target import ODD, SMALL, expect_same_bits, same_bits
 from ktverify.engines.run import build_layer, layer_arguments, run_layer
 from ktverify.engines.torch_bf16 import TorchBf16
+from ktverify.errors import EngineDied
 from ktverify.isolation.host import Parcel, unpack
 from ktverify.isolation.hosted import Hosted
-from ktverify.isolation.process import Died
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
 
@@ -93,9 +93,11 @@ def test_what_is_written_into_inputs_is_seen(hosted: Hosted) -> None:
 
 def test_a_death_is_its_own(hosted: Hosted) -> None:
     inputs, other = make_inputs(SMALL), layer_of(hosted)
-    with pytest.raises(Died, match=r"(?s)forward_sft: the engine's process died of SIGSEGV.*these are my last words"):
+    with pytest.raises(
+        EngineDied, match=r"(?s)forward_sft: the engine's process died of SIGSEGV.*these are my last words"
+    ):
         run_layer(layer_of(hosted, 2), inputs)
-    with pytest.raises(Died, match="process is gone"):
+    with pytest.raises(EngineDied, match="process is gone"):
         run_layer(other, inputs)
     run_layer(layer_of(hosted), inputs)
 

@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from ktverify.cli.golden import app
+from ktverify.errors import NoGolden
 from ktverify.judge import golden
 from ktverify.judge.golden_sketch import Sketch, compare_sketch, make_sketch
 from ktverify.judge.metrics import compare
@@ -138,7 +139,7 @@ def test_only_the_row_itself_has_a_golden(made: Path) -> None:
     small = catalogue()["small"]
     golden.load(small, made)
     for other in (small.with_seed(1), Case.parse("small,T=31"), Case.parse("E=2,k=1,H=8,I=8,T=2,r=1")):
-        with pytest.raises(golden.NoGolden, match="regenerate"):
+        with pytest.raises(NoGolden, match="regenerate"):
             golden.load(other, made)
     with pytest.raises(FileNotFoundError):
         golden.load(small, made / "nowhere")
@@ -350,7 +351,7 @@ def test_what_is_no_row_is_refused(tmp_path: Path, only: str) -> None:
 def test_full_tensors_go_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", str(tmp_path / "golden"))
     case = catalogue()["small"]
-    with pytest.raises(golden.NoGolden, match="--full --only small"):
+    with pytest.raises(NoGolden, match="--full --only small"):
         golden.load_full(case)
     golden.regenerate("small", full=True)
     found, expected = golden.load_full(case), forward_backward(make_inputs(case))

@@ -12,8 +12,9 @@ import torch
 
 from ktverify.checks.accuracy import LiveOracle
 from ktverify.checks.causes import Cause
-from ktverify.checks.target import GateFailed, Target, expect
+from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_case
+from ktverify.errors import GateFailed
 from ktverify.judge import gates
 from ktverify.judge.gates import GATES, Verdict, gates_off
 from ktverify.mutants import MUTANTS, Plain

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ktverify.checks.property_search import Violated
-from ktverify.checks.target import GateFailed
-from ktverify.isolation.child import ChildCrash, ChildPool
+from ktverify.errors import EngineDied, GateFailed, PropertyFailed
+from ktverify.isolation.child import ChildPool
 from ktverify.report.failure_text import text_of
 
 REPEAT = "pytest suites/contract"
@@ -28,8 +27,8 @@ def raised_in(children: ChildPool, function: Callable[..., object], **arguments:
 
 def test_a_check_is_told_by_its_text() -> None:
     assert text_of(GateFailed("small\nFAIL output", ()), REPEAT) == f"FAIL small\nFAIL output\n{REPEAT}"
-    assert text_of(Violated("case\nits own command"), REPEAT) == "case\nits own command"
-    assert text_of(ChildCrash("x: the process died of SIGSEGV"), REPEAT) == (
+    assert text_of(PropertyFailed("case\nits own command"), REPEAT) == "case\nits own command"
+    assert text_of(EngineDied("x: the process died of SIGSEGV"), REPEAT) == (
         f"CRASH x: the process died of SIGSEGV\n{REPEAT}"
     )
 

@@ -29,7 +29,7 @@ def dead_checks() -> list[Result]:
         CheckRecord(family="contract", engine="native", name="test_edge[engine-odd]", verdict="CRASH", message=said),
         CheckRecord(
             family="properties", engine="native", name="test_property[engine-split]", verdict="CRASH",
-            message=f"split: rows are the same\nE=1,k=1@seed=3\nDied: {said}\npytest suites/properties --case 'E=1'",
+            message=f"split: rows agree\nE=1,k=1@seed=3\nEngineDied: {said}\npytest suites/properties --case E=1",
         ),
         CheckRecord(
             family="contract", engine="native", name="test_process[fork]", verdict="CRASH",

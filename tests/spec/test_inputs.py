@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktverify.judge.exactness import NotExact, prove
+from ktverify.errors import NotExact
+from ktverify.judge.exactness import prove
 from ktverify.judge.reference import forward_backward
 from ktverify.spec import inputs
 from ktverify.spec.cases import Case, catalogue, select
