@@ -1,7 +1,7 @@
 """The engines that a run times: which there are, and the processes that they live in. No torch here.
 
-Comes in: names, or paths of files like those in peers/. Goes out: `Engine`, and `Process`, which answers requests or
-raises `EngineDied`.
+Input: names, or paths of files like those in peers/. Output: `Engine`, and `EngineProcess`, which answers requests
+or raises `EngineDied`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from ktverify.bench.host import load_module
 from ktverify.errors import EngineDied
-from ktverify.isolation.process import Process as AnsweringProcess
+from ktverify.isolation.process import Process
 from ktverify.system import optional_peers
 from ktverify.system.paths import ROOT
 
@@ -98,7 +98,7 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
         raise ValueError(f"{path} is no engine: {error}") from None
 
 
-class Process(AnsweringProcess):
+class EngineProcess(Process):
     """A running host.py that holds `engine`."""
 
     def __init__(self, engine: Engine, *, threads: int, isa: str = "", timeout_s: float = 900.0) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-class Problem:
+class BenchInputs:
     """What a peer's `load` gets: sizes, threads, and the tensors of one case.
 
     num_experts, top_k, hidden, intermediate, qlen, rank: int; scaling: alpha / rank; threads: int; isa: str, "" for the
@@ -92,7 +92,7 @@ def resident_bytes() -> int:
     return 0
 
 
-class Host:
+class PeerHost:
     """One engine and the requests to it."""
 
     def __init__(self, peer: Path) -> None:
@@ -107,7 +107,7 @@ class Host:
         import torch
 
         torch.set_num_threads(threads)
-        problem = Problem(Path(directory), threads, isa, options)
+        problem = BenchInputs(Path(directory), threads, isa, options)
         before = resident_bytes()
         start = time.perf_counter_ns()
         self.engine = self.module.load(problem)
@@ -156,11 +156,11 @@ class Host:
 
 def serve(peer: Path, requests: int, answers: int) -> None:
     """Answer the lines of `requests` until it closes."""
-    host: Host | None = None
+    host: PeerHost | None = None
     with os.fdopen(requests, encoding="utf-8") as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
         for line in lines:
             try:
-                host = host or Host(peer)
+                host = host or PeerHost(peer)
                 reply = {"ok": True, **host.answer(json.loads(line))}
             except Exception as error:
                 traceback.print_exc()

@@ -19,19 +19,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ktverify.bench import problem
-from ktverify.bench.engines import OWN, Engine, Process
-from ktverify.bench.other_load import Neighbours
-from ktverify.bench.record import CeilingLine, EngineLine, Journal, QuietLine, ShapeLine, StagesLine, TurnLine
+from ktverify.bench.engines import OWN, Engine, EngineProcess
+from ktverify.bench.record import (
+    BenchJournal,
+    EngineLine,
+    GroupOtherLoadLine,
+    RoundCeilingLine,
+    ShapeLine,
+    StagesLine,
+    TurnLine,
+)
+from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.errors import EngineDied
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
+from ktverify.system.other_load import OtherLoad
 from ktverify.system.paths import ROOT
-
-# rel_l2 from which on a result is wrong and its time worth nothing. A right bf16 engine stands at 2e-3 to 1e-2; the
-# finer question of how good it is belongs to the suites
-WRONG = 5e-2
 
 # an interpreter with torch; the memory that the bandwidth is measured on, with its process; what the system should keep
 _PROCESS_BYTES = 500 << 20
@@ -53,7 +58,7 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ShapeBenchSettings:
     """How to measure. rounds, warmup, threads, runs: counts; isa: "" for the best; pause_s: seconds between
     turns; patience_s: how long a turn waits for other programs to leave the processors alone.
 
@@ -79,7 +84,7 @@ class _Seat:
     """One engine of a group while it is being measured. timed: what of it is right, and therefore timed."""
 
     engine: Engine
-    process: Process
+    process: EngineProcess
     line: EngineLine
     timed: list[str] = field(default_factory=list)
 
@@ -126,7 +131,9 @@ def plan(
 class Bench:
     """One run of the bench over some shapes."""
 
-    def __init__(self, engines: Sequence[Engine], settings: Settings, journal: Journal, progress: Progress) -> None:
+    def __init__(
+        self, engines: Sequence[Engine], settings: ShapeBenchSettings, journal: BenchJournal, progress: Progress
+    ) -> None:
         self.engines = list(engines)
         self.settings = settings
         self.journal = journal
@@ -236,14 +243,13 @@ class _Group:
                 self.bench.progress.say(f"loading and checking {engine.title}")
                 self._load(engine)
                 self.bench.progress.advance()
-            self.neighbours = Neighbours(lambda: [ceiling, *(seat.process for seat in self.seats)])
-            start = self.neighbours.read()
+            self.load = OtherLoad(lambda: [ceiling, *(seat.process for seat in self.seats)])
             for number in range(-self.settings.warmup, self.settings.rounds):
                 self.bench.progress.say(f"round {number + 1}" if number >= 0 else "warm-up")
                 self._round(number, ceiling)
                 self.bench.progress.advance()
-            share = start.share_until(self.neighbours.read())
-            self.journal.add(QuietLine(**self.place, others=share, restless=tuple(self.restless)))
+            share = self.load.share()
+            self.journal.add(GroupOtherLoadLine(**self.place, others=share, restless=tuple(self.restless)))
             self._record_stages()
             for seat in list(self.seats):
                 self._check(seat, f"after {rounds} rounds: ")
@@ -252,9 +258,9 @@ class _Group:
                 seat.process.close()
             ceiling.close()
 
-    def _start(self, engine: Engine) -> Process:
+    def _start(self, engine: Engine) -> EngineProcess:
         s = self.settings
-        return Process(engine, threads=s.threads, isa=s.isa, timeout_s=s.timeout_s)
+        return EngineProcess(engine, threads=s.threads, isa=s.isa, timeout_s=s.timeout_s)
 
     def _load(self, engine: Engine) -> None:
         """Load one engine and compare its results; it gets a seat, or a line that says why not."""
@@ -292,22 +298,22 @@ class _Group:
         try:
             seat.process.ask("forward")
             found = self._compare(seat, results, (OUTPUT,))
-            wrong = _wrong(found)
+            wrong = first_wrong(found)
             if wrong:
                 backward = "FAIL" if seat.engine.backward else "UNSUPPORTED"
                 seat.line = before.model_copy(
-                    update={"forward": "FAIL", "backward": backward, "reason": when + wrong, "rel_l2": _errors(found)}
+                    update={"forward": "FAIL", "backward": backward, "reason": when + wrong, "rel_l2": errors_of(found)}
                 )
             elif seat.engine.backward and before.backward == "PASS":
                 seat.process.ask("backward")
                 found |= self._compare(seat, results, (OUTPUT, *BACKWARD_TENSORS))
-                wrong = _wrong(found)
-                update: dict[str, Any] = {"rel_l2": {**before.rel_l2, **_errors(found)}}
+                wrong = first_wrong(found)
+                update: dict[str, Any] = {"rel_l2": {**before.rel_l2, **errors_of(found)}}
                 if wrong:
                     update |= {"backward": "FAIL", "reason": when + wrong}
                 seat.line = before.model_copy(update=update)
             else:
-                seat.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **_errors(found)}})
+                seat.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **errors_of(found)}})
         except EngineDied as died:
             self._drop(seat, when + str(died))
             return False
@@ -319,40 +325,27 @@ class _Group:
         return True
 
     def _compare(self, seat: _Seat, results: Path, names: Sequence[str]) -> dict[str, float | str]:
-        """rel_l2 of each tensor of `names`, or what is wrong with it beyond a number."""
-        from ktverify.judge.metrics import compare
-
+        """rel_l2 of each tensor in `names`, or what is wrong with it."""
         results.mkdir(exist_ok=True)
         written = seat.process.ask("write", directory=str(results))["tensors"]
-        found: dict[str, float | str] = {}
-        for name in names:
-            if name not in written:
-                found[name] = "is missing"
-                continue
-            right = name if name != OUTPUT or seat.engine.lora else problem.OUTPUT_PLAIN
-            expected = problem.read_tensor(self.directory / "expected" / right, **self.manifest["expected"][right])
-            actual = problem.read_tensor(results / name, **written[name])
-            try:
-                difference = compare(actual, expected)
-            except ValueError as error:
-                found[name] = str(error)
-                continue
-            broken = difference.non_finite
-            found[name] = f"holds {broken} NaN or Inf" if broken else difference.rel_l2
-        return found
+        files = {name: problem.OUTPUT_PLAIN if name == OUTPUT and not seat.engine.lora else name for name in names}
+        entries, folder = self.manifest["expected"], self.directory / "expected"
+        expected = {name: problem.read_tensor(folder / file, **entries[file]) for name, file in files.items()}
+        actual = {name: problem.read_tensor(results / name, **written[name]) for name in names if name in written}
+        return compare_results(actual, expected)
 
-    def _round(self, number: int, ceiling: Process) -> None:
+    def _round(self, number: int, ceiling: EngineProcess) -> None:
         """One round; negative numbers are warm-ups and leave no line."""
         for what in ("forward", "backward"):
             for seat in [seat for seat in self.seats if what in seat.timed]:
-                self.neighbours.wait(self.settings.patience_s)
-                before = self.neighbours.read()
+                self.load.wait(self.settings.patience_s)
+                before = self.load.read()
                 try:
                     times = seat.process.ask(what)
                 except EngineDied as died:
                     self._drop(seat, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
                     continue
-                others = before.share_until(self.neighbours.read())
+                others = self.load.share(before)
                 if number >= 0:
                     for name, ns in times.items():
                         self._add_turn(number, seat.engine.name, name, ns, others)
@@ -363,12 +356,12 @@ class _Group:
             "isa": own or self.settings.isa,
             "read_bytes": self.settings.read_bytes,
         }
-        self.neighbours.wait(self.settings.patience_s)
-        before = self.neighbours.read()
+        self.load.wait(self.settings.patience_s)
+        before = self.load.read()
         value = ceiling.ask("call", function="measure", arguments=asked)["value"]
-        others = before.share_until(self.neighbours.read())
+        others = self.load.share(before)
         if number >= 0:
-            self.journal.add(CeilingLine(**self.place, round=number, **value, others=others))
+            self.journal.add(RoundCeilingLine(**self.place, round=number, **value, others=others))
         self._settle(ceiling)
 
     def _record_stages(self) -> None:
@@ -388,7 +381,7 @@ class _Group:
     def _add_turn(self, number: int, engine: str, what: Any, ns: int, others: float) -> None:
         self.journal.add(TurnLine(**self.place, round=number, engine=engine, what=what, ns=ns, others=others))
 
-    def _settle(self, process: Process) -> None:
+    def _settle(self, process: EngineProcess) -> None:
         """Wait until the threads of `process` sleep: workers may look for work a while after a call has returned."""
         time.sleep(self.settings.pause_s)
         deadline = time.monotonic() + _RESTLESS_S
@@ -407,20 +400,6 @@ class _Group:
         self.seats = [other for other in self.seats if other is not seat]
         crashed = {"forward": "CRASH", "backward": "CRASH" if seat.engine.backward else "UNSUPPORTED"}
         self.journal.add(seat.line.model_copy(update={**crashed, "reason": reason}))
-
-
-def _wrong(found: dict[str, float | str]) -> str:
-    """What is wrong with the results of `found`, "" for nothing."""
-    for name, value in found.items():
-        if isinstance(value, str):
-            return f"{name} {value}"
-        if not value <= WRONG:
-            return f"{name} is wrong: rel_l2 {value:.1e}, at most {WRONG:.0e}"
-    return ""
-
-
-def _errors(found: dict[str, float | str]) -> dict[str, float]:
-    return {name: value for name, value in found.items() if not isinstance(value, str)}
 
 
 def _own() -> Path:

@@ -11,30 +11,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from ktverify.bench.timed_run import BenchLine, CeilingLine, OtherLoadLine, RunLine
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.jsonl import LineFile, whole_lines
 from ktverify.runs.record import VerdictName
-from ktverify.system.machine import Machine
 
 FILE = "bench.jsonl"
 
 What = Literal["forward", "forward_saving", "backward"]
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
-
-
-class HeadLine(_Line):
+class HeadLine(RunLine):
     """The run: where, how, by which command. `isa`: what all engines were held to, "" for each one's best."""
 
     kind: Literal["bench"] = "bench"
-    stamp: str
-    command: str
-    commit: str
-    machine: Machine
     engines: tuple[str, ...]
     threads: int
     rounds: int
@@ -43,7 +35,7 @@ class HeadLine(_Line):
     isa: str
 
 
-class ShapeLine(_Line):
+class ShapeLine(BenchLine):
     """One shape: experts that tokens reach, what one call must at least read and compute."""
 
     kind: Literal["shape"] = "shape"
@@ -58,7 +50,7 @@ class ShapeLine(_Line):
     backward_flops: float
 
 
-class EngineLine(_Line):
+class EngineLine(BenchLine):
     """One engine at one shape, after its calls were compared with the fp32 oracle and before (or instead of) its times.
 
     resident: growth of the process by loading. rel_l2 by names of ktverify.names. A later line of the same shape, run,
@@ -71,17 +63,17 @@ class EngineLine(_Line):
     group: int
     engine: str
     title: str
-    about: dict[str, str] = {}
+    about: dict[str, str] = Field(default_factory=dict)
     lora: bool = True
     forward: VerdictName
     backward: VerdictName
     reason: str = ""
-    rel_l2: dict[str, float] = {}
+    rel_l2: dict[str, float] = Field(default_factory=dict)
     resident: int = 0
     load_ns: int = 0
 
 
-class TurnLine(_Line):
+class TurnLine(BenchLine):
     """One call of one engine. others: the share of the processors that other programs had meanwhile."""
 
     kind: Literal["turn"] = "turn"
@@ -95,21 +87,18 @@ class TurnLine(_Line):
     others: float = 0.0
 
 
-class CeilingLine(_Line):
+class RoundCeilingLine(CeilingLine):
     """The machine's two ceilings, measured in the same round with as many threads."""
 
-    kind: Literal["ceiling"] = "ceiling"
     shape: str
     run: int
     group: int
     round: int
-    read: float
-    multiply: float
     isa: str
     others: float = 0.0
 
 
-class StagesLine(_Line):
+class StagesLine(BenchLine):
     """Where one call of the native engine spent its time, after the rounds of a group: it has no part in them."""
 
     kind: Literal["stages"] = "stages"
@@ -119,23 +108,21 @@ class StagesLine(_Line):
     times: StageTimes
 
 
-class QuietLine(_Line):
+class GroupOtherLoadLine(OtherLoadLine):
     """After a group: the share of the processors that others than this bench used (0 to 1), and who never fell idle."""
 
-    kind: Literal["quiet"] = "quiet"
     shape: str
     run: int
     group: int
-    others: float
     restless: tuple[str, ...] = ()
 
 
-Line = HeadLine | ShapeLine | EngineLine | TurnLine | CeilingLine | StagesLine | QuietLine
+Line = HeadLine | ShapeLine | EngineLine | TurnLine | RoundCeilingLine | StagesLine | GroupOtherLoadLine
 
 _ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
-class Journal(LineFile):
+class BenchJournal(LineFile):
     """Keeps the lines of a run and appends each to its file."""
 
     def __init__(self, directory: Path) -> None:

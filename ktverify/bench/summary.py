@@ -12,15 +12,24 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ktverify.bench.engines import OWN
-from ktverify.bench.other_load import BUSY
-from ktverify.bench.record import CeilingLine, EngineLine, HeadLine, Line, QuietLine, ShapeLine, StagesLine, TurnLine
+from ktverify.bench.record import (
+    EngineLine,
+    GroupOtherLoadLine,
+    HeadLine,
+    Line,
+    RoundCeilingLine,
+    ShapeLine,
+    StagesLine,
+    TurnLine,
+)
 from ktverify.bench.shapes import Work
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.record import VerdictName
+from ktverify.system.other_load import BUSY
 
 # a round of a group: (group, round)
 Round = tuple[int, int]
-L = TypeVar("L", TurnLine, CeilingLine)
+L = TypeVar("L", TurnLine, RoundCeilingLine)
 
 ENOUGH = 5  # undisturbed turns that a median may be taken of, where others were disturbed
 
@@ -131,7 +140,7 @@ def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
 def _summary(
     shape: ShapeLine,
     run: int,
-    lines: list[EngineLine | TurnLine | CeilingLine | QuietLine | StagesLine],
+    lines: list[EngineLine | TurnLine | RoundCeilingLine | GroupOtherLoadLine | StagesLine],
     order: dict[str, int],
 ) -> ShapeSummary:
     every: dict[tuple[str, str], dict[Round, TurnLine]] = defaultdict(dict)
@@ -142,7 +151,7 @@ def _summary(
     times: dict[tuple[str, str], dict[Round, float]] = defaultdict(
         dict, {series: {at: line.ns / 1e6 for at, line in turns.items()} for series, turns in kept.items()}
     )
-    ceilings = _undisturbed({(line.group, line.round): line for line in lines if isinstance(line, CeilingLine)})
+    ceilings = _undisturbed({(line.group, line.round): line for line in lines if isinstance(line, RoundCeilingLine)})
     forward = Work(shape.forward_bytes, shape.forward_flops)
     backward = Work(shape.backward_bytes, shape.backward_flops)
 
@@ -174,7 +183,7 @@ def _summary(
                 backward_over_forward=_ratio(times[name, "backward"], times[name, "forward"]) if both else None,
             )
         )
-    quiet = [line for line in lines if isinstance(line, QuietLine)]
+    quiet = [line for line in lines if isinstance(line, GroupOtherLoadLine)]
     return ShapeSummary(
         shape=shape,
         run=run,
@@ -228,7 +237,7 @@ def _ratio(upper: dict[Round, float], lower: dict[Round, float]) -> Spread | Non
     return spread(upper[at] / lower[at] for at in upper if lower.get(at, 0) > 0)
 
 
-def _roofline(work: Work, ceilings: dict[Round, CeilingLine], times: dict[Round, float]) -> Roofline | None:
+def _roofline(work: Work, ceilings: dict[Round, RoundCeilingLine], times: dict[Round, float]) -> Roofline | None:
     ms = spread(times.values())
     if ms is None:
         return None

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ktverify.bench.engines import OWN
-from ktverify.bench.other_load import BUSY
 from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary, Spread, Timing
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.spec.cases import Case
 from ktverify.system.machine import format_bytes
+from ktverify.system.other_load import BUSY
 
 NOTHING = "–"
 

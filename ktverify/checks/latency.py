@@ -26,7 +26,7 @@ WHATS = ("forward", "forward_backward")
 
 
 @dataclass(frozen=True)
-class Timing:
+class LatencySamples:
     """samples_ms: wall times of ITERATIONS calls in order, after WARMUP calls that do not count; bytes: see below."""
 
     what: str
@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(processors())}
 
 
-def measure(target: Target, case: Case, tp: int) -> list[Timing]:
+def measure(target: Target, case: Case, tp: int) -> list[LatencySamples]:
     """Times of forward, and of forward and backward together, at tensor-parallel degree `tp` with all processors.
 
     What the last timed calls gave is compared with the oracle, so that no time of a wrong result is ever reported.
@@ -64,7 +64,7 @@ def measure(target: Target, case: Case, tp: int) -> list[Timing]:
     weights = len(inputs.active) * 3 * case.hidden * case.intermediate * inputs.gate_proj.element_size()
     timings = []
     for what, call, reads in ((WHATS[0], forward, 1), (WHATS[1], both, 2)):
-        timings.append(Timing(what, _samples(call), reads * weights))
+        timings.append(LatencySamples(what, _samples(call), reads * weights))
         if what == "forward":
             _check(case, inputs, {OUTPUT: found[OUTPUT]})
     _check(case, inputs, found)
@@ -110,7 +110,7 @@ def _judge(case: Case, inputs: Inputs, found: dict[str, Tensor], expert: int | N
     expect(not lines, "\n".join(["the timed calls gave wrong results", *lines]))
 
 
-def record_of(timing: Timing, engine: str, case: Case, *, isa: str, tp: int, message: str) -> LatencyRecord:
+def record_of(timing: LatencySamples, engine: str, case: Case, *, isa: str, tp: int, message: str) -> LatencyRecord:
     """The record of one timing whose results were right."""
     return LatencyRecord(
         family="latency",
@@ -130,7 +130,7 @@ def record_of(timing: Timing, engine: str, case: Case, *, isa: str, tp: int, mes
     )
 
 
-def check_samples(timings: list[Timing]) -> None:
+def check_samples(timings: list[LatencySamples]) -> None:
     """AssertionError unless every timing has ITERATIONS positive, finite samples. No time is judged here."""
     for timing in timings:
         count = len(timing.samples_ms)

@@ -15,7 +15,7 @@ from ktverify.cli import c2c_options
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
-    from ktverify.bench.c2c.record import Record, Settings
+    from ktverify.bench.c2c.record import C2cSettings, PromptRecord
 
 _MANY = 12  # more prompts than this are printed as a distribution alone
 
@@ -180,14 +180,14 @@ python -m ktverify bench analyze FILE...       distribution, slowest prompts, hi
 
 def _settings(
     given: dict[str, object], *, source: str, start: int, count: int, shard: tuple[int, int] = (1, 1)
-) -> Settings:
-    """Settings of a command's options and of where its prompts are from."""
-    from ktverify.bench.c2c.record import Settings
+) -> C2cSettings:
+    """The settings of a command's options and of where its prompts are from."""
+    from ktverify.bench.c2c.record import C2cSettings
     from ktverify.bench.c2c.store import describe
 
     names = ("base_model", "teacher_model", "dtype", "device", "template", "max_new_tokens")
     projectors = given["projectors"]
-    return Settings.model_validate(
+    return C2cSettings.model_validate(
         {
             **{name: given[name] for name in names},
             "projectors": describe(projectors if isinstance(projectors, Path) else None),
@@ -202,7 +202,7 @@ def _settings(
 def _texts(
     dataset: str | None, subset: str | None, split: str, file: Path | None, start: int, count: int | None
 ) -> tuple[list[str], str]:
-    """The prompts of the data set or of the file, and the words that Settings.source has for it."""
+    """The prompts of the data set or of the file, and the words that C2cSettings.source has for it."""
     if (dataset is None) == (file is None):
         raise ValueError("give either --dataset NAME or --dataset_file FILE")
     if file is not None:
@@ -228,15 +228,15 @@ def _output(given: Path | None) -> Path:
 
 
 def _run(
-    settings: Settings, texts: Sequence[str], projectors: Path | None, path: Path, warmups: int, *, as_json: bool
+    settings: C2cSettings, texts: Sequence[str], projectors: Path | None, path: Path, warmups: int, *, as_json: bool
 ) -> None:
     """Time the prompts that are not yet in the file; tables of all that is in it then."""
     _quiet()
     from ktverify.bench.c2c.console import Watch
-    from ktverify.bench.c2c.run import Run, check, load
+    from ktverify.bench.c2c.run import PromptRun, check, load
 
     check(settings)
-    run = Run(settings, texts, path)
+    run = PromptRun(settings, texts, path)
     # a terminated run ends like an interrupted one
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     done, stopped = list(run.file.done), False
@@ -259,7 +259,7 @@ def _run(
         raise typer.Exit(INTERRUPTED)
 
 
-def _conclude(records: Sequence[Record], path: Path, *, as_json: bool) -> None:
+def _conclude(records: Sequence[PromptRecord], path: Path, *, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ktverify.bench.c2c import store, tables

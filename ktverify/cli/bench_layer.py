@@ -175,7 +175,7 @@ def _timed(case: str) -> Case:
 
 def _measure(kind: str, case: Case, spots: list[Spot], out: Path | None, as_json: bool) -> None:
     from ktverify.bench.layer import measure, record
-    from ktverify.bench.measured import RunLine, collect, if_there_is_any
+    from ktverify.bench.timed_run import RunLine, collect, if_there_is_any
     from ktverify.runs.jsonl import new_directory
 
     measure.check_fits(spots)

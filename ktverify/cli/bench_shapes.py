@@ -86,7 +86,7 @@ def bench(
     if absent:
         raise ValueError(f"--peers {absent[0].name}: {absent[0].missing}")
     from ktverify.bench.console import Watch, print_shape
-    from ktverify.bench.measure import Bench, Settings
+    from ktverify.bench.measure import Bench, ShapeBenchSettings
     from ktverify.bench.summary import summarise
     from ktverify.report.console import make_console
     from ktverify.system import machine
@@ -94,7 +94,7 @@ def bench(
     facts = machine.read_machine()
     if isa is not None and isa not in facts.isas:
         raise ValueError(f"--isa is {isa!r}, this machine runs {', '.join(facts.isas)}")
-    settings = Settings(
+    settings = ShapeBenchSettings(
         rounds=rounds,
         warmup=warmup,
         runs=runs,
@@ -104,7 +104,7 @@ def bench(
         scratch=scratch,
     )
     directory = out if out is not None else new_directory("bench")
-    journal = record.Journal(directory)
+    journal = record.BenchJournal(directory)
     journal.add(
         record.HeadLine(
             stamp=directory.name,

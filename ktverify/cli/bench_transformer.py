@@ -66,13 +66,13 @@ def transformer(
     if show is not None:
         _conclude(show, record.read(show), as_json)
         return
-    from ktverify.bench.measured import RunLine, collect, if_there_is_any
+    from ktverify.bench.timed_run import RunLine, collect, if_there_is_any
     from ktverify.bench.transformer.measure import check_fits, line_count, measured
     from ktverify.bench.transformer.sizes import resolve
     from ktverify.runs.jsonl import new_directory
 
     given = {name: value for name, value in locals().items() if name in transformer_options.SIZES}
-    settings = record.Settings(
+    settings = record.TransformerSettings(
         size=resolve(preset, given),
         warmup_steps=warmup_steps,
         num_steps=num_steps,

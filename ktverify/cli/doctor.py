@@ -159,7 +159,7 @@ def _extras() -> Iterator[Line]:
         except ValueError as error:
             path, why = None, str(error)
         name = "peers of bench" if need == optional_peers.INSTALLED[0] else ""
-        what = optional_peers.PLACES[need].what
+        what = optional_peers.LOCATIONS[need].what
         yield Line("ok", name, f"{what}: {path}") if path else Line("note", name, f"{what}: {why.partition(',')[0]}")
 
 

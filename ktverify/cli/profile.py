@@ -48,14 +48,14 @@ def profile(
     if show is not None:
         _conclude(show, profile_record.read(show), as_json)
         return
-    from ktverify.bench.layer.profile import Profiler, Settings
-    from ktverify.bench.measured import RunLine, collect, if_there_is_any
+    from ktverify.bench.layer.profile import Profiler, ProfileSettings
+    from ktverify.bench.timed_run import RunLine, collect, if_there_is_any
     from ktverify.runs.jsonl import new_directory
 
     parsed = Case.parse(case)
     if parsed.qlen == 0:
         raise ValueError(f"case {parsed.id}: T is 0, there is nothing to time")
-    profiler = Profiler(parsed, Settings(isa=isa, tp=tp, threads=threads, warmup=warmup, repeats=repeats))
+    profiler = Profiler(parsed, ProfileSettings(isa=isa, tp=tp, threads=threads, warmup=warmup, repeats=repeats))
     directory = out if out is not None else new_directory("profile")
     head = profile_record.ProfileLine(
         **RunLine.facts(directory), case=parsed.id, why=parsed.why, tp=tp, **profiler.about

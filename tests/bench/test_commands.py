@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ktverify.bench import measured, record
+from ktverify.bench import record, timed_run
 from ktverify.bench.transformer import measure
-from ktverify.bench.transformer.record import Settings
+from ktverify.bench.transformer.record import TransformerSettings
 from ktverify.bench.transformer.sizes import resolve
 from ktverify.cli.main import app
 from ktverify.errors import NothingMeasured
@@ -23,11 +23,11 @@ def test_the_gpu_that_was_named_is_the_one_that_is_timed(
     chosen: list[int] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
 
-    def stop(settings: Settings) -> None:
+    def stop(settings: TransformerSettings) -> None:
         raise KeyboardInterrupt  # what comes next needs that device
 
     monkeypatch.setattr(measure, "Stepper", stop)
-    settings = Settings(size=resolve("small", {}), device=device, warmup_steps=0, num_steps=1)
+    settings = TransformerSettings(size=resolve("small", {}), device=device, warmup_steps=0, num_steps=1)
     with pytest.raises(KeyboardInterrupt):
         next(measure.process_lines(settings))
     assert chosen == wanted
@@ -37,7 +37,7 @@ def test_the_gpu_that_was_named_is_the_one_that_is_timed(
 def test_the_loop_beside_the_steps_uses_nothing_of_them(forward_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "context_length": 4}
     size = resolve("small", {**sizes, "batch_size": 1})
-    stepper = measure.Stepper(Settings(size=size, forward_only=forward_only))
+    stepper = measure.Stepper(TransformerSettings(size=size, forward_only=forward_only))
 
     def refuse(*arguments: object) -> None:
         raise AssertionError("the loop is not independent")
@@ -50,7 +50,7 @@ def test_the_loop_beside_the_steps_uses_nothing_of_them(forward_only: bool, monk
 
 
 def test_an_earlier_run_is_printed_as_lines(tmp_path: Path) -> None:
-    journal = record.Journal(tmp_path)
+    journal = record.BenchJournal(tmp_path)
     head = record.HeadLine(
         stamp="s", command="c", commit="", machine=machine.read_machine(), engines=(), threads=1, rounds=1, warmup=3,
         runs=1, isa="",
@@ -71,7 +71,7 @@ def test_another_commands_run_is_told_apart(tmp_path: Path) -> None:
 
 def test_only_a_run_that_was_stopped_may_have_nothing() -> None:
     def conclude(error: Exception, *, stopped: bool) -> None:
-        with measured.if_there_is_any(stopped):
+        with timed_run.if_there_is_any(stopped):
             raise error
 
     conclude(NothingMeasured("no repeat"), stopped=True)

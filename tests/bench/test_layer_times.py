@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ktverify.bench.layer import measure, pictures, record, tables
-from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine, Varied
+from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, SpotOtherLoadLine, Varied
 from ktverify.bench.layer.summary import BACKWARD, BOTH, DIFFERENCE, FORWARD, WHATS, summarise
 from ktverify.bench.shapes import weight_bytes
 from ktverify.cli.bench import COMMANDS, DEFAULT
@@ -89,8 +89,8 @@ def test_a_sweep_names_what_it_varies_and_labels_stand_on_paper() -> None:
     ],
 )
 def test_only_what_was_measured_beside_others_is_doubted(numbers: list[int | None], wanted: str | None) -> None:
-    quiet = [SpotQuietLine(number=number, others=0.01) for number in range(3)]
-    busy = [SpotQuietLine(number=number, others=0.5) for number in numbers]
+    quiet = [SpotOtherLoadLine(number=number, others=0.01) for number in range(3)]
+    busy = [SpotOtherLoadLine(number=number, others=0.5) for number in numbers]
     view = tables.view([*made_up(spots_of(("tp", 1), ("tp", 2), ("throughput", CASE.qlen))), *quiet, *busy])
     assert view is not None
     assert [note for note in view.grids[0].notes if note.startswith("other")] == ([wanted] if wanted else [])
@@ -157,8 +157,8 @@ def test_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     honest = KTMoEWrapper.forward_sft
     monkeypatch.setattr(KTMoEWrapper, "forward_sft", lambda self, *args, **kw: 1.1 * honest(self, *args, **kw))
-    with pytest.raises(RuntimeError, match=r"output of .* is wrong: rel_l2 1.0e-01; a wrong result gets no time"):
-        measure.Stand(Spot(case=TINY, threads=1)).check()
+    with pytest.raises(RuntimeError, match=r"output is wrong: rel_l2 1\.0e-01, .* a wrong result gets no time"):
+        measure.MeasuredLayer(Spot(case=TINY, threads=1)).check()
 
 
 def test_every_degree_and_every_batch_has_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ktverify.bench import ranges
 from ktverify.bench.layer import profile, profile_record, profile_tables, profile_trace
-from ktverify.bench.layer.profile_record import RANGES, CallLine, CeilingLine, Part, Pass, ProfileLine
+from ktverify.bench.layer.profile_record import RANGES, CallLine, CallPart, Pass, ProfileLine
 from ktverify.bench.layer.profile_summary import Imbalance, Summary, Worker, imbalances, stage_name, worker_of
-from ktverify.bench.measured import QuietLine
+from ktverify.bench.timed_run import CeilingLine, OtherLoadLine
 from ktverify.engines.native.phase_times import Phase, Span, StageTimes
 from ktverify.report import pages
 from ktverify.spec.cases import Case
+from ktverify.system import timing
 from ktverify.system.clock import PERCENTILES, Clock, Statistics
 from tests.cli.test_cli import TINY, call, ends, refused
 from tests.support.records import MACHINE
@@ -64,7 +64,7 @@ def made_up_lines() -> list[profile_record.Line]:
     for at, (which, ms) in enumerate(passes):
         ns = ms * MS
         stages = None if which == "plain" else made_up(10 * MS)
-        part = Part(name="forward", at=0, ns=ns, stages=stages)
+        part = CallPart(name="forward", at=0, ns=ns, stages=stages)
         lines.append(CallLine(range="forward_only", which=which, at=at * 50 * MS, ns=ns, parts=(part,)))
     return lines
 
@@ -133,7 +133,7 @@ def test_tables_of_a_made_up_profile() -> None:
 
 def test_a_busy_machine_is_said_to_be_one() -> None:
     for others, wanted in ((0.3, "other programs had 30 %"), (0.01, "ceilings")):
-        summary = Summary.of([*made_up_lines(), QuietLine(others=others)])
+        summary = Summary.of([*made_up_lines(), OtherLoadLine(others=others)])
         assert summary is not None
         assert profile_tables.ranges_grid(summary).notes[0].startswith(wanted)
 
@@ -156,7 +156,7 @@ def test_views_hold_the_same_table(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def lines(request: pytest.FixtureRequest) -> list[profile_record.Line]:
-    settings = profile.Settings(tp=request.param, threads=2, warmup=1, repeats=2, read_bytes=1 << 22)
+    settings = profile.ProfileSettings(tp=request.param, threads=2, warmup=1, repeats=2, read_bytes=1 << 22)
     profiler = profile.Profiler(Case.parse(TP2), settings)
     found: list[profile_record.Line] = list(profiler.lines())
     assert len(found) == profiler.steps()
@@ -268,13 +268,13 @@ def test_ranges_carry_their_names_to_nvtx(monkeypatch: pytest.MonkeyPatch) -> No
         said.append(f"-{name}")
 
     monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate, __spec__=object()))
-    ranges._annotate.cache_clear()
+    timing._annotate.cache_clear()
     try:
-        settings = profile.Settings(threads=1, warmup=0, repeats=1, read_bytes=1 << 20)
+        settings = profile.ProfileSettings(threads=1, warmup=0, repeats=1, read_bytes=1 << 20)
         profiler = profile.Profiler(Case.parse(TINY), settings)
         list(profiler.lines())
     finally:
-        ranges._annotate.cache_clear()
+        timing._annotate.cache_clear()
     # the last step is recorded
     step = [f"{sign}{part}" for part in STEP for sign in "+-"]
     assert said[-len(step) - 2 :] == ["+full_train_loop", *step, "-full_train_loop"]

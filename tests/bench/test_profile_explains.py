@@ -32,7 +32,7 @@ def test_waiting_of_no_stage_is_told() -> None:
 
 def test_the_engine_has_what_python_sees_of_a_large_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
-    profiler = profile.Profiler(Case.parse(LARGE), profile.Settings(isa=ISA, threads=2, warmup=1, repeats=2))
+    profiler = profile.Profiler(Case.parse(LARGE), profile.ProfileSettings(isa=ISA, threads=2, warmup=1, repeats=2))
     calls = [line for line in profiler.lines() if isinstance(line, CallLine) and line.which == "recorded"]
     for name in (profile.FORWARD, profile.BACKWARD):
         parts = [part for one in calls for part in one.parts if part.name == name and part.stages is not None]
@@ -45,7 +45,7 @@ def test_the_engine_has_what_python_sees_of_a_large_call(monkeypatch: pytest.Mon
 def test_no_part_of_a_step_ends_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor is taken away just before the step's own time begins."""
     monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
-    profiler = profile.Profiler(Case.parse(TINY), profile.Settings(threads=1, warmup=0, repeats=1))
+    profiler = profile.Profiler(Case.parse(TINY), profile.ProfileSettings(threads=1, warmup=0, repeats=1))
     honest, inside = profiler.clock.time, [False]
 
     def late(call: Callable[[], object]) -> int:

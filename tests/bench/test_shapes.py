@@ -13,17 +13,17 @@ import pytest
 from ktverify import _native
 from ktverify.bench import engines, plot, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
-from ktverify.bench.measure import Bench, Settings, plan
-from ktverify.bench.other_load import Reading
-from ktverify.bench.record import EngineLine, HeadLine, Journal, QuietLine, TurnLine
+from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
+from ktverify.bench.record import BenchJournal, EngineLine, GroupOtherLoadLine, HeadLine, TurnLine
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BACKWARD_TENSORS
+from ktverify.system.other_load import LoadReading
 from tests.cli.test_cli import call, ends, refused
 from tests.support.records import MACHINE
 
 SHAPE = shapes.Shape("tiny", "small enough to wait for", Case.parse("E=4,k=2,H=64,I=32,T=17,r=8"))
 ROUNDS = 3
-SETTINGS = Settings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, patience_s=0.0, read_bytes=1 << 22)
+SETTINGS = ShapeBenchSettings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, patience_s=0.0, read_bytes=1 << 22)
 
 PEER = """
 import os, signal
@@ -83,30 +83,30 @@ def head(names: list[str]) -> HeadLine:
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory: pytest.TempPathFactory) -> Journal:
+def journal(tmp_path_factory: pytest.TempPathFactory) -> BenchJournal:
     """One run over one shape with right, wrong, dying and missing engines."""
     folder = tmp_path_factory.mktemp("bench")
     found = engines.find(["torch_loop", *(peer(folder, name) for name in PEERS)], {})
     missing = Engine(
         "absent", "absent", Path("absent.py"), 1.0, False, True, True, Path("python"), missing="not installed"
     )
-    written = Journal(folder / "run")
+    written = BenchJournal(folder / "run")
     written.add(head([engine.name for engine in [*found, missing]]))
     Bench([*found, missing], SETTINGS, written, Silent()).measure(SHAPE)
     written.close()
     return written
 
 
-def turns(journal: Journal, engine: str) -> list[TurnLine]:
+def turns(journal: BenchJournal, engine: str) -> list[TurnLine]:
     return [line for line in journal.lines if isinstance(line, TurnLine) and line.engine == engine]
 
 
-def summed(journal: Journal) -> summary.ShapeSummary:
+def summed(journal: BenchJournal) -> summary.ShapeSummary:
     (found,) = summary.summarise(journal.lines)
     return found
 
 
-def test_rounds_are_interleaved(journal: Journal) -> None:
+def test_rounds_are_interleaved(journal: BenchJournal) -> None:
     for number in range(ROUNDS):
         order = [
             (line.engine, line.what) for line in journal.lines if isinstance(line, TurnLine) and line.round == number
@@ -119,11 +119,11 @@ def test_rounds_are_interleaved(journal: Journal) -> None:
             *((engine, "forward") for engine in forward),
             *((engine, what) for engine in step for what in ("forward_saving", "backward")),
         ], number
-    ceilings = [line.round for line in journal.lines if isinstance(line, record.CeilingLine)]
+    ceilings = [line.round for line in journal.lines if isinstance(line, record.RoundCeilingLine)]
     assert ceilings == list(range(ROUNDS))
 
 
-def test_a_crash_costs_only_its_own_column(journal: Journal) -> None:
+def test_a_crash_costs_only_its_own_column(journal: BenchJournal) -> None:
     found = summed(journal)
     dead = found.engine("dies")
     assert dead is not None
@@ -140,7 +140,7 @@ def test_a_crash_costs_only_its_own_column(journal: Journal) -> None:
             assert timing.over_roofline is not None
 
 
-def test_what_raises_while_loading_is_told(journal: Journal) -> None:
+def test_what_raises_while_loading_is_told(journal: BenchJournal) -> None:
     engine = summed(journal).engine("raises")
     assert engine is not None
     assert engine.line.forward == "CRASH"
@@ -148,7 +148,7 @@ def test_what_raises_while_loading_is_told(journal: Journal) -> None:
     assert not turns(journal, "raises")
 
 
-def test_a_wrong_output_gets_no_time(journal: Journal) -> None:
+def test_a_wrong_output_gets_no_time(journal: BenchJournal) -> None:
     engine = summed(journal).engine("wrong")
     assert engine is not None
     assert (engine.line.forward, engine.line.backward) == ("FAIL", "FAIL")
@@ -160,7 +160,7 @@ def test_a_wrong_output_gets_no_time(journal: Journal) -> None:
     ("name", "reason"),
     [("wrong_gradient", "grad_input is wrong: rel_l2 1.0e-01"), ("forgets", "grad_up_lora_a is missing")],
 )
-def test_a_wrong_gradient_costs_the_time_of_backward(journal: Journal, name: str, reason: str) -> None:
+def test_a_wrong_gradient_costs_the_time_of_backward(journal: BenchJournal, name: str, reason: str) -> None:
     engine = summed(journal).engine(name)
     assert engine is not None
     assert (engine.line.forward, engine.line.backward) == ("PASS", "FAIL")
@@ -170,7 +170,7 @@ def test_a_wrong_gradient_costs_the_time_of_backward(journal: Journal, name: str
     assert engine.backward is None
 
 
-def test_what_is_not_installed_is_told(journal: Journal) -> None:
+def test_what_is_not_installed_is_told(journal: BenchJournal) -> None:
     found = summed(journal)
     engine = found.engine("absent")
     assert engine is not None
@@ -178,7 +178,7 @@ def test_what_is_not_installed_is_told(journal: Journal) -> None:
     assert "SKIP absent: not installed" in tables.problems(found)
 
 
-def test_right_engines_are_compared_with_the_oracle(journal: Journal) -> None:
+def test_right_engines_are_compared_with_the_oracle(journal: BenchJournal) -> None:
     engine = summed(journal).engine("native")
     assert engine is not None
     assert set(engine.line.rel_l2) == {"output", *BACKWARD_TENSORS}
@@ -186,9 +186,9 @@ def test_right_engines_are_compared_with_the_oracle(journal: Journal) -> None:
     assert engine.line.about["isa"]
 
 
-def test_a_run_reads_back_and_every_printer_takes_it(journal: Journal, tmp_path: Path) -> None:
+def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal, tmp_path: Path) -> None:
     assert record.read(journal.directory) == journal.lines
-    (quiet,) = [line for line in journal.lines if isinstance(line, QuietLine)]
+    (quiet,) = [line for line in journal.lines if isinstance(line, GroupOtherLoadLine)]
     assert 0 <= quiet.others <= 1
     found = summary.summarise(journal.lines)
     first = journal.lines[0]
@@ -210,7 +210,7 @@ def test_a_run_reads_back_and_every_printer_takes_it(journal: Journal, tmp_path:
     assert ("wrong_gradient", "backward") not in timed
 
 
-def test_ratios_are_taken_round_by_round(journal: Journal) -> None:
+def test_ratios_are_taken_round_by_round(journal: BenchJournal) -> None:
     own = {(line.round, line.what): line.ns for line in turns(journal, "native")}
     ratios = [line.ns / own[line.round, line.what] for line in turns(journal, "torch_loop") if line.what == "backward"]
     engine = summed(journal).engine("torch_loop")
@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
             if self.steps == 4:
                 raise KeyboardInterrupt
 
-    written = Journal(tmp_path / "run")
+    written = BenchJournal(tmp_path / "run")
     written.add(head(["native"]))
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -347,7 +347,7 @@ def test_another_build_runs_beside_this_one(monkeypatch: pytest.MonkeyPatch, tmp
     shutil.copy(_native.__file__, copied)
     monkeypatch.setenv("KTVERIFY_OTHER_BUILD", str(copied))
     found = engines.find(["other_build"], {})
-    written = Journal(tmp_path / "run")
+    written = BenchJournal(tmp_path / "run")
     written.add(head([engine.name for engine in found]))
     Bench(found, SETTINGS, written, Silent()).measure(SHAPE)
     written.close()
@@ -409,7 +409,7 @@ def test_disturbed_turns_do_not_count_where_enough_others_are_there(quiet: int, 
 
 def test_the_share_of_others() -> None:
     processors = os.cpu_count() or 1
-    start = Reading(10.0, 100.0)
-    assert start.share_until(Reading(11.0, 100.02 + processors / 2)) == pytest.approx(0.5)
-    assert start.share_until(Reading(11.0, 100.0)) == 0
-    assert start.share_until(Reading(11.0, 200.0)) == 1
+    start = LoadReading(10.0, 100.0)
+    assert start.share_until(LoadReading(11.0, 100.02 + processors / 2)) == pytest.approx(0.5)
+    assert start.share_until(LoadReading(11.0, 100.0)) == 0
+    assert start.share_until(LoadReading(11.0, 200.0)) == 1

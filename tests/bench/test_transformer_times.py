@@ -13,7 +13,7 @@ from ktverify.bench.transformer import measure as transformer_measure
 from ktverify.bench.transformer import memory, record
 from ktverify.bench.transformer import views as transformer_views
 from ktverify.bench.transformer.measure import Stepper, agreement
-from ktverify.bench.transformer.record import EndLine, ProcessLine, Settings, StepLine, TransformerLine
+from ktverify.bench.transformer.record import EndLine, ProcessLine, StepLine, TransformerLine, TransformerSettings
 from ktverify.bench.transformer.sizes import presets
 from ktverify.isolation import fresh
 from tests.bench.test_transformer import TINY
@@ -31,7 +31,12 @@ def made_up(*, loop: float | None = None) -> list[record.Line]:
     """Two processes: without warm-ups steps of 30 and 20 ms, with one warm-up of 25 ms steps of 10 and 20 ms."""
     size = TINY
     head = TransformerLine(
-        stamp="stamp", command="c", commit="abc", machine=MACHINE, settings=Settings(size=size), warmups=(0, 1)
+        stamp="stamp",
+        command="c",
+        commit="abc",
+        machine=MACHINE,
+        settings=TransformerSettings(size=size),
+        warmups=(0, 1),
     )
     found: list[record.Line] = [head]
     for warmup, steps in ((0, (30, 20)), (1, (25, 10, 20))):
@@ -84,8 +89,8 @@ def test_an_independent_loop_that_disagrees_is_told(loop: float, word: str) -> N
 
 
 def test_a_step_computes_gradients_anew_and_forward_only_none() -> None:
-    stepper = Stepper(Settings(size=TINY))
-    stepper.timed()
+    stepper = Stepper(TransformerSettings(size=TINY))
+    next(stepper.timed())
     first = stepper.model.embedding.weight.grad
     assert first is not None
     kept = first.clone()
@@ -93,8 +98,8 @@ def test_a_step_computes_gradients_anew_and_forward_only_none() -> None:
     again = stepper.model.embedding.weight.grad
     assert again is not None
     assert (again == kept).all(), "gradients were added up"
-    stepper = Stepper(Settings(size=TINY, forward_only=True))
-    assert stepper.timed()[1] is None
+    stepper = Stepper(TransformerSettings(size=TINY, forward_only=True))
+    assert set(next(stepper.timed())[1]) == {"forward"}
     assert not stepper.loss.requires_grad
     stepper.loop()
     assert stepper.model.embedding.weight.grad is None
@@ -104,9 +109,9 @@ def test_a_step_computes_gradients_anew_and_forward_only_none() -> None:
 def test_what_does_not_fit_is_refused_with_what_it_needs(monkeypatch: pytest.MonkeyPatch, forward_only: bool) -> None:
     monkeypatch.setattr(transformer_measure, "free_bytes", lambda device: 8 << 30)
     with pytest.raises(MemoryError, match=r"2\.7b needs .* GiB for forward.* 8\.0 GiB are free on cpu") as caught:
-        transformer_measure.check_fits(Settings(size=presets()["2.7b"], forward_only=forward_only))
+        transformer_measure.check_fits(TransformerSettings(size=presets()["2.7b"], forward_only=forward_only))
     assert ("--forward_only" in str(caught.value)) is not forward_only
-    transformer_measure.check_fits(Settings(size=presets()["small"], forward_only=forward_only))
+    transformer_measure.check_fits(TransformerSettings(size=presets()["small"], forward_only=forward_only))
 
 
 def test_the_least_memory_holds_what_a_step_keeps() -> None:
@@ -119,7 +124,7 @@ def test_the_least_memory_holds_what_a_step_keeps() -> None:
 
 def test_a_process_that_dies_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"the measuring process ended with 1: RuntimeError: .*device type.*: tpus"):
-        list(fresh.lines_of(transformer_measure.__name__, Settings(size=TINY, device="tpus")))
+        list(fresh.lines_of(transformer_measure.__name__, TransformerSettings(size=TINY, device="tpus")))
 
 
 def test_a_process_ends_with_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +157,7 @@ def test_warmup_study_takes_fresh_processes(tmp_path: Path, monkeypatch: pytest.
     asked: list[int] = []
     lines = {warmup: [line for line in made_up() if getattr(line, "warmup", None) == warmup] for warmup in (0, 1)}
 
-    def lines_of(module: str, settings: Settings) -> list[str]:
+    def lines_of(module: str, settings: TransformerSettings) -> list[str]:
         assert module == transformer_measure.__name__
         asked.append(settings.warmup_steps)
         found = lines[min(1, settings.warmup_steps)]

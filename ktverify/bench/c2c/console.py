@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ktverify.bench.c2c.record import Record
+from ktverify.bench.c2c.record import PromptRecord
 from ktverify.bench.c2c.tables import figure, short
 from ktverify.bench.console import print_grid
 from ktverify.bench.tables import Grid
@@ -47,7 +47,7 @@ class Watch:
     ) -> None:
         self._progress.stop()
 
-    def advance(self, record: Record) -> None:
+    def advance(self, record: PromptRecord) -> None:
         self.done += 1
         self._progress.update(self._task, completed=self.done, description=short(record.prompt, 32))
         if not self._console.is_terminal:

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from ktverify.bench.c2c import operators, picture, store, tables
 from ktverify.bench.c2c.console import print_grids
-from ktverify.bench.c2c.record import Record, Settings
-from ktverify.bench.c2c.run import Run, check, load
+from ktverify.bench.c2c.record import C2cSettings, PromptRecord
+from ktverify.bench.c2c.run import PromptRun, check, load
 from ktverify.bench.c2c.trace import trace
 from ktverify.report.console import make_console
 from ktverify.system.files import write_whole
@@ -23,17 +23,17 @@ from ktverify.system.files import write_whole
 class Single:
     """What was found, and the files that tell of it."""
 
-    record: Record
+    record: PromptRecord
     profile: operators.Profile | None
     written: tuple[Path, ...]
 
 
 def run_single(
-    settings: Settings, prompt: str, projectors: Path | None, path: Path, *, warmups: int, profile_tokens: int
+    settings: C2cSettings, prompt: str, projectors: Path | None, path: Path, *, warmups: int, profile_tokens: int
 ) -> Single:
-    """Time `prompt`, write all files, profile it where profile_tokens is above 0. ValueError as Run and load say."""
+    """Time `prompt`, write all files, profile it where profile_tokens is above 0. ValueError: see PromptRun, load."""
     check(settings)
-    run = Run(settings, [prompt], path)
+    run = PromptRun(settings, [prompt], path)
     try:
         pipeline = load(settings, projectors)
         record, timeline = next(run.records(lambda: pipeline, warmups))
@@ -45,9 +45,9 @@ def run_single(
         written.append(write_whole(store.beside(path, ending), content))
 
     add(".tsv", tables.delimited([record], "\t"))
-    add(".trace.json", trace(record, timeline.spans))
+    add(".trace.json", trace(record, timeline.calls))
     drawn = store.beside(path, ".png")
-    picture.draw_timeline(record, timeline.spans, drawn)
+    picture.draw_timeline(record, timeline.calls, drawn)
     written.append(drawn)
     found = None
     if profile_tokens:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.bench.c2c.pipeline import Pipeline
+from ktverify.bench.c2c.stages import LANES
 from ktverify.bench.c2c.tables import figure
-from ktverify.bench.c2c.timeline import LANES, Timeline
 from ktverify.bench.tables import Grid
+from ktverify.system.timing import Timeline
 
 SHOWN = 10
 
@@ -52,7 +53,7 @@ def profile(pipeline: Pipeline, prompt: str, tokens: int, device: str) -> Profil
     if device.startswith("cuda"):
         activities.append(profiler.ProfilerActivity.CUDA)
     with profiler.profile(activities=activities) as found:
-        response = pipeline.run(prompt, tokens, Timeline(device, annotate=True))
+        response = pipeline.run(prompt, tokens, Timeline(device, annotate=profiler.record_function))
     averages = [average for average in found.key_averages() if average.key not in LANES]
     return Profile(_operators(averages, device), len(response.tokens), _trace(found))
 

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktverify.bench.c2c.record import Record
+from ktverify.bench.c2c.record import PromptRecord
+from ktverify.bench.c2c.stages import LANES
 from ktverify.bench.c2c.tables import figure, short, step_times
-from ktverify.bench.c2c.timeline import LANES, Span
 from ktverify.system.clock import Statistics
 from ktverify.system.files import write_whole
+from ktverify.system.timing import TimedCall
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +34,7 @@ _PANELS = {
 }
 
 
-def draw_timeline(record: Record, spans: Sequence[Span], path: Path) -> None:
+def draw_timeline(record: PromptRecord, spans: Sequence[TimedCall], path: Path) -> None:
     """Left the stages up to the first new token, a lane each; right the time of every step of decoding."""
     from matplotlib.figure import Figure
 
@@ -46,18 +47,18 @@ def draw_timeline(record: Record, spans: Sequence[Span], path: Path) -> None:
     _save(page, path)
 
 
-def _lanes(axes: Axes, spans: Sequence[Span]) -> None:
+def _lanes(axes: Axes, spans: Sequence[TimedCall]) -> None:
     lanes = list(dict.fromkeys(LANES.values()))
-    shown = [span for span in spans if span.stage != "decode_step" or span.number == 0]
+    shown = [span for span in spans if span.name != "decode_step" or span.number == 0]
     begin = min(span.at for span in shown)
     for span in shown:
-        lane = LANES[span.stage]
+        lane = LANES[span.name]
         # the calls of one stage follow each other: every other one is paler, so that each is seen
         alpha = _PALE if span.number % 2 else 1.0
         axes.barh(lanes.index(lane), span.ns / 1e6, left=(span.at - begin) / 1e6, color=_COLOURS[lane], alpha=alpha)
     _plain(axes, "until the first new token")
     axes.set_ylim(len(lanes) - 0.4, -0.6)
-    took = {lane: sum(span.ns for span in shown if LANES[span.stage] == lane) / 1e6 for lane in lanes}
+    took = {lane: sum(span.ns for span in shown if LANES[span.name] == lane) / 1e6 for lane in lanes}
     axes.set_yticks(range(len(lanes)), [f"{lane}  {figure(took[lane])} ms" for lane in lanes], color=_INK)
     axes.set_xlim(left=0)
     axes.set_xlabel("ms", color=_QUIET, fontsize=8.5)
@@ -74,7 +75,7 @@ def _steps(axes: Axes, times: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_histogram(records: Sequence[Record], path: Path) -> None:
+def draw_histogram(records: Sequence[PromptRecord], path: Path) -> None:
     """Four distributions over prompts, of steps over all of them; a line at the median, a dashed one at the 95th
     percentile. Values far beyond it are counted in the title and not drawn: they would squeeze the others."""
     from matplotlib.figure import Figure
@@ -110,7 +111,7 @@ def _bins(values: Sequence[float]) -> int:
     return min(40, max(5, math.ceil(math.sqrt(len(values)))))
 
 
-def _value(record: Record, name: str) -> float:
+def _value(record: PromptRecord, name: str) -> float:
     return float(getattr(record.timing, name))
 
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from ktverify.bench.c2c.alignment import Aligned, align_prompt
 from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.projector import Projectors
-from ktverify.bench.c2c.timeline import Timeline
+from ktverify.system.timing import Timeline
 
 
 @dataclass(frozen=True)

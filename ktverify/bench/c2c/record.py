@@ -15,17 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from ktverify.system.machine import Machine
 
 if TYPE_CHECKING:
-    from ktverify.bench.c2c.timeline import Timeline
+    from ktverify.system.timing import Timeline
 
 _MS = 1e6  # nanoseconds
 IDENTITY = "identity"  # projectors that change nothing
 
 
-class _Line(BaseModel):
+class _C2cLine(BaseModel):
     model_config = ConfigDict(frozen=True, serialize_by_alias=True)
 
 
-class Timing(_Line):
+class PromptTiming(_C2cLine):
     """Milliseconds. projector_calls: one for each pair of layers; decode_step_times_ms: one for each new token.
 
     decode_total_ms is the sum of the steps; tokens_per_second is of decoding alone. Averages of nothing are 0.
@@ -50,7 +50,7 @@ class Timing(_Line):
         return math.fsum(getattr(self, name) for name in STAGE_FIELDS)
 
     @classmethod
-    def of(cls, timeline: Timeline) -> Timing:
+    def of(cls, timeline: Timeline) -> PromptTiming:
         projectors, steps = timeline.times("projector"), timeline.times("decode_step")
         decode = sum(steps)
         return cls(
@@ -80,22 +80,22 @@ STAGE_FIELDS = (
 )
 
 
-class ModelPair(_Line):
+class ModelPair(_C2cLine):
     base_model: str
     teacher_model: str
 
 
-class Record(_Line):
+class PromptRecord(_C2cLine):
     """One prompt. id: its number in the data set, from 0. The field `models` is written as model_config."""
 
     id: int
     prompt: str
     response: str
     models: ModelPair = Field(alias="model_config")
-    timing: Timing
+    timing: PromptTiming
 
 
-class Settings(_Line):
+class C2cSettings(_C2cLine):
     """What records of one file have in common: two runs may go into one file, or be merged, where these are equal.
 
     source: where the prompts are from; start, count: the range of them; shard k of n takes every n-th of the range,
@@ -120,13 +120,13 @@ class Settings(_Line):
         number, of = self.shard
         return range(self.start + number - 1, self.start + self.count, of)
 
-    def differences(self, other: Settings, ignored: Sequence[str] = ()) -> list[str]:
+    def differences(self, other: C2cSettings, ignored: Sequence[str] = ()) -> list[str]:
         """ "max_new_tokens 8 and 16", for each field in which the two differ."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [f"{k} {mine[k]} and {theirs[k]}" for k in mine if k not in ignored and mine[k] != theirs[k]]
 
 
-class Sitting(_Line):
+class Sitting(_C2cLine):
     """One run of the program that wrote to the file: from which id on, and what its warm-up took in milliseconds.
 
     others: the share of the processors that other programs had meanwhile, 0 to 1; None of a run that was killed.
@@ -143,10 +143,10 @@ class Sitting(_Line):
     others: float | None = None
 
 
-class RunInfo(_Line):
+class RunInfo(_C2cLine):
     """The file NAME.run.json beside NAME.jsonl."""
 
-    settings: Settings
+    settings: C2cSettings
     sittings: tuple[Sitting, ...]
 
 
@@ -154,7 +154,7 @@ def _mean(values: Sequence[int]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def as_json(record: Record) -> dict[str, Any]:
+def as_json(record: PromptRecord) -> dict[str, Any]:
     """The record as it stands in its line."""
     found: dict[str, Any] = record.model_dump(mode="json")
     return found

@@ -17,17 +17,17 @@ from ktverify.bench.c2c import store
 from ktverify.bench.c2c.models import load_side
 from ktverify.bench.c2c.pipeline import Pipeline, Response
 from ktverify.bench.c2c.projector import Projectors
-from ktverify.bench.c2c.record import ModelPair, Record, Settings, Sitting, Timing
-from ktverify.bench.c2c.timeline import Timeline
-from ktverify.bench.other_load import Neighbours, Reading
+from ktverify.bench.c2c.record import C2cSettings, ModelPair, PromptRecord, PromptTiming, Sitting
 from ktverify.system import machine
 from ktverify.system.clock import use_device
+from ktverify.system.other_load import OtherLoad
+from ktverify.system.timing import Timeline
 from ktverify.training.pretrained import DTYPES
 
 WARMUP_TOKENS = 4
 
 
-def check(settings: Settings) -> None:
+def check(settings: C2cSettings) -> None:
     """ValueError for a device or dtype that is not there, before anything is loaded."""
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype is {settings.dtype!r}, it takes {' or '.join(DTYPES)}")
@@ -38,7 +38,7 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--device is {settings.device!r}, but torch finds no CUDA device; it takes cpu here")
 
 
-def load(settings: Settings, projectors: Path | None) -> Pipeline:
+def load(settings: C2cSettings, projectors: Path | None) -> Pipeline:
     """Both models and the projectors between them. ValueError in one line for what cannot be loaded."""
     check(settings)
     use_device(settings.device)
@@ -50,22 +50,24 @@ def load(settings: Settings, projectors: Path | None) -> Pipeline:
     return Pipeline(base, teacher, between, template=settings.template)
 
 
-def warm_up(pipeline: Pipeline, settings: Settings, prompt: str, times: int) -> tuple[float, ...]:
+def warm_up(pipeline: Pipeline, settings: C2cSettings, prompt: str, times: int) -> tuple[float, ...]:
     """Milliseconds of `times` short runs of `prompt`, which count nowhere else."""
     found = []
     for _ in range(times):
         timeline = Timeline(settings.device)
         pipeline.run(prompt, min(settings.max_new_tokens, WARMUP_TOKENS), timeline)
-        found.append(Timing.of(timeline).total_ms)
+        found.append(PromptTiming.of(timeline).total_ms)
     return tuple(found)
 
 
-def time_prompt(pipeline: Pipeline, settings: Settings, number: int, prompt: str) -> tuple[Record, Timeline]:
+def time_prompt(pipeline: Pipeline, settings: C2cSettings, number: int, prompt: str) -> tuple[PromptRecord, Timeline]:
     """One prompt: its record, and the timeline that the record sums up."""
     timeline = Timeline(settings.device)
     response: Response = pipeline.run(prompt, settings.max_new_tokens, timeline)
     models = ModelPair(base_model=settings.base_model, teacher_model=settings.teacher_model)
-    record = Record(id=number, prompt=prompt, response=response.text, model_config=models, timing=Timing.of(timeline))
+    record = PromptRecord(
+        id=number, prompt=prompt, response=response.text, model_config=models, timing=PromptTiming.of(timeline)
+    )
     return record, timeline
 
 
@@ -83,13 +85,13 @@ def sitting(from_id: int, warmup_ms: tuple[float, ...]) -> Sitting:
     )
 
 
-class Run:
+class PromptRun:
     """Prompts to time into the file `path`, those left out that are there already.
 
     `prompts`: those of `settings.ids`, in order. ValueError where the file is of another run; then nothing is loaded.
     """
 
-    def __init__(self, settings: Settings, prompts: Sequence[str], path: Path) -> None:
+    def __init__(self, settings: C2cSettings, prompts: Sequence[str], path: Path) -> None:
         store.info_path(path)
         self.settings, self.path = settings, path
         self.file = store.RecordFile(path)
@@ -101,9 +103,9 @@ class Run:
         done = len(self.file.done)
         self.left = list(zip(settings.ids, prompts, strict=True))[done:]
         self._sittings: list[Sitting] = []
-        self._began: Reading | None = None
+        self._load: OtherLoad | None = None
 
-    def records(self, load_pipeline: Callable[[], Pipeline], warmups: int) -> Iterator[tuple[Record, Timeline]]:
+    def records(self, load_pipeline: Callable[[], Pipeline], warmups: int) -> Iterator[tuple[PromptRecord, Timeline]]:
         """Each record, after it was written, and the timeline that it sums up."""
         if not self.left:
             return
@@ -113,7 +115,7 @@ class Run:
         earlier = store.read_info(self.path).sittings if self.file.done else ()
         self._sittings = [*earlier, now]
         store.write_info(self.path, self.settings, self._sittings)
-        self._began = _neighbours().read()
+        self._load = OtherLoad()
         for number, prompt in self.left:
             record, timeline = time_prompt(pipeline, self.settings, number, prompt)
             self.file.write(record)
@@ -122,11 +124,7 @@ class Run:
     def close(self) -> None:
         """Also after an interrupt: what others took of the processors goes to the info file."""
         self.file.close()
-        if self._began is not None:
+        if self._load is not None:
             *earlier, now = self._sittings
-            others = self._began.share_until(_neighbours().read())
+            others = self._load.share()
             store.write_info(self.path, self.settings, [*earlier, now.model_copy(update={"others": others})])
-
-
-def _neighbours() -> Neighbours:
-    return Neighbours(list)  # everything runs in this process

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ktverify.bench.c2c.record import IDENTITY, Record, RunInfo, Settings, Sitting
-from ktverify.bench.measured import busy
+from ktverify.bench.c2c.record import IDENTITY, C2cSettings, PromptRecord, RunInfo, Sitting
+from ktverify.bench.timed_run import busy
 from ktverify.runs.jsonl import LineFile
 from ktverify.system.files import write_whole
 
@@ -52,7 +52,7 @@ class RecordFile(LineFile):
         super().close()
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[PromptRecord]:
     """The whole records of a file. ValueError with the line for what is none, or for a file that is not there."""
     try:
         content = path.read_bytes()
@@ -62,7 +62,7 @@ def read_records(path: Path) -> list[Record]:
     # bytes: a line may have been cut off inside a character
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            found.append(Record.model_validate_json(line))
+            found.append(PromptRecord.model_validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -82,7 +82,7 @@ def read_info(path: Path) -> RunInfo:
 
 
 def describe(projectors: Path | None) -> str:
-    """What Settings.projectors says of a file: its name and its SHA-256. ValueError where it cannot be read."""
+    """What C2cSettings.projectors says of a file: its name and its SHA-256. ValueError where it cannot be read."""
     if projectors is None:
         return IDENTITY
     try:
@@ -109,18 +109,18 @@ def _infos(paths: Sequence[Path]) -> list[RunInfo]:
     return [read_info(path) for path in paths if info_path(path).is_file()]
 
 
-def _note(settings: Settings, sitting: Sitting) -> str:
+def _note(settings: C2cSettings, sitting: Sitting) -> str:
     where = f"{sitting.machine.cpu}, threads {sitting.threads}" if settings.device == "cpu" else settings.device
     versions = f"torch {sitting.machine.versions.get('torch', '?')}, transformers {sitting.transformers}"
     pair = f"{settings.base_model} taught by {settings.teacher_model}"
     return f"{pair}, {settings.projectors.partition(' ')[0]}, {settings.dtype}, {where}; {versions}"
 
 
-def write_info(path: Path, settings: Settings, sittings: Sequence[Sitting]) -> None:
+def write_info(path: Path, settings: C2cSettings, sittings: Sequence[Sitting]) -> None:
     write_whole(info_path(path), RunInfo(settings=settings, sittings=tuple(sittings)).model_dump_json(indent=1) + "\n")
 
 
-def check_resumable(path: Path, settings: Settings, done: Sequence[Record], prompts: Sequence[str]) -> None:
+def check_resumable(path: Path, settings: C2cSettings, done: Sequence[PromptRecord], prompts: Sequence[str]) -> None:
     """ValueError unless `done` is how a run with `settings` over `prompts` begins."""
     if not done:
         return
@@ -134,7 +134,7 @@ def check_resumable(path: Path, settings: Settings, done: Sequence[Record], prom
         raise ValueError(f"{path} has {len(done)} records, this run makes {len(settings.ids)}; name another --output")
 
 
-def merge(paths: Sequence[Path], output: Path) -> list[Record]:
+def merge(paths: Sequence[Path], output: Path) -> list[PromptRecord]:
     """Join the files of shards or of ranges, in the order of ids, and write the whole to `output` with its info.
 
     ValueError unless their settings are those of one run, and every id of the range that they span is there once.
@@ -148,7 +148,7 @@ def merge(paths: Sequence[Path], output: Path) -> list[Record]:
         apart = first.differences(info.settings, ("start", "count", "shard"))
         if apart:
             raise ValueError(f"{paths[0]} and {path} are not of one run: {', '.join(apart)}")
-    found: dict[int, Record] = {}
+    found: dict[int, PromptRecord] = {}
     for path in paths:
         for record in read_records(path):
             if record.id in found:

@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from ktverify.bench.c2c.record import STAGE_FIELDS, Record, Timing
+from ktverify.bench.c2c.record import STAGE_FIELDS, PromptRecord, PromptTiming
 from ktverify.bench.tables import Grid
 from ktverify.system.clock import PERCENTILES, Statistics
 
@@ -41,7 +41,7 @@ _STAGES = {
 _CALLS = {"projector_total_ms": "projector_calls", "decode_total_ms": "num_generated_tokens"}
 
 
-def delimited(records: Sequence[Record], delimiter: str) -> str:
+def delimited(records: Sequence[PromptRecord], delimiter: str) -> str:
     """A row a prompt: id, COLUMNS, both models, prompt, response; cells with line breaks are quoted."""
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
@@ -53,23 +53,23 @@ def delimited(records: Sequence[Record], delimiter: str) -> str:
     return stream.getvalue()
 
 
-def distribution(records: Sequence[Record]) -> dict[str, Statistics]:
+def distribution(records: Sequence[PromptRecord]) -> dict[str, Statistics]:
     """Statistics over the prompts of each of COLUMNS, and over all steps of decoding. ValueError without records."""
     found = {name: Statistics.of([getattr(record.timing, name) for record in records]) for name in COLUMNS}
     steps = step_times(records)
     return {**found, STEP: Statistics.of(steps)} if steps else found
 
 
-def step_times(records: Sequence[Record]) -> list[float]:
+def step_times(records: Sequence[PromptRecord]) -> list[float]:
     return [step for record in records for step in record.timing.decode_step_times_ms]
 
 
-def slowest(records: Sequence[Record]) -> list[Record]:
+def slowest(records: Sequence[PromptRecord]) -> list[PromptRecord]:
     """The SLOWEST records that took longest, the longest first."""
     return sorted(records, key=lambda record: (-record.timing.total_ms, record.id))[:SLOWEST]
 
 
-def distribution_grid(records: Sequence[Record], notes: Sequence[str] = ()) -> Grid:
+def distribution_grid(records: Sequence[PromptRecord], notes: Sequence[str] = ()) -> Grid:
     """A row for each of COLUMNS; notes: which models, where."""
     headings = ("", "mean", "std", "median", "min", "max", *(f"p{share}" for share in PERCENTILES))
     rows = []
@@ -80,14 +80,14 @@ def distribution_grid(records: Sequence[Record], notes: Sequence[str] = ()) -> G
     return Grid(title, tuple(notes), headings, tuple(rows))
 
 
-def prompts_grid(title: str, records: Sequence[Record]) -> Grid:
+def prompts_grid(title: str, records: Sequence[PromptRecord]) -> Grid:
     """A row a prompt: milliseconds of both models' embedding and prefill, of projectors and decoding; the tokens."""
     headings = ("id and prompt", "total ms", "base", "teacher", "projectors", "decoding", "tokens", "tokens/s")
     width = max(len(str(record.id)) for record in records)
     return Grid(title, (), headings, tuple(_prompt_row(record, width) for record in records))
 
 
-def _prompt_row(record: Record, width: int) -> tuple[str, ...]:
+def _prompt_row(record: PromptRecord, width: int) -> tuple[str, ...]:
     timing = record.timing
     base = timing.base_embedding_ms + timing.base_prefill_ms
     teacher = timing.teacher_embedding_ms + timing.teacher_prefill_ms
@@ -96,7 +96,7 @@ def _prompt_row(record: Record, width: int) -> tuple[str, ...]:
     return (f"{record.id:{width}}  {short(record.prompt)}", *map(figure, parts), *tokens)
 
 
-def stage_grid(timing: Timing, notes: Sequence[str] = ()) -> Grid:
+def stage_grid(timing: PromptTiming, notes: Sequence[str] = ()) -> Grid:
     """Where one prompt's time went."""
     rows = []
     for name in STAGE_FIELDS:
@@ -107,7 +107,7 @@ def stage_grid(timing: Timing, notes: Sequence[str] = ()) -> Grid:
     return Grid("where the time went", tuple(notes), ("stage", "ms", "%", "calls", "ms a call"), tuple(rows))
 
 
-def _calls(timing: Timing, stage: str) -> int:
+def _calls(timing: PromptTiming, stage: str) -> int:
     return int(getattr(timing, _CALLS[stage])) if stage in _CALLS else 1
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ktverify.bench.c2c.record import Record
-from ktverify.bench.c2c.timeline import LANES, Span
+from ktverify.bench.c2c.record import PromptRecord
+from ktverify.bench.c2c.stages import LANES
 from ktverify.report import trace_events
+from ktverify.system.timing import TimedCall
 
 
-def trace(record: Record, spans: Sequence[Span]) -> str:
+def trace(record: PromptRecord, spans: Sequence[TimedCall]) -> str:
     """The trace of the prompt that `record` tells of."""
     lanes = {lane: place for place, lane in enumerate(dict.fromkeys(LANES.values()), start=trace_events.FIRST_LANE)}
     models = record.models.model_dump()
@@ -20,7 +21,7 @@ def trace(record: Record, spans: Sequence[Span]) -> str:
     for name, lane in lanes.items():
         events += trace_events.lane(lane, name)
     for span in spans:
-        where = lanes[LANES[span.stage]]
-        events.append(trace_events.span(span.stage, "c2c", where, (span.at, span.ns), {"call": span.number}))
+        where = lanes[LANES[span.name]]
+        events.append(trace_events.span(span.name, "c2c", where, (span.at, span.ns), {"call": span.number}))
     about = {"id": record.id, "prompt": record.prompt, "response": record.response, **models}
     return trace_events.document(events, about)

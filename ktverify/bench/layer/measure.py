@@ -11,14 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from ktverify.bench.host import resident_bytes
-from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine
-from ktverify.bench.ranges import nvtx_range
+from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotOtherLoadLine
+from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import weight_bytes
 from ktverify.isolation import fresh
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
 from ktverify.system.clock import Clock
 from ktverify.system.machine import format_bytes, read_machine
+from ktverify.system.other_load import OtherLoad
+from ktverify.system.timing import time_rounds
 
 # rows whose results are compared with the oracle's; each depends on its own token alone
 CHECKED_ROWS = 16
@@ -49,7 +51,7 @@ def line_count(spots: Sequence[Spot]) -> int:
     return sum(spot.warmup + spot.repeats + 3 for spot in spots)
 
 
-class Stand:
+class MeasuredLayer:
     """One loaded layer with its inputs; the base weights are the layer's alone."""
 
     def __init__(self, spot: Spot) -> None:
@@ -90,37 +92,25 @@ class Stand:
         return resident_bytes() - self.before
 
     def check(self) -> dict[str, float]:
-        """rel_l2 of output and grad_input; RuntimeError for wrong ones."""
-        from ktverify.bench.measure import WRONG
-        from ktverify.judge.metrics import compare
+        """rel_l2 of output and grad_input of the first rows. RuntimeError for a wrong one."""
+        results = {OUTPUT: self.forward()[:CHECKED_ROWS], GRAD_INPUT: self.backward()[0][:CHECKED_ROWS]}
+        found = compare_results(results, self.expected)
+        wrong = first_wrong(found)
+        if wrong:
+            raise RuntimeError(f"case {self.case.id}: {wrong}; a wrong result gets no time")
+        return errors_of(found)
 
-        results = {OUTPUT: self.forward(), GRAD_INPUT: self.backward()[0]}
-        found = {name: compare(results[name][:CHECKED_ROWS], right).rel_l2 for name, right in self.expected.items()}
-        for name, error in found.items():
-            if not error <= WRONG:
-                raise RuntimeError(
-                    f"{name} of {self.case.id} is wrong: rel_l2 {error:.1e}; a wrong result gets no time"
-                )
-        return found
-
-    def repeat(self, number: int) -> RepeatLine:
-        time = self.clock.time
-        with nvtx_range("forward"):
-            forward = time(lambda: self.forward(save=False))
-        with nvtx_range("forward and backward"):
-            both = time(self.both)
-        with nvtx_range("forward that saves"):
-            saving = time(self.forward)
-        with nvtx_range("backward"):
-            backward = time(self.backward)
-        return RepeatLine(
-            number=self.spot.number,
-            repeat=number,
-            forward_ns=forward,
-            both_ns=both,
-            saving_ns=saving,
-            backward_ns=backward,
-        )
+    def repeats(self) -> Iterator[RepeatLine]:
+        """Time all repeats; `saving` and `backward` are a pair as `both` is, with a clock for each."""
+        calls = {
+            "forward": lambda: self.forward(save=False),
+            "both": self.both,
+            "saving": self.forward,
+            "backward": self.backward,
+        }
+        for number, ns in time_rounds(calls, warmup=self.spot.warmup, repeats=self.spot.repeats, clock=self.clock):
+            times = {f"{name}_ns": taken for name, taken in ns.items()}
+            yield RepeatLine.model_validate({"number": self.spot.number, "repeat": number, **times})
 
     def train(self, steps: int) -> tuple[int, int]:
         """Growth of memory after the first of so many AdamW steps, and after the last; without steps, as it is."""
@@ -152,29 +142,25 @@ def _fp32() -> Any:
 
 def spot_lines(spot: Spot) -> Iterator[Line]:
     """Everything that one process measures."""
-    from ktverify.bench.other_load import Neighbours
-
     # what torch loads and allocates for good with its first step must not count as the layer's memory
-    Stand(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(min(1, spot.steps))
-    stand = Stand(spot)
-    loaded = stand.grown()
-    first = stand.clock.time(lambda: stand.forward(save=False))
-    packed = stand.grown()
+    MeasuredLayer(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(min(1, spot.steps))
+    layer = MeasuredLayer(spot)
+    loaded = layer.grown()
+    first = layer.clock.time(lambda: layer.forward(save=False))
+    packed = layer.grown()
     yield SpotLine(
         number=spot.number,
-        isa=stand.layer.isa,
-        workers=stand.layer.threads,
-        weights=weight_bytes(stand.case, stand.active),
-        flops=flops(stand.case),
+        isa=layer.layer.isa,
+        workers=layer.layer.threads,
+        weights=weight_bytes(layer.case, layer.active),
+        flops=flops(layer.case),
         first_ns=first,
-        rel_l2=stand.check(),
+        rel_l2=layer.check(),
     )
-    neighbours = Neighbours(list)
-    before = neighbours.read()
-    for number in range(-spot.warmup, spot.repeats):
-        yield stand.repeat(number)
-    yield SpotQuietLine(number=spot.number, others=before.share_until(neighbours.read()))
-    first_step, last_step = stand.train(spot.steps)
+    load = OtherLoad()
+    yield from layer.repeats()
+    yield SpotOtherLoadLine(number=spot.number, others=load.share())
+    first_step, last_step = layer.train(spot.steps)
     yield MemoryLine(number=spot.number, loaded=loaded, packed=packed, first_step=first_step, last_step=last_step)
 
 

@@ -6,18 +6,19 @@ Comes in: a case and settings. Goes out: lines, as they are made. Ranges and the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ktverify.bench import ceilings
-from ktverify.bench.layer.profile_record import RANGES, CallLine, CeilingLine, Part, Pass, Range
-from ktverify.bench.measured import QuietLine
-from ktverify.bench.other_load import Neighbours
-from ktverify.bench.ranges import nvtx_range
+from ktverify.bench.layer.profile_record import RANGES, CallLine, CallPart, Pass, Range
+from ktverify.bench.timed_run import CeilingLine, OtherLoadLine
+from ktverify.engines.native.phase_times import StageTimes
 from ktverify.spec.cases import Case
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
 from ktverify.system.clock import Clock
+from ktverify.system.other_load import OtherLoad
+from ktverify.system.timing import Timeline, nvtx_range
 
 # what the bandwidth is measured on, well beyond any cache
 READ_BYTES = 1 << 28
@@ -27,7 +28,7 @@ READING = "reading the record"
 
 
 @dataclass(frozen=True)
-class Settings:
+class ProfileSettings:
     """isa: None for the best; threads: None for all; warmup: calls that don't count; repeats: of each range that do,
     recorded and plain in turn."""
 
@@ -39,29 +40,10 @@ class Settings:
     read_bytes: int = READ_BYTES
 
 
-class Parts:
-    """The parts of one call, timed one after the other."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.found: list[Part] = []
-        self.began = time.perf_counter_ns()
-
-    def time(self, name: str, call: Callable[[], object]) -> None:
-        at = time.perf_counter_ns() - self.began
-        with nvtx_range(name):
-            ns = self.clock.time(call)
-        self.found.append(Part(name=name, at=at, ns=ns))
-
-    def explain(self, layer: Any) -> None:
-        """The last part was an engine call that was recorded."""
-        self.found[-1] = self.found[-1].model_copy(update={"stages": layer.stage_times()})
-
-
 class Profiler:
     """The layer of one case and its three ranges. Each gets a layer of its own, so that each has a first call."""
 
-    def __init__(self, case: Case, settings: Settings) -> None:
+    def __init__(self, case: Case, settings: ProfileSettings) -> None:
         from ktverify.spec.inputs import make_inputs
 
         self.case, self.settings = case, settings
@@ -72,22 +54,20 @@ class Profiler:
         self.optimizer: Any = None
         self.about: dict[str, Any] = {"isa": self.layer.isa, "workers": self.layer.threads}
 
-    def lines(self) -> Iterator[CallLine | CeilingLine | QuietLine]:
-        """All calls of all ranges: the first, the warm-up, then plain and recorded ones in turn."""
-        neighbours = Neighbours(list)
-        before = neighbours.read()
+    def lines(self) -> Iterator[CallLine | CeilingLine | OtherLoadLine]:
+        """All calls of all ranges: the first, the warm-up, then plain and recorded calls in turn."""
+        load = OtherLoad()
+        s = self.settings
+        warmups: list[Pass] = ["warmup"] * s.warmup
+        steady: list[Pass] = ["plain", "recorded"]
         for name in RANGES:
             yield self._ceilings()
             self.layer = self._fresh_layer()
             self.optimizer = self._optimizer()
-            yield self._call(name, "first")
-            for _ in range(self.settings.warmup):
-                yield self._call(name, "warmup")
-            for _ in range(self.settings.repeats):
-                yield self._call(name, "plain")
-                yield self._call(name, "recorded")
+            for which in ("first", *warmups, *steady * s.repeats):
+                yield self._call(name, which)
         yield self._ceilings()
-        yield QuietLine(others=before.share_until(neighbours.read()))
+        yield OtherLoadLine(others=load.share())
 
     def steps(self) -> int:
         """How many lines there will be."""
@@ -110,46 +90,47 @@ class Profiler:
         return torch.optim.AdamW([getattr(self.layer, name) for name in LORA_NAMES], lr=1e-4)
 
     def _call(self, name: Range, which: Pass) -> CallLine:
+        """Time one call of range `name`. Only a training step has several parts, and time of its own around them."""
         recorded = which in ("first", "recorded")
         self.layer.record_stages(recorded)
         if name == "backward_only":
             self._forward()
         with nvtx_range(name):
-            parts = Parts(self.clock)
+            parts = Timeline()
             at = parts.began - self.began
             if name == "full_train_loop":
-                ns = self.clock.time(lambda: self._step(parts, recorded))
+                ns, stages = self._timed_step(parts, recorded=recorded)
                 at = parts.began - self.began
-                return CallLine(range=name, which=which, at=at, ns=ns, parts=tuple(parts.found))
-            if name == "forward_only":
-                parts.time(FORWARD, lambda: self._forward(save=False))
+            elif name == "forward_only":
+                parts.measure(FORWARD, lambda: self._forward(save=False))
             else:
-                parts.time(BACKWARD, lambda: self.layer.backward(self.inputs.grad_output))
-        if recorded:
-            parts.explain(self.layer)
-        # the only part is the call: what lies around it is the profiler's own
-        only = parts.found[0]
-        return CallLine(
-            range=name, which=which, at=at + only.at, ns=only.ns, parts=(only.model_copy(update={"at": 0}),)
-        )
+                parts.measure(BACKWARD, lambda: self.layer.backward(self.inputs.grad_output))
+        if name != "full_train_loop":
+            stages = {parts.calls[0].name: self.layer.stage_times()} if recorded else {}
+            # the only part is the call; the time around it is the profiler's own
+            ns, at = parts.calls[0].ns, at + parts.calls[0].at
+            parts.calls[0] = replace(parts.calls[0], at=0)
+        found = [CallPart(name=p.name, at=p.at, ns=p.ns, stages=stages.get(p.name)) for p in parts.calls]
+        return CallLine(range=name, which=which, at=at, ns=ns, parts=tuple(found))
 
     def _forward(self, *, save: bool = True) -> None:
         i = self.inputs
         self.layer.forward_sft(i.hidden_states, i.expert_ids, i.weights, save_for_backward=save)
 
-    def _step(self, parts: Parts, recorded: bool) -> None:
-        """One training step: forward, backward, optimizer, update."""
-        parts.began = time.perf_counter_ns()  # within the call's time, so that no part ends behind it
-        parts.time(FORWARD, self._forward)
-        self._explain(parts, recorded)
-        parts.time(BACKWARD, self._backward)
-        self._explain(parts, recorded)
-        parts.time(OPTIMIZER, self.optimizer.step)
-        parts.time(UPDATE, self.layer.update_lora_weights)
+    def _timed_step(self, parts: Timeline, *, recorded: bool) -> tuple[int, dict[str, StageTimes]]:
+        """Time one training step: nanoseconds, and the stages of its engine calls."""
+        stages: dict[str, StageTimes] = {}
 
-    def _explain(self, parts: Parts, recorded: bool) -> None:
-        if recorded:
-            parts.time(READING, lambda: parts.explain(self.layer))
+        def step() -> None:
+            parts.restart()  # within the step's time, so that no part ends after it
+            for name, call in ((FORWARD, self._forward), (BACKWARD, self._backward)):
+                parts.measure(name, call)
+                if recorded:
+                    stages[name] = parts.measure(READING, self.layer.stage_times)
+            parts.measure(OPTIMIZER, self.optimizer.step)
+            parts.measure(UPDATE, self.layer.update_lora_weights)
+
+        return self.clock.time(step), stages
 
     def _backward(self) -> None:
         _, grads = self.layer.backward(self.inputs.grad_output)

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.measured import Line as _Line
-from ktverify.bench.measured import QuietLine, RunLine
+from ktverify.bench.timed_run import BenchLine, CeilingLine, OtherLoadLine, RunLine
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.jsonl import whole_lines
 
@@ -34,15 +33,7 @@ class ProfileLine(RunLine):
     workers: int
 
 
-class CeilingLine(_Line):
-    """The machine's ceilings, bytes and operations a second, measured before each range and behind the last."""
-
-    kind: Literal["ceiling"] = "ceiling"
-    read: float
-    multiply: float
-
-
-class Part(_Line):
+class CallPart(BenchLine):
     """One piece of a call, as Python sees it. at: since the call began; stages: where it is a recorded engine call."""
 
     name: str
@@ -56,7 +47,7 @@ class Part(_Line):
         return self.ns if self.stages is None else sum(phase.wall_ns for phase in self.stages.phases)
 
 
-class CallLine(_Line):
+class CallLine(BenchLine):
     """One call of one range, as Python sees it. at: since the run began; parts: in order, the rest is between them."""
 
     kind: Literal["call"] = "call"
@@ -64,7 +55,7 @@ class CallLine(_Line):
     which: Pass
     at: int
     ns: int
-    parts: tuple[Part, ...]
+    parts: tuple[CallPart, ...]
 
     @property
     def stages(self) -> tuple[StageTimes, ...]:
@@ -72,7 +63,7 @@ class CallLine(_Line):
         return tuple(part.stages for part in self.parts if part.stages is not None)
 
 
-Line = ProfileLine | CeilingLine | CallLine | QuietLine
+Line = ProfileLine | CeilingLine | CallLine | OtherLoadLine
 _ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ktverify.bench.layer.profile_record import RANGES, CallLine, CeilingLine, Line, ProfileLine, Range
-from ktverify.bench.measured import disturbed
+from ktverify.bench.layer.profile_record import RANGES, CallLine, Line, ProfileLine, Range
 from ktverify.bench.shapes import Work
+from ktverify.bench.timed_run import CeilingLine, disturbed
 from ktverify.engines.native.phase_times import Phase, StageTimes
 from ktverify.system.clock import Statistics
 

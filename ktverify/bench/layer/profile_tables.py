@@ -14,8 +14,8 @@ from ktverify.bench.layer.profile_summary import (
     unexplained_ns,
     worker_of,
 )
-from ktverify.bench.measured import run_pairs
 from ktverify.bench.tables import NOTHING, PHASES, STAGE_HEADINGS, Grid, number, stage_note, stage_rows
+from ktverify.bench.timed_run import run_pairs
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.report.pages import View, statistics_row
 

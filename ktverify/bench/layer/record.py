@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.measured import Line as _Line
-from ktverify.bench.measured import QuietLine, RunLine
+from ktverify.bench.timed_run import BenchLine, OtherLoadLine, RunLine
 from ktverify.runs.jsonl import whole_lines
 
 FILE = "layer.jsonl"
@@ -20,7 +19,7 @@ Varied = Literal["tp", "throughput", "qlen", "rank", "threads", "experts"]
 SWEEPS: tuple[Varied, ...] = ("qlen", "rank", "threads", "experts")
 
 
-class Spot(_Line):
+class Spot(BenchLine):
     """One process that measures. varied, value: what it is one of, and the value there; batch: sequences that qlen is
     made of; threads: None for all; warmup: repeats that don't count; steps: of training, for memory."""
 
@@ -45,7 +44,7 @@ class LayerLine(RunLine):
     spots: tuple[Spot, ...]
 
 
-class SpotLine(_Line):
+class SpotLine(BenchLine):
     """A spot is loaded, and its first results were right. weights: bytes of the experts that tokens reach, in bf16;
     first_ns: the first forward, which packs them; rel_l2: of output and grad_input, some rows, against fp32."""
 
@@ -59,7 +58,7 @@ class SpotLine(_Line):
     rel_l2: dict[str, float]
 
 
-class RepeatLine(_Line):
+class RepeatLine(BenchLine):
     """One repeat at a spot, below 0 those that don't count. forward_ns: nothing kept; both_ns: forward and its backward
     under one clock; saving_ns, backward_ns: another such pair, a clock for each."""
 
@@ -72,7 +71,7 @@ class RepeatLine(_Line):
     backward_ns: int
 
 
-class MemoryLine(_Line):
+class MemoryLine(BenchLine):
     """Resident memory of a spot's process beyond what it had before there were inputs: with the weights loaded, after
     the first forward, after the first training step and after the last."""
 
@@ -84,13 +83,13 @@ class MemoryLine(_Line):
     last_step: int
 
 
-class SpotQuietLine(QuietLine):
+class SpotOtherLoadLine(OtherLoadLine):
     """What others had of the processors during the repeats of one spot; number None: a file from before it was told."""
 
     number: int | None = None
 
 
-Line = LayerLine | SpotLine | RepeatLine | MemoryLine | SpotQuietLine
+Line = LayerLine | SpotLine | RepeatLine | MemoryLine | SpotOtherLoadLine
 ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 

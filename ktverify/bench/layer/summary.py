@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ktverify.bench.layer.record import LayerLine, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotQuietLine, Varied
+from ktverify.bench.layer.record import (
+    LayerLine,
+    Line,
+    MemoryLine,
+    RepeatLine,
+    Spot,
+    SpotLine,
+    SpotOtherLoadLine,
+    Varied,
+)
 from ktverify.spec.cases import Case
 from ktverify.system.clock import Statistics
 
@@ -66,7 +75,7 @@ def summarise(lines: Sequence[Line]) -> list[SpotSummary]:
         repeats = [x for x in lines if isinstance(x, RepeatLine) and x.number == spot.number and x.repeat >= 0]
         found = [x for x in lines if isinstance(x, SpotLine) and x.number == spot.number]
         memory = [x for x in lines if isinstance(x, MemoryLine) and x.number == spot.number]
-        quiet = [x.others for x in lines if isinstance(x, SpotQuietLine) and x.number in (spot.number, None)]
+        quiet = [x.others for x in lines if isinstance(x, SpotOtherLoadLine) and x.number in (spot.number, None)]
         others = max(quiet, default=0.0)
         if repeats and found:
             ms = {what: Statistics.of([of(line) / 1e6 for line in repeats]) for what, of in WHATS.items()}

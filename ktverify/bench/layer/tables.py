@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from ktverify.bench.layer import pictures
 from ktverify.bench.layer.record import SWEEPS, LayerLine, Line
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of, summarise
-from ktverify.bench.measured import busy, run_pairs
-from ktverify.bench.other_load import BUSY
 from ktverify.bench.tables import NOTHING, Grid, number
+from ktverify.bench.timed_run import busy, run_pairs
 from ktverify.report.pages import View, statistics_row
 from ktverify.system.machine import format_bytes
+from ktverify.system.other_load import BUSY
 
 
 def view(lines: Sequence[Line]) -> View | None:

@@ -10,7 +10,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktverify.bench.host import Problem
+    from ktverify.bench.host import BenchInputs
 
 TITLE = "kt-kernel"
 HELD = 2.15
@@ -21,8 +21,8 @@ NEEDS = "kt_python"
 SHORTEST = 32  # tokens that its buffers must have room for
 
 
-class KtKernel:
-    def __init__(self, problem: Problem) -> None:
+class KtKernelPeer:
+    def __init__(self, problem: BenchInputs) -> None:
         import torch
 
         p = problem
@@ -101,5 +101,5 @@ class KtKernel:
         return self.made
 
 
-def load(problem: Problem) -> KtKernel:
-    return KtKernel(problem)
+def load(problem: BenchInputs) -> KtKernelPeer:
+    return KtKernelPeer(problem)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktverify.bench.host import Problem
+    from ktverify.bench.host import BenchInputs
 
 TITLE = "native"
 HELD = 1.05
@@ -29,7 +29,7 @@ NEEDS = ""
 
 
 class Native:
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: BenchInputs) -> None:
         import torch
 
         import ktverify
@@ -88,5 +88,5 @@ class Native:
         self.layer.clear_sft_buffer_cache()
 
 
-def load(problem: Problem) -> Native:
+def load(problem: BenchInputs) -> Native:
     return Native(problem)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from ktverify.bench.peers import native
 
 if TYPE_CHECKING:
-    from ktverify.bench.host import Problem
+    from ktverify.bench.host import BenchInputs
 
 TITLE = "other build"
 HELD, LAZY, BACKWARD, LORA = native.HELD, native.LAZY, native.BACKWARD, native.LORA
 NEEDS = "other_build"
 
 
-def load(problem: Problem) -> native.Native:
+def load(problem: BenchInputs) -> native.Native:
     name = "ktverify._native"
     if name in sys.modules:
         raise RuntimeError("other_build: the usual build is loaded already")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktverify.bench.host import Problem
+    from ktverify.bench.host import BenchInputs
 
 TITLE = "torch grouped_mm"
 HELD = 1.05
@@ -15,8 +15,8 @@ LORA = True
 NEEDS = ""
 
 
-class TorchGroupedMm:
-    def __init__(self, problem: Problem) -> None:
+class TorchGroupedMmPeer:
+    def __init__(self, problem: BenchInputs) -> None:
         import torch
 
         p = problem
@@ -70,5 +70,5 @@ class TorchGroupedMm:
         return {"output": self.output, **self.grads}
 
 
-def load(problem: Problem) -> TorchGroupedMm:
-    return TorchGroupedMm(problem)
+def load(problem: BenchInputs) -> TorchGroupedMmPeer:
+    return TorchGroupedMmPeer(problem)

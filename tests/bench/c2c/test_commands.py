@@ -18,9 +18,9 @@ import pytest
 from ktverify.bench.c2c import run, store
 from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.prompts import BUILT_IN
-from ktverify.bench.c2c.record import Record, Settings
+from ktverify.bench.c2c.record import C2cSettings, PromptRecord
+from ktverify.bench.c2c.stages import LANES
 from ktverify.bench.c2c.tables import COLUMNS, figure, short
-from ktverify.bench.c2c.timeline import LANES
 from tests.cli.test_cli import call, ends, refused
 from tests.support import c2c
 
@@ -199,7 +199,7 @@ def test_a_torn_file_is_finished_and_equals_the_whole(pair: Pair, whole: Path, t
 def test_ctrl_c_leaves_whole_records(pair: Pair, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     time_prompt = run.time_prompt
 
-    def interrupted(pipeline: Any, settings: Settings, number: int, prompt: str) -> Any:
+    def interrupted(pipeline: Any, settings: C2cSettings, number: int, prompt: str) -> Any:
         if number == 2:
             raise KeyboardInterrupt
         return time_prompt(pipeline, settings, number, prompt)
@@ -327,7 +327,7 @@ def test_the_last_shard_is_missed(whole: Path, tmp_path: Path) -> None:
 
 
 def test_shards_share_all_ids() -> None:
-    settings = Settings(
+    settings = C2cSettings(
         base_model="b", teacher_model="t", projectors="identity", dtype="float32", device="cpu", template=True,
         max_new_tokens=1, source="s", start=5, count=11,
     )  # fmt: skip
@@ -338,4 +338,4 @@ def test_shards_share_all_ids() -> None:
 def test_a_record_is_written_as_it_is_read(whole: Path) -> None:
     for line, record in zip(whole.read_bytes().splitlines(), store.read_records(whole), strict=True):
         assert record.model_dump_json().encode() == line
-        assert Record.model_validate_json(line) == record
+        assert PromptRecord.model_validate_json(line) == record

@@ -20,8 +20,8 @@ from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.pipeline import Pipeline
 from ktverify.bench.c2c.projector import Fuser, Heads, Projectors, layer_pairs
 from ktverify.bench.c2c.prompts import BUILT_IN
-from ktverify.bench.c2c.record import STAGE_FIELDS, Timing
-from ktverify.bench.c2c.timeline import Timeline
+from ktverify.bench.c2c.record import STAGE_FIELDS, PromptTiming
+from ktverify.system.timing import Timeline
 from tests.support import c2c
 
 PROMPT = BUILT_IN[4]  # letters of several bytes
@@ -184,7 +184,7 @@ def test_a_prompt_of_one_token_has_no_cache_to_fuse(sides: tuple[Side, Side]) ->
     timeline = Timeline()
     found = c2c.pipeline(*sides, teaching=True, template=False).run("W", 3, timeline)
     assert list(found.tokens) == c2c.alone(sides[0], sides[0].tokenizer("W")["input_ids"], 3)
-    assert Timing.of(timeline).projector_calls == 0
+    assert PromptTiming.of(timeline).projector_calls == 0
 
 
 def test_decoding_ends_behind_an_end_token(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,16 +269,16 @@ def test_a_timeline_tells_when_and_how_long() -> None:
     timeline.measure("projector", lambda: None)
     timeline.measure("projector", lambda: None)
     whole = time.perf_counter_ns() - begin
-    first, second, third = timeline.spans
+    first, second, third = timeline.calls
     assert 20e6 <= first.ns <= whole
     assert first.at + first.ns <= second.at <= second.at + second.ns <= third.at
-    assert [span.number for span in timeline.spans] == [0, 0, 1]
+    assert [span.number for span in timeline.calls] == [0, 0, 1]
 
 
 def test_a_timing_sums_up_its_timeline(sides: tuple[Side, Side]) -> None:
     timeline = Timeline()
     found = c2c.pipeline(*sides).run(BUILT_IN[0], 5, timeline)
-    timing = Timing.of(timeline)
+    timing = PromptTiming.of(timeline)
     assert timing.num_generated_tokens == len(found.tokens) == len(timing.decode_step_times_ms)
     assert timing.projector_calls == 2
     assert all(getattr(timing, name) > 0 for name in STAGE_FIELDS)
@@ -286,6 +286,6 @@ def test_a_timing_sums_up_its_timeline(sides: tuple[Side, Side]) -> None:
     assert timing.decode_total_ms == pytest.approx(sum(timing.decode_step_times_ms))
     assert timing.decode_avg_ms == pytest.approx(timing.decode_total_ms / len(found.tokens))
     assert timing.tokens_per_second == pytest.approx(1e3 / timing.decode_avg_ms)
-    assert timing.total_ms == pytest.approx(sum(span.ns for span in timeline.spans) / 1e6)
-    last = timeline.spans[-1]
+    assert timing.total_ms == pytest.approx(sum(span.ns for span in timeline.calls) / 1e6)
+    last = timeline.calls[-1]
     assert timing.total_ms <= (last.at + last.ns) / 1e6

@@ -21,11 +21,11 @@ from ktverify.system import machine
 from ktverify.system.machine import Machine
 
 
-class Line(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class BenchLine(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
-class RunLine(Line):
+class RunLine(BenchLine):
     """A run: which, by which command, where."""
 
     stamp: str
@@ -44,11 +44,19 @@ class RunLine(Line):
         }
 
 
-class QuietLine(Line):
+class OtherLoadLine(BenchLine):
     """Behind what was measured: the share of the processors that other programs had meanwhile, 0 to 1."""
 
     kind: Literal["quiet"] = "quiet"
     others: float
+
+
+class CeilingLine(BenchLine):
+    """The machine's ceilings: bytes read and operations done, per second."""
+
+    kind: Literal["ceiling"] = "ceiling"
+    read: float
+    multiply: float
 
 
 def run_pairs(head: RunLine) -> list[tuple[str, str]]:
@@ -64,12 +72,12 @@ def run_pairs(head: RunLine) -> list[tuple[str, str]]:
 
 def disturbed(lines: Iterable[object]) -> list[str]:
     """A note where other programs had so much of the processors that the times mean little."""
-    return busy(line.others for line in lines if isinstance(line, QuietLine))
+    return busy(line.others for line in lines if isinstance(line, OtherLoadLine))
 
 
 def busy(shares: Iterable[float], where: str = "") -> list[str]:
     """The same of shares of the processors, 0 to 1; where: of which times, if not of all."""
-    from ktverify.bench.other_load import BUSY
+    from ktverify.system.other_load import BUSY
 
     found = list(shares)
     most = max(found, default=0.0)
@@ -79,7 +87,7 @@ def busy(shares: Iterable[float], where: str = "") -> list[str]:
     return [f"other programs had {up_to}{100 * most:.0f} % of the processors{where}: these times mean little"]
 
 
-def collect(path: Path, head: RunLine, measured: Iterable[Line], steps: int, what: str) -> tuple[list[Any], bool]:
+def collect(path: Path, head: RunLine, measured: Iterable[BenchLine], steps: int, what: str) -> tuple[list[Any], bool]:
     """All lines, the head first, each appended to `path` when it is made; and whether Ctrl-C stopped it.
 
     steps: how many lines `measured` will have, for the bar on a terminal.
