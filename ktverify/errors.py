@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 
 class KtverifyError(Exception):
@@ -73,10 +74,20 @@ class CheckFailed(KtverifyError, AssertionError):
 
 
 class GateFailed(CheckFailed):
-    """What a check found: its text, and (gate, used share of its budget) for each gate that was exceeded."""
+    """What a check found: its text, and (gate, used share of its budget) for each gate that was exceeded.
 
-    def __init__(self, text: str, exceeded: tuple[tuple[str, float], ...]) -> None:
+    cause: a checks.causes.Cause, where it is known better than by the check alone. result: the checks.problem.Result
+    that was judged. Both stay in the process that raised it.
+    """
+
+    def __init__(
+        self, text: str, exceeded: tuple[tuple[str, float], ...], *, cause: Any = None, result: Any = None
+    ) -> None:
         super().__init__(text, exceeded)
+        self.cause, self.result = cause, result
+
+    def __reduce__(self) -> tuple[type[GateFailed], tuple[object, ...]]:
+        return type(self), self.args
 
     def __str__(self) -> str:
         return str(self.args[0])

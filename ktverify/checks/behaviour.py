@@ -1,169 +1,36 @@
-"""What docs/contract.md demands beyond right numbers: determinism, isolation, no leftovers, edge inputs.
-
-Each check takes a Target and raises AssertionError with what it saw.
-"""
+"""What docs/contract.md demands beyond right numbers: the same bits, isolation, no leftovers, waiting forwards."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
-import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ktverify.checks.expected import expected_of
-from ktverify.checks.target import SMALL, Target, expect, same_bits
-from ktverify.engines import registry
+from ktverify.checks.altered_inputs import TOKENS, changed, everywhere
+from ktverify.checks.causes import Cause
+from ktverify.checks.check import check
+from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, judged, raise_for
+from ktverify.checks.target import (
+    MIDDLE,
+    ODD_MIDDLE,
+    SMALL,
+    WIDE,
+    Target,
+    expect,
+    same_bits,
+)
 from ktverify.engines.run import run_layer
-from ktverify.errors import GateFailed
 from ktverify.judge import gates, metrics, reference
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
-from ktverify.spec.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
+from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 Tensors = dict[str, Tensor]
-TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
-# wide enough for several blocks and threads; multiples of 32, for odd sizes have checks of their own
-MIDDLE = Case.parse("E=6,k=2,H=224,I=160,T=70,r=8,alpha=16")
-# MIDDLE as a multiple of nothing
-ODD_MIDDLE = Case.parse("E=6,k=2,H=203,I=137,T=70,r=7,alpha=16")
-# another width than SMALL and MIDDLE, more experts a token
-WIDE = Case.parse("E=5,k=3,H=96,I=64,T=7,r=3,alpha=5")
 
 
-def judged(target: Target, what: str, case: Case, found: Tensors, inputs: Inputs) -> None:
-    """AssertionError unless every tensor of `found` is within the budgets of plain bf16 torch on these inputs."""
-    oracle, peer = expected_of(inputs)
-    off = target.gates_off
-    raise_for(
-        what, [gates.judge(case, n, metrics.compare(t, oracle[n]), peer[n], gates_off=off) for n, t in found.items()]
-    )
-
-
-def raise_for(what: str, judgements: list[gates.Judgement]) -> None:
-    """GateFailed with the line of every judgement that is no PASS."""
-    bad = [judgement for judgement in judgements if judgement.verdict is not gates.Verdict.PASS]
-    if bad:
-        exceeded = tuple(
-            (gate.gate, gate.used)
-            for judgement in bad
-            for gate in judgement.gates
-            if gate.verdict is not gates.Verdict.PASS
-        )
-        lines = [judgement.line.partition("\n")[0] for judgement in bad]
-        raise GateFailed("\n".join([what, *lines]), exceeded)
-
-
-def changed(inputs: Inputs, **tensors: Tensor) -> Inputs:
-    """`inputs` with some tensors exchanged, LoRA tensors by their names; everything else is shared."""
-    result = copy.copy(inputs)
-    result.lora = {name: tensors.pop(name, tensor) for name, tensor in inputs.lora.items()}
-    for name, tensor in tensors.items():
-        setattr(result, name, tensor)
-    return result
-
-
-def reached(ids: Tensor) -> list[int]:
-    """The experts that expert_ids name, ascending."""
-    return sorted({int(expert) for expert in ids.reshape(-1) if expert >= 0})
-
-
-# ---- shapes, dtypes and edge inputs
-
-
-def check_edge(target: Target, case: Case) -> None:
-    """Shapes and dtypes as docs/contract.md, "The layer", has them, values within the budgets."""
-    inputs = make_inputs(case)
-    found = target.run(case, inputs)
-    shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
-    lora_dtype = getattr(torch, case.lora_dtype)
-    dtypes = {OUTPUT: torch.bfloat16, GRAD_INPUT: torch.bfloat16, GRAD_WEIGHTS: torch.float32}
-    for name, tensor in found.items():
-        dtype = dtypes.get(name, lora_dtype)
-        target.expect(
-            tuple(tensor.shape) == shapes[name], f"{name} is {list(tensor.shape)}, must be {list(shapes[name])}", "form"
-        )
-        target.expect(tensor.dtype == dtype, f"{name} is {tensor.dtype}, must be {dtype}", "form")
-    judged(target, case.id, case, found, inputs)
-
-
-def check_masked_weights_do_not_count(target: Target) -> None:
-    """A slot of id -1 contributes nothing, whatever its routing weight is."""
-    case = dataclasses.replace(SMALL, routing="masked")
-    inputs = make_inputs(case)
-    expected = target.run(case, inputs)
-    masked = inputs.expert_ids < 0
-    expect(bool(masked.any()), "the case masks nothing")
-    for value in (0.0, 1e30, float("inf"), float("nan")):
-        weights = torch.where(masked, torch.tensor(value), inputs.weights)
-        found = target.run(case, changed(inputs, weights=weights))
-        target.expect_same_bits(f"weight {value} in masked slots", expected, found)
-        target.expect(not bool(found[GRAD_WEIGHTS][masked].any()), "grad_weights of masked slots must be zero", "stray")
-
-
-def check_odd_addresses(target: Target, case: Case = MIDDLE) -> None:
-    """Tensors one byte and one element off any alignment give the bits of aligned ones."""
-    inputs = make_inputs(case)
-    expected = target.run(case, inputs)
-    for step in (1, 2, 4, 63):
-        moved = _everywhere(inputs, lambda tensor: _at_offset(tensor, step))  # noqa: B023 - called at once
-        expect(moved.hidden_states.data_ptr() % 64 == step, "the test did not get its address")
-        target.expect_same_bits(f"{case.id} at addresses 64 n + {step}", expected, target.run(case, moved))
-
-
-def _at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """A copy whose first byte lies `offset` bytes after a multiple of 64."""
-    size = tensor.numel() * tensor.element_size()
-    buffer = torch.empty(size + 128, dtype=torch.uint8).numpy()
-    start = -buffer.ctypes.data % 64 + offset
-    copied = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
-    return copied.copy_(tensor)
-
-
-def _everywhere(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    """`inputs` with every tensor that a layer takes put through `change`."""
-    tensors = {name: change(getattr(inputs, name)) for name in (*TOKENS, *BASE_NAMES, "physical_map")}
-    lora = {name: change(tensor) for name, tensor in inputs.lora.items()}
-    return changed(inputs, **tensors, **lora)
-
-
-def check_strides(target: Target) -> None:
-    """Non-contiguous tensors are accepted and give the bits of contiguous ones; so do tensors that require grad."""
-    inputs = make_inputs(MIDDLE)
-    expected = target.run(MIDDLE, inputs)
-
-    def transposed(tensor: Tensor) -> Tensor:
-        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else spaced(tensor)
-
-    def spaced(tensor: Tensor) -> Tensor:
-        wide = torch.zeros(*tensor.shape[:-1], 3 * tensor.shape[-1], dtype=tensor.dtype)
-        wide[..., 1::3] = tensor
-        return wide[..., 1::3]
-
-    for change in (transposed, spaced):
-        moved = _everywhere(inputs, change)
-        expect(not moved.hidden_states.is_contiguous(), "the test made a contiguous tensor")
-        # running.build_layer clones the LoRA tensors, which would make them contiguous
-        layer = target.bare(MIDDLE)
-        layer.load_weights_from_tensors(moved.gate_proj, moved.up_proj, moved.down_proj, moved.physical_map)
-        layer.init_lora_weights(*moved.lora.values())
-        target.expect_same_bits(change.__name__, expected, run_layer(layer, moved))
-
-    def tracked(tensor: Tensor) -> Tensor:
-        return tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
-
-    found = target.run(MIDDLE, _everywhere(inputs, tracked))
-    target.expect_same_bits(
-        "tensors that require grad", expected, {name: tensor.detach() for name, tensor in found.items()}
-    )
-
-
-# ---- the same bits
-
-
+@check("behaviour", SAME_BITS, cause=Cause.STALE_VALUES, variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}})
 def check_repeats(target: Target, case: Case = MIDDLE) -> None:
     """The same call again, on the same layer and on a new one, gives the same bits."""
     inputs = make_inputs(case)
@@ -174,6 +41,7 @@ def check_repeats(target: Target, case: Case = MIDDLE) -> None:
     target.expect_same_bits("a new layer", first, target.run(case, inputs))
 
 
+@check("behaviour", SAME_BITS, cause=Cause.THREADS, variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}})
 def check_threads(target: Target, case: Case = MIDDLE) -> None:
     """1, 2, 3 and more threads than there are processors give the same bits, for one token too."""
     for sized in (case, dataclasses.replace(case, qlen=1)):
@@ -184,6 +52,7 @@ def check_threads(target: Target, case: Case = MIDDLE) -> None:
             target.expect_same_bits(f"{sized.id} with 1 and {threads} threads", expected, found)
 
 
+@check("behaviour", ALONE, gates=(*NUMBERS, "tp"), cause=Cause.TOKEN_TAIL)
 def check_company(target: Target) -> None:
     """What a token gets does not depend on which other tokens are in the call.
 
@@ -195,7 +64,7 @@ def check_company(target: Target) -> None:
     part = slice(3, 20)
     few = changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS})
     found = target.run(MIDDLE, few)
-    if not registry.strict(target.engine):
+    if not target.strict:
         judged(target, "17 tokens out of 70, by themselves", MIDDLE, found, few)
         return
     for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
@@ -209,70 +78,13 @@ def check_company(target: Target) -> None:
         )
 
 
-def check_outlier_token(target: Target) -> None:
-    """One token 48 times as large as the others, as first tokens are in real models: the others are still computed.
-
-    It alone makes up the norm, so rel_l2 is blind to all the rest; the mean is not.
-    """
-    case = Case.parse("E=2,k=2,H=96,I=96,T=300,r=8,alpha=16")
-    inputs = make_inputs(case)
-    inputs.hidden_states[0] *= 48
-    judged(target, "a token 48 times as large as the others", case, target.run(case, inputs), inputs)
-
-
-# ---- isolation
-
-
-def check_non_finite_isolation(target: Target) -> None:
-    """A NaN or Inf in one token's row reaches that token and the gradients of its experts, and nothing else."""
-    # nine experts for two tokens' worth of slots: some experts never meet the broken token
-    case = dataclasses.replace(MIDDLE, num_experts=9, qlen=21)
-    inputs = make_inputs(case)
-    clean = target.run(case, inputs)
-    token = 7
-    hit = reached(inputs.expert_ids[token])
-    spared = [expert for expert in reached(inputs.expert_ids) if expert not in hit]
-    expect(bool(spared), "the case has no expert that the token spares")
-    others = [row for row in range(case.qlen) if row != token]
-    for value in (float("nan"), float("inf"), float("-inf")):
-        for name in ("hidden_states", "grad_output"):
-            broken = getattr(inputs, name).clone()
-            broken[token, 13] = value
-            layer = target.layer(case, inputs)
-            found = run_layer(layer, changed(inputs, **{name: broken}))
-            what = f"{value} in {name}[{token}, 13]"
-            for tensor in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
-                target.expect(
-                    same_bits(clean[tensor][others], found[tensor][others]),
-                    f"{what} reached other rows of {tensor}",
-                    "bits",
-                )
-            for tensor in GRAD_NAMES:
-                same = same_bits(clean[tensor][spared], found[tensor][spared])
-                target.expect(same, f"{what} reached {tensor} of experts that the token was not routed to", "bits")
-            shown = found[OUTPUT] if name == "hidden_states" else found[GRAD_INPUT]
-            target.expect(not bool(torch.isfinite(shown[token]).all()), f"{what} was hidden", "hidden_non_finite")
-            # nothing of it may be left in a buffer
-            target.expect_same_bits(f"the call after {what}", clean, run_layer(layer, inputs))
-
-
-def check_idle_experts(target: Target) -> None:
-    """Experts without a token have gradients of exactly zero, also after a call that reached them, and whatever the
-    caller wrote into the gradients of that call before it dropped them."""
-    inputs = make_inputs(MIDDLE)
-    layer = target.layer(MIDDLE, inputs)
-    for idle in ([5], [0], [1, 2, 3], [4], list(range(1, 6))):
-        for gradient in run_layer(layer, inputs).values():
-            gradient.fill_(math.nan)
-        busy = [expert for expert in range(MIDDLE.num_experts) if expert not in idle]
-        ids = torch.tensor(busy)[inputs.expert_ids % len(busy)]
-        found = run_layer(layer, changed(inputs, expert_ids=ids))
-        for name in GRAD_NAMES:
-            left = int(torch.count_nonzero(found[name][idle]))
-            target.expect(left == 0, f"{name} of the idle experts {idle} has {left} elements other than 0", "stray")
-            target.expect(bool(found[name][busy].any()), f"{name} of the busy experts {busy} is all zero", "bits")
-
-
+@check(
+    "behaviour",
+    "Inputs, parameters and earlier results are never written to.",
+    gates=("written",),
+    cause=Cause.MEMORY_LAYOUT,
+    variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}},
+)
 def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
     """The inputs are the same bytes after the calls, and earlier results are not overwritten by later calls."""
     inputs, other = make_inputs(case), make_inputs(case.with_seed(9))
@@ -286,7 +98,7 @@ def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
         guards.append((f"tensor of shape {list(tensor.shape)}", buffer, buffer.clone()))
         return inner
 
-    watched = _everywhere(inputs, guarded)
+    watched = everywhere(inputs, guarded)
     layer = target.layer(case, watched)
     first = run_layer(layer, watched)
     kept = {name: tensor.clone() for name, tensor in first.items()}
@@ -314,9 +126,7 @@ def layer_parameters(layer: object) -> Tensors:
     return {name: getattr(layer, name).detach() for name in LORA_NAMES}
 
 
-# ---- several calls, several layers
-
-
+@check("behaviour", SAME_BITS, cause=Cause.STALE_VALUES)
 def check_two_layers(target: Target) -> None:
     """Layers of different sizes, their calls interleaved, give the bits that each gives alone."""
     every = [make_inputs(case) for case in (SMALL, MIDDLE, WIDE)]
@@ -342,6 +152,11 @@ def _backward(layer: object, inputs: Inputs, output: Tensor) -> Tensors:
     return {OUTPUT: output, GRAD_INPUT: grad_input, **gradients, GRAD_WEIGHTS: grad_weights}
 
 
+@check(
+    "behaviour",
+    "Up to max_cache_depth (default 1) saved forwards may wait for their backward; others do not count",
+    cause=Cause.ORDER,
+)
 def check_outstanding_forwards(target: Target) -> None:
     """max_cache_depth forwards may be outstanding, backward takes the newest first, unsaved forwards do not count."""
     depth = 3
@@ -386,6 +201,7 @@ def check_outstanding_forwards(target: Target) -> None:
     backward(0)
 
 
+@check("behaviour", "gives memory back; changes no bit at any moment", cause=Cause.ORDER)
 def check_clear_cache(target: Target) -> None:
     """clear_sft_buffer_cache at any moment changes no bit."""
     inputs = make_inputs(MIDDLE)
@@ -401,6 +217,7 @@ def check_clear_cache(target: Target) -> None:
     target.expect_same_bits("cleared between forward and backward", expected, _backward(layer, inputs, output))
 
 
+@check("behaviour", SAME_BITS, cause=Cause.STALE_VALUES, variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}})
 def check_varying_tokens(target: Target, case: Case = MIDDLE) -> None:
     """One layer, calls of many lengths up and down: no value is left over from a longer call."""
     inputs = make_inputs(case)
@@ -410,6 +227,13 @@ def check_varying_tokens(target: Target, case: Case = MIDDLE) -> None:
         target.expect_same_bits(f"{rows} rows", target.run(case, batch), run_layer(layer, batch))
 
 
+@check(
+    "behaviour",
+    "Gradients of several backwards, summed by the caller in fp32, err no more than one backward of all their tokens "
+    "may.",
+    gates=NUMBERS,
+    cause=Cause.STALE_VALUES,
+)
 def check_gradient_accumulation(target: Target) -> None:
     """Gradients of four micro-batches, summed in fp32, err no more than one call on all of them may."""
     case = dataclasses.replace(MIDDLE, lora_dtype="float32", qlen=64)
@@ -424,6 +248,7 @@ def check_gradient_accumulation(target: Target) -> None:
     judged(target, "four micro-batches", case, {f"grad_{name}": tensor for name, tensor in total.items()}, inputs)
 
 
+@check("behaviour", "A second call replaces the first", cause=Cause.STALE_VALUES, native=True)
 def check_reload(target: Target) -> None:
     """Loading other weights into a used layer leaves nothing of the old ones."""
     inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(4))
@@ -434,22 +259,7 @@ def check_reload(target: Target) -> None:
     target.expect_same_bits("a used layer with new weights", target.run(MIDDLE, other), run_layer(layer, other))
 
 
-def check_physical_map(target: Target) -> None:
-    """Slots in another order, with the map that says so, change no bit; the map is not ignored."""
-    inputs = make_inputs(MIDDLE)
-    expected = target.run(MIDDLE, inputs)
-    order = torch.tensor([3, 5, 0, 1, 4, 2])
-
-    def load(physical_map: Tensor) -> Tensors:
-        layer = target.bare(MIDDLE)
-        layer.load_weights_from_tensors(*(getattr(inputs, name)[order] for name in BASE_NAMES), physical_map)
-        layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
-        return run_layer(layer, inputs)
-
-    target.expect_same_bits("physical_map [3, 5, 0, 1, 4, 2]", expected, load(order))
-    target.expect(not same_bits(load(torch.arange(6))[OUTPUT], expected[OUTPUT]), "physical_map is ignored", "bits")
-
-
+@check("behaviour", "none of the six is taken over", gates=("refusal", "bits"), cause=Cause.STALE_LORA)
 def check_failed_update(target: Target) -> None:
     """update_lora_weights that meets one bad parameter takes none: never a mixture."""
     inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(6))
@@ -475,6 +285,12 @@ def check_failed_update(target: Target) -> None:
     target.expect_same_bits("after the update that worked", target.run(MIDDLE, changed(inputs, **other.lora)), found)
 
 
+@check(
+    "behaviour",
+    "Method AMXBF16_SFT_SkipLoRA has the same output and the same routing gradient; its backward leaves every LoRA "
+    "term out, and the LoRA gradients are 0.",
+    gates=(*NUMBERS, "bits"),
+)
 def check_skip_lora(target: Target) -> None:
     """…_SkipLoRA: the same output; grad_input without the LoRA terms; LoRA gradients zero."""
     inputs = make_inputs(MIDDLE)
@@ -490,10 +306,10 @@ def check_skip_lora(target: Target) -> None:
     plain = Target("torch_bf16").run(MIDDLE, inputs, method=method)
     for name in (GRAD_INPUT, GRAD_WEIGHTS):
         peer = metrics.compare(plain[name], oracle[name]).rel_l2
-        judgement = gates.judge(
-            MIDDLE, name, metrics.compare(found[name], oracle[name]), peer, gates_off=target.gates_off
+        raise_for(
+            method,
+            [gates.judge(MIDDLE, name, metrics.compare(found[name], oracle[name]), peer, gates_off=target.gates_off)],
         )
-        raise_for(method, [judgement])
     whole = reference.forward_backward(inputs)
     apart = metrics.compare(oracle[GRAD_INPUT], whole[GRAD_INPUT]).rel_l2
     expect(apart > gates.tolerances()["check"]["tells"], "the case cannot tell whether the LoRA terms are there")

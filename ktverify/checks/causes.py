@@ -34,3 +34,11 @@ class Cause(enum.Enum):
     REFUSAL = "refusal"  # bad input is accepted, or changes the layer
     MEMORY_LAYOUT = "memory_layout"  # strides, addresses, interleaving, writes into the caller's memory
     OTHER = "other"
+
+
+PREFIX = "cause: "
+
+
+def cause_of(message: str) -> str:
+    """The line of a record's message that states a cause; "" where there is none."""
+    return next((line for line in message.splitlines() if line.startswith(PREFIX)), "")

@@ -6,22 +6,47 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ktverify.checks.target import expect
-from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify.checks.check import Function, Where, check
+from ktverify.checks.target import Target, expect
 from ktverify.engines.run import layer_arguments
 from ktverify.isolation.child import resident_of
 from ktverify.spec.cases import Case
 
+if TYPE_CHECKING:
+    from ktverify.engines.native.layer import KTMoEWrapper
+
 CASE = Case.parse("E=16,k=1,H=1024,I=1024,T=16,r=1,alpha=1")
+
+# sentences of docs/contract.md
+DROPPED = (
+    "Base weights that the caller dropped give their memory back expert by expert, as they are packed; what the caller "
+    "still holds keeps its values."
+)
+REUSED = "The memory of dropped LoRA gradients is used again once all six are dropped."
+
+
+def _memory(contract: str) -> Callable[[Function], Function]:
+    return check(
+        "dropped",
+        contract,
+        gates=("resources",),
+        where=Where.BEST_ISA,
+        fresh_process=True,
+        native=True,
+        internal=True,
+    )
 
 
 def _layer() -> KTMoEWrapper:
+    # importing it loads the compiled engine, which must not happen before a process is forked
+    from ktverify.engines.native.layer import KTMoEWrapper
+
     layer = KTMoEWrapper(**layer_arguments(CASE, threads=2))
     layer.init_lora_weights(*(torch.zeros(shape, dtype=torch.bfloat16) for shape in layer.spec.lora_shapes.values()))
     return layer
@@ -60,7 +85,8 @@ def _expected(weights: list[Tensor] | None = None) -> Tensor:
     return _reach(layer, CASE.num_experts)
 
 
-def check_never_twice() -> None:
+@_memory(DROPPED)
+def check_never_twice(_target: Target) -> None:
     """Whatever part of the experts has been reached, the process held the weights and one expert at most."""
     expected = _expected()
     layer = _layer()
@@ -88,8 +114,9 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def check_held_ones_stay() -> None:
-    """A tensor, a view, a storage or an array that somebody holds keeps its values while experts are packed."""
+@_memory(DROPPED)
+def check_held_ones_stay(_target: Target) -> None:
+    """A tensor, a view, a storage or an array that the caller holds keeps its values while experts are packed."""
     for what, hold in HOLDERS.items():
         layer = _layer()
         weights = _weights(layer)
@@ -103,7 +130,8 @@ def check_held_ones_stay() -> None:
             expect(bool((seen >= 1).all()), f"{what} was held, and its values are gone")
 
 
-def check_lent_memory_stays() -> None:
+@_memory(DROPPED)
+def check_lent_memory_stays(_target: Target) -> None:
     """What numpy lent to torch is not given up when the last tensor is dropped: numpy still has it."""
     layer = _layer()
     arrays = [tensor.view(torch.int16).numpy().copy() for tensor in _weights(layer)]
@@ -112,7 +140,8 @@ def check_lent_memory_stays() -> None:
     expect(all(bool(np.all(array >= 0x3F80)) for array in arrays), "the memory of an array was given up")
 
 
-def check_experts_that_share_memory_stay() -> None:
+@_memory(DROPPED)
+def check_experts_that_share_memory_stay(_target: Target) -> None:
     """One matrix for all experts, or experts that overlap, are not given up with the first of them."""
     spread = [weight[3:4].clone() for weight in _weights(_layer())]
     expected = _expected([weight.expand(CASE.num_experts, -1, -1) for weight in spread])
@@ -123,7 +152,8 @@ def check_experts_that_share_memory_stay() -> None:
         expect(torch.equal(_reach(layer, tokens), expected[:tokens]), "a shared matrix was given up")
 
 
-def check_threads_reach_it_at_once() -> None:
+@_memory(DROPPED)
+def check_threads_reach_it_at_once(_target: Target) -> None:
     """Two threads whose forwards are the first, on one layer: both are right."""
     expected = _expected()
     for _ in range(8):
@@ -144,7 +174,8 @@ def _gradients(layer: KTMoEWrapper) -> dict[str, Tensor]:
     return layer.backward(torch.ones_like(x))[1]
 
 
-def check_gradient_memory_comes_back() -> None:
+@_memory(REUSED)
+def check_gradient_memory_comes_back(_target: Target) -> None:
     """The memory of gradients is handed out again when all of them are dropped, not before, and can be returned."""
     layer = _layer()
     _load(layer, _weights(layer))

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ktverify.checks.target import ODD, Target, expect, expect_same_bits
-from ktverify.engines.native import layer as native_layer
+from ktverify.checks.check import check
+from ktverify.checks.target import ODD, Target, expect
 from ktverify.engines.run import run_layer
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -45,8 +45,12 @@ class Guards:
         return [number for number, guard in enumerate(around) if bool((guard != PATTERN).any())]
 
 
+@check("native", "Results are written to their last byte, and nothing beside them.", native=True, internal=True)
 def check_sentinels(target: Target) -> None:
     """AssertionError unless forward and backward write every byte of their results and none beside them."""
+    # importing it loads the compiled engine, which must not happen before a process is forked
+    from ktverify.engines.native import layer as native_layer
+
     for case in CASES:
         inputs = make_inputs(case)
         for tp in (1, 4) if case.intermediate % 4 == 0 else (1,):
@@ -60,7 +64,7 @@ def check_sentinels(target: Target) -> None:
                 found = run_layer(layer, inputs)
             expect(len(guards.blocks) >= len(found), f"{len(guards.blocks)} guarded results of {len(found)}")
             expect(not guards.broken(), f"{case.id}, TP {tp}: written beside results {guards.broken()}")
-            expect_same_bits(f"{case.id}, TP {tp}: with sentinels and without", expected, found)
+            target.expect_same_bits(f"{case.id}, TP {tp}: with sentinels and without", expected, found)
             # the sentinels do see a byte too far
             guards.blocks[-1][GUARD - 1] ^= 1
             expect(guards.broken() == [len(guards.blocks) - 1], "a byte before a result was changed, and not seen")

@@ -5,31 +5,45 @@ Those that depend on what happened in their process before say so; they want a f
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import psutil
 import torch
 from torch import Tensor
 
-from ktverify.checks.behaviour import MIDDLE, WIDE
-from ktverify.checks.target import SMALL, Target, bits, expect, same_bits
+from ktverify.checks.causes import Cause
+from ktverify.checks.check import Function, Where, check
+from ktverify.checks.target import MIDDLE, SMALL, WIDE, Target, bits, expect, same_bits
 from ktverify.engines.run import run_layer
 from ktverify.isolation.child import processes_of, resident_of
-from ktverify.judge import gates, reference
-from ktverify.judge.metrics import compare
+from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS, LORA_NAMES, OUTPUT
-from ktverify.system.paths import ROOT
+
+# sentences of docs/contract.md
+FORKED = "A process forked before the first use, or in the middle of another thread's call, has a layer that works."
+PYTHON_THREADS = (
+    "Several Python threads may share a layer or have layers of their own, and other Python code runs while a call "
+    "computes."
+)
+NO_MEMORY = "Memory that ends while experts are packed: MemoryError, and the same call works once there is enough."
+
+
+def _process(
+    contract: str, *, gates: tuple[str, ...] = (), native: bool = True, **more: Any
+) -> Callable[[Function], Function]:
+    """Enter a check of this module: on the best instruction set, because all of them share what it looks at."""
+    return check("processes", contract, gates=gates, where=Where.BEST_ISA, native=native, **more)
 
 
 def digest(found: dict[str, Tensor]) -> str:
@@ -75,6 +89,7 @@ def fork_and_run(target: Target, case: Case, layer: object | None = None) -> str
     return text
 
 
+@_process(FORKED, internal=True, fresh_process=True)
 def check_fork_before_use(target: Target) -> None:
     """Forked after the import, and after a layer was built and loaded, parent and child compute the same bits."""
     torch.set_num_threads(1)
@@ -86,6 +101,7 @@ def check_fork_before_use(target: Target) -> None:
     expect(forked == [own, own], "a forked process computes other bits than its parent")
 
 
+@_process(PYTHON_THREADS, cause=Cause.THREADS)
 def check_threads_with_layers_of_their_own(target: Target) -> None:
     """Python threads that each have a layer get the bits that one thread gets."""
     torch.set_num_threads(1)
@@ -105,6 +121,7 @@ def check_threads_with_layers_of_their_own(target: Target) -> None:
     expect(not failed, "; ".join(failed[:4]))
 
 
+@_process(PYTHON_THREADS, cause=Cause.THREADS)
 def check_threads_that_share_a_layer(target: Target) -> None:
     """Python threads that call one layer's forward at once each get their own batch's bits."""
     torch.set_num_threads(1)
@@ -143,6 +160,7 @@ def _in_threads(work: object, count: int) -> None:
         expect(not thread.is_alive(), "a thread hangs")
 
 
+@_process(PYTHON_THREADS, internal=True)
 def check_interpreter_runs_on(target: Target) -> None:
     """While one thread is inside forward and backward, another Python thread makes progress."""
     case = Case.parse("E=4,k=2,H=512,I=512,T=256,r=8,alpha=16")
@@ -188,6 +206,13 @@ def _workers() -> int:
     return sum(process.num_threads() - 1 for process in processes_of(os.getpid()))
 
 
+@_process(
+    "cpuinfer_threads is a ceiling, and so is the number of processors that the process may run on.",
+    gates=("resources",),
+    cause=Cause.THREADS,
+    fresh_process=True,
+    native=False,
+)
 def check_threads_have_a_ceiling(target: Target) -> None:
     """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut."""
     torch.set_num_threads(1)
@@ -203,6 +228,12 @@ def check_threads_have_a_ceiling(target: Target) -> None:
         del layer
 
 
+@_process(
+    "An expert that no token has reached costs no memory for its weights.",
+    gates=("resources",),
+    fresh_process=True,
+    native=False,
+)
 def check_idle_experts_take_no_memory(target: Target) -> None:
     """A layer of 128 experts, of which one token reaches two, holds the memory of a few experts."""
     case = Case.parse("E=128,k=2,H=1024,I=1024,T=1,r=1,alpha=2")
@@ -222,6 +253,7 @@ def check_idle_experts_take_no_memory(target: Target) -> None:
     del layer
 
 
+@_process("a waiting backward keeps those of its forward", gates=("bits",), cause=Cause.STALE_LORA, native=False)
 def check_update_while_forward_waits(target: Target) -> None:
     """The backward of a forward that was saved before update_lora_weights belongs to the values of its forward."""
     inputs = make_inputs(MIDDLE)
@@ -239,6 +271,7 @@ def check_update_while_forward_waits(target: Target) -> None:
     target.expect_same_bits("the forward after the update", target.run(MIDDLE, changed), run_layer(layer, inputs))
 
 
+@_process(FORKED, internal=True, fresh_process=True)
 def check_fork_during_a_call(target: Target) -> None:
     """A process forked while another thread computes has a layer that works."""
     inputs = make_inputs(MIDDLE)
@@ -269,6 +302,7 @@ def check_fork_during_a_call(target: Target) -> None:
         busy.join()
 
 
+@_process("New base weights are refused while a forward waits (RuntimeError).", internal=True, fresh_process=True)
 def check_reload_refused_while_forward_waits(target: Target) -> None:
     """New base weights are refused while a saved forward waits for its backward, which then works."""
     inputs = make_inputs(SMALL)
@@ -286,6 +320,7 @@ def check_reload_refused_while_forward_waits(target: Target) -> None:
     expect(torch.equal(grad_input, expected["grad_input"]), "the backward after the refusal gives other bits")
 
 
+@_process(NO_MEMORY, internal=True, fresh_process=True)
 def check_no_memory_half_way(target: Target) -> None:
     """Memory that ends while experts are packed: MemoryError, and the same call is right once there is enough."""
     case = Case.parse("E=16,k=8,H=1024,I=1024,T=16,r=4,alpha=8")
@@ -308,6 +343,7 @@ def check_no_memory_half_way(target: Target) -> None:
     expect(refused > 0, "no limit was low enough: nothing was tried")
 
 
+@_process(NO_MEMORY, gates=("bits",), internal=True, fresh_process=True)
 def check_no_memory_for_another_dtype(target: Target) -> None:
     """Memory that ends while LoRA of another dtype is taken over: MemoryError, and the layer is what it was."""
     inputs = make_inputs(SMALL)
@@ -319,72 +355,3 @@ def check_no_memory_for_another_dtype(target: Target) -> None:
         target.expect_same_bits("after MemoryError", target.run(SMALL, inputs), run_layer(layer, inputs))
         return
     raise AssertionError("the layer was not built anew")
-
-
-# ---- instruction sets: of the native engine
-
-
-@contextlib.contextmanager
-def _variable(isa: str | None) -> Iterator[None]:
-    """KTVERIFY_ISA is `isa` inside, and not set for None."""
-    before = os.environ.pop("KTVERIFY_ISA", None)
-    if isa is not None:
-        os.environ["KTVERIFY_ISA"] = isa
-    try:
-        yield
-    finally:
-        os.environ.pop("KTVERIFY_ISA", None)
-        if before is not None:
-            os.environ["KTVERIFY_ISA"] = before
-
-
-def check_isa_is_kept(isa: str) -> None:
-    """A layer that was asked for `isa` says that it computes with it; so does one that KTVERIFY_ISA asked for."""
-    expect(Target("native", isa).bare().isa == isa, f"isa={isa!r} gave another")
-    with _variable(isa):
-        expect(Target("native").bare().isa == isa, f"KTVERIFY_ISA={isa} gave another")
-
-
-def check_isa_refused(isa: str, error_name: str, mention: str, by_variable: bool) -> None:
-    """AssertionError unless a layer for `isa` is refused with that error, whose text holds `mention`."""
-    target = Target("native", None if by_variable else isa)
-    try:
-        with _variable(isa if by_variable else None):
-            layer = target.bare()
-    except Exception as error:
-        expect(type(error).__name__ == error_name, f"isa {isa}: must raise {error_name}, raised {error!r}")
-        expect(mention in str(error), f"isa {isa}: the error must say {mention!r}, it says {error}")
-        return
-    raise AssertionError(f"isa {isa} was asked for and {layer.isa} computes: a fallback in silence")
-
-
-def check_accumulation(isa: str | None) -> None:
-    """backward(..., accumulate=True) sums the LoRA gradients of many different calls with the error of one call."""
-    target = Target("native", isa)
-    inputs = make_inputs(MIDDLE)
-    layer = target.layer(MIDDLE, inputs)
-    total = {name: torch.zeros_like(inputs.lora[name], dtype=torch.float64) for name in LORA_NAMES}
-    found: dict[str, torch.Tensor] = {}
-    for call in range(24):
-        # every call has the tokens in another order and another sign: its terms neither repeat nor vanish
-        here = replace(inputs, grad_output=inputs.grad_output.roll(call, 0) * (1 if call % 3 else -1))
-        layer.forward_sft(here.hidden_states, here.expert_ids, here.weights, save_for_backward=True)
-        found = layer.backward(here.grad_output, accumulate=True)[1]
-        for name, gradient in reference.forward_backward(here).items():
-            if name.removeprefix("grad_") in total:
-                total[name.removeprefix("grad_")] += gradient
-    for name, exact in total.items():
-        apart = compare(found[f"grad_{name}"], exact).rel_l2
-        limit = gates.own_limit(MIDDLE, f"grad_{name}", isa or "")
-        assert limit is not None
-        expect(apart < limit, f"grad_{name} summed over 24 calls is {apart:.1e} from the oracle, limit {limit:.1e}")
-
-
-def loaded_modules(statement: str) -> list[str]:
-    """Top-level modules that a new interpreter has loaded after `statement`."""
-    import subprocess
-    import sys
-
-    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()

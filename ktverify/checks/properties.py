@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ktverify.checks.behaviour import changed
-from ktverify.checks.property_trial import Right, Tensors, Trial, rows_of, with_case
+from ktverify.checks.altered_inputs import changed, rows_of, with_case
+from ktverify.checks.check import Check
+from ktverify.checks.check import enter as enter_checks
+from ktverify.checks.judging import BUDGET, NUMBERS
+from ktverify.checks.property_trial import Right, Tensors, Trial
 from ktverify.checks.target import Target, expect
 from ktverify.judge import gates, metrics, reference
 from ktverify.spec.cases import Case
@@ -42,12 +45,26 @@ def states(what: str, *, splits: bool = False, **fixed: object) -> Callable[[Cal
     """Enters the function under its name."""
 
     def enter(check: Callable[[Trial], None]) -> None:
-        PROPERTIES[check.__name__] = Property(check, what, fixed, splits)
+        name = check.__name__
+        PROPERTIES[name] = Property(check, what, fixed, splits)
+        enter_checks(
+            [
+                Check(
+                    f"property/{name}",
+                    "properties",
+                    check_property,
+                    BUDGET,
+                    NUMBERS,
+                    arguments={"name": name},
+                    drawn=True,
+                )
+            ]
+        )
 
     return enter
 
 
-def check(target: Target, name: str, case: Case) -> tuple[int, int]:
+def check_property(target: Target, name: str, case: Case) -> tuple[int, int]:
     """(comparisons, those that could be believed) of property `name` on `case`. AssertionError where it is violated."""
     trial = Trial(target, case)
     PROPERTIES[name].check(trial)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from ktverify.checks.behaviour import changed
 from ktverify.checks.target import Target, expect_same_bits
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics, reference
@@ -132,15 +131,3 @@ class Trial:
                     f"{what}\nFAIL {name}: {apart.rel_l2:.1e} apart, budget {numbers['tp']['rel_l2']:.1e}, "
                     f"worst {list(apart.worst_index)}"
                 )
-
-
-def with_case(inputs: Inputs, **sizes: object) -> Inputs:
-    """`inputs` under another case: `sizes` are fields of Case."""
-    return replace(inputs, case=replace(inputs.case, **sizes))  # type: ignore[arg-type]
-
-
-def rows_of(inputs: Inputs, rows: slice | Tensor) -> Inputs:
-    """`inputs` with some of its tokens, in that order."""
-    tokens = ("hidden_states", "expert_ids", "weights", "grad_output")
-    part = changed(inputs, **{name: getattr(inputs, name)[rows] for name in tokens})
-    return with_case(part, qlen=len(part.hidden_states))

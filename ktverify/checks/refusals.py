@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ktverify.checks.causes import Cause
+from ktverify.checks.check import Check, Where, enter
 from ktverify.checks.target import SMALL, Target
 from ktverify.engines.run import run_layer
 from ktverify.errors import EngineDied, Unsupported
@@ -349,20 +351,40 @@ def _inputs() -> Iterable[tuple[str, Refusal]]:
         )
 
 
-def _as_table(*parts: Iterable[tuple[str, Refusal]]) -> dict[str, Refusal]:
-    table: dict[str, Refusal] = {}
-    for part in parts:
-        for name, refusal in part:
-            if name in table:
-                raise ValueError(f"two refusals are called {name!r}")
-            table[name] = refusal
-    return table
+# a table of refusals -> the sentences of docs/contract.md that it holds an engine to
+_PARTS = {
+    _constructor: "Bad input is refused before anything is computed or changed.",
+    _weights: "base weights, LoRA or physical_map of another shape",
+    _order: "forward before the base weights or LoRA, update before LoRA",
+    _inputs: "hidden_states, expert_ids or weights of another shape; more rows than chunked_prefill_size",
+}
+REFUSALS: dict[str, Refusal] = {}
 
 
-REFUSALS = _as_table(_constructor(), _weights(), _order(), _inputs())
+def _enter_parts() -> None:
+    for part, contract in _PARTS.items():
+        for name, refusal in part():
+            REFUSALS[name] = refusal
+            enter([_check(name, check_refusal, contract, name=name)])
 
 
-# ---- rows that no Stage can hold
+def _check(id: str, function: Callable[..., object], contract: str, **arguments: object) -> Check:
+    return Check(
+        f"refusals/{id}",
+        "contract",
+        function,
+        contract,
+        ("refusal", "bits"),
+        cause=Cause.REFUSAL,
+        arguments=arguments,
+        where=Where.OWN_CHOICE,
+    )
+
+
+_enter_parts()
+
+
+# ---- rows that need a layer of their own
 
 
 def check_out_of_memory(target: Target) -> None:
@@ -398,3 +420,6 @@ def check_out_of_memory(target: Target) -> None:
     else:
         target.accepted(f"{4 * memory / 2**30:.0f} GiB of weights")
     target.expect_same_bits("before the MemoryError and after it", before, target.run(SMALL, inputs))
+
+
+enter([_check("out of memory", check_out_of_memory, "more memory than there is")])

@@ -20,10 +20,17 @@ from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.machine import amx_state
 
 # multiples of 32, also in four parts: an engine that fails on other sizes fails the checks that are about them
 SMALL = Case.parse("E=6,k=2,H=64,I=128,T=9,r=4,alpha=8")
 ODD = Case.parse("E=5,k=3,H=97,I=47,T=7,r=3,alpha=5")
+# wide enough for several blocks and threads; multiples of 32, because odd sizes have checks of their own
+MIDDLE = Case.parse("E=6,k=2,H=224,I=160,T=70,r=8,alpha=16")
+# MIDDLE as a multiple of nothing
+ODD_MIDDLE = Case.parse("E=6,k=2,H=203,I=137,T=70,r=7,alpha=16")
+# another width than SMALL and MIDDLE, more experts per token
+WIDE = Case.parse("E=5,k=3,H=96,I=64,T=7,r=3,alpha=5")
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,18 @@ class Target:
     def strict(self) -> bool:
         """True for an engine that claims fp32 sums: see `registry.strict`."""
         return registry.strict(self.engine)
+
+    @property
+    def label(self) -> str:
+        """The instruction set as reports show it: `isa`, the native engine's own choice, "" for other engines."""
+        name = self.isa or ""
+        if not name and self.engine == registry.NATIVE:
+            # importing it loads the compiled engine
+            from ktverify.engines.native.layer import chosen_isa
+
+            name = chosen_isa()
+        state = amx_state()
+        return f"{name} (emulated)" if name == "amx_bf16" and state.emulated and not state.usable else name
 
     def bare(self, case: Case = SMALL, **more: Any) -> Any:
         """A layer without weights; `more` overrides constructor arguments."""

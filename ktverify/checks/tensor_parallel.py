@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from torch import Tensor
 
-from ktverify.checks.expected import expected_of
+from ktverify.checks.causes import Cause
+from ktverify.checks.check import Check, Where, enter
+from ktverify.checks.judging import NUMBERS
+from ktverify.checks.problem import Problem, Result, live_oracle
 from ktverify.checks.target import SMALL, Target
-from ktverify.engines import registry
 from ktverify.errors import GateFailed
 from ktverify.judge import gates, metrics
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS
 
-TpResults = dict[int, dict[str, Tensor]]
+# how a line of judge_degrees begins that compares with the oracle, not with another degree
+AGAINST_THE_ORACLE = "TP "
 
 
 def degrees_that_work(intermediate: int, up_to: int) -> list[int]:
@@ -66,56 +70,125 @@ def check_bad_degree(target: Target, degree: int) -> None:
     target.accepted(f"threadpool_count {degree}")
 
 
-def run_degree(target: Target, cases: list[Case], degree: int) -> list[dict[str, Tensor]]:
-    """ALL_TENSORS of each case at one tensor-parallel degree."""
-    return [target.run(case, tp=degree) for case in cases]
+DEGREES = (1, 2, 4)
 
 
-def compare_degrees(target: Target, case: Case, found: TpResults) -> list[str]:
-    """What is wrong with the results of `case` at several degrees, in words; [] if nothing. See exceeded_by."""
-    return [line for _, _, line in exceeded_by(target, case, found)]
+def run_degree(target: Target, case: Case) -> dict[str, Tensor]:
+    """ALL_TENSORS of a case at the target's tensor parallel degree."""
+    return target.run(case)
 
 
-def exceeded_by(target: Target, case: Case, found: TpResults) -> list[tuple[str, float, str]]:
-    """(gate, share of its budget, line) for all that is wrong with `found`, against the oracle and each other.
+def check_degrees(target: Target, case: Case) -> None:
+    """GateFailed unless DEGREES, computed one after the other in this process, are right and agree."""
+    judge_degrees(target, case, {tp: run_degree(replace(target, tp=tp), case) for tp in DEGREES})
 
-    Each degree keeps the budgets of `gates`. Engines that are `engines.strict` moreover have the same bits at all
-    degrees of an integer case, and else differ between degrees by no more than a sum in another order may.
+
+def judge_degrees(target: Target, case: Case, found: dict[int, dict[str, Tensor]]) -> None:
+    """GateFailed unless the tensors of each degree are right and those of all degrees agree.
+
+    Each degree keeps the budgets of `gates`. Engines that claim fp32 sums moreover have the same bits at all degrees of
+    an integer case, and otherwise differ between degrees by no more than a sum in another order may.
     """
     inputs = make_inputs(case)
-    oracle, peer = expected_of(inputs)
-    wrong: list[tuple[str, float, str]] = []
+    oracle = live_oracle(inputs)
+    exceeded: list[tuple[str, float]] = []
+    lines: list[str] = [case.id]
+    wrong: Result | None = None
     first, *others = sorted(found)
     for degree in (first, *others):
         for name in ALL_TENSORS:
-            actual = found[degree][name]
             judgement = gates.judge(
                 case,
                 name,
-                metrics.compare(actual, oracle[name]),
-                peer[name],
-                own_engine=registry.strict(target.engine),
+                oracle.compare(name, found[degree][name]),
+                oracle.peer[name],
+                own_engine=target.strict,
                 isa=target.isa or "",
                 gates_off=target.gates_off,
             )
-            if judgement.verdict is not gates.Verdict.PASS:
-                line = f"TP {degree}: {judgement.line.partition(chr(10))[0]}"
-                bad = [gate for gate in judgement.gates if gate.verdict is not gates.Verdict.PASS]
-                wrong += [(gate.gate, gate.used, line) for gate in bad]
-    for degree in others if registry.strict(target.engine) else ():
+            if judgement.exceeded:
+                exceeded += [(gate.gate, gate.used) for gate in judgement.exceeded]
+                lines.append(f"{AGAINST_THE_ORACLE}{degree}: {judgement.line.partition(chr(10))[0]}")
+                wrong = wrong or Result(Problem(case, inputs, oracle, "fresh"), found[degree])
+    for degree in others if target.strict else ():
         if case.exact:
             try:
                 target.expect_same_bits(f"{case.id}: TP {first} and TP {degree}", found[first], found[degree])
             except GateFailed as error:
-                wrong += [(gate, used, str(error)) for gate, used in error.exceeded]
+                exceeded += error.exceeded
+                lines.append(str(error))
             continue
         budget = float(gates.tolerances()["tp"]["rel_l2"])
         for name in ALL_TENSORS:
             apart = metrics.compare(found[degree][name], found[first][name].double())
             if target.asks("tp") and not apart.rel_l2 <= budget:
-                line = (
+                exceeded.append(("tp", apart.rel_l2 / budget))
+                lines.append(
                     f"FAIL {name}: TP {degree} is {apart.rel_l2:.1e} from TP {first}, budget {budget:.1e}, "
                     f"worst {list(apart.worst_index)}"
                 )
-                wrong.append(("tp", apart.rel_l2 / budget, line))
-    return wrong
+    if exceeded:
+        raise GateFailed("\n".join(dict.fromkeys(lines)), tuple(exceeded), result=wrong)
+
+
+CASES = {
+    "gaussian": "E=8,k=2,H=256,I=256,T=48,r=8,alpha=16",
+    # 2 x 118 and 4 x 59 rows: parts that are no multiple of any block
+    "odd_parts": "E=5,k=3,H=97,I=236,T=33,r=5,alpha=8,routing=zipf,lora=float32",
+    "decode": "E=16,k=4,H=128,I=128,T=1,r=16,alpha=32",
+    "integer": "E=6,k=2,H=160,I=256,T=40,r=8,alpha=16,data=integer",
+    "permuted": "E=7,k=2,H=64,I=128,T=21,r=8,alpha=8,routing=masked,map=permuted",
+}
+# moe_intermediate_size -> degrees tried: primes, powers of two and their neighbours, the sizes of real models
+TRIED = {
+    2049: (1, 2, 3, 4, 8),
+    2048: (1, 2, 3, 4, 5, 6, 8),
+    1408: (2, 3, 4, 8, 11),
+    768: (2, 3, 4, 5, 7),
+    14336: (2, 3, 4, 7, 8),
+    47: (1, 2, 47),
+    48: (5, 7, 9, 12),
+    1: (1, 2),
+    6: (1, 2, 3, 4, 6, 12),
+}
+
+enter(
+    Check(
+        f"tp/{name}",
+        "tp_consistency",
+        check_degrees,
+        "Every tensor-parallel degree keeps the budget; under strict limits they also agree with each other, up to the "
+        "order of a sum.",
+        (*NUMBERS, "tp", "bits"),
+        cause=Cause.TP_PART,
+        case=Case.parse(text),
+    )
+    for name, text in CASES.items()
+)
+enter(
+    Check(
+        f"tp_constraint/{intermediate}/{degree}",
+        "tp_constraint",
+        check_degree,
+        "For TP, intermediate_size (2049) must be a multiple of threadpool_count (4)",
+        ("refusal",),
+        cause=Cause.REFUSAL,
+        arguments={"intermediate": intermediate, "degree": degree},
+        where=Where.OWN_CHOICE,
+    )
+    for intermediate, degrees in TRIED.items()
+    for degree in degrees
+)
+enter(
+    Check(
+        f"tp_constraint/{degree}",
+        "tp_constraint",
+        check_bad_degree,
+        "threadpool_count of 0 or less",
+        ("refusal",),
+        cause=Cause.REFUSAL,
+        arguments={"degree": degree},
+        where=Where.OWN_CHOICE,
+    )
+    for degree in (0, -1, -4)
+)

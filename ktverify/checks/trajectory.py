@@ -9,11 +9,14 @@ import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ktverify.checks.behaviour import judged
+from ktverify.checks.causes import Cause
+from ktverify.checks.check import Check, enter
+from ktverify.checks.judging import BUDGET, NUMBERS, judged
 from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_layer
 from ktverify.errors import GateFailed
@@ -95,10 +98,10 @@ def oracle_trajectory(case: Case, goal: Tensor) -> Trajectory:
     return train(inputs.lora, goal, forward, backward, lambda: None)
 
 
-def engine_trajectory(target: Target, case: Case, goal: Tensor, tp: int = 1) -> Trajectory:
+def engine_trajectory(target: Target, case: Case, goal: Tensor) -> Trajectory:
     """The steps through forward_sft, backward and update_lora_weights."""
     inputs = make_inputs(case)
-    layer = target.layer(case, inputs, tp=tp)
+    layer = target.layer(case, inputs)
 
     def forward() -> Tensor:
         # the last loss of the trajectory needs no backward, so nothing may be left outstanding by this
@@ -135,17 +138,17 @@ def _beside(case: Case) -> tuple[Tensor, Trajectory, Drift]:
     return goal, oracle, drift(engine_trajectory(Target("torch_bf16"), case, goal), oracle)
 
 
-def check_trajectory(target: Target, case: Case, tp: int = 1) -> dict[str, float]:
+def check_trajectory(target: Target, case: Case) -> dict[str, float]:
     """GateFailed unless losses and parameters keep to the oracle's as well as plain torch in bf16 does.
 
     Returns the share of its budget that each used, by name ("loss" and LORA_NAMES).
     """
     goal, oracle, peer = _beside(case)
-    found = engine_trajectory(target, case, goal, tp)
+    found = engine_trajectory(target, case, goal)
     # a trajectory that goes nowhere would agree with anything
     learns = oracle.losses[-1] < gates.tolerances()["training"]["learns"] * oracle.losses[0]
     expect(learns, f"the oracle learns nothing: {oracle.losses}")
-    return within_budgets(f"{case.id}, {STEPS} steps, TP {tp}", drift(found, oracle), peer, target.gates_off)
+    return within_budgets(f"{case.id}, {STEPS} steps, TP {target.tp}", drift(found, oracle), peer, target.gates_off)
 
 
 def within_budgets(what: str, own: Drift, peer: Drift, gates_off: frozenset[str] = gates.ALL_ON) -> dict[str, float]:
@@ -204,3 +207,32 @@ def check_update_between(target: Target, case: Case) -> None:
     grad_input, gradients = layer.backward(inputs.grad_output)
     found = {"grad_input": grad_input, **gradients}
     target.expect_same_bits("parameters changed between forward and backward", expected, found, tuple(found))
+
+
+UPDATE = (
+    "takes all six parameters over at once. Until then the layer computes with the values of the last update; a "
+    "waiting backward keeps those of its forward"
+)
+TRAINED = {
+    "fp32_parameters": "E=6,k=2,H=128,I=128,T=32,r=8,alpha=16,lora=float32",
+    "bf16_parameters": "E=6,k=2,H=128,I=128,T=32,r=8,alpha=16",
+    "odd_sizes_idle_experts": "E=9,k=3,H=97,I=46,T=24,r=3,alpha=6,routing=zipf,lora=float32",
+}
+_UPDATED = Case.parse(TRAINED["bf16_parameters"])
+_FP32 = Case.parse(TRAINED["fp32_parameters"])
+
+
+def _check(
+    name: str, function: Callable[..., object], contract: str, gates: tuple[str, ...], case: Case, **more: Any
+) -> Check:
+    return Check(f"training/{name}", "training_loop", function, contract, gates, Cause.STALE_LORA, case=case, **more)
+
+
+enter(
+    [
+        *(_check(name, check_trajectory, BUDGET, ("loss",), Case.parse(text)) for name, text in TRAINED.items()),
+        _check("tp", check_trajectory, BUDGET, ("loss",), _FP32, tp=(2,)),
+        _check("update", check_update, UPDATE, (*NUMBERS, "bits"), _UPDATED),
+        _check("update_between", check_update_between, UPDATE, ("bits",), _UPDATED),
+    ]
+)

@@ -18,6 +18,9 @@ from tabulate import tabulate
 
 from ktverify.checks import accuracy, isas
 from ktverify.checks.isas import Isa
+from ktverify.checks.problem import Problem
+from ktverify.checks.repro_commands import repro_command
+from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.isolation.child import call_fresh
 from ktverify.isolation.pool import workers
@@ -76,15 +79,18 @@ def judge(seed: int, wanted: list[Subject], glob: str | None = None, limit: int 
     torch.set_num_threads(1)
     runs = [Run(subject.label, seed) for subject in wanted]
     for case in small_cases(glob, limit):
-        here, given = case.with_seed(seed), None
+        here = case.with_seed(seed)
+        problem = Problem.of(here, fresh=True)
         for subject, run in zip(wanted, runs, strict=True):
-            command = accuracy.repro_command(here, engine=subject.engine, isa=subject.isa.label, fresh=True)
+            command = repro_command(here, engine=subject.engine, isa=subject.isa.label, fresh=True)
             try:
-                given = accuracy.check_case(subject.engine, here, isa=subject.isa.name, fresh=True, given=given)
+                result = accuracy.check_case(
+                    Target(subject.engine, subject.isa.name, threads=None), here, fresh=True, problem=problem
+                )
             except Exception as error:
                 run.failed.append(f"CRASH {here.id} {type(error).__name__}: {error}\n    {command}")
                 continue
-            for record in given.records:
+            for record in result.records:
                 if record.verdict in NOT_RUN:
                     run.unsupported += 1
                     continue

@@ -198,7 +198,9 @@ def repro(
                python -m ktverify repro small --engine kt_kernel --stand-alone small
     """
     from ktverify.checks import accuracy as checking
-    from ktverify.cli.verify import Found, Part, Subject, judged
+    from ktverify.checks.problem import Problem, Result, source_of
+    from ktverify.checks.target import Target
+    from ktverify.cli.verify import Found, Part, Question, judged
     from ktverify.diagnose.hook import add_cause
     from ktverify.engines.run import METHOD
     from ktverify.reproducer import bundle
@@ -206,50 +208,40 @@ def repro(
 
     parsed = Case.parse(case)
     wanted = checking.check_names(tensor, backward=True)
-    kept: list[checking.Checked] = []
+    kept: list[Result] = []
+    target = Target(engine, isa, tp, threads, method)
 
     def script() -> Found:
         bundle.script_of(engine)
         return [], []
 
     def run() -> Found:
-        checked = checking.check_case(
-            engine,
-            parsed,
-            isa=isa,
-            tp=tp,
-            threads=threads,
-            method=method,
-            fresh=fresh,
-            backward=tensor != ["output"],
-            tensors=tensor,
-        )
+        result = checking.check_case(target, parsed, fresh=fresh, backward=tensor != ["output"], tensors=tensor)
         if method == METHOD:
-            add_cause(checked, engine, isa=isa, tp=tp)
-        kept.append(checked)
-        return checked.records, []
+            add_cause(result, target)
+        kept.append(result)
+        return result.records, []
 
     def write() -> Found:
         # in a new process, where the engine has ended the other
-        checked = kept[0] if kept else checking.unanswered(parsed, fresh=fresh, method=method)
+        result = kept[0] if kept else Result(Problem.of(parsed, fresh=fresh, method=method))
         written = []
         if dump is not None:
-            written.append(f"{len(checking.dump(checked, str(dump)))} tensors in {dump}")
+            written.append(f"{len(checking.dump(result, str(dump)))} tensors in {dump}")
         if stand_alone is not None:
-            label = checking.isa_label(engine, isa)
-            script = bundle.write_checked(checked, engine, stand_alone, tp=tp, threads=threads or 0, label=label)
+            script = bundle.write_result(result, target, stand_alone)
             written.append(f"{script}: run it with a Python that has {engine}")
         return [], written
 
-    subject = Subject(engine, parsed, method, fresh, isa, threads, time_limit)
-    source = checking.source_of(parsed, fresh=fresh, method=method)
+    question = Question(target, parsed, fresh, time_limit)
+    source = source_of(parsed, fresh=fresh, method=method)
     todo = [Part(run, f"{parsed.id} on {engine}", wanted, tp, source)]
     if stand_alone is not None:
         # first: where there is no script, nothing need be computed
         todo.insert(0, Part(script, f"the stand-alone script of {engine}", ()))
     if dump is not None or stand_alone is not None:
         todo.append(Part(write, "writing", ()))
-    records, written = judged(subject, todo)
+    records, written = judged(question, todo)
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = [f"engine {engine}", f"ISA {records[0].isa or 'its own choice'}", f"TP {tp}"]
     if any(record.gates for record in records):
@@ -376,24 +368,26 @@ def verify(
                python -m ktverify verify --mode training --engine my_package.layer:make_layer
     """
     from ktverify.checks import accuracy as checking
+    from ktverify.checks.target import Target
     from ktverify.cli import verify as verifying
     from ktverify.engines.run import METHOD
     from ktverify.spec.cases import Case
 
-    _check_choice("--mode", mode, checking.MODES)
+    _check_choice("--mode", mode, verifying.MODES)
     _check_choice("--method", method, checking.METHODS)
-    parsed = Case.parse(case or checking.DEFAULT_CASE)
+    parsed = Case.parse(case or verifying.DEFAULT_CASE)
     if fresh is not None:
         parsed = parsed.with_seed(fresh)
-    degrees = checking.tp_degrees(parsed, tp)
+    degrees = verifying.tp_degrees(parsed, tp)
     if mode == "training" and method != METHOD:
         raise ValueError(f"--mode training steps the LoRA parameters, which {method} has no gradients for")
-    subject = verifying.Subject(engine, parsed, method, fresh is not None, isa, threads, time_limit)
+    target = Target(engine, isa, threads=threads, method=method)
+    question = verifying.Question(target, parsed, fresh is not None, time_limit)
     typer.echo(f"{parsed.id}: {parsed.why}")
-    parts = verifying.parts_of_calls(subject, degrees, mode) if mode != "training" else []
+    parts = verifying.parts_of_calls(question, degrees, mode) if mode != "training" else []
     if mode in ("training", "all") and method == METHOD:
-        parts += verifying.parts_of_training(subject, degrees, steps)
-    verifying.conclude(*verifying.judged(subject, parts))
+        parts += verifying.parts_of_training(question, degrees, steps)
+    verifying.conclude(*verifying.judged(question, parts))
 
 
 def _check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> None:

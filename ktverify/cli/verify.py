@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,14 @@ import typer
 from ktverify.errors import EngineDied
 
 if TYPE_CHECKING:
-    from ktverify.checks.accuracy import Checked
+    from ktverify.checks.problem import Problem
+    from ktverify.checks.target import Target
     from ktverify.runs.record import AccuracyRecord
     from ktverify.spec.cases import Case
+
+MODES = ("forward", "backward", "training", "all")
+TP_CHOICES = ("no-tp", "tp", "all")
+DEFAULT_CASE = "qwen3_30b_a3b_e8"
 
 # the records of a part, and what else there is to say of it
 Found = tuple[list["AccuracyRecord"], list[str]]
@@ -42,19 +47,29 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The engine, what it is asked, and the seconds that one of its calls may take."""
+class Question:
+    """What a command asks of an engine. fresh: the live oracle answers, also where there is a golden. time_limit: the
+    seconds that one call of the engine may take."""
 
-    engine: str
+    target: Target
     case: Case
-    method: str
     fresh: bool
-    isa: str | None
-    threads: int | None
     time_limit: float
 
 
-def judged(subject: Subject, parts: Sequence[Part]) -> Found:
+def tp_degrees(case: Case, choice: str) -> tuple[int, ...]:
+    """The tensor parallel degrees of `no-tp`, `tp` or `all` for a case. ValueError for another word, or for none."""
+    if choice not in TP_CHOICES:
+        raise ValueError(f"--tp is {choice!r}, it takes one of {', '.join(TP_CHOICES)}")
+    if choice == "no-tp":
+        return (1,)
+    degrees = tuple(degree for degree in case.tp if degree > 1 or choice == "all")
+    if not degrees:
+        raise ValueError(f"{case.id} has no TP degree above 1: I = {case.intermediate}")
+    return degrees
+
+
+def judged(question: Question, parts: Sequence[Part]) -> Found:
     """The records of all parts in their order: those of one that took its process down say so.
 
     RuntimeError where that one judges nothing.
@@ -64,26 +79,16 @@ def judged(subject: Subject, parts: Sequence[Part]) -> Found:
 
     records: list[AccuracyRecord] = []
     said: list[str] = []
-    with closing(Parts([part.run for part in parts], subject.time_limit)) as supervised:
+    with closing(Parts([part.run for part in parts], question.time_limit)) as supervised:
         for number, part in enumerate(parts):
             try:
                 found, more = supervised.value(number, progress(part.shown) if part.shown else nullcontext())
             except EngineDied as ended:
                 if not part.tensors:
                     raise RuntimeError(f"{part.shown}: {ended}") from None
-                label = checking.isa_label(subject.engine, subject.isa)
+                target = replace(question.target, tp=part.tp)
                 found, more = (
-                    checking.lost(
-                        ended,
-                        part.tensors,
-                        subject.engine,
-                        subject.case,
-                        label,
-                        tp=part.tp,
-                        source=part.source,
-                        method=subject.method,
-                        family=part.family,
-                    ),
+                    checking.lost(ended, part.tensors, target, question.case, source=part.source, family=part.family),
                     [],
                 )
             records += found
@@ -91,59 +96,59 @@ def judged(subject: Subject, parts: Sequence[Part]) -> Found:
     return records, said
 
 
-def parts_of_calls(subject: Subject, degrees: Sequence[int], mode: str) -> list[Part]:
+def parts_of_calls(question: Question, degrees: Sequence[int], mode: str) -> list[Part]:
     """Forward and backward at every TP degree; expected values are computed once, by each process."""
     from ktverify.checks import accuracy as checking
+    from ktverify.checks.problem import source_of
     from ktverify.diagnose.hook import add_cause
     from ktverify.engines.run import METHOD
     from ktverify.spec import names
 
     wanted = {"forward": (names.OUTPUT,), "backward": names.BACKWARD_TENSORS}.get(mode, names.ALL_TENSORS)
-    kept: list[Checked] = []
+    case, method = question.case, question.target.method
+    kept: list[Problem] = []
 
     def run(degree: int) -> Found:
-        checked = checking.check_case(
-            subject.engine,
-            subject.case,
-            isa=subject.isa,
-            tp=degree,
-            threads=subject.threads,
-            method=subject.method,
-            fresh=subject.fresh,
+        target = replace(question.target, tp=degree)
+        result = checking.check_case(
+            target,
+            case,
+            fresh=question.fresh,
             backward=mode != "forward",
             tensors=wanted,
-            given=kept[0] if kept else None,
+            problem=kept[0] if kept else None,
         )
-        if subject.method == METHOD:
-            add_cause(checked, subject.engine, isa=subject.isa, tp=degree)
-        kept[:] = [checked]
-        return checked.records, []
+        if method == METHOD:
+            add_cause(result, target)
+        kept[:] = [result.problem]
+        return result.records, []
 
     shown = mode if mode != "all" else "forward and backward"
-    source = checking.source_of(subject.case, fresh=subject.fresh, method=subject.method)
+    source = source_of(case, fresh=question.fresh, method=method)
     return [Part(partial(run, degree), f"{shown}, TP {degree}", wanted, degree, source) for degree in degrees]
 
 
-def parts_of_training(subject: Subject, degrees: Sequence[int], steps: int) -> list[Part]:
+def parts_of_training(question: Question, degrees: Sequence[int], steps: int) -> list[Part]:
     """A training at every TP degree: the worst step's record of each tensor, and what is wrong with the losses."""
     from ktverify.spec import names
 
     source = "fresh"
     return [
-        Part(partial(_trained, subject, degree, steps, source), "", names.ALL_TENSORS, degree, source, "training")
+        Part(partial(_trained, question, degree, steps, source), "", names.ALL_TENSORS, degree, source, "training")
         for degree in degrees
     ]
 
 
-def _trained(subject: Subject, tp: int, steps: int, source: str) -> Found:
+def _trained(question: Question, tp: int, steps: int, source: str) -> Found:
     from ktverify.checks import accuracy as checking
+    from ktverify.checks.training_steps import check_training, loss_problem, worst_of_steps
     from ktverify.engines.run import RAISED
     from ktverify.spec import names
 
-    engine, case = subject.engine, subject.case
+    target, case = replace(question.target, tp=tp), question.case
     done: list[list[AccuracyRecord]] = []
     losses: list[float] = []
-    training = checking.check_training(engine, case, tp=tp, steps=steps, isa=subject.isa, threads=subject.threads)
+    training = check_training(target, case, steps=steps)
     try:
         for loss, found in training:
             done.append(found)
@@ -151,15 +156,14 @@ def _trained(subject: Subject, tp: int, steps: int, source: str) -> Found:
             typer.echo(f"TP {tp}, step {len(done):2d}: loss {loss:.6g}", err=True)
     except RAISED as error:
         told = checking.as_told(error)
-        label = checking.isa_label(engine, subject.isa)
-        return checking.lost(told, names.ALL_TENSORS, engine, case, label, tp=tp, source=source, family="training"), []
-    problem = checking.loss_problem(losses)
-    return checking.worst_of_steps(done), [f"FAIL training at TP {tp}: {problem}"] if problem else []
+        return checking.lost(told, names.ALL_TENSORS, target, case, source=source, family="training"), []
+    problem = loss_problem(losses)
+    return worst_of_steps(done), [f"FAIL training at TP {tp}: {problem}"] if problem else []
 
 
 def conclude(records: list[AccuracyRecord], problems: list[str]) -> None:
     """Print the table, what failed and the verdict; exit 1 unless something passed, and all that the engine claims."""
-    from ktverify.diagnose.hook import cause_of
+    from ktverify.checks.causes import cause_of
     from ktverify.report import console
     from ktverify.report.problems import problem_text
 

@@ -29,12 +29,7 @@ from typing import Any
 from ktverify.isolation.host import end_with_parent
 from ktverify.system.paths import ROOT
 
-_PRELOADED = (
-    "ktverify.checks.accuracy",
-    "ktverify.checks.case_accuracy",
-    "ktverify.checks.behaviour",
-    "ktverify.checks.trajectory",
-)
+_PRELOADED = ("ktverify.checks.registry",)
 _NOT_YET = ("ktverify.experts", "ktverify._native")
 _LENGTH = struct.Struct("<Q")
 # for a process that has no more to do

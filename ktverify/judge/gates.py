@@ -88,6 +88,11 @@ class Judgement:
     gates: tuple[GateResult, ...]
     line: str
 
+    @property
+    def exceeded(self) -> tuple[GateResult, ...]:
+        """The gates that did not pass."""
+        return tuple(gate for gate in self.gates if gate.verdict is not Verdict.PASS)
+
 
 @functools.cache
 def tolerances() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS
-from ktverify.mutants.checks import Exceeded
+from ktverify.mutants.kills import Exceeded
 from ktverify.mutants.runner import NOT_OF_ENGINES, Result, worst
 
 COMMAND = "python -m ktverify mutants"

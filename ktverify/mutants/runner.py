@@ -11,10 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
+from ktverify.checks import registry
 from ktverify.isolation.pool import workers
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS, Mutant
-from ktverify.mutants.checks import TABLE, Exceeded, ask
+from ktverify.mutants.kills import Exceeded, ask
 
 # judges the case, not the engine: see tests/mutants/test_mutants.py for what it catches
 NOT_OF_ENGINES = "trust"
@@ -46,7 +47,7 @@ def worst(kills: dict[str, list[Exceeded]]) -> Exceeded:
 
 
 def _one_check(key: str, names: list[str]) -> tuple[str, dict[str, list[Exceeded]]]:
-    return key, {name: ask(TABLE[key], MUTANTS[name].engine) for name in names}
+    return key, {name: ask(registry.find(key), MUTANTS[name].engine) for name in names}
 
 
 def _one_gate(gate: str, name: str, keys: list[str]) -> tuple[str, str, bool]:
@@ -54,7 +55,7 @@ def _one_gate(gate: str, name: str, keys: list[str]) -> tuple[str, str, bool]:
 
     Turning a gate off adds no failure, so the checks that the mutant passes need not be asked again.
     """
-    return gate, name, not any(ask(TABLE[key], MUTANTS[name].engine, gate) for key in keys)
+    return gate, name, not any(ask(registry.find(key), MUTANTS[name].engine, gate) for key in keys)
 
 
 def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[str]:
@@ -66,12 +67,13 @@ def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[s
 
 
 def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None]) -> Result:
-    """All of TABLE on `mutants` in `jobs` processes; `step` is told (done, of, what) as it goes on."""
+    """Ask `mutants` all checks of `of_any_engine` in `jobs` processes. step: called with (done, of, what)."""
     names = [mutant.name for mutant in mutants]
-    result = Result(len(TABLE), {name: {} for name in names})
-    order = {key: place for place, key in enumerate(TABLE)}
+    table = [check.id for check in registry.of_any_engine()]
+    result = Result(len(table), {name: {} for name in names})
+    order = {key: place for place, key in enumerate(table)}
     with workers(jobs) as pool:
-        waiting = [pool.submit(_one_check, key, names) for key in TABLE]
+        waiting = [pool.submit(_one_check, key, names) for key in table]
         for done, future in enumerate(as_completed(waiting), start=1):
             key, found = future.result()
             for name, exceeded in found.items():

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from ktverify.checks.accuracy import Checked, LiveOracle, isa_name
+from ktverify.checks.problem import LiveOracle, Result
+from ktverify.checks.repro_commands import isa_name
+from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.engines.run import IMPORT, call_of
 from ktverify.judge.gates import judge
@@ -77,14 +79,13 @@ def write(inputs: Inputs, oracle: LiveOracle, script: Path, directory: str | os.
     return write_whole(target / SCRIPT, script.read_text(encoding="utf-8"))
 
 
-def write_checked(
-    checked: Checked, engine: str, directory: str | os.PathLike[str], *, tp: int = 1, threads: int = 0, label: str = ""
-) -> Path:
-    """write for a case that was checked here, on the instruction set that `label` names."""
-    oracle = checked.expected if isinstance(checked.expected, LiveOracle) else LiveOracle.of(checked.inputs)
-    suite = {record.tensor: record.rel_l2 for record in checked.records if record.gates}
-    how = Setting(tp, threads, isa_name(label), suite)
-    return write(checked.inputs, oracle, script_of(engine), directory, how)
+def write_result(result: Result, target: Target, directory: str | os.PathLike[str]) -> Path:
+    """write for a case that was judged here."""
+    problem = result.problem
+    oracle = problem.expected if isinstance(problem.expected, LiveOracle) else LiveOracle.of(problem.inputs)
+    suite = {record.tensor: record.rel_l2 for record in result.records if record.gates}
+    how = Setting(target.tp, target.threads or 0, isa_name(target.label), suite)
+    return write(problem.inputs, oracle, script_of(target.engine), directory, how)
 
 
 def _budgets(inputs: Inputs, oracle: LiveOracle) -> dict[str, float]:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from ktverify.checks.accuracy import LiveOracle, isa_name
+from ktverify.checks.problem import LiveOracle
+from ktverify.checks.repro_commands import isa_name
 from ktverify.engines import registry
 from ktverify.isolation.hosted import Hosted
 from ktverify.isolation.process import how_it_ended

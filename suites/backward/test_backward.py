@@ -1,12 +1,11 @@
-"""grad_input, the six LoRA gradients and the routing gradient, each by name, for every case and instruction set."""
+"""Every case on every instruction set: grad_input, six LoRA gradients by name, routing gradient against the oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ktverify.checks.check import Check
 from ktverify.checks.isas import Isa
-from ktverify.spec.cases import Case
+from ktverify.pytest_plugin import Ask
 
 
-def test_case(judge_case: Callable[[str, Case, Isa], None], case: Case, isa: Isa) -> None:
-    judge_case("backward", case, isa)
+def test_case(ask: Ask, check: Check, isa: Isa) -> None:
+    ask.accuracy(check, isa)

@@ -1,12 +1,11 @@
-"""The forward's output, for every case of the catalogue and every instruction set that this CPU can run."""
+"""Every case on every instruction set: output against the oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+from ktverify.checks.check import Check
 from ktverify.checks.isas import Isa
-from ktverify.spec.cases import Case
+from ktverify.pytest_plugin import Ask
 
 
-def test_case(judge_case: Callable[[str, Case, Isa], None], case: Case, isa: Isa) -> None:
-    judge_case("forward", case, isa)
+def test_case(ask: Ask, check: Check, isa: Isa) -> None:
+    ask.accuracy(check, isa)

@@ -2,62 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from ktverify.checks import isas, properties, property_search
+from ktverify.checks import isas, property_search
+from ktverify.checks.check import Check
 from ktverify.checks.isas import Isa
 from ktverify.checks.properties import PROPERTIES
 from ktverify.checks.target import Target
 from ktverify.engines import registry
-from ktverify.isolation.child import ChildPool
+from ktverify.pytest_plugin import Ask, each
 from ktverify.spec.cases import Case
 
 # cases for each property: on the best instruction set, on each of the others, on an emulated one
 BEST, OTHER, EMULATED = 15, 2, 1
 
 
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_property(
-    name: str,
-    engine: str,
-    isa: Isa,
-    children: ChildPool,
-    fresh: int | None,
-    pytestconfig: pytest.Config,
-    about: Callable[[Case | None, int], None],
-) -> None:
+@each("property")
+def test_property(ask: Ask, check: Check, isa: Isa, pytestconfig: pytest.Config) -> None:
+    name, option = check.name, pytestconfig.option
+
     def run(case: Case) -> tuple[int, int]:
         try:
-            compared, believed = children.get(isa.env).call(
-                properties.check, target=Target(engine, isa.name), name=name, case=case
-            )
+            child = ask.children.get(isa.env)
+            compared, believed = child.call(check.function, Target(ask.engine, isa.name), name=name, case=case)
         except Exception as error:
-            # a process that the case ends, it ends without the property too; a relation of two calls is more than it
-            about(case if hasattr(error, "verdict") else None, 2 if PROPERTIES[name].splits else 1)
+            # a case that ends the process ends it without the property too; a relation of two calls is more than a case
+            ask.about(case if hasattr(error, "verdict") else None, 2 if PROPERTIES[name].splits else 1)
             raise
         return int(compared), int(believed)
 
-    # pytest knows a family's own options only where the family was named on the command line
-    text = pytestconfig.getoption("--case", default=None)
-    if text is not None:
-        run(_given(text, name))
+    if option.case is not None:
+        run(_given(option.case, name))
         return
-    best = isa == isas.planned(engine)[0]
+    best = isa == isas.planned(ask.engine)[0]
     usual = EMULATED if isa.emulated else BEST if best else OTHER
+    sizes = property_search.TINY if isa.emulated else property_search.ORDINARY
+    chosen = f" --isa {isa.id}" if isa.name else ""
     property_search.search(
         name,
         PROPERTIES[name],
         run,
-        examples=pytestconfig.getoption("--examples", default=None) or usual,
-        sizes=replace(
-            property_search.TINY if isa.emulated else property_search.ORDINARY,
-            step=pytestconfig.getoption("--sizes-of", default=None) or 1,
-        ),
-        fresh=fresh or 0,
-        options=_options(engine, isa),
+        examples=option.examples or usual,
+        sizes=replace(sizes, step=option.sizes_of or 1),
+        fresh=ask.fresh or 0,
+        options=f"{registry.option(ask.engine)}{chosen}",
     )
 
 
@@ -67,8 +57,3 @@ def _given(text: str, name: str) -> Case:
     if lacking:
         pytest.skip(f"{name} is a property of cases with {', '.join(lacking)}")
     return case
-
-
-def _options(engine: str, isa: Isa) -> str:
-    chosen = f" --isa {isa.id}" if isa.name else ""
-    return f"{registry.option(engine)}{chosen}"

@@ -79,7 +79,7 @@ def _search(name: str, engine: str, examples: int) -> None:
     property_search.search(
         name,
         PROPERTIES[name],
-        lambda case: properties.check(Target(engine), name, case),
+        lambda case: properties.check_property(Target(engine), name, case),
         examples=examples,
         sizes=SMALL,
         options=f" --engine {engine}",
@@ -104,7 +104,7 @@ def test_wrong_engine_violates_it(name: str) -> None:
     assert repeat == f"pytest suites/properties -k {name} --case '{case.id}' --engine {VIOLATED[name]}"
     # the case alone repeats it
     with pytest.raises((AssertionError, RuntimeError)):
-        properties.check(Target(VIOLATED[name]), name, case)
+        properties.check_property(Target(VIOLATED[name]), name, case)
 
 
 def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:

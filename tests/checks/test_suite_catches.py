@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,13 +16,14 @@ from typing import Any, cast
 import psutil
 import pytest
 
-from ktverify import pytest_plugin
-from ktverify.checks import behaviour, case_accuracy, exact, isas, refusals, tensor_parallel, trajectory
+from ktverify.checks import accuracy, exact, isas, registry, tensor_parallel, trajectory
 from ktverify.checks.target import Target
 from ktverify.checks.trajectory import Drift, within_budgets
 from ktverify.errors import EngineDied, GateFailed
 from ktverify.isolation.child import Child, ChildPool, Limits
 from ktverify.mutants import MUTANTS
+from ktverify.pytest_plugin.ask import Ask, judge_family
+from ktverify.pytest_plugin.recording import Recording, verdict_on
 from ktverify.runs.store import load
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
@@ -43,25 +43,17 @@ LIMITS = Limits(20.0, 3 << 30)
 
 def forward(child: Child, engine: str, case: Case) -> None:
     """What suites/forward does with a case."""
-    case_accuracy.assert_passed(
-        child.call(case_accuracy.check_case, family="forward", engine=engine, case=case, fresh=1)
-    )
+    accuracy.assert_passed(child.call(judge_family, Target(engine), case.with_seed(1), "forward", True))
 
 
 def backward(child: Child, engine: str, case: Case) -> None:
     """What suites/backward does with a case."""
-    case_accuracy.assert_passed(
-        child.call(case_accuracy.check_case, family="backward", engine=engine, case=case, fresh=1)
-    )
+    accuracy.assert_passed(child.call(judge_family, Target(engine), case.with_seed(1), "backward", True))
 
 
 def tp_consistency(child: Child, engine: str, case: Case) -> None:
     """What suites/tp_consistency does with a case, but for the fresh processes."""
-    target = Target(engine)
-    run = tensor_parallel.run_degree
-    found = {degree: child.call(run, target=target, cases=[case], degree=degree)[0] for degree in (1, 2, 4)}
-    wrong = tensor_parallel.compare_degrees(target, case, found)
-    assert not wrong, "\n".join(wrong)
+    child.call(tensor_parallel.check_degrees, Target(engine), case)
 
 
 def bit_equality(child: Child, engine: str, case: Case) -> None:
@@ -83,16 +75,16 @@ def behaves(name: str) -> Any:
     """A check of suites/contract."""
 
     def check(child: Child, engine: str, case: Case) -> None:
-        child.call(getattr(behaviour, f"check_{name}"), target=Target(engine))
+        child.call(registry.find(f"behaviour/{name}").every_tp, Target(engine))
 
     return check
 
 
 def refusal(name: str) -> Any:
-    """A row of the refusal table."""
+    """A row of the table of refusals."""
 
     def check(child: Child, engine: str, case: Case) -> None:
-        child.call(refusals.check_refusal, target=Target(engine), name=name)
+        child.call(registry.find(f"refusals/{name}").every_tp, Target(engine))
 
     return check
 
@@ -189,13 +181,11 @@ def raises(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "verdict"), [("value", "CRASH"), ("unportable", "CRASH"), ("wrong", "FAIL")])
-def test_what_an_engine_raises_is_a_crash(
-    children: ChildPool, pytestconfig: pytest.Config, kind: str, verdict: str
-) -> None:
-    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
+def test_what_an_engine_raises_is_a_crash(children: ChildPool, kind: str, verdict: str) -> None:
     with pytest.raises(Exception, match="x") as found:
         children.get().call(raises, kind=kind)
-    assert plugin._verdict(SimpleNamespace(passed=False, skipped=False), found.value)[0] == verdict
+    report = cast(pytest.TestReport, SimpleNamespace(passed=False, skipped=False))
+    assert verdict_on(report, found.value)[0] == verdict
 
 
 @pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
@@ -203,7 +193,7 @@ def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path)
     told = tmp_path / "number"
     target = Target(f"tests.support.broken:{engine}")
     with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(EngineDied, match="SIGSEGV") as found:
-        child.call(tensor_parallel.run_degree, target=target, cases=[SMALL], degree=1)
+        child.call(tensor_parallel.run_degree, target=target, case=SMALL)
     assert type(found.value) is EngineDied
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(told.read_text()))
@@ -230,12 +220,12 @@ def test_a_child_that_computes_when_it_is_closed_is_ended(monkeypatch: pytest.Mo
 
 
 def test_a_missing_golden_is_no_crash_of_the_engine(
-    children: ChildPool, judge_case: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    children: ChildPool, ask: Ask, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     children.close()
     monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", str(tmp_path))
     with pytest.raises(pytest.fail.Exception, match="small@seed=0 cannot be judged"):
-        judge_case("forward", cases.select("small")[0], isas.planned(RIGHT)[0])
+        ask.accuracy(registry.find("forward/small"), isas.planned(RIGHT)[0])
     children.close()
 
 
@@ -308,7 +298,7 @@ def test_run_that_compared_nothing_fails(tmp_path: Path, workers: tuple[str, ...
 def test_wrong_choice_is_refused(choice: str, wrong: str) -> None:
     options = {"engine": RIGHT, "isa": "all", "cases": None, "tier": None, choice: wrong}
     with pytest.raises(pytest.UsageError, match=wrong.rpartition(":")[2]):
-        pytest_plugin._check_choices(cast(pytest.Config, SimpleNamespace(option=SimpleNamespace(**options))))
+        Recording(cast(pytest.Config, SimpleNamespace(option=SimpleNamespace(**options)))).check_choices()
 
 
 def test_run_of_a_wrong_choice_ends_at_once(tmp_path: Path) -> None:

@@ -18,13 +18,16 @@ import typer.main
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from ktverify.checks.accuracy import check_case, loss_problem, repro_command, verify_command
+from ktverify.checks.accuracy import check_case
+from ktverify.checks.repro_commands import repro_command, verify_command
+from ktverify.checks.target import Target
+from ktverify.checks.training_steps import loss_problem
 from ktverify.cli import doctor
 from ktverify.cli.main import app
 from ktverify.engines import registry
 from ktverify.engines.native.layer import available_isas
 from ktverify.mutants import MUTANTS
-from ktverify.reproducer.bundle import write_checked
+from ktverify.reproducer.bundle import write_result
 from ktverify.runs import store
 from ktverify.spec.cases import Case, catalogue
 from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
@@ -201,11 +204,11 @@ def test_a_clean_up_that_raises_is_a_crash_and_hides_nothing() -> None:
 
 
 def test_a_case_stands_alone(tmp_path: Path) -> None:
-    checked = check_case("torch_bf16", Case.parse(TINY))
-    script = write_checked(checked, "kt_kernel", tmp_path / "case")
+    result = check_case(Target("torch_bf16"), Case.parse(TINY))
+    script = write_result(result, Target("kt_kernel"), tmp_path / "case")
     assert not re.search(r"^\s*(import|from) ktverify", script.read_text(encoding="utf-8"), re.MULTILINE)
     with safe_open(tmp_path / "case" / "case.safetensors", framework="pt") as stored:
-        assert torch.equal(stored.get_tensor("inputs.up_proj"), checked.inputs.up_proj)
+        assert torch.equal(stored.get_tensor("inputs.up_proj"), result.problem.inputs.up_proj)
         assert {f"expected.{name}" for name in ALL_TENSORS} < set(stored.keys())
         budgets = json.loads(stored.metadata()["budgets"])
         assert json.loads(stored.metadata()["suite"]).keys() == budgets.keys() == set(ALL_TENSORS)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ktverify.checks import accuracy, case_accuracy
+from ktverify.checks import accuracy
 from ktverify.checks.causes import Cause
+from ktverify.checks.target import Target
 from ktverify.cli.main import app
 from ktverify.diagnose import hook, search
 from ktverify.diagnose.evidence import Finding, Situation
@@ -23,7 +24,7 @@ from ktverify.mutants import MUTANTS
 from ktverify.mutants.diagnosed import LEAST, diagnosed
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
-from ktverify.spec.names import ALL_TENSORS, GRAD_NAMES, OUTPUT
+from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, GRAD_NAMES, OUTPUT
 
 SMALL = Case.parse("E=5,k=2,H=72,I=40,T=20,r=8,alpha=16")
 ODD = Case.parse("E=5,k=3,H=33,I=21,T=9,r=3,alpha=5,routing=masked")
@@ -166,11 +167,12 @@ def test_large_cases_are_looked_at_in_part() -> None:
 
 def test_cause_stands_below_a_failing_case() -> None:
     engine = MUTANT + "lora:lora_b_gradient_unscaled"
-    records = case_accuracy.check_case("backward", engine, SMALL, fresh=1)
+    result = accuracy.check_case(Target(engine), SMALL, fresh=True, tensors=BACKWARD_TENSORS)
+    hook.add_cause(result, Target(engine))
     with pytest.raises(
         AssertionError, match=r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected"
     ) as said:
-        case_accuracy.assert_passed(records)
+        accuracy.assert_passed(result.records)
     assert str(said.value).count("cause: ") == 1
 
 
@@ -179,10 +181,10 @@ def test_broken_diagnosis_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) ->
         raise ZeroDivisionError("in a hypothesis")
 
     engine = MUTANT + "lora:lora_b_gradient_unscaled"
-    checked = accuracy.check_case(engine, SMALL, fresh=True)
+    checked = accuracy.check_case(Target(engine), SMALL, fresh=True)
     before = [record.verdict for record in checked.records]
     monkeypatch.setattr(search, "diagnose", broken)
-    hook.add_cause(checked, engine)
+    hook.add_cause(checked, Target(engine))
     assert [record.verdict for record in checked.records] == before
     assert "cause: not found, the diagnosis itself failed: ZeroDivisionError: in a hypothesis" in "\n".join(
         record.message for record in checked.records
@@ -190,9 +192,9 @@ def test_broken_diagnosis_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_passing_case_gets_no_cause() -> None:
-    checked = accuracy.check_case("torch_bf16", SMALL, fresh=True)
+    checked = accuracy.check_case(Target("torch_bf16"), SMALL, fresh=True)
     before = list(checked.records)
-    hook.add_cause(checked, "torch_bf16")
+    hook.add_cause(checked, Target("torch_bf16"))
     assert checked.records == before
 
 

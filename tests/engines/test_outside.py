@@ -9,10 +9,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from ktverify.checks import isas
+from ktverify.pytest_plugin.selection import judges_an_engine
 from ktverify.runs.record import AccuracyRecord, Result
 from ktverify.runs.store import load
 from ktverify.system.paths import ROOT
@@ -111,24 +113,13 @@ def test_a_relative_path_is_one_from_where_the_run_was_started(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("asked", "engine", "left_out"),
-    [
-        ([], "torch_bf16", ("c2c", "meta", "training")),
-        (["suites", "tests/judge/test_gates.py::test_x"], "torch_bf16", ("c2c", "training")),
-        (["suites/forward"], "torch_bf16", ()),
-        ([], "native", ()),
-    ],
+    ("asked", "judges"),
+    [([], True), (["suites", "tests/judge"], True), (["suites/forward"], True), (["tests"], False), (["."], True)],
 )
-def test_an_engine_is_not_asked_what_is_not_about_it(
-    pytestconfig: pytest.Config, asked: list[str], engine: str, left_out: tuple[str, ...]
-) -> None:
-    plugin = next(p for p in pytestconfig.pluginmanager.get_plugins() if hasattr(p, "NOT_OF_ENGINES"))
-    config = SimpleNamespace(
-        option=SimpleNamespace(engine=engine),
-        args=asked or pytestconfig.getini("testpaths"),
-        invocation_params=SimpleNamespace(dir=ROOT),
-    )
-    assert plugin._left_out(config) == left_out
+def test_only_suites_leave_records(pytestconfig: pytest.Config, asked: list[str], judges: bool) -> None:
+    args = asked or pytestconfig.getini("testpaths")
+    config = SimpleNamespace(args=args, invocation_params=SimpleNamespace(dir=ROOT))
+    assert judges_an_engine(cast(pytest.Config, config)) is judges
 
 
 def test_only_known_instruction_sets_are_declared() -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.cli.verify import Part, Subject, judged
-from ktverify.engines.run import METHOD, call_of
+from ktverify.checks.target import Target
+from ktverify.cli.verify import Part, Question, judged
+from ktverify.engines.run import call_of
 from ktverify.errors import EngineDied
 from ktverify.isolation import forked
 from ktverify.spec.cases import Case
@@ -95,9 +96,9 @@ def test_each_process_is_told_of_its_own_calls(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_was_asked_for_and_not_done_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked, "forks", True)
-    subject = Subject("torch_bf16", Case.parse(CASE), METHOD, False, None, None, 60.0)
+    question = Question(Target("torch_bf16"), Case.parse(CASE), False, 60.0)
     with pytest.raises(RuntimeError, match=r"^writing: CRASH the process ended with exit code 3$"):
-        judged(subject, [Part(partial(os._exit, 3), "writing", ())])
+        judged(question, [Part(partial(os._exit, 3), "writing", ())])
 
 
 def test_what_is_refused_there_is_refused_here() -> None:

@@ -10,15 +10,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ktverify.checks.accuracy import LiveOracle
+from ktverify.checks import registry
 from ktverify.checks.causes import Cause
+from ktverify.checks.problem import LiveOracle
 from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_case
 from ktverify.errors import GateFailed
 from ktverify.judge import gates
 from ktverify.judge.gates import GATES, Verdict, gates_off
 from ktverify.mutants import MUTANTS, Plain
-from ktverify.mutants.checks import TABLE, Exceeded, ask
+from ktverify.mutants.kills import Exceeded, ask
 from ktverify.mutants.results import as_json, verdict_line
 from ktverify.mutants.runner import NOT_OF_ENGINES, Result, candidates, worst
 from ktverify.spec.cases import Case
@@ -95,13 +96,13 @@ def test_there_are_enough_of_every_kind() -> None:
 @pytest.mark.parametrize("name", [mutant.name for mutant in sorted(MUTANTS.values(), key=lambda mutant: mutant.check)])
 def test_a_mutant_dies_as_foretold(name: str) -> None:
     mutant = MUTANTS[name]
-    found = ask(TABLE[mutant.check], mutant.engine)
+    found = ask(registry.find(mutant.check), mutant.engine)
     assert mutant.gate in {exceeded.gate for exceeded in found}, found
 
 
 def test_the_engine_that_they_are_made_of_is_right() -> None:
     for key in {mutant.check for mutant in MUTANTS.values()}:
-        assert ask(TABLE[key], RIGHT) == [], key
+        assert ask(registry.find(key), RIGHT) == [], key
 
 
 def test_every_gate_is_in_the_table() -> None:
@@ -112,8 +113,8 @@ def test_every_gate_is_in_the_table() -> None:
 def test_without_a_gate_a_mutant_lives(gate: str) -> None:
     name, checks = NEEDED[gate]
     for key in checks:
-        assert {exceeded.gate for exceeded in ask(TABLE[key], MUTANTS[name].engine)} == {gate}, key
-        assert ask(TABLE[key], MUTANTS[name].engine, gate) == [], key
+        assert {exceeded.gate for exceeded in ask(registry.find(key), MUTANTS[name].engine)} == {gate}, key
+        assert ask(registry.find(key), MUTANTS[name].engine, gate) == [], key
 
 
 def test_without_trust_an_emptied_case_passes_a_wrong_engine() -> None:

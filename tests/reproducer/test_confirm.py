@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ktverify.checks import accuracy
+from ktverify.checks.target import Target
 from ktverify.cli.main import app
 from ktverify.reproducer import confirm as confirming
 from ktverify.reproducer.bundle import script_of
@@ -26,7 +27,7 @@ def case_of(tokens: int) -> Case:
 
 def failing(tokens: int) -> list[AccuracyRecord]:
     """What the suite's own gates say of the engine on so many tokens."""
-    return accuracy.check_case(ENGINE, case_of(tokens), fresh=True).records
+    return accuracy.check_case(Target(ENGINE), case_of(tokens), fresh=True).records
 
 
 def ended(tokens: int, verdict: str, message: str) -> CheckRecord:

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from ktverify.bench.c2c import prompts
-from ktverify.checks.processes import loaded_modules
 from tests.cli.test_cli import call, ends, refused
 from tests.support import c2c
+from tests.support.modules import loaded_modules
 
 # ---- data sets
 

@@ -1,0 +1,40 @@
+"""Judge an engine's tensors inside a check: GateFailed names every gate that is exceeded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ktverify.checks.problem import Problem, Result, live_oracle
+from ktverify.checks.target import Target
+from ktverify.errors import GateFailed
+from ktverify.judge import gates
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import Inputs
+
+# the gates of `gates.judge`
+NUMBERS = ("non_finite", "hidden_non_finite", "stray", "mean_rel", "rel_l2", "rel_l2_own", "exact", "trust")
+# sentences of docs/contract.md that several checks hold an engine to
+BUDGET = "Every engine has a budget made of the error of plain bf16 torch, and a ceiling on the mean"
+SAME_BITS = (
+    "The same bits for the same call: again, on another layer, with another number of threads, at any address, with "
+    "any strides, after calls of other lengths."
+)
+ALONE = "Among other tokens a token gets what it gets alone, up to the order of a sum."
+
+
+def judged(target: Target, what: str, case: Case, found: dict[str, Tensor], inputs: Inputs) -> None:
+    """GateFailed unless every tensor of `found` is within the budgets of plain bf16 torch on these inputs."""
+    oracle = live_oracle(inputs)
+    judgements = [
+        gates.judge(case, n, oracle.compare(n, t), oracle.peer[n], gates_off=target.gates_off) for n, t in found.items()
+    ]
+    raise_for(what, judgements, Result(Problem(case, inputs, oracle, "fresh"), found))
+
+
+def raise_for(what: str, judgements: list[gates.Judgement], result: Result | None = None) -> None:
+    """GateFailed with the line of every judgement that is not PASS."""
+    bad = [judgement for judgement in judgements if judgement.verdict is not gates.Verdict.PASS]
+    if bad:
+        exceeded = tuple((gate.gate, gate.used) for judgement in bad for gate in judgement.exceeded)
+        lines = [judgement.line.partition("\n")[0] for judgement in bad]
+        raise GateFailed("\n".join([what, *lines]), exceeded, result=result)

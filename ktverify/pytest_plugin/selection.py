@@ -1,0 +1,84 @@
+"""Which tests of suites/ there are: cases and instruction sets that the command line selects, and their groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktverify.checks import isas, registry
+from ktverify.checks.isas import Isa
+from ktverify.spec import cases
+from ktverify.spec.cases import Case
+from ktverify.system.paths import ROOT
+
+SUITES = ROOT / "suites"
+ACCURACY_FAMILIES = ("forward", "backward")
+
+
+def family_of(item: pytest.Item | pytest.Function) -> str:
+    """The folder of suites/ that contains the test; "" for a test that is elsewhere."""
+    return item.path.relative_to(SUITES).parts[0] if item.path.is_relative_to(SUITES) else ""
+
+
+def judges_an_engine(config: pytest.Config) -> bool:
+    """True where the command line asks for tests of suites/, so that the run leaves records."""
+    start = config.invocation_params.dir
+    asked = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
+    return any(path.is_relative_to(SUITES) or SUITES.is_relative_to(path) for path in asked)
+
+
+def chosen_cases(config: pytest.Config) -> list[Case]:
+    """The cases that --cases and --tier select. ValueError where there are none."""
+    option = config.option
+    tiers = (option.tier,) if option.tier else ("default", "big")
+    chosen = [case for case in cases.select(option.cases) if case.tier in tiers]
+    if not chosen:
+        where = f"--cases {option.cases or '*'} in tier {' or '.join(tiers)}"
+        raise ValueError(f"{where}: there is no such case; python -m ktverify list prints all")
+    return chosen
+
+
+def _isas_of(case: Case, planned: list[Isa]) -> list[Isa]:
+    """Big cases skip kernels that would take minutes and show nothing that small cases do not: portable, emulated."""
+    fast = [isa for isa in planned if not (isa.emulated or isa.name == "scalar")]
+    return planned if case.tier == "default" else fast or planned[:1]
+
+
+def accuracy_parameters(config: pytest.Config, family: str) -> Iterator[Any]:
+    """(check, isa) for each chosen case of a family and each instruction set that it runs on."""
+    planned = isas.planned(config.option.engine, config.option.isa)
+    for case in chosen_cases(config):
+        big = case.tier != "default"
+        for isa in _isas_of(case, planned):
+            group, marks = ("big-", [pytest.mark.big]) if big else ("", [])
+            check = registry.find(f"{family}/{case.name}")
+            yield pytest.param(check, isa, id=f"{group}{isa.id}-{case.name}", marks=marks)
+
+
+def group_of(nodeid: str) -> str:
+    """The group of tests that one worker runs one after the other, read from a test's id.
+
+    Of suites/: a family, and in it each instruction set by itself; the big cases of all families, because gigabytes of
+    inputs are made once for forward and backward. Elsewhere: each file.
+    """
+    path, _, name = nodeid.partition("::")
+    top, *_, family, file = ("", *Path(path).parts)[-3:] if len(Path(path).parts) > 2 else ("", "", path)
+    if top != "suites":
+        return path
+    found = re.search(r"\[(big|" + "|".join(isas.IDS) + r")[-\]]", name)
+    if found and found.group(1) == "big":
+        return "big"
+    return f"{family}-{found.group(1)}" if found else f"{family}-{file}"
+
+
+def urgency(item: pytest.Item) -> tuple[int, str]:
+    """Sort key: long groups first, so that no worker begins one when the others are done; timings last."""
+    if item.get_closest_marker("big"):
+        spec = getattr(item, "callspec", None)
+        check = spec.params.get("check") if spec is not None else None
+        return 0, check.case.name if check is not None and check.case is not None else ""
+    return (2 if item.get_closest_marker("latency") else 1), ""
