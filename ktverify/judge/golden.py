@@ -35,7 +35,8 @@ from ktverify.judge.golden_sketch import SKETCH_VERSION, Sketch, compare_sketch,
 from ktverify.judge.metrics import Difference, compare, count_nonzero
 from ktverify.judge.reference import forward_backward
 from ktverify.spec.cases import Case, catalogue, flops, select, tensors_of
-from ktverify.spec.inputs import GENERATOR_VERSION, inputs_sha256, make_inputs
+from ktverify.spec.generator import GENERATOR_VERSION
+from ktverify.spec.inputs import inputs_sha256, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_WEIGHTS
 from ktverify.system.files import write_whole
 from ktverify.system.paths import ROOT

@@ -1,17 +1,16 @@
-"""A large tensor in a few kilobytes: enough to tell how far another tensor is from it.
+"""A large tensor in a few kilobytes: enough to estimate how far another tensor is from it.
 
-Comes in: an fp64 tensor. Goes out: a `Sketch`: a count sketch (each element, with a random sign, added into one of 1024
-sums), the norm, the largest and some random entries, and the norm of each slice of the first axis.
+A `Sketch` contains a count sketch (each element, with a random sign, is added into one of 1024 sums), the norm, the
+largest and some random entries, and the norm of each slice of the first axis.
 
 The count sketch is linear, so sketch(a) - sketch(b) = sketch(a - b), and its squared norm is an unbiased estimate of
 ||a - b||^2 with relative variance of at most 2 / 1024 (Charikar, Chen, Farach-Colton 2002): 2.2 % standard deviation of
-the norm for dense differences, and exact for a single element. Slices that are all zero are no part of it: there
-nothing but zero is right, and that is checked to the bit.
+the norm for dense differences, and exact for a single element. Slices that are all zero are left out: there only zero
+is right, and every element is checked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,11 @@ import numpy.typing as npt
 import torch
 
 from ktverify.judge.metrics import Difference, check_shapes, cosine_of, count_nonzero, mean_relative, relative, unravel
+from ktverify.spec.generator import hashes, key_of
 
 SKETCH_VERSION = 1
 BUCKETS = 1024
-SAMPLES = 256  # uniform over the live slices: what mean_rel is estimated from
+SAMPLES = 256  # uniform over the live slices; mean_rel is estimated from them
 LARGEST = 32
 _CHUNK = 1 << 16  # elements hashed at a time
 
@@ -34,11 +34,12 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sketch:
-    """What is kept of a tensor b of `shape`.
+    """A sketch of a tensor b of `shape`.
 
     buckets [1024]: the projection; slice_norms [shape[0]]: ||b[i]||, 0 where b[i] is all zero (such slices are dead);
     sample_index [256], largest_index [32]: flat indices, sample_value, largest_value: b there; norm = ||b||, sum_abs =
-    sum |b|, max_abs = max |b|, nonzero: number of elements other than 0. seed: text that the signs hang on.
+    sum |b|, max_abs = max |b|, nonzero: number of elements other than 0. seed: text that
+    selects the signs and buckets.
     """
 
     shape: tuple[int, ...]
@@ -81,7 +82,7 @@ def make_sketch(expected: torch.Tensor, seed: str) -> Sketch:
         peaks += [(-abs(float(values[at])), place * size + int(at)) for at in few]
     live = np.flatnonzero(norms)
     flat = expected.reshape(-1)
-    draws = _hashes(f"{seed} samples", SAMPLES)
+    draws = hashes(_key(f"{seed} samples"), SAMPLES)
     picked = (
         live[(draws % np.uint64(max(1, live.size))).astype(np.int64)] * size
         + ((draws >> np.uint64(20)) % np.uint64(size)).astype(np.int64)
@@ -105,11 +106,11 @@ def make_sketch(expected: torch.Tensor, seed: str) -> Sketch:
 
 
 def compare_sketch(sketch: Sketch, actual: torch.Tensor) -> Difference:
-    """The Difference of `actual` (any float dtype) from what was sketched; estimated=True.
+    """The Difference of `actual` (any float dtype) from the sketched tensor; estimated=True.
 
     rel_l2 within 10 % (4.5 standard deviations), mean_rel from 256 random entries, cosine from the three norms. max_abs
-    and worst_index are those of the kept entries, or of a slice whose norm is off by more than they are. Non-finite
-    elements of `actual` are counted and left out. ValueError when the shapes differ.
+    and worst_index are those of the kept entries, or of a non-finite or stray element. Non-finite elements of `actual`
+    are counted and left out. ValueError when the shapes differ.
     """
     check_shapes(actual, sketch.shape)
     size = math.prod(sketch.shape[1:])
@@ -172,7 +173,7 @@ def compare_sketch(sketch: Sketch, actual: torch.Tensor) -> Difference:
 
 
 def same_sketch(one: Sketch, other: Sketch, tolerance: float) -> bool:
-    """True where two sketches of one shape and seed tell the same up to `tolerance`, relative to the norm."""
+    """True where two sketches agree up to `tolerance`, relative to the norm."""
     if one.shape != other.shape or one.seed != other.seed or one.nonzero != other.nonzero:
         return False
     if not np.array_equal(one.sample_index, other.sample_index):
@@ -180,43 +181,24 @@ def same_sketch(one: Sketch, other: Sketch, tolerance: float) -> bool:
     limit = tolerance * max(other.norm, 1e-300)
     pairs = [(one.buckets, other.buckets), (one.slice_norms, other.slice_norms), (one.sample_value, other.sample_value)]
     pairs.append((np.sort(np.abs(one.largest_value)), np.sort(np.abs(other.largest_value))))
-    # each of the 1024 sums is of some thousand elements, so its rounding is below that of the whole norm
+    # each of the 1024 sums has some thousand elements, so its rounding error is below that of the whole norm
     return all(a.shape == b.shape and bool(np.all(np.abs(a - b) <= limit)) for a, b in pairs)
 
 
 def _project(values: F64, seed: str, offset: int) -> F64:
-    """[1024]: the sums of values [n] by hash of their place, with sign; `offset` is the first one's place."""
+    """[1024]: the signed sums of values [n] by the hash of their index; `offset` is the index of the first."""
     key = _key(seed)
     sums = np.zeros(2 * BUCKETS)
     for begin in range(0, values.size, _CHUNK):
         part = values[begin : begin + _CHUNK]
-        hashed = _mix(np.arange(offset + begin, offset + begin + part.size, dtype=np.uint64), key)
+        hashed = hashes(key, part.size, offset + begin)
         # 11 bits: one for the sign, ten for the bucket
         sums += np.bincount((hashed >> np.uint64(53)).astype(np.intp), weights=part, minlength=2 * BUCKETS)
     return sums[:BUCKETS] - sums[BUCKETS:]
 
 
-def _hashes(seed: str, count: int) -> npt.NDArray[np.uint64]:
-    return _mix(np.arange(count, dtype=np.uint64), _key(seed))
-
-
 def _key(seed: str) -> np.uint64:
-    text = f"ktverify sketch {SKETCH_VERSION} {seed}"
-    key: np.uint64 = np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
-    return key
-
-
-def _mix(counter: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """splitmix64's finaliser of (key + counter * step); takes `counter` [n] over."""
-    value = counter
-    value *= np.uint64(0x9E3779B97F4A7C15)
-    value += key
-    value ^= value >> np.uint64(30)
-    value *= np.uint64(0xBF58476D1CE4E5B9)
-    value ^= value >> np.uint64(27)
-    value *= np.uint64(0x94D049BB133111EB)
-    value ^= value >> np.uint64(31)
-    return value
+    return key_of(f"ktverify sketch {SKETCH_VERSION} {seed}")
 
 
 def _fp64(tensor: torch.Tensor) -> F64:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ktverify.errors import NotExact
 from ktverify.judge.exactness import prove
 from ktverify.judge.reference import forward_backward
-from ktverify.spec import inputs
+from ktverify.spec import data_kinds, generator
 from ktverify.spec.cases import Case, catalogue, select
 from ktverify.spec.inputs import Inputs, inputs_sha256, make_inputs
 from ktverify.spec.names import LORA_NAMES
@@ -37,22 +37,22 @@ PINNED = {
 
 @pytest.mark.parametrize("text", PINNED)
 def test_bits_are_pinned(text: str) -> None:
-    assert inputs.GENERATOR_VERSION == 1
+    assert generator.GENERATOR_VERSION == 1
     assert inputs_sha256(make_inputs(Case.parse(text))) == PINNED[text]
 
 
 def test_splitmix64_is_the_published_one() -> None:
     # the reference stream of seed 1234567 (Vigna's splitmix64.c): state + step, then the finaliser
-    stream = inputs._hashes(np.uint64(1234567), 3, start=1)
+    stream = generator.hashes(np.uint64(1234567), 3, start=1)
     assert [int(v) for v in stream] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_quantiles_are_irwin_hall() -> None:
-    quantiles = inputs._quantiles()
+    quantiles = data_kinds.quantiles()
     assert quantiles.dtype == np.int64
     assert np.all(np.diff(quantiles) >= 0)
     assert np.array_equal(quantiles, -quantiles[::-1])
-    assert quantiles.std() == pytest.approx(inputs._DEVIATION, rel=2e-5)
+    assert quantiles.std() == pytest.approx(data_kinds.DEVIATION, rel=2e-5)
     kurtosis = float(np.mean(quantiles.astype(float) ** 4) / quantiles.std() ** 4)
     assert kurtosis == pytest.approx(3 - 6 / 5 / 8, abs=2e-3)  # of a sum of 8 uniform numbers
 
@@ -61,7 +61,7 @@ def test_rounding_to_bf16_is_to_nearest_even() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 3
     ties = torch.arange(1, 2000).float() / 256 + 1
     for tensor in (values, ties, -ties, torch.zeros(1)):
-        ours = torch.from_numpy(inputs._to_bf16(tensor.numpy()).view(np.int16)).view(torch.bfloat16)
+        ours = torch.from_numpy(data_kinds.to_bf16(tensor.numpy()).view(np.int16)).view(torch.bfloat16)
         assert torch.equal(ours, tensor.to(torch.bfloat16))
 
 
