@@ -35,7 +35,7 @@ def regenerate(
 ) -> None:
     """Compute the fp64 oracle of every case and write golden/; what agrees with its golden to 1e-10 stays as it is."""
     # imported late: --help need not wait for torch
-    from ktverify.judge import golden
+    from ktverify.judge import golden, golden_regenerate
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -45,7 +45,7 @@ def regenerate(
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
         ):
             task = bar.add_task("goldens", total=1.0)
-            drift = golden.regenerate(
+            result = golden_regenerate.regenerate(
                 only,
                 directory=directory,
                 check=check,
@@ -56,9 +56,9 @@ def regenerate(
     except ValueError as error:
         typer.echo(f"golden: {error}", err=True)
         raise typer.Exit(2) from None
-    for line in drift.lines:
+    for line in result.lines:
         typer.echo(f"drifted: {line}" if check else line)
-    count = f"{len(drift.kept)} goldens unchanged, {len(drift.made)} {'drifted' if check else 'written'}"
+    count = f"{len(result.unchanged)} goldens unchanged, {len(result.written)} {'drifted' if check else 'written'}"
     typer.echo(f"{count} in {directory or golden.golden_dir()}")
-    if check and drift.lines:
+    if check and result.lines:
         raise typer.Exit(1)
