@@ -1,28 +1,46 @@
-"""Which module may import which: the arrows of the house point one way."""
+"""The plan of the house: which room may import which, how long a file may be, one class for each name."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from ktverify.system.paths import ROOT
+from tests.support.modules import loaded_modules
+
 PACKAGE = ROOT / "ktverify"
 NATIVE = ROOT / "native"
 
-# what judges an engine must share nothing with one
-JUDGES = ("reference", "data", "metrics", "gates", "cases", "names", "golden")
-ENGINE = (
-    "ktverify.experts",
-    "ktverify._native",
-    "ktverify.engines",
-    "ktverify.engines.run",
-    "ktverify.engines.argument_checks",
+# bottom to top: a room imports only rooms that stand before it
+ROOMS = (
+    "errors",
+    "system",
+    "spec",
+    "judge",
+    "runs",
+    "isolation",
+    "engines",
+    "experts",
+    "checks",
+    "diagnose",
+    "reproducer",
+    "mutants",
+    "report",
+    "training",
+    "bench",
+    "cli",
+    "pytest_plugin",
+    "golden",
+    "__main__",
 )
-# what a shell completion or `--help` imports
-LIGHT = ("", "names", "cases", "files")
+# the modules that lie in the package's root beside __init__ and __main__
+LOOSE = {"errors", "experts"}
+# longest file of the package
+MOST_LINES = 400
 
 
 def imported(source: str, package: str) -> set[str]:
@@ -40,59 +58,88 @@ def imported(source: str, package: str) -> set[str]:
     return found
 
 
-def reaches(found: set[str], module: str) -> bool:
-    """True if one of the dotted names is `module` or lies in it."""
-    return any(name == module or name.startswith(module + ".") for name in found)
-
-
-def sources(package: Path) -> list[Path]:
-    return sorted(path for path in package.rglob("*.py"))
-
-
 def name_of(path: Path) -> str:
-    """ktverify.report.store for ktverify/runs/store.py."""
+    """ktverify.runs.store for ktverify/runs/store.py."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path) -> set[str]:
-    name = name_of(path)
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the package that a module imports, also inside its functions; suites and tests as well."""
+    path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    return imported(path.read_text(encoding="utf-8"), package)
+    found = imported(path.read_text(encoding="utf-8"), package)
+    # a module counts, not the names in it; its package is imported with it and counts only where it is named itself
+    return {each for each in found if each in MODULES or each.partition(".")[0] in ("suites", "tests")} - {name}
 
 
-def test_nothing_imports_the_suites() -> None:
-    # a string in a command line is no import
-    guilty = [name_of(path) for path in sources(PACKAGE) if reaches(imports_of(path), "suites")]
-    assert not guilty
+def room_of(name: str) -> str:
+    """`runs` for ktverify.runs.store, "" for the package itself."""
+    return name.split(".")[1] if "." in name else ""
 
 
-@pytest.mark.parametrize("judge", JUDGES)
-def test_judges_know_no_engine(judge: str) -> None:
-    files = sources(PACKAGE / judge) if (PACKAGE / judge).is_dir() else [PACKAGE / f"{judge}.py"]
-    assert files
-    for path in files:
-        reached = [engine for engine in ENGINE if reaches(imports_of(path), engine)]
-        assert not reached, f"{name_of(path)} imports {reached}"
+IMPORTS = {name: imports_of(name) for name in MODULES}
 
 
-def test_oracle_stands_alone() -> None:
-    ours = {name for name in imports_of(PACKAGE / "reference.py") if name.startswith("ktverify")}
-    assert {name for name in ours if not (name + ".").startswith("ktverify.spec.names.")} == set()
+def test_every_room_is_named() -> None:
+    assert {room_of(name) for name in MODULES} - {""} == set(ROOMS)
+    loose = {path.stem for path in MODULES.values() if path.parent == PACKAGE}
+    assert loose == LOOSE | {"__init__", "__main__"}
 
 
-@pytest.mark.parametrize("module", LIGHT)
-def test_light_modules_do_not_import_torch(module: str) -> None:
-    path = PACKAGE / (f"{module}.py" if module else "__init__.py")
-    top_level = ast.parse(path.read_text(encoding="utf-8")).body
-    statements = [ast.unparse(node) for node in top_level if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert not reaches(imported("\n".join(statements), "ktverify"), "torch")
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_only_rooms_below_it(name: str) -> None:
+    if name == "ktverify":
+        # its public names are lazy: whoever asks for one imports its room
+        return
+    own = ROOMS.index(room_of(name))
+    higher = [each for each in IMPORTS[name] if room_of(each) and ROOMS.index(room_of(each)) > own]
+    assert not higher
+    assert not [each for each in IMPORTS[name] if each.partition(".")[0] in ("suites", "tests")]
 
 
-def test_only_the_command_line_imports_the_command_line() -> None:
-    allowed = {"ktverify.__main__", "ktverify.cli.main"}
-    guilty = [name_of(path) for path in sources(PACKAGE) if reaches(imports_of(path), "ktverify.cli.main")]
-    assert set(guilty) <= allowed
+def test_there_is_no_circle() -> None:
+    left = {name: {each for each in found if each in MODULES and each != "ktverify"} for name, found in IMPORTS.items()}
+    left.pop("ktverify")
+    while free := [name for name, found in left.items() if not found & set(left)]:
+        for name in free:
+            del left[name]
+    assert not left, f"these modules import each other: {sorted(left)}"
+
+
+def test_the_oracle_stands_alone() -> None:
+    assert IMPORTS["ktverify.judge.reference"] <= {"ktverify.spec.names"}
+
+
+@pytest.mark.parametrize("module", ["ktverify", "ktverify.spec.names", "ktverify.spec.cases", "ktverify.system.files"])
+def test_light_modules_load_no_torch(module: str) -> None:
+    assert not {"torch", "numpy"} & set(loaded_modules(f"import {module}"))
+
+
+def test_no_file_is_too_long() -> None:
+    paths = [*MODULES.values(), *native_sources()]
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in paths
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES and "tests" not in path.parts
+    }
+    assert not long
+
+
+def test_no_two_classes_have_one_name() -> None:
+    names = Counter(
+        node.name
+        for path in MODULES.values()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, count in names.items() if count > 1]
+
+
+# ---- native
 
 
 def native_sources() -> list[Path]:
@@ -101,32 +148,30 @@ def native_sources() -> list[Path]:
     return sorted(found)
 
 
-def test_only_bind_knows_python() -> None:
-    pattern = re.compile(r'#\s*include\s*[<"](pybind11|Python\.h|torch)')
+@pytest.mark.parametrize(
+    ("include", "allowed"),
+    [
+        (r'#\s*include\s*[<"](pybind11|Python\.h|torch)', {"bind"}),
+        (r"#\s*include\s*<\w*intrin\.h>", {"kernels", "emulation", "tests"}),
+    ],
+)
+def test_native_includes(include: str, allowed: set[str]) -> None:
     guilty = [
         str(path.relative_to(NATIVE))
         for path in native_sources()
-        if path.parent.name != "bind" and pattern.search(path.read_text(encoding="utf-8"))
+        if not set(path.relative_to(NATIVE).parts) & allowed and re.search(include, path.read_text(encoding="utf-8"))
     ]
     assert not guilty
 
 
-def test_intrinsics_stand_in_kernels_only() -> None:
-    pattern = re.compile(r"#\s*include\s*<\w*intrin\.h>")
-    allowed = ("kernels", "emulation", "tests")
-    guilty = [
-        str(path.relative_to(NATIVE))
-        for path in native_sources()
-        if not set(path.relative_to(NATIVE).parts) & set(allowed) and pattern.search(path.read_text(encoding="utf-8"))
-    ]
-    assert not guilty
-
-
-def test_builds_for_no_particular_machine() -> None:
+def test_the_build_is_for_no_particular_machine() -> None:
     # comments may explain why not
     text = re.sub(r"#.*", "", (NATIVE / "CMakeLists.txt").read_text(encoding="utf-8"))
     assert "-march=native" not in text
     assert "-ffast-math" not in text
+
+
+# ---- the reader of imports itself
 
 
 @pytest.mark.parametrize(
@@ -137,14 +182,9 @@ def test_builds_for_no_particular_machine() -> None:
         ("from ktverify import experts", "ktverify", "ktverify.experts"),
         ("from ktverify.experts import KTMoEWrapper", "ktverify", "ktverify.experts"),
         ("from . import experts", "ktverify", "ktverify.experts"),
-        ("from .experts import KTMoEWrapper", "ktverify", "ktverify.experts"),
         ("from ..experts import KTMoEWrapper", "ktverify.golden", "ktverify.experts"),
-        ("def f():\n    import suites.support", "ktverify", "suites"),
+        ("def f():\n    import suites.support", "ktverify", "suites.support"),
     ],
 )
 def test_every_way_to_import_is_seen(source: str, package: str, module: str) -> None:
-    assert reaches(imported(source, package), module)
-
-
-def test_other_names_are_no_import() -> None:
-    assert not reaches(imported("import ktverify.expertise", "ktverify"), "ktverify.experts")
+    assert module in imported(source, package)
