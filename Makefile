@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
 CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 
-.PHONY: setup verify test lint suites native-tests golden peers bench report fmt clean
+.PHONY: setup verify test lint native-tests golden peers bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -25,16 +25,14 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE)
 verify: setup
 	$(BIN)/pytest suites/ -n $(JOBS) && status=0 || status=$$?; $(BIN)/python -m ktverify report; exit $$status
 
-test: lint native-tests suites
+test: lint native-tests
+	$(BIN)/pytest suites/ tests/ -n $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
-
-suites: setup
-	$(BIN)/pytest suites/ -n $(JOBS)
 
 native-tests: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh

@@ -188,3 +188,16 @@ def test_the_build_is_for_no_particular_machine() -> None:
 )
 def test_every_way_to_import_is_seen(source: str, package: str, module: str) -> None:
     assert module in imported(source, package)
+
+
+def test_the_map_is_complete() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text[text.index("## The map") : text.index("## Words")]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name.removesuffix(".py") for row in rows for name in re.findall(r"`ktverify/([\w.]+?)/?`", row)]
+    assert tuple(named) == ROOMS
+    folders = {name for row in rows for name in re.findall(r"`(\w+)/`", row)}
+    there = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert folders | {"ktverify"} >= there - {"build", "saves", "tiny", "merged"}
+    words = text[text.index("## Words") : text.index("## Add a case")]
+    assert sum(line.startswith("| ") for line in words.splitlines()) - 2 <= 25
