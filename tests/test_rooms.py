@@ -15,7 +15,7 @@ from tests.support.modules import loaded_modules
 PACKAGE = ROOT / "ktverify"
 NATIVE = ROOT / "native"
 
-# bottom to top: a room imports only rooms that stand before it
+# bottom to top: a room imports only rooms before it
 ROOMS = (
     "errors",
     "system",
@@ -93,7 +93,7 @@ def test_every_room_is_named() -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_room_imports_only_rooms_below_it(name: str) -> None:
     if name == "ktverify":
-        # its public names are lazy: whoever asks for one imports its room
+        # its public names are lazy: using one imports its room
         return
     own = ROOMS.index(room_of(name))
     higher = [each for each in IMPORTS[name] if room_of(each) and ROOMS.index(room_of(each)) > own]

@@ -133,7 +133,7 @@ def check_case(
     if raised is not None:
         missing = [name for name in wanted if name not in result.actual]
         if not missing and not isinstance(raised, NotImplementedError):
-            # an error after the last tensor, as in the clean-up, stands beside that tensor's own record
+            # an error after the last tensor, as in the clean-up, is reported beside that tensor's own record
             missing = [wanted[-1]]
         result.records += lost(raised, missing, target, case, source=problem.source)
     return result
@@ -177,7 +177,7 @@ def lost(
 def verdict_of(error: BaseException) -> tuple[VerdictName, str]:
     """What an engine's exception means where nothing was to be refused, and its text.
 
-    NotImplementedError is an engine's word for what it cannot do; an exception that has a `verdict` tells it.
+    NotImplementedError declares what the engine cannot do; an exception with a `verdict` has that one.
     """
     if isinstance(error, NotImplementedError):
         reason = " ".join(str(error).split()) or "the engine gave no reason"

@@ -182,7 +182,7 @@ def check_outstanding_forwards(target: Target) -> None:
         found = _backward(layer, batches[index], alone[index][OUTPUT])
         target.expect_same_bits(f"backward of batch {index}, newest first", alone[index], found)
 
-    # 2 and 4 have as many rows: only their order tells them apart
+    # 2 and 4 have as many rows: only their order distinguishes them
     for order in ((0, 1, 2), (2, 3, 0), (1, 1, 3), (2, 4, 3)):
         for index in order:
             forward(index)
@@ -312,4 +312,4 @@ def check_skip_lora(target: Target) -> None:
         )
     whole = reference.forward_backward(inputs)
     apart = metrics.compare(oracle[GRAD_INPUT], whole[GRAD_INPUT]).rel_l2
-    expect(apart > gates.tolerances()["check"]["tells"], "the case cannot tell whether the LoRA terms are there")
+    expect(apart > gates.tolerances()["check"]["tells"], "the case cannot show whether the LoRA terms are there")

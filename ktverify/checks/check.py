@@ -1,4 +1,4 @@
-"""A check: one thing that is asked of an engine, as an object.
+"""A check: one requirement on an engine, as an object.
 
 A module of this room enters its functions with `@check(...)` or `enter(...)`; `registry` imports these modules and
 lists the checks. A new check is one function in one file: pytest, `mutants` and `diagnose` find it in the registry.
@@ -19,7 +19,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 class Where(enum.Enum):
-    """On which instruction sets of the engine a check runs."""
+    """The instruction sets of the engine that a check runs on."""
 
     EACH_ISA = "on each instruction set"
     BEST_ISA = "on the best instruction set"
@@ -28,11 +28,11 @@ class Where(enum.Enum):
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is asked of an engine.
+    """One requirement on an engine.
 
     id: "<kind>/<name>". family: the folder of suites/ that runs it. function: a function of a module (it is pickled by
     reference) that takes a Target, then `case` where there is one, then `arguments`; it raises GateFailed, or what the
-    engine raises. contract: the sentence of docs/contract.md that it holds an engine to. gates: those of
+    engine raises. contract: the sentence of docs/contract.md that it checks. gates: those of
     `gates.GATES` that it can find exceeded. cause: what its failure suggests; a function may name a better one.
     confirmable: one forward and backward of `case` shows the failure, so a reproducer of it can be written.
     tp: the tensor parallel degrees that it runs at. fresh_process: what happened in the process before matters to it.
@@ -58,12 +58,12 @@ class Check:
 
     @property
     def kind(self) -> str:
-        """What stands before the first slash of the id."""
+        """The part of the id before its first slash."""
         return self.id.partition("/")[0]
 
     @property
     def name(self) -> str:
-        """What stands behind it."""
+        """The part of the id after its first slash."""
         return self.id.partition("/")[2]
 
     def __call__(self, target: Target) -> object:

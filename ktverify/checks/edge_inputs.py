@@ -214,11 +214,11 @@ def check_idle_experts(target: Target) -> None:
 
 @check(
     "behaviour",
-    "slot p holds logical expert physical_map[p]. Ids, LoRA and gradients are logical.",
+    "slot p contains logical expert physical_map[p]. Ids, LoRA and gradients are logical.",
     cause=Cause.EXPERT_PERMUTATION,
 )
 def check_physical_map(target: Target) -> None:
-    """Slots in another order, with the map that says so, change no bit; the map is not ignored."""
+    """Slots in another order, with their physical_map, change no bit; the map is not ignored."""
     inputs = make_inputs(MIDDLE)
     expected = target.run(MIDDLE, inputs)
     order = torch.tensor([3, 5, 0, 1, 4, 2])

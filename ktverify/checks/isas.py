@@ -8,7 +8,7 @@ from ktverify.engines import registry
 
 EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
 AMX = "amx_bf16"
-# every id that an Isa can have: how a test's id tells its instruction set
+# every id that an Isa can have: test ids contain one of them
 IDS = (AMX, f"{AMX}_emulated", "avx512_bf16", "avx2", "scalar", "engine")
 
 
@@ -63,7 +63,7 @@ def _native() -> list[Isa]:
 
     trapped = amx_is_emulated()
     isas = [Isa(name, emulated=trapped and name == AMX) for name in available_isas()]
-    # the trap handler stands for the tile instructions alone; the kernels around them are AVX-512 BF16
+    # the trap handler emulates the tile instructions only; the kernels around them are AVX-512 BF16
     if "avx512_bf16" in [isa.name for isa in isas] and AMX not in [isa.name for isa in isas]:
         isas.append(Isa(AMX, emulated=True))
     return isas

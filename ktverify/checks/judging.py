@@ -13,7 +13,7 @@ from ktverify.spec.inputs import Inputs
 
 # the gates of `gates.judge`
 NUMBERS = ("non_finite", "hidden_non_finite", "stray", "mean_rel", "rel_l2", "rel_l2_own", "exact", "trust")
-# sentences of docs/contract.md that several checks hold an engine to
+# sentences of docs/contract.md that several checks share
 BUDGET = "Every engine has a budget made of the error of plain bf16 torch, and a ceiling on the mean"
 SAME_BITS = (
     "The same bits for the same call: again, on another layer, with another number of threads, at any address, with "

@@ -40,7 +40,7 @@ def _variable(isa: str | None) -> Iterator[None]:
 
 @check("native", FORCED, gates=(), native=True, internal=True)
 def check_isa_is_kept(target: Target) -> None:
-    """A layer that was asked for `isa` says that it computes with it; so does one that KTVERIFY_ISA asked for."""
+    """A layer with `isa=`, and one with KTVERIFY_ISA, reports that instruction set as its own."""
     isa = target.isa
     expect(target.bare().isa == isa, f"isa={isa!r} gave another")
     with _variable(isa):

@@ -26,7 +26,7 @@ CASE = Case.parse("E=16,k=1,H=1024,I=1024,T=16,r=1,alpha=1")
 # sentences of docs/contract.md
 DROPPED = (
     "Base weights that the caller dropped give their memory back expert by expert, as they are packed; what the caller "
-    "still holds keeps its values."
+    "still refers to keeps its values."
 )
 REUSED = "The memory of dropped LoRA gradients is used again once all six are dropped."
 
@@ -116,7 +116,7 @@ HOLDERS: dict[str, Callable[[Tensor], Any]] = {
 
 @_memory(DROPPED)
 def check_held_ones_stay(_target: Target) -> None:
-    """A tensor, a view, a storage or an array that the caller holds keeps its values while experts are packed."""
+    """Tensors, views, storages and arrays that the caller refers to keep their values while experts are packed."""
     for what, hold in HOLDERS.items():
         layer = _layer()
         weights = _weights(layer)

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers: a problem with its right answer, and a result.
+"""A problem, with its right answer, and an engine's result.
 
 Expected values are the committed goldens where they fit, else the fp64 oracle, computed here and now.
 """

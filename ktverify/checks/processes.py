@@ -1,6 +1,6 @@
 """How a layer behaves as a part of a process: threads, forks, the interpreter's lock, memory, instruction sets.
 
-Those that depend on what happened in their process before say so; they want a fresh one.
+A check that depends on what happened in its process before is marked `fresh_process`.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def check_threads_have_a_ceiling(target: Target) -> None:
     native=False,
 )
 def check_idle_experts_take_no_memory(target: Target) -> None:
-    """A layer of 128 experts, of which one token reaches two, holds the memory of a few experts."""
+    """A layer of 128 experts, of which one token reaches two, takes the memory of a few experts."""
     case = Case.parse("E=128,k=2,H=1024,I=1024,T=1,r=1,alpha=2")
     inputs = make_inputs(case)
     one = 3 * 2 * case.hidden * case.intermediate

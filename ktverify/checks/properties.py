@@ -1,6 +1,6 @@
-"""What holds of every right layer, whatever the case: one function a property.
+"""Properties of every right layer, whatever the case: one function per property.
 
-Comes in: a Trial, a case on the engine under test. AssertionError with what differs where the property does not hold.
+Input: a Trial, a case on the engine under test. AssertionError with what differs where the property is violated.
 A property is added by writing a function under @states; its name is the test's.
 """
 
@@ -179,7 +179,7 @@ def accumulated_gradients(trial: Trial) -> None:
 # ---- LoRA
 
 
-@states("with LoRA B = 0 the layer is the base, whatever LoRA A holds", data="zero_b", magnitude=1.0)
+@states("with LoRA B = 0 the layer is the base, whatever LoRA A contains", data="zero_b", magnitude=1.0)
 def zero_lora_b(trial: Trial) -> None:
     inputs = trial.inputs
     bare = changed(inputs, **{name: torch.zeros_like(inputs.lora[name]) for name in LORA_NAMES})
@@ -328,7 +328,7 @@ def _own_differences(trial: Trial) -> None:
         direction = moved.double() - tensor.double()
         output = trial.run(changed(inputs, **{name: moved}))[OUTPUT].double()
         rise = float(((output - plain[OUTPUT].double()) * upstream).sum())
-        told = float((gradient * direction).sum())
+        slope = float((gradient * direction).sum())
 
         def budget(tensor_name: str, of: Tensor) -> float:
             deciding = gates.numbers_deciding(case, tensor_name, metrics.count_nonzero(of.float()))
@@ -337,8 +337,8 @@ def _own_differences(trial: Trial) -> None:
         outputs = budget(OUTPUT, output) + budget(OUTPUT, plain[OUTPUT].double())
         allowed = outputs * float(upstream.norm()) + budget(f"grad_{name}", gradient) * float(direction.norm())
         trial.compared += 1
-        trial.believed += allowed < abs(told)
+        trial.believed += allowed < abs(slope)
         expect(
-            abs(rise - told) <= allowed,
-            f"along grad_{name} the output rises by {rise:.3e}, the gradient tells {told:.3e}, budget {allowed:.1e}",
+            abs(rise - slope) <= allowed,
+            f"along grad_{name} the output rises by {rise:.3e}, by the gradient {slope:.3e}, budget {allowed:.1e}",
         )

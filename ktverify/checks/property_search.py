@@ -101,7 +101,7 @@ def search(
     run(case) gives (comparisons, believed ones). fresh: another seed draws other cases. options: what a pytest line
     that repeats the case needs besides. shrink=False stops at the first case that breaks it. A case that ends the
     engine's process is not made smaller, because every try would cost a process: PropertyFailed reports the first.
-    Cases that the engine says it cannot do are left out; Unsupported where that leaves nothing.
+    Cases that the engine declares it cannot do are left out; Unsupported where that leaves nothing.
     """
     compared = believed = 0
     ended: dict[str, PropertyFailed] = {}
@@ -150,7 +150,7 @@ def search(
 
 
 def believe(name: str, compared: int, believed: int) -> None:
-    """PropertyFailed if less than half ([trust] min_density) of what was compared could be told right from wrong."""
+    """PropertyFailed if less than half ([trust] min_density) of the comparisons could distinguish right from wrong."""
     least = float(gates.tolerances()["trust"]["min_density"])
     if compared == 0 or believed < least * compared:
         raise PropertyFailed(

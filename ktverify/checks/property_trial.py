@@ -1,6 +1,6 @@
 """One drawn case on the engine under test: what it gives, what is right, and how far apart the two may be.
 
-A property says how two calls are related. The relation is exact in real numbers, so what a changed call gives, mapped
+A property relates two calls. The relation is exact in real numbers, so what a changed call gives, mapped
 back, has the unchanged call's oracle as its right answer, and that case's budgets: no property has a number of its own.
 Where moreover the order of no sum changes, the native engine owes the same bits.
 """
@@ -73,7 +73,7 @@ class Trial:
         return self.run(self.inputs)
 
     def run(self, inputs: Inputs, *, tp: int = 1) -> Tensors:
-        """ALL_TENSORS of a new layer with `inputs`, whose case tells the sizes and the scale."""
+        """ALL_TENSORS of a new layer with `inputs`, whose case has the sizes and the scale."""
         found = self.target.run(inputs.case, inputs, tp=tp)
         return {name: tensor.detach() for name, tensor in found.items()}
 

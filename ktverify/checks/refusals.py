@@ -33,7 +33,7 @@ def check_refusal(target: Target, name: str) -> None:
         raise
     except Exception as error:
         kinds = " or ".join(kind.__name__ for kind in refusal.errors)
-        # RuntimeError has children (NotImplementedError, RecursionError) that say something else
+        # RuntimeError has children (NotImplementedError, RecursionError) with another meaning
         target.expect(
             type(error) in refusal.errors,
             f"{name}: must raise {kinds}, raised {type(error).__name__}: {error}",
@@ -41,7 +41,7 @@ def check_refusal(target: Target, name: str) -> None:
         )
         text = str(error)
         missing = [mention for mention in refusal.mentions if mention not in text]
-        target.expect(not missing, f"{name}: the error must tell {missing}, it says {text!r}", "refusal")
+        target.expect(not missing, f"{name}: the error must contain {missing}, it says {text!r}", "refusal")
         target.expect(len(text.splitlines()) == 1, f"{name}: an error is one line, this has more: {text!r}", "refusal")
     else:
         target.accepted(f"{name}:")

@@ -89,7 +89,7 @@ def refusal(name: str) -> Any:
     return check
 
 
-# defect, the check that has to find it, on which case, and a part of what it has to say
+# defect, the check that has to find it, on which case, and a part of its message
 CAUGHT = [
     ("lora_scale_one", forward, SMALL, "FAIL output"),
     ("lora_scale_one", backward, SMALL, "FAIL grad_up_lora_a"),
@@ -124,14 +124,14 @@ CAUGHT = [
 
 
 @pytest.mark.parametrize(
-    ("defect", "check", "case", "says"),
+    ("defect", "check", "case", "message"),
     CAUGHT,
     ids=[f"{row[0]}-{row[1].__name__}-{index}" for index, row in enumerate(CAUGHT)],
 )
-def test_defect_is_found(children: ChildPool, defect: str, check: Any, case: Case, says: str) -> None:
+def test_defect_is_found(children: ChildPool, defect: str, check: Any, case: Case, message: str) -> None:
     with pytest.raises(AssertionError) as found:
         check(children.get(), MUTANTS[defect].engine, case)
-    assert says in str(found.value)
+    assert message in str(found.value)
 
 
 def test_backward_takes_the_newest(children: ChildPool) -> None:
@@ -200,7 +200,7 @@ def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path)
         if engine == "leaves_a_session":
             process.kill()
         deadline = time.monotonic() + 5
-        # one that has ended waits for whoever inherited it to be told
+        # a process that has ended waits until its new parent has collected its exit code
         while process.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < deadline, f"{process} lives on"
             time.sleep(0.01)
