@@ -1,6 +1,6 @@
-"""What a bench run found: medians, spread, ratios per round, and how near the roofline.
+"""Summarise a bench run, whole or cut short: medians, spread, ratios per round, distance from the roofline.
 
-Comes in: the lines of a run, whole or cut short. Goes out: one `ShapeSummary` per shape and run. Pure arithmetic.
+One `ShapeSummary` per shape and run. Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ktverify.system.other_load import BUSY
 Round = tuple[int, int]
 L = TypeVar("L", TurnLine, RoundCeilingLine)
 
-ENOUGH = 5  # undisturbed turns that a median may be taken of, where others were disturbed
+ENOUGH = 5  # the median is of undisturbed turns alone where there are at least so many
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Timing:
+class EngineTiming:
     """One engine's times of one kind of call. ms: milliseconds; against_own: its time over the native engine's, round
     by round; over_roofline: its time over the roofline time of the same round. None: there is nothing to divide by.
     """
@@ -57,12 +57,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """One engine at one shape. resident: memory over the bf16 weights; errors: rel_l2 of output, worst of gradients."""
+    """One engine at one shape. Errors are rel_l2, of the gradients the worst."""
 
     line: EngineLine
-    forward: Timing | None
-    forward_saving: Timing | None
-    backward: Timing | None
+    forward: EngineTiming | None
+    forward_saving: EngineTiming | None
+    backward: EngineTiming | None
     backward_over_forward: Spread | None
 
     @property
@@ -72,6 +72,11 @@ class EngineSummary:
     @property
     def gradient_error(self) -> float | None:
         return max((value for name, value in self.line.rel_l2.items() if name != "output"), default=None)
+
+    def timing(self, what: str) -> EngineTiming | None:
+        """what: forward, forward_saving or backward."""
+        found: EngineTiming | None = getattr(self, what)
+        return found
 
     def verdict(self, what: str) -> VerdictName:
         found: VerdictName = getattr(self.line, what)
@@ -104,18 +109,22 @@ class ShapeSummary:
     turns: int
     left_out: int
     restless: tuple[str, ...]
-    # of the native engine, the recorded call of median length: forward, then backward
+    # the native engine's recorded calls of median length: forward, then backward
     stages: tuple[StageTimes, ...]
 
     def engine(self, name: str) -> EngineSummary | None:
         return next((engine for engine in self.engines if engine.line.engine == name), None)
+
+    def roofline(self, what: str) -> Roofline | None:
+        """what: forward or backward."""
+        return self.forward if what == "forward" else self.backward
 
     def resident(self, engine: EngineSummary) -> float | None:
         return engine.line.resident / self.shape.weight_bytes if engine.line.resident else None
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Median and quartiles (linear between neighbours); None of nothing."""
+    """Median and quartiles (linear between neighbours); None without a value."""
     found = sorted(values)
     if not found:
         return None
@@ -161,7 +170,7 @@ def _summary(
     bounds = {"forward": rooflines(forward), "forward_saving": rooflines(forward), "backward": rooflines(backward)}
     states = _states(lines)
 
-    def timing(engine: str, what: str) -> Timing | None:
+    def timing(engine: str, what: str) -> EngineTiming | None:
         at = times[engine, what]
         ms = spread(at.values())
         if ms is None or states[engine].forward != "PASS":
@@ -169,7 +178,7 @@ def _summary(
         if what != "forward" and states[engine].backward != "PASS":
             return None
         own = times[OWN, what] if OWN in states and states[OWN].forward == "PASS" else {}
-        return Timing(ms, _ratio(at, own), _ratio(at, bounds[what]))
+        return EngineTiming(ms, _ratio(at, own), _ratio(at, bounds[what]))
 
     summaries = []
     for name in sorted(states, key=lambda name: order.get(name, len(order))):
@@ -203,7 +212,7 @@ def _summary(
 
 
 def _typical(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:
-    """Of each direction the call of median length; medians of single phases would not add up."""
+    """The call of median length for each direction: medians of single phases would not add up."""
     found = []
     for direction in ("forward", "backward"):
         calls = sorted((t for t in recorded if t.direction == direction), key=lambda times: times.wall_ns)
@@ -212,13 +221,13 @@ def _typical(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:
 
 
 def _undisturbed(turns: dict[Round, L]) -> dict[Round, L]:
-    """The turns during which other programs left the processors alone; all, where those are too few to tell."""
+    """The turns during which other programs left the processors alone; all turns where those are too few."""
     quiet = {at: line for at, line in turns.items() if line.others < BUSY}
     return quiet if len(quiet) >= max(ENOUGH, len(turns) / 3) else turns
 
 
 def _states(lines: Sequence[Line]) -> dict[str, EngineLine]:
-    """The last word on each engine; for one that was in several groups, the worst, and all memory and errors alike."""
+    """The last line of each engine; for an engine that was in several groups, the line of one that did not pass."""
     latest: dict[tuple[str, int], EngineLine] = {}
     for line in lines:
         if isinstance(line, EngineLine):

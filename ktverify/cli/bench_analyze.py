@@ -28,7 +28,8 @@ def analyze(
     from dataclasses import asdict
 
     from ktverify.bench.c2c import picture, store, tables
-    from ktverify.bench.c2c.console import print_grids
+    from ktverify.report.console import make_console, print_grids
+    from ktverify.report.grid import markdown
     from ktverify.system.files import write_whole
 
     records = [record for path in files for record in store.read_records(path)]
@@ -41,15 +42,14 @@ def analyze(
     ]
     home = files[0].parent if out is None else out
     stem = home / files[0].name
-    drawn = store.beside(stem, ".analysis.png")
-    picture.draw_histogram(records, drawn)
-    written = [
-        write_whole(store.beside(stem, ".analysis.csv"), tables.delimited(records, ",")),
-        write_whole(store.beside(stem, ".analysis.md"), tables.markdown(grids)),
-        drawn,
-    ]
+    files_of: dict[str, str | bytes] = {
+        ".analysis.csv": tables.prompt_table(records, ","),
+        ".analysis.md": "\n\n".join(map(markdown, grids)) + "\n",
+        ".analysis.png": picture.draw_histogram(records),
+    }
+    written = [write_whole(store.beside(stem, ending), content) for ending, content in files_of.items()]
     if not as_json:
-        print_grids(grids, written)
+        print_grids(make_console(), grids, written)
         return
     found = {
         "records": len(records),

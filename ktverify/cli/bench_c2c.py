@@ -160,7 +160,7 @@ def merge(
     from ktverify.system.files import write_whole
 
     joined = store.merge(files, output)
-    write_whole(store.beside(output, ".tsv"), tables.delimited(joined, "\t"))
+    write_whole(store.beside(output, ".tsv"), tables.prompt_table(joined, "\t"))
     if as_json:
         typer.echo(json.dumps({"output": str(output), "records": len(joined)}))
     else:
@@ -232,8 +232,9 @@ def _run(
 ) -> None:
     """Time the prompts that are not yet in the file; tables of all that is in it then."""
     _quiet()
-    from ktverify.bench.c2c.console import Watch
     from ktverify.bench.c2c.run import PromptRun, check, load
+    from ktverify.bench.c2c.tables import progress_line, short
+    from ktverify.report.console import ProgressBar
 
     check(settings)
     run = PromptRun(settings, texts, path)
@@ -241,10 +242,13 @@ def _run(
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     done, stopped = list(run.file.done), False
     try:
-        with Watch(len(texts), len(done)) as watch:
+        with ProgressBar() as bar:
+            already = f"{len(done)} of {len(texts)} are there already" if done else ""
+            bar.begin("prompts", len(texts), len(done), already)
             for record, _ in run.records(lambda: load(settings, projectors), warmups):
                 done.append(record)
-                watch.advance(record)
+                bar.say(short(record.prompt, 32))
+                bar.advance(f"{len(done)}/{len(texts)}  {progress_line(record)}")
     except KeyboardInterrupt:
         stopped = True
         typer.echo(
@@ -263,10 +267,10 @@ def _conclude(records: Sequence[PromptRecord], path: Path, *, as_json: bool) -> 
     from dataclasses import asdict
 
     from ktverify.bench.c2c import store, tables
-    from ktverify.bench.c2c.console import print_grids
+    from ktverify.report.console import make_console, print_grids
     from ktverify.system.files import write_whole
 
-    written = [path, write_whole(store.beside(path, ".tsv"), tables.delimited(records, "\t")), store.info_path(path)]
+    written = [path, write_whole(store.beside(path, ".tsv"), tables.prompt_table(records, "\t")), store.info_path(path)]
     if as_json:
         statistics = {name: asdict(found) for name, found in tables.distribution(records).items()}
         typer.echo(json.dumps({"output": str(path), "records": len(records), "statistics": statistics}))
@@ -274,7 +278,7 @@ def _conclude(records: Sequence[PromptRecord], path: Path, *, as_json: bool) -> 
     grids = [tables.distribution_grid(records, store.notes([path]))]
     if len(records) <= _MANY:
         grids.insert(0, tables.prompts_grid("prompt by prompt", records))
-    print_grids(grids, written)
+    print_grids(make_console(), grids, written)
 
 
 def _quiet() -> None:

@@ -11,9 +11,9 @@ import typer
 from ktverify.cli import transformer_options
 
 if TYPE_CHECKING:
-    from ktverify.bench.tables import Grid
     from ktverify.bench.transformer.memory import PartMemory
     from ktverify.bench.transformer.sizes import ModelSize
+    from ktverify.report.grid import Grid
 
 
 def memory(
@@ -100,7 +100,7 @@ def gib(count: float) -> str:
 
 def grid(size: ModelSize, parts: tuple[PartMemory, ...]) -> Grid:
     """A row for each part, all layers together, and their sum."""
-    from ktverify.bench.tables import Grid
+    from ktverify.report.grid import Grid
 
     rows = []
     for part in parts:
@@ -112,8 +112,7 @@ def grid(size: ModelSize, parts: tuple[PartMemory, ...]) -> Grid:
 
 
 def _print(size: ModelSize, parts: tuple[PartMemory, ...], found: dict[str, Any]) -> None:
-    from ktverify.bench.console import print_grid
-    from ktverify.report.console import make_console, print_pairs
+    from ktverify.report.console import make_console, print_grid, print_pairs
 
     console, whole = make_console(), parts[-1]
     console.print(f"a training step holds {gib(whole.total_bytes)}", style="bold")

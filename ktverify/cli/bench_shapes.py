@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
     from ktverify.bench.record import HeadLine, Line
-    from ktverify.bench.summary import ShapeSummary
 
 
 def bench(
@@ -85,10 +83,10 @@ def bench(
     absent = [engine for engine in found if engine.missing] if peers else []
     if absent:
         raise ValueError(f"--peers {absent[0].name}: {absent[0].missing}")
-    from ktverify.bench.console import Watch, print_shape
     from ktverify.bench.measure import Bench, ShapeBenchSettings
     from ktverify.bench.summary import summarise
-    from ktverify.report.console import make_console
+    from ktverify.bench.tables import shown_grids
+    from ktverify.report.console import ProgressBar, make_console, print_grids
     from ktverify.system import machine
 
     facts = machine.read_machine()
@@ -122,16 +120,15 @@ def bench(
     # a terminated run ends like an interrupted one
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console()
-    watch = Watch(make_console(stderr=True), len(chosen))
     stopped = False
     try:
-        with watch.progress:
-            bench_run = Bench(found, settings, journal, watch)
+        with ProgressBar() as bar:
+            bench_run = Bench(found, settings, journal, bar)
             for shape in chosen:
                 bench_run.measure(shape)
                 for summary in summarise(journal.lines):
                     if summary.shape.shape == shape.name and not as_json:
-                        print_shape(console, summary, stages=stages)
+                        print_grids(console, shown_grids(summary, stages=stages))
     except KeyboardInterrupt:
         stopped = True
         typer.echo(f"stopped; what was measured is kept in {directory / record.FILE}", err=True)
@@ -145,54 +142,18 @@ def bench(
 def _conclude(
     directory: Path, lines: list[Line], *, shapes_shown: bool = False, stages: bool = False, as_json: bool = False
 ) -> bool:
-    """Write the views and print what is not yet printed; whether the native engine was right throughout."""
+    """Write the pages and print what is not yet printed; True if the native engine was right throughout."""
     from ktverify.bench import plot, tables
-    from ktverify.bench.console import print_overview, print_shape
     from ktverify.bench.engines import OWN
     from ktverify.bench.record import FILE, HeadLine
     from ktverify.bench.summary import summarise
-    from ktverify.report.console import make_console, print_pairs
-    from ktverify.system.files import write_whole
+    from ktverify.report import pages
 
-    console = make_console()
     head: HeadLine | None = next((line for line in lines if isinstance(line, HeadLine)), None)
     summaries = summarise(lines)
-    # the files first: a terminal or a pipe may be gone by now
-    write_whole(directory / "bench.md", tables.markdown(head, summaries))
-    names = [FILE, "bench.md"]
-    picture = directory / "bench.png"
-    if plot.draw(summaries, picture):
-        names += ["bench.png", *_pages(directory, head, summaries, picture.read_bytes())]
-    if as_json:
-        for line in lines:
-            typer.echo(line.model_dump_json())
-    else:
-        if not shapes_shown:
-            for summary in summaries:
-                print_shape(console, summary, stages=stages)
-        if summaries:
-            print_overview(console, summaries)
-        if head is not None:
-            console.print()
-            print_pairs(console, tables.head_pairs(head))
-        console.print()
-        for name in names:
-            typer.echo(str(directory / name))
+    view = tables.view(head, summaries, plot.draw(summaries))
+    shapes = [] if shapes_shown else [grid for one in summaries for grid in tables.shown_grids(one, stages=stages)]
+    overviews = [tables.overview_grid(summaries, what) for what in tables.DIRECTIONS] if summaries else []
+    pages.conclude(view, lines, directory / FILE, as_json, shown=[*shapes, *overviews])
     own = [summary.engine(OWN) for summary in summaries]
     return bool(own) and all(e is not None and e.line.forward == e.line.backward == "PASS" for e in own)
-
-
-def _pages(directory: Path, head: HeadLine | None, summaries: Sequence[ShapeSummary], picture: bytes) -> list[str]:
-    """Write bench.html and bench.tsv; returns their names."""
-    from ktverify.bench import tables
-    from ktverify.report import pages
-    from ktverify.system.files import write_whole
-
-    overviews = [tables.overview_grid(summaries, what) for what in ("forward", "backward")]
-    shapes = [grid for one in summaries for grid in (tables.shape_grid(one, told=True), *tables.stage_grids(one))]
-    grids = [*overviews, *shapes]
-    facts = tables.head_pairs(head) if head is not None else []
-    view = pages.View("bench", tables.verdict(summaries), facts, grids, tables.rows(summaries), picture)
-    write_whole(directory / "bench.html", pages.page(view))
-    write_whole(directory / "bench.tsv", pages.tsv(view.rows))
-    return ["bench.html", "bench.tsv"]

@@ -70,11 +70,11 @@ def profile(
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
     """Write the pages and the trace, then print. ValueError for a profile that was stopped before it had anything."""
     from ktverify.bench.layer import profile_picture, profile_record, profile_tables, profile_trace
-    from ktverify.bench.layer.profile_summary import Summary
+    from ktverify.bench.layer.profile_summary import ProfileSummary
     from ktverify.report import pages
     from ktverify.system.files import write_whole
 
-    summary = Summary.of(lines)
+    summary = ProfileSummary.of(lines)
     if summary is None:
         raise NothingMeasured(f"{directory / profile_record.FILE} has no range that was measured to a steady call")
     view = profile_tables.view(summary, profile_picture.draw(summary))

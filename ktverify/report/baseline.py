@@ -1,8 +1,7 @@
-"""The gate: from a run, and a baseline if there is one, to the list of what broke.
+"""The gate over a run: list what broke, in the run alone or against a baseline.
 
-Comes in: a run. Goes out: breaks, each one line; none means that the run may be built upon. Times are never gated: they
-belong to the machine and the hour. A baseline is a run's verdicts and errors by check, as committed in
-`reports/baseline.json`.
+A baseline is the verdicts and errors of a good run by check, as committed in `reports/baseline.json`. Times are never
+gated: they belong to the machine and the hour.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ktverify.report.numbers import error
 from ktverify.report.problems import problem_text
-from ktverify.report.tables import base_isa, error_text, run_verdict
-from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord, Result, VerdictName, worst_first
+from ktverify.report.tables import base_isa, run_verdict
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, Result, VerdictName, worst_first
 from ktverify.runs.store import Run
 from ktverify.system.files import write_whole
 from ktverify.system.machine import ISA_FLAGS
@@ -27,7 +27,7 @@ FORMAT = 1
 
 
 class BaselineEntry(BaseModel):
-    """What a check found when the baseline was written; `case` with its seed, `rel_l2` for accuracy only."""
+    """The result of a check when the baseline was written; `case` with its seed, `rel_l2` for accuracy only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
@@ -38,7 +38,7 @@ class BaselineEntry(BaseModel):
 
 
 class Baseline(BaseModel):
-    """The checks of a run that was good, by key."""
+    """The checks of a good run, by key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,15 +52,15 @@ class Baseline(BaseModel):
 
 @dataclass(frozen=True)
 class Growth:
-    """How far rel_l2 may grow beyond the baseline: by `factor`, and never counted below `floor`."""
+    """How far rel_l2 may grow beyond the baseline: by `factor`; below `floor` growth does not count."""
 
     factor: float
     floor: float
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What the gate found: `breaks` make it fail; `notes` are told and let it pass."""
+class GateReport:
+    """What the gate found: `breaks` make it fail; `notes` do not; `checked` checks ran."""
 
     breaks: tuple[str, ...]
     notes: tuple[str, ...]
@@ -80,22 +80,21 @@ def growth() -> Growth:
 
 
 def key_of(record: Result) -> str:
-    """What makes two records the same check: all but the numbers, the seed, the engine and the number of threads."""
+    """The key of a check: two records with the same key differ in numbers, seed, engine and threads alone."""
     # an emulated instruction set gives the numbers of the real one
     isa = base_isa(record.isa)
-    parts: tuple[str, ...]
-    if isinstance(record, AccuracyRecord):
-        parts = ("accuracy", record.family, record.case.partition("@")[0], record.tensor, isa, f"tp={record.tp}")
-    elif isinstance(record, LatencyRecord):
-        parts = ("latency", record.family, record.case.partition("@")[0], record.what, isa, f"tp={record.tp}")
+    if isinstance(record, CheckRecord):
+        parts = ["check", record.family, record.name, isa]
     else:
-        parts = ("check", record.family, record.name, isa)
+        what = record.tensor if isinstance(record, AccuracyRecord) else record.what
+        parts = [record.kind, record.family, record.case.partition("@")[0], what, isa, f"tp={record.tp}"]
     return " ".join(part for part in parts if part)
 
 
-def judge_run(run: Run, baseline: Baseline | None, allowed: Growth | None) -> Finding:
-    """What broke in `run`: a verdict that is no pass, nothing checked, not finished; against `baseline`, a check that
-    is missing or no longer runs, and an error that grew by more than `allowed` (needed with a baseline only).
+def judge_run(run: Run, baseline: Baseline | None, allowed: Growth | None) -> GateReport:
+    """Judge a run. These break it: a verdict that is not a pass, no check that ran, a run that did not finish; against
+    `baseline`, a check that is missing or no longer runs, an error that grew by more than `allowed` (used with a
+    baseline only).
     """
     breaks: list[str] = []
     notes: list[str] = []
@@ -107,8 +106,8 @@ def judge_run(run: Run, baseline: Baseline | None, allowed: Growth | None) -> Fi
     if not run.finished:
         breaks.append("The run did not finish: its records are what was there when it ended.")
     elif run.head is not None and run.head.exit_status and all(r.verdict in (*NOT_RUN, "PASS") for r in run.records):
-        # a collection error or an interrupted session leaves no record that could tell of it
-        breaks.append(f"pytest ended with exit status {run.head.exit_status}, though no record tells why.")
+        # a collection error or an interrupted session leaves no record
+        breaks.append(f"pytest ended with exit status {run.head.exit_status}, but no record says why.")
     if run.torn_lines:
         breaks.append(f"{run.torn_lines} record(s) were cut off while being written: a process was killed.")
     for record in worst_first(run.records):
@@ -126,13 +125,13 @@ def judge_run(run: Run, baseline: Baseline | None, allowed: Growth | None) -> Fi
             notes.append(line.splitlines()[0])
     if baseline is not None:
         _compare(checks, baseline, allowed or growth(), run, breaks, notes)
-    return Finding(tuple(breaks), tuple(notes), ran)
+    return GateReport(tuple(breaks), tuple(notes), ran)
 
 
 def _compare(
     checks: dict[str, Result], baseline: Baseline, allowed: Growth, run: Run, breaks: list[str], notes: list[str]
 ) -> None:
-    """Add what the baseline has and the run has not, and where errors grew."""
+    """Add to `breaks` and `notes` the checks that the run lacks and the errors that grew."""
     elsewhere: dict[str, int] = {}
     for key, before in sorted(baseline.checks.items()):
         record = checks.get(key)
@@ -144,14 +143,14 @@ def _compare(
             else:
                 breaks.append(f"missing: {key} (it was {before.verdict} in the baseline)")
         elif isinstance(record, AccuracyRecord) and record.verdict == "PASS" and before.rel_l2 is not None:
-            # other inputs have other errors; a new seed is judged by its budgets, not by growth
+            # a new seed makes other inputs with other errors: its budgets judge it, not growth
             if record.case != before.case or not math.isfinite(before.rel_l2):
                 continue
             bound = max(before.rel_l2 * allowed.factor, allowed.floor)
             if not record.rel_l2 <= bound:
                 breaks.append(
-                    f"grown: {key} rel_l2 {error_text(record.rel_l2)}, baseline {error_text(before.rel_l2)}, "
-                    f"at most {error_text(bound)}"
+                    f"grown: {key} rel_l2 {error(record.rel_l2)}, baseline {error(before.rel_l2)}, "
+                    f"at most {error(bound)}"
                 )
     for isa, count in elsewhere.items():
         notes.append(f"{count} checks of the baseline need {isa}, which this machine does not run")
@@ -161,18 +160,18 @@ def _compare(
 
 
 def _beyond_this_machine(isa: str, run: Run) -> bool:
-    """Whether the machine of the run lacks `isa`. Read from the CPU, so that an engine cannot talk itself out of it."""
+    """Whether the machine of the run lacks `isa`. The CPU's flags decide, not what the engine reports."""
     if run.head is None or base_isa(isa) not in ISA_FLAGS:
         return False
     runs = set(run.head.machine.isas)
-    # where only the tiles are missing they are emulated; the kernels around them are AVX-512
+    # AMX tiles are emulated where they are missing; the kernels around them need AVX-512
     if "avx512_bf16" in runs:
         runs.add("amx_bf16")
     return base_isa(isa) not in runs
 
 
 def _by_key(run: Run) -> dict[str, Result]:
-    """Records by key; where a check stands twice (two seeds), the worse one."""
+    """Records by key; of two records of one check (two seeds), the worse one."""
     checks: dict[str, Result] = {}
     for record in worst_first(run.records):
         checks.setdefault(key_of(record), record)
@@ -180,7 +179,7 @@ def _by_key(run: Run) -> dict[str, Result]:
 
 
 def baseline_of(run: Run) -> Baseline:
-    """The baseline that `run` makes. Raises ValueError if the run has no head or did not finish."""
+    """Make a baseline of `run`. Raises ValueError if the run has no head or did not finish."""
     if run.head is None or not run.finished:
         raise ValueError(f"{run.directory} did not finish; a baseline needs a whole run")
     checks: dict[str, BaselineEntry] = {}
@@ -188,7 +187,7 @@ def baseline_of(run: Run) -> Baseline:
         checks[key] = BaselineEntry(
             verdict=record.verdict,
             isa=record.isa,
-            case=record.case if isinstance(record, (AccuracyRecord, LatencyRecord)) else "",
+            case="" if isinstance(record, CheckRecord) else record.case,
             rel_l2=_rounded(record.rel_l2) if isinstance(record, AccuracyRecord) else None,
         )
     head = run.head
@@ -198,7 +197,7 @@ def baseline_of(run: Run) -> Baseline:
 def write_baseline(run: Run, path: str | os.PathLike[str]) -> Baseline:
     """Write the baseline of `run`, one line per check so that a diff reads well.
 
-    Raises ValueError if the run does not pass the gate on its own: nobody may build on a broken run.
+    Raises ValueError if the run does not pass the gate without a baseline.
     """
     found = judge_run(run, None, None)
     if not found.passed:
@@ -219,7 +218,7 @@ def write_baseline(run: Run, path: str | os.PathLike[str]) -> Baseline:
 
 
 def read_baseline(path: str | os.PathLike[str]) -> Baseline:
-    """Read a baseline. Raises FileNotFoundError, or ValueError if the file is none."""
+    """Read a baseline. Raises FileNotFoundError, or ValueError if the file is not a baseline."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no baseline at {path}: write one with `python -m ktverify gate RUN --write-baseline`")
     try:

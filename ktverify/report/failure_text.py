@@ -1,8 +1,4 @@
-"""What pytest prints of an engine that did not pass: the verdict and what was found, none of the suite's source.
-
-Comes in: what a test raised. Goes out: lines, or "" where it may be a bug of the suite, which pytest shows whole; so it
-does all where `--tb` asks for a style.
-"""
+"""The text that pytest prints of a failed test: the verdict and what was found, without the source of the checks."""
 
 from __future__ import annotations
 
@@ -17,7 +13,10 @@ _OURS = tuple(f"{_FRAME}{ROOT / folder}" for folder in ("suites/", "tests/", "kt
 
 
 def text_of(raised: BaseException, repeat: str) -> str:
-    """The lines; `repeat` is the command that repeats the test, for what names none itself."""
+    """The text of what a test raised, or "" where it may be a bug of the checks: then pytest prints its own traceback.
+
+    repeat: the command that repeats the test, added where the text has no command of its own.
+    """
     if isinstance(raised, (NotPassed, PropertyFailed)):
         return str(raised)
     if isinstance(raised, GateFailed):
@@ -35,7 +34,7 @@ def text_of(raised: BaseException, repeat: str) -> str:
 
 
 def _without_ours(trace: list[str]) -> list[str]:
-    """A traceback's lines but for the frames of the suite."""
+    """A traceback's lines without the frames of the checks."""
     kept, ours = [], False
     for line in trace:
         if line.startswith(_FRAME) or not line.startswith(" "):

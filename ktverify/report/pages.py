@@ -1,20 +1,20 @@
-"""One run, many views: Markdown, HTML with its picture inside, TSV, the console.
+"""One view of a timed run as Markdown, as HTML with its picture inside, as TSV and on the console.
 
-Comes in: a `View`: text that is ready to be shown. Goes out: files named after the run's kind, whole or not at all.
+Every HTML page is complete in itself: style, pictures and scripts are in it, and its content policy forbids the browser
+to load anything.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from ktverify.bench.tables import Grid, grid_markdown
+from ktverify.report import style
+from ktverify.report.grid import Grid, delimited, markdown, note_kind
 from ktverify.system.clock import PERCENTILES, Statistics
 from ktverify.system.files import write_whole
 
@@ -23,8 +23,8 @@ TEMPLATES = Path(__file__).with_name("templates")
 
 @dataclass(frozen=True)
 class View:
-    """name: of the files, without ending; verdict: one line that stands first; rows: of the TSV, a dict each, with the
-    same keys; picture: a PNG."""
+    """name: of the files, without ending; verdict: the line that comes first; facts: about the run; rows: of the TSV,
+    all with the same keys; picture: a PNG."""
 
     name: str
     verdict: str
@@ -41,54 +41,59 @@ def statistics_row(values: Statistics) -> dict[str, object]:
 
 
 def write(view: View, directory: Path) -> list[str]:
-    """Write NAME.md, NAME.html, NAME.tsv and NAME.png; returns the names of what was written."""
-    found: dict[str, str | bytes] = {
-        "md": markdown(view),
-        "html": page(view),
-        "tsv": tsv(view.rows),
-        **({"png": view.picture} if view.picture is not None else {}),
-    }
+    """Write NAME.md, NAME.html, NAME.tsv and NAME.png; returns the names of the written files."""
+    found: dict[str, str | bytes] = {"md": view_markdown(view), "html": view_page(view), "tsv": delimited(view.rows)}
+    if view.picture is not None:
+        found["png"] = view.picture
     for ending, content in found.items():
         write_whole(directory / f"{view.name}.{ending}", content)
     return [f"{view.name}.{ending}" for ending in found]
 
 
-def conclude(view: View, lines: Sequence[BaseModel], journal: Path, as_json: bool, extra: Sequence[str] = ()) -> None:
-    """Write the views beside the run's lines, then print them, or the lines. extra: names of files already written."""
-    # the files first: a terminal or a pipe may be gone by now
+def conclude(
+    view: View,
+    lines: Sequence[BaseModel],
+    journal: Path,
+    as_json: bool,
+    extra: Sequence[str] = (),
+    shown: Sequence[Grid] | None = None,
+) -> None:
+    """Write the view beside the run's lines (`journal`), then print it, or the lines.
+
+    extra: names of files that are already written; shown: the tables to print (default: all).
+    """
+    # the files first: the terminal or the pipe may be closed by now
     names = [journal.name, *write(view, journal.parent), *extra]
-    if not as_json:
-        show(view, names, journal.parent)
+    if as_json:
+        for line in lines:
+            print(line.model_dump_json())
         return
-    for line in lines:
-        print(line.model_dump_json())
-
-
-def show(view: View, names: Sequence[str], directory: Path) -> None:
-    """On the console: the verdict, the tables, the facts, the files."""
-    from ktverify.bench.console import print_grid
-    from ktverify.report.console import make_console, print_pairs
+    from ktverify.report.console import make_console, print_grids, print_pairs
 
     console = make_console()
     console.print(view.verdict, style="bold")
-    for grid in view.grids:
-        console.print()
-        print_grid(console, grid)
     console.print()
+    print_grids(console, view.grids if shown is None else shown)
     print_pairs(console, list(view.facts))
     for name in names:
-        print(directory / name)
+        print(journal.parent / name)
 
 
-def markdown(view: View) -> str:
+def view_markdown(view: View) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in view.facts)
     pictures = [f"![{view.name}]({view.name}.png)"] if view.picture is not None else []
-    parts = [f"# {view.name.capitalize()}", view.verdict, facts, *pictures, *map(grid_markdown, view.grids)]
-    return "\n\n".join(parts) + "\n"
+    parts = [f"# {view.name.capitalize()}", view.verdict, facts, *pictures, *map(markdown, view.grids)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def page(view: View) -> str:
-    """The page as text; the picture is in it, and its content policy forbids the browser to load anything."""
+def view_page(view: View) -> str:
+    picture = base64.b64encode(view.picture).decode("ascii") if view.picture is not None else ""
+    return render("base.html.j2", **vars(view) | {"picture": picture})
+
+
+def render(template: str, **context: object) -> str:
+    """The HTML page that `template` makes of `context`: name, verdict and facts for the base, and what its own blocks
+    take."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -98,16 +103,5 @@ def page(view: View) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    picture = base64.b64encode(view.picture).decode("ascii") if view.picture is not None else ""
-    return environment.get_template("view.html.j2").render(view=view, picture=picture)
-
-
-def tsv(rows: Sequence[dict[str, object]]) -> str:
-    """A heading and a line a row, tabs between."""
-    if not rows:
-        return ""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), delimiter="\t", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    return buffer.getvalue()
+    environment.globals |= {"colours": style, "isa_colour": style.isa_colour, "note_kind": note_kind}
+    return environment.get_template(template).render({"word": "", **context})

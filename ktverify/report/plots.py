@@ -1,7 +1,7 @@
-"""Plots as inline SVG, made with matplotlib.
+"""Plots of a run of the suites as inline SVG, made with matplotlib.
 
-Comes in: records. Goes out: `<svg>…</svg>` text that needs nothing from outside the page and takes the page's font; ""
-where there is nothing to plot.
+Each returns `<svg>…</svg>` text that needs nothing from outside the page and takes the page's font; "" where there is
+nothing to plot.
 """
 
 from __future__ import annotations
@@ -12,27 +12,21 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktverify.report.tables import NO_ISA, base_isa, figures, isa_rank
+from ktverify.report.numbers import error, number
+from ktverify.report.style import EDGE, FAIL, INK, QUIET, RULE, bare, isa_colour, legend
+from ktverify.report.tables import NO_ISA, isa_rank
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# dark to light with the ISA's age, told apart by hue as well for those who see colours differently
-ISA_COLOURS = {"amx_bf16": "#7a3e9d", "avx512_bf16": "#1f6fb2", "avx2": "#d98a1f", "scalar": "#7d8790"}
-_OTHER_COLOURS = ("#2a9d7c", "#b5495b", "#8c6d31")
-_FAIL = "#c62f2f"
-_INK = "#2b3036"
-_QUIET = "#8b939c"
-_RULE = "#e3e6ea"
-
 
 def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
     """One row per tensor, one dot per record at its rel_l2 (log axis), coloured by ISA; a tick marks each budget.
 
-    Records that equal the oracle bit by bit have no place on a log axis, and those far below every budget (fp32
-    results) would squeeze all others into a corner: they are counted in the row's right margin.
+    Records that equal the oracle bit by bit have no place on a log axis, and records far below every budget (fp32
+    results) would squeeze all others into a corner: both are counted in the row's right margin.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
@@ -52,7 +46,7 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
             members = [r for r in shown if r.tensor == tensor and r.isa == isa]
             centre = row - 0.36 + lane * (index + 0.5)
             budgets = sorted({budget for r in members if (budget := _rel_l2_budget(r)) > 0})
-            axes.vlines(budgets, centre - lane / 2, centre + lane / 2, colors="#8f979f", linewidths=1.3, zorder=1)
+            axes.vlines(budgets, centre - lane / 2, centre + lane / 2, colors=EDGE, linewidths=1.3, zorder=1)
             for failed in (False, True):
                 points = [r for r in members if (r.verdict != "PASS") == failed and r.rel_l2 >= least]
                 axes.scatter(
@@ -60,7 +54,7 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
                     [centre + _jitter(i) * lane * 0.6 for i in range(len(points))],
                     s=34 if failed else 16,
                     marker="D" if failed else "o",
-                    color=_FAIL if failed else colour_of(isa),
+                    color=FAIL if failed else isa_colour(isa),
                     alpha=0.95 if failed else 0.65,
                     linewidths=0,
                     zorder=3 if failed else 2,
@@ -68,12 +62,12 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
         exact = sum(1 for r in rows if r.tensor == tensor and r.rel_l2 == 0)
         below = sum(1 for r in shown if r.tensor == tensor and r.rel_l2 < least)
         lost = sum(1 for r in rows if r.tensor == tensor and not math.isfinite(r.rel_l2))
-        beside = {f"{exact} exact": exact, f"{below} below {_power(least)}": below, f"{lost} not finite": lost}
+        beside = {f"{exact} exact": exact, f"{below} below {error(least, 0)}": below, f"{lost} not finite": lost}
         text = "\n".join(words for words, count in beside.items() if count)
         if text:
-            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=_QUIET)
+            axes.text(1.01, row, text, transform=axes.get_yaxis_transform(), va="center", color=QUIET)
         if row:
-            axes.axhline(row - 0.5, color=_RULE, linewidth=0.8, zorder=0)
+            axes.axhline(row - 0.5, color=RULE, linewidth=0.8, zorder=0)
     axes.set_xscale("log")
     axes.set_yticks(range(len(tensors)), tensors)
     axes.set_ylim(len(tensors) - 0.5, -0.5)
@@ -84,7 +78,7 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
     span = high / low
     subs = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if span < 12 else (1.0, 2.0, 5.0) if span < 3e3 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(lambda value, _position: _power(value))
+    axes.xaxis.set_major_formatter(lambda value, _position: error(value, 0))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("rel_l2 against the fp64 oracle; grey ticks are budgets")
@@ -95,13 +89,15 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
 def budget_used(records: Sequence[AccuracyRecord]) -> str:
     """How many tensors used how much of the budget of their deciding gate, stacked by ISA; beyond 100 % in red.
 
-    Tensors without any error are left out: an exact case says nothing about budgets, and there are many.
+    Tensors without any error are left out: an exact case shows nothing about budgets, and there are many.
     """
     rows = [r for r in records if r.verdict not in NOT_RUN and r.used > 0 and _deciding_budget(r) > 0]
     if not rows:
         return ""
+    from matplotlib.ticker import MaxNLocator
+
     step = 0.05
-    # far outliers share the last bin: one broken tensor at 10000 % must not squeeze all others into one bar
+    # outliers share the last bin: one broken tensor at 10000 % must not squeeze all others into one bar
     last = 29
     isas = sorted({r.isa for r in rows}, key=isa_rank)
     figure, axes = _figure(height=2.5)
@@ -112,18 +108,19 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
             if r.isa == isa:
                 counts[min(last, _bin(r.used, step))] += 1
         edges = [100 * step * i for i in range(last + 1)]
-        colours = [colour_of(isa) if edge < 100 - 1e-6 else _FAIL for edge in edges]
+        colours = [isa_colour(isa) if edge < 100 - 1e-6 else FAIL for edge in edges]
         axes.bar(edges, counts, width=100 * step * 0.92, align="edge", bottom=bottom, color=colours, linewidth=0)
         bottom = [b + c for b, c in zip(bottom, counts, strict=True)]
     top = max(i for i, count in enumerate(bottom) if count)
-    axes.axvline(100, color=_FAIL, linewidth=1)
-    axes.text(101, 0.97, "budget", transform=axes.get_xaxis_transform(), ha="left", va="top", color=_FAIL)
+    axes.axvline(100, color=FAIL, linewidth=1)
+    axes.text(101, 0.97, "budget", transform=axes.get_xaxis_transform(), ha="left", va="top", color=FAIL)
     axes.set_xlim(0, max(105, 100 * step * (top + 1)))
     ticks = [tick for tick in range(0, 151, 25) if tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick} %" if tick < 145 else "more" for tick in ticks])
     axes.set_xlabel("budget used by a tensor" + (" (last bar: 145 % and more)" if top == last else ""))
     axes.set_ylabel("tensors")
-    axes.grid(axis="y", color=_RULE, linewidth=0.8)
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
     _legend(axes, isas, failed=any(r.used > 1 for r in rows))
     return _svg(figure, "budget")
 
@@ -159,13 +156,13 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
     wide = high / low > 20
     left = 10 ** math.floor(math.log10(low)) if wide else 0.0
     for y, (r, ms) in zip(positions, rows, strict=True):
-        colour = _FAIL if r.verdict != "PASS" else colour_of(r.isa)
+        colour = FAIL if r.verdict != "PASS" else isa_colour(r.isa)
         axes.barh(y, ms.median - left, left=left, height=0.78, color=colour, alpha=0.32, linewidth=0)
         axes.plot([ms.min, ms.max], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
         jittered = [y + _jitter(i) * 0.45 for i in range(len(r.samples_ms))]
         axes.scatter(r.samples_ms, jittered, s=5, color=colour, linewidths=0, zorder=3)
-        text = f"{figures(ms.median)} ms"
-        axes.annotate(text, (ms.max, y), xytext=(6, 0), textcoords="offset points", va="center", color=_INK)
+        text = f"{number(ms.median, 4)} ms"
+        axes.annotate(text, (ms.max, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK)
     axes.set_yticks([sum(group) / len(group) for group in ticks], labels)
     axes.set_ylim(max(positions) + 0.7, -0.7)
     if wide:
@@ -176,17 +173,11 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
         axes.xaxis.set_major_formatter(lambda value, _position: f"{value:g}")
     else:
         axes.set_xlim(0, high * 1.14)
-    axes.grid(axis="x", color=_RULE, linewidth=0.8)
+    axes.grid(axis="x", color=RULE, linewidth=0.8)
     scale = ", log axis" if wide else ""
     axes.set_xlabel(f"ms per iteration: bar to the median, line from fastest to slowest, dots are iterations{scale}")
     _legend(axes, sorted({r.isa for r, _ in rows}, key=isa_rank), failed=any(r.verdict != "PASS" for r, _ in rows))
     return _svg(figure, "latency")
-
-
-def colour_of(isa: str) -> str:
-    """The colour that an ISA has in every plot and table."""
-    known = ISA_COLOURS.get(base_isa(isa))
-    return known if known is not None else _OTHER_COLOURS[sum(isa.encode()) % len(_OTHER_COLOURS)]
 
 
 def _latency_label(r: LatencyRecord) -> str:
@@ -206,7 +197,7 @@ def _deciding_budget(record: AccuracyRecord) -> float:
 
 
 def _bin(used: float, step: float) -> int:
-    """Bin of a share; exactly 100 % is within the budget and belongs to the bin below."""
+    """Bin of a share; exactly 100 % is within the budget, so it is in the bin below."""
     if math.isinf(used):
         return 1 << 30
     index = math.floor(used / step + 1e-9)
@@ -221,12 +212,6 @@ def _in_order(tensors: Sequence[str]) -> list[str]:
     return [t for t in ALL_TENSORS if t in present] + sorted(present - set(ALL_TENSORS))
 
 
-def _power(value: float) -> str:
-    """0.002 -> "2e-3"."""
-    mantissa, _, exponent = f"{value:.0e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
 def _jitter(index: int) -> float:
     """Low-discrepancy offsets in [-0.5, 0.5): dots spread evenly and the same run draws the same picture."""
     return (index * 0.6180339887498949) % 1.0 - 0.5
@@ -237,13 +222,10 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
     figure = MatplotlibFigure(figsize=(11.2, height), layout="constrained")
     axes = figure.add_subplot()
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#c5cad0")
-    axes.tick_params(length=0, colors=_INK, pad=6)
-    axes.xaxis.label.set_color(_QUIET)
-    axes.yaxis.label.set_color(_QUIET)
-    axes.set_axisbelow(True)
+    bare(axes)
+    axes.tick_params(colors=INK, labelsize=9.5, pad=6)
+    axes.xaxis.label.set_color(QUIET)
+    axes.yaxis.label.set_color(QUIET)
     return figure, axes
 
 
@@ -251,20 +233,11 @@ def _legend(axes: Any, isas: Sequence[str], failed: bool) -> None:
     from matplotlib.lines import Line2D
 
     style: dict[str, Any] = {"linestyle": "", "markersize": 6, "markeredgewidth": 0}
-    handles = [Line2D([], [], marker="o", color=colour_of(isa), label=isa or NO_ISA, **style) for isa in isas]
+    handles = [Line2D([], [], marker="o", color=isa_colour(isa), label=isa or NO_ISA, **style) for isa in isas]
     if failed:
-        handles.append(Line2D([], [], marker="D", color=_FAIL, label="did not pass", **style))
-    axes.legend(
-        handles=handles,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=len(handles),
-        frameon=False,
-        labelcolor=_INK,
-        handletextpad=0.2,
-        columnspacing=1.4,
-        borderaxespad=0.2,
-    )
+        handles.append(Line2D([], [], marker="D", color=FAIL, label="did not pass", **style))
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.2}
+    legend(axes, handles, ncols=len(handles), handletextpad=0.2, fontsize=9.5, **place)
 
 
 def _svg(figure: Figure, name: str) -> str:

@@ -1,8 +1,8 @@
-"""What did not pass, by its cause: one block each, so that a defect that costs a hundred checks is told once.
+"""Group what did not pass by its cause, so that a defect that costs a hundred checks is reported once.
 
-Comes in: a run. Goes out: blocks of lines, worst first, that every printer shows as they are. What ended an engine in
-one way is one block, with its last words once and all that it cost; the failing tensors of a case are one; the failing
-checks of a family are one, a line each. Whatever is left out here stands in records.jsonl.
+Each group is a block of lines that every printer shows as it is, worst first. All records that ended the engine in the
+same way are one group, with the last words once; the failing tensors of a case are one; the failing checks of a family
+are one, a line each. records.jsonl has what is left out here.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ WIDTH = 110
 # lines of one check, and characters of its name, in the block of a family
 LINES_OF_A_CHECK = 4
 WIDEST_NAME = 44
-# nothing of a tensor can be told: the process was gone, or ended
+# nothing is known of a tensor: the engine's process ended
 ENDED: frozenset[str] = frozenset({"CRASH", "TIMEOUT", "OOM"})
 
 _LAST_WORDS = "; last words:"
-# which function of the suite had called does not make two causes of one; nor do addresses and sizes
+# neither the check that called, nor addresses and sizes, make two causes of one
 _CALLER = re.compile(r"^(?:\w+: )?[\w.]+:[\w.]+: ")
 _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
-class Problem:
-    """The verdict, a heading behind it, lines, and the command that repeats one of them ("" where there is none)."""
+class FailureGroup:
+    """The verdict, a heading after it, lines, and the command that repeats one of them ("" where there is none)."""
 
     verdict: VerdictName
     where: str
@@ -38,17 +38,17 @@ class Problem:
     repro: str
 
 
-def problems(run: Run) -> list[Problem]:
+def problems(run: Run) -> list[FailureGroup]:
     """What did not pass, worst first."""
     groups: dict[tuple[str, ...], list[Result]] = {}
     for record in worst_first(run.records):
         if record.verdict not in (*NOT_RUN, "PASS"):
             groups.setdefault(_key(record), []).append(record)
-    return [_problem(members) for members in groups.values()]
+    return [_group(members) for members in groups.values()]
 
 
-def group_text(problem: Problem, most: int | None = None) -> str:
-    """A problem as lines: verdict and where, what was found (at most so many lines of it), how to repeat it."""
+def group_text(problem: FailureGroup, most: int | None = None) -> str:
+    """A group as lines: verdict and heading, at most `most` lines of what was found, how to repeat it."""
     lines = [f"{problem.verdict} {problem.where}", *(f"    {line}" for line in problem.lines[:most])]
     if most is not None and len(problem.lines) > most:
         lines.append(f"    and {len(problem.lines) - most} more lines, see accuracy.md")
@@ -56,7 +56,7 @@ def group_text(problem: Problem, most: int | None = None) -> str:
 
 
 def problem_text(record: Result) -> str:
-    """A record that did not pass, as one or two lines: what it was, what was found, how to repeat it."""
+    """A record that did not pass as one or two lines: what it was, what was found, how to repeat it."""
     what = _name(record)
     found = next((line for line in record.message.splitlines() if line.strip()), "")
     if not found.startswith(record.verdict):
@@ -85,7 +85,7 @@ def _key(record: Result) -> tuple[str, ...]:
     return (record.verdict, record.isa, "tensors", record.case, str(record.tp), record.source)
 
 
-def _problem(members: list[Result]) -> Problem:
+def _group(members: list[Result]) -> FailureGroup:
     first = members[0]
     repro = next((record.repro for record in members if record.repro), "")
     if first.verdict in ENDED:
@@ -100,7 +100,7 @@ def _problem(members: list[Result]) -> Problem:
         lines = [line for record in members for line in _message_lines(record)]
         # of several tensors the command of the whole case, not of the first
         repro = repro.partition(" --tensor ")[0] if len(members) > 1 else repro
-    return Problem(first.verdict, where, tuple(lines), repro)
+    return FailureGroup(first.verdict, where, tuple(lines), repro)
 
 
 def _joined(*parts: str) -> str:
@@ -108,16 +108,16 @@ def _joined(*parts: str) -> str:
 
 
 def _cause(record: Result) -> tuple[str, list[str]]:
-    """(how it ended, the last words) of a record whose engine gave nothing."""
+    """(how it ended, the last words) of a record whose engine returned nothing."""
     lines = [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
     at = next((number for number, line in enumerate(lines) if _LAST_WORDS in line), 0)
     how = lines[at] if lines else ""
-    # a property tells its sentence and its case first, and the error's class
+    # the message of a property begins with its sentence and its case; the error's class comes before how it ended
     return _CALLER.sub("", how.removeprefix("EngineDied: ")).partition(_LAST_WORDS)[0], lines[at + 1 :]
 
 
 def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:
-    """(heading, lines) of all that one way to end has cost: last words once, then what it cost by family."""
+    """(heading, lines) of records that ended in the same way: the last words once, then names by family."""
     how, words = _cause(members[0])
     words = [line for line in words if not line.startswith("pytest ")]
     families: dict[str, list[str]] = {}
@@ -141,14 +141,14 @@ def _times(members: Sequence[Result]) -> str:
 
 def _checks(members: Iterable[Result]) -> list[str]:
     """A line for each check, its name and what it found; those that found the same share one."""
-    told: dict[tuple[str, ...], list[str]] = {}
+    same: dict[tuple[str, ...], list[str]] = {}
     for record in members:
         name = _short(_name(record))
         first, *others = _message_lines(record) or [""]
-        told.setdefault((_without_name(first, name), *others), []).append(name)
-    width = min(WIDEST_NAME, max(len(names[0]) for names in told.values()))
+        same.setdefault((_without_name(first, name), *others), []).append(name)
+    width = min(WIDEST_NAME, max(len(names[0]) for names in same.values()))
     lines: list[str] = []
-    for (first, *others), names in told.items():
+    for (first, *others), names in same.items():
         if len(names) > 1:
             lines += [f"{first} ({len(names)} times):", *_wrapped(f"  {_listed(names)}")]
             continue
@@ -161,7 +161,7 @@ def _checks(members: Iterable[Result]) -> list[str]:
 
 
 def _without_name(text: str, name: str) -> str:
-    """A refusal's text begins with what was tried, which its name tells as well."""
+    """Remove the beginning of a refusal's text that its name repeats: what was tried."""
     tried = name.partition("[")[2].removesuffix("]")
     return text.removeprefix(f"{tried}: ") if tried else text
 
@@ -180,12 +180,12 @@ def _wrapped(text: str) -> list[str]:
 
 
 def _short(name: str) -> str:
-    """A check's name without what all names have: "test_refused[gate_proj shape]" -> "refused[gate_proj shape]"."""
+    """A check's name without the parts that all names have: "test_refused[a shape]" -> "refused[a shape]"."""
     found = name.removeprefix("test_").replace("[engine-", "[").replace("@seed=0", "")
-    # conftest cuts a name at a case's seed, and with it the bracket
+    # the plugin cuts a name at a case's seed, and with it the bracket
     return found + "]" if found.count("[") > found.count("]") else found.removesuffix("[engine]")
 
 
 def _message_lines(record: Result) -> list[str]:
-    """The message without the repro command, which stands below it."""
+    """The message without the repro command, which is printed below it."""
     return [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]

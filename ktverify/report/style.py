@@ -1,31 +1,86 @@
-"""How every picture looks: colours, bare axes, PNG bytes. Nothing heavy is imported."""
+"""The one file of colours, and how every picture and page looks. Nothing heavy is imported."""
 
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, QUIET, RULE, EDGE = "#2b3036", "#747d86", "#dfe3e7", "#c5cad0"
+INK, QUIET, RULE, EDGE = "#2b3036", "#6d757e", "#dfe3e7", "#c5cad0"
 PURPLE, BLUE, GREEN, ORANGE, RED, BROWN = "#6d2f91", "#1f6fb2", "#2a9d7c", "#d9772b", "#b5495b", "#8a6f3e"
+LILAC, SLATE, TEAL = "#8d6aa8", "#5b6770", "#3f7f93"
+# backgrounds, from dark to light: time spent waiting, a band behind rows, a panel
+WAITING, BAND, WASH = "#d5d9dd", "#f1f2f4", "#f7f8f9"
+PASS, FAIL, WARN, METER = "#2a7d4f", "#c62f2f", "#a86a10", "#8aa9c2"
 
-# behind a text that stands on lines: they must not strike it through
+# dark to light with the ISA's age, and of different hues for those who see colours differently
+ISA_COLOURS = {"amx_bf16": PURPLE, "avx512_bf16": BLUE, "avx2": ORANGE, "scalar": "#7d8790"}
+OTHER_ISA_COLOURS = (GREEN, RED, BROWN)
+
+# verdicts and warnings on the console, as rich writes styles
+CONSOLE_STYLES = {
+    "PASS": "green",
+    "FAIL": "bold red",
+    "CRASH": "bold red",
+    "TIMEOUT": "bold red",
+    "OOM": "bold red",
+    "MISTRUSTED": "yellow",
+    "SKIP": "dim",
+    "UNSUPPORTED": "dim",
+    "WARNING": "yellow",
+}
+# and on HTML pages, by the lower-case word as class
+PAGE_COLOURS = {
+    "pass": PASS,
+    **dict.fromkeys(("fail", "crash", "timeout", "oom"), FAIL),
+    **dict.fromkeys(("mistrusted", "warning"), WARN),
+    **dict.fromkeys(("skip", "unsupported"), QUIET),
+}
+
+# behind a text that lies on lines: they must not strike it through
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 
-def bare(axes: Axes, title: str, grid: Literal["x", "y", "both"] | None = None, pad: float = 6.0) -> None:
+def isa_colour(isa: str) -> str:
+    """The colour of an ISA in every plot and table, emulated or not."""
+    known = ISA_COLOURS.get(isa.partition(" ")[0])
+    return known if known is not None else OTHER_ISA_COLOURS[sum(isa.encode()) % len(OTHER_ISA_COLOURS)]
+
+
+def bare(
+    axes: Axes, title: str = "", grid: Literal["x", "y", "both"] | None = None, pad: float = 6.0, size: float = 10.0
+) -> None:
     """No frame but the lower edge, a title on the left, thin lines for `grid`."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(EDGE)
     axes.tick_params(length=0, colors=QUIET, labelsize=8.5, pad=4)
+    axes.set_axisbelow(True)
     if grid is not None:
         axes.grid(axis=grid, color=RULE, linewidth=0.7)
-        axes.set_axisbelow(True)
-    axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold", pad=pad)
+    axes.set_title(title, loc="left", color=INK, fontsize=size, fontweight="bold", pad=pad)
+
+
+def label_x(axes: Axes, text: str) -> None:
+    axes.set_xlabel(text, color=QUIET, fontsize=9)
+
+
+def beside(axes: Axes, text: str, place: tuple[float, float], **more: Any) -> None:
+    """A text right of a point."""
+    style: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+    axes.annotate(text, place, **{**style, "color": INK, **more})
+
+
+def legend(owner: Figure | Axes, handles: Sequence[Any], labels: Sequence[str] | None = None, **more: Any) -> None:
+    """A legend without a frame, upper left unless `more` places it elsewhere."""
+    style: dict[str, Any] = {"loc": "upper left", "frameon": False, "fontsize": 8.5, "labelcolor": INK}
+    if labels is not None:
+        style["labels"] = list(labels)
+    owner.legend(**{**style, "handles": list(handles), "columnspacing": 1.4, **more})
 
 
 def png(figure: Figure) -> bytes:

@@ -1,8 +1,5 @@
-"""Chrome's Trace Event Format, as ui.perfetto.dev and chrome://tracing read it.
-
-Comes in: lanes and spans. Goes out: JSON of complete events ("ph": "X", microseconds) and names of lanes ("ph": "M").
-No torch here.
-"""
+"""Events in Chrome's Trace Event Format, for ui.perfetto.dev and chrome://tracing: complete events ("ph": "X", times in
+microseconds) and names of lanes ("ph": "M"). No torch here."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-# Perfetto lays what has thread 0 into the lane whose thread is its process: lanes count from the process's own
+# Perfetto draws thread 0 in the lane of the thread that has its process's number: lanes count from that number
 PID = 1
 FIRST_LANE = PID
 
@@ -18,7 +15,7 @@ Event = dict[str, Any]
 
 
 def title(text: str) -> Event:
-    """What stands above all lanes."""
+    """The title above all lanes."""
     return {"ph": "M", "name": "process_name", "pid": PID, "tid": FIRST_LANE, "args": {"name": text}}
 
 
@@ -29,11 +26,11 @@ def lane(number: int, text: str) -> list[Event]:
 
 
 def span(name: str, kind: str, lane: int, ns: tuple[int, int], args: dict[str, Any]) -> Event:
-    """ns: begin and duration."""
+    """One call in a lane. ns: begin and duration; args: shown when it is clicked."""
     begin, length = (value / 1e3 for value in ns)
     return {"ph": "X", "name": name, "cat": kind, "pid": PID, "tid": lane, "ts": begin, "dur": length, "args": args}
 
 
 def document(events: Sequence[Event], about: dict[str, Any]) -> str:
-    """The whole file; about: what a viewer shows as metadata."""
+    """The file as text; about: metadata for the viewer."""
     return json.dumps({"traceEvents": list(events), "displayTimeUnit": "ms", "otherData": about})

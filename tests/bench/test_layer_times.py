@@ -16,7 +16,7 @@ from ktverify.bench.shapes import weight_bytes
 from ktverify.cli.bench import COMMANDS, DEFAULT
 from ktverify.cli.bench_layer import _doubling
 from ktverify.isolation import fresh
-from ktverify.report.pages import tsv
+from ktverify.report.grid import delimited
 from ktverify.spec.cases import Case
 from tests.cli.test_cli import TINY, call, ends, refused
 from tests.support.records import MACHINE
@@ -108,7 +108,7 @@ def test_tables_of_made_up_times() -> None:
     assert throughput.rows == (("batch 1 x 17", "17", "3.00", "5,667", "170", "100"),)
     assert memory.rows[0] == ("TP 1", "1.0 MiB", "1.0 MiB", "2.0 MiB", "3.0 MiB", "3.0 MiB", "0 B", "3.00")
     assert view.verdict == "forward 3.00 ms, forward + backward 10.0 ms, backward 5.00 ms, 1,700 tokens/s"
-    rows = tsv(view.rows).splitlines()
+    rows = delimited(view.rows).splitlines()
     assert len(rows) == 1 + 3 * len(WHATS)
     assert view.picture is not None
     assert view.picture.startswith(b"\x89PNG")

@@ -19,7 +19,7 @@ import pytest
 
 from ktverify.bench.layer import profile, profile_record, profile_tables, profile_trace
 from ktverify.bench.layer.profile_record import RANGES, CallLine, CallPart, Pass, ProfileLine
-from ktverify.bench.layer.profile_summary import Imbalance, Summary, Worker, imbalances, stage_name, worker_of
+from ktverify.bench.layer.profile_summary import Imbalance, ProfileSummary, Worker, imbalances, stage_name, worker_of
 from ktverify.bench.timed_run import CeilingLine, OtherLoadLine
 from ktverify.engines.native.phase_times import Phase, Span, StageTimes
 from ktverify.report import pages
@@ -115,13 +115,13 @@ def test_workers_and_imbalance_of_a_made_up_call() -> None:
 
 
 def test_tables_of_a_made_up_profile() -> None:
-    summary = Summary.of(made_up_lines())
+    summary = ProfileSummary.of(made_up_lines())
     assert summary is not None
     assert (summary.read, summary.multiply) == (2e9, 2e9), "the best of the ceilings counts"
     ranges_, phases, workers = profile_tables.view(summary, b"").grids
     # 10 of 11 ms are the engine's
     assert ranges_.rows == (
-        ("forward_only", "30.0", "10.0 ± 0.00", "10.0", "10.0", "10.0", "10.0", "1.100", "90.9 %", "1.00"),
+        ("forward_only", "30.0", "10.0 ± 0.0", "10.0", "10.0", "10.0", "10.0", "1.100", "90.9 %", "1.00"),
     )
     # 9e6 operations at 2e9 a second are 4.5 ms, in the 4.5 ms that the workers took on average; 4e6 bytes 2 of 2.5
     assert [row[-1] for row in phases.rows] == ["100.0 %", "80.0 %", "–", "65.0 %"]
@@ -133,13 +133,13 @@ def test_tables_of_a_made_up_profile() -> None:
 
 def test_a_busy_machine_is_said_to_be_one() -> None:
     for others, wanted in ((0.3, "other programs had 30 %"), (0.01, "ceilings")):
-        summary = Summary.of([*made_up_lines(), OtherLoadLine(others=others)])
+        summary = ProfileSummary.of([*made_up_lines(), OtherLoadLine(others=others)])
         assert summary is not None
         assert profile_tables.ranges_grid(summary).notes[0].startswith(wanted)
 
 
 def test_views_hold_the_same_table(tmp_path: Path) -> None:
-    summary = Summary.of(made_up_lines())
+    summary = ProfileSummary.of(made_up_lines())
     assert summary is not None
     names = pages.write(profile_tables.view(summary, b"not empty"), tmp_path)
     assert names == ["profile.md", "profile.html", "profile.tsv", "profile.png"]

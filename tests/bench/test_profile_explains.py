@@ -12,7 +12,7 @@ import pytest
 
 from ktverify.bench.layer import profile, profile_tables
 from ktverify.bench.layer.profile_record import CallLine
-from ktverify.bench.layer.profile_summary import Summary, unexplained_ns
+from ktverify.bench.layer.profile_summary import ProfileSummary, unexplained_ns
 from ktverify.spec.cases import Case
 from tests.bench.test_profile import MS, made_up, made_up_lines
 from tests.cli.test_cli import TINY
@@ -24,7 +24,7 @@ LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
 def test_waiting_of_no_stage_is_told() -> None:
     assert unexplained_ns(made_up(10 * MS)) == 1.5 * MS
     assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "what is added between the stages is nobody's"
-    summary = Summary.of(made_up_lines())
+    summary = ProfileSummary.of(made_up_lines())
     assert summary is not None
     phases = profile_tables.view(summary, b"").grids[1]
     assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"

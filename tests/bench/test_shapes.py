@@ -15,6 +15,7 @@ from ktverify.bench import engines, plot, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
 from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
 from ktverify.bench.record import BenchJournal, EngineLine, GroupOtherLoadLine, HeadLine, TurnLine
+from ktverify.report.pages import view_markdown
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BACKWARD_TENSORS
 from ktverify.system.other_load import LoadReading
@@ -186,23 +187,23 @@ def test_right_engines_are_compared_with_the_oracle(journal: BenchJournal) -> No
     assert engine.line.about["isa"]
 
 
-def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal, tmp_path: Path) -> None:
+def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal) -> None:
     assert record.read(journal.directory) == journal.lines
     (quiet,) = [line for line in journal.lines if isinstance(line, GroupOtherLoadLine)]
     assert 0 <= quiet.others <= 1
     found = summary.summarise(journal.lines)
     first = journal.lines[0]
     assert isinstance(first, HeadLine)
-    page = tables.markdown(first, found)
+    assert plot.draw([]) is None
+    view = tables.view(first, found, plot.draw(found))
+    assert (view.picture or b"").startswith(b"\x89PNG")
+    page = view_markdown(view)
     for text in ("| native ", "| torch loop ", "CRASH the one that dies: in round 2", " SKIP |", "## forward"):
         assert text in page, text
-    assert plot.draw(found, tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert not plot.draw([], tmp_path / "empty.png")
     shown = ends(call("bench", "--show", str(journal.directory)), 0)
     assert "in round 2: died of SIGSEGV" in shown
     html = (journal.directory / "bench.html").read_text()
-    for text in ("<td>torch loop</td>", "CRASH the one that dies: in round 2", "times the roofline", "data:image/png"):
+    for text in (">torch loop</td>", "CRASH the one that dies: in round 2", "times the roofline", "data:image/png"):
         assert text in html, text
     heading, *rows = [line.split("\t") for line in (journal.directory / "bench.tsv").read_text().splitlines()]
     timed = {(row[heading.index("engine")], row[heading.index("what")]) for row in rows}

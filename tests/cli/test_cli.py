@@ -425,7 +425,7 @@ def test_report_prints_the_newest_run(reports: Path) -> None:
     assert text.startswith("PASS All 3 checks passed.")
     assert "20250102T000000Z" in text
     text = ends(call("report", "20250101", "--reports", str(reports)), 1)
-    assert text.startswith("FAIL 1 FAIL of 1 checks.")
+    assert text.startswith("FAIL 1 FAIL of 1 check.")
 
 
 def test_report_writes_the_pages_of_a_killed_run(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_report_writes_the_pages_of_a_killed_run(tmp_path: Path) -> None:
     store.start_run(directory, engine="native", command="pytest")
     store.Recorder(directory, worker="gw0").add(accuracy())
     text = ends(call("report", str(directory), "--write"), 1)
-    assert text.startswith("FAIL The run did not finish: 1 checks passed so far.")
+    assert text.startswith("FAIL The run did not finish: 1 check passed so far.")
     assert (directory / "report.html").is_file()
 
 

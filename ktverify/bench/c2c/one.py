@@ -1,7 +1,4 @@
-"""One prompt with all its views: record, TSV, traces, operators, picture.
-
-Comes in: settings and a prompt. Goes out: the files beside NAME.jsonl, and the tables on the console.
-"""
+"""`bench c2c single`: time one prompt and write its record, TSV, traces, operators and picture."""
 
 from __future__ import annotations
 
@@ -11,20 +8,19 @@ from pathlib import Path
 from rich.text import Text
 
 from ktverify.bench.c2c import operators, picture, store, tables
-from ktverify.bench.c2c.console import print_grids
 from ktverify.bench.c2c.record import C2cSettings, PromptRecord
 from ktverify.bench.c2c.run import PromptRun, check, load
 from ktverify.bench.c2c.trace import trace
-from ktverify.report.console import make_console
+from ktverify.report.console import make_console, print_grids
 from ktverify.system.files import write_whole
 
 
 @dataclass(frozen=True)
 class Single:
-    """What was found, and the files that tell of it."""
+    """What was measured, and the paths of the files that have it."""
 
     record: PromptRecord
-    profile: operators.Profile | None
+    profile: operators.OperatorProfile | None
     written: tuple[Path, ...]
 
 
@@ -44,11 +40,9 @@ def run_single(
     def add(ending: str, content: str | bytes) -> None:
         written.append(write_whole(store.beside(path, ending), content))
 
-    add(".tsv", tables.delimited([record], "\t"))
+    add(".tsv", tables.prompt_table([record], "\t"))
     add(".trace.json", trace(record, timeline.calls))
-    drawn = store.beside(path, ".png")
-    picture.draw_timeline(record, timeline.calls, drawn)
-    written.append(drawn)
+    add(".png", picture.draw_timeline(record, timeline.calls))
     found = None
     if profile_tokens:
         found = operators.profile(pipeline, prompt, profile_tokens, settings.device)
@@ -68,4 +62,4 @@ def show_single(found: Single) -> None:
     grids = [tables.stage_grid(timing, store.busy_notes(found.written[:1]))]
     if found.profile is not None:
         grids.append(operators.grid(found.profile))
-    print_grids(grids, found.written)
+    print_grids(console, grids, found.written)

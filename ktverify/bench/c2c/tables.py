@@ -1,19 +1,15 @@
-"""Records as tables: TSV and CSV with a row a prompt, and grids of text for the console and Markdown.
-
-Comes in: records. Goes out: text. No torch here.
-"""
+"""The tables of `bench c2c` and `bench analyze`: TSV and CSV with a row per prompt, and grids. No torch here."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 
 from ktverify.bench.c2c.record import STAGE_FIELDS, PromptRecord, PromptTiming
-from ktverify.bench.tables import Grid
+from ktverify.report.grid import Grid, delimited
+from ktverify.report.numbers import many, number, percent
 from ktverify.system.clock import PERCENTILES, Statistics
 
-# what of a prompt is one number; all but total_ms stand in the record
+# the single numbers of a prompt; all but total_ms are fields of the record
 COLUMNS = (
     "total_ms",
     "base_embedding_ms",
@@ -41,16 +37,19 @@ _STAGES = {
 _CALLS = {"projector_total_ms": "projector_calls", "decode_total_ms": "num_generated_tokens"}
 
 
-def delimited(records: Sequence[PromptRecord], delimiter: str) -> str:
-    """A row a prompt: id, COLUMNS, both models, prompt, response; cells with line breaks are quoted."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(["id", *COLUMNS, "base_model", "teacher_model", "prompt", "response"])
-    for record in records:
-        numbers = [_exact(getattr(record.timing, name)) for name in COLUMNS]
-        models = (record.models.base_model, record.models.teacher_model)
-        writer.writerow([record.id, *numbers, *models, record.prompt, record.response])
-    return stream.getvalue()
+def prompt_table(records: Sequence[PromptRecord], delimiter: str) -> str:
+    """A row per prompt: id, COLUMNS, both models, prompt, response."""
+    rows = [
+        {
+            "id": record.id,
+            **{name: getattr(record.timing, name) for name in COLUMNS},
+            **record.models.model_dump(),
+            "prompt": record.prompt,
+            "response": record.response,
+        }
+        for record in records
+    ]
+    return delimited(rows, delimiter)
 
 
 def distribution(records: Sequence[PromptRecord]) -> dict[str, Statistics]:
@@ -65,7 +64,7 @@ def step_times(records: Sequence[PromptRecord]) -> list[float]:
 
 
 def slowest(records: Sequence[PromptRecord]) -> list[PromptRecord]:
-    """The SLOWEST records that took longest, the longest first."""
+    """The ten records that took longest, the longest first."""
     return sorted(records, key=lambda record: (-record.timing.total_ms, record.id))[:SLOWEST]
 
 
@@ -76,12 +75,12 @@ def distribution_grid(records: Sequence[PromptRecord], notes: Sequence[str] = ()
     for name, found in distribution(records).items():
         values = (found.mean, found.std, found.median, found.min, found.max, *found.percentiles.values())
         rows.append((name, *map(figure, values)))
-    title = f"{_many(len(records), 'prompt')}, {_many(len(step_times(records)), 'token')}"
+    title = f"{many(len(records), 'prompt')}, {many(len(step_times(records)), 'token')}"
     return Grid(title, tuple(notes), headings, tuple(rows))
 
 
 def prompts_grid(title: str, records: Sequence[PromptRecord]) -> Grid:
-    """A row a prompt: milliseconds of both models' embedding and prefill, of projectors and decoding; the tokens."""
+    """A row per prompt: milliseconds of both models' embedding and prefill, of projectors and decoding; the tokens."""
     headings = ("id and prompt", "total ms", "base", "teacher", "projectors", "decoding", "tokens", "tokens/s")
     width = max(len(str(record.id)) for record in records)
     return Grid(title, (), headings, tuple(_prompt_row(record, width) for record in records))
@@ -101,47 +100,27 @@ def stage_grid(timing: PromptTiming, notes: Sequence[str] = ()) -> Grid:
     rows = []
     for name in STAGE_FIELDS:
         total, calls = getattr(timing, name), _calls(timing, name)
-        share = 100 * total / timing.total_ms if timing.total_ms else 0.0
-        rows.append((_STAGES[name], figure(total), f"{share:.1f}", str(calls), figure(total / calls if calls else 0.0)))
-    rows.append(("all", figure(timing.total_ms), "100.0", "", ""))
-    return Grid("where the time went", tuple(notes), ("stage", "ms", "%", "calls", "ms a call"), tuple(rows))
+        share = percent(total / timing.total_ms if timing.total_ms else 0.0)
+        rows.append((_STAGES[name], figure(total), share, str(calls), figure(total / calls if calls else 0.0)))
+    rows.append(("all", figure(timing.total_ms), percent(1.0), "", ""))
+    return Grid("where the time went", tuple(notes), ("stage", "ms", "share", "calls", "ms a call"), tuple(rows))
 
 
 def _calls(timing: PromptTiming, stage: str) -> int:
     return int(getattr(timing, _CALLS[stage])) if stage in _CALLS else 1
 
 
-def markdown(grids: Sequence[Grid]) -> str:
-    """The grids as a page of Markdown."""
-    parts = []
-    for grid in grids:
-        align = ["---", *["---:"] * (len(grid.headings) - 1)]
-        lines = [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in (grid.headings, align, *grid.rows)]
-        parts.append("\n".join([f"## {grid.title}", "", *(f"{note}\n" for note in grid.notes), *lines]))
-    return "\n\n".join(parts) + "\n"
+def progress_line(record: PromptRecord) -> str:
+    timing = record.timing
+    return f"id {record.id}: {timing.num_generated_tokens} tokens, {figure(timing.total_ms)} ms"
 
 
 def figure(value: float) -> str:
-    """Three significant digits down to a thousandth; from 100 on whole."""
-    if value >= 100 or value == int(value):
-        return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+    """Like `number`, but counts, which are whole, without decimals."""
+    return f"{value:.0f}" if value == int(value) else number(value)
 
 
 def short(text: str, width: int = 48) -> str:
-    """The beginning of a text on one line; characters that would steer a terminal become dots."""
+    """The beginning of a text on one line; control characters of terminals become dots."""
     line = "".join(letter if letter.isprintable() else "·" for letter in " ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def _exact(value: float) -> str:
-    """Twelve digits: all that a clock gave, without what binary fractions add."""
-    return f"{value:.12g}"

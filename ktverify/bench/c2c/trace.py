@@ -1,6 +1,6 @@
 """One prompt's timeline as a Chrome trace, for ui.perfetto.dev and chrome://tracing.
 
-Comes in: spans. Goes out: JSON with a lane each for base, teacher, projectors and decoding. No torch here.
+A lane each for base, teacher, projectors and decoding. No torch here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ktverify.system.timing import TimedCall
 
 
 def trace(record: PromptRecord, spans: Sequence[TimedCall]) -> str:
-    """The trace of the prompt that `record` tells of."""
+    """The trace of one prompt, as JSON."""
     lanes = {lane: place for place, lane in enumerate(dict.fromkeys(LANES.values()), start=trace_events.FIRST_LANE)}
     models = record.models.model_dump()
     events = [trace_events.title(f"{models['base_model']} taught by {models['teacher_model']}")]

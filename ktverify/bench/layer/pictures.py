@@ -1,4 +1,4 @@
-"""Layer benchmarks as pictures. Comes in: summaries. Goes out: PNGs."""
+"""Layer benchmarks as PNGs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.record import SWEEPS
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of
-from ktverify.bench.tables import number
-from ktverify.report.style import BLUE, BROWN, GREEN, INK, ORANGE, PAPER, PURPLE, QUIET, RED, bare, png
+from ktverify.report.numbers import number, ratio
+from ktverify.report.style import (
+    BLUE,
+    BROWN,
+    GREEN,
+    INK,
+    ORANGE,
+    PAPER,
+    PURPLE,
+    QUIET,
+    RED,
+    bare,
+    beside,
+    label_x,
+    legend,
+    png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +35,7 @@ _BATCHES = (BLUE, GREEN, ORANGE, PURPLE, RED, BROWN)
 
 
 def layer(case: str, found: Sequence[SpotSummary]) -> bytes:
-    """Every repeat's spread of the first spot; the TP degrees; tokens a second over batch and sequence."""
+    """The spread of the first spot's repeats; the TP degrees; tokens per second over batch and sequence."""
     panels: list[Callable[[Axes], None]] = [lambda axes: _spread(axes, found[0])]
     if len(of(found, "tp")) > 1:
         panels.append(lambda axes: _degrees(axes, of(found, "tp")))
@@ -29,7 +44,7 @@ def layer(case: str, found: Sequence[SpotSummary]) -> bytes:
     figure, places = _figure(case, len(panels))
     for axes, panel in zip(places, panels, strict=True):
         panel(axes)
-    # the first panel's names stand left of it
+    # the first panel's names are left of it
     figure.subplots_adjust(left=0.145 if len(panels) > 1 else 0.24)
     return png(figure)
 
@@ -42,17 +57,8 @@ def sweeps(case: str, found: Sequence[SpotSummary]) -> bytes:
     for axes, group in zip(places, groups, strict=True):
         _cost(axes, group)
     handles, labels = places[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(0.052, 0.93),
-        ncols=len(handles) if len(groups) > 2 else 3,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        columnspacing=1.4,
-    )
+    columns = len(handles) if len(groups) > 2 else 3
+    legend(figure, handles, labels, bbox_to_anchor=(0.052, 0.93), ncols=columns)
     figure.subplots_adjust(top=0.76 if len(groups) > 2 else 0.71)
     return png(figure)
 
@@ -73,22 +79,12 @@ def _spread(axes: Axes, one: SpotSummary) -> None:
         ms, colour = one.ms[what], _COLOURS.get(what, QUIET)
         axes.plot([ms.percentiles[5], ms.percentiles[95]], [row, row], color=colour, linewidth=2.5, alpha=0.45)
         axes.plot(ms.median, row, "o", color=colour, markersize=7)
-        place = (ms.percentiles[95], row)
-        axes.annotate(
-            number(ms.median),
-            place,
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-            bbox=PAPER,
-        )
+        beside(axes, number(ms.median), (ms.percentiles[95], row), fontsize=8.5, bbox=PAPER)
     bare(axes, "median, 5th to 95th percentile", "x")
     axes.set_ylim(len(WHATS) - 0.5, -0.5)
     axes.set_yticks(range(len(WHATS)), list(WHATS), color=INK)
     axes.set_xlim(0, 1.18 * max(ms.percentiles[95] for ms in one.ms.values()))
-    axes.set_xlabel("ms", color=QUIET, fontsize=9)
+    label_x(axes, "ms")
 
 
 def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
@@ -97,7 +93,7 @@ def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
         values = [group[0].ms[what].median / one.ms[what].median for one in group]
         places = [row + shift for row in range(len(group))]
         bars = axes.bar(places, values, width=0.34, color=_COLOURS[what], label=what)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], fontsize=8, color=INK, padding=3, bbox=PAPER)
+        axes.bar_label(bars, [ratio(value) for value in values], fontsize=8, color=INK, padding=3, bbox=PAPER)
     axes.axhline(1, color=INK, linewidth=0.8)
     bare(axes, f"speed-up over TP {group[0].spot.tp}", "y")
     axes.set_xticks(range(len(group)), [f"TP {one.spot.tp}" for one in group], color=INK)
@@ -106,7 +102,7 @@ def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
 
 
 def _throughput(axes: Axes, group: Sequence[SpotSummary]) -> None:
-    """Tokens a second of forward + backward over the sequence length, a line for each batch."""
+    """Tokens per second of forward + backward over the sequence length, a line for each batch."""
     for colour, batch in zip(_BATCHES * len(group), dict.fromkeys(one.spot.batch for one in group), strict=False):
         mine = [one for one in group if one.spot.batch == batch]
         lengths, rates = [one.case.qlen // batch for one in mine], [one.tokens_per_s(BOTH) for one in mine]
@@ -114,7 +110,7 @@ def _throughput(axes: Axes, group: Sequence[SpotSummary]) -> None:
     bare(axes, "forward + backward, tokens/s", "y")
     axes.set_ylim(0, None)
     _log_ticks(axes, sorted({one.case.qlen // one.spot.batch for one in group}))
-    axes.set_xlabel("sequence length", color=QUIET, fontsize=9)
+    label_x(axes, "sequence length")
     axes.legend(loc="lower right", fontsize=8, labelcolor=INK, **_ON_PAPER)
 
 
@@ -147,4 +143,4 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     _log_ticks(axes, values)
-    axes.set_xlabel(TITLES[group[0].spot.varied], color=QUIET, fontsize=9)
+    label_x(axes, TITLES[group[0].spot.varied])

@@ -1,7 +1,4 @@
-"""A profile as one picture: what each worker did and when, and where the time went by phase.
-
-Comes in: a summary. Goes out: a PNG.
-"""
+"""A profile as one PNG: what each worker did and when, and where the time went by phase."""
 
 from __future__ import annotations
 
@@ -10,21 +7,37 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.profile import READING
-from ktverify.bench.layer.profile_summary import RangeSummary, Summary, stage_name
-from ktverify.bench.tables import PHASES, number
+from ktverify.bench.layer.profile_summary import ProfileSummary, RangeSummary, stage_name
+from ktverify.bench.tables import PHASES
 from ktverify.engines.native.phase_times import WAIT, StageTimes
-from ktverify.report.style import BLUE, BROWN, GREEN, INK, ORANGE, PURPLE, QUIET, RED, bare, png
+from ktverify.report.numbers import number, percent
+from ktverify.report.style import (
+    BAND,
+    BLUE,
+    BROWN,
+    GREEN,
+    INK,
+    LILAC,
+    ORANGE,
+    PURPLE,
+    RED,
+    WAITING,
+    bare,
+    beside,
+    label_x,
+    legend,
+    png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STAGES, _MORE, _PHASE = (PURPLE, BLUE, GREEN, ORANGE), (RED, BROWN), "#8d6aa8"
-_WAIT, _OUTSIDE = "#d5d9dd", "#f1f2f4"
+_STAGES, _MORE = (PURPLE, BLUE, GREEN, ORANGE), (RED, BROWN)
 _LANE, _BAR, _GAP = 0.3, 0.24, 1.05  # inches
 _MOST_LANES = 64
 
 
-def draw(summary: Summary) -> bytes:
+def draw(summary: ProfileSummary) -> bytes:
     """The PNG.
 
     For forward and backward: on top a lane per worker, coloured by parallel stage, grey where it waits; below it a bar
@@ -60,36 +73,26 @@ def _lanes(axes: Axes, found: RangeSummary) -> None:
     times = found.typical.stages[0]
     shown = times.spans[:_MOST_LANES]
     for worker, spans in enumerate(shown):
-        axes.barh(worker, times.wall_ns / 1e6, height=0.72, color=_OUTSIDE)
+        axes.barh(worker, times.wall_ns / 1e6, height=0.72, color=BAND)
         for span in spans:
             work = (span.work_end - span.begin) / 1e6
             axes.barh(worker, work, left=span.begin / 1e6, height=0.72, color=_STAGES[span.stage % len(_STAGES)])
-            axes.barh(worker, (span.end - span.work_end) / 1e6, left=span.work_end / 1e6, height=0.72, color=_WAIT)
+            axes.barh(worker, (span.end - span.work_end) / 1e6, left=span.work_end / 1e6, height=0.72, color=WAITING)
     bare(axes, f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine", pad=18)
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.set_xlim(0, times.wall_ns / 1e6)
     axes.set_yticks(range(len(shown)), [f"worker {worker}" for worker in range(len(shown))], color=INK)
-    axes.set_xlabel("ms since the engine's call began", color=QUIET, fontsize=8.5)
+    label_x(axes, "ms since the engine's call began")
     handles: list[Any] = [
         Patch(color=_STAGES[stage % len(_STAGES)], label=stage_name(times, stage)) for stage in range(times.stages)
     ]
-    handles += [Patch(color=_WAIT, label="waiting"), Patch(color=_OUTSIDE, label="outside the stages")]
+    handles += [Patch(color=WAITING, label="waiting"), Patch(color=BAND, label="outside the stages")]
     _legend(axes, handles)
 
 
 def _legend(axes: Axes, handles: Sequence[Any]) -> None:
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(-0.006, 0.985),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handlelength=1.0,
-        columnspacing=1.3,
-        borderaxespad=0.1,
-    )
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.006, 0.985), "borderaxespad": 0.1}
+    legend(axes, handles, ncols=len(handles), handlelength=1.0, **place)
 
 
 def _parts(axes: Axes, found: RangeSummary) -> None:
@@ -97,34 +100,32 @@ def _parts(axes: Axes, found: RangeSummary) -> None:
     from matplotlib.patches import Patch
 
     call = found.typical
-    axes.barh(0, call.ns / 1e6, height=0.72, color=_OUTSIDE)
+    axes.barh(0, call.ns / 1e6, height=0.72, color=BAND)
     names = list(dict.fromkeys(part.name for part in call.parts))
-    colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: _WAIT}
+    colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: WAITING}
     for part in call.parts:
         axes.barh(0, part.ns / 1e6, left=part.at / 1e6, height=0.72, color=colours[part.name])
     bare(axes, f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms", pad=18)
     axes.set_ylim(0.45, -0.55)
     axes.set_xlim(0, call.ns / 1e6)
     axes.set_yticks([0], ["Python"], color=INK)
-    axes.set_xlabel("ms since the step began", color=QUIET, fontsize=8.5)
+    label_x(axes, "ms since the step began")
     _legend(axes, [Patch(color=colours[name], label=name) for name in names])
 
 
-def _bars(axes: Axes, summary: Summary, times: StageTimes) -> None:
-    """A bar a phase: its part of the wall time; a line where the roofline would end it."""
+def _bars(axes: Axes, summary: ProfileSummary, times: StageTimes) -> None:
+    """A bar per phase: its part of the wall time; a line where the roofline would end it."""
     longest = max(phase.wall_ns for phase in times.phases) / 1e6
     for row, phase in enumerate(times.phases):
         ms, least = phase.wall_ns / 1e6, summary.roofline_ns(phase) / 1e6
-        axes.barh(row, ms, height=0.66, color=_WAIT if phase.name == WAIT else _PHASE)
-        label = f"{number(ms)} ms, {100 * phase.wall_ns / times.wall_ns:.1f} %"
+        axes.barh(row, ms, height=0.66, color=WAITING if phase.name == WAIT else LILAC)
+        label = f"{number(ms)} ms, {percent(phase.wall_ns / times.wall_ns)}"
         if least and phase.name != WAIT:
             axes.plot([least, least], [row - 0.42, row + 0.42], color=INK, linewidth=1.4)
-            label += f", roofline {100 * least / ms:.0f} % of it" if ms else ""
-        axes.annotate(
-            label, (max(ms, least), row), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-        )
+            label += f", roofline {percent(least / ms, 0)} of it" if ms else ""
+        beside(axes, label, (max(ms, least), row))
     bare(axes, f"{times.direction} by phase (mean over the workers); a black line where the roofline would end it", "x")
     axes.set_xlim(0, longest * 1.4)
     axes.set_ylim(len(times.phases) - 0.45, -0.55)
     axes.set_yticks(range(len(times.phases)), [PHASES[phase.name] for phase in times.phases], color=INK)
-    axes.set_xlabel("ms", color=QUIET, fontsize=8.5)
+    label_x(axes, "ms")

@@ -1,7 +1,4 @@
-"""What a profile found: the typical call of each range, its stages, and the difference that Python makes.
-
-Comes in: the lines of a profile. Goes out: `Summary`, its ranges in the order of RANGES. Pure arithmetic.
-"""
+"""Summarise a profile: the typical call of each range, its stages, and the time that Python adds. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def stage_name(times: StageTimes, stage: int) -> str:
 @dataclass(frozen=True)
 class Worker:
     """One worker in one call, ns. busy: in its phases; barrier: from its last task of a stage to the stage's end;
-    other: waiting for its turn, and whatever lies outside the stages. They add up to the call."""
+    other: waiting for its turn, and time outside the stages. They add up to the call."""
 
     busy: int
     barrier: int
@@ -47,8 +44,8 @@ def worker_of(times: StageTimes, worker: int) -> Worker:
 
 
 def unexplained_ns(times: StageTimes) -> float:
-    """Of a call, the mean over its workers: waiting that no stage claims. The phases add up to the call by
-    construction, because waiting is what they leave; a barrier's is its stage's, the rest is nobody's."""
+    """Waiting in a call that belongs to no stage, mean over the workers. The phases add up to the call by construction,
+    because waiting is what they leave; waiting at a barrier belongs to its stage."""
     return sum(worker_of(times, worker).other for worker in range(times.workers)) / times.workers
 
 
@@ -62,7 +59,7 @@ class Imbalance:
 
 
 def imbalances(times: StageTimes) -> list[Imbalance]:
-    """Of every stage of a call; all zero with one worker."""
+    """One for every stage of a call; all zero with one worker."""
     found = []
     for stage in range(times.stages):
         ends = [spans[stage].work_end for spans in times.spans]
@@ -84,7 +81,7 @@ class RangeSummary:
 
     @property
     def explained(self) -> float:
-        """What the stages of its engine calls and its other parts add up to, over the time seen from Python."""
+        """The sum of the stages of its engine calls and of its other parts, over the time seen from Python."""
         return sum(part.explained_ns for part in self.typical.parts) / self.typical.ns
 
     @property
@@ -99,9 +96,9 @@ class RangeSummary:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """A whole profile. warmups: of each range, between its first call and the steady ones; read, multiply: the
-    machine's ceilings, the best of several measurements; notes: warnings."""
+class ProfileSummary:
+    """A whole profile, its ranges in the order of RANGES. warmups: calls of each range between its first and the steady
+    ones; read, multiply: the machine's ceilings, the best of several measurements; notes: warnings."""
 
     head: ProfileLine
     ranges: tuple[RangeSummary, ...]
@@ -111,7 +108,7 @@ class Summary:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, lines: Sequence[Line]) -> Summary | None:
+    def of(cls, lines: Sequence[Line]) -> ProfileSummary | None:
         """None where no range has its first and a steady call; the last range of a stopped run may be missing."""
         head = next((line for line in lines if isinstance(line, ProfileLine)), None)
         ceilings = [line for line in lines if isinstance(line, CeilingLine)]

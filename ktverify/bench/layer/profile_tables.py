@@ -1,30 +1,28 @@
-"""A profile as tables: cells as text, for all views.
-
-Comes in: a summary. Goes out: `Grid`s of bench/tables.py, joined in a `View`.
-"""
+"""The tables of a profile, joined in a `View`."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ktverify.bench.layer.profile import READING
+from ktverify.bench.layer.profile_record import CallLine
 from ktverify.bench.layer.profile_summary import (
+    ProfileSummary,
     RangeSummary,
-    Summary,
     imbalances,
     stage_name,
     unexplained_ns,
     worker_of,
 )
-from ktverify.bench.tables import NOTHING, PHASES, STAGE_HEADINGS, Grid, number, stage_note, stage_rows
+from ktverify.bench.tables import PHASES, STAGE_HEADINGS, stage_note, stage_rows
 from ktverify.bench.timed_run import run_pairs
 from ktverify.engines.native.phase_times import StageTimes
+from ktverify.report.grid import Grid
+from ktverify.report.numbers import NOTHING, mean_and_std, number, percent
 from ktverify.report.pages import View, statistics_row
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
-def view(summary: Summary, picture: bytes) -> View:
+def view(summary: ProfileSummary, picture: bytes) -> View:
     grids = [ranges_grid(summary)]
     for found in summary.ranges:
         if found.range == "full_train_loop":
@@ -35,7 +33,7 @@ def view(summary: Summary, picture: bytes) -> View:
     return View("profile", verdict(summary), run_pairs(summary.head), grids, rows(summary), picture)
 
 
-def verdict(summary: Summary) -> str:
+def verdict(summary: ProfileSummary) -> str:
     """One line: where most of forward and backward goes."""
     texts = []
     for found in summary.ranges[:2]:
@@ -46,7 +44,7 @@ def verdict(summary: Summary) -> str:
     return "; ".join(texts)
 
 
-def ranges_grid(summary: Summary) -> Grid:
+def ranges_grid(summary: ProfileSummary) -> Grid:
     """A row for each range: first call, steady calls, what the stages leave unexplained."""
     found = []
     for one in summary.ranges:
@@ -55,7 +53,7 @@ def ranges_grid(summary: Summary) -> Grid:
             (
                 one.range,
                 number(one.first.ns / 1e6),
-                f"{number(steady.mean)} ± {number(steady.std)}",
+                mean_and_std(steady),
                 *(number(value) for value in (steady.median, steady.min, steady.percentiles[95], steady.max)),
                 f"{one.recording_ratio:.3f}",
                 percent(one.explained),
@@ -75,8 +73,8 @@ def ranges_grid(summary: Summary) -> Grid:
     return Grid(title, notes, headings, tuple(found))
 
 
-def phases_grid(summary: Summary, found: RangeSummary, times: StageTimes, first: StageTimes) -> Grid:
-    """The phases of the typical call, beside those of the first, and how near each is to its roofline."""
+def phases_grid(summary: ProfileSummary, found: RangeSummary, times: StageTimes, first: StageTimes) -> Grid:
+    """The phases of the typical call beside those of the first, and how near each is to its roofline."""
     early = {phase.name: phase.wall_ns for phase in first.phases}
     texts = stage_rows(times, summary.multiply, summary.read)
     lines = []
@@ -84,7 +82,7 @@ def phases_grid(summary: Summary, found: RangeSummary, times: StageTimes, first:
         least = summary.roofline_ns(phase)
         near = percent(least / phase.wall_ns) if least and phase.wall_ns else NOTHING
         lines.append((text[0], text[1], number(early.pop(phase.name, 0.0) / 1e6), *text[2:], near))
-    # what only the first call does stands above the sum
+    # phases of the first call alone come before the sum
     nothing = [NOTHING] * len(STAGE_HEADINGS[2:])
     lines += [(PHASES[name], NOTHING, number(ns / 1e6), *nothing, NOTHING) for name, ns in early.items() if ns]
     total, least = texts[-1], sum(map(summary.roofline_ns, times.phases))
@@ -128,25 +126,26 @@ def _imbalance(times: StageTimes) -> list[str]:
     ]
 
 
-def parts_grid(found: RangeSummary) -> Grid:
-    """What a training step consists of, as Python sees it."""
-    call, lines = found.typical, []
-    early: dict[str, int] = {}
-    for part in found.first.parts:
-        early[part.name] = early.get(part.name, 0) + part.ns
-    merged: dict[str, tuple[int, int]] = {}
+def _sums(call: CallLine) -> dict[str, int]:
+    """Nanoseconds of each part of a call, of the time between them, and of all."""
+    sums = Counter[str]()
     for part in call.parts:
-        ns, engine = merged.get(part.name, (0, 0))
-        merged[part.name] = (ns + part.ns, engine + (part.stages.wall_ns if part.stages is not None else 0))
-    for name, (ns, engine) in merged.items():
-        inside = number(engine / 1e6) if engine else NOTHING
-        lines.append((name, number(ns / 1e6), number(early.get(name, 0) / 1e6), percent(ns / call.ns), inside))
-    between = call.ns - sum(part.ns for part in call.parts)
-    first_between = found.first.ns - sum(part.ns for part in found.first.parts)
-    lines.append(
-        ("between them", number(between / 1e6), number(first_between / 1e6), percent(between / call.ns), NOTHING)
-    )
-    lines.append(("all", number(call.ns / 1e6), number(found.first.ns / 1e6), percent(1.0), NOTHING))
+        sums[part.name] += part.ns
+    return {**sums, "between them": call.ns - sums.total(), "all": call.ns}
+
+
+def parts_grid(found: RangeSummary) -> Grid:
+    """The parts of a training step, as Python sees them."""
+    call, first = found.typical, found.first
+    engine = Counter[str]()
+    for part in call.parts:
+        engine[part.name] += part.stages.wall_ns if part.stages is not None else 0
+    now, early = _sums(call), _sums(first)
+    lines = [
+        (name, *(number(sums.get(name, 0) / 1e6) for sums in (now, early)), percent(now[name] / call.ns), inside)
+        for name in now
+        for inside in (number(engine[name] / 1e6) if engine[name] else NOTHING,)
+    ]
     note = f"{READING} is the profiler's own: a plain step has none of it"
     return Grid(
         "full_train_loop: parts of a step",
@@ -156,7 +155,7 @@ def parts_grid(found: RangeSummary) -> Grid:
     )
 
 
-def rows(summary: Summary) -> list[dict[str, object]]:
+def rows(summary: ProfileSummary) -> list[dict[str, object]]:
     """A row for each range and pass of calls: milliseconds."""
     about: dict[str, object] = {"case": summary.head.case, "isa": summary.head.isa, "tp": summary.head.tp}
     return [

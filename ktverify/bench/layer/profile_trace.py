@@ -1,7 +1,4 @@
-"""A profile as a Chrome trace, for ui.perfetto.dev and chrome://tracing.
-
-Comes in: the lines of a profile. Goes out: JSON with a lane for Python and one for each worker.
-"""
+"""A profile as a Chrome trace, for ui.perfetto.dev and chrome://tracing: a lane for Python, one for each worker."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ FIRST_WORKER = PYTHON_LANE + 1
 
 
 def trace(lines: Sequence[Line]) -> str:
-    """The trace of all recorded calls and, in Python's lane, of the others too."""
+    """The trace as JSON: all calls in Python's lane, the recorded ones in the workers' lanes too."""
     head = next((line for line in lines if isinstance(line, ProfileLine)), None)
     calls = [line for line in lines if isinstance(line, CallLine)]
     workers = max((times.workers for call in calls for times in call.stages), default=0)
@@ -33,7 +30,7 @@ def trace(lines: Sequence[Line]) -> str:
 
 
 def _call(call: CallLine) -> Iterator[dict[str, Any]]:
-    """The call and its parts in Python's lane; of its engine calls also the workers."""
+    """Events of a call and its parts in Python's lane, and of its engine calls in the workers' lanes."""
     yield trace_events.span(call.range, call.which, PYTHON_LANE, (call.at, call.ns), {"pass": call.which})
     for part in call.parts:
         if len(call.parts) > 1:
@@ -43,8 +40,8 @@ def _call(call: CallLine) -> Iterator[dict[str, Any]]:
 
 
 def _engine(times: StageTimes, end: int) -> Iterator[dict[str, Any]]:
-    """An engine call and its workers. The engine does not tell when it began. What Python does around it (checks, new
-    tensors) comes before it, so its time is laid at the end of what Python saw."""
+    """Events of an engine call and its workers. The engine does not report when it began. What Python does around it
+    (checks, new tensors) comes before it, so the call is drawn at the end of what Python saw."""
     origin = end - times.wall_ns
     yield trace_events.span(f"engine {times.direction}", "engine", PYTHON_LANE, (origin, times.wall_ns), _phases(times))
     for lane, spans in enumerate(times.spans, start=FIRST_WORKER):

@@ -1,7 +1,4 @@
-"""What was measured at each spot, and how it compares.
-
-Comes in: lines. Goes out: `SpotSummary`. Pure arithmetic.
-"""
+"""Summarise what was measured at each spot of `bench layer` and `bench sweep`. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -42,7 +39,7 @@ TITLES = {"tp": "TP", "qlen": "qlen", "rank": "LoRA rank", "threads": "workers",
 
 @dataclass(frozen=True)
 class SpotSummary:
-    """One spot. ms: by WHATS, of the repeats that count; memory: None where it was stopped before;
+    """One spot. ms: by WHATS, of the repeats that count; memory: None where the run was stopped before it was measured;
     others: the share of the processors that other programs had meanwhile, 0 to 1."""
 
     spot: Spot
@@ -53,7 +50,7 @@ class SpotSummary:
 
     @property
     def name(self) -> str:
-        """Told apart from the other spots of its run."""
+        """A name that no other spot of the run has."""
         if self.spot.varied == "throughput":
             return f"batch {self.spot.batch} x {self.case.qlen // self.spot.batch}"
         return f"{TITLES[self.spot.varied]} {self.spot.value}"

@@ -1,23 +1,23 @@
-"""Layer benchmarks as tables: cells as text, joined in a `View`.
-
-Comes in: lines. Goes out: a `View`; None where no spot was measured.
-"""
+"""The tables of `bench layer` and `bench sweep`, joined in a `View`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ktverify.bench.layer import pictures
 from ktverify.bench.layer.record import SWEEPS, LayerLine, Line
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of, summarise
-from ktverify.bench.tables import NOTHING, Grid, number
 from ktverify.bench.timed_run import busy, run_pairs
+from ktverify.report.grid import Grid
+from ktverify.report.numbers import NOTHING, count, error, mean_and_std, number, ratio
 from ktverify.report.pages import View, statistics_row
 from ktverify.system.machine import format_bytes
 from ktverify.system.other_load import BUSY
 
 
 def view(lines: Sequence[Line]) -> View | None:
+    """None where no spot was measured."""
     head = next((line for line in lines if isinstance(line, LayerLine)), None)
     found = summarise(lines)
     if head is None or not found:
@@ -25,8 +25,7 @@ def view(lines: Sequence[Line]) -> View | None:
     notes = disturbed(found)
     sweeping = head.spots[0].varied in SWEEPS
     grids = _sweeps(found) if sweeping else _layer(found)
-    first = grids[0]
-    grids[0] = Grid(first.title, (*notes, *first.notes), first.headings, first.rows)
+    grids[0] = replace(grids[0], notes=(*notes, *grids[0].notes))
     picture = pictures.sweeps(head.case, found) if sweeping else pictures.layer(head.case, found)
     facts = [("case", head.case), *run_pairs(head)]
     return View("sweep" if sweeping else "layer", verdict(found), facts, grids, rows(found), picture)
@@ -40,18 +39,18 @@ def disturbed(found: Sequence[SpotSummary]) -> list[str]:
 
 
 def verdict(found: Sequence[SpotSummary]) -> str:
-    """One line: the first spot's times, or from where to where a sweep goes."""
+    """One line: the first spot's times, or how much each sweep's time grows."""
     first, last = found[0], found[-1]
     if first.spot.varied not in SWEEPS:
         texts = [f"{what} {number(first.ms[what].median)} ms" for what in (FORWARD, BOTH, BACKWARD)]
-        return f"{', '.join(texts)}, {first.tokens_per_s(BOTH):,.0f} tokens/s"
+        return f"{', '.join(texts)}, {count(first.tokens_per_s(BOTH))} tokens/s"
     texts = []
     for varied in SWEEPS:
         group = of(found, varied)
         if len(group) > 1:
             first, last = group[0], group[-1]
             growth = last.ms[BOTH].median / first.ms[BOTH].median
-            texts.append(f"{TITLES[varied]} {first.spot.value} to {last.spot.value}: {growth:.2f} times the time")
+            texts.append(f"{TITLES[varied]} {first.spot.value} to {last.spot.value}: {ratio(growth)} times the time")
     return "; ".join(texts) or f"{BOTH} {number(found[0].ms[BOTH].median)} ms"
 
 
@@ -65,13 +64,13 @@ def _layer(found: Sequence[SpotSummary]) -> list[Grid]:
 
 
 def times_grid(one: SpotSummary) -> Grid:
-    """A row for each of WHATS; tokens a second at the median."""
+    """A row for each of WHATS; tokens per second at the median."""
     lines = []
     for what, ms in one.ms.items():
         values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
-        rate = f"{one.tokens_per_s(what):,.0f}" if what in (FORWARD, BOTH) else NOTHING
-        lines.append((what, f"{number(ms.mean)} ± {number(ms.std)}", *map(number, values), rate))
-    rel_l2 = ", ".join(f"{name} {error:.1e}" for name, error in one.found.rel_l2.items())
+        rate = count(one.tokens_per_s(what)) if what in (FORWARD, BOTH) else NOTHING
+        lines.append((what, mean_and_std(ms), *map(number, values), rate))
+    rel_l2 = ", ".join(f"{name} {error(value, 1)}" for name, value in one.found.rel_l2.items())
     repeats = f"{one.spot.warmup} warm-ups before {one.ms[FORWARD].count} repeats"
     notes = (
         f"{one.found.isa}, TP {one.spot.tp}, {one.found.workers} workers; {repeats}; the first forward, which packs "
@@ -88,7 +87,7 @@ def tp_grid(group: Sequence[SpotSummary]) -> Grid:
         cells = []
         for what in (FORWARD, BOTH):
             ms = one.ms[what].median
-            cells += [number(ms), f"{base.ms[what].median / ms:.2f}"]
+            cells += [number(ms), ratio(base.ms[what].median / ms)]
         lines.append((one.name, str(one.found.workers), *cells))
     over = f"x TP {base.spot.tp}"
     headings = ("degree", "workers", f"{FORWARD} ms", over, f"{BOTH} ms", over)
@@ -106,7 +105,7 @@ def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
 
 
 def _rated(one: SpotSummary, what: str) -> tuple[str, str]:
-    return number(one.ms[what].median), f"{one.tokens_per_s(what):,.0f}"
+    return number(one.ms[what].median), count(one.tokens_per_s(what))
 
 
 def memory_grid(found: Sequence[SpotSummary]) -> Grid:
@@ -117,7 +116,7 @@ def memory_grid(found: Sequence[SpotSummary]) -> Grid:
         if memory is None:
             continue
         points = (memory.loaded, memory.packed, memory.first_step, memory.last_step)
-        over = f"{memory.last_step / one.found.weights:.2f}"
+        over = ratio(memory.last_step / one.found.weights)
         grown = format_bytes(memory.last_step - memory.first_step)
         lines.append((one.name, format_bytes(one.found.weights), *map(format_bytes, points), grown, over))
     steps = f"after {found[0].spot.steps} steps"
@@ -135,10 +134,10 @@ def _sweeps(found: Sequence[SpotSummary]) -> list[Grid]:
         lines = []
         for one in group:
             cells = [number(one.ms[what].median) for what in (FORWARD, BOTH, BACKWARD)]
-            growth = f"{one.ms[BOTH].median / group[0].ms[BOTH].median:.2f}"
-            work = f"{one.found.flops / group[0].found.flops:.2f}"
+            growth = ratio(one.ms[BOTH].median / group[0].ms[BOTH].median)
+            work = ratio(one.found.flops / group[0].found.flops)
             rate = number(one.found.flops / one.ms[FORWARD].median / 1e6)
-            tokens = f"{one.tokens_per_s(BOTH):,.0f}"
+            tokens = count(one.tokens_per_s(BOTH))
             packed = format_bytes(one.memory.packed) if one.memory is not None else NOTHING
             lines.append((str(one.spot.value), *cells, tokens, rate, growth, work, packed))
         times = (f"{FORWARD} ms", f"{BOTH} ms", f"{BACKWARD} ms")

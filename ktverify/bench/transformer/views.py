@@ -1,7 +1,4 @@
-"""Times of a transformer's steps as tables and a picture.
-
-Comes in: lines. Goes out: a `View`; None where no step counted.
-"""
+"""The tables and the picture of `bench transformer`, joined in a `View`."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ktverify.bench.tables import NOTHING, Grid, number
 from ktverify.bench.timed_run import disturbed, run_pairs
 from ktverify.bench.transformer.measure import agreement
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
 from ktverify.bench.transformer.sizes import forward_flops, parameters
+from ktverify.report.grid import Grid
+from ktverify.report.numbers import NOTHING, count, many, mean_and_std, number, ratio
 from ktverify.report.pages import View, statistics_row
-from ktverify.report.style import BLUE, INK, ORANGE, QUIET, RULE, bare, png
+from ktverify.report.style import BLUE, INK, ORANGE, QUIET, RULE, bare, label_x, legend, png
 from ktverify.system.clock import Statistics
 from ktverify.system.machine import format_bytes
 
@@ -64,6 +62,7 @@ def arms(lines: Sequence[Line]) -> list[Arm]:
 
 
 def view(lines: Sequence[Line]) -> View | None:
+    """None where there is no step that counts."""
     head = next((line for line in lines if isinstance(line, TransformerLine)), None)
     found = arms(lines)
     if head is None or not found:
@@ -73,7 +72,7 @@ def view(lines: Sequence[Line]) -> View | None:
     grids = [times_grid(head, found[-1], notes)] if len(head.warmups) == 1 else study_grids(head, found, notes)
     facts = [
         ("model", head.settings.size.text),
-        ("parameters", f"{sum(parameters(head.settings.size).values()):,}"),
+        ("parameters", count(sum(parameters(head.settings.size).values()))),
         ("device", f"{process.device}, {process.threads} threads"),
         *check_pairs(found, notes),
         *run_pairs(head),
@@ -83,12 +82,12 @@ def view(lines: Sequence[Line]) -> View | None:
 
 def verdict(head: TransformerLine, found: Sequence[Arm]) -> str:
     last = found[-1]
-    texts = [f"{what} {number(ms.mean)} ± {number(ms.std)} ms" for what in WHATS[:2] if (ms := last.ms(what))]
+    texts = [f"{what} {mean_and_std(ms)} ms" for what in WHATS[:2] if (ms := last.ms(what))]
     text = f"{head.settings.size.name}: {', '.join(texts)}"
     first, end = found[0].ms("step"), last.ms("step")
     if len(found) > 1 and first is not None and end is not None:
-        ratio = first.mean / end.mean
-        text += f"; with {found[0].warmup} warm-ups the mean step is {ratio:.2f} times that with {last.warmup}"
+        growth = first.mean / end.mean
+        text += f"; with {found[0].warmup} warm-ups the mean step is {ratio(growth)} times that with {last.warmup}"
     return text
 
 
@@ -97,7 +96,7 @@ _STATISTICS = ("mean ± std ms", "median", "min", "p5", "p95", "max")
 
 def _cells(ms: Statistics) -> list[str]:
     values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
-    return [f"{number(ms.mean)} ± {number(ms.std)}", *map(number, values)]
+    return [mean_and_std(ms), *map(number, values)]
 
 
 def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
@@ -109,7 +108,7 @@ def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
             continue
         seconds = ms.median / 1e3
         flops = _WORK[what] * forward_flops(size)
-        lines.append((what, *_cells(ms), f"{size.tokens / seconds:,.0f}", number(flops / seconds / 1e9)))
+        lines.append((what, *_cells(ms), count(size.tokens / seconds), number(flops / seconds / 1e9)))
     warm = f"{_title(arm)} before {len(arm.steps)} steps that count"
     if arm.warmups:
         warm += f", the first {number(arm.warmups[0].ns / 1e6)} ms"
@@ -131,7 +130,7 @@ def study_grids(head: TransformerLine, found: Sequence[Arm], notes: Sequence[str
             if ms is None or first is None:
                 continue
             over = f"{ms.mean / most.mean:.3f}" if most is not None else NOTHING
-            cells = (f"{number(ms.mean)}", number(ms.std), number(ms.min), number(ms.max), number(ms.median))
+            cells = (number(ms.mean), number(ms.std), number(ms.min), number(ms.max), number(ms.median))
             lines.append((_title(arm), *cells, number(first / 1e6), over))
         heading = f"mean over that of {last.warmup}"
         headings = ("", "mean ms", "std", "min", "max", "median", "first that counts", heading)
@@ -141,7 +140,7 @@ def study_grids(head: TransformerLine, found: Sequence[Arm], notes: Sequence[str
 
 
 def check_pairs(found: Sequence[Arm], notes: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """What the independent loop says, where it ran. notes: of a disturbed run."""
+    """The result of the independent loop, where it ran. notes: of a disturbed run."""
     steps = [step for arm in found for step in arm.steps if step.loop_ns is not None]
     if not steps:
         return []
@@ -180,18 +179,8 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
     panels[0].set_ylabel("ms", color=QUIET, fontsize=9)
     figure.text(0.62 / width, 0.955, head.settings.size.text, fontsize=9, color=INK, va="top")
     shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(
-        list(shown.values()),
-        list(shown),
-        loc="upper left",
-        bbox_to_anchor=(0.5 / width, 0.92),
-        ncols=3,
-        frameon=False,
-        fontsize=8.5,
-        labelcolor=INK,
-        handletextpad=0.3,
-        columnspacing=1.4,
-    )
+    place: dict[str, Any] = {"bbox_to_anchor": (0.5 / width, 0.92), "ncols": 3}
+    legend(figure, list(shown.values()), list(shown), handletextpad=0.3, **place)
     return png(figure)
 
 
@@ -200,14 +189,14 @@ def _both(step: StepLine) -> list[int]:
 
 
 def _title(arm: Arm) -> str:
-    return f"{arm.warmup} warm-up{'' if arm.warmup == 1 else 's'}"
+    return many(arm.warmup, "warm-up")
 
 
 def _panel(axes: Axes, arm: Arm) -> None:
     from matplotlib.ticker import MaxNLocator
 
     bare(axes, _title(arm), "y")
-    axes.set_xlabel("step", color=QUIET, fontsize=9)
+    label_x(axes, "step")
     for what, colour in _COLOURS.items():
         ms = arm.ms(what)
         if ms is None:
@@ -216,13 +205,7 @@ def _panel(axes: Axes, arm: Arm) -> None:
             label = f"{what}{'' if face == colour else ', warm-up'}"
             values = [ns / 1e6 for step in steps if (ns := _ns(step, what)) is not None]
             places = [step.step for step in steps]
-            style: dict[str, Any] = {
-                "marker": "o",
-                "s": 26,
-                "linewidths": 1.3,
-                "edgecolors": colour,
-                "facecolors": face,
-            }
+            style: dict[str, Any] = {"s": 26, "linewidths": 1.3, "edgecolors": colour, "facecolors": face}
             axes.scatter(places, values, label=label if values else None, **style)
         axes.axhline(ms.median, color=colour, linewidth=0.9, alpha=0.6, zorder=0, label=f"{what}, median of the steps")
     axes.axvline(-0.5, color=RULE, linewidth=1)

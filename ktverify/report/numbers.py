@@ -1,0 +1,58 @@
+"""Format numbers as text, the same way in every table, page and picture."""
+
+from __future__ import annotations
+
+import math
+
+from ktverify.system.clock import Statistics
+
+# a cell that has no value
+NOTHING = "–"
+
+
+def number(value: float, digits: int = 3, like: float | None = None) -> str:
+    """Round to `digits` significant digits, without an exponent: 0.0123, 1.23, 12.3, 1234; "" for NaN and Inf.
+
+    like: use as many decimals as this number has.
+    """
+    scale = value if like is None else like
+    if not math.isfinite(value) or not math.isfinite(scale):
+        return ""
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(scale)))) if scale else 0
+    return f"{value:.{decimals}f}"
+
+
+def mean_and_std(values: Statistics, digits: int = 3) -> str:
+    """ "15.75 ± 9.54", both with the decimals of the mean."""
+    return f"{number(values.mean, digits)} ± {number(values.std, digits, like=values.mean)}"
+
+
+def count(value: float) -> str:
+    """A whole number with commas: 16,000."""
+    return f"{value:,.0f}"
+
+
+def many(count: int, noun: str) -> str:
+    """ "1 check", "2 checks"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def percent(share: float, decimals: int = 1) -> str:
+    """0.45 -> "45.0 %"."""
+    return f"{100 * share:.{decimals}f} %"
+
+
+def error(value: float, decimals: int = 2) -> str:
+    """An error or a budget: 0 -> "0", 0.00243 -> "2.43e-03"."""
+    return "0" if value == 0 else f"{value:.{decimals}e}" if math.isfinite(value) else str(value)
+
+
+def used_budget(used: float) -> str:
+    """A share of a budget: 0.874 -> "87 %", 0.0123 -> "1.2 %"; "inf" for an exact gate that failed, "" for NaN."""
+    if not math.isfinite(used):
+        return "" if math.isnan(used) else "inf"
+    return percent(used, 0 if used >= 0.0995 or used == 0 else 1)
