@@ -15,7 +15,7 @@ from typing import Any
 
 from ktverify.bench.host import load_module
 from ktverify.errors import EngineDied
-from ktverify.isolation.process import Process
+from ktverify.isolation.process import JsonProcess
 from ktverify.system import optional_peers
 from ktverify.system.paths import ROOT
 
@@ -98,7 +98,7 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
         raise ValueError(f"{path} is no engine: {error}") from None
 
 
-class EngineProcess(Process):
+class EngineProcess(JsonProcess):
     """A running host.py that holds `engine`."""
 
     def __init__(self, engine: Engine, *, threads: int, isa: str = "", timeout_s: float = 900.0) -> None:

@@ -20,8 +20,9 @@ from ktverify.checks.judging import BUDGET, NUMBERS
 from ktverify.checks.problem import LiveOracle, Problem, Result
 from ktverify.checks.repro_commands import isa_name, repro_command, verify_command
 from ktverify.checks.target import Target
-from ktverify.engines.run import CONSTRUCTOR, IMPORT, METHOD, RAISED, call_of, method_of, run_case
+from ktverify.engines.run import METHOD, run_case
 from ktverify.errors import EngineDied, EngineRaised, GateFailed, NotPassed, Unsupported
+from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of
 from ktverify.judge import golden
 from ktverify.judge.gates import GateResult, Judgement, Verdict, judge
 from ktverify.judge.metrics import compare
@@ -37,17 +38,17 @@ TENSORS: dict[str, tuple[str, ...]] = {"forward": (OUTPUT,), "backward": BACKWAR
 MESSAGE = 4000
 
 
-def as_told(error: BaseException) -> Exception:
+def as_told(error: BaseException, method: str) -> Exception:
     """What `lost` takes of an engine's exception. Raises what is none: the constructor's, and a lack of memory.
 
     The constructor refuses what it is not made for; sys.exit refuses nothing.
     """
     if isinstance(error, NotImplementedError | EngineDied):
         return error
-    refusal = method_of(error) in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
+    refusal = method in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
     if isinstance(error, MemoryError) or refusal:
         raise error
-    return EngineRaised.of(error, method_of(error))
+    return EngineRaised.of(error, method)
 
 
 def check_case(
@@ -79,19 +80,20 @@ def check_case(
     result = Result(problem)
     raised = None
     try:
-        run_case(
-            factory,
-            case,
-            inputs=problem.inputs,
-            isa=target.isa,
-            tp=target.tp,
-            threads=target.threads,
-            backward=backward,
-            into=result.actual,
-            **more,
-        )
-    except RAISED as error:
-        raised = as_told(error)
+        with CallLog() as calls:
+            run_case(
+                factory,
+                case,
+                inputs=problem.inputs,
+                isa=target.isa,
+                tp=target.tp,
+                threads=target.threads,
+                backward=backward,
+                into=result.actual,
+                **more,
+            )
+    except ENGINE_EXCEPTIONS as error:
+        raised = as_told(error, calls.failed)
     result.actual = {name: tensor.detach() for name, tensor in result.actual.items()}
     duration = time.perf_counter() - started
     label = target.label

@@ -15,7 +15,7 @@ from torch import Tensor
 from ktverify.checks.check import Function, Where, check
 from ktverify.checks.target import Target, expect
 from ktverify.engines.run import layer_arguments
-from ktverify.isolation.child import resident_of
+from ktverify.isolation.process import resident_of
 from ktverify.spec.cases import Case
 
 if TYPE_CHECKING:

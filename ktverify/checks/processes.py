@@ -24,7 +24,7 @@ from ktverify.checks.causes import Cause
 from ktverify.checks.check import Function, Where, check
 from ktverify.checks.target import MIDDLE, SMALL, WIDE, Target, bits, expect, same_bits
 from ktverify.engines.run import run_layer
-from ktverify.isolation.child import processes_of, resident_of
+from ktverify.isolation.process import processes_of, resident_of
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs

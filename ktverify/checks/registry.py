@@ -21,6 +21,8 @@ from ktverify.checks import (  # noqa: F401 - importing them enters their checks
 )
 from ktverify.checks.check import ENTERED, Check
 
+# the modules that the fork server of the checks' processes imports once
+PRELOAD = (__name__,)
 # the order of the contract: right numbers first, then what a layer owes beyond them
 KINDS = (
     "forward",

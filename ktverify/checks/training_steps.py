@@ -12,7 +12,8 @@ import torch
 from ktverify.checks.problem import LiveOracle
 from ktverify.checks.repro_commands import isa_name, verify_command
 from ktverify.checks.target import Target
-from ktverify.engines.run import IMPORT, build_layer, call_of, forward, run_layer
+from ktverify.engines.run import build_layer, forward, run_layer
+from ktverify.isolation.calls import IMPORT, call_of
 from ktverify.judge.gates import judge
 from ktverify.runs.record import AccuracyRecord, accuracy_record, worst_first
 from ktverify.spec.cases import Case

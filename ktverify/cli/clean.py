@@ -19,10 +19,11 @@ from tabulate import tabulate
 from ktverify.checks import accuracy, isas
 from ktverify.checks.isas import Isa
 from ktverify.checks.problem import Problem
+from ktverify.checks.registry import PRELOAD
 from ktverify.checks.repro_commands import repro_command
 from ktverify.checks.target import Target
 from ktverify.engines import registry
-from ktverify.isolation.child import call_fresh
+from ktverify.isolation.child import ChildPool
 from ktverify.isolation.pool import workers
 from ktverify.judge.gates import Verdict
 from ktverify.report.console import make_console
@@ -106,7 +107,9 @@ def _seed(seed: int, wanted: list[Subject], glob: str | None) -> list[Run]:
     runs: list[Run] = []
     for subject in wanted:
         if subject.isa.emulated:
-            runs += call_fresh(judge, env=subject.isa.env, seed=seed, wanted=[subject], glob=glob, limit=_TINY)
+            runs += ChildPool(preload=PRELOAD).call_fresh(
+                judge, env=subject.isa.env, seed=seed, wanted=[subject], glob=glob, limit=_TINY
+            )
     plain = [subject for subject in wanted if not subject.isa.emulated]
     return runs + (judge(seed, plain, glob) if plain else [])
 

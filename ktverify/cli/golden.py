@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ktverify.isolation.interrupt import told_in_one_line
+from ktverify.isolation.interrupt import in_one_line
 
 app = typer.Typer(
     add_completion=False,
@@ -41,7 +41,7 @@ def regenerate(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
         with (
-            told_in_one_line(),
+            in_one_line(),
             Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
         ):
             task = bar.add_task("goldens", total=1.0)

@@ -23,12 +23,16 @@ from ktverify.cli.options import EngineName
 from ktverify.cli.power import clean, mutants
 from ktverify.cli.profile import profile
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
-from ktverify.isolation import forked
-from ktverify.isolation.interrupt import told_in_one_line
+from ktverify.isolation.interrupt import in_one_line
 from ktverify.system.paths import reports_dir
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class OwnProgram:
+    """The context object of a command that is a program by itself, so that it may fork; see isolation/forked.py."""
+
 
 app = typer.Typer(
     name="ktverify",
@@ -51,7 +55,7 @@ def _one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            with told_in_one_line():
+            with in_one_line():
                 return command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
@@ -170,6 +174,7 @@ def list_cases(
 @app.command()
 @_one_line_errors
 def repro(
+    context: typer.Context,
     case: Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")],
     engine: EngineName = "native",
     isa: Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")] = None,
@@ -233,7 +238,7 @@ def repro(
             written.append(f"{script}: run it with a Python that has {engine}")
         return [], written
 
-    question = Question(target, parsed, fresh, time_limit)
+    question = Question(target, parsed, fresh, time_limit, isinstance(context.obj, OwnProgram))
     source = source_of(parsed, fresh=fresh, method=method)
     todo = [Part(run, f"{parsed.id} on {engine}", wanted, tp, source)]
     if stand_alone is not None:
@@ -345,6 +350,7 @@ def gate(
 @app.command()
 @_one_line_errors
 def verify(
+    context: typer.Context,
     mode: Annotated[str, typer.Option(help="forward, backward, training or all")] = "all",
     method: Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")] = "AMXBF16_SFT",
     tp: Annotated[str, typer.Option(help="no-tp, tp (every degree above 1 that the case has) or all")] = "no-tp",
@@ -382,7 +388,7 @@ def verify(
     if mode == "training" and method != METHOD:
         raise ValueError(f"--mode training steps the LoRA parameters, which {method} has no gradients for")
     target = Target(engine, isa, threads=threads, method=method)
-    question = verifying.Question(target, parsed, fresh is not None, time_limit)
+    question = verifying.Question(target, parsed, fresh is not None, time_limit, isinstance(context.obj, OwnProgram))
     typer.echo(f"{parsed.id}: {parsed.why}")
     parts = verifying.parts_of_calls(question, degrees, mode) if mode != "training" else []
     if mode in ("training", "all") and method == METHOD:
@@ -409,6 +415,4 @@ app.add_typer(bench_app(_one_line_errors), name="bench")
 
 def main() -> None:
     """Entry point of `ktverify` and `python -m ktverify`."""
-    # this process is the program's own: see supervised.py
-    forked.forks = True
-    app(prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")
+    app(obj=OwnProgram(), prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")

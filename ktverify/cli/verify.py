@@ -49,12 +49,13 @@ class Part:
 @dataclass(frozen=True)
 class Question:
     """What a command asks of an engine. fresh: the live oracle answers, also where there is a golden. time_limit: the
-    seconds that one call of the engine may take."""
+    seconds that one call of the engine may take. forks: each part has a process of its own; see isolation/forked.py."""
 
     target: Target
     case: Case
     fresh: bool
     time_limit: float
+    forks: bool
 
 
 def tp_degrees(case: Case, choice: str) -> tuple[int, ...]:
@@ -79,7 +80,7 @@ def judged(question: Question, parts: Sequence[Part]) -> Found:
 
     records: list[AccuracyRecord] = []
     said: list[str] = []
-    with closing(Parts([part.run for part in parts], question.time_limit)) as supervised:
+    with closing(Parts([part.run for part in parts], question.time_limit, forks=question.forks)) as supervised:
         for number, part in enumerate(parts):
             try:
                 found, more = supervised.value(number, progress(part.shown) if part.shown else nullcontext())
@@ -142,7 +143,7 @@ def parts_of_training(question: Question, degrees: Sequence[int], steps: int) ->
 def _trained(question: Question, tp: int, steps: int, source: str) -> Found:
     from ktverify.checks import accuracy as checking
     from ktverify.checks.training_steps import check_training, loss_problem, worst_of_steps
-    from ktverify.engines.run import RAISED
+    from ktverify.isolation.calls import ENGINE_EXCEPTIONS, CallLog
     from ktverify.spec import names
 
     target, case = replace(question.target, tp=tp), question.case
@@ -150,12 +151,13 @@ def _trained(question: Question, tp: int, steps: int, source: str) -> Found:
     losses: list[float] = []
     training = check_training(target, case, steps=steps)
     try:
-        for loss, found in training:
-            done.append(found)
-            losses.append(loss)
-            typer.echo(f"TP {tp}, step {len(done):2d}: loss {loss:.6g}", err=True)
-    except RAISED as error:
-        told = checking.as_told(error)
+        with CallLog() as calls:
+            for loss, found in training:
+                done.append(found)
+                losses.append(loss)
+                typer.echo(f"TP {tp}, step {len(done):2d}: loss {loss:.6g}", err=True)
+    except ENGINE_EXCEPTIONS as error:
+        told = checking.as_told(error, calls.failed)
         return checking.lost(told, names.ALL_TENSORS, target, case, source=source, family="training"), []
     problem = loss_problem(losses)
     return worst_of_steps(done), [f"FAIL training at TP {tp}: {problem}"] if problem else []

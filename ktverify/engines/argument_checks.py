@@ -1,7 +1,6 @@
-"""What every engine refuses, and how it says so: the checks of a layer's constructor and of its calls.
+"""Argument checks of a layer's constructor and of its calls, shared by all engines of the package.
 
-Each refusal is raised before anything is computed or changed and names the argument, what it got and what it takes.
-Engines share these checks, so that the same mistake reads the same everywhere.
+Each error is raised before anything is computed or changed, and names the argument, what it got and what it takes.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ METHODS: Mapping[str, bool] = {"AMXBF16_SFT": True, "AMXBF16_SFT_SkipLoRA": Fals
 MODES = ("sft",)
 
 # No size of a layer may be larger. Kernels and tables count blocks, rows and bytes of a row in 32-bit integers, with
-# small factors (4 bytes an element, 2 r rows, sizes rounded up to blocks); 2^24 is far from 2^31 / 4, and two hundred
-# times the widest model there is. Token slots, T k, are one such count: their product is checked by itself.
+# small factors (4 bytes an element, 2 r rows, sizes rounded up to blocks). 2^24 is far below 2^31 / 4, and two hundred
+# times the widest model. The number of token slots, T k, is such a count: the product has a check of its own.
 LARGEST = 1 << 24
 MOST_SLOTS = 1 << 30
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The sizes of a layer, checked. Field names are those of KTMoEWrapper."""
+    """The checked sizes of a layer. Field names are those of KTMoEWrapper."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -59,7 +58,7 @@ class LayerSpec:
 
     @property
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
-        """Of one expert."""
+        """Shapes of one expert's base weights, by name."""
         return {name: shape[1:] for name, shape in self.base_shapes.items()}
 
     @property
@@ -68,12 +67,12 @@ class LayerSpec:
 
 
 def tp_degrees(intermediate: int, limit: int = 64) -> list[int]:
-    """Degrees of tensor parallelism up to `limit` that divide an intermediate size."""
+    """Tensor parallel degrees up to `limit` that divide an intermediate size."""
     return [n for n in range(1, min(intermediate, limit) + 1) if intermediate % n == 0]
 
 
 def check_tp(intermediate: int, degree: int) -> None:
-    """RuntimeError when `degree` does not divide the intermediate size, with the degrees that do."""
+    """RuntimeError, with the degrees that work, unless `degree` divides the intermediate size."""
     if intermediate % degree:
         works = ", ".join(map(str, tp_degrees(intermediate)))
         raise RuntimeError(
@@ -100,7 +99,7 @@ def check_spec(
     lora_dropout: float,
     max_cache_depth: int,
 ) -> LayerSpec:
-    """Checks a constructor's arguments. TypeError, ValueError, or RuntimeError for a TP degree that does not divide."""
+    """Check a constructor's arguments. TypeError, ValueError, or RuntimeError for a TP degree that does not divide."""
     counts = {
         "num_experts": num_experts,
         "num_experts_per_tok": num_experts_per_tok,
@@ -146,19 +145,7 @@ def check_spec(
     check_tp(moe_intermediate_size, threadpool_count)
     if lora_dropout > 0:
         raise ValueError(f"lora_dropout is {lora_dropout!r}; this engine computes without dropout: pass 0")
-    return LayerSpec(
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        hidden_size=hidden_size,
-        moe_intermediate_size=moe_intermediate_size,
-        cpuinfer_threads=cpuinfer_threads,
-        threadpool_count=threadpool_count,
-        chunked_prefill_size=chunked_prefill_size,
-        method=method,
-        lora_rank=lora_rank,
-        lora_alpha=float(lora_alpha),
-        max_cache_depth=max_cache_depth,
-    )
+    return LayerSpec(**counts, method=method, lora_alpha=float(lora_alpha))
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
@@ -269,7 +256,7 @@ def check_backward(spec: LayerSpec, grad_output: Any, saved_rows: int | None) ->
 
 
 def check_room(outstanding: int, depth: int) -> None:
-    """RuntimeError when `outstanding` saved forwards leave no room for another."""
+    """RuntimeError unless there is room for another saved forward beside `outstanding` ones."""
     if outstanding >= depth:
         raise RuntimeError(
             f"forward_sft(save_for_backward=True): {outstanding} forwards already wait for their backward, and "
@@ -278,7 +265,7 @@ def check_room(outstanding: int, depth: int) -> None:
 
 
 def check_ready(weights: bool, lora: bool, call: str) -> None:
-    """RuntimeError that names the call which is missing."""
+    """RuntimeError that names the missing call."""
     for there, what, missing in (
         (weights, "the base weights", "load_weights_from_tensors"),
         (lora, "the LoRA weights", "init_lora_weights"),

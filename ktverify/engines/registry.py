@@ -1,18 +1,22 @@
-"""Engines under test, found by name.
+"""Find engines by name.
 
-Comes in: a name, `package.module:factory` or `path/file.py:factory`. Goes out: a callable that takes KTMoEWrapper's
-keyword arguments (docs/contract.md, "Calls") and returns a layer. A new engine is one file here and one line in
-`_BUILT_IN`.
+Input: a name, `package.module:factory` or `path/file.py:factory`. Output: a callable that takes KTMoEWrapper's keyword
+arguments (docs/contract.md, "Calls") and returns a layer.
+A new engine is one file: a module or package in this folder, called like the engine, with the constant
+`ENGINE = "factory"`, or `ENGINE = "module:factory"` for a module of the package.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import os
+import re
 import shlex
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ktverify.isolation import host
@@ -21,39 +25,46 @@ from ktverify.isolation.hosted import Hosted
 EngineFactory = Callable[..., Any]
 
 NATIVE = "native"
-OWN = "package.module:factory or path/file.py:factory"  # how somebody's own engine is named
-_BUILT_IN: dict[str, str] = {
-    NATIVE: "ktverify.experts:KTMoEWrapper",
-    "torch_bf16": "ktverify.engines.torch_bf16:TorchBf16",
-    "torch_grouped_mm": "ktverify.engines.torch_grouped_mm:TorchGroupedMm",
-    "kt_kernel": "ktverify.engines.kt_kernel.locate:KtKernel",
-}
+OWN = "package.module:factory or path/file.py:factory"  # how an engine outside of the package is named
+_ENGINE = re.compile(r'^ENGINE = "(?:([\w.]+):)?(\w+)"$', re.MULTILINE)
+
+
+@functools.cache
+def built_in(folder: Path = Path(__file__).parent, package: str = "ktverify.engines") -> dict[str, str]:
+    """`package.module:factory` of the engines in `folder`, by name, the native one first. Imports none of them."""
+    found: dict[str, str] = {}
+    for path in (*folder.glob("*.py"), *folder.glob("*/__init__.py")):
+        if constant := _ENGINE.search(path.read_text(encoding="utf-8")):
+            module, factory = constant.groups()
+            name = path.parent.name if path.stem == "__init__" else path.stem
+            found[name] = f"{'.'.join(filter(None, (package, name, module)))}:{factory}"
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != NATIVE, name))}
 
 
 def names() -> list[str]:
     """The engines that come with the package."""
-    return list(_BUILT_IN)
+    return list(built_in())
 
 
 def absolute(name: str, folder: str | os.PathLike[str] = "") -> str:
-    """`name` with its file, if it names one, by its whole path: not every process is in the user's directory.
+    """`name` with an absolute path if it names a file, because not every process is in the user's directory.
 
-    folder: what a relative path starts from; the current directory if "".
+    folder: where a relative path starts; the current directory if "".
     """
     place, colon, attribute = name.partition(":")
     return f"{os.path.abspath(os.path.join(folder, place))}:{attribute}" if colon and place.endswith(".py") else name
 
 
 def option(name: str) -> str:
-    """What a command that is printed needs for engine `name`: " --engine name", quoted, "" for the native one."""
+    """The option of a printed command for engine `name`: " --engine name", quoted; "" for the native one."""
     return f" --engine {shlex.quote(name)}" if name != NATIVE else ""
 
 
 def find(name: str) -> EngineFactory:
     """The factory of engine `name`: one of names(), `package.module:factory` or `path/file.py:factory`.
 
-    ValueError for a name or path that leads nowhere, to something that cannot be called, or to another interpreter that
-    is not there; ImportError, with the cause, for a module that cannot be imported, whatever it raised.
+    ValueError for a name or path that does not exist, or that is no callable, or that needs an interpreter which is not
+    there; ImportError, with the cause, for a module that cannot be imported, whatever it raised.
     """
     factory = load(name)
     if isinstance(factory, Hosted):
@@ -62,13 +73,13 @@ def find(name: str) -> EngineFactory:
 
 
 def load(name: str) -> EngineFactory:
-    """As find, without asking whether the interpreter of a hosted engine is there."""
-    path = _BUILT_IN.get(name, name)
+    """As find, without a check of a hosted engine's interpreter."""
+    path = built_in().get(name, name)
     module_name, colon, attribute = path.partition(":")
     if not colon or not module_name or not attribute:
-        near = difflib.get_close_matches(name, _BUILT_IN, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no engine is called {name!r}; {hint}takes {', '.join(_BUILT_IN)}, {OWN}")
+        raise ValueError(f"no engine is called {name!r}; {hint}takes {', '.join(names())}, {OWN}")
     found = _module(module_name, name)
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -87,7 +98,7 @@ def _module(place: str, name: str) -> Any:
         raise ImportError(f"engine {name!r}: {place} ends the program when it is imported: exit {error}") from None
     except Exception as error:
         cause = " ".join(str(error).split()) or type(error).__name__
-        # where nothing of its own has run yet, it was not found
+        # the module itself, or a package around it, was not found
         if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
             cause += "; put the folder that it lies in into PYTHONPATH, or give the file: path/file.py:factory"
         elif not isinstance(error, ImportError):
@@ -96,15 +107,15 @@ def _module(place: str, name: str) -> Any:
 
 
 def _raised_at(error: Exception) -> str:
-    """ " (file.py:3)": the innermost line that is neither the import's own nor the call of it; "" for none."""
+    """ " (file.py:3)": the innermost line outside of the import system and of this module; "" for none."""
     own = (__file__, host.__file__, importlib.__file__)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in own and f.filename[0] != "<"]
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
 def strict(engine: str | EngineFactory) -> bool:
-    """True for an engine that is held to what fp32 sums and one rounding leave: the project's own, and any whose
-    factory says `fp32_sums = True`. Others need only be as good as plain torch in bf16.
+    """True for an engine that must keep the limits of fp32 sums with one rounding: the project's own, and any whose
+    factory has `fp32_sums = True`. Others need only be as accurate as plain torch in bf16.
 
     engine: a name, or the factory itself.
     """

@@ -1,6 +1,6 @@
 """One case through one engine: build the layer, load it, forward, backward.
 
-Comes in: an engine factory and a case. Goes out: a dict of ALL_TENSORS. Holds nothing between calls.
+Input: an engine factory and a case. Output: a dict of ALL_TENSORS. Keeps nothing between calls.
 """
 
 from __future__ import annotations
@@ -13,50 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktverify.engines.registry import EngineFactory
+from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, call_of
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
 METHOD = "AMXBF16_SFT"
-IMPORT, CONSTRUCTOR = "import", "constructor"
-# what counts as raised by an engine: it may not end the program that asks it, so sys.exit is one more exception
-RAISED = (Exception, SystemExit)
-
-
-def _nobody(_method: str) -> None:
-    """Who is told of calls where nobody watches over the process."""
-
-
-# told an engine's method when it is called and "" when that is over, so that a process's end can be told of it
-on_call: Callable[[str], None] = _nobody
-
-
-@contextlib.contextmanager
-def call_of(method: str) -> Iterator[None]:
-    """What the engine raises in it knows the method: `method_of`."""
-    on_call(method)
-    try:
-        yield
-    except RAISED as error:
-        error.ktverify_method = method  # type: ignore[union-attr]
-        raise
-    finally:
-        on_call("")
-
-
-def method_of(error: BaseException) -> str:
-    """The method of a layer that raised `error`, IMPORT or CONSTRUCTOR; "" where no engine did."""
-    return getattr(error, "ktverify_method", "")
 
 
 def layer_arguments(
     case: Case, *, isa: str | None = None, tp: int = 1, threads: int | None = None, **more: Any
 ) -> dict[str, Any]:
-    """KTMoEWrapper's keyword arguments for `case`; `more` overrides. isa is passed on only where one is asked for."""
+    """KTMoEWrapper's keyword arguments for `case`; `more` overrides them. isa is passed on only if it is not None."""
     arguments: dict[str, Any] = {
         "layer_idx": 0,
         "num_experts": case.num_experts,
@@ -88,7 +60,7 @@ def build_layer(
     threads: int | None = None,
     **more: Any,
 ) -> Any:
-    """A layer of `factory` with the case's base weights and LoRA loaded. LoRA tensors are copies: inputs stay as is."""
+    """A layer of `factory` with the case's base weights and LoRA loaded. It gets copies of the LoRA tensors."""
     with call_of(CONSTRUCTOR):
         layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
     with call_of("load_weights_from_tensors"):
@@ -101,7 +73,7 @@ def build_layer(
 
 
 def forward(layer: Any, inputs: Inputs, *, save: bool) -> torch.Tensor:
-    """The output [T, H] as the engine gave it. TypeError where it gave no tensor."""
+    """The output [T, H] as the engine returned it. TypeError where it is no tensor."""
     with call_of("forward_sft"):
         output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=save)
         if not isinstance(output, torch.Tensor):
@@ -114,8 +86,8 @@ def run_layer(
 ) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of one forward and one backward of a loaded layer; only output without backward.
 
-    The tensors are what the engine gave; a gradient that is missing raises KeyError, a further one ValueError.
-    into: an empty dict that gets each tensor as it comes, so that the output is there where the backward raises.
+    The tensors are those that the engine returned; a missing gradient raises KeyError, an additional one ValueError.
+    into: an empty dict that gets each tensor when it is there, so that it has the output where the backward raises.
     """
     result = {} if into is None else into
     result[OUTPUT] = forward(layer, inputs, save=backward)
@@ -131,7 +103,7 @@ def run_layer(
 
 
 def check_grad_names(grad_loras: Mapping[str, torch.Tensor]) -> None:
-    """KeyError or ValueError unless the keys are exactly the six of the contract."""
+    """KeyError or ValueError unless the keys are the six of the contract."""
     missing = [name for name in GRAD_NAMES if name not in grad_loras]
     if missing:
         raise KeyError(f"backward gave no {', '.join(missing)}")
@@ -154,19 +126,19 @@ def run_case(
 ) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of `case` as the engine computes them; only output without backward.
 
-    inputs: those of the case where the caller has them already. isa, tp, threads: instruction set, tensor-parallel
-    degree, ceiling of workers (default: the processors this process may run on). into: as run_layer takes it. What the
-    engine raises comes through.
+    inputs: those of the case, if the caller has them. isa, tp, threads: instruction set, tensor parallel degree, most
+    workers (default: the processors this process may run on). into: as run_layer takes it. Exceptions of the engine
+    are not caught.
     """
     given = make_inputs(case) if inputs is None else inputs
     layer = build_layer(factory, case, given, isa=isa, tp=tp, threads=threads, **more)
-    unless_first: AbstractContextManager[None] = contextlib.suppress(*RAISED)
+    unless_first: AbstractContextManager[None] = contextlib.suppress(*ENGINE_EXCEPTIONS)
     try:
         found = run_layer(layer, given, backward=backward, into=into)
         unless_first = contextlib.nullcontext()
         return {name: tensor.detach() for name, tensor in found.items()}
     finally:
-        # of two exceptions the first is told
+        # of two exceptions the first is raised
         with unless_first, call_of("clear_sft_buffer_cache"):
             clear = getattr(layer, "clear_sft_buffer_cache", None)
             del layer

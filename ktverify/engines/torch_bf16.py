@@ -19,6 +19,8 @@ from ktverify.engines import argument_checks
 from ktverify.judge.reference import plain_expert, routed, zeros
 from ktverify.spec.names import LORA_NAMES
 
+ENGINE = "TorchBf16"
+
 
 @dataclass
 class Saved:

@@ -19,6 +19,8 @@ from ktverify.spec.names import LORA_NAMES
 # elements of bf16 in 16 bytes
 MULTIPLE = 8
 
+ENGINE = "TorchGroupedMm"
+
 
 @dataclass
 class _SavedBatch(Saved):

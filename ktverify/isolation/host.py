@@ -1,9 +1,10 @@
-"""The other end of a hosted engine: builds its layers and makes their calls when it is told to.
+"""The process of a hosted engine: builds its layers and makes their calls on request.
 
 Run by path, under any Python from 3.10 on that has torch and the engine: it imports nothing of ktverify. Requests and
 answers are lines of JSON; tensors travel as memory: the sender copies them into a memfd of their own, which the
 receiver maps and keeps as long as one of them lives. Strides, the address modulo 64 and requires_grad are kept.
-ktverify.hosting.layer uses `Parcel` and `unpack` for its own end.
+hosted.py uses `Parcel` and `unpack` for the other end. `python host.py SERVER ARGUMENT PARENT REQUESTS ANSWERS` may
+serve another class than `Layers`: SERVER is its spec, "" for Layers.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ PARAMETERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora
 
 
 class Parcel:
-    """A value on its way: `description` is JSON; its tensors lie in a memory file that is open until close()."""
+    """A value to be sent: `description` is JSON; its tensors are in a memory file that is open until close()."""
 
     def __init__(self, value: Any) -> None:
         self._tensors: list[tuple[Any, int, int]] = []  # span [n], its offset in bytes, n
@@ -70,7 +71,7 @@ class Parcel:
             return {"meta": found}
         found |= {"stride": list(tensor.stride()), "grad": bool(tensor.requires_grad)}
         if tensor.numel():
-            # all that lies between its first and its last element; a tensor of stride 0 stays as small as it is
+            # the memory from its first to its last element; a tensor of stride 0 stays as small as it is
             count = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
             span = torch.as_strided(tensor.detach(), (count,), (1,))
             start = -(-self._size // ALIGNMENT) * ALIGNMENT + tensor.data_ptr() % ALIGNMENT
@@ -80,7 +81,7 @@ class Parcel:
         return {"tensor": found}
 
     def opened(self) -> Any:
-        """The value as the receiver sees it: its tensors are over the same memory."""
+        """The value as the receiver gets it: its tensors share the same memory."""
         return unpack(self.description)
 
     def close(self) -> None:
@@ -90,7 +91,7 @@ class Parcel:
 
 
 class _Mapped:
-    """A memory file, mapped; tensors over it keep it."""
+    """A mapped memory file; tensors in it keep it alive."""
 
     def __init__(self, fd: int, size: int) -> None:
         self._map = mmap.mmap(fd, size)
@@ -99,7 +100,7 @@ class _Mapped:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # tensors of an exception's traceback may still lie over it; then it is closed when they go
+        # tensors of an exception's traceback may still use it; then it is closed when they are freed
         with contextlib.suppress(BufferError):
             self._map.close()
 
@@ -110,7 +111,7 @@ class _Mapped:
 
 
 def unpack(description: dict[str, Any]) -> Any:
-    """The value of a Parcel's description. The parcel must still be open; what was unpacked lives on after it."""
+    """The value of a Parcel's description. The parcel must still be open; the value outlives it."""
     memory = None
     if "memory" in description:
         path, size = description["memory"]
@@ -151,9 +152,9 @@ def _value(described: dict[str, Any], memory: _Mapped | None) -> Any:
 
 
 def end_with_parent(on: bool = True, *, parent: int = 0) -> None:
-    """From now on this process is ended, by SIGKILL, when the thread that started it ends, also by a signal.
+    """End this process by SIGKILL when the thread that started it ends, also by a signal; on=False: no longer.
 
-    parent: the number of the process that started it; where that has ended already, this one ends at once.
+    parent: the pid of the process that started it; where that has ended already, this one ends at once.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL) if on else 0)
     if parent and os.getppid() != parent:
@@ -164,13 +165,13 @@ def end_with_parent(on: bool = True, *, parent: int = 0) -> None:
 
 
 def find(spec: str) -> Any:
-    """What "path/to/file.py:attribute" or "package.module:attribute" names."""
-    place, _, attribute = spec.rpartition(":")
-    return getattr(module_at(place), attribute)
+    """The object "path/to/file.py:attribute" or "package.module:attribute"; the module itself without ":attribute"."""
+    place, _, attribute = spec.partition(":")
+    return getattr(module_at(place), attribute) if attribute else module_at(place)
 
 
 def module_at(place: str) -> Any:
-    """The module "path/to/file.py" or "package.module", made once."""
+    """The module "path/to/file.py" or "package.module", loaded once."""
     if not place.endswith(".py"):
         return importlib.import_module(place)
     path = Path(place).resolve()
@@ -192,11 +193,11 @@ def module_at(place: str) -> Any:
     return module
 
 
-class Host:
-    """Layers by number, and the requests to them."""
+class Layers:
+    """Layers of one factory by number, and the requests to them."""
 
-    def __init__(self, spec: str) -> None:
-        self.factory = find(spec)
+    def __init__(self, factory: Any) -> None:
+        self.factory = factory
         self.layers: dict[int, Any] = {}
         self.shared: dict[int, dict[str, Any]] = {}
         self.sent: Parcel | None = None
@@ -204,7 +205,7 @@ class Host:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         if self.sent is not None:
-            # the other end has mapped it by now
+            # the receiver has mapped it by now
             self.sent.close()
         for number in request["drop"]:
             self.layers.pop(number, None)
@@ -225,7 +226,7 @@ class Host:
         return (result, getattr(layer, "grad_weights", None)) if method == "backward" else result
 
     def do_update(self, number: int, exchanged: dict[str, Any]) -> Any:
-        """update_lora_weights after an optimizer's step; `exchanged`: the parameters that are other tensors now."""
+        """update_lora_weights after an optimizer's step; `exchanged`: the parameters that are new tensors."""
         layer, shared = self.layers[number], self.shared.get(number, {})
         for name, value in exchanged.items():
             setattr(layer, name, value)
@@ -241,20 +242,20 @@ class Host:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """What is told of an exception: its nearest builtin class, whether it is that class itself, its text."""
+    """An exception as JSON: the name of its class, that of its nearest builtin class, and its text."""
     builtin = next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return {"class": type(error).__name__, "builtin": builtin, "text": text}
 
 
-def serve(spec: str, requests: int, answers: int) -> None:
-    """Answer the lines of `requests` until it closes."""
-    host: Host | None = None
+def serve(server: str, argument: str, requests: int, answers: int) -> None:
+    """Answer the lines of the descriptor `requests` until it closes. What cannot be imported is the first answer."""
+    served: Any = None
     with os.fdopen(requests, encoding="utf-8") as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
         for line in lines:
             try:
-                host = host or Host(spec)
-                reply = {"ok": True, "result": host.answer(json.loads(line))}
+                served = served or (find(server) if server else Layers)(find(argument))
+                reply = {"ok": True, "result": served.answer(json.loads(line))}
             except Exception as error:
                 traceback.print_exc()
                 reply = {"ok": False, "error": failure(error)}
@@ -266,11 +267,11 @@ if __name__ == "__main__":
     import faulthandler
 
     faulthandler.enable()
-    # Ctrl-C is for the other end, which ends this one
+    # Ctrl-C is for the parent, which ends this process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # the folder of this file comes first on the path: nothing in it may stand for an installed package
+    # Python puts the folder of this file first on the path: nothing in it may shadow an installed package
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
-    spec, parent, *pipes = sys.argv[1:]
+    server, argument, parent, *pipes = sys.argv[1:]
     end_with_parent(parent != "0", parent=int(parent))
-    serve(spec, *map(int, pipes))
+    serve(server, argument, *map(int, pipes))

@@ -1,10 +1,10 @@
-"""A hosted engine from this side: a factory, and layers whose calls go to a process of their own.
+"""An engine in a process of its own, under any Python: its factory, and layers whose calls go to that process.
 
-One process serves one configuration of threads, since engines exist that allow only one: another number of threads, of
+One process serves one configuration of threads, because some engines allow only one: another number of threads, of
 thread pools or of processors gets another process. A process that dies raises EngineDied in the call that killed it and
 in every later call to its layers; the next layer gets a new process.
-What a hosted engine writes into the tokens' tensors is copied back. What it does to memory after it has answered is not
-seen, nor are its process's threads forked along.
+What a hosted engine writes into the tensors of a call is copied back; what it writes after its answer is not. A fork of
+this process does not copy its threads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 
 from ktverify.errors import EngineDied
 from ktverify.isolation.host import Parcel, unpack
-from ktverify.isolation.process import Process
+from ktverify.isolation.process import JsonProcess, environment_of
 from ktverify.spec.names import LORA_NAMES
 
 HOST = Path(__file__).with_name("host.py")
-# processes without a living layer that are kept for the next one: starting one takes seconds
+# idle processes that are kept for the next layer, because a start takes seconds
 IDLE_KEPT = 2
 
 
@@ -35,7 +35,7 @@ class Hosted:
     """A factory of layers in another process.
 
     spec: "path/to/file.py:attribute" or "package.module:attribute", as the other interpreter finds it. python: that
-    interpreter, or a function that finds it and raises ValueError where there is none; None is this one. stand_alone:
+    interpreter, or a function that returns it and raises ValueError where there is none; None is this one. stand_alone:
     the path of a script that makes one case's calls without ktverify; see ktverify/reproducer/bundle.py.
     """
 
@@ -53,30 +53,24 @@ class Hosted:
     def __call__(self, **arguments: Any) -> HostedLayer:
         threads = (arguments.get("cpuinfer_threads"), arguments.get("threadpool_count"))
         key = (self.spec, self.check(), repr(threads), tuple(sorted(os.sched_getaffinity(0))))
-        return HostedLayer(_process_of(key), arguments)
+        return HostedLayer(_host_of(key), arguments)
 
 
 class _Host:
-    """A process, and which of its layers are gone."""
+    """A process, and which of its layers were freed."""
 
     def __init__(self, spec: str, python: str) -> None:
-        environment = dict(os.environ)
-        if python != sys.executable:
-            # they lead to packages of this interpreter
-            environment.pop("PYTHONPATH", None)
-            environment.pop("PYTHONHOME", None)
-        # it ends with the thread that starts it: one of a pool's may end before its layers do
-        ends_with = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        command = [python, str(HOST), spec, str(ends_with)]
-        # no time limit: who started this process watches over it
-        self._process = Process(command, environment, timeout_s=None, own_session=False)
+        # no time limit: the process that started this one limits it
+        self._process = JsonProcess(
+            host_command(python, "", spec), environment_of(python), timeout_s=None, own_session=False
+        )
         self._lock = threading.Lock()
         self.layers = 0
         self.dropped: list[int] = []
         self.died = ""
 
     def ask(self, do: str, *given: Any) -> Any:
-        """The value that the host answers with. Raises what the engine raised, or EngineDied."""
+        """The answer of the host. Raises the engine's exception, or EngineDied."""
         parcel = Parcel(given)
         try:
             return self.send(do, parcel, do if do != "call" else str(given[1]))
@@ -84,7 +78,7 @@ class _Host:
             parcel.close()
 
     def send(self, do: str, parcel: Parcel, what: str) -> Any:
-        """As ask, with the arguments packed; `what` is the call's name in an error."""
+        """As ask, with packed arguments; `what` is the call's name in an error."""
         with self._lock:
             if self.died:
                 raise EngineDied(f"{what}: the engine's process is gone: {self.died}")
@@ -93,10 +87,8 @@ class _Host:
                 answer = self._process.exchange({"do": do, "drop": drop, "given": parcel.description})
             except EngineDied as died:
                 self.died = str(died)
-                how = self.died.partition("; last line")[0]
-                raise EngineDied(
-                    f"{what}: the engine's process {how}; last words:\n{self._process.last_words()}"
-                ) from None
+                how, words = self.died.partition("; last line")[0], self._process.log.last_words()
+                raise EngineDied(f"{what}: the engine's process {how}; last words:\n{words}") from None
             del self.dropped[: len(drop)]
             self.layers -= len(drop)
             if answer["ok"]:
@@ -114,8 +106,17 @@ class _Host:
         self._process.close()
 
 
+def host_command(python: str, server: str, argument: str) -> list[str]:
+    """The command of host.py, which ends with the thread that starts it if that is the main thread.
+
+    Another thread, as one of a pool, may end before the layers that it made.
+    """
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+    return [python, str(HOST), server, argument, str(parent)]
+
+
 def _subclass(name: str, builtin: str) -> type[Exception]:
-    """An exception class of that name, so that an `except` of its builtin base catches it."""
+    """An exception class with that name and that builtin base."""
     made: type[Exception] = type(name, (getattr(builtins, builtin),), {})
     return made
 
@@ -123,8 +124,8 @@ def _subclass(name: str, builtin: str) -> type[Exception]:
 _hosts: dict[tuple[Any, ...], _Host] = {}
 
 
-def _process_of(key: tuple[Any, ...]) -> _Host:
-    """The living process for a configuration, started where there is none; the longest unused idle ones end."""
+def _host_of(key: tuple[Any, ...]) -> _Host:
+    """The living process for a configuration, started where there is none; all but the newest idle ones end."""
     host = _hosts.pop(key, None)
     if host is not None and host.died:
         host.close()
@@ -167,7 +168,7 @@ class HostedLayer:
         self._call("load_weights_from_tensors", *given, **named)
 
     def init_lora_weights(self, *given: Any, **named: Any) -> None:
-        """The parameters from now on are tensors that both processes see, so an optimizer's step needs no copy."""
+        """From now on the parameters are tensors in shared memory, so an optimizer's step needs no copy."""
         parcel = Parcel((self._number, "init_lora_weights", given, named))
         try:
             self._host.send("call", parcel, "init_lora_weights")
@@ -191,7 +192,7 @@ class HostedLayer:
         return result
 
     def _on_tokens(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """A call whose arguments are small: what the engine wrote into them reaches the caller's tensors."""
+        """A call with small arguments: what the engine writes into them is copied to the caller's tensors."""
         parcel = Parcel((self._number, method, given, named))
         try:
             result = self._host.send("call", parcel, method)
@@ -207,7 +208,7 @@ class HostedLayer:
 
 
 def _copy_back(mine: Any, theirs: Any) -> None:
-    """What was written into a CPU tensor over there, where anything was."""
+    """Copy a CPU tensor's bytes back if the other process changed them."""
     import torch
 
     if not isinstance(mine, torch.Tensor) or mine.device.type != "cpu" or mine.numel() == 0:

@@ -1,6 +1,6 @@
-"""Ctrl-C: one line that says what is kept and how to go on, and the exit code. Light: typer waits until it is needed.
+"""Ctrl-C: one line that says what is kept and how to go on, and the exit code. Imports typer only when needed.
 
-A command that can say more than the usual line raises KeyboardInterrupt again, with its own.
+A command with more to say than the usual line raises KeyboardInterrupt again, with its own text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ USUAL = "stopped; no file is half-written, and what was not yet written is lost"
 
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
-    """Ctrl-C in the body comes after it. What is started there inherits it blocked. For the main thread."""
+    """Delay Ctrl-C until the body has ended. A process started in it inherits SIGINT blocked. For the main thread."""
     came: list[int] = []
-    # the mask is this thread's: one that a library started may still take the signal
+    # the mask is this thread's: a thread that a library started may still take the signal
     before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -30,7 +30,7 @@ def put_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
+def in_one_line() -> Iterator[None]:
     """Turn Ctrl-C into a line on stderr and the exit code."""
     try:
         yield

@@ -1,7 +1,7 @@
-"""Who may compute when, over all test processes of this machine.
+"""Locks on computing, between all test processes of this machine.
 
-Computing tests share one lock and a timing test takes it alone, so a time is never measured while another test
-computes. Tests that take gigabytes take turns. The locks are flocks, so a process that dies lets go of them.
+Computing tests share one lock and a timing test takes it exclusively, so a time is never measured while another test
+computes. Tests that take gigabytes take turns. The locks are flocks, so a process that dies releases them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# A child that a test starts computes under its parent's lock; it must not wait for that lock itself.
+# Set for a process that computes under the lock of its parent: it must not wait for that lock itself.
 HELD_BY_PARENT = "KTVERIFY_SUITES_LOCK_HELD"
 
 
@@ -36,10 +36,10 @@ def _flock(name: str, operation: int) -> Iterator[int]:
 
 @contextlib.contextmanager
 def computing(*, alone: bool = False) -> Iterator[None]:
-    """Hold the right to compute: shared with other tests, or `alone` for a test that measures time.
+    """Take the lock on computing: shared with other tests, or `alone` for a test that measures time.
 
-    Readers of a flock can starve its writer. The turnstile prevents it: who wants to be alone keeps the turnstile
-    shut until it is done, so that nobody new begins while it waits for those who already compute.
+    Readers of a flock can starve its writer. The turnstile prevents that: a test that needs the lock alone keeps the
+    turnstile locked until it is done, so that no other test begins while it waits for those that compute.
     """
     if os.environ.get(HELD_BY_PARENT):
         yield
@@ -56,7 +56,7 @@ def computing(*, alone: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def big() -> Iterator[None]:
-    """Hold the turn of the tests that take gigabytes. Take it before `computing`, never inside it."""
+    """Take the lock of the tests that take gigabytes. Take it before `computing`, never inside it."""
     if os.environ.get(HELD_BY_PARENT):
         yield
         return
@@ -66,7 +66,7 @@ def big() -> Iterator[None]:
 
 @contextlib.contextmanager
 def lent_to_children() -> Iterator[None]:
-    """Processes started inside compute under the lock that this process holds."""
+    """Processes started in the body compute under the lock of this process."""
     before = os.environ.get(HELD_BY_PARENT)
     os.environ[HELD_BY_PARENT] = "1"
     try:

@@ -1,4 +1,4 @@
-"""Processes that judge engines side by side, for the commands `mutants` and `clean`."""
+"""A pool of processes that judge engines in parallel, for the commands `mutants` and `clean`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ktverify.isolation.interrupt import put_off
 
 @contextlib.contextmanager
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `jobs` processes. They end with this one, however it ends, and at once where the body raises."""
+    """A pool of `jobs` processes. They end with this process, however it ends, and at once where the body raises."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
     try:
         # Ctrl-C reaches all processes of a terminal; this one ends the others, which would each show a traceback
@@ -26,7 +26,7 @@ def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
                 pool.submit(os.getpid)
         yield pool
     except BaseException:
-        # what they compute is for nobody any more
+        # nothing uses their results any more
         for process in multiprocessing.active_children():
             process.kill()
         pool.shutdown(cancel_futures=True)

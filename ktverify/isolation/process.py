@@ -1,30 +1,69 @@
-"""A process that answers requests over a pipe, and how it ended when it did not. No torch here.
+"""The common core of all processes that the package starts: start, watch, end, last lines. Imports no torch.
 
-Comes in: a command that takes two file descriptors as its last arguments. Goes out: its answers, lines of JSON as dict,
-or `EngineDied` with the signal and the last lines that it wrote.
+Running        a process: how it ended, how it is ended together with what it started
+Program        a Running command; its output goes to a Log
+JsonProcess    a Program that answers requests, each one line of JSON
+Channel        pickled values between two processes; `serve` is the answering end
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
+import pickle
 import re
 import select
 import signal
+import socket
+import struct
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from ktverify.errors import EngineDied
+from ktverify.errors import EngineDied, EngineTimeout, RemoteError
+from ktverify.system.paths import ROOT
 
-LAST_LINES = 12
+if TYPE_CHECKING:
+    import psutil
+
+# seconds between two looks of a waiting process at the one that it waits for
+WATCH_S = 0.05
+# seconds for a process that has no more to do
+WAIT_S = 10.0
+_POLL_S = 0.005
+_LAST_LINES = 12
 _TAIL = 1 << 15
+_LENGTH = struct.Struct("<Q")
 # all but the last two parts of a path in a traceback
 _FOLDERS = re.compile(r'File "/(?:[^"/]+/)*(?=[^"/]+/[^"/]+")')
+
+
+# ---- environments
+
+
+def environment_of(python: str = sys.executable) -> dict[str, str]:
+    """This process's variables for a process under `python`.
+
+    For another interpreter without PYTHONPATH and PYTHONHOME, because they lead to packages of this one.
+    """
+    foreign = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
+    return {name: value for name, value in os.environ.items() if name not in foreign}
+
+
+def own_environment() -> dict[str, str]:
+    """This process's variables, with this ktverify first on PYTHONPATH."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}
+
+
+# ---- how a process ends
 
 
 def how_it_ended(code: int) -> str:
@@ -34,21 +73,183 @@ def how_it_ended(code: int) -> str:
     return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def last_lines(log: IO[bytes]) -> list[str]:
-    """The last lines of a file that a process writes its output to, without blank ones.
+def processes_of(pid: int) -> list[psutil.Process]:
+    """The process and its living descendants."""
+    import psutil
 
-    Of a fault handler's dump: file names without the folders that are this machine's, no list of extension modules.
+    try:
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def resident_of(pid: int) -> int:
+    """Bytes in RAM of the process and its descendants; shared pages count for each of them."""
+    import psutil
+
+    total = 0
+    for process in processes_of(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            total += process.memory_info().rss
+    return total
+
+
+def end_group(pid: int) -> None:
+    """SIGKILL to the process group that `pid` leads, if there is one."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def reap(pid: int) -> int | None:
+    """The exit code of child `pid`, None while it runs. The group that it leads is ended first.
+
+    Until the child is reaped, the system gives its number to no other process.
     """
-    size = os.fstat(log.fileno()).st_size
-    tail = os.pread(log.fileno(), _TAIL, max(0, size - _TAIL)).decode(errors="replace")
-    lines = [line.rstrip() for line in tail.splitlines() if line.strip()]
-    return [_FOLDERS.sub('File "', line) for line in lines if not line.startswith("Extension modules:")]
+    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        return None
+    end_group(pid)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-class Process:
-    """A process that answers. Its output goes to a file whose end tells how it died. Not for several threads.
+class Running:
+    """A process that this one, or its fork server, started."""
 
-    own_session: False where it looks after Ctrl-C itself, and is to be ended with the group of this process.
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._code: int | None = None
+
+    def _reap(self) -> int | None:
+        return reap(self.pid)
+
+    def poll(self) -> int | None:
+        """Its exit code, minus the signal's number if a signal ended it; None while it runs."""
+        if self._code is None:
+            self._code = self._reap()
+        return self._code
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """poll() once it has ended; None where it still runs after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_S)
+        return code
+
+    def end(self) -> None:
+        """End it and all that it started, at once. A process that the kernel does not end in time is left."""
+        if self.poll() is None:
+            for process in processes_of(self.pid)[1:]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            end_group(self.pid)
+            # it may not lead a group yet
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait(WAIT_S)
+
+    def how(self) -> str:
+        """How a process ended that no longer answers; one that has only closed its connection is ended."""
+        code = self.wait(WAIT_S)
+        if code is None:
+            self.end()
+            return "closed its pipe and lived on"
+        return how_it_ended(code)
+
+
+# ---- what a process writes
+
+
+class Log:
+    """A temporary file for the output of a process."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def text(self) -> str:
+        """All of the output."""
+        return os.pread(self.fileno(), os.fstat(self.fileno()).st_size, 0).decode(errors="replace")
+
+    def lines(self) -> list[str]:
+        """The last lines, without blank ones.
+
+        Of a fault handler's dump: file names without this machine's folders, and no list of extension modules.
+        """
+        size = os.fstat(self.fileno()).st_size
+        tail = os.pread(self.fileno(), _TAIL, max(0, size - _TAIL)).decode(errors="replace")
+        lines = [line.rstrip() for line in tail.splitlines() if line.strip()]
+        return [_FOLDERS.sub('File "', line) for line in lines if not line.startswith("Extension modules:")]
+
+    def last_line(self) -> str:
+        """The last line; of a fault handler's dump only the first, where no other output came before."""
+        lines = [line.strip() for line in self.lines()]
+        fault = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
+        found = lines[:fault] or lines[: fault + 1]
+        return found[-1][:200] if found else ""
+
+    def last_words(self) -> str:
+        """The last lines, as text."""
+        return "\n".join(self.lines()[-_LAST_LINES:])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+# ---- commands
+
+
+class Program(Running):
+    """A running command. Its output goes to `log`; stdout=subprocess.PIPE gives only that of stderr.
+
+    It leads a session of its own, so that Ctrl-C reaches only the process that started it, which then ends it.
+    own_session=False: it stays in this process's group, ignores Ctrl-C itself, and is ended with that group.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stdout: int | None = None,
+        pass_fds: Sequence[int] = (),
+        own_session: bool = True,
+    ) -> None:
+        self.log = Log()
+        self._process = subprocess.Popen(
+            command,
+            env=dict(environment),
+            pass_fds=pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.fileno() if stdout is None else stdout,
+            stderr=self.log.fileno(),
+            start_new_session=own_session,
+        )
+        super().__init__(self._process.pid)
+
+    def _reap(self) -> int | None:
+        self._process.returncode = super()._reap()
+        return self._process.returncode
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self._process.stdout is not None  # a pipe was asked for
+        return self._process.stdout
+
+    def close(self) -> None:
+        """End it at once: it keeps nothing that matters."""
+        self.end()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self.log.close()
+
+
+class JsonProcess(Program):
+    """A command that answers requests. Its last two arguments are the descriptors of requests and answers.
+
+    For one thread at a time. timeout_s: seconds for one answer, None for any.
     """
 
     def __init__(
@@ -60,73 +261,46 @@ class Process:
         own_session: bool = True,
     ) -> None:
         self.timeout_s = timeout_s
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        request_read, self._request = os.pipe()
-        self._answer, answer_write = os.pipe()
         self._pending = b""
-        self._process = subprocess.Popen(
-            [*command, str(request_read), str(answer_write)],
-            env=dict(environment),
-            pass_fds=(request_read, answer_write),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            # Ctrl-C is for the controller: it ends its engines in order
-            start_new_session=own_session,
-        )
-        os.close(request_read)
-        os.close(answer_write)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        theirs_requests, self._requests = os.pipe()
+        self._answers, theirs_answers = os.pipe()
+        theirs = (theirs_requests, theirs_answers)
+        try:
+            super().__init__([*command, *map(str, theirs)], environment, pass_fds=theirs, own_session=own_session)
+        finally:
+            for descriptor in theirs:
+                os.close(descriptor)
 
     def exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request. EngineDied when there is none after timeout_s, or the process has ended."""
+        """The answer to one request. EngineDied where the process ended, EngineTimeout where it did not answer."""
         deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         view = memoryview(json.dumps(request).encode("utf-8") + b"\n")
         try:
             while view:
-                view = view[os.write(self._request, view) :]
+                view = view[os.write(self._requests, view) :]
             answer: dict[str, Any] = json.loads(self._read_line(deadline))
         except (EOFError, BrokenPipeError):
-            raise EngineDied(self._end()) from None
+            raise EngineDied(f"{self.how()}; last line: {self.log.last_line() or 'none'}") from None
         except TimeoutError:
-            self._process.kill()
-            raise EngineDied(f"no answer after {self.timeout_s:.0f} s; {self._end()}") from None
+            self.end()
+            text = f"no answer after {self.timeout_s:.0f} s, ended with SIGKILL"
+            raise EngineTimeout(f"{text}; last line: {self.log.last_line() or 'none'}") from None
         return answer
 
     def _read_line(self, deadline: float | None) -> bytes:
         while b"\n" not in self._pending:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready, _, _ = select.select([self._answer], [], [], left)
-            if not ready:
+            if not select.select([self._answers], [], [], left)[0]:
                 raise TimeoutError
-            part = os.read(self._answer, 1 << 16)
+            part = os.read(self._answers, 1 << 16)
             if not part:
                 raise EOFError
             self._pending += part
         line, _, self._pending = self._pending.partition(b"\n")
         return line
 
-    def _end(self) -> str:
-        how = how_it_ended(self._process.wait())
-        last = self.last_line()
-        return f"{how}; last line: {last}" if last else f"{how} without a word"
-
-    def last_line(self) -> str:
-        """The last line that the process wrote; of a fault handler's dump only the first, where nothing came before."""
-        lines = [line.strip() for line in last_lines(self._log)]
-        fault = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), len(lines))
-        told = lines[:fault] or lines[: fault + 1]
-        return told[-1][:200] if told else ""
-
-    def last_words(self) -> str:
-        """The last lines that the process wrote, as they stand."""
-        return "\n".join(last_lines(self._log)[-LAST_LINES:])
-
     def cpu_ns(self) -> int:
-        """Processor time that all of its threads have had; 0 where the system does not tell."""
+        """Processor time of all its threads in nanoseconds; 0 where the system does not report it."""
         total = 0
         for task in Path(f"/proc/{self.pid}/task").glob("*/schedstat"):
             with contextlib.suppress(OSError, ValueError):
@@ -134,10 +308,124 @@ class Process:
         return total
 
     def close(self) -> None:
-        """End the process at once: it keeps nothing that matters."""
-        for descriptor in (self._request, self._answer):
+        for descriptor in (self._requests, self._answers):
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
+        super().close()
+
+
+# ---- pickled values between processes
+
+
+class Channel:
+    """One end of a connection for pickled values and file descriptors. EOFError once the other end is gone."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        here, there = socket.socketpair()
+        return cls(here), cls(there)
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def send(self, value: object, fds: Sequence[int] = ()) -> None:
+        self.send_bytes(pickle.dumps(value), fds)
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        try:
+            # a message of its own for the descriptors, because they arrive with its first byte
+            socket.send_fds(self._connection, [b"."], list(fds))
+            self._connection.sendall(_LENGTH.pack(len(data)))
+            self._connection.sendall(data)
+        except ConnectionError:
+            raise EOFError from None
+
+    def receive(self, watch: Callable[[], bool] | None = None) -> Any:
+        """The next value; watch as receive_bytes takes it."""
+        return pickle.loads(self.receive_bytes(watch)[0])
+
+    def receive_bytes(self, watch: Callable[[], bool] | None = None) -> tuple[bytes, list[int]]:
+        """The next pickle, and its file descriptors.
+
+        watch: called while there is nothing to read. False means that the other process has ended: a process that it
+        started may still have the other end open.
+        """
+        try:
+            self._await(watch)
+            first, fds, _, _ = socket.recv_fds(self._connection, 1, 8)
+            if not first:
+                raise EOFError
+            (size,) = _LENGTH.unpack(self._exactly(_LENGTH.size, watch))
+            return self._exactly(size, watch), fds
+        except ConnectionError:
+            raise EOFError from None
+
+    def _readable(self, timeout: float) -> bool:
+        return bool(select.select([self._connection], [], [], timeout)[0])
+
+    def _await(self, watch: Callable[[], bool] | None) -> None:
+        while watch is not None and not self._readable(WATCH_S):
+            if not watch() and not self._readable(0):
+                raise EOFError
+
+    def _exactly(self, size: int, watch: Callable[[], bool] | None) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            self._await(watch)
+            part = self._connection.recv(min(size - len(data), 1 << 20))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+
+def serve(channel: Channel, answer: Callable[[Any], Any]) -> None:
+    """Send `answer(request)` for each request until the other end closes; `value_of` reads what is sent."""
+    with contextlib.suppress(EOFError):
+        while True:
+            data, _ = channel.receive_bytes()
+            channel.send_bytes(_reply(data, answer))
+
+
+def _reply(data: bytes, answer: Callable[[Any], Any]) -> bytes:
+    loaded = len(sys.modules)
+    try:
+        # unpickling a function imports its module
+        request = pickle.loads(data)
+        if len(sys.modules) > loaded:
+            # modules live as long as the process: a layer's release collects garbage, and need not look there
+            gc.freeze()
+        return pickle.dumps((answer(request),))
+    except Exception as error:
+        return pickle.dumps((portable(error), traceback.format_exc()))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def value_of(reply: tuple[Any, ...]) -> Any:
+    """The value that `serve` sent. Raises the exception instead, caused by a RemoteError with its traceback there.
+
+    An exception that cannot be pickled is raised as that RemoteError.
+    """
+    if len(reply) == 1:
+        return reply[0]
+    error, trace = reply
+    if error is None:
+        raise RemoteError(trace)
+    raise error from RemoteError(trace)
+
+
+def portable(error: BaseException) -> BaseException | None:
+    """`error` if it survives a pickle round trip with its text, else None."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return None
+    return copy if type(copy) is type(error) and str(copy) == str(error) else None

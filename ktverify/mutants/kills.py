@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ktverify.checks.check import Check
+from ktverify.checks.registry import PRELOAD
 from ktverify.checks.target import Target
 from ktverify.errors import GateFailed
-from ktverify.isolation.child import call_fresh
+from ktverify.isolation.child import ChildPool
 from ktverify.judge import gates
 
 ENGINE_RAISED = "raised"  # the engine raised where it should have computed: no gate, and none can hide it
@@ -28,7 +29,7 @@ def ask(check: Check, engine: str, *off: str) -> list[Exceeded]:
     target = Target(engine, gates_off=gates.gates_off(*off))
     try:
         if check.fresh_process:
-            call_fresh(check.every_tp, target)
+            ChildPool(preload=PRELOAD).call_fresh(check.every_tp, target)
         else:
             check.every_tp(target)
     except GateFailed as failed:

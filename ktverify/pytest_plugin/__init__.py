@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from ktverify.checks import isas
+from ktverify.checks.registry import PRELOAD
 from ktverify.engines import registry
 from ktverify.isolation import locks
-from ktverify.isolation.child import ChildPool, choose_limits
+from ktverify.isolation.child import BIG, DEFAULT, ChildPool
 from ktverify.pytest_plugin.ask import Ask, each
 from ktverify.pytest_plugin.recording import Recording, about_key, is_worker, own_records_key, recorded_key
 from ktverify.pytest_plugin.selection import (
@@ -66,7 +67,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.engine = registry.absolute(config.option.engine, config.invocation_params.dir)
     if path := os.environ.get("PYTHONPATH"):
         os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in path.split(os.pathsep))
-    choose_limits(config.option.time_limit, config.option.memory_limit)
     if is_worker(config):
         # workers share the processors; torch's own threads, here and in processes that tests start, would spin for
         # one that another worker has
@@ -141,9 +141,10 @@ def fresh(request: pytest.FixtureRequest) -> int | None:
 
 
 @pytest.fixture(scope="session")
-def children() -> Iterator[ChildPool]:
+def children(pytestconfig: pytest.Config) -> Iterator[ChildPool]:
     """The processes that engines run in, one at a time: see ChildPool."""
-    with ChildPool() as pool:
+    limits = (pytestconfig.option.time_limit, pytestconfig.option.memory_limit)
+    with ChildPool(DEFAULT.but(*limits), BIG.but(*limits), PRELOAD) as pool:
         yield pool
 
 

@@ -16,7 +16,7 @@ from ktverify.checks.target import Target, expect
 from ktverify.diagnose.hook import add_cause
 from ktverify.engines.registry import NATIVE
 from ktverify.errors import NotPassed, Unsupported
-from ktverify.isolation.child import ChildPool, call_fresh, limits_of
+from ktverify.isolation.child import ChildPool
 from ktverify.runs.record import AccuracyRecord, Result
 from ktverify.spec.cases import Case
 
@@ -53,7 +53,7 @@ class Ask:
         for tp in check.tp:
             if check.confirmable:
                 self.about(check.case, tp)
-            call = call_fresh if check.fresh_process else self.children.get(env).call
+            call = self.children.call_fresh if check.fresh_process else self.children.get(env).call
             more: dict[str, Any] = {"env": env} if check.fresh_process else {}
             call(check.function, replace(target, tp=tp), **more, **arguments)
 
@@ -91,7 +91,7 @@ class Ask:
             raise
         if big:
             # a peak may be too short to be seen while it lasts
-            peak, most = child.call(peak_memory), limits_of(big=True).memory
+            peak, most = child.call(peak_memory), self.children.big.memory
             text = f"{case.id} took {peak / 2**30:.1f} GiB, it takes at most {most / 2**30:.1f} GiB"
             expect(peak <= most, text, "resources")
 

@@ -19,7 +19,7 @@ from ktverify.checks.problem import LiveOracle, Result
 from ktverify.checks.repro_commands import isa_name
 from ktverify.checks.target import Target
 from ktverify.engines import registry
-from ktverify.engines.run import IMPORT, call_of
+from ktverify.isolation.calls import IMPORT, call_of
 from ktverify.judge.gates import judge
 from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import ALL_TENSORS, BASE_NAMES

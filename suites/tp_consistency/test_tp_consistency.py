@@ -9,7 +9,6 @@ from ktverify.checks.isas import Isa
 from ktverify.checks.target import Target
 from ktverify.checks.tensor_parallel import AGAINST_THE_ORACLE, DEGREES, judge_degrees, run_degree
 from ktverify.errors import GateFailed
-from ktverify.isolation.child import call_fresh
 from ktverify.pytest_plugin import Ask, each
 
 
@@ -20,7 +19,7 @@ def test_degrees_agree(ask: Ask, check: Check, isa: Isa) -> None:
     found = {}
     for tp in DEGREES:
         ask.about(case, tp)
-        found[tp] = call_fresh(run_degree, replace(target, tp=tp), case, env=isa.env)
+        found[tp] = ask.children.call_fresh(run_degree, replace(target, tp=tp), case, env=isa.env)
     ask.about(None, 1)
     try:
         ask.children.get().call(judge_degrees, target, case, found)

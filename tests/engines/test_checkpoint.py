@@ -12,7 +12,7 @@ from ktverify.checks.target import expect_same_bits
 from ktverify.engines.native.checkpoint import FAMILIES, INDEX
 from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import build_layer, layer_arguments, run_layer
-from ktverify.isolation.child import call_fresh
+from ktverify.isolation.child import ChildPool
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from tests.support import checkpoints
@@ -50,7 +50,7 @@ def test_physical_map_is_of_the_files_experts(tmp_path: Path) -> None:
 
 
 def test_memory(tmp_path: Path) -> None:
-    call_fresh(checkpoints.check_memory, directory=str(tmp_path), text=MEMORY)
+    ChildPool().call_fresh(checkpoints.check_memory, directory=str(tmp_path), text=MEMORY)
 
 
 def _refused(path: Path | str, layer: int = 0, case: Case = CASE) -> str:

@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ktverify.checks.target import Target
+from ktverify.cli.main import OwnProgram, app
 from ktverify.cli.verify import Part, Question, judged
-from ktverify.engines.run import call_of
 from ktverify.errors import EngineDied
-from ktverify.isolation import forked
+from ktverify.isolation.calls import call_of
+from ktverify.isolation.forked import Parts
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS
 from ktverify.system.paths import ROOT
@@ -83,10 +85,9 @@ def ends_in(method: str) -> None:
         os._exit(3)
 
 
-def test_each_process_is_told_of_its_own_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_notes_its_own_calls() -> None:
     # these parts need nothing of this process but that it forks
-    monkeypatch.setattr(forked, "forks", True)
-    parts: forked.Parts[None] = forked.Parts([partial(ends_in, "backward"), partial(os._exit, 4)], 60.0)
+    parts: Parts[None] = Parts([partial(ends_in, "backward"), partial(os._exit, 4)], 60.0, forks=True)
     with closing(parts):
         with pytest.raises(EngineDied, match=r"^CRASH backward: the process ended with exit code 3$"):
             parts.value(0, nullcontext())
@@ -94,9 +95,8 @@ def test_each_process_is_told_of_its_own_calls(monkeypatch: pytest.MonkeyPatch) 
             parts.value(1, nullcontext())
 
 
-def test_what_was_asked_for_and_not_done_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forked, "forks", True)
-    question = Question(Target("torch_bf16"), Case.parse(CASE), False, 60.0)
+def test_a_part_without_tensors_that_ends_its_process_is_an_error() -> None:
+    question = Question(Target("torch_bf16"), Case.parse(CASE), False, 60.0, forks=True)
     with pytest.raises(RuntimeError, match=r"^writing: CRASH the process ended with exit code 3$"):
         judged(question, [Part(partial(os._exit, 3), "writing", ())])
 
@@ -124,9 +124,34 @@ def test_an_engine_that_leaves_when_imported_is_refused(tmp_path: Path, monkeypa
     )
 
 
-def test_only_the_program_itself_forks() -> None:
+def test_without_a_fork_this_process_computes() -> None:
+    with closing(Parts([os.getpid], 60.0, forks=False)) as parts:
+        assert parts.value(0, nullcontext()) == os.getpid()
+
+
+def not_portable() -> None:
+    class Own(Exception):
+        """Cannot be pickled, because it is local."""
+
+    raise Own("of this engine")
+
+
+def test_an_exception_that_cannot_be_pickled_arrives_as_text() -> None:
+    own = pytest.raises(RuntimeError, match=r"Own: of this engine$")
+    with closing(Parts([not_portable], 60.0, forks=True)) as parts, own:
+        parts.value(0, nullcontext())
+
+
+def test_only_the_program_itself_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     # this process has threads, and has computed
-    assert not forked.forks
-    parts = forked.Parts([os.getpid], 60.0)
-    assert parts.value(0, nullcontext()) == os.getpid()
-    parts.close()
+    forks: list[bool] = []
+
+    def judged(question: Question, parts: object) -> tuple[list[object], list[str]]:
+        forks.append(question.forks)
+        return [], []
+
+    monkeypatch.setattr("ktverify.cli.verify.judged", judged)
+    monkeypatch.setattr("ktverify.cli.verify.conclude", lambda records, problems: None)
+    for program in (None, OwnProgram()):
+        assert CliRunner().invoke(app, ["verify", "--case", CASE], obj=program).exit_code == 0
+    assert forks == [False, True]

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 from ktverify.cli import doctor
 from ktverify.cli.golden import app as golden_app
 from ktverify.cli.main import app
-from ktverify.isolation.child import processes_of
 from ktverify.isolation.interrupt import INTERRUPTED, USUAL
+from ktverify.isolation.process import processes_of
 from ktverify.judge import golden
 from ktverify.system.paths import ROOT
 from tests.support import unruly
@@ -104,7 +104,7 @@ def test_ctrl_c_ends_a_hosted_engine_and_what_it_started(tmp_path: Path) -> None
     engine, sign = tmp_path / "engine.py", tmp_path / "sign"
     text = f"""
 import pathlib, subprocess, time
-from ktverify.hosting import Hosted
+from ktverify import Hosted
 def hang(**_):
     subprocess.Popen(["sleep", "600"])
     pathlib.Path({str(sign)!r}).touch()
