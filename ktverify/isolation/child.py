@@ -15,8 +15,9 @@ from typing import Any
 
 from ktverify.errors import EngineDied, EngineOutOfMemory, EngineTimeout, RemoteError, Unsupported
 from ktverify.isolation import locks
+from ktverify.isolation.channel import Channel, serve, value_of
 from ktverify.isolation.fork_server import fork_server
-from ktverify.isolation.process import Channel, Log, resident_of, serve, value_of
+from ktverify.isolation.process import Log, resident_of
 
 # several tests compute at once; torch's own threads, which spin for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}

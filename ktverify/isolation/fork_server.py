@@ -25,8 +25,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ktverify.isolation.channel import Channel
 from ktverify.isolation.host import end_with_parent
-from ktverify.isolation.process import WAIT_S, Channel, Running, end_group, own_environment, reap
+from ktverify.isolation.process import WAIT_S, Running, end_group, own_environment, reap
 from ktverify.system.paths import ROOT
 
 # what every forked process needs, and what none may have yet

@@ -22,9 +22,10 @@ from typing import Any, Generic, TypeVar
 
 from ktverify.errors import EngineDied, EngineTimeout, RemoteError
 from ktverify.isolation.calls import CallLog
+from ktverify.isolation.channel import Channel, serve, value_of
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
-from ktverify.isolation.process import Channel, Running, serve, value_of
+from ktverify.isolation.process import Running
 
 T = TypeVar("T")
 

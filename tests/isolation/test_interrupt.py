@@ -20,7 +20,7 @@ from ktverify.cli.golden import app as golden_app
 from ktverify.cli.main import app
 from ktverify.isolation.interrupt import INTERRUPTED, USUAL
 from ktverify.isolation.process import processes_of
-from ktverify.judge import golden
+from ktverify.judge import golden_regenerate
 from ktverify.system.paths import ROOT
 from tests.support import unruly
 
@@ -134,7 +134,7 @@ def test_every_command_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_goldens_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(golden, "regenerate", stop)
+    monkeypatch.setattr(golden_regenerate, "regenerate", stop)
     assert told(CliRunner().invoke(golden_app, ["regenerate", "--check"])) == USUAL
 
 

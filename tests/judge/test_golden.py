@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ktverify.cli.golden import app
 from ktverify.errors import EngineDied, NoGolden
-from ktverify.isolation.child import call_fresh
+from ktverify.isolation.child import ChildPool
 from ktverify.judge import golden, golden_regenerate
 from ktverify.judge.golden_regenerate import regenerate
 from ktverify.judge.metrics import compare
@@ -252,7 +252,7 @@ def test_the_goldens_are_whole_after_a_kill_at_any_moment(copy: Path, moment: st
     edit(copy, lambda entries: [entries[key].update(inputs_sha256="1" * 64) for key in (ODD, SMALL)])
     before = content(copy)
     with pytest.raises(EngineDied, match="died of SIGKILL"):
-        call_fresh(regenerate_until, moment, str(copy))
+        ChildPool().call_fresh(regenerate_until, moment, str(copy))
     after = content(copy)
     if moment != "manifest replaced":
         assert {name: after[name] for name in before} == before
