@@ -17,6 +17,7 @@ from ktverify.bench.host import load_module
 from ktverify.errors import EngineDied
 from ktverify.isolation.process import JsonProcess
 from ktverify.system import optional_peers
+from ktverify.system.instruction_sets import INSTRUCTION_SETS
 from ktverify.system.paths import ROOT
 
 HOST = Path(__file__).with_name("host.py")
@@ -26,12 +27,7 @@ KNOWN = (OWN, "kt_kernel", "torch_loop", "torch_grouped_mm", "vllm")
 ON_REQUEST = ("other_build",)
 
 # what keeps each engine from a newer instruction set than the one asked for; the native engine is told directly
-ISA_VARIABLES: dict[str, dict[str, str]] = {
-    "amx_bf16": {},
-    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "KT_KERNEL_CPU_VARIANT": "avx512_bf16"},
-    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "KT_KERNEL_CPU_VARIANT": "avx2", "ATEN_CPU_CAPABILITY": "avx2"},
-    "scalar": {},
-}
+_PEER_VARIABLES = {isa.name: isa.peer_variables for isa in INSTRUCTION_SETS}
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ def environment(engine: Engine, *, threads: int, isa: str) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "KMP_BLOCKTIME": "0",
-        **ISA_VARIABLES.get(isa, {}),
+        **_PEER_VARIABLES.get(isa, {}),
     }
     if engine.python == Path(sys.executable):
         # where this ktverify comes from, for the native engine's file

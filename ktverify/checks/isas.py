@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ktverify.engines import registry
+from ktverify.system.instruction_sets import AMX, AVX512_BF16, ISA_FLAGS
 
 EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
-AMX = "amx_bf16"
 # every id that an Isa can have: test ids contain one of them
-IDS = (AMX, f"{AMX}_emulated", "avx512_bf16", "avx2", "scalar", "engine")
+IDS = (f"{AMX}_emulated", *ISA_FLAGS, "engine")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _declared(engine: str) -> list[Isa]:
     """What the factory's attribute `isas` names, a tuple of what its `isa=` takes; one without a name otherwise."""
     names = getattr(registry.find(engine), "isas", None) or (None,)
     if any(name is not None and name not in IDS for name in names):
-        raise ValueError(f"engine {engine}: isas is {names!r}, it takes some of {', '.join(IDS[:-1])}")
+        raise ValueError(f"engine {engine}: isas is {names!r}, it takes some of {', '.join(ISA_FLAGS)}")
     return [Isa(name) for name in names]
 
 
@@ -64,6 +64,6 @@ def _native() -> list[Isa]:
     trapped = amx_is_emulated()
     isas = [Isa(name, emulated=trapped and name == AMX) for name in available_isas()]
     # the trap handler emulates the tile instructions only; the kernels around them are AVX-512 BF16
-    if "avx512_bf16" in [isa.name for isa in isas] and AMX not in [isa.name for isa in isas]:
+    if AVX512_BF16 in [isa.name for isa in isas] and AMX not in [isa.name for isa in isas]:
         isas.append(Isa(AMX, emulated=True))
     return isas

@@ -10,13 +10,14 @@ from dataclasses import replace
 import torch
 
 from ktverify.checks.check import Check, Where, check, enter
-from ktverify.checks.isas import AMX, planned
+from ktverify.checks.isas import planned
 from ktverify.checks.target import MIDDLE, Target, expect
 from ktverify.engines import registry
 from ktverify.judge import gates, reference
 from ktverify.judge.metrics import compare
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
+from ktverify.system.instruction_sets import AMX
 
 FORCED = (
     "isa= or the variable KTVERIFY_ISA forces an instruction set; one that cannot run here is a RuntimeError (for AMX: "

@@ -20,6 +20,7 @@ from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.instruction_sets import AMX
 from ktverify.system.machine import amx_state
 
 # multiples of 32, also in four parts: an engine that fails on other sizes fails the checks that are about them
@@ -69,7 +70,7 @@ class Target:
 
             name = chosen_isa()
         state = amx_state()
-        return f"{name} (emulated)" if name == "amx_bf16" and state.emulated and not state.usable else name
+        return f"{name} (emulated)" if name == AMX and state.emulated and not state.usable else name
 
     def bare(self, case: Case = SMALL, **more: Any) -> Any:
         """A layer without weights; `more` overrides constructor arguments."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from ktverify.system import machine, optional_peers
-from ktverify.system.machine import EMULATION_VARIABLE, ISA_FLAGS, Machine, format_bytes
+from ktverify.system.instruction_sets import ISA_FLAGS
+from ktverify.system.machine import EMULATION_VARIABLE, Machine, format_bytes
 from ktverify.system.paths import ROOT
 
 State = Literal["ok", "no", "note"]

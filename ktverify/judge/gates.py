@@ -17,9 +17,9 @@ from ktverify.judge.metrics import Difference
 from ktverify.spec.cases import Case, catalogue, expects_zero
 from ktverify.spec.names import BACKWARD_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT, TOKEN_TENSORS
 from ktverify.spec.toml import read_toml
+from ktverify.system.instruction_sets import AMX
 
 TOLERANCES = Path(__file__).with_name("tolerances.toml")
-AMX = "amx_bf16"
 
 # Every gate, and what exceeds it. `judge` applies those up to "trust", the checks of ktverify/checks apply the rest.
 # For each gate, ktverify/mutants has a wrong engine that no other gate finds.

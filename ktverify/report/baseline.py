@@ -21,7 +21,7 @@ from ktverify.report.tables import base_isa, run_verdict
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, Result, VerdictName, worst_first
 from ktverify.runs.store import Run
 from ktverify.system.files import write_whole
-from ktverify.system.machine import ISA_FLAGS
+from ktverify.system.instruction_sets import ISA_FLAGS
 
 FORMAT = 1
 

@@ -23,7 +23,8 @@ from ktverify.runs.record import (
 )
 from ktverify.runs.store import Run
 from ktverify.spec.names import ALL_TENSORS
-from ktverify.system.machine import ISA_FLAGS, format_bytes
+from ktverify.system.instruction_sets import ISA_FLAGS
+from ktverify.system.machine import format_bytes
 
 NO_ISA = "no ISA"
 NEAREST = "nearest to its budget"

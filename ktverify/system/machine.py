@@ -17,20 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ktverify.system.instruction_sets import AMX, AVX512_BF16, ISA_FLAGS
+
 # arch/x86/include/uapi/asm/prctl.h and the XSAVE feature number of the tile data
 ARCH_GET_XCOMP_SUPP = 0x1021
 ARCH_GET_XCOMP_PERM = 0x1022
 XFEATURE_XTILEDATA = 18
 EMULATION_VARIABLE = "KTVERIFY_EMULATE_AMX"
 _SYS_ARCH_PRCTL_X86_64 = 158
-
-# best first; what each set of kernels needs from the CPU, in /proc/cpuinfo's words
-ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "amx_bf16": ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
-    "avx512_bf16": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
-    "avx2": ("avx2", "fma"),
-    "scalar": (),
-}
 
 # the packages whose versions can change a number or a verdict
 REPORTED_PACKAGES = ("torch", "numpy", "safetensors", "pybind11", "pytest", "pytest-xdist")
@@ -122,7 +116,7 @@ def isas_of(flags: frozenset[str], amx: Amx) -> tuple[str, ...]:
     found = []
     for isa, needed in ISA_FLAGS.items():
         runs = all(flag in flags for flag in needed)
-        if isa == "amx_bf16":
+        if isa == AMX:
             runs = (runs and amx.kernel) or amx.emulated
         if runs:
             found.append(isa)
@@ -144,7 +138,7 @@ def amx_state(flags: frozenset[str] | None = None) -> Amx:
 
 def emulation_hint(isas: Sequence[str]) -> str:
     """How to run the AMX kernels where only `isas` run; "" where nothing helps: around the tiles is AVX-512 code."""
-    if "amx_bf16" in isas or "avx512_bf16" not in isas:
+    if AMX in isas or AVX512_BF16 not in isas:
         return ""
     return f"{EMULATION_VARIABLE}=1 emulates the tile instructions: right results, very slow"
 
