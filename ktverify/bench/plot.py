@@ -8,32 +8,22 @@ from typing import TYPE_CHECKING, Any
 from ktverify.bench.engines import OWN
 from ktverify.bench.summary import ShapeSummary
 from ktverify.bench.tables import DIRECTIONS, engine_title
+from ktverify.report import style
 from ktverify.report.numbers import number
-from ktverify.report.style import (
-    BAND,
-    BLUE,
-    BROWN,
-    GREEN,
-    INK,
-    ORANGE,
-    PURPLE,
-    QUIET,
-    RED,
-    SLATE,
-    TEAL,
-    bare,
-    beside,
-    label_x,
-    legend,
-    png,
-)
+from ktverify.report.style import INK, bare, beside, label_x, legend, png
 from ktverify.spec.cases import Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {OWN: PURPLE, "kt_kernel": ORANGE, "torch_loop": BLUE, "torch_grouped_mm": GREEN, "vllm": BROWN}
-_OTHERS = (RED, SLATE, TEAL)
+COLOURS = {
+    OWN: style.PURPLE,
+    "kt_kernel": style.ORANGE,
+    "torch_loop": style.BLUE,
+    "torch_grouped_mm": style.GREEN,
+    "vllm": style.BROWN,
+}
+_OTHERS = (style.RED, style.SLATE, style.TEAL)
 _LANE = 0.25  # inches of height for one engine at one shape
 _TICKS = (1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70, 100, 200, 500, 1000)
 
@@ -78,8 +68,8 @@ def draw(summaries: Sequence[ShapeSummary]) -> bytes | None:
             axes.tick_params(labelleft=False)
         else:
             axes.set_yticks(range(len(rows)), [_label(summary) for summary in rows], fontsize=8.5, color=INK)
-    style: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 7, "markeredgewidth": 0}
-    handles = [Line2D([], [], color=colours[name], label=title, **style) for name, title in names.items()]
+    dots: dict[str, Any] = {"linestyle": "", "marker": "o", "markersize": 7, "markeredgewidth": 0}
+    handles = [Line2D([], [], color=colours[name], label=title, **dots) for name, title in names.items()]
     place: dict[str, Any] = {"bbox_to_anchor": (0.178, 1 - 0.1 / total), "ncols": len(handles)}
     legend(figure, handles, fontsize=9.5, handletextpad=0.1, **place)
     return png(figure)
@@ -94,7 +84,7 @@ def _panel(axes: Axes, rows: Sequence[ShapeSummary], names: list[str], colours: 
     lane = 0.86 / len(names)
     for row, summary in enumerate(rows):
         if row % 2 == 0:
-            axes.axhspan(row - 0.5, row + 0.5, color=BAND, zorder=0, linewidth=0)
+            axes.axhspan(row - 0.5, row + 0.5, color=style.BAND, zorder=0, linewidth=0)
         for place, name in enumerate(names):
             engine = summary.engine(name)
             timing = None if engine is None else engine.timing(what)
@@ -104,7 +94,7 @@ def _panel(axes: Axes, rows: Sequence[ShapeSummary], names: list[str], colours: 
             own = name == OWN
             axes.plot([at.low, at.high], [y, y], color=colours[name], linewidth=2, alpha=0.45, solid_capstyle="butt")
             axes.plot(at.median, y, "o", color=colours[name], markersize=7.5 if own else 6, markeredgewidth=0)
-            weight = {"color": INK, "fontweight": "bold"} if own else {"color": QUIET}
+            weight = {"color": INK, "fontweight": "bold"} if own else {"color": style.QUIET}
             beside(axes, f"{number(timing.ms.median)} ms", (max(at.high, at.median), y), **weight)
 
 

@@ -14,7 +14,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.progress import Progress
-from tabulate import tabulate
 
 from ktverify.checks import accuracy, isas
 from ktverify.checks.isas import Isa
@@ -26,7 +25,8 @@ from ktverify.engines import registry
 from ktverify.isolation.child import ChildPool
 from ktverify.isolation.pool import workers
 from ktverify.judge.gates import Verdict
-from ktverify.report.console import make_console
+from ktverify.report.console import make_console, print_grid
+from ktverify.report.grid import Grid
 from ktverify.runs.record import NOT_RUN
 from ktverify.spec import cases
 from ktverify.spec.cases import Case, flops
@@ -158,8 +158,9 @@ def print_runs(found: list[Run], glob: str | None) -> None:
     for label in dict.fromkeys(run.label for run in found):
         here = [run for run in found if run.label == label]
         counts = [sum(getattr(run, what) for run in here) for what in ("compared", "mistrusted", "unsupported")]
-        rows.append([label, len(here), *counts])
-    typer.echo(tabulate(rows, ["engine", "runs", "tensors", "mistrusted", "unsupported"]))
+        rows.append((label, *map(str, (len(here), *counts))))
+    headings = ("engine", "runs", "tensors", "mistrusted", "unsupported")
+    print_grid(make_console(), Grid("", (), headings, tuple(rows)))
     for run in bad:
         for line in run.failed or ["nothing was compared"]:
             typer.echo(f"{run.label}: {line}")

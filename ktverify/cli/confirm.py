@@ -60,8 +60,7 @@ def confirm(
 
 def _text(run: Run, findings: Sequence[Finding]) -> str:
     """Verdict first, then the table, what is not confirmed on top."""
-    from tabulate import tabulate
-
+    from ktverify.report.grid import Grid, markdown_table
     from ktverify.reproducer.claims import untold
     from ktverify.reproducer.confirm import FOLDER
 
@@ -83,7 +82,7 @@ def _text(run: Run, findings: Sequence[Finding]) -> str:
     parts = [verdict]
     if findings:
         rows = [_row(finding) for finding in sorted(findings, key=_order)]
-        parts.append(tabulate(rows, headers=HEADINGS, tablefmt="github", disable_numparse=True))
+        parts.append(markdown_table(Grid("", (), HEADINGS, tuple(rows), left=HEADINGS)))
         parts.append(f"One again: the engine's Python, and {os.path.relpath(run.directory)}/{FOLDER}/CASE/run.py")
     if left:
         parts.append(f"Not of one case's forward and backward, and not repeated here: {left} checks.")

@@ -141,9 +141,11 @@ def debug_gradients(
     Example:  python -m ktverify debug gradients small --engine my_package.layer:make_layer
     """
     from ktverify.diagnose import debug
-    from ktverify.report.console import make_console
+    from ktverify.report.console import make_console, print_grid
+    from ktverify.report.grid import Grid
 
-    make_console().print(debug.gradient_table(case, engine, isa=isa, tp=tp))
+    note, rows = debug.gradient_rows(case, engine, isa=isa, tp=tp)
+    print_grid(make_console(), Grid.of(rows, note, left=("worst",)))
 
 
 def debug_tp(

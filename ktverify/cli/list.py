@@ -7,23 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
-from ktverify.report.console import make_console
+from ktverify.report.console import make_console, print_grid
+from ktverify.report.grid import Grid
 from ktverify.spec import cases as catalogue
 from ktverify.spec.cases import Case
 from ktverify.system.machine import format_bytes
 
 _SIZES = ("E", "k", "H", "I", "T", "r", "alpha")
+_TEXTS = ("data", "LoRA", "routing", "TP")
 
 
 def print_cases(chosen: Sequence[Case], *, cost: bool) -> None:
     """cost: arithmetic and weights of each, and their sum, instead of its data and why it exists."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    kinds = ("GFLOP", "weights") if cost else ("data", "LoRA", "routing", "TP")
-    for heading in ("case", "tier", *_SIZES, *kinds):
-        numeric = heading in (*_SIZES, "GFLOP", "weights")
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    rows = []
+    kinds = ("GFLOP", "weights") if cost else _TEXTS
     sums = [0.0, 0.0]
     for case in chosen:
         sizes = [case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank]
@@ -36,12 +33,12 @@ def print_cases(chosen: Sequence[Case], *, cost: bool) -> None:
         else:
             cells += [case.data, {"bfloat16": "bf16", "float32": "fp32"}[case.lora_dtype], case.routing]
             cells.append(" ".join(map(str, case.tp)))
-        table.add_row(*cells)
+        rows.append(tuple(cells))
     if cost:
-        table.add_row("sum", *[""] * (1 + len(_SIZES)), f"{sums[0]:.2f}", format_bytes(sums[1]), style="bold")
+        rows.append(("sum", *[""] * (1 + len(_SIZES)), f"{sums[0]:.2f}", format_bytes(sums[1])))
     console = make_console()
     with console.capture() as drawn:
-        console.print(table)
+        print_grid(console, Grid("", (), ("case", "tier", *_SIZES, *kinds), tuple(rows), left=("tier", *_TEXTS)))
     lines = [line.rstrip() for line in drawn.get().splitlines()]
     if cost:
         print("\n".join(lines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +18,6 @@ from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS
 from ktverify.system.files import write_whole
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 FINITE = "every stage and every tensor is finite"
 
@@ -67,19 +63,15 @@ def _save(tensors: dict[str, torch.Tensor], case: Case, path: Path) -> None:
     write_whole(path, save(kept, metadata={"case": case.id}))
 
 
-def gradient_table(case: str, engine: str, *, isa: str | None, tp: int) -> Table:
-    """Each of ALL_TENSORS: max and mean of |a - b|, max / max and mean / mean relative to b, both norms, cosine, the
-    worst index with both values."""
-    from rich.table import Table
-
+def gradient_rows(case: str, engine: str, *, isa: str | None, tp: int) -> tuple[str, list[dict[str, str]]]:
+    """A note ("" for none), and a row for each of ALL_TENSORS: max and mean of |a - b|, max / max and mean / mean
+    relative to b, both norms, cosine, the worst index with both values."""
     parsed = Case.parse(case)
     inputs, note = reduced(make_inputs(parsed))
     actual = run_case(registry.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
     expected = forward_backward(inputs)
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), title=note or None)
-    for heading in ("tensor", "max abs", "mean abs", "max rel", "mean rel", "rel_l2", "norm", "expected", "cosine"):
-        table.add_column(heading, justify="left" if heading == "tensor" else "right", no_wrap=True)
-    table.add_column("worst", no_wrap=True)
+    headings = ("tensor", "max abs", "mean abs", "max rel", "mean rel", "rel_l2", "norm", "expected", "cosine", "worst")
+    rows = []
     for name in ALL_TENSORS:
         a, b = actual[name].double(), expected[name]
         both = torch.isfinite(a) & torch.isfinite(b)
@@ -91,5 +83,6 @@ def gradient_table(case: str, engine: str, *, isa: str | None, tp: int) -> Table
         worst = f"{list(found.worst_index)}: {found.worst_actual:.4g}, expected {found.worst_expected:.4g}"
         numbers = (found.max_abs, mean, relative, found.mean_rel, found.rel_l2)
         norms = (f"{found.norm_actual:.4g}", f"{found.norm_expected:.4g}", f"{found.cosine:.6f}")
-        table.add_row(label(name), *(f"{value:.1e}" for value in numbers), *norms, worst if b.numel() else "")
-    return table
+        cells = (label(name), *(f"{value:.1e}" for value in numbers), *norms, worst if b.numel() else "")
+        rows.append(dict(zip(headings, cells, strict=True)))
+    return note or "", rows

@@ -6,13 +6,10 @@ import json
 import math
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS
 from ktverify.mutants.kills import Exceeded
-from ktverify.mutants.runner import NOT_OF_ENGINES, Result, worst
+from ktverify.mutants.runner import Result, worst
 
 COMMAND = "python -m ktverify mutants"
 
@@ -36,24 +33,26 @@ def over(exceeded: Exceeded) -> str:
     return f"{exceeded.gate} x {exceeded.used:.3g}" if math.isfinite(exceeded.used) else exceeded.gate
 
 
-def print_result(result: Result, console: Console) -> None:
-    """Verdict first, then mutants, then gates."""
-    console.print(verdict_line(result))
-    console.print(gates_line(result))
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("mutant", "cause", "killed by", "checks", "worst gate, times its budget"):
-        table.add_column(heading, justify="right" if heading == "checks" else "left", overflow="fold")
-    for name, kills in result.kills.items():
-        first = ", ".join(list(kills)[:3]) or "LIVES"
-        table.add_row(name, MUTANTS[name].cause.value, first, str(len(kills)), over(worst(kills)) if kills else "")
-    console.print(table)
-    gates = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for heading in ("gate", "what exceeds it", "mutants that live without it"):
-        gates.add_column(heading, overflow="fold")
-    for gate, names in result.only.items():
-        gates.add_row(gate, GATES[gate], ", ".join(names))
-    console.print(gates)
-    console.print(f"{NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")
+def mutant_rows(result: Result) -> list[dict[str, str]]:
+    """A row for each mutant: its cause, the first three checks that kill it, the gate that it exceeds most."""
+    return [
+        {
+            "mutant": name,
+            "cause": MUTANTS[name].cause.value,
+            "killed by": ", ".join(list(kills)[:3]) or "LIVES",
+            "checks": str(len(kills)),
+            "worst gate, times its budget": over(worst(kills)) if kills else "",
+        }
+        for name, kills in result.kills.items()
+    ]
+
+
+def gate_rows(result: Result) -> list[dict[str, str]]:
+    """A row for each gate: what exceeds it, and the mutants that only it kills."""
+    return [
+        {"gate": gate, "what exceeds it": GATES[gate], "mutants that live without it": ", ".join(names)}
+        for gate, names in result.only.items()
+    ]
 
 
 def as_json(result: Result) -> str:

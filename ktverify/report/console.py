@@ -45,7 +45,8 @@ def print_grid(console: Console, grid: Grid) -> None:
         console.print(Text(note, style=CONSOLE_STYLES.get(note_kind(note), "dim")))
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for place, heading in enumerate(grid.headings):
-        table.add_column(heading, justify="left" if grid.is_text(place) else "right", no_wrap=True)
+        text = grid.is_text(place)
+        table.add_column(heading, justify="left" if text else "right", no_wrap=not text, overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(cell, style=CONSOLE_STYLES.get(cell, "")) for cell in row))
     console.print(table)

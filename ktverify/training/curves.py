@@ -98,15 +98,15 @@ def compare(old: Curve, new: Curve) -> Comparison:
 
 def draw(curves: dict[str, Curve], path: Path) -> None:
     """A PNG of the curves by name: loss over step, the final loss beside its line."""
-    import io
-
     from matplotlib.figure import Figure
 
+    from ktverify.report.style import BLUE, ORANGE, PURPLE, bare, png
     from ktverify.system.files import write_whole
 
     figure = Figure(figsize=(8, 4.2), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    colours = ("#6d2f91", "#d9772b", "#1f6fb2")
+    colours = (PURPLE, ORANGE, BLUE)
+    bare(axes, grid="y")
     for place, (name, curve) in enumerate(curves.items()):
         style = "-" if place == 0 else (0, (4, 2))
         label = f"{name}, last {curve.losses[-1]:.3f}"
@@ -115,9 +115,5 @@ def draw(curves: dict[str, Curve], path: Path) -> None:
     axes.set_ylabel("loss, nats per token")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.grid(axis="y", color="#dfe3e7", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    write_whole(path, stream.getvalue())
+    write_whole(path, png(figure))

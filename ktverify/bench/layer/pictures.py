@@ -7,31 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.record import SWEEPS
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of
+from ktverify.report import style
 from ktverify.report.numbers import number, ratio
-from ktverify.report.style import (
-    BLUE,
-    BROWN,
-    GREEN,
-    INK,
-    ORANGE,
-    PAPER,
-    PURPLE,
-    QUIET,
-    RED,
-    bare,
-    beside,
-    label_x,
-    legend,
-    png,
-)
+from ktverify.report.style import INK, bare, beside, label_x, legend, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = {FORWARD: BLUE, BOTH: PURPLE, BACKWARD: ORANGE}
-_ON_PAPER = {"framealpha": 1.0, "facecolor": PAPER["facecolor"], "edgecolor": PAPER["edgecolor"]}
-_BATCHES = (BLUE, GREEN, ORANGE, PURPLE, RED, BROWN)
+_COLOURS = {FORWARD: style.BLUE, BOTH: style.PURPLE, BACKWARD: style.ORANGE}
+_ON_PAPER = {"framealpha": 1.0, "facecolor": style.PAPER["facecolor"], "edgecolor": style.PAPER["edgecolor"]}
+_BATCHES = (style.BLUE, style.GREEN, style.ORANGE, style.PURPLE, style.RED, style.BROWN)
 
 
 def layer(case: str, found: Sequence[SpotSummary]) -> bytes:
@@ -76,10 +62,10 @@ def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:
 def _spread(axes: Axes, one: SpotSummary) -> None:
     """A line from the 5th to the 95th percentile, a dot at the median."""
     for row, what in enumerate(WHATS):
-        ms, colour = one.ms[what], _COLOURS.get(what, QUIET)
+        ms, colour = one.ms[what], _COLOURS.get(what, style.QUIET)
         axes.plot([ms.percentiles[5], ms.percentiles[95]], [row, row], color=colour, linewidth=2.5, alpha=0.45)
         axes.plot(ms.median, row, "o", color=colour, markersize=7)
-        beside(axes, number(ms.median), (ms.percentiles[95], row), fontsize=8.5, bbox=PAPER)
+        beside(axes, number(ms.median), (ms.percentiles[95], row), fontsize=8.5, bbox=style.PAPER)
     bare(axes, "median, 5th to 95th percentile", "x")
     axes.set_ylim(len(WHATS) - 0.5, -0.5)
     axes.set_yticks(range(len(WHATS)), list(WHATS), color=INK)
@@ -93,7 +79,7 @@ def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
         values = [group[0].ms[what].median / one.ms[what].median for one in group]
         places = [row + shift for row in range(len(group))]
         bars = axes.bar(places, values, width=0.34, color=_COLOURS[what], label=what)
-        axes.bar_label(bars, [ratio(value) for value in values], fontsize=8, color=INK, padding=3, bbox=PAPER)
+        axes.bar_label(bars, [ratio(value) for value in values], fontsize=8, color=INK, padding=3, bbox=style.PAPER)
     axes.axhline(1, color=INK, linewidth=0.8)
     bare(axes, f"speed-up over TP {group[0].spot.tp}", "y")
     axes.set_xticks(range(len(group)), [f"TP {one.spot.tp}" for one in group], color=INK)
@@ -135,9 +121,9 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
         "as the operations grow": [one.found.flops / one.found.workers for one in group],
         "as the weights grow": [one.found.weights / one.found.workers for one in group],
     }
-    for (label, amounts), style in zip(shares.items(), ("--", ":"), strict=True):
+    for (label, amounts), dashes in zip(shares.items(), ("--", ":"), strict=True):
         guide = [through * amount / amounts[-1] for amount in amounts]
-        axes.plot(values, guide, style, color=QUIET, linewidth=1.1, label=label)
+        axes.plot(values, guide, dashes, color=style.QUIET, linewidth=1.1, label=label)
     bare(axes, f"ms, over {TITLES[group[0].spot.varied]}", "both")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

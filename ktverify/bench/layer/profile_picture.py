@@ -10,29 +10,14 @@ from ktverify.bench.layer.profile import READING
 from ktverify.bench.layer.profile_summary import ProfileSummary, RangeSummary, stage_name
 from ktverify.bench.tables import PHASES
 from ktverify.engines.native.phase_times import WAIT, StageTimes
+from ktverify.report import style
 from ktverify.report.numbers import number, percent
-from ktverify.report.style import (
-    BAND,
-    BLUE,
-    BROWN,
-    GREEN,
-    INK,
-    LILAC,
-    ORANGE,
-    PURPLE,
-    RED,
-    WAITING,
-    bare,
-    beside,
-    label_x,
-    legend,
-    png,
-)
+from ktverify.report.style import INK, bare, beside, label_x, legend, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STAGES, _MORE = (PURPLE, BLUE, GREEN, ORANGE), (RED, BROWN)
+_STAGES, _MORE = (style.PURPLE, style.BLUE, style.GREEN, style.ORANGE), (style.RED, style.BROWN)
 _LANE, _BAR, _GAP = 0.3, 0.24, 1.05  # inches
 _MOST_LANES = 64
 
@@ -73,11 +58,13 @@ def _lanes(axes: Axes, found: RangeSummary) -> None:
     times = found.typical.stages[0]
     shown = times.spans[:_MOST_LANES]
     for worker, spans in enumerate(shown):
-        axes.barh(worker, times.wall_ns / 1e6, height=0.72, color=BAND)
+        axes.barh(worker, times.wall_ns / 1e6, height=0.72, color=style.BAND)
         for span in spans:
             work = (span.work_end - span.begin) / 1e6
             axes.barh(worker, work, left=span.begin / 1e6, height=0.72, color=_STAGES[span.stage % len(_STAGES)])
-            axes.barh(worker, (span.end - span.work_end) / 1e6, left=span.work_end / 1e6, height=0.72, color=WAITING)
+            axes.barh(
+                worker, (span.end - span.work_end) / 1e6, left=span.work_end / 1e6, height=0.72, color=style.WAITING
+            )
     bare(axes, f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine", pad=18)
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.set_xlim(0, times.wall_ns / 1e6)
@@ -86,7 +73,7 @@ def _lanes(axes: Axes, found: RangeSummary) -> None:
     handles: list[Any] = [
         Patch(color=_STAGES[stage % len(_STAGES)], label=stage_name(times, stage)) for stage in range(times.stages)
     ]
-    handles += [Patch(color=WAITING, label="waiting"), Patch(color=BAND, label="outside the stages")]
+    handles += [Patch(color=style.WAITING, label="waiting"), Patch(color=style.BAND, label="outside the stages")]
     _legend(axes, handles)
 
 
@@ -100,9 +87,9 @@ def _parts(axes: Axes, found: RangeSummary) -> None:
     from matplotlib.patches import Patch
 
     call = found.typical
-    axes.barh(0, call.ns / 1e6, height=0.72, color=BAND)
+    axes.barh(0, call.ns / 1e6, height=0.72, color=style.BAND)
     names = list(dict.fromkeys(part.name for part in call.parts))
-    colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: WAITING}
+    colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: style.WAITING}
     for part in call.parts:
         axes.barh(0, part.ns / 1e6, left=part.at / 1e6, height=0.72, color=colours[part.name])
     bare(axes, f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms", pad=18)
@@ -118,7 +105,7 @@ def _bars(axes: Axes, summary: ProfileSummary, times: StageTimes) -> None:
     longest = max(phase.wall_ns for phase in times.phases) / 1e6
     for row, phase in enumerate(times.phases):
         ms, least = phase.wall_ns / 1e6, summary.roofline_ns(phase) / 1e6
-        axes.barh(row, ms, height=0.66, color=WAITING if phase.name == WAIT else LILAC)
+        axes.barh(row, ms, height=0.66, color=style.WAITING if phase.name == WAIT else style.LILAC)
         label = f"{number(ms)} ms, {percent(phase.wall_ns / times.wall_ns)}"
         if least and phase.name != WAIT:
             axes.plot([least, least], [row - 0.42, row + 0.42], color=INK, linewidth=1.4)

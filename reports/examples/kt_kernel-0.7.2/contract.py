@@ -1,11 +1,11 @@
-"""What the report says of kt-kernel beyond single cases, with kt-kernel and torch alone: is each accusation true?
+"""Confirm what the report states about kt-kernel beyond single cases, with kt-kernel and torch alone.
 
     python contract.py             # any Python that has torch and kt-kernel 0.7.2; about a minute
-    python contract.py refused     # only the checks whose name holds that text
+    python contract.py refused     # only the checks whose name contains that text
 
-Every check has the name that it has in accuracy.md. It does what docs/contract.md wants refused, or to give the
-same bits, and tells what kt-kernel did. "yes": it did what the report says; "NO": it did not, and the report is wrong
-there. Each check runs in a process of its own; the exit code is 1 if anything is not confirmed.
+Every check has its name in the run's accuracy.md. It makes a call that docs/contract.md wants refused, or wants to
+return the same bits, and prints what kt-kernel did. "yes": it did what the report states; "NO": it did something else,
+so the report is wrong. Each check runs in a process of its own; the exit code is 1 if anything is not confirmed.
 """
 
 from __future__ import annotations
