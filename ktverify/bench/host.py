@@ -1,6 +1,6 @@
-"""A process that holds one engine and computes when it is told to; between turns it blocks on a pipe.
+"""A process that contains one engine of the bench and computes on request; between requests it blocks on a pipe.
 
-Run by path, under any Python from 3.10 on that has torch and the peer: it imports nothing of ktverify. Requests and
+Run by path, under any Python from 3.10 on that has torch and the engine: it imports nothing of ktverify. Requests and
 answers are lines of JSON: {"do": "load" | "forward" | "backward" | "stages" | "write" | "call", ...} ->
 {"ok": true, ...} or {"ok": false, "error": "..."}. Times are nanoseconds of this process's monotonic clock around the
 call alone.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import importlib.util
 import json
 import math
@@ -18,7 +19,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,41 +29,93 @@ BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 class BenchInputs:
-    """What a peer's `load` gets: sizes, threads, and the tensors of one case.
+    """The input of a peer's `load`: arguments and tensors of one case.
 
-    num_experts, top_k, hidden, intermediate, qlen, rank: int; scaling: alpha / rank; threads: int; isa: str, "" for the
-    best; options: what the controller passes on to this peer alone.
+    arguments: the keyword arguments of KTMoEWrapper. threads: int; isa: str, "" for the best; options: those of this
+    peer alone. about: entries that a peer adds to its record.
     tensors: hidden_states, grad_output [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32, gate_proj, up_proj
-    [E, I, H], down_proj [E, H, I] bf16, and the six LoRA tensors in bf16. The base weights are a mapped file, gone
-    after `load`: a peer copies what it keeps.
+    [E, I, H], down_proj [E, H, I] bf16, and the six LoRA tensors in bf16. The base weights are a mapped file and go
+    away after `load`: a peer copies what it keeps.
     """
 
     def __init__(self, directory: Path, threads: int, isa: str, options: dict[str, str]) -> None:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        sizes = manifest["sizes"]
-        self.num_experts: int = sizes["num_experts"]
-        self.top_k: int = sizes["top_k"]
-        self.hidden: int = sizes["hidden"]
-        self.intermediate: int = sizes["intermediate"]
-        self.qlen: int = sizes["qlen"]
-        self.rank: int = sizes["rank"]
-        self.alpha: float = sizes["alpha"]
-        self.scaling: float = self.alpha / self.rank
+        self.arguments: dict[str, Any] = {**manifest["arguments"], "cpuinfer_threads": threads}
         self.threads = threads
         self.isa = isa
         self.options = options
+        self.about: dict[str, str] = {}
         self.lora_names: tuple[str, ...] = tuple(manifest["lora_names"])
         self.tensors: dict[str, Any] = {}
         for name, entry in manifest["tensors"].items():
-            mapped = _mapped(directory / "inputs" / name, entry["dtype"], entry["shape"])
+            mapped = map_tensor(directory / "inputs" / name, entry["dtype"], entry["shape"])
             self.tensors[name] = mapped if name in BASE_NAMES else mapped.clone()
+
+    def layer(self, factory: Callable[..., Any], *, copied: Sequence[str] = (), **more: Any) -> Any:
+        """A layer of `factory`, loaded. copied: the base weights that the layer keeps as they are given."""
+        import torch
+
+        layer = factory(**{**self.arguments, **more})
+        base = [self.base(name) if name in copied else self.tensors[name] for name in BASE_NAMES]
+        layer.load_weights_from_tensors(*base, torch.arange(len(base[0]), dtype=torch.int64))
+        layer.init_lora_weights(*(self.tensors[name] for name in self.lora_names))
+        return layer
 
     def base(self, name: str) -> Any:
         """A copy of a base weight in memory of this process."""
         return self.tensors[name].clone()
 
+    @staticmethod
+    def load_module(path: Path) -> ModuleType:
+        """The module in the file at `path`."""
+        return load_module(path)
 
-def _mapped(path: Path, dtype: str, shape: list[int]) -> Any:
+
+class ContractPeer:
+    """A layer with the calls of docs/contract.md, as the bench calls it. Nothing but the call lies within a time."""
+
+    def __init__(self, layer: Any, inputs: BenchInputs) -> None:
+        import torch
+
+        t = inputs.tensors
+        self.layer = layer
+        self.inputs = (t["hidden_states"], t["expert_ids"], t["weights"])
+        self.grad_output = t["grad_output"]
+        self.made: dict[str, Any] = {}
+        self.about = {"isa": layer.isa, "threads": str(getattr(layer, "threads", torch.get_num_threads()))}
+
+    def forward(self) -> None:
+        self.made["output"] = self.layer.forward_sft(*self.inputs, save_for_backward=False)
+
+    def forward_saving(self) -> None:
+        self.made["output"] = self.layer.forward_sft(*self.inputs, save_for_backward=True)
+
+    def backward(self) -> None:
+        self.made["grad_input"], grads = self.layer.backward(self.grad_output)
+        self.made.update(grads)
+
+    def results(self) -> dict[str, Any]:
+        grad_weights = self.layer.grad_weights
+        return {**self.made, **({} if grad_weights is None else {"grad_weights": grad_weights})}
+
+    def stages(self) -> list[dict[str, Any]]:
+        """The stage times of one training step, forward then backward; only the native engine records them."""
+        found = []
+        self.layer.record_stages()
+        for step in (self.forward_saving, self.backward):
+            step()
+            found.append(asdict(self.layer.stage_times()))
+        self.layer.record_stages(False)
+        return found
+
+    def release(self) -> None:
+        """Give back the results and the layer's working memory."""
+        self.made.clear()
+        self.layer.clear_sft_buffer_cache()
+
+
+def map_tensor(path: Path, dtype: str, shape: list[int]) -> Any:
+    """The tensor stored raw at `path`, mapped; writes to it do not reach the file."""
     import torch
 
     size = math.prod(shape)
@@ -107,19 +161,23 @@ class PeerHost:
         import torch
 
         torch.set_num_threads(threads)
-        problem = BenchInputs(Path(directory), threads, isa, options)
+        inputs = BenchInputs(Path(directory), threads, isa, options)
         before = resident_bytes()
         start = time.perf_counter_ns()
-        self.engine = self.module.load(problem)
+        loaded = self.module.load(inputs)
         took = time.perf_counter_ns() - start
+        self.engine = ContractPeer(loaded, inputs) if hasattr(loaded, "forward_sft") else loaded
         for name in BASE_NAMES:
-            del problem.tensors[name]
+            del inputs.tensors[name]
         # an engine may prepare weights only when a token needs them
         self.engine.forward()
         release = getattr(self.engine, "release", None)
         if release is not None:
             release()
-        return {"ns": took, "resident": resident_bytes() - before, "about": dict(self.engine.about)}
+        package = getattr(self.module, "PACKAGE", "")
+        version = str(getattr(importlib.import_module(package), "__version__", "")) if package else ""
+        about = {"version": version, "threads": str(threads), **self.engine.about, **inputs.about}
+        return {"ns": took, "resident": resident_bytes() - before, "about": about}
 
     def do_forward(self) -> dict[str, Any]:
         engine = self.engine

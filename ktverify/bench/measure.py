@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from ktverify.bench import problem
 from ktverify.bench.engines import OWN, Engine, EngineProcess
+from ktverify.bench.host import map_tensor
 from ktverify.bench.record import (
     BenchJournal,
     EngineLine,
@@ -330,8 +331,8 @@ class _Group:
         written = seat.process.ask("write", directory=str(results))["tensors"]
         files = {name: problem.OUTPUT_PLAIN if name == OUTPUT and not seat.engine.lora else name for name in names}
         entries, folder = self.manifest["expected"], self.directory / "expected"
-        expected = {name: problem.read_tensor(folder / file, **entries[file]) for name, file in files.items()}
-        actual = {name: problem.read_tensor(results / name, **written[name]) for name in names if name in written}
+        expected = {name: map_tensor(folder / file, **entries[file]) for name, file in files.items()}
+        actual = {name: map_tensor(results / name, **written[name]) for name in names if name in written}
         return compare_results(actual, expected)
 
     def _round(self, number: int, ceiling: EngineProcess) -> None:

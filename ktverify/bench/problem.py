@@ -10,7 +10,6 @@ the memory which it takes is free again when engines are loaded. It writes
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from dataclasses import replace
@@ -39,6 +38,7 @@ def check_space(case: Case, directory: Path) -> None:
 
 def write(case: Case, directory: Path, *, plain: bool) -> None:
     """Make, compute and write all of it; `plain`: output_plain as well."""
+    from ktverify.engines.run import layer_arguments
     from ktverify.judge.reference import forward_backward
     from ktverify.spec.inputs import make_inputs
 
@@ -67,34 +67,14 @@ def write(case: Case, directory: Path, *, plain: bool) -> None:
     for name, tensor in expected.items():
         _write_raw(directory / "expected" / name, tensor, None)
         results[name] = {"dtype": "float32", "shape": list(tensor.shape)}
-    sizes = {
-        "num_experts": case.num_experts,
-        "top_k": case.top_k,
-        "hidden": case.hidden,
-        "intermediate": case.intermediate,
-        "qlen": case.qlen,
-        "rank": case.rank,
-        "alpha": case.alpha,
-    }
     manifest = {
-        "sizes": sizes,
+        "arguments": layer_arguments(case),
         "lora_names": list(LORA_NAMES),
         "active": len(inputs.active),
         "tensors": entries,
         "expected": results,
     }
     write_whole(directory / "manifest.json", json.dumps(manifest, indent=1))
-
-
-def read_tensor(path: Path, dtype: str, shape: list[int]) -> Any:
-    """The tensor that lies raw at `path`, mapped and private."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    size = math.prod(shape)
-    if size == 0:
-        return torch.empty(shape, dtype=kind)
-    return torch.from_file(str(path), shared=False, size=size, dtype=kind).view(shape)
 
 
 def _write_raw(path: Path, tensor: Any, experts: list[int] | None) -> None:

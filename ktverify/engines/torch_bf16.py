@@ -144,11 +144,13 @@ class TorchBf16:
         trained = self.spec.lora_backward
         saved = Saved(len(hidden_states), expert_ids.shape, self._lora[LORA_NAMES[0]].dtype)
         output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16)
+        weights = weights.to(torch.bfloat16)
+        by_expert = [self._lora[name].unbind(0) for name in LORA_NAMES]
         for expert, rows, slots in routed(expert_ids):
             base = (tensor[self._slot_of[expert]] for tensor in self._base)
-            lora = [self._lora[name][expert].requires_grad_(trained) for name in LORA_NAMES]
-            x = hidden_states[rows].requires_grad_()
-            w = weights[rows, slots].to(torch.bfloat16).requires_grad_()
+            lora = [tensors[expert].requires_grad_(save and trained) for tensors in by_expert]
+            x = hidden_states[rows].requires_grad_(save)
+            w = weights[rows, slots].requires_grad_(save)
             with torch.set_grad_enabled(save):
                 y = plain_expert(x, *base, *lora, scaling=self.spec.scaling, skip_lora=not trained) * w.unsqueeze(1)
             output.index_add_(0, rows, y.detach())

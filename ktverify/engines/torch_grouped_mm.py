@@ -44,11 +44,15 @@ class TorchGroupedMm(TorchBf16):
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
-        """As TorchBf16; the weights are put into the experts' order and made contiguous, which grouped_mm wants."""
+        """As TorchBf16. The weights are put into the experts' order and made contiguous, as grouped_mm requires.
+
+        gate_proj and up_proj are copied into one tensor [E, 2 I, H], so that one call multiplies by both.
+        """
         super().load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map)
         if self._slot_of != list(range(len(self._slot_of))):
             self._base = tuple(tensor[self._slot_of] for tensor in self._base)
-        self._base = tuple(tensor.detach().contiguous() for tensor in self._base)
+        gate, up, down = self._base
+        self._base = (torch.cat([gate.detach(), up.detach()], dim=1), down.detach().contiguous())
 
     def _forward(
         self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, save: bool
@@ -60,9 +64,9 @@ class TorchGroupedMm(TorchBf16):
         row = order // expert_ids.shape[1]
         slot = order % expert_ids.shape[1]
         counts = torch.bincount(expert_ids.reshape(-1)[order], minlength=self.spec.num_experts)
-        lora = [self._lora[name].detach().requires_grad_(trained) for name in LORA_NAMES]
-        x = hidden_states[row].requires_grad_()
-        w = weights[row, slot].to(torch.bfloat16).requires_grad_()
+        lora = [self._lora[name].detach().requires_grad_(save and trained) for name in LORA_NAMES]
+        x = hidden_states[row].requires_grad_(save)
+        w = weights[row, slot].to(torch.bfloat16).requires_grad_(save)
         with torch.set_grad_enabled(save):
             y = self._experts(x, lora, torch.cumsum(counts, 0).int()) * w.unsqueeze(1)
         output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16).index_add_(0, row, y.detach())
@@ -78,16 +82,18 @@ class TorchGroupedMm(TorchBf16):
         def product(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             return functional.grouped_mm(value, weight.transpose(-2, -1), offs=ends)
 
-        def linear(value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        def with_lora(base: torch.Tensor, value: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             short = -a.shape[1] % MULTIPLE
-            a, b = functional.pad(a, (0, 0, 0, short)), functional.pad(b, (0, short))
+            if short:
+                a, b = functional.pad(a, (0, 0, 0, short)), functional.pad(b, (0, short))
             low = product(product(value.to(a.dtype), a), b) * self.spec.scaling
-            return (product(value, weight) + (low if self.spec.lora_backward else low.detach())).to(value.dtype)
+            return (base + (low if self.spec.lora_backward else low.detach())).to(value.dtype)
 
-        gate, up, down = self._base
+        gate_up, down = self._base
         gate_a, gate_b, up_a, up_b, down_a, down_b = lora
-        h = functional.silu(linear(x, gate, gate_a, gate_b)) * linear(x, up, up_a, up_b)
-        return linear(h, down, down_a, down_b)
+        gate, up = product(x, gate_up).chunk(2, -1)
+        h = functional.silu(with_lora(gate, x, gate_a, gate_b)) * with_lora(up, x, up_a, up_b)
+        return with_lora(product(h, down), h, down_a, down_b)
 
     def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert isinstance(saved, _SavedBatch)

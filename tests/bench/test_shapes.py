@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ktverify import _native
-from ktverify.bench import engines, plot, record, shapes, summary, tables
+from ktverify.bench import engines, plot, problem, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
+from ktverify.bench.host import BenchInputs, load_module
 from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
 from ktverify.bench.record import BenchJournal, EngineLine, GroupOtherLoadLine, HeadLine, TurnLine
 from ktverify.report.pages import view_markdown
@@ -27,30 +31,32 @@ ROUNDS = 3
 SETTINGS = ShapeBenchSettings(rounds=ROUNDS, warmup=1, threads=1, pause_s=0.0, patience_s=0.0, read_bytes=1 << 22)
 
 PEER = """
-import os, signal
-from ktverify.bench.peers.torch_loop import BACKWARD, HELD, LAZY, LORA, NEEDS, TorchLoop
+import os
+from ktverify.bench.peers.torch_loop import BACKWARD, HELD, LAZY, LORA, NEEDS, PACKAGE
+from ktverify.engines.torch_bf16 import TorchBf16
 TITLE = {title!r}
-class Peer(TorchLoop):
+class Layer(TorchBf16):
     calls = 0
-    def forward(self):
-        super().forward()
-        self.calls += 1
-{forward}
-    def results(self):
-        found = super().results()
-{results}
-        return found
-def load(problem):
-{load}
-    return Peer(problem)
+    def forward_sft(self, *inputs, save_for_backward):
+        output = super().forward_sft(*inputs, save_for_backward=save_for_backward)
+        self.calls += not save_for_backward
+        {forward}
+        return output
+    def backward(self, grad_output):
+        grad_input, grads = super().backward(grad_output)
+        {backward}
+        return grad_input, grads
+def load(inputs):
+    {load}
+    return inputs.layer(Layer, copied=('gate_proj', 'up_proj', 'down_proj'))
 """
 PEERS = {
     # after loading, checking and the warm-up, in the second round that counts
-    "dies": {"forward": "        if self.calls == 5: print('so it ends', flush=True); os.kill(os.getpid(), 11)"},
-    "raises": {"load": "    raise ValueError('not today')"},
-    "wrong": {"results": "        found['output'] = found['output'] * 1.1"},
-    "wrong_gradient": {"results": "        if 'grad_input' in found: found['grad_input'] = found['grad_input'] * 0.9"},
-    "forgets": {"results": "        found.pop('grad_up_lora_a', None)"},
+    "dies": {"forward": "if self.calls == 5: print('so it ends', flush=True); os.kill(os.getpid(), 11)"},
+    "raises": {"load": "raise ValueError('not today')"},
+    "wrong": {"forward": "output = output * 1.1"},
+    "wrong_gradient": {"backward": "grad_input = grad_input * 0.9"},
+    "forgets": {"backward": "grads.pop('grad_up_lora_a')"},
 }
 
 
@@ -61,8 +67,8 @@ class Silent:
 
 
 def peer(folder: Path, name: str) -> str:
-    """The path of a fake peer: a torch loop with one defect."""
-    parts = {"forward": "", "results": "", "load": "", **PEERS[name]}
+    """The path of a peer with one defect."""
+    parts = {"forward": "", "backward": "", "load": "", **PEERS[name]}
     path = folder / f"{name}.py"
     path.write_text(PEER.format(title=f"the one that {name}", **parts), encoding="utf-8")
     return str(path)
@@ -414,3 +420,33 @@ def test_the_share_of_others() -> None:
     assert start.share_until(LoadReading(11.0, 100.02 + processors / 2)) == pytest.approx(0.5)
     assert start.share_until(LoadReading(11.0, 100.0)) == 0
     assert start.share_until(LoadReading(11.0, 200.0)) == 1
+
+
+def test_kt_kernel_computes_on_the_benchs_own_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, tuple[Any, ...]] = {}
+    kernel = SimpleNamespace(
+        forward_sft=lambda *given: called.update(forward=given), backward=lambda *given: called.update(backward=given)
+    )
+
+    class Wrapper:
+        moe = kernel
+
+        def __init__(self, *, num_experts: int, gpu_experts_mask: None, **arguments: Any) -> None:
+            self.num_experts = num_experts
+
+        def load_weights_from_tensors(self, *weights: torch.Tensor) -> None: ...
+        def init_lora_weights(self, *parameters: torch.Tensor) -> None: ...
+
+    fake = SimpleNamespace(KTMoEWrapper=Wrapper, __version__="0", __cpu_variant__="amx")
+    monkeypatch.setitem(sys.modules, "kt_kernel", fake)
+    problem.write(SHAPE.case, tmp_path, plain=False)
+    inputs = BenchInputs(tmp_path, 1, "", {})
+    peer = load_module(engines.PEERS / "kt_kernel.py").load(inputs)
+    peer.forward_saving()
+    peer.backward()
+    t, made = inputs.tensors, peer.results()
+    wanted = [t["expert_ids"], t["weights"], t["hidden_states"], made["output"]]
+    assert called["forward"][1:] == (SHAPE.case.top_k, *(tensor.data_ptr() for tensor in wanted), True)
+    wanted = [t["grad_output"], *(made[name] for name in BACKWARD_TENSORS)]
+    assert called["backward"][: len(wanted)] == tuple(tensor.data_ptr() for tensor in wanted)
+    assert peer.about == {"isa": "amx"}

