@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ktverify.checks.altered_inputs import changed, rows_of
+from ktverify.checks.problem import LiveOracle
 from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_layer
-from ktverify.judge import gates, metrics, reference
-from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge import gates, metrics
 from ktverify.runs.record import LatencyRecord
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
+from ktverify.system.timing import time_rounds
 
 WARMUP, ITERATIONS = 5, 20
 WHATS = ("forward", "forward_backward")
@@ -27,14 +27,16 @@ WHATS = ("forward", "forward_backward")
 
 @dataclass(frozen=True)
 class LatencySamples:
-    """samples_ms: wall times of ITERATIONS calls in order, after WARMUP calls that do not count; bytes: see below."""
+    """samples_ms: wall times of ITERATIONS calls in order, after WARMUP calls that do not count; bytes: by `measure`."""
 
     what: str
+    tp: int
     samples_ms: tuple[float, ...]
     bytes: int
 
 
 def processors() -> int:
+    """How many processors this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
@@ -43,74 +45,85 @@ def environment() -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(processors())}
 
 
-def measure(target: Target, case: Case, tp: int) -> list[LatencySamples]:
-    """Times of forward, and of forward and backward together, at tensor-parallel degree `tp` with all processors.
+def measure(target: Target, case: Case, degrees: Sequence[int]) -> tuple[list[LatencySamples], str]:
+    """Times of forward, and of forward and backward together, at each tensor parallel degree, with all processors.
 
-    What the last timed calls gave is compared with the oracle, so that no time of a wrong result is ever reported.
+    The results of the last timed calls are compared with the oracle, so that no time of a wrong result is reported.
     `bytes` is the traffic that cannot be avoided: the weights of the experts that were reached, once per direction.
+    Returns the timings, and the engine's reason where it declares that it cannot do a degree: that one and later ones
+    are left out.
     """
     inputs = make_inputs(case)
-    layer = target.layer(case, inputs, tp=tp, threads=processors())
+    spots = _spots(inputs)
+    weights = len(inputs.active) * 3 * case.hidden * case.intermediate * inputs.gate_proj.element_size()
+    timings: list[LatencySamples] = []
+    for tp in degrees:
+        try:
+            timings += _measure_degree(replace(target, tp=tp), inputs, spots, weights)
+        except NotImplementedError as error:
+            return timings, str(error)
+    return timings, ""
+
+
+def _measure_degree(target: Target, inputs: Inputs, spots: list[_Spot], weights: int) -> list[LatencySamples]:
+    layer = target.layer(inputs.case, inputs, threads=processors())
+    output: list[Tensor] = []
     found: dict[str, Tensor] = {}
 
     def forward() -> None:
-        found[OUTPUT] = layer.forward_sft(
-            inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False
-        )
+        output[:] = [
+            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        ]
 
     def both() -> None:
         found.update(run_layer(layer, inputs))
 
-    weights = len(inputs.active) * 3 * case.hidden * case.intermediate * inputs.gate_proj.element_size()
-    timings = []
-    for what, call, reads in ((WHATS[0], forward, 1), (WHATS[1], both, 2)):
-        timings.append(LatencySamples(what, _samples(call), reads * weights))
-        if what == "forward":
-            _check(case, inputs, {OUTPUT: found[OUTPUT]})
-    _check(case, inputs, found)
-    return timings
+    samples: dict[str, list[float]] = {what: [] for what in WHATS}
+    for number, taken in time_rounds(dict(zip(WHATS, (forward, both), strict=True)), warmup=WARMUP, repeats=ITERATIONS):
+        for what, ns in taken.items() if number >= 0 else ():
+            samples[what].append(ns * 1e-6)
+    for spot in spots:
+        spot.judge(inputs.case, {OUTPUT: output[0]})
+        spot.judge(inputs.case, found)
+    return [
+        LatencySamples(what, target.tp, tuple(samples[what]), reads * weights)
+        for what, reads in zip(WHATS, (1, 2), strict=True)
+    ]
 
 
-def _samples(call: Callable[[], None]) -> tuple[float, ...]:
-    for _ in range(WARMUP):
-        call()
-    samples = []
-    for _ in range(ITERATIONS):
-        begin = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - begin) * 1e-6)
-    return tuple(samples)
+@dataclass(frozen=True)
+class _Spot:
+    """A part of the results that is judged, because the whole oracle takes a minute: names, rows or one expert, and the
+    right answer of inputs that have nothing else."""
+
+    names: tuple[str, ...]
+    part: slice | int
+    oracle: LiveOracle
+
+    def judge(self, case: Case, found: Mapping[str, Tensor]) -> None:
+        lines = []
+        for name in (name for name in self.names if name in found):
+            expected = self.oracle.tensors[name]
+            difference = metrics.compare(found[name][self.part], expected[self.part])
+            # of one expert alone, every other expert's gradients are zero, and the error of the whole is the expert's
+            judgement = gates.judge(case, name, difference, self.oracle.peer[name])
+            if judgement.exceeded:
+                lines.append(judgement.line.partition("\n")[0])
+        expect(not lines, "\n".join(["the timed calls gave wrong results", *lines]))
 
 
-def _check(case: Case, inputs: Inputs, found: dict[str, Tensor]) -> None:
-    """AssertionError unless four tokens' rows and one expert's gradients are right: the whole oracle takes a minute."""
-    few = copy.copy(inputs)
-    rows = slice(0, 4)
-    few.hidden_states, few.grad_output = inputs.hidden_states[rows], inputs.grad_output[rows]
-    few.expert_ids, few.weights = inputs.expert_ids[rows], inputs.weights[rows]
-    by_row = {name: found[name][rows] for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS) if name in found}
-    _judge(case, few, by_row)
-    if GRAD_INPUT in found:
-        expert = inputs.active[-1]
-        one = copy.copy(inputs)
-        one.expert_ids = torch.where(inputs.expert_ids == expert, inputs.expert_ids, -1)
-        _judge(case, one, {name: found[name][expert] for name in GRAD_NAMES}, expert)
+def _spots(inputs: Inputs) -> list[_Spot]:
+    """Four tokens' rows, and one expert's gradients."""
+    few = slice(0, 4)
+    expert = inputs.active[-1]
+    alone = changed(inputs, expert_ids=torch.where(inputs.expert_ids == expert, inputs.expert_ids, -1))
+    return [
+        _Spot((OUTPUT, GRAD_INPUT, GRAD_WEIGHTS), few, LiveOracle.of(rows_of(inputs, few))),
+        _Spot(GRAD_NAMES, expert, LiveOracle.of(alone)),
+    ]
 
 
-def _judge(case: Case, inputs: Inputs, found: dict[str, Tensor], expert: int | None = None) -> None:
-    oracle = reference.forward_backward(inputs)
-    # of one expert alone, every other expert's gradients are zero, and the error of the whole is the expert's
-    peer = peer_error(inputs, oracle)
-    lines = []
-    for name, tensor in found.items():
-        expected = oracle[name] if expert is None else oracle[name][expert]
-        judgement = gates.judge(case, name, metrics.compare(tensor, expected), peer[name])
-        if judgement.verdict is not gates.Verdict.PASS:
-            lines.append(judgement.line.partition("\n")[0])
-    expect(not lines, "\n".join(["the timed calls gave wrong results", *lines]))
-
-
-def record_of(timing: LatencySamples, engine: str, case: Case, *, isa: str, tp: int, message: str) -> LatencyRecord:
+def record_of(timing: LatencySamples, engine: str, case: Case, *, isa: str, message: str) -> LatencyRecord:
     """The record of one timing whose results were right."""
     return LatencyRecord(
         family="latency",
@@ -121,7 +134,7 @@ def record_of(timing: LatencySamples, engine: str, case: Case, *, isa: str, tp: 
         case=case.id,
         what=timing.what,
         threads=processors(),
-        tp=tp,
+        tp=timing.tp,
         samples_ms=timing.samples_ms,
         warmup=WARMUP,
         tokens=case.qlen,
