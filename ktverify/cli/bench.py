@@ -45,13 +45,13 @@ def _as_shells_do(name: str) -> str:
     return name.replace("_", "-")
 
 
-def bench_app(wrap: Callable[[Callable[..., None]], Callable[..., None]]) -> typer.Typer:
-    """The group, each command wrapped by `wrap`, which turns errors into lines."""
+def bench_app() -> typer.Typer:
+    """The group of commands."""
     settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _as_shells_do}
     group = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, help=HELP, context_settings=settings)
     for name, command in COMMANDS.items():
-        group.command(name)(wrap(command))
-    group.add_typer(c2c_app(wrap, settings), name="c2c")
+        group.command(name)(command)
+    group.add_typer(c2c_app(settings), name="c2c")
     return group
 
 

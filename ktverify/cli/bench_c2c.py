@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _MANY = 12  # more prompts than this are printed as a distribution alone
 
 
-def c2c_app(wrap: Callable[[Callable[..., None]], Callable[..., None]], settings: dict[str, object]) -> typer.Typer:
-    """The group, each command wrapped by `wrap`, which turns errors into lines."""
+def c2c_app(settings: dict[str, object]) -> typer.Typer:
+    """The group of commands."""
     group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP, context_settings=settings)
     for command in (single, batch, dataset, merge):
-        group.command()(wrap(command))
+        group.command()(command)
     return group
 
 

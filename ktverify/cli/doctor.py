@@ -1,8 +1,4 @@
-"""What will run on this machine, what won't, and why.
-
-Comes in: the machine, the installed packages, the native module. Goes out: lines of (state, name, text); `ok` runs,
-`no` will not run and says what to do, `note` runs but is worth knowing.
-"""
+"""The command `doctor`: examine the machine, the installed packages and the native module."""
 
 from __future__ import annotations
 
@@ -17,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import typer
+
 from ktverify.system import machine, optional_peers
 from ktverify.system.instruction_sets import ISA_FLAGS
 from ktverify.system.machine import EMULATION_VARIABLE, Machine, format_bytes
@@ -25,15 +23,44 @@ from ktverify.system.paths import ROOT
 State = Literal["ok", "no", "note"]
 
 MINIMUM_GCC = 12
-# declared size of deepseek_v3_t4's base weights, most of it never touched, and what the process then really holds
+# declared size of deepseek_v3_t4's base weights, most of it never touched, and the memory that the process then takes
 DEEPSEEK_VIRTUAL = 256 * 3 * 7168 * 2048 * 2
 DEEPSEEK_RESIDENT = 12 << 30
 DEFAULT_TIER = 3 << 30
 
 
+def doctor() -> None:
+    """What will run on this machine, what won't, and why.
+
+    \b
+    ok    runs
+    no    will not run; the line says what is missing
+    note  runs, but is worth knowing
+
+    Exit code 1 if the suites cannot run on the native engine at all.
+
+    \b
+    Example:  python -m ktverify doctor
+    """
+    from rich.text import Text
+
+    from ktverify.report.console import make_console
+
+    console = make_console()
+    styles = {"ok": "green", "no": "bold red", "note": "yellow"}
+    stopped = False
+    for line in examine():
+        console.print(
+            Text.assemble((line.state.ljust(6), styles[line.state]), (line.name.ljust(16), "bold"), line.text)
+        )
+        stopped = stopped or (line.needed and line.state == "no")
+    if stopped:
+        raise typer.Exit(1)
+
+
 @dataclass(frozen=True)
-class Line:
-    """One fact. `needed`: without it the suites do not run on the native engine at all."""
+class Fact:
+    """One line of the output. `needed`: without it the suites do not run on the native engine at all."""
 
     state: State
     name: str
@@ -41,8 +68,8 @@ class Line:
     needed: bool = False
 
 
-def examine(here: Machine | None = None) -> Iterator[Line]:
-    """All lines, one after another, so that a slow one does not hold back the others."""
+def examine(here: Machine | None = None) -> Iterator[Fact]:
+    """All facts, one after another, so that a slow one does not delay the others."""
     here = here or machine.read_machine()
     yield from _system(here)
     yield from _amx(here)
@@ -56,30 +83,30 @@ def examine(here: Machine | None = None) -> Iterator[Line]:
     yield from _checkout()
 
 
-def _system(here: Machine) -> Iterator[Line]:
-    yield Line("ok", "CPU", f"{here.cpu} ({here.architecture})")
+def _system(here: Machine) -> Iterator[Fact]:
+    yield Fact("ok", "CPU", f"{here.cpu} ({here.architecture})")
     linux = sys.platform == "linux"
     text = here.system if linux else f"{here.system}: the native engine needs Linux; engines in plain torch run"
-    yield Line("ok" if linux else "no", "system", text, needed=True)
+    yield Fact("ok" if linux else "no", "system", text, needed=True)
 
 
-def _isas(here: Machine) -> Iterator[Line]:
+def _isas(here: Machine) -> Iterator[Fact]:
     have = set(here.flags)
     for isa, flags in ISA_FLAGS.items():
         if isa == "amx_bf16":
             continue
         missing = [flag for flag in flags if flag not in have]
         if isa in here.isas:
-            yield Line("ok", isa, "kernels run" if flags else "portable kernels run on every CPU")
+            yield Fact("ok", isa, "kernels run" if flags else "portable kernels run on every CPU")
         else:
-            yield Line("no", isa, f"this CPU lacks {', '.join(missing)}")
+            yield Fact("no", isa, f"this CPU lacks {', '.join(missing)}")
 
 
-def _amx(here: Machine) -> Iterator[Line]:
+def _amx(here: Machine) -> Iterator[Fact]:
     amx = here.amx
     if amx.usable and "amx_bf16" in here.isas:
         held = "already granted" if amx.permitted else "granted when the engine first asks"
-        yield Line("ok", "amx_bf16", f"the CPU has it and the kernel permits it ({held})")
+        yield Fact("ok", "amx_bf16", f"the CPU has it and the kernel permits it ({held})")
         return
     if amx.cpu and not amx.kernel:
         why = "the CPU has it, but the kernel does not offer the tile state: Linux 5.16 or newer is needed"
@@ -87,25 +114,25 @@ def _amx(here: Machine) -> Iterator[Line]:
         why = f"the CPU has tiles but lacks {', '.join(f for f in ISA_FLAGS['amx_bf16'] if f not in here.flags)}"
     else:
         why = "this CPU has no AMX (no amx_tile, amx_bf16 in its flags); Intel Sapphire Rapids and later have"
-    yield Line("no", "amx_bf16", why)
+    yield Fact("no", "amx_bf16", why)
     if amx.emulated:
-        yield Line("note", "", f"{EMULATION_VARIABLE}=1 is set: tile instructions are emulated, right but very slow")
+        yield Fact("note", "", f"{EMULATION_VARIABLE}=1 is set: tile instructions are emulated, right but very slow")
     elif hint := machine.emulation_hint(here.isas):
-        yield Line("note", "", hint)
+        yield Fact("note", "", hint)
 
 
-def _compiler(here: Machine) -> Iterator[Line]:
+def _compiler(here: Machine) -> Iterator[Fact]:
     line = here.versions.get("compiler", "")
     if not line:
-        yield Line("no", "compiler", f"none found; the native engine is built with g++ {MINIMUM_GCC} or newer")
+        yield Fact("no", "compiler", f"none found; the native engine is built with g++ {MINIMUM_GCC} or newer")
         return
     found = re.search(r"(\d+)\.\d+(\.\d+)?\s*$", line) or re.search(r"\s(\d+)\.\d+", line)
     old = "clang" not in line and found is not None and int(found.group(1)) < MINIMUM_GCC
-    yield Line("no" if old else "ok", "compiler", f"{line}; g++ {MINIMUM_GCC} or newer is needed" if old else line)
+    yield Fact("no" if old else "ok", "compiler", f"{line}; g++ {MINIMUM_GCC} or newer is needed" if old else line)
 
 
-def _packages() -> Iterator[Line]:
-    """The packages that ktverify itself declares, so that the list stands in pyproject.toml alone."""
+def _packages() -> Iterator[Fact]:
+    """The packages that ktverify declares: only pyproject.toml lists them."""
     found: list[str] = []
     missing: list[str] = []
     for name in _declared() or _declared_in_checkout():
@@ -113,13 +140,13 @@ def _packages() -> Iterator[Line]:
         (found if version else missing).append(f"{name} {version}".strip())
     if missing:
         what = f"missing: {', '.join(missing)}; `pip install -c constraints.txt {' '.join(missing)}`"
-        yield Line("no", "packages", what, needed=True)
+        yield Fact("no", "packages", what, needed=True)
     if found:
-        yield Line("ok", "packages", ", ".join(found))
+        yield Fact("ok", "packages", ", ".join(found))
 
 
 def _declared(extra: str = "") -> list[str]:
-    """The packages that ktverify needs, or those of one extra alone; none where it is not installed."""
+    """The packages that ktverify needs, or those of one extra; none where ktverify is not installed."""
     try:
         declared = importlib.metadata.requires("ktverify") or []
     except importlib.metadata.PackageNotFoundError:
@@ -145,15 +172,15 @@ def _declared_in_checkout() -> list[str]:
     return _names(re.findall(r'"([^"]+)"', block.group(1))) if block else []
 
 
-def _extras() -> Iterator[Line]:
-    """What some commands need beyond the packages, and how to get it."""
+def _extras() -> Iterator[Fact]:
+    """What some commands need in addition, and how to get it."""
     runs = "train, make-tiny, verify-training and bench c2c"
     missing = [name for name in _declared("training") if not machine.package_version(name)]
     if missing:
         how = "`pip install -c constraints.txt -e '.[training]'`"
-        yield Line("note", "training", f"{runs} need {', '.join(missing)}: {how}")
+        yield Fact("note", "training", f"{runs} need {', '.join(missing)}: {how}")
     else:
-        yield Line("ok", "training", f"{runs} run")
+        yield Fact("ok", "training", f"{runs} run")
     for need in optional_peers.INSTALLED:
         try:
             path, why = optional_peers.find(need, {})
@@ -161,28 +188,28 @@ def _extras() -> Iterator[Line]:
             path, why = None, str(error)
         name = "peers of bench" if need == optional_peers.INSTALLED[0] else ""
         what = optional_peers.LOCATIONS[need].what
-        yield Line("ok", name, f"{what}: {path}") if path else Line("note", name, f"{what}: {why.partition(',')[0]}")
+        yield Fact("ok", name, f"{what}: {path}") if path else Fact("note", name, f"{what}: {why.partition(',')[0]}")
 
 
-def _native(here: Machine) -> Iterator[Line]:
+def _native(here: Machine) -> Iterator[Fact]:
     if importlib.util.find_spec("ktverify._native") is None:
-        yield Line("no", "native engine", "not built; `pip install .` builds it", needed=True)
+        yield Fact("no", "native engine", "not built; `pip install .` builds it", needed=True)
         return
     try:
         from ktverify.engines.native.layer import available_isas
 
         isas = available_isas()
-    # whatever stops the import stops every run as well, and is what the user has to read
+    # any error that stops the import also stops every run, so the user must see it
     except Exception as error:
-        yield Line("no", "native engine", f"built, but does not load: {error}", needed=True)
+        yield Fact("no", "native engine", f"built, but does not load: {error}", needed=True)
         return
-    yield Line("ok", "native engine", f"loads and runs {', '.join(isas)}", needed=True)
+    yield Fact("ok", "native engine", f"loads and runs {', '.join(isas)}", needed=True)
     for isa in here.isas:
         if isa not in isas:
-            yield Line("no", "", f"it leaves out {isa}, although this CPU has it")
+            yield Fact("no", "", f"it leaves out {isa}, although this CPU has it")
 
 
-def _memory(here: Machine) -> Iterator[Line]:
+def _memory(here: Machine) -> Iterator[Fact]:
     limited = here.memory_bytes < here.memory_total_bytes
     total = f"{format_bytes(here.memory_bytes)}{' by the control group' if limited else ''}"
     free = here.memory_available_bytes
@@ -190,58 +217,58 @@ def _memory(here: Machine) -> Iterator[Line]:
     text = f"{total}, {format_bytes(free)} free"
     if not enough:
         text += f"; the default cases need about {format_bytes(DEFAULT_TIER)}"
-    yield Line("ok" if enough else "no", "memory", text)
+    yield Fact("ok" if enough else "no", "memory", text)
     yield _deepseek(free)
     pages = here.huge_pages
     if pages in ("always", "madvise"):
-        yield Line("ok", "huge pages", f"transparent huge pages are on ({pages})")
+        yield Fact("ok", "huge pages", f"transparent huge pages are on ({pages})")
     else:
         state = pages or "not offered by this kernel"
-        yield Line("note", "huge pages", f"transparent huge pages: {state}; everything runs, large shapes more slowly")
+        yield Fact("note", "huge pages", f"transparent huge pages: {state}; everything runs, large shapes more slowly")
 
 
-def _deepseek(free: int) -> Line:
+def _deepseek(free: int) -> Fact:
     name = "deepseek_v3_t4"
     need = format_bytes(DEEPSEEK_RESIDENT)
     if free < DEEPSEEK_RESIDENT:
-        return Line(
+        return Fact(
             "no", name, f"needs {need} of memory, {format_bytes(free)} are free; leave it out with --tier default"
         )
     declared = format_bytes(DEEPSEEK_VIRTUAL)
     overcommit = _read("/proc/sys/vm/overcommit_memory")
     if overcommit == "2":
-        return Line("no", name, f"reserves {declared} and touches a part of it; vm.overcommit_memory=2 forbids that")
+        return Fact("no", name, f"reserves {declared} and touches a part of it; vm.overcommit_memory=2 forbids that")
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < DEEPSEEK_VIRTUAL + DEEPSEEK_RESIDENT:
-        return Line("no", name, f"reserves {declared} of address space; `ulimit -v` allows {format_bytes(limit)}")
-    return Line("ok", name, f"fits: all 256 experts declared ({declared} reserved), at most {need} used")
+        return Fact("no", name, f"reserves {declared} of address space; `ulimit -v` allows {format_bytes(limit)}")
+    return Fact("ok", name, f"fits: all 256 experts declared ({declared} reserved), at most {need} used")
 
 
-def _threads(here: Machine) -> Iterator[Line]:
+def _threads(here: Machine) -> Iterator[Fact]:
     if here.threads < here.cpus_online:
-        yield Line("note", "threads", f"this process may use {here.threads} of {here.cpus_online} CPUs (affinity)")
+        yield Fact("note", "threads", f"this process may use {here.threads} of {here.cpus_online} CPUs (affinity)")
     else:
-        yield Line("ok", "threads", f"{here.threads} CPUs")
+        yield Fact("ok", "threads", f"{here.threads} CPUs")
     nodes = len(here.numa)
     listing = "; ".join(f"node {n.node}: CPUs {n.cpus}, {format_bytes(n.memory_bytes)}" for n in here.numa)
     if nodes > 1:
-        yield Line("ok", "NUMA", f"{listing}: one tensor-parallel part per node")
+        yield Fact("ok", "NUMA", f"{listing}: one tensor-parallel part per node")
     else:
-        yield Line("note", "NUMA", f"{listing or 'no nodes told'}: tensor-parallel parts share one node")
+        yield Fact("note", "NUMA", f"{listing or 'no nodes reported'}: tensor-parallel parts share one node")
 
 
-def _checkout() -> Iterator[Line]:
+def _checkout() -> Iterator[Fact]:
     from ktverify.system.paths import reports_dir
 
     root = reports_dir().parent
     if not (root / "suites").is_dir():
-        yield Line("note", "suites", "no checkout here: repro and verify run, `pytest suites/` does not")
+        yield Fact("note", "suites", "no checkout here: repro and verify run, `pytest suites/` does not")
         return
     manifest = root / "golden" / "manifest.json"
     if manifest.is_file():
-        yield Line("ok", "goldens", os.path.relpath(manifest.parent))
+        yield Fact("ok", "goldens", os.path.relpath(manifest.parent))
     else:
-        yield Line("note", "goldens", "none; `python -m ktverify.golden regenerate` makes them, --fresh does without")
+        yield Fact("note", "goldens", "none; `python -m ktverify.golden regenerate` makes them, --fresh does without")
 
 
 def _read(path: str) -> str:

@@ -497,7 +497,7 @@ def test_doctor_says_what_runs_and_why_not() -> None:
     assert len({line.index(line.split()[1]) for line in lines if line[6] != " "}) == 1
 
 
-def lines_of(**changes: object) -> dict[str, doctor.Line]:
+def lines_of(**changes: object) -> dict[str, doctor.Fact]:
     machine = type(MACHINE)(**{**vars(MACHINE), **changes})
     return {line.name: line for line in doctor.examine(machine)}
 

@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ktverify.checks.target import Target
-from ktverify.cli.main import OwnProgram, app
-from ktverify.cli.verify import Part, Question, judged
+from ktverify.cli.engine_calls import Question, Step, run_steps
+from ktverify.cli.main import app
+from ktverify.cli.options import OwnProgram
 from ktverify.errors import EngineDied
 from ktverify.isolation.calls import call_of
 from ktverify.isolation.forked import Parts
@@ -98,7 +99,7 @@ def test_each_process_notes_its_own_calls() -> None:
 def test_a_part_without_tensors_that_ends_its_process_is_an_error() -> None:
     question = Question(Target("torch_bf16"), Case.parse(CASE), False, 60.0, forks=True)
     with pytest.raises(RuntimeError, match=r"^writing: CRASH the process ended with exit code 3$"):
-        judged(question, [Part(partial(os._exit, 3), "writing", ())])
+        run_steps(question, [Step(partial(os._exit, 3), "writing", ())])
 
 
 def test_what_is_refused_there_is_refused_here() -> None:
@@ -146,12 +147,12 @@ def test_only_the_program_itself_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     # this process has threads, and has computed
     forks: list[bool] = []
 
-    def judged(question: Question, parts: object) -> tuple[list[object], list[str]]:
+    def run_steps(question: Question, steps: object) -> tuple[list[object], list[str]]:
         forks.append(question.forks)
         return [], []
 
-    monkeypatch.setattr("ktverify.cli.verify.judged", judged)
-    monkeypatch.setattr("ktverify.cli.verify.conclude", lambda records, problems: None)
+    monkeypatch.setattr("ktverify.cli.engine_calls.run_steps", run_steps)
+    monkeypatch.setattr("ktverify.cli.engine_calls.conclude", lambda records, problems: None)
     for program in (None, OwnProgram()):
         assert CliRunner().invoke(app, ["verify", "--case", CASE], obj=program).exit_code == 0
     assert forks == [False, True]
