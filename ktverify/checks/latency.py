@@ -27,7 +27,7 @@ WHATS = ("forward", "forward_backward")
 
 @dataclass(frozen=True)
 class LatencySamples:
-    """samples_ms: wall times of ITERATIONS calls in order, after WARMUP calls that do not count; bytes: by `measure`."""
+    """samples_ms: wall times of ITERATIONS calls in order, after WARMUP uncounted calls; bytes: see `measure`."""
 
     what: str
     tp: int
