@@ -4,10 +4,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "ceilings.hpp"
-#include "cpu.hpp"
 #include "emulation/amx_trap.hpp"
+#include "instruction_sets.hpp"
 #include "ktv/layer.hpp"
+#include "machine_limits/ceilings.hpp"
 #include "memory.hpp"
 #include "process.hpp"
 #include "team.hpp"
@@ -68,12 +68,6 @@ std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes) {
             taken.zero};
 }
 
-std::vector<std::string> isa_names() {
-    std::vector<std::string> names;
-    for (const Isa isa : available_isas()) names.emplace_back(name_of(isa));
-    return names;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -91,27 +85,14 @@ PYBIND11_MODULE(_native, m) {
         }
     });
 
-    m.def("available_isas", &isa_names, "Names of the instruction sets that run here, best first.");
+    m.def("available_isas", &available_isas, "Names of the instruction sets that run here, best first.");
+    m.def("known_isas", &known_isas, "Names of all instruction sets, best first, whether they can run here or not.");
+    m.def("require_isa", &require_isa, "ValueError for an unknown name, RuntimeError for one that cannot run here.");
+    m.def("why_not", &why_not, "Why an instruction set cannot run here; empty when it can.");
     m.def(
-        "require_isa", [](const std::string& name) { (void)require_isa(name); },
-        "Raises when this name cannot run here.");
-    m.def(
-        "why_not",
-        [](const std::string& name) {
-            for (const Isa isa : {Isa::amx_bf16, Isa::avx512_bf16, Isa::avx2, Isa::scalar}) {
-                if (name == name_of(isa)) return why_not(isa);
-            }
-            throw BadInput("isa '" + name + "' is unknown");
-        },
-        "Why an instruction set cannot run here; empty when it can.");
-    m.def(
-        "emulate_amx",
-        [] {
-            if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
-            return emulation::amx_trap_installed();
-        },
-        "Runs tile instructions in a trap handler on a CPU that has none: to check the AMX kernels, too slow for all "
-        "else. Does nothing on a CPU with AMX. True when emulation is on.");
+        "emulate_amx", &emulate_amx,
+        "Execute tile instructions in a trap handler on a CPU without AMX: for checks, far too slow for anything else. "
+        "Does nothing on a CPU with AMX. True when emulation is on.");
     m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
     m.def("available_memory", &available_memory,
@@ -121,14 +102,8 @@ PYBIND11_MODULE(_native, m) {
     m.def("gradient_memory", &gradient_memory, "(uint8 array of so many bytes, whether it is zero).");
     m.def("read_rate", &read_rate, py::arg("threads"), py::arg("bytes"), py::arg("passes"),
           py::call_guard<py::gil_scoped_release>(), "Bytes per second that the threads together read, best pass.");
-    m.def(
-        "multiply_rate",
-        [](const std::string& isa, int threads, double seconds) {
-            const Isa checked = require_isa(isa);
-            const py::gil_scoped_release release;
-            return multiply_rate(checked, threads, seconds);
-        },
-        py::arg("isa"), py::arg("threads"), py::arg("seconds"), "Register-only flop per second of an ISA's kernels.");
+    m.def("multiply_rate", &multiply_rate, py::arg("isa"), py::arg("threads"), py::arg("seconds"),
+          py::call_guard<py::gil_scoped_release>(), "Register-only flop per second of an ISA's kernels.");
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 
     py::class_<Layer>(m, "Layer")
@@ -148,7 +123,7 @@ PYBIND11_MODULE(_native, m) {
                  c.max_cache_depth = max_cache_depth;
                  c.lora_fp32 = lora_fp32;
                  c.lora_backward = lora_backward;
-                 c.isa = require_isa(isa);
+                 c.isa = isa;
                  return std::make_unique<Layer>(c);
              }),
              py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("hidden"), py::arg("intermediate"),
@@ -194,5 +169,5 @@ PYBIND11_MODULE(_native, m) {
         .def_property_readonly("saved_rows", &Layer::saved_rows)
         .def_property_readonly("packed_experts", &Layer::packed_experts)
         .def_property_readonly("threads", &Layer::threads)
-        .def_property_readonly("isa", [](const Layer& layer) { return std::string(name_of(layer.config().isa)); });
+        .def_property_readonly("isa", [](const Layer& layer) { return layer.config().isa; });
 }

@@ -344,14 +344,14 @@ void Backward::input_grad(Hand& hand, const Task& task) {
         kernels_.nn(segments, used, count, cblocks, hand.c, kPanelCols);
         hand.watch.lap(Phase::gate_up_grad);
         if (chunk.first == 0) {
-            turns_.wait(p, hp, ticket);
+            turns_.wait(task);
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kPanelCols * sizeof(float));
         }
         kernels_.add_rows(hand.c, kPanelCols, count, cblocks * kBlock, routing_.token.data() + row, nullptr, sum,
                           kPanelCols);
     }
-    turns_.pass(p, hp, ticket);
+    turns_.pass(task);
     if (ticket == active_ - 1 && parts_done_[z(hp)].fetch_add(1, std::memory_order_acq_rel) == config_.parts - 1)
         finish(hand.worker, hp);
     hand.watch.lap(Phase::merge);

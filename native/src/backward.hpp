@@ -64,8 +64,8 @@ class Backward {
     // What a worker has at hand.
     struct Hand {
         int worker;
-        float* c;       // [kScratch]
-        float* turned;  // [kScratch], the transpose of a LoRA gradient's piece
+        float* c;           // [kScratch]
+        float* transposed;  // [kScratch], the transpose of a LoRA gradient's piece
         Watch watch;
     };
     struct Part {

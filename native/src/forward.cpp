@@ -374,7 +374,7 @@ void Forward::down(Hand& hand, const Task& task) {
         multiply(expert, segments, 1 + more, rows, hand.c, ldc);
         hand.watch.lap(Phase::down);
         if (chunk.first == 0) {
-            turns_.wait(p, hb, ticket);
+            turns_.wait(task);
             hand.watch.lap(Phase::wait);
             if (ticket == 0) std::memset(sum, 0, T_ * kBlock * sizeof(float));
         }
@@ -386,7 +386,7 @@ void Forward::down(Hand& hand, const Task& task) {
             kernels_.add_transposed(hand.c, ldc, rows, token, weight, sum, kBlock);
         }
     }
-    turns_.pass(p, hb, ticket);
+    turns_.pass(task);
     if (ticket == active_ - 1 && parts_done_[z(hb)].fetch_add(1, std::memory_order_acq_rel) == config_.parts - 1)
         finish(hand.worker, hb);
     hand.watch.lap(Phase::merge);

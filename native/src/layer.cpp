@@ -3,6 +3,7 @@
 
 #include "backward.hpp"
 #include "forward.hpp"
+#include "instruction_sets.hpp"
 #include "memory.hpp"
 #include "state.hpp"
 
@@ -35,7 +36,7 @@ const LayerConfig& with_room(const LayerConfig& c) {
 Layer::State::State(const LayerConfig& c)
     : config(with_room(checked(c))),
       size(sizes_of(c)),
-      kernels(kernels_for(c.isa)),
+      kernels(*instruction_set(c.isa).kernels),
       workers(std::max(1, std::min(c.threads, allowed_processors()))),
       experts(z(c.parts)) {
     for (auto& part : experts) part.resize(z(c.num_experts));

@@ -95,10 +95,10 @@ void Backward::put_rows(const float* c, const GradWriter& writer, std::size_t to
 // hand.c into a gradient [cols][r], which begins at `to`: its transpose.
 void Backward::put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const {
     const std::size_t count = z(piece.count);
-    kernels_.turn(hand.c, kPanelCols, piece.count, static_cast<int>(piece.width), hand.turned);
-    if (count == r_) return writer.put(to + piece.col * r_, hand.turned, piece.width * r_);
+    kernels_.transpose(hand.c, kPanelCols, piece.count, static_cast<int>(piece.width), hand.transposed);
+    if (count == r_) return writer.put(to + piece.col * r_, hand.transposed, piece.width * r_);
     for (std::size_t j = 0; j < piece.width; ++j)
-        writer.put(to + (piece.col + j) * r_ + z(piece.n), hand.turned + j * count, count);
+        writer.put(to + (piece.col + j) * r_ + z(piece.n), hand.transposed + j * count, count);
 }
 
 // dA of gate above dA of up: (s dg Bg beside s du Bu)ᵀ x, summed over the parts.

@@ -11,6 +11,8 @@
 #include <limits>
 #include <string>
 
+#include "ktv/errors.hpp"
+
 namespace ktv {
 namespace {
 
@@ -88,7 +90,8 @@ std::size_t cgroup_left() {
     for (std::string line; std::getline(file, line);) {  // number:controller,…:/path
         const std::size_t first = line.find(':'), second = line.find(':', first + 1);
         if (second == std::string::npos || line[second + 1] != '/') continue;
-        const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+        std::string controllers = line.substr(first, second - first + 1);
+        controllers.front() = controllers.back() = ',';  // ",cpu,memory,"
         if (line.starts_with("0::")) least = std::min(least, left_in(two, line.substr(second + 1)));
         else if (controllers.find(",memory,") != std::string::npos)
             least = std::min(least, left_in(one, line.substr(second + 1)));

@@ -8,8 +8,6 @@
 #include <utility>
 #include <vector>
 
-#include "ktv/layer.hpp"
-
 namespace ktv {
 
 inline constexpr std::size_t kHuge = std::size_t{2} << 20;  // a huge page of x86-64, bytes

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/kernels.hpp"
+#include "ktv/errors.hpp"
 
 namespace ktv {
 

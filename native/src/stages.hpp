@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ktv/layer.hpp"
+#include "ktv/stage_times.hpp"
 
 namespace ktv {
 

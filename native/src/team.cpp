@@ -7,7 +7,7 @@
 #include <sstream>
 #include <system_error>
 
-#include "ktv/layer.hpp"
+#include "ktv/errors.hpp"
 
 namespace ktv {
 namespace {
@@ -135,10 +135,10 @@ void Team::barrier() {
     }
 }
 
-void Turns::wait(int part, int slab, int ticket) const {
-    const std::atomic<int>& turn = at(part, slab);
-    for (int spins = 0; turn.load(std::memory_order_acquire) != ticket; ++spins) {
-        // The holder may have lost its processor to another process: give ours away.
+void Turns::wait(const Task& task) {
+    const std::atomic<int>& next = next_row(task);
+    for (int spins = 0; next.load(std::memory_order_acquire) != task.row; ++spins) {
+        // The worker that is next may have lost its processor to another process: yield ours.
         if (spins < kSpins) {
             pause();
         } else {
@@ -147,8 +147,8 @@ void Turns::wait(int part, int slab, int ticket) const {
     }
 }
 
-void Turns::pass(int part, int slab, int ticket) {
-    const_cast<std::atomic<int>&>(at(part, slab)).store(ticket + 1, std::memory_order_release);
+void Turns::pass(const Task& task) {
+    next_row(task).store(task.row + 1, std::memory_order_release);
 }
 
 }  // namespace ktv

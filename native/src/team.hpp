@@ -53,6 +53,11 @@ class Team {
     alignas(64) std::atomic<int> phase_{0};
 };
 
+// A counter on a cache line of its own.
+struct alignas(64) Counter {
+    std::atomic<int> value{0};
+};
+
 // One of a TaskQueue's tasks.
 struct Task {
     int part, row, column;
@@ -86,9 +91,6 @@ class TaskQueue {
     }
 
   private:
-    struct alignas(64) Counter {
-        std::atomic<int> value{0};
-    };
     template <typename Do>
     void work_in(int part, int lane, bool own, const Do& do_task) {
         const int first = begin(lane), width = begin(lane + 1) - first, count = rows_ * width;
@@ -117,26 +119,20 @@ class TaskQueue {
     std::vector<Counter> taken_;
 };
 
-// Makes additions into one place happen in the order of their tickets, whoever computes them: fp32 sums come out with
-// the same bits for any number of threads. A slab is a column of a TaskQueue and a ticket its row, so the one that is
-// waited for is always already being worked on.
+// Puts additions to one array into the order of a queue's rows, whichever workers compute them, so that fp32 sums have
+// the same bits for any number of threads. The array of a task is that of its part and column. A column's tasks are begun
+// in the order of the rows, so the task that wait() waits for is always running already.
 class Turns {
   public:
-    Turns(int parts, int slabs)
-        : slabs_(slabs), turn_(static_cast<std::size_t>(parts) * static_cast<std::size_t>(slabs)) {}
-    void wait(int part, int slab, int ticket) const;
-    void pass(int part, int slab, int ticket);
+    Turns(int parts, int columns) : columns_(columns), next_row_(static_cast<std::size_t>(parts * columns)) {}
+    // Returns when the tasks of all earlier rows have passed.
+    void wait(const Task& task);
+    void pass(const Task& task);
 
   private:
-    struct alignas(64) Turn {
-        std::atomic<int> ticket{0};
-    };
-    const std::atomic<int>& at(int part, int slab) const {
-        return turn_[static_cast<std::size_t>(part) * static_cast<std::size_t>(slabs_) + static_cast<std::size_t>(slab)]
-            .ticket;
-    }
-    int slabs_;
-    std::vector<Turn> turn_;
+    std::atomic<int>& next_row(const Task& task) { return next_row_[task.part * columns_ + task.column].value; }
+    int columns_;
+    std::vector<Counter> next_row_;
 };
 
 }  // namespace ktv

@@ -1,5 +1,4 @@
-// Tile instructions for the tests of the emulator: in every form that the assembler has, written by it, and as
-// functions.
+// Tile instructions for the tests of the emulator: in every form that the assembler can write, and as functions.
 #pragma once
 
 #include <array>
@@ -10,7 +9,7 @@
 
 using namespace ktv::emulation;
 
-// All that an instruction could disturb. Offsets are used by the assembly below.
+// Every register that an instruction could change. The assembly below uses the offsets.
 struct alignas(64) Context {
     std::uint64_t gpr[16];              // 0, in the order of their numbers: rax rcx rdx rbx rsp rbp rsi rdi r8 ...
     std::uint64_t flags;                // 128
@@ -23,7 +22,8 @@ static_assert(offsetof(Context, mask) == 192 && offsetof(Context, vector) == 256
 extern "C" {
 extern std::uint64_t vector_level;  // 0: xmm, 1: ymm, 2: zmm and masks
 extern Context* snippet_context;
-// Loads every register from the context, jumps to the code, which ends with a jump to snippet_return, and stores them.
+// Loads every register from the context, jumps to the code, and stores the registers when the code jumps to
+// snippet_return.
 void run_snippet(const void* code, Context* context);
 extern const char load_forms[], store_forms[], absolute_forms[],
     absolute_extended[];  // 32 bytes each, ending in jmp snippet_return
@@ -52,45 +52,16 @@ snippet_rsi:     .quad 0
 snippet_rsp:     .quad 0
 
     .text
-    .macro each_of_16 what
-        .irp n, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-            \what \n
+    # Registers prefix0, prefix1, ... from or to the context, `size` bytes each from `base` on.
+    .macro get instruction, prefix, base, size, numbers:vararg
+        .irp n, \numbers
+            \instruction \base+\size*\n(%rsi), %\prefix\n
         .endr
     .endm
-    .macro each_of_32 what
-        each_of_16 \what
-        .irp n, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
-            \what \n
+    .macro put instruction, prefix, base, size, numbers:vararg
+        .irp n, \numbers
+            \instruction %\prefix\n, \base+\size*\n(%rsi)
         .endr
-    .endm
-    .macro each_mask what
-        .irp n, 0,1,2,3,4,5,6,7
-            \what \n
-        .endr
-    .endm
-    .macro get_xmm n
-        movups 256+64*\n(%rsi), %xmm\n
-    .endm
-    .macro put_xmm n
-        movups %xmm\n, 256+64*\n(%rsi)
-    .endm
-    .macro get_ymm n
-        vmovups 256+64*\n(%rsi), %ymm\n
-    .endm
-    .macro put_ymm n
-        vmovups %ymm\n, 256+64*\n(%rsi)
-    .endm
-    .macro get_zmm n
-        vmovups 256+64*\n(%rsi), %zmm\n
-    .endm
-    .macro put_zmm n
-        vmovups %zmm\n, 256+64*\n(%rsi)
-    .endm
-    .macro get_mask n
-        kmovq 192+8*\n(%rsi), %k\n
-    .endm
-    .macro put_mask n
-        kmovq %k\n, 192+8*\n(%rsi)
     .endm
 
 run_snippet:
@@ -104,12 +75,13 @@ run_snippet:
     cmpq $1, vector_level(%rip)
     jb 1f
     je 2f
-    each_of_32 get_zmm
-    each_mask get_mask
+    get vmovups, zmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+    get vmovups, zmm, 256, 64, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    get kmovq, k, 192, 8, 0,1,2,3,4,5,6,7
     jmp 3f
-2:  each_of_16 get_ymm
+2:  get vmovups, ymm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
     jmp 3f
-1:  each_of_16 get_xmm
+1:  get movups, xmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
 3:  pushq 128(%rsi)
     popfq
     mov 0(%rsi), %rax
@@ -119,9 +91,7 @@ run_snippet:
     mov 32(%rsi), %rsp
     mov 40(%rsi), %rbp
     mov 56(%rsi), %rdi
-    .irp n, 8,9,10,11,12,13,14,15
-        mov 8*\n(%rsi), %r\n
-    .endr
+    get mov, r, 0, 8, 8,9,10,11,12,13,14,15
     mov 48(%rsi), %rsi
     jmp *snippet_target(%rip)
 
@@ -139,9 +109,7 @@ snippet_return:
     mov %rbx, 24(%rsi)
     mov %rbp, 40(%rsi)
     mov %rdi, 56(%rsi)
-    .irp n, 8,9,10,11,12,13,14,15
-        mov %r\n, 8*\n(%rsi)
-    .endr
+    put mov, r, 0, 8, 8,9,10,11,12,13,14,15
     mov snippet_rsi(%rip), %rax
     mov %rax, 48(%rsi)
     mov snippet_rsp(%rip), %rax
@@ -150,14 +118,15 @@ snippet_return:
     cmpq $1, vector_level(%rip)
     jb 1f
     je 2f
-    each_mask put_mask
-    each_of_32 put_zmm
+    put kmovq, k, 192, 8, 0,1,2,3,4,5,6,7
+    put vmovups, zmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+    put vmovups, zmm, 256, 64, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
     vzeroupper
     jmp 3f
-2:  each_of_16 put_ymm
+2:  put vmovups, ymm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
     vzeroupper
     jmp 3f
-1:  each_of_16 put_xmm
+1:  put movups, xmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
 3:  pushq $0x1f80
     ldmxcsr (%rsp)
     add $8, %rsp
@@ -218,7 +187,7 @@ absolute_forms:
     .endr
 
 absolute_extended:
-    .byte 0xc4, 0xc2, 0x7b, 0x4b, 0x2c, 0x05  # as tileloadd 0x20000000(,%rax), %tmm5, with a VEX.B that means nothing
+    .byte 0xc4, 0xc2, 0x7b, 0x4b, 0x2c, 0x05  # as tileloadd 0x20000000(,%rax), %tmm5, with a VEX.B that has no meaning
     .long 0x20000000
     jmp snippet_return
 
@@ -335,7 +304,7 @@ product_bf16:
     .endr
 )");
 
-// The instructions as functions. Config as ldtilecfg reads it, written anew rather than taken from the emulator.
+// The layout that ldtilecfg reads; a copy of its own, so that an error in the emulator's layout shows.
 struct alignas(64) Config {
     std::uint8_t palette = 1;
     std::uint8_t start_row = 0;

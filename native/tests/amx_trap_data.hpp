@@ -1,4 +1,4 @@
-// What test_amx_*.cpp multiply: operands of every kind, and a product as a compiler writes it.
+// Operands of every kind for test_amx_*.cpp, and a product written with intrinsics.
 #pragma once
 
 #include <bit>
@@ -19,7 +19,7 @@ std::uint32_t truncate_to_bf16(float x) {
     return std::bit_cast<std::uint32_t>(x) & 0xffff0000;
 }
 
-// An fp32 whose lower half is zero, thus a bf16.
+// An fp32 whose lower half is zero: a bf16.
 std::uint32_t draw(Data data, Random& random) {
     const std::uint32_t sign = random() & kSign, fraction = random() & 0x7f0000;
     const auto scaled = [&](unsigned low, unsigned count) {
@@ -62,8 +62,8 @@ void fill_dest(Tile& tile, Data data, Random& random) {
 constexpr Path kPaths[] = {Path::scalar, Path::avx2, Path::avx512};
 constexpr const char* kPathNames[] = {"scalar", "avx2", "avx512"};
 
-// What a compiler makes of intrinsics: 32 x 32 outputs in four tiles. gcc 12's intrinsics name no memory they touch,
-// hence the barriers.
+// 32 x 32 outputs in four tiles, by intrinsics. gcc 12's intrinsics do not declare the memory that they access: hence
+// the barriers.
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16")
 void matmul_32x32(float* c, const std::uint16_t* a, const std::uint16_t* b, int depth) {
@@ -93,7 +93,7 @@ void matmul_32x32(float* c, const std::uint16_t* a, const std::uint16_t* b, int 
 }
 #pragma GCC pop_options
 
-// Integers, so that the order of the sums does not matter.
+// Integers, because their sums are exact in any order.
 bool matmul_is_right(Random& random) {
     constexpr int kDepth = 96;
     std::vector<std::uint16_t> a(32 * kDepth), b(32 * kDepth);  // b: [depth / 2][32][2]

@@ -1,5 +1,4 @@
-// What tile instructions have to give, for the tests of the emulator: fp32 in integers, without a floating-point
-// instruction.
+// Expected results of tile instructions: fp32 arithmetic in integers, without a floating-point instruction.
 #pragma once
 
 #include <bit>
@@ -40,7 +39,7 @@ int top_bit(Wide x) {
     return high != 0 ? 127 - std::countl_zero(high) : 63 - std::countl_zero(low);
 }
 
-// Nearest even, then zero if that is below the normal range (x86 judges tininess after rounding).
+// Nearest even, then zero if the result is below the normal range (x86 tests for tininess after rounding).
 std::uint32_t round_to_fp32(Number x) {
     const std::uint32_t sign = x.negative ? kSign : 0;
     if (x.magnitude == 0) return sign;
@@ -73,7 +72,7 @@ std::uint32_t oracle_fma(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
     if (x.magnitude == 0) return round_to_fp32(y);
     if (y.magnitude == 0) return round_to_fp32(x);
     if (top_bit(x.magnitude) + x.exponent < top_bit(y.magnitude) + y.exponent) std::swap(x, y);
-    // The larger one's top bit goes to bit 100; what the smaller one loses below bit 0 leaves a sticky bit there.
+    // The larger one's top bit goes to bit 100; bits of the smaller one below bit 0 become a sticky bit.
     const int up = 100 - top_bit(x.magnitude);
     x.magnitude <<= up;
     x.exponent -= up;
@@ -125,7 +124,7 @@ Tile oracle_bf16(const Tile& dest, const Tile& a, const Tile& b, Shape shape) {
     return result;
 }
 
-// Equal bits; on hardware any NaN is as good as another, since the manual leaves open which one comes out.
+// Equal bits; on hardware any two NaNs are equal, because the manual does not specify which NaN results.
 bool same(const Tile& actual, const Tile& expected, bool any_nan = hardware) {
     for (unsigned row = 0; row < 16; ++row) {
         for (unsigned column = 0; column < 16; ++column) {

@@ -1,4 +1,4 @@
-// Nanoseconds per emulated tile instruction: prints the table of ../emulation/README.md. No test.
+// Nanoseconds per emulated tile instruction: prints the table of ../emulation/README.md. Not a test.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -36,7 +36,7 @@ int main() {
                 hardware ? " (this CPU has AMX: nothing is emulated)" : "");
     const auto report = [](const char* what, double ns) { std::printf("%-34s %9.1f\n", what, ns); };
 
-    // The price of the trap itself: an illegal instruction and a handler that does nothing but step over it.
+    // The trap alone: an illegal instruction, and a handler that only skips it.
     struct sigaction action{}, emulator;
     action.sa_sigaction = [](int, siginfo_t*, void* context) {
         static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] += 2;

@@ -1,47 +1,61 @@
-// The few lines that the C++ tests share: checks that count, and random numbers that repeat.
+// What the C++ tests share: checks that are counted, random numbers that repeat, a relative error.
 #pragma once
 
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
-#include <string>
 #include <vector>
 
 #include "ktv/bf16.hpp"
 
-namespace check {
-
 inline int passed = 0, failed = 0;
 
-inline bool that(bool ok, const std::string& what) {
-    ok ? ++passed : ++failed;
-    if (!ok) std::printf("FAIL %s\n", what.c_str());
-    return ok;
+// Counts a check, and prints the formatted text when it fails; of many failures the first 40.
+[[gnu::format(printf, 2, 3)]] inline bool check(bool good, const char* format, ...) {
+    ++(good ? passed : failed);
+    if (!good && failed <= 40) {
+        va_list arguments;
+        va_start(arguments, format);
+        std::printf("FAIL ");
+        std::vprintf(format, arguments);
+        std::printf("\n");
+        va_end(arguments);
+    }
+    return good;
 }
 
+// The exit code.
 inline int finish() {
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed == 0 ? 0 : 1;
 }
 
-class Random {
-  public:
-    explicit Random(std::uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
-    std::uint64_t next() {
-        state_ ^= state_ << 13;
-        state_ ^= state_ >> 7;
-        return state_ ^= state_ << 17;
+// splitmix64: the same numbers on every machine.
+struct Random {
+    std::uint64_t state;
+    std::uint64_t operator()() {
+        std::uint64_t z = state += 0x9e3779b97f4a7c15;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+        return z ^ (z >> 31);
     }
-    int below(int n) { return static_cast<int>(next() % static_cast<std::uint64_t>(n)); }
-    float uniform() { return static_cast<float>(next() >> 40) * 0x1p-23f - 1.0f; }  // -1 .. 1
+    unsigned below(unsigned n) { return static_cast<unsigned>((*this)() % n); }
+    float uniform() { return static_cast<float>((*this)() >> 40) * 0x1p-23f - 1.0f; }  // -1 .. 1
+    float gaussian() {
+        double sum = 0;
+        for (int i = 0; i < 12; ++i) sum += uniform() / 2;
+        return static_cast<float>(sum);
+    }
     std::vector<ktv::bf16> bf16s(std::size_t count, float scale) {
         std::vector<ktv::bf16> values(count);
         for (auto& v : values) v = ktv::to_bf16(scale * uniform());
         return values;
     }
-
-  private:
-    std::uint64_t state_;
+    void fill(void* memory, std::size_t size) {
+        for (std::size_t i = 0; i < size; ++i)
+            static_cast<std::uint8_t*>(memory)[i] = static_cast<std::uint8_t>((*this)());
+    }
 };
 
 // |a - b| / |b|
@@ -55,5 +69,3 @@ double rel_l2(const A& a, const B& b) {
     }
     return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
 }
-
-}  // namespace check

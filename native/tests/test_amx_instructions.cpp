@@ -1,5 +1,5 @@
-// Tile instructions in every form: configuration, addresses, moves; and no other register is disturbed.
-// Every check holds on hardware too: there the instructions run as they are and the oracle is what is put to the test.
+// Tile instructions in every form: configuration, addresses, moves. No instruction may change another register.
+// The checks also hold on a CPU with AMX: there they test the oracle.
 #include <sys/mman.h>
 
 #include <array>
@@ -16,7 +16,7 @@ Context random_context(Random& random) {
     random.fill(context.gpr, sizeof context.gpr);
     // Of the flags: carry, parity, adjust, zero, sign, direction, overflow; interrupts are always on, bit 1 always set.
     context.flags = (random() & 0xcd5) | 0x202;
-    // Any rounding, denormal handling and exceptions recorded so far; exceptions masked, as loads would raise them.
+    // Any rounding mode, denormal mode and recorded exceptions; exceptions are masked, because loads would raise them.
     context.mxcsr = 0x1f80 | (random() & 0xe07f);
     const unsigned width = 16u << vector_level;
     for (unsigned v = 0; v < (vector_level == 2 ? 32 : 16); ++v) random.fill(context.vector[v], width);
@@ -24,7 +24,7 @@ Context random_context(Random& random) {
     return context;
 }
 
-// Runs it and says whether every register came back as it went in.
+// Whether every register is the same after the code ran.
 bool run_undisturbed(const void* code, const Context& context) {
     Context after = context;
     run_snippet(code, &after);
@@ -52,7 +52,7 @@ void check_configuration() {
     for (unsigned tile = 0; tile < 8; ++tile) config.set(tile, 1 + 2 * tile, 64 - 4 * tile);
     load_config(config);
     Config stored = store_config();
-    check(std::memcmp(&stored, &config, 64) == 0, "sttilecfg gives back what ldtilecfg took");
+    check(std::memcmp(&stored, &config, 64) == 0, "sttilecfg stores what ldtilecfg loaded");
     release();
     stored = store_config();
     const std::uint8_t zeros[64] = {};
@@ -60,7 +60,7 @@ void check_configuration() {
     load_config(config);
     Config initial;
     initial.palette = 0;
-    initial.rows[0] = 99;  // nothing but the palette is looked at
+    initial.rows[0] = 99;  // only the palette counts
     load_config(initial);
     stored = store_config();
     check(std::memcmp(&stored, zeros, 64) == 0, "palette 0 is the initial state");
@@ -79,7 +79,7 @@ void check_configuration() {
     store(4, &tile);
     check(same_int(tile, Tile{}), "ldtilecfg zeroes the tiles");
 
-    // start_row, as left behind by an interrupted load: rows before it stay, and it ends at zero.
+    // start_row, as an interrupted load leaves it: rows before it keep their values, and it ends at zero.
     config = Config::full();
     config.start_row = 5;
     load_config(config);
@@ -103,7 +103,7 @@ void check_configuration() {
     for (unsigned base = 0; base < 16; ++base) {
         for (unsigned form = 0; form < 6; ++form) {
             const std::int32_t displacement = form < 5 ? kDisplacements[form] : 0x1240;
-            if (base == kRsp && displacement < 0) continue;  // below the stack is where the signal goes
+            if (base == kRsp && displacement < 0) continue;  // the signal frame is written below the stack pointer
             const unsigned slot = 32 * (6 * base + form);
             Context context = random_context(random);
             context.gpr[kRsp] = reinterpret_cast<std::uint64_t>(stack.middle());
@@ -126,7 +126,7 @@ void check_configuration() {
     release();
 }
 
-// Every base, index, scale and displacement, with register contents that put the rows where they are expected.
+// Every base, index, scale and displacement, with register contents that lead to known rows.
 void check_addressing() {
     Random random{2};
     const Arena arena, stack, absolute(kAbsolute);
@@ -148,7 +148,7 @@ void check_addressing() {
         if (index != kRsp) context.gpr[index] = static_cast<std::uint64_t>(stride) >> scale;
         if (index != kRsp && stride < 0) context.gpr[index] |= ~(~std::uint64_t{0} >> scale);
         context.gpr[base] = reinterpret_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(displacement);
-        if (one_row || index == kRsp) stride = 0;  // one register for both: row 0 alone has a known place
+        if (one_row || index == kRsp) stride = 0;  // one register for both: only row 0 has a known address
 
         load_config(Config{}.set(kTile, rows, colsb));
         std::memset(&actual, 0, sizeof actual);
@@ -160,7 +160,7 @@ void check_addressing() {
             load(kTile, &content);
             good = run_undisturbed(code, context);
             for (unsigned row = 0; row < rows; ++row) {
-                const unsigned kept = stride == 0 ? rows - 1 : row;  // the last row wins
+                const unsigned kept = stride == 0 ? rows - 1 : row;  // the last row overwrites the others
                 std::memcpy(actual.bytes[row], target + row * stride, colsb);
                 std::memcpy(expected.bytes[row], content.bytes[kept], colsb);
             }
@@ -181,7 +181,8 @@ void check_addressing() {
             for (unsigned scale = 0; scale < 4; ++scale) {
                 for (const std::int32_t displacement : kDisplacements) {
                     const unsigned at = 32 * slot++;
-                    if (base == kRsp && displacement < 0) continue;  // below the stack is where the signal goes
+                    if (base == kRsp && displacement < 0)
+                        continue;  // the signal frame is written below the stack pointer
                     run(load_forms + at, base, index, scale, displacement, false, arena.middle(), "tileloadd");
                     run(store_forms + at, base, index, scale, displacement, true, arena.middle(), "tilestored");
                 }
@@ -210,11 +211,11 @@ void check_addressing() {
     load_config(Config::full());
     entry(padded_load)(arena.memory, 64);
     store(0, &actual);
-    check(std::memcmp(&actual, arena.memory, sizeof actual) == 0, "tileloadd behind null segment prefixes");
+    check(std::memcmp(&actual, arena.memory, sizeof actual) == 0, "tileloadd after segment prefixes without effect");
     release();
 }
 
-// Each tile on its own, in every size, with sentinels around what is stored.
+// Each tile alone, in every size, with sentinels around the stored bytes.
 void check_moves() {
     Random random{3};
     constexpr unsigned kStride = 100, kBefore = 64;
@@ -249,7 +250,7 @@ void check_moves() {
 }
 
 void check_registers() {
-    // check_addressing has compared all registers around loads and stores; here around arithmetic, which uses vectors.
+    // check_addressing compares all registers around loads and stores; this one around arithmetic, which uses vectors.
     Random random{6};
     const Arena stack;
     const Shape shape{16, 16, 16};
@@ -263,7 +264,7 @@ void check_registers() {
         load(1, &a);
         load(2, &b);
         Context context = random_context(random);
-        // It ends in ret: to snippet_return, by way of the stack.
+        // The code ends in ret: the stack leads it to snippet_return.
         extern const char snippet_return_address[] asm("snippet_return");
         const auto back = reinterpret_cast<std::uint64_t>(snippet_return_address);
         std::memcpy(stack.middle(), &back, 8);
@@ -285,5 +286,5 @@ int main() {
     check_addressing();
     check_moves();
     check_registers();
-    return finish();
+    return finish_amx();
 }

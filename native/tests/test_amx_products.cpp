@@ -38,13 +38,13 @@ void check_bf16() {
             _mm_setcsr(0x1f80 | (static_cast<unsigned>(random()) & 0xe040));
             multiply_in_tiles(product_bf16, actual, a, b, shape);
             _mm_setcsr(0x1f80);
-            for (unsigned i = 0; i < 256; ++i) {  // what the store left alone
+            for (unsigned i = 0; i < 256; ++i) {  // elements that the store did not write
                 if (i / 16 >= shape.rows || i % 16 >= shape.columns) set_element(actual, i / 16, i % 16, 0);
             }
             check(same(actual, expected), "tdpbf16ps on %s, %u x %u x %u", name, shape.rows, shape.depth,
                   shape.columns);
 
-            if (data == Data::integer || data == Data::gaussian) {  // and the oracle against plain fp64
+            if (data == Data::integer || data == Data::gaussian) {  // also the oracle against fp64
                 double worst = 0;
                 for (unsigned m = 0; m < shape.rows; ++m) {
                     for (unsigned n = 0; n < shape.columns; ++n) {
@@ -91,5 +91,5 @@ int main() {
     Random random{8};
     for (unsigned trial = 0; trial < 20; ++trial)
         check(matmul_is_right(random), "a 32 x 32 x 96 product by intrinsics");
-    return finish();
+    return finish_amx();
 }

@@ -1,5 +1,5 @@
-// The signal handler: which signals it takes, threads, counting, and what AMX refuses.
-// Every check holds on hardware too: there the instructions run as they are and the oracle is what is put to the test.
+// The signal handler: which signals it handles, threads, counting, and what AMX refuses.
+// The checks also hold on a CPU with AMX: there they test the oracle.
 #include <sched.h>
 #include <ucontext.h>
 
@@ -29,7 +29,7 @@ void check_installation() {
         zero(3);
         return store_config().rows[3] == 16;
     };
-    check(!amx_trap_installed(), "nothing is installed before somebody asks");
+    check(!amx_trap_installed(), "nothing is installed before the first request");
     Outcome outcome = in_child([&] {
         if (hardware) return 0;
         zero(0);
@@ -42,7 +42,7 @@ void check_installation() {
         entry(illegal_ret)(nullptr, 0);
         return 2;
     });
-    check(outcome.killed_by(SIGILL) && outcome.errors.empty(), "ud2 still kills, in silence");
+    check(outcome.killed_by(SIGILL) && outcome.errors.empty(), "ud2 still kills, without a message");
 
     outcome = in_child([&] {
         amx_trap_install();
@@ -73,7 +73,7 @@ void check_installation() {
         if (sigismember(&mask, SIGUSR1) || sigismember(&mask, SIGILL)) return 2;
         return seen == 2 && use_amx() ? 0 : 3;
     });
-    check(outcome.exited_with(0), "an earlier handler gets what is not AMX");
+    check(outcome.exited_with(0), "an earlier handler gets the other illegal instructions");
 
     outcome = in_child([&] {
         amx_trap_install();
@@ -83,7 +83,7 @@ void check_installation() {
         sigaction(SIGILL, &action, nullptr);
         return !amx_trap_installed() && !amx_trap_install() ? 0 : 1;
     });
-    check(outcome.exited_with(0), "another handler in its place is not pushed aside");
+    check(outcome.exited_with(0), "a later handler is not replaced");
 
     outcome = in_child([&] {
         std::vector<std::thread> threads;
@@ -149,16 +149,16 @@ void check_threads() {
         const Config other = store_config();
         check(other.palette == 0, "a new thread begins unconfigured");
     }).join();
-    check(store_config().palette == 1, "and leaves its parent's tiles alone");
+    check(store_config().palette == 1, "and does not change its parent's tiles");
     release();
 
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // they map memory of their own
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // the sanitizers map memory of their own
     const auto touch = [] { std::thread([] { load_config(Config::full()); }).join(); };
     touch();
     const std::size_t before = virtual_pages();
     constexpr unsigned kCount = 600;
     for (unsigned i = 0; i < kCount; ++i) touch();
-    check(virtual_pages() < before + kCount, "a thread's tiles are given back when it ends");
+    check(virtual_pages() < before + kCount, "a thread's tiles are freed when it ends");
 #endif
 }
 
@@ -252,5 +252,5 @@ int main() {
     check_threads();
     check_count();
     check_refusals();
-    return finish();
+    return finish_amx();
 }

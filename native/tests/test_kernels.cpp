@@ -7,9 +7,7 @@
 #include <utility>
 
 #include "check.hpp"
-#include "cpu.hpp"
-#include "emulation/amx_trap.hpp"
-#include "kernels/kernels.hpp"
+#include "instruction_sets.hpp"
 
 using namespace ktv;
 
@@ -17,10 +15,10 @@ namespace {
 
 constexpr float kGuard = 12345.0f;
 
-// Tile loads and fp32 order differ between instruction sets; products of bf16 are exact in fp32.
+// The order of fp32 sums differs between instruction sets; products of bf16 are exact in fp32.
 constexpr double kSumError = 2e-6;
 
-// Values that end where nobody may read on: asm and prefetches are beyond the sanitizers.
+// Values that end at an unreadable page, because asm and prefetches are invisible to the sanitizers.
 class Fenced {
   public:
     explicit Fenced(const std::vector<bf16>& values) {
@@ -39,7 +37,7 @@ class Fenced {
         if (base_) munmap(base_, size_);
     }
     const bf16* data() const { return data_; }
-    bf16 operator[](std::size_t i) const { return data_[i]; }
+    float operator[](std::size_t i) const { return to_float(data_[i]); }
 
   private:
     std::byte* base_ = nullptr;
@@ -47,13 +45,13 @@ class Fenced {
     bf16* data_ = nullptr;
 };
 
-// What is fetched lies in the weights or in those that come next, and reaches their end.
-void coming_weights() {
+// NtSegment::from stays inside the weights or inside those that follow, and reaches their end.
+void prefetched_weights() {
     bool inside = true;
     for (int kblocks = 1; kblocks <= 40; ++kblocks) {
-        const std::vector<bf16> w(std::size_t(kblocks) * kBlockSize), next(w.size());
+        const std::vector<bf16> w(kblocks * kBlockSize), next(w.size());
         const auto lies_in = [&](const std::vector<bf16>& in, const bf16* from, int blocks) {
-            return from >= in.data() && from + std::size_t(blocks) * kBlockSize <= in.data() + in.size();
+            return from >= in.data() && from + blocks * kBlockSize <= in.data() + in.size();
         };
         for (int blocks = 1; blocks <= std::min(kblocks, 16); ++blocks) {
             for (int kb = 0; kb <= kblocks + 2 * blocks; ++kb) {
@@ -64,241 +62,166 @@ void coming_weights() {
             }
         }
     }
-    check::that(inside, "NtSegment::from leaves the weights");
+    check(inside, "NtSegment::from leaves the weights");
 }
 
-// Segments of these lengths, in k-blocks; the first names weights to fetch next.
-void nt(const Kernels& k, check::Random& random, int tokens, const std::vector<int>& lengths) {
-    const int groups = (tokens + kGroup - 1) / kGroup;
+// Tokens in one of the two layouts of nt's operands and results.
+struct Tokens {
+    int count;
+    bool few;
+    int groups() const { return (count + kGroup - 1) / kGroup; }
+    std::size_t ldc() const { return groups() * kGroup; }
+    std::size_t elements(int kblocks) const { return kblocks * (few ? count * kBlock : groups() * kPackSize); }
+    std::size_t group_stride(int kblocks) const { return few ? 0 : kblocks * kPackSize; }
+    // Element k of token t in a segment of `kblocks`.
+    std::size_t at(int kblocks, int t, int k) const {
+        if (few) return (k / kBlock * count + t) * kBlock + k % kBlock;
+        return t / kGroup * group_stride(kblocks) + k / kBlock * kPackSize +
+               (k % kBlock / 2 * kGroup + t % kGroup) * 2 + k % 2;
+    }
+    std::size_t result(int n, int t) const { return few ? t * kBlock + n : n * ldc() + t; }
+    std::size_t results() const { return few ? count * kBlock : kBlock * ldc(); }
+
+    void multiply(const Kernels& k, const std::vector<NtSegment>& segments, float* c) const {
+        k.enter();
+        if (few) k.nt_few(segments.data(), static_cast<int>(segments.size()), count, c);
+        else k.nt(segments.data(), static_cast<int>(segments.size()), count, c, ldc());
+        k.leave();
+    }
+};
+
+// Segments of these lengths in k-blocks. The first names weights to prefetch next.
+void nt(const InstructionSet& set, Random& random, const Tokens& tokens, const std::vector<int>& lengths) {
     std::vector<Fenced> w, x;
     std::vector<NtSegment> segments;
     for (const int kblocks : lengths) {
-        w.emplace_back(random.bf16s(std::size_t(kblocks) * kBlockSize, 1));
-        x.emplace_back(random.bf16s(std::size_t(groups) * kblocks * kPackSize, 1));
-        segments.push_back({w.back().data(), x.back().data(), std::size_t(kblocks) * kPackSize, kblocks});
+        w.emplace_back(random.bf16s(kblocks * kBlockSize, 1));
+        x.emplace_back(random.bf16s(tokens.elements(kblocks), 1));
+        segments.push_back({w.back().data(), x.back().data(), tokens.group_stride(kblocks), kblocks});
     }
-    const Fenced next(random.bf16s(std::size_t(lengths[0]) * kBlockSize, 1));
+    const Fenced next(random.bf16s(lengths[0] * kBlockSize, 1));
     segments[0].next = next.data();
-    const int count = int(lengths.size());
-    const std::size_t ldc = std::size_t(groups) * kGroup;
-    std::vector<float> c(kBlock * ldc + kGroup, kGuard);
-    k.enter();
-    k.nt(segments.data(), count, tokens, c.data(), ldc);
-    k.leave();
+    std::vector<float> c(tokens.results() + kGroup, kGuard);
+    tokens.multiply(*set.kernels, segments, c.data());
     std::vector<double> got, expected;
     for (int n = 0; n < kBlock; ++n) {
-        for (int t = 0; t < tokens; ++t) {
+        for (int t = 0; t < tokens.count; ++t) {
             double sum = 0;
             for (std::size_t s = 0; s < lengths.size(); ++s) {
-                for (int i = 0; i < lengths[s] * kBlock; ++i) {
-                    const bf16* pack =
-                        x[s].data() + std::size_t(t / kGroup) * lengths[s] * kPackSize + i / kBlock * kPackSize;
-                    sum += double(to_float(w[s][std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
-                           double(to_float(pack[(i % kBlock / 2 * kGroup + t % kGroup) * 2 + i % 2]));
-                }
+                for (int k = 0; k < lengths[s] * kBlock; ++k)
+                    sum += double(w[s][k / kBlock * kBlockSize + n * kBlock + k % kBlock]) *
+                           double(x[s][tokens.at(lengths[s], t, k)]);
             }
             expected.push_back(sum);
-            got.push_back(c[n * ldc + t]);
+            got.push_back(c[tokens.result(n, t)]);
         }
     }
-    const std::string what = std::string(name_of(k.isa)) + " nt tokens=" + std::to_string(tokens) +
-                             " kblocks=" + std::to_string(lengths[0]) + " segments=" + std::to_string(count);
-    check::that(c[kBlock * ldc] == kGuard, what + ": wrote beyond its result");
-    check::that(check::rel_l2(got, expected) < kSumError, what);
+    const char* product = tokens.few ? "nt_few" : "nt";
+    check(c[tokens.results()] == kGuard, "%s %s: wrote beyond its result", set.name, product);
+    check(rel_l2(got, expected) < kSumError, "%s %s tokens=%d kblocks=%d segments=%zu", set.name, product, tokens.count,
+          lengths[0], lengths.size());
 }
 
-// Three segments of `kblocks`, 1 and 2 k-blocks; the first names weights to fetch next.
-void nt_few(const Kernels& k, check::Random& random, int rows, int kblocks) {
-    const std::vector<int> lengths = {kblocks, 1, 2};
-    std::vector<Fenced> w, x;
-    std::vector<NtSegment> segments;
-    for (const int length : lengths) {
-        w.emplace_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
-        x.emplace_back(random.bf16s(std::size_t(length * rows * kBlock), 1));
-        segments.push_back({w.back().data(), x.back().data(), 0, length});
-    }
-    const Fenced next(random.bf16s(std::size_t(kblocks) * kBlockSize, 1));
-    segments[0].next = next.data();
-    std::vector<float> c(std::size_t(rows * kBlock + 1), kGuard);
-    k.nt_few(segments.data(), int(segments.size()), rows, c.data());
-    std::vector<double> got, expected;
-    for (int n = 0; n < kBlock; ++n) {
-        for (int t = 0; t < rows; ++t) {
-            double sum = 0;
-            for (std::size_t s = 0; s < segments.size(); ++s) {
-                for (int i = 0; i < lengths[s] * kBlock; ++i) {
-                    sum += double(to_float(w[s][std::size_t(i / kBlock) * kBlockSize + n * kBlock + i % kBlock])) *
-                           double(to_float(x[s][std::size_t((i / kBlock * rows + t) * kBlock + i % kBlock)]));
-                }
-            }
-            expected.push_back(sum);
-            got.push_back(c[std::size_t(t * kBlock + n)]);
-        }
-    }
-    const std::string what =
-        std::string(name_of(k.isa)) + " nt_few rows=" + std::to_string(rows) + " kblocks=" + std::to_string(kblocks);
-    check::that(c.back() == kGuard, what + ": wrote beyond its result");
-    check::that(check::rel_l2(got, expected) < kSumError, what);
-}
-
-// A token's sums have the same bits whatever its place and however many there are.
-void nt_in_any_place(const Kernels& k, check::Random& random) {
-    constexpr int kblocks = 11, tokens = 9 * kGroup;
-    const auto w = random.bf16s(kblocks * kBlockSize, 1);
-    const auto one = random.bf16s(kblocks * kBlock, 1);
-    std::vector<bf16> x(9 * kblocks * kPackSize);
-    for (int t = 0; t < tokens; ++t) {
-        for (int i = 0; i < kblocks * kBlock; ++i) {
-            bf16* pack = x.data() + std::size_t(t / kGroup) * kblocks * kPackSize + i / kBlock * kPackSize;
-            pack[(i % kBlock / 2 * kGroup + t % kGroup) * 2 + i % 2] = one[std::size_t(i)];
-        }
-    }
-    const NtSegment segment{w.data(), x.data(), kblocks * kPackSize, kblocks};
-    std::vector<float> c(kBlock * tokens);
-    bool same = true;
-    k.enter();
-    k.nt(&segment, 1, tokens, c.data(), tokens);
-    const std::vector<float> first = c;
-    for (int rows = 1; rows <= tokens; ++rows) {
-        k.nt(&segment, 1, rows, c.data(), tokens);
-        for (int n = 0; n < kBlock; ++n) {
-            for (int t = 0; t < rows; ++t) same &= c[std::size_t(n * tokens + t)] == first[std::size_t(n * tokens)];
-        }
-    }
-    k.leave();
-    check::that(same, std::string(name_of(k.isa)) + " nt: bits depend on a token's place");
-}
-
-// The same of few tokens.
-void few_in_any_place(const Kernels& k, check::Random& random) {
+// A token's sums have the same bits whatever its place and whatever the number of tokens.
+void nt_in_any_place(const InstructionSet& set, Random& random, int most, bool few) {
     const std::vector<int> lengths = {11, 2};
     std::vector<std::vector<bf16>> w, one;
-    for (const int length : lengths) {
-        w.push_back(random.bf16s(std::size_t(length) * kBlockSize, 1));
-        one.push_back(random.bf16s(std::size_t(length) * kBlock, 1));
+    for (const int kblocks : lengths) {
+        w.push_back(random.bf16s(kblocks * kBlockSize, 1));
+        one.push_back(random.bf16s(kblocks * kBlock, 1));
     }
     std::vector<float> first;
     bool same = true;
-    for (int tokens = 1; tokens <= k.few_rows; ++tokens) {
+    for (int count = 1; count <= most; ++count) {
+        const Tokens tokens{count, few};
         std::vector<std::vector<bf16>> x;
         std::vector<NtSegment> segments;
         for (std::size_t s = 0; s < lengths.size(); ++s) {
-            auto& pack = x.emplace_back();
-            for (int kb = 0; kb < lengths[s]; ++kb) {
-                for (int t = 0; t < tokens; ++t)
-                    pack.insert(pack.end(), one[s].begin() + kb * kBlock, one[s].begin() + (kb + 1) * kBlock);
+            auto& pack = x.emplace_back(tokens.elements(lengths[s]));
+            for (int t = 0; t < count; ++t) {
+                for (int k = 0; k < lengths[s] * kBlock; ++k) pack[tokens.at(lengths[s], t, k)] = one[s][k];
             }
-            segments.push_back({w[s].data(), pack.data(), 0, lengths[s]});
+            segments.push_back({w[s].data(), pack.data(), tokens.group_stride(lengths[s]), lengths[s]});
         }
-        std::vector<float> c(std::size_t(tokens) * kBlock);
-        k.nt_few(segments.data(), int(segments.size()), tokens, c.data());
-        if (tokens == 1) first = c;
-        for (std::size_t i = 0; i < c.size(); ++i) same &= c[i] == first[i % kBlock];
+        std::vector<float> c(tokens.results());
+        tokens.multiply(*set.kernels, segments, c.data());
+        for (int n = 0; n < kBlock; ++n) {
+            if (count == 1) first.push_back(c[tokens.result(n, 0)]);
+            for (int t = 0; t < count; ++t) same &= c[tokens.result(n, t)] == first[n];
+        }
     }
-    check::that(same, std::string(name_of(k.isa)) + " nt_few: bits depend on a token's place");
+    check(same, "%s %s: bits depend on a token's place", set.name, few ? "nt_few" : "nt");
 }
 
-// Segments of which two share W and one has its own, as the halves of an operand do: blocks, or gathered rows from column
-// 32 on.
-void nn_segments(const Kernels& k, check::Random& random, int rows, bool gathered) {
+// Segments of these lengths in k-blocks, by `cblocks` of four column blocks. Neighbours of the same length share W, as
+// the halves of an operand do. The last idle_pairs row pairs of such a W, and one row more, are padding. W comes as
+// blocks, or as gathered rows of which the first 32 columns are skipped.
+void nn(const InstructionSet& set, Random& random, int rows, const std::vector<int>& lengths, int cblocks,
+        bool gathered, int idle_pairs = 0) {
     constexpr int width = 4 * kBlock;
-    const std::vector<int> lengths = {10, 10, 3};
     const int padded = (rows + 15) / 16 * 16;
-    std::vector<std::vector<bf16>> g, w;
-    for (const int length : lengths) {
-        g.push_back(random.bf16s(std::size_t(padded) * length * kBlock, 1));
-        w.push_back(random.bf16s(std::size_t(length) * kBlock * width, 1));
-    }
-    // Padding: the last seven rows of the shared W.
-    constexpr int idle_pairs = 3;
-    for (int i = 10 * kBlock - 7; i < 10 * kBlock; ++i) {
-        for (int cb = 0; cb < 4; ++cb)
-            std::memset(w[0].data() + std::size_t(i / kBlock * 4 + cb) * kBlockSize + i % kBlock * kBlock, 0, 64);
-    }
-    w[1] = w[0];
-    // The same values as rows of 32 and 128 columns.
-    std::vector<std::vector<bf16>> natural(lengths.size());
-    std::vector<std::vector<const bf16*>> pointers(lengths.size());
+    const std::size_t count = lengths.size();
+    std::vector<std::vector<bf16>> g(count), blocks(count), natural(count);
+    std::vector<std::vector<const bf16*>> pointers(count);
     std::vector<NnSegment> segments;
-    for (std::size_t s = 0; s < lengths.size(); ++s) {
-        const std::size_t from = s == 1 ? 0 : s, ld = std::size_t(lengths[s]) * kBlock;
-        if (s == from) natural[s].resize(ld * (kBlock + width));
-        for (std::size_t i = 0; i < ld; ++i) {
-            bf16* row = natural[from].data() + i * (kBlock + width);
-            pointers[s].push_back(row);
-            for (int col = 0; col < width; ++col) {
-                const std::size_t block = (i / kBlock * 4 + std::size_t(col) / kBlock) * kBlockSize;
-                row[kBlock + col] = w[s][block + i % kBlock * kBlock + std::size_t(col % kBlock)];
-            }
-        }
-        NnSegment segment{g[s].data(), ld, w[from].data(), 4 * kBlockSize, nullptr, 0, lengths[s]};
-        if (gathered) segment = {g[s].data(), ld, nullptr, 0, pointers[from].data(), kBlock, lengths[s]};
-        if (lengths[s] == 10) segment.idle_pairs = idle_pairs;
-        segments.push_back(segment);
-    }
-    std::vector<float> c(std::size_t(padded) * width);
-    k.enter();
-    k.nn(segments.data(), int(segments.size()), rows, 4, c.data(), width);
-    k.leave();
-    std::vector<double> got, expected;
-    for (int row = 0; row < rows; ++row) {
-        for (int col = 0; col < width; ++col) {
-            double sum = 0;
-            for (std::size_t s = 0; s < lengths.size(); ++s) {
-                for (int i = 0; i < lengths[s] * kBlock; ++i) {
-                    const std::size_t block = std::size_t(i / kBlock * 4 + col / kBlock) * kBlockSize;
-                    sum += double(to_float(g[s][std::size_t(row) * segments[s].ld + i])) *
-                           double(to_float(w[s][block + i % kBlock * kBlock + std::size_t(col % kBlock)]));
+    std::size_t from = 0;
+    const auto in_blocks = [](int k, int col) {
+        return (k / kBlock * 4 + col / kBlock) * kBlockSize + k % kBlock * kBlock + col % kBlock;
+    };
+    for (std::size_t s = 0; s < count; ++s) {
+        const int depth = lengths[s] * kBlock;
+        g[s] = random.bf16s(padded * depth, 1);
+        if (s == 0 || lengths[s] != lengths[s - 1]) {
+            from = s;
+            blocks[s] = random.bf16s(depth * width, 1);
+            natural[s].resize(depth * (kBlock + width));
+            for (int k = 0; k < depth; ++k) {
+                bf16* row = &natural[s][k * (kBlock + width)];
+                pointers[s].push_back(row);
+                for (int col = 0; col < width; ++col) {
+                    bf16& value = blocks[s][in_blocks(k, col)];
+                    if (s == 0 && idle_pairs > 0 && k >= depth - 2 * idle_pairs - 1) value = 0;
+                    row[kBlock + col] = value;
                 }
             }
-            expected.push_back(sum);
-            got.push_back(c[std::size_t(row) * width + std::size_t(col)]);
+        } else {
+            blocks[s] = blocks[from];
         }
+        const std::size_t ld = depth;
+        NnSegment segment{g[s].data(), ld, blocks[from].data(), 4 * kBlockSize, nullptr, 0, lengths[s]};
+        if (gathered) segment = {g[s].data(), ld, nullptr, 0, pointers[from].data(), kBlock, lengths[s]};
+        if (from == 0) segment.idle_pairs = idle_pairs;
+        segments.push_back(segment);
     }
-    check::that(check::rel_l2(got, expected) < kSumError, std::string(name_of(k.isa)) + " nn of three segments, rows=" +
-                                                              std::to_string(rows) + (gathered ? " gathered" : ""));
-}
-
-void nn(const Kernels& k, check::Random& random, int rows, int kblocks, int cblocks, bool gathered) {
-    const int padded = (rows + 15) / 16 * 16, width = 4 * kBlock;
-    const std::size_t ld = std::size_t(kblocks) * kBlock;
-    const auto g = random.bf16s(padded * ld, 1);
-    const auto w = random.bf16s(ld * std::size_t(width), 1);  // as blocks [kblocks][4], or as rows of 128
-    std::vector<const bf16*> pointers;
-    for (std::size_t i = 0; i < ld; ++i) pointers.push_back(w.data() + i * std::size_t(width));
-    NnSegment segment{g.data(), ld, gathered ? nullptr : w.data(), 4 * kBlockSize, pointers.data(), 0, kblocks};
-    const std::size_t ldc = std::size_t(width);
-    std::vector<float> c(padded * ldc + 16, kGuard);
-    k.enter();
-    k.nn(&segment, 1, rows, cblocks, c.data(), ldc);
-    k.leave();
+    std::vector<float> c(padded * width + 16, kGuard);
+    set.kernels->enter();
+    set.kernels->nn(segments.data(), static_cast<int>(count), rows, cblocks, c.data(), width);
+    set.kernels->leave();
     std::vector<double> got, expected;
     for (int row = 0; row < rows; ++row) {
         for (int col = 0; col < cblocks * kBlock; ++col) {
             double sum = 0;
-            for (std::size_t i = 0; i < ld; ++i) {
-                const std::size_t block = (i / kBlock * 4 + std::size_t(col) / kBlock) * kBlockSize;
-                const bf16 value =
-                    gathered ? pointers[i][col] : w[block + i % kBlock * kBlock + std::size_t(col % kBlock)];
-                sum += double(to_float(g[row * ld + i])) * double(to_float(value));
+            for (std::size_t s = 0; s < count; ++s) {
+                const int depth = lengths[s] * kBlock;
+                for (int k = 0; k < depth; ++k)
+                    sum += double(to_float(g[s][row * depth + k])) * double(to_float(blocks[s][in_blocks(k, col)]));
             }
             expected.push_back(sum);
-            got.push_back(c[row * ldc + std::size_t(col)]);
+            got.push_back(c[row * width + col]);
         }
     }
-    const std::string what = std::string(name_of(k.isa)) + " nn rows=" + std::to_string(rows) +
-                             " kblocks=" + std::to_string(kblocks) + " cblocks=" + std::to_string(cblocks) +
-                             (gathered ? " gathered" : "");
-    check::that(c[padded * ldc] == kGuard, what + ": wrote beyond its result");
-    if (cblocks < 4) check::that(c[ldc - 1] == kGuard, what + ": wrote beyond its columns");
-    check::that(check::rel_l2(got, expected) < kSumError, what);
+    check(c[padded * width] == kGuard, "%s nn: wrote beyond its result", set.name);
+    check(cblocks == 4 || c[width - 1] == kGuard, "%s nn: wrote beyond its columns", set.name);
+    check(rel_l2(got, expected) < kSumError, "%s nn rows=%d kblocks=%d segments=%zu cblocks=%d%s", set.name, rows,
+          lengths[0], count, cblocks, gathered ? " gathered" : "");
 }
 
 // Of two groups, or of few tokens.
-void activation(const Kernels& k, check::Random& random, int few) {
+void activation(const InstructionSet& set, Random& random, int few) {
+    const Kernels& k = *set.kernels;
     constexpr int groups = 2;
-    const int tokens = few > 0 ? few : groups * kGroup;
-    std::vector<float> g(std::size_t(kBlock * tokens)), u(g);
+    const Tokens tokens{few > 0 ? few : groups * kGroup, few > 0};
+    std::vector<float> g(tokens.results()), u(g);
     for (auto& v : g) v = 120.0f * random.uniform();
     for (auto& v : u) v = random.uniform();
     g[0] = 0.0f;
@@ -306,89 +229,85 @@ void activation(const Kernels& k, check::Random& random, int few) {
     g[2] = -110.0f;
     g[3] = -3e38f;
     g[4] = NAN;
-    std::vector<bf16> pack(std::size_t(tokens * kBlock) + 1, 7);
     struct alignas(64) CacheLine {
         float lanes[16];
     };
-    // a guard before and behind: what is streamed, the sanitizers do not see
+    // One guard line before and one behind, because streaming stores are invisible to the sanitizers.
     CacheLine guard;
     std::fill(std::begin(guard.lanes), std::end(guard.lanes), kGuard);
     std::vector<CacheLine> kept_g(g.size() / 16 + 2, guard), kept_u(kept_g);
-    const auto floats = [](std::vector<CacheLine>& lines) { return reinterpret_cast<float*>(lines.data() + 1); };
-    float *const keep_g = floats(kept_g), *const keep_u = floats(kept_u);
-    const auto without = [&](float* keep) {
-        if (few > 0) k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep, keep, kBlock);
-        else k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep, keep, kBlock);
+    float *const keep_g = kept_g[1].lanes, *const keep_u = kept_u[1].lanes;
+    const auto pack_with = [&](float* to_g, float* to_u) {
+        std::vector<bf16> pack(g.size() + 1, 7);
+        if (few > 0) k.silu_mul_few(g.data(), u.data(), few, pack.data(), to_g, to_u, kBlock);
+        else k.silu_mul(g.data(), u.data(), tokens.ldc(), groups, pack.data(), kPackSize, to_g, to_u, kBlock);
+        return pack;
     };
-    without(nullptr);
-    const auto alone = pack;
-    if (few > 0) {
-        k.silu_mul_few(g.data(), u.data(), few, pack.data(), keep_g, keep_u, kBlock);
-    } else {
-        k.silu_mul(g.data(), u.data(), std::size_t(tokens), groups, pack.data(), kPackSize, keep_g, keep_u, kBlock);
-    }
+    const auto alone = pack_with(nullptr, nullptr), pack = pack_with(keep_g, keep_u);
     bool kept = true, right = true;
     for (int n = 0; n < kBlock; ++n) {
-        for (int t = 0; t < tokens; ++t) {
-            const auto from = std::size_t(few > 0 ? t * kBlock + n : n * tokens + t), to = std::size_t(t * kBlock + n);
+        for (int t = 0; t < tokens.count; ++t) {
+            const std::size_t from = tokens.result(n, t), to = t * kBlock + n;
             const float gate = g[from], up = u[from], was = keep_g[to];
             kept &= (std::isnan(gate) ? std::isnan(was) : was == gate) && keep_u[to] == up;
-            const bf16* group = pack.data() + std::size_t(t / kGroup) * kPackSize;
-            const int at = few > 0 ? t * kBlock + n : (n / 2 * kGroup + t % kGroup) * 2 + n % 2;
-            const float h = to_float(group[at]);
+            const float h = to_float(pack[tokens.at(1, t, n)]);
             const double expected = gate / (1 + std::exp(-double(gate))) * up;
             right &= std::isnan(gate) ? std::isnan(h) : std::abs(h - expected) <= 0.004 * std::abs(expected) + 1e-35;
         }
     }
     for (const auto* lines : {&kept_g, &kept_u})
         kept &= lines->front().lanes[15] == kGuard && lines->back().lanes[0] == kGuard;
-    check::that(kept, std::string(name_of(k.isa)) + " silu_mul keeps g and u");
-    check::that(pack == alone, std::string(name_of(k.isa)) + " silu_mul that keeps nothing");
-    check::that(pack.back() == 7, std::string(name_of(k.isa)) + " silu_mul: wrote beyond its result");
-    check::that(right, std::string(name_of(k.isa)) + " silu_mul");
+    check(kept, "%s silu_mul keeps g and u", set.name);
+    check(pack == alone, "%s silu_mul that keeps nothing", set.name);
+    check(pack.back() == 7, "%s silu_mul: wrote beyond its result", set.name);
+    check(right, "%s silu_mul", set.name);
 }
 
-void turn(const Kernels& k, int rows, int cols) {
-    constexpr std::size_t ldc = 128;
-    std::vector<float> c(std::size_t((rows + 15) / 16 * 16) * ldc), out(std::size_t(rows) * cols + 1, kGuard);
+void transpose(const InstructionSet& set, int rows, int cols) {
+    constexpr int ldc = 128;
+    std::vector<float> c((rows + 15) / 16 * 16 * ldc), out(rows * cols + 1, kGuard);
     for (std::size_t i = 0; i < c.size(); ++i) c[i] = float(i);
-    k.turn(c.data(), ldc, rows, cols, out.data());
+    set.kernels->transpose(c.data(), ldc, rows, cols, out.data());
     bool right = out.back() == kGuard;
     for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < cols; ++j) right = right && out[std::size_t(j) * rows + i] == c[i * ldc + j];
+        for (int j = 0; j < cols; ++j) right = right && out[j * rows + i] == c[i * ldc + j];
     }
-    check::that(right, std::string(name_of(k.isa)) + " turn " + std::to_string(rows) + " x " + std::to_string(cols));
+    check(right, "%s transpose %d x %d", set.name, rows, cols);
+}
+
+void test(const InstructionSet& set) {
+    const int few_rows = set.kernels->few_rows;
+    Random random{7};
+    for (int tokens = 1; tokens <= 9 * kGroup; ++tokens) nt(set, random, {tokens, false}, {3});
+    nt(set, random, {kChunkRows, false}, {17});
+    nt(set, random, {37, false}, {2, 2, 2, 2});
+    for (const int tokens : {1, 19, 40}) nt(set, random, {tokens, false}, {17, 1, 2});
+    for (int tokens = 1; tokens <= few_rows; ++tokens) {
+        for (const int kblocks : {1, 2, 3, 4, 5, 8, 9, 17}) nt(set, random, {tokens, true}, {kblocks, 1, 2});
+    }
+    nt_in_any_place(set, random, 9 * kGroup, false);
+    nt_in_any_place(set, random, few_rows, true);
+    for (const int rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 16, 17, 31, 33, 48, 64, 65})
+        nn(set, random, rows, {2}, 2, false);
+    nn(set, random, 40, {19}, 4, false);
+    nn(set, random, 7, {9}, 1, true);
+    nn(set, random, 32, {3}, 3, true);
+    for (const int rows : {3, 8, 16, 21}) {
+        for (const bool gathered : {false, true}) nn(set, random, rows, {10, 10, 3}, 4, gathered, 3);
+    }
+    for (const int rows : {1, 8, 16, 17, 32, 40}) {
+        for (const int cols : {1, 15, 16, 100, 128}) transpose(set, rows, cols);
+    }
+    for (const int few : {0, 1, 7, std::max(few_rows, 10)}) activation(set, random, few);
 }
 
 }  // namespace
 
 int main() {
-    coming_weights();
-    if (!why_not(Isa::amx_bf16).empty() && emulation::amx_trap_install()) set_amx_emulation(true);
-    for (const Isa isa : available_isas()) {
-        const Kernels& k = kernels_for(isa);
-        check::Random random(7);
-        for (int tokens = 1; tokens <= 9 * kGroup; ++tokens) nt(k, random, tokens, {3});
-        nt(k, random, kChunkRows, {17});
-        nt(k, random, 37, {2, 2, 2, 2});
-        for (const int tokens : {1, 19, 40}) nt(k, random, tokens, {17, 1, 2});
-        for (const int rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 16, 17, 31, 33, 48, 64, 65})
-            nn(k, random, rows, 2, 2, false);
-        nn(k, random, 40, 19, 4, false);
-        nn(k, random, 7, 9, 1, true);
-        nn(k, random, 32, 3, 3, true);
-        for (const int rows : {1, 8, 16, 17, 32, 40}) {
-            for (const int cols : {1, 15, 16, 100, 128}) turn(k, rows, cols);
-        }
-        for (const int few : {0, 1, 7, std::max(k.few_rows, 10)}) activation(k, random, few);
-        nt_in_any_place(k, random);
-        few_in_any_place(k, random);
-        for (const int rows : {3, 8, 16, 21}) {
-            for (const bool gathered : {false, true}) nn_segments(k, random, rows, gathered);
-        }
-        for (int rows = 1; rows <= k.few_rows; ++rows) {
-            for (const int kblocks : {1, 2, 3, 4, 5, 8, 9, 17}) nt_few(k, random, rows, kblocks);
-        }
+    prefetched_weights();
+    emulate_amx();
+    for (const InstructionSet& set : instruction_sets()) {
+        if (set.runs_here()) test(set);
     }
-    return check::finish();
+    return finish();
 }

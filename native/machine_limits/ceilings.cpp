@@ -7,8 +7,8 @@
 #include <mutex>
 #include <vector>
 
-#include "kernels/kernels.hpp"
-#include "kernels/multiply.hpp"
+#include "instruction_sets.hpp"
+#include "ktv/errors.hpp"
 #include "memory.hpp"
 #include "process.hpp"
 
@@ -93,21 +93,21 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     return best;
 }
 
-double multiply_rate(Isa isa, int threads, double seconds) {
+double multiply_rate(const std::string& isa, int threads, double seconds) {
+    const InstructionSet& set = instruction_set(isa);
     const int workers = team_size(threads);
     if (!(seconds > 0)) throw BadInput("seconds is " + std::to_string(seconds) + ", it takes more than 0");
     const std::lock_guard lock(process().mutex);
-    const Kernels& kernels = kernels_for(isa);
     std::vector<double> done(static_cast<std::size_t>(workers) * 8);
     Team& team = process().team(workers, 1);
     const auto start = Clock::now();
     team.run([&](int worker) {
-        kernels.enter();
+        set.kernels->enter();
         double flops = 0;
         do {
-            flops += multiply_registers(isa);
+            flops += set.register_peak();
         } while (seconds_since(start) < seconds);
-        kernels.leave();
+        set.kernels->leave();
         done[static_cast<std::size_t>(worker) * 8] = flops;
     });
     const double took = seconds_since(start);

@@ -17,7 +17,6 @@
 #include <cstdint>
 
 #include "ktv/bf16.hpp"
-#include "ktv/layer.hpp"
 
 namespace ktv {
 
@@ -68,7 +67,6 @@ struct NnSegment {
 };
 
 struct Kernels {
-    Isa isa;
     // On entry to and exit from a parallel region, on every worker (tile configuration; stores past the caches).
     void (*enter)();
     void (*leave)();
@@ -110,15 +108,7 @@ struct Kernels {
     // out[i] = bf16(sum over parts of in[p][i]), the parts in order.
     void (*round_sum)(const float* const* in, int parts, std::size_t count, bf16* out);
     // c [rows up to a multiple of 16][ldc up to a multiple of 16] -> out [cols][rows], its transpose.
-    void (*turn)(const float* c, std::size_t ldc, int rows, int cols, float* out);
+    void (*transpose)(const float* c, std::size_t ldc, int rows, int cols, float* out);
 };
-
-// Null when the kernels of that instruction set are not compiled in.
-const Kernels* scalar_kernels();
-const Kernels* avx2_kernels();
-const Kernels* avx512_bf16_kernels();
-const Kernels* amx_bf16_kernels();
-
-const Kernels& kernels_for(Isa isa);
 
 }  // namespace ktv

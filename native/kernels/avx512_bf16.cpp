@@ -294,9 +294,13 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 
 }  // namespace
 
-const Kernels* avx512_bf16_kernels() {
-    static const Kernels table{Isa::avx512_bf16, nothing, wait_for_streams, nt, few_rows, nt_few, nn, KTV_ELEMENTWISE};
-    return &table;
-}
+extern const Kernels avx512_bf16_kernels;
+const Kernels avx512_bf16_kernels{.enter = nothing,
+                                  .leave = wait_for_streams,
+                                  .nt = nt,
+                                  .few_rows = few_rows,
+                                  .nt_few = nt_few,
+                                  .nn = nn,
+                                  KTV_ELEMENTWISE};
 
 }  // namespace ktv

@@ -128,9 +128,8 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 
 }  // namespace
 
-const Kernels* avx2_kernels() {
-    static const Kernels table{Isa::avx2, nothing, nothing, nt, 0, nullptr, nn, KTV_ELEMENTWISE};
-    return &table;
-}
+extern const Kernels avx2_kernels;
+const Kernels avx2_kernels{
+    .enter = nothing, .leave = nothing, .nt = nt, .few_rows = 0, .nt_few = nullptr, .nn = nn, KTV_ELEMENTWISE};
 
 }  // namespace ktv

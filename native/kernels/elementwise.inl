@@ -87,7 +87,7 @@ KTV_INLINE Sigmoid sigmoid(F x) {
 }
 
 // 16 x 16 in place: four rounds of merging rows at distance 8, 4, 2, 1.
-KTV_INLINE void transpose(F (&m)[16]) {
+KTV_INLINE void transpose_16x16(F (&m)[16]) {
     constexpr S lo8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
     constexpr S hi8 = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
     constexpr S lo4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
@@ -119,7 +119,7 @@ KTV_INLINE void transpose(F (&m)[16]) {
 }
 KTV_INLINE void load_transposed(const float* c, std::size_t ldc, F (&m)[16]) {
     for (int i = 0; i < 16; ++i) m[i] = load(c + i * ldc);
-    transpose(m);
+    transpose_16x16(m);
 }
 
 void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
@@ -138,7 +138,7 @@ void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
                 __builtin_memcpy(&unit[t], padded, sizeof(F));
             }
         }
-        transpose(unit);
+        transpose_16x16(unit);
         __builtin_memcpy(pack + static_cast<std::size_t>(kb) * kPackSize, unit, sizeof unit);
     }
 }
@@ -240,7 +240,7 @@ void round_sum(const float* const* in, int parts, std::size_t count, bf16* out) 
     }
 }
 
-void turn(const float* c, std::size_t ldc, int rows, int cols, float* out) {
+void transpose(const float* c, std::size_t ldc, int rows, int cols, float* out) {
     const std::size_t ld = static_cast<std::size_t>(rows);
     for (int col = 0; col < cols; col += 16) {
         const int width = cols - col < 16 ? cols - col : 16;
@@ -259,4 +259,7 @@ void turn(const float* c, std::size_t ldc, int rows, int cols, float* out) {
     }
 }
 
-#define KTV_ELEMENTWISE pack_tokens, silu_mul, silu_mul_few, silu_mul_grad, add_transposed, add_rows, round_sum, turn
+// The initialisers of these functions in a table of Kernels.
+#define KTV_ELEMENTWISE                                                                                             \
+    .pack_tokens = pack_tokens, .silu_mul = silu_mul, .silu_mul_few = silu_mul_few, .silu_mul_grad = silu_mul_grad, \
+    .add_transposed = add_transposed, .add_rows = add_rows, .round_sum = round_sum, .transpose = transpose

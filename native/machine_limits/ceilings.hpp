@@ -3,8 +3,7 @@
 #pragma once
 
 #include <cstddef>
-
-#include "ktv/layer.hpp"
+#include <string>
 
 namespace ktv {
 
@@ -16,6 +15,6 @@ double read_rate(int threads, std::size_t bytes, int passes);
 // Floating-point operations per second of `threads` workers that do nothing for `seconds` but multiply registers with
 // the instruction that the kernels of `isa` multiply with: bf16 products for amx_bf16 and avx512_bf16, fp32 for the
 // others, which widen bf16 first. An addition and a multiplication count as two.
-double multiply_rate(Isa isa, int threads, double seconds);
+double multiply_rate(const std::string& isa, int threads, double seconds);
 
 }  // namespace ktv

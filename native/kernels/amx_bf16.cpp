@@ -189,9 +189,8 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 
 }  // namespace
 
-const Kernels* amx_bf16_kernels() {
-    static const Kernels table{Isa::amx_bf16, enter, leave, nt, 0, nullptr, nn, KTV_ELEMENTWISE};
-    return &table;
-}
+extern const Kernels amx_bf16_kernels;
+const Kernels amx_bf16_kernels{
+    .enter = enter, .leave = leave, .nt = nt, .few_rows = 0, .nt_few = nullptr, .nn = nn, KTV_ELEMENTWISE};
 
 }  // namespace ktv

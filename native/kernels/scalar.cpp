@@ -55,9 +55,8 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 
 }  // namespace
 
-const Kernels* scalar_kernels() {
-    static const Kernels table{Isa::scalar, nothing, nothing, nt, 0, nullptr, nn, KTV_ELEMENTWISE};
-    return &table;
-}
+extern const Kernels scalar_kernels;
+const Kernels scalar_kernels{
+    .enter = nothing, .leave = nothing, .nt = nt, .few_rows = 0, .nt_few = nullptr, .nn = nn, KTV_ELEMENTWISE};
 
 }  // namespace ktv
