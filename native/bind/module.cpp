@@ -1,5 +1,5 @@
-// The only file that knows of Python. Tensors come as addresses: ktverify/experts.py has checked their shapes, dtypes
-// and layout, and keeps them alive during a call.
+// The only file that depends on Python. Tensors are passed as addresses: KTMoEWrapper has checked their shapes, dtypes and
+// layout, and keeps them alive during a call.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -54,7 +54,7 @@ LoraPointers six(const Six& s) {
             pointer<void>(s[3]), pointer<void>(s[4]), pointer<void>(s[5])};
 }
 
-// The array's memory goes back to the process when its last view is gone.
+// The array's memory returns to the process's pool when its last view is deleted.
 std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes) {
     GradientMemory::Taken taken = process().gradients.take(bytes);
     auto block = std::make_unique<Block>(std::move(taken.block));
@@ -96,14 +96,16 @@ PYBIND11_MODULE(_native, m) {
     m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
     m.def("available_memory", &available_memory,
-          "Bytes that can still be taken: free memory, cgroup limit, RLIMIT_AS.");
+          "Bytes that can still be allocated: free memory, cgroup limit, RLIMIT_AS.");
     m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
     m.attr("HUGE_PAGE") = kHuge;
-    m.def("gradient_memory", &gradient_memory, "(uint8 array of so many bytes, whether it is zero).");
+    m.def("gradient_memory", &gradient_memory, "(uint8 array of this size, whether it is zero).");
     m.def("read_rate", &read_rate, py::arg("threads"), py::arg("bytes"), py::arg("passes"),
-          py::call_guard<py::gil_scoped_release>(), "Bytes per second that the threads together read, best pass.");
+          py::call_guard<py::gil_scoped_release>(),
+          "Bytes per second that the threads read together, in the best pass.");
     m.def("multiply_rate", &multiply_rate, py::arg("isa"), py::arg("threads"), py::arg("seconds"),
-          py::call_guard<py::gil_scoped_release>(), "Register-only flop per second of an ISA's kernels.");
+          py::call_guard<py::gil_scoped_release>(),
+          "Floating-point operations per second of an instruction set, on registers only.");
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 
     py::class_<Layer>(m, "Layer")

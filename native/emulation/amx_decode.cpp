@@ -33,7 +33,7 @@ bool has_form(Form form, unsigned modrm, unsigned vvvv) {
     return false;
 }
 
-// The memory operand: what follows the ModRM byte, whose mod is not 3. Returns what follows the operand.
+// Decodes the memory operand behind a ModRM byte whose mod is not 3. Returns the address behind the operand.
 const std::uint8_t* decode_address(const std::uint8_t* at, unsigned modrm, unsigned extend_base, unsigned extend_index,
                                    Instruction& out) {
     const unsigned mod = modrm >> 6, rm = modrm & 7;
@@ -67,7 +67,7 @@ const std::uint8_t* decode_address(const std::uint8_t* at, unsigned modrm, unsig
 
 bool decode(const std::uint8_t* code, Instruction& out) {
     const std::uint8_t* at = code;
-    // Without meaning in 64-bit mode: assemblers pad with them.
+    // Segment prefixes without effect in 64-bit mode: assemblers pad with them.
     while ((*at == 0x26 || *at == 0x2e || *at == 0x36 || *at == 0x3e) && at - code < 4) ++at;
 
     if (*at++ != 0xc4) return false;
@@ -79,7 +79,7 @@ bool decode(const std::uint8_t* code, Instruction& out) {
     if (opcode != 0x49 && opcode != 0x4b && opcode != 0x5c) return false;
     const unsigned modrm = *at++;
 
-    // VEX holds the extension bits and vvvv inverted.
+    // VEX contains the extension bits and vvvv inverted.
     const unsigned extend_reg = (vex1 & 0x80) ? 0 : 8;
     const unsigned extend_index = (vex1 & 0x40) ? 0 : 8;
     const unsigned extend_rm = (vex1 & 0x20) ? 0 : 8;

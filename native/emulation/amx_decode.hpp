@@ -1,4 +1,4 @@
-// AMX's tile instructions, read from machine code.
+// Decodes AMX's tile instructions from machine code.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,8 @@ struct Instruction {
     std::int32_t displacement;
 };
 
-// False: not one of ours. Reads no byte before those ahead of it have matched, so never beyond mapped code.
+// False when it is not one of these instructions. It reads a byte only after the bytes before it have matched, so it never
+// reads beyond mapped code.
 bool decode(const std::uint8_t* code, Instruction& out);
 
 }  // namespace ktv::emulation

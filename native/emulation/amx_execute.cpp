@@ -16,7 +16,8 @@ std::uint64_t read_register(const greg_t* registers, unsigned number) {
     return static_cast<std::uint64_t>(registers[kOrder[number]]);
 }
 
-// The address without the index, which scales memory operands of ldtilecfg and sttilecfg but is a stride elsewhere.
+// The address without the index, because the index is part of the address for ldtilecfg and sttilecfg only; for the others
+// it is the stride.
 std::uint64_t base_address(const Instruction& instruction, const greg_t* registers) {
     std::uint64_t base = 0;
     if (instruction.base == kInstructionPointer) {

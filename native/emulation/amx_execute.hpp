@@ -1,4 +1,4 @@
-// What a tile instruction does to a thread's tile registers and to memory.
+// Executes a tile instruction on a thread's tile registers and on memory.
 #pragma once
 
 #include <sys/ucontext.h>
@@ -11,8 +11,8 @@
 
 namespace ktv::emulation {
 
-// TILECFG, laid out as ldtilecfg reads it and sttilecfg writes it. palette 0 is the initial, unconfigured state, in
-// which every byte here and in the tiles is zero.
+// TILECFG in the layout that ldtilecfg reads and sttilecfg writes. palette 0 is the initial, unconfigured state: every
+// byte here and in the tiles is zero.
 struct Config {
     std::uint8_t palette;
     std::uint8_t start_row;
@@ -35,12 +35,12 @@ struct ThreadState {
 struct Fault {
     char reason[160];
 
-    // Returns false, for `return fault.because(...)`. printf is safe here: this SIGILL interrupts a tile instruction,
-    // never libc.
+    // Returns false, so that callers can `return fault.because(...)`. printf is safe in this signal handler, because the
+    // SIGILL interrupts a tile instruction and never libc.
     [[gnu::format(printf, 2, 3)]] bool because(const char* format, ...);
 };
 
-// False, with the reason, for what AMX would refuse; nothing has changed then.
+// False, with the reason in `fault`, when AMX would refuse the instruction; nothing has changed then.
 bool execute(ThreadState& state, const Instruction& instruction, const greg_t* registers, Fault& fault);
 
 }  // namespace ktv::emulation

@@ -16,10 +16,11 @@ namespace ktv::emulation {
 namespace {
 
 constexpr std::uint32_t kNan = 0xffc00000;
-constexpr int kHighHalf = static_cast<int>(0xffff0000);  // of a bf16 pair: the odd element, as the fp32 it stands for
+constexpr int kHighHalf = static_cast<int>(0xffff0000);  // of a bf16 pair: the odd element, widened to fp32
 
-// Round to nearest even, denormals are zero, results flush to zero, no exception traps: AMX's own mode, not MXCSR's.
-// The compiler does not know that arithmetic depends on it, so it must not be inlined into this object's scope.
+// Sets AMX's own mode instead of the caller's: round to nearest even, denormals are zero, results flush to zero, no
+// exception traps. The compiler does not know that arithmetic depends on it, so the arithmetic is in functions that are
+// not inlined into this object's scope.
 class AmxRounding {
   public:
     AmxRounding() { _mm_setcsr(0x9fc0); }
@@ -31,9 +32,9 @@ class AmxRounding {
     unsigned saved_ = _mm_getcsr();
 };
 
-// fp32 fma(a, b, c) for a and b that were bf16, without the instruction: the product has 16 significant bits and is
-// exact in fp64. So is the sum, unless one operand lies more than 2^29 below the other; it is then too small to move
-// the other, an fp32 itself, to a neighbour or to a tie. Either way only the rounding to fp32 counts.
+// fp32 fma(a, b, c) for bf16 values a and b, without the FMA instruction. The product has 16 significant bits and is exact
+// in fp64. So is the sum, unless one operand is more than 2^29 times smaller than the other; it is then too small to move
+// the other, an fp32 value, to a neighbour or to a tie. In both cases only the rounding to fp32 counts.
 float fma_of_bf16(float a, float b, float c) {
     return static_cast<float>(static_cast<double>(a) * b + c);
 }
@@ -64,8 +65,8 @@ float fma_of_bf16(float a, float b, float c) {
     }
 }
 
-// The vector paths take lane for n and four rows at a time, which hides the latency of the multiply-adds and shares
-// the unpacking of b. They compute the rows and lanes outside the shape too, and store zero there.
+// In the vector paths a lane is a column n. They compute four rows at a time, which hides the latency of the
+// multiply-adds and shares the unpacking of b; rows and lanes outside the shape too, where they store zero.
 constexpr unsigned kBlock = 4;
 
 [[gnu::target("avx2,fma")]] void tdpbf16ps_avx2(Tile& dest, const Tile& a, const Tile& b, Shape shape) {
@@ -109,7 +110,7 @@ constexpr unsigned kBlock = 4;
     const __m512i high_half = _mm512_set1_epi32(kHighHalf);
     const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(kNan)));
     const auto inside = static_cast<__mmask16>((1u << shape.columns) - 1);
-    constexpr __mmask16 kAll = 0xffff;  // gcc 12 takes the unmasked shift for a use of something uninitialized
+    constexpr __mmask16 kAll = 0xffff;  // gcc 12 reports the unmasked shift as a use of an uninitialized value
     for (unsigned block = 0; block < kRows; block += kBlock) {
         __m512 even[kBlock], odd[kBlock];
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-// The arithmetic of AMX's tiles by itself, for the emulator and for comparison with hardware. x86-64 only.
+// The arithmetic of AMX's tiles, for the emulator and for comparison with hardware. x86-64 only.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ constexpr unsigned kTiles = 8;      // palette 1: eight tiles
 constexpr unsigned kRows = 16;      // of at most 16 rows
 constexpr unsigned kRowBytes = 64;  // of at most 64 bytes
 
-// One tile register: 16 rows of 64 bytes, that is fp32 [16][16] or bf16 pairs [16][16][2].
+// One tile register: 16 rows of 64 bytes: fp32 [16][16] or bf16 pairs [16][16][2].
 struct alignas(64) Tile {
     std::uint8_t bytes[kRows][kRowBytes];
 };
@@ -19,15 +19,15 @@ struct Shape {
     unsigned rows, depth, columns;
 };
 
-// How tdpbf16ps is computed. The bits are the same; scalar is the reference and needs no more than SSE2.
+// How tdpbf16ps is computed. All give the same bits; scalar is the reference and needs only SSE2.
 enum class Path { scalar, avx2, avx512 };
 bool path_available(Path path) noexcept;
 Path best_path() noexcept;
 
 // dest fp32, a and b bf16 pairs. Per element: the even and the odd products each summed over depth by fused
 // multiply-add from zero, the two sums added, the result added to dest. Rounds to nearest even; denormal inputs and
-// outputs are zero; the caller's MXCSR neither matters nor changes. What lies outside [rows][columns] becomes zero.
-// The manual leaves open which NaN comes out; here it is always 0xffc00000.
+// outputs are zero; the caller's MXCSR is not used and not changed. Elements outside [rows][columns] become zero. The
+// manual does not specify which NaN results; here it is always 0xffc00000.
 void tdpbf16ps(Tile& dest, const Tile& a, const Tile& b, Shape shape, Path path) noexcept;
 
 }  // namespace ktv::emulation

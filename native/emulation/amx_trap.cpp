@@ -19,9 +19,9 @@
 namespace ktv::emulation {
 namespace {
 
-// The registers are 8 KiB, too much to ask of the static TLS that a library loaded by dlopen has to share; any other
-// TLS may call malloc at its first touch, here inside a signal handler. So: a pointer in static TLS, the block from
-// the kernel, and a pthread key to give it back when the thread ends.
+// The registers are 8 KiB, too much for the static TLS that all libraries loaded by dlopen share. Any other TLS may call
+// malloc on first use, which is forbidden in a signal handler. So there is a pointer in static TLS, a block from the
+// kernel, and a pthread key that frees the block when the thread ends.
 [[gnu::tls_model("initial-exec")]] thread_local constinit ThreadState* this_thread_state = nullptr;
 pthread_key_t release_key;
 
@@ -42,9 +42,9 @@ ThreadState* thread_state() {
 }
 
 std::atomic<std::uint64_t> emulated{0};
-struct sigaction previous_action;  // written once, before the handler is in place
+struct sigaction previous_action;  // written once, before the handler is installed
 
-void complain(const Instruction& instruction, std::uint64_t address, const Fault& fault) {
+void report(const Instruction& instruction, std::uint64_t address, const Fault& fault) {
     char operands[48] = "";
     switch (instruction.encoding->form) {
         case Form::tile:
@@ -72,10 +72,10 @@ void restore_default() {
     sigaction(SIGILL, &action, nullptr);
 }
 
-// To whoever handled SIGILL before, as the kernel would have called them. When the interrupted code goes on, its own
-// signal mask comes back with it.
+// Calls the previous SIGILL handler as the kernel would have called it. The interrupted code gets its own signal mask back
+// when it continues.
 void pass_on(siginfo_t* info, void* context) {
-    const bool sent = info->si_code <= 0;  // by kill() or its like, not raised by an instruction
+    const bool sent = info->si_code <= 0;  // by kill() and similar calls, not by an instruction
     if (previous_action.sa_handler == SIG_IGN && sent) return;
     if (previous_action.sa_handler == SIG_DFL || previous_action.sa_handler == SIG_IGN) {
         restore_default();
@@ -105,16 +105,16 @@ void on_sigill(int, siginfo_t* info, void* context) {
         pass_on(info, context);
         return;
     }
-    // A trap costs far more than what it is for, and tile instructions come in runs: take the whole run.
+    // A trap costs far more than an instruction, and tile instructions come in runs: execute the whole run.
     ThreadState* state = thread_state();
     Fault fault;
     do {
         const bool done = state != nullptr ? execute(*state, instruction, registers, fault)
                                            : fault.because("no memory for the thread's tile registers");
         if (!done) {
-            complain(instruction, static_cast<std::uint64_t>(registers[REG_RIP]), fault);
+            report(instruction, static_cast<std::uint64_t>(registers[REG_RIP]), fault);
             restore_default();
-            break;  // back to that instruction, which now ends the process
+            break;  // the instruction raises SIGILL again, which now ends the process
         }
         registers[REG_RIP] += instruction.length;
         emulated.fetch_add(1, std::memory_order_relaxed);
@@ -136,7 +136,7 @@ bool amx_trap_install() {
     if (amx_trap_installed()) return true;
     if (was_installed || pthread_key_create(&release_key, release_thread_state) != 0) return false;
     sigaction(SIGILL, nullptr, &previous_action);
-    // SIGILL stays blocked meanwhile: an illegal instruction in the emulator itself ends the process at once.
+    // SIGILL stays blocked inside the handler: an illegal instruction in the emulator ends the process at once.
     struct sigaction action{};
     action.sa_sigaction = on_sigill;
     action.sa_flags = SA_SIGINFO | SA_RESTART;

@@ -1,4 +1,4 @@
-// AVX2 with FMA: bf16 is widened to fp32 by a shift, eight lanes.
+// AVX2 with FMA: eight lanes; a shift widens bf16 to fp32.
 #include <immintrin.h>
 
 #include <cstring>
@@ -57,7 +57,7 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, st
 }
 
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
-    constexpr int chunk = 8, N = 4, M = 8;  // rows of W in a register block; twice as many where the tokens fill half
+    constexpr int chunk = 8, N = 4, M = 8;  // rows of W in a register block: N, or M with half a group
     const int groups = (rows + kGroup - 1) / kGroup;
     bool add = false;
     for (int s = 0; s < count; ++s) {

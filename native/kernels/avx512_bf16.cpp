@@ -1,4 +1,4 @@
-// AVX-512 with vdpbf16ps: sixteen fp32 lanes, two products a lane and instruction.
+// AVX-512 with vdpbf16ps: 16 fp32 lanes, two products in each lane with one instruction.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -9,8 +9,11 @@
 namespace ktv {
 namespace {
 
-#include "avx512_pack.inl"
+#include "avx512_stream.inl"
 #include "elementwise.inl"
+#include "prefetch_schedule.inl"
+
+#include "avx512_panels.inl"
 
 void nothing() {}
 
@@ -24,8 +27,8 @@ KTV_INLINE __m512i broadcast_pair(const bf16* p) {
     return _mm512_set1_epi32(pair);
 }
 
-// The same by one instruction that gcc cannot take apart: of two uses, in different widths, it would make a scalar load
-// and two moves between register files.
+// The same by one instruction that gcc cannot split: for two uses in different widths it would generate a scalar load and
+// two moves between register files.
 KTV_INLINE __m512i broadcast_pair_once(const bf16* p) {
     using Pair = std::int32_t __attribute__((may_alias, aligned(alignof(bf16))));
     __m512i all;
@@ -33,16 +36,16 @@ KTV_INLINE __m512i broadcast_pair_once(const bf16* p) {
     return all;
 }
 
-// The first eight lanes, which cost nothing to take. (gcc 12 warns of its own header in _mm512_castsi512_si256.)
+// The first eight lanes, without an instruction. (_mm512_castsi512_si256 makes gcc 12 warn about its own header.)
 KTV_INLINE __m256i lower_half(__m512i v) {
     using Lanes = std::int32_t __attribute__((vector_size(64)));
     return (__m256i)__builtin_shufflevector((Lanes)v, (Lanes)v, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
-// Lanes are tokens. A register block is N rows of W by G groups, and with `half` by eight tokens more; a k-pair of W is
-// broadcast, one of the tokens is a load. At most N * (G + half) + G + half + 1 registers of 32.
+// Lanes are tokens. A register block is N rows of W by G groups, with `half` by eight more tokens. A k-pair of W is
+// broadcast, a k-pair of the tokens is loaded. It needs at most N * (G + half) + G + half + 1 of the 32 registers.
 template <int N, int G, bool half>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming<2> coming,
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Upcoming<2> upcoming,
                          float* c, std::size_t ldc, bool add) {
     __m512 sum[N][G + 1];
     __m256 rest[N];
@@ -52,7 +55,7 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
         for (int pair = 0; pair < kBlock / 2; ++pair) {
-            if (coming && pair < N) fetch(coming + (kb * kBlock + pair) * kBlock, 1);
+            if (upcoming && pair < N) prefetch_lines(upcoming + (kb * kBlock + pair) * kBlock, 1);
             const bf16* two = x + pair * 2 * kGroup;
             __m512i token[G + 1];
             for (int g = 0; g < G; ++g) token[g] = _mm512_loadu_si512(two + g * group_stride);
@@ -73,18 +76,19 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
 }
 
 template <int N, int G, bool half>
-void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Coming<2> coming, float* c,
+void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Upcoming<2> upcoming, float* c,
              std::size_t ldc, bool add) {
     for (int n = 0; n < kBlock; n += N) {
-        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, coming ? coming + n * kBlock : coming,
+        nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, upcoming ? upcoming + n * kBlock : upcoming,
                              c + n * ldc, ldc, add);
     }
 }
 
-// k goes in chunks that leave W's 32 rows in L1 while all groups pass over them: W is read from memory once.
+// k is split into chunks, so that W's 32 rows stay in the first-level cache while all groups are multiplied by them: W is
+// read from memory once.
 void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
     constexpr int chunk = 8;
-    // [groups at once][and half a group]: as many rows of W as leave the registers for it
+    // [groups at once][with half a group]: as many rows of W as the registers allow
     constexpr decltype(&nt_rows<16, 1, false>) run[5][2] = {{nullptr, nt_rows<16, 0, true>},
                                                             {nt_rows<16, 1, false>, nt_rows<8, 1, true>},
                                                             {nt_rows<8, 2, false>, nt_rows<8, 2, true>},
@@ -92,24 +96,24 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
                                                             {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
     const int rest = rows % kGroup, groups = rows / kGroup + (rest > kGroup / 2);
     const bool half = rest > 0 && rest <= kGroup / 2;
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, Coming<2> coming, bool add) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, Upcoming<2> upcoming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         for (int g = 0, at_once;; g += at_once) {
             const int left = groups - g;
             at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
             const bool last = at_once == left;
             run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride, blocks,
-                                       g == 0 ? coming : Coming<2>(), c + g * kGroup, ldc, add);
+                                       g == 0 ? upcoming : Upcoming<2>(), c + g * kGroup, ldc, add);
             if (last) break;
         }
     };
     visit_chunks<2>(segments, count, chunk, chunk, multiply);
 }
 
-// Lanes are k: one load of W serves every token, so that few of them leave the layer what it is then, a race to read W
-// once. W comes in its order in memory, for pieces of 256 bytes far apart leave the memory idle half of the time; so
-// the sums of two tokens or more, of which registers hold a part, wait in L1 from one chunk of k-blocks to the next.
-// Their sixteen lanes are added up at the end of k.
+// Few tokens. Lanes are k: one load of W serves every token, because the time of such a product is that of reading W
+// once. W is read in its order in memory, because pieces of 256 bytes far apart leave the memory idle half of the time.
+// So the sums of two or more tokens, which do not all fit the registers, wait in the first-level cache from one chunk of
+// k-blocks to the next. The sixteen lanes of a sum are added up after the last k-block.
 constexpr int few_rows = 11;
 static_assert(few_rows <= kGroup, "few tokens lie in one group");
 // Rows of W in a register block, and k-blocks in a chunk.
@@ -119,8 +123,7 @@ constexpr int few_block(int tokens) {
 constexpr int few_chunk(int tokens) {
     return tokens <= 4 ? 2 : 8;
 }
-// How often a line of W is asked for, and how many k-blocks apart: the less arithmetic there is, the fuller the miss
-// buffers, and the more room is there to ask again.
+// How often a line of W is prefetched, and how many k-blocks apart (see prefetch_schedule.inl).
 constexpr int few_times(int tokens) {
     return tokens <= 4 ? 6 : 4;
 }
@@ -128,12 +131,12 @@ constexpr int few_step(int tokens) {
     return tokens <= 4 ? 2 : 4;
 }
 
-// One k-block of N rows of W. What comes is fetched line by line between the products: in bursts, as many lines would
-// find the miss buffers full. Two rows stay in registers meanwhile; of four, the tokens do.
+// One k-block of N rows of W. The upcoming lines are prefetched one by one between the products, because in a burst they
+// would find the miss buffers full. Up to two rows stay in registers, with more rows the tokens do.
 template <int T, int N>
-KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Coming<few_times(T)>& coming) {
+KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Upcoming<few_times(T)>& upcoming) {
     const auto row = [&](int n) {
-        fetch(coming + n * kBlock, 1);
+        prefetch_lines(upcoming + n * kBlock, 1);
         return _mm512_loadu_si512(w + n * kBlock);
     };
     if constexpr (N <= 2) {
@@ -154,14 +157,15 @@ KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Co
 }
 
 template <int T>
-KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Coming<few_times(T)>& coming, float* sums,
-                           bool add) {
+KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Upcoming<few_times(T)>& upcoming,
+                           float* sums, bool add) {
     constexpr int N = few_block(T);
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
     }
-    for (int kb = 0; kb < kblocks; ++kb) dots(sum, w + kb * kBlockSize, x + kb * T * kBlock, coming + kb * N * kBlock);
+    for (int kb = 0; kb < kblocks; ++kb)
+        dots(sum, w + kb * kBlockSize, x + kb * T * kBlock, upcoming + kb * N * kBlock);
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) _mm512_store_ps(sums + (n * T + t) * 16, sum[n][t]);
     }
@@ -169,16 +173,16 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Comi
 
 template <int T>
 void sum_chunks(const NtSegment* segments, int count, float* sums) {
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& coming, bool add) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& upcoming, bool add) {
         const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * T * kBlock;
         for (int n = 0; n < kBlock; n += few_block(T))
-            dots_block<T>(w + n * kBlock, x, blocks, coming + n * blocks * kBlock, sums + n * T * 16, add);
+            dots_block<T>(w + n * kBlock, x, blocks, upcoming + n * blocks * kBlock, sums + n * T * 16, add);
     };
     visit_chunks<few_times(T)>(segments, count, few_chunk(T), few_step(T), multiply);
 }
 
-// One token: all rows at once through the whole of k, nearest to a plain reading of W. Some of the 32 sums find no
-// register; the compiler keeps those in memory, which costs less than chunks.
+// One token: all rows at once for all of k, which is nearest to a plain reading of W. The compiler keeps some of the 32
+// sums in memory; that costs less than chunks.
 template <>
 void sum_chunks<1>(const NtSegment* segments, int count, float* sums) {
     __m512 sum[kBlock][1];
@@ -186,7 +190,7 @@ void sum_chunks<1>(const NtSegment* segments, int count, float* sums) {
     for (const NtSegment* seg = segments; seg != segments + count; ++seg) {
         for (int kb = 0; kb < seg->kblocks; ++kb) {
             dots(sum, seg->weights + kb * kBlockSize, seg->tokens + kb * kBlock,
-                 coming_after<few_times(1)>(*seg, kb, few_step(1), few_step(1), 1));
+                 upcoming_after<few_times(1)>(*seg, kb, few_step(1), few_step(1), 1));
         }
     }
     for (int n = 0; n < kBlock; ++n) _mm512_store_ps(sums + n * 16, sum[n][0]);
@@ -216,9 +220,9 @@ void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
     dots[tokens - 1](segments, count, c);
 }
 
-// Where the blocks of a panel come from: they are there, or are interleaved while the first rows meet them, which hides
-// that behind the memory and spreads the fetching of what comes next over more arithmetic. Inlined by force, for gcc
-// makes some of them calls, one for each pair of rows, with the pair passed through memory.
+// Where the blocks of a panel come from: either they are interleaved already, or they are interleaved while the first rows
+// are multiplied, which hides that work behind the memory and spreads the prefetches over more arithmetic. Both are
+// always_inline, because gcc would call some of them for each pair of rows and pass the pair through memory.
 struct Interleaved {
     const bf16* blocks;
     KTV_INLINE auto block(int kb) const {
@@ -239,19 +243,19 @@ struct Interleaving {
 
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R, typename Blocks>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming,
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, UpcomingPanels upcoming,
                          float* c, std::size_t ldc, bool add) {
-    constexpr int times = R <= 2 ? ComingPanels::most : 2;  // see Coming
+    constexpr int times = R <= 2 ? UpcomingPanels::most : 2;  // prefetches of a line
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)
             sum[r][half] = add ? _mm512_loadu_ps(c + r * ldc + half * 16) : _mm512_setzero_ps();
     }
     for (int kb = 0; kb < panel.count; ++kb, g += kBlock) {
-        const auto now = coming.at<times>(kb, panel.blocks);
+        const auto now = upcoming.at<times>(kb, panel.blocks);
         const auto rows_of = blocks.block(kb);
         for (int pair = 0, pairs = panel.pairs(kb); pair < pairs; ++pair) {
-            fetch(now + 2 * pair * kBlock, 2);
+            prefetch_lines(now + 2 * pair * kBlock, 2);
             const RowPair two = rows_of(pair);
             for (int r = 0; r < R; ++r) {
                 const __m512i value = broadcast_pair(g + r * ld + 2 * pair);
@@ -266,28 +270,29 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Pan
 }
 
 template <int R, typename Blocks>
-void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, ComingPanels coming, float* c,
-             std::size_t ldc, bool add) {
-    if (rows == R) return nn_block<R>(g, ld, blocks, panel, coming, c, ldc, add);
-    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, coming, c, ldc, add);
+void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, UpcomingPanels upcoming,
+             float* c, std::size_t ldc, bool add) {
+    if (rows == R) return nn_block<R>(g, ld, blocks, panel, upcoming, c, ldc, add);
+    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, upcoming, c, ldc, add);
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
     constexpr int most = 12;
-    // With few rows the memory is ahead of the arithmetic: small panels shorten the time from one ask to the next.
+    // With few rows, reading W takes longer than the arithmetic: small panels shorten the time between two prefetches of
+    // a line.
     const int depth = rows <= 4 ? kNnBlocks / 2 : kNnBlocks;
     visit_panels(segments, count, cblocks, depth,
-                 [&](const NnSegment& seg, const Panel& panel, ComingPanels coming, bool add) {
-                     const int some = piece(rows, most);
+                 [&](const NnSegment& seg, const Panel& panel, UpcomingPanels upcoming, bool add) {
+                     const int some = even_chunk(rows, most);
                      for (int r = 0; r < rows; r += some) {
                          const auto run = [&](auto blocks) {
                              nn_rows<most>(std::min(rows - r, some), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld,
-                                           blocks, panel, coming, c + r * ldc + panel.cb * kBlock, ldc, add);
+                                           blocks, panel, upcoming, c + r * ldc + panel.cb * kBlock, ldc, add);
                          };
                          if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});
                          else if (seg.weights) run(Interleaving<false>{seg, panel});
                          else run(Interleaving<true>{seg, panel});
-                         coming = ComingPanels();  // once is enough
+                         upcoming = UpcomingPanels();  // the first rows have prefetched them
                      }
                  });
 }

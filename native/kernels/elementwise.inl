@@ -1,7 +1,7 @@
 // Everything between two matrix products, written once with the compiler's vector types and compiled once for each
-// instruction set: include it inside an unnamed namespace of a file that has its own -m flags. No intrinsics; the same
-// operations in the same order everywhere, so that instruction sets agree on these values to the bit. A file may define
-// KTV_STREAM(to, lanes), a store past the caches of a whole line, and wait for it in Kernels::leave.
+// instruction set. Include it inside an unnamed namespace of a file that has its own -m flags. It uses no intrinsics and
+// the same operations in the same order everywhere, so that all instruction sets compute the same bits. A file may
+// define KTV_STREAM(to, lanes), a store of a whole line past the caches; its Kernels::leave then waits for the stores.
 
 using F = float __attribute__((vector_size(64)));
 using U = std::uint32_t __attribute__((vector_size(64)));
@@ -20,7 +20,7 @@ KTV_INLINE void store(float* p, F v) {
 #ifndef KTV_STREAM
 #define KTV_STREAM(to, lanes) store(to, lanes)
 #endif
-// In halves: 16 lanes, 8, 4, 2, 1.
+// Adds halves: 16 lanes, 8, 4, 2, 1.
 KTV_INLINE float sum_of_lanes(F v) {
     float lane[16];
     store(lane, v);
@@ -36,7 +36,7 @@ KTV_INLINE F splat(float v) {
     return F{} + v;
 }
 
-// bf16 in the low half of each lane. Nearest even; a NaN stays a quiet NaN. Same rounding as ktv::to_bf16.
+// bf16 in the low half of each lane. Nearest even; a NaN stays a quiet NaN. The same rounding as ktv::to_bf16.
 KTV_INLINE U round_bf16(F v) {
     const U b = bits(v);
     const U rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
@@ -47,14 +47,14 @@ KTV_INLINE void store_bf16(bf16* p, F v) {
     const H16 narrow = __builtin_convertvector(round_bf16(v), H16);
     __builtin_memcpy(p, &narrow, sizeof narrow);
 }
-// Two rows of 16 values as 16 pairs: the row of a token pack.
+// Two rows of 16 values as 16 pairs: one row of a token pack.
 KTV_INLINE void store_pairs(bf16* p, F even, F odd) {
     const U pairs = round_bf16(even) | (round_bf16(odd) << 16);
     __builtin_memcpy(p, &pairs, sizeof pairs);
 }
 
 // exp(-|x|), to about 1 ulp; 0 where it would be subnormal; NaN stays NaN. Cody-Waite reduction by ln 2 in two parts,
-// then the Taylor series: its first dropped term is (ln2/2)^8/8! = 5e-9, below half an ulp.
+// then the Taylor series, whose first omitted term is (ln2/2)^8/8! = 5e-9, below half an ulp.
 KTV_INLINE F exp_of_minus_abs(F x) {
     const F a = (F)(bits(x) & 0x7fffffffu);
     const S tiny = a > splat(87.3f);
@@ -159,7 +159,7 @@ void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16*
             store_pairs(pack + group * group_stride + n * kGroup, h[0], h[1]);
         }
         if (!keep_g) continue;
-        // Until backward reads them, the caches have seen a layer or a whole model.
+        // Past the caches, because a layer or a whole model passes through them before backward reads g and u.
         for (int half = 0; half < kBlock; half += 16) {
             F m[16];
             load_transposed(gg + half * ldc, ldc, m);

@@ -1,15 +1,14 @@
-// The table that an instruction set fills. Everything above this line of the engine is plain C++; everything an
-// instruction set may do differently is one of these functions.
+// The functions that each instruction set implements. The rest of the engine is plain C++ without instruction sets.
 //
-// Layouts (all bf16 unless said otherwise):
+// Layouts (all bf16 unless stated otherwise):
 //   weight blocks  [N/32][K/32][32 n][32 k]                  one copy of W serves both directions: natural rows are the
 //                                                            A operand of W·x, and two neighbouring rows, interleaved,
 //                                                            the B operand of g·W
 //   token pack     [group][K/32][16 k-pairs][16 tokens][2]   the B operand of the forward (VNNI order)
-//   few tokens     [K/32][token][32 k]                       natural and dense, where an expert has so few rows that dot
+//   few tokens     [K/32][token][32 k]                       natural and dense, for an expert with so few rows that dot
 //                                                            products along k are faster: Kernels::few_rows
-//   rows           [row][K]                                  natural; up to a multiple of 16 rows may be read, but those
-//                                                            beyond the last hold anything, and nothing of them counts
+//   rows           [row][K]                                  natural; kernels may read up to a multiple of 16 rows, but
+//                                                            no result depends on those beyond the last
 // N and K are padded with zeros to multiples of 32, the tokens of a token pack to multiples of 16.
 #pragma once
 
@@ -28,11 +27,11 @@ inline constexpr int kChunkGroups = 16;                     // groups that one k
 inline constexpr int kChunkRows = kChunkGroups * kGroup;
 inline constexpr int kPanelBlocks = 4;  // column blocks of one nn task
 
-// The next of as few pieces as `left` takes, none above `most`, all alike: what is fetched during one is the next, and a
-// small rest would be slow.
-[[gnu::always_inline]] inline int piece(int left, int most) {
-    const int pieces = (left + most - 1) / most;
-    return (left + pieces - 1) / pieces;
+// Chunk size when `left` is split into the fewest near-equal chunks of at most `most`. Near-equal, because one chunk
+// prefetches the next, and a small last chunk would be slow.
+[[gnu::always_inline]] inline int even_chunk(int left, int most) {
+    const int chunks = (left + most - 1) / most;
+    return (left + chunks - 1) / chunks;
 }
 
 // One summand of nt: C[n][token] += sum_k W[n][k] x[token][k] over one row of weight blocks.
@@ -41,9 +40,9 @@ struct NtSegment {
     const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
     std::size_t group_stride;  // elements between groups of `tokens`; few tokens have none
     int kblocks;
-    // What will be multiplied after these weights, if it is known: as many k-blocks.
+    // The weights that are multiplied after these, if known: as many k-blocks.
     const bf16* next = nullptr;
-    // `blocks` k-blocks that will be visited from kb on, which may lie behind the end. All of them exist.
+    // The address of `blocks` existing k-blocks that are read from kb on; kb may lie behind the end.
     [[gnu::always_inline]] const bf16* from(int kb, int blocks) const {
         const int last = kblocks - blocks, beyond = kb - kblocks;
         if (beyond < 0) return weights + (kb < last ? kb : last) * kBlockSize;
@@ -60,23 +59,22 @@ struct NnSegment {
     const bf16* const* gathered;  // row k of W at gathered[k] + column, 32 * kblocks pointers
     std::size_t column;
     int kblocks;
-    // Pairs of rows of W at the end of the last k-block that are padding, all zero: they need not be multiplied.
+    // Pairs of rows of W at the end of the last k-block that are padding, all zero: kernels may skip them.
     int idle_pairs = 0;
-    // Of gathered rows: the caller's next product will be with the kPanelBlocks column blocks behind these.
+    // For gathered rows: the caller's next product uses the kPanelBlocks column blocks behind these.
     bool goes_on = false;
 };
 
 struct Kernels {
-    // On entry to and exit from a parallel region, on every worker (tile configuration; stores past the caches).
+    // Called by every worker when it enters and leaves a parallel region (tile configuration; stores past the caches).
     void (*enter)();
     void (*leave)();
 
-    // c [32][ldc] fp32, overwritten; columns beyond the tokens hold anything; tokens <= kChunkRows, in groups. Every
-    // token's sums are made in the same order, whatever its place and however many there are.
+    // c [32][ldc] fp32, overwritten; columns beyond the tokens are undefined; tokens <= kChunkRows, in groups. The order
+    // of a token's sums depends neither on its place nor on the number of tokens.
     void (*nt)(const NtSegment* segments, int count, int tokens, float* c, std::size_t ldc);
-    // The same product for 1 to few_rows tokens in the layout of few tokens, which stays that of the results: c
-    // [tokens][32]. Again every token's sums are made in the same order, but in another than nt's. Null where few_rows
-    // is 0.
+    // The same product for 1 to few_rows tokens in the layout of few tokens; c [tokens][32]. The order of a token's sums
+    // is again fixed, but differs from that of nt. Null where few_rows is 0.
     int few_rows;
     void (*nt_few)(const NtSegment* segments, int count, int tokens, float* c);
     // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks; at least one
@@ -85,9 +83,9 @@ struct Kernels {
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
     void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
-    // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group; when keep_g is
-    // not null also g and u as they are, transposed to [row][keep_ld] fp32; those begin on cache lines, and keep_ld is
-    // a multiple of 16.
+    // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group. When keep_g is
+    // not null, also g and u, transposed to [row][keep_ld] fp32; both start at a cache line, and keep_ld is a multiple
+    // of 16.
     void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
                      float* keep_g, float* keep_u, std::size_t keep_ld);
     // The same for few tokens: g, u [tokens][32] fp32 -> pack [tokens][32].

@@ -1,4 +1,4 @@
-// Portable kernels: plain loops, for any CPU. The yardstick of the others on exact input.
+// Portable kernels: plain loops, for any CPU. The tests compare the others with them.
 #include <cstring>
 
 #include "kernels.hpp"

@@ -28,21 +28,21 @@ int team_size(int threads) {
 
 using Line = std::uint64_t __attribute__((vector_size(64)));
 constexpr std::size_t kStep = 8 * sizeof(Line);
-// Some CPUs' own prefetchers reach the memory's rate alone, others only when asked two pages ahead, for the first-level
-// cache or for the second.
+// Some CPUs reach the memory's rate with their own prefetchers, others only with prefetches two pages ahead, into the first
+// or the second cache level.
 constexpr std::size_t kAhead = 8192;
-enum class Ask { nothing, first_level, second_level };
+enum class Prefetch { none, first_level, second_level };
 
-// The sum keeps the loads alive.
-template <Ask ask>
+// The sum keeps the compiler from removing the loads.
+template <Prefetch prefetch>
 std::uint64_t read(const std::byte* from, std::size_t bytes) {
     Line sum[8] = {};
     for (std::size_t at = 0; at < bytes; at += kStep) {
         const Line* lines = reinterpret_cast<const Line*>(from + at);
         for (int i = 0; i < 8; ++i) {
-            const std::byte* later = from + at + kAhead + static_cast<std::size_t>(i) * sizeof(Line);
-            if (ask == Ask::first_level) __builtin_prefetch(later, 0, 3);
-            if (ask == Ask::second_level) __builtin_prefetch(later, 0, 2);
+            const std::byte* later = from + at + kAhead + i * sizeof(Line);
+            if (prefetch == Prefetch::first_level) __builtin_prefetch(later, 0, 3);
+            if (prefetch == Prefetch::second_level) __builtin_prefetch(later, 0, 2);
             sum[i] += lines[i];
         }
     }
@@ -58,37 +58,37 @@ std::uint64_t read(const std::byte* from, std::size_t bytes) {
 double read_rate(int threads, std::size_t bytes, int passes) {
     const int workers = team_size(threads);
     if (passes < 1) throw BadInput("passes is " + std::to_string(passes) + ", it takes 1 or more");
-    const std::size_t share = bytes / static_cast<std::size_t>(workers) / kStep * kStep;
+    const std::size_t share = bytes / workers / kStep * kStep;
     if (share == 0) throw BadInput("bytes is " + std::to_string(bytes) + ", too few to share among the threads");
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, 1);
     auto& kept = shared.ceiling;
-    const auto begin = [&](int worker) { return kept.block.data() + share * static_cast<std::size_t>(worker); };
-    // Kept from call to call: pages that go back are cleared, or taken by a virtual machine's host, while the bench times
-    // somebody else.
+    const auto begin = [&](int worker) { return kept.block.data() + share * worker; };
+    // Kept from call to call, because releasing pages costs time in the kernel or in a virtual machine's host while the bench
+    // measures another engine.
     if (kept.workers != workers || kept.share != share) {
         kept = {};
         require_memory(bytes, "the memory that the bandwidth is measured on");
-        kept = {Block(share * static_cast<std::size_t>(workers) + kAhead + kStep), workers, share};
-        // Each worker touches first what it will read, so that the pages lie on its NUMA node.
+        kept = {Block(share * workers + kAhead + kStep), workers, share};
+        // Each worker writes its own share first, so that the pages are on its NUMA node.
         team.run([&](int worker) { std::memset(begin(worker), 1, share); });
     }
-    std::vector<std::uint64_t> sums(static_cast<std::size_t>(workers) * 8);
+    std::vector<std::uint64_t> sums(workers * 8);
     double best = 0;
     for (int pass = 0; pass < passes; ++pass) {
         const auto start = Clock::now();
         team.run([&](int worker) {
-            constexpr decltype(&read<Ask::nothing>) ways[] = {read<Ask::second_level>, read<Ask::nothing>,
-                                                              read<Ask::first_level>};
-            sums[static_cast<std::size_t>(worker) * 8] += ways[pass % 3](begin(worker), share);
+            constexpr decltype(&read<Prefetch::none>) ways[] = {read<Prefetch::second_level>, read<Prefetch::none>,
+                                                                read<Prefetch::first_level>};
+            sums[worker * 8] += ways[pass % 3](begin(worker), share);
         });
         best = std::max(best, static_cast<double>(share) * workers / seconds_since(start));
     }
-    // What was written is all ones, so the sums are known: a compiler that dropped the loads would show here.
+    // Every byte is 1, so the sums are known: this check fails if the compiler removed the loads.
     const std::uint64_t expected = 0x0101010101010101u * (share / 8) * static_cast<std::uint64_t>(passes);
     for (int worker = 0; worker < workers; ++worker) {
-        if (sums[static_cast<std::size_t>(worker) * 8] != expected) throw BadState("memory read back wrong");
+        if (sums[worker * 8] != expected) throw BadState("memory read back wrong");
     }
     return best;
 }
@@ -98,7 +98,7 @@ double multiply_rate(const std::string& isa, int threads, double seconds) {
     const int workers = team_size(threads);
     if (!(seconds > 0)) throw BadInput("seconds is " + std::to_string(seconds) + ", it takes more than 0");
     const std::lock_guard lock(process().mutex);
-    std::vector<double> done(static_cast<std::size_t>(workers) * 8);
+    std::vector<double> done(workers * 8);
     Team& team = process().team(workers, 1);
     const auto start = Clock::now();
     team.run([&](int worker) {
@@ -108,7 +108,7 @@ double multiply_rate(const std::string& isa, int threads, double seconds) {
             flops += set.register_peak();
         } while (seconds_since(start) < seconds);
         set.kernels->leave();
-        done[static_cast<std::size_t>(worker) * 8] = flops;
+        done[worker * 8] = flops;
     });
     const double took = seconds_since(start);
     double total = 0;

@@ -6,13 +6,13 @@
 //   4 input   per (part, expert, 128 columns of H): dx with its LoRA, added in the order of the experts; and the six
 //             LoRA gradients (lora_grads.cpp), as products whose reduction runs over the tokens
 //
-// The routing weight w is left out of the wide products and applied in fp32 where their results are used: dO goes into
-// the down product as it came, without a rounding of w dO, and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> falls out.
+// The wide products do not contain the routing weight w; it is applied in fp32 to their results. So w dO is not rounded,
+// and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> needs no further product.
 #pragma once
 
-#include <atomic>
 #include <vector>
 
+#include "expert_sums.hpp"
 #include "state.hpp"
 
 namespace ktv {
@@ -22,7 +22,7 @@ inline constexpr int panels_of(int blocks) {
     return (blocks + kPanelBlocks - 1) / kPanelBlocks;
 }
 
-// What the caller gave, and where the results go.
+// The caller's arguments.
 struct BackwardArguments {
     int rows;
     const bf16* grad_output;
@@ -33,15 +33,15 @@ struct BackwardArguments {
     bool accumulate;
 };
 
-// Writes one LoRA tensor's gradient in the parameter's dtype; with `sums` it first adds to them, in fp32.
+// Writes one LoRA tensor's gradient in the parameter's dtype. With `sums` it first adds the gradient to them, in fp32.
 class GradWriter {
   public:
     GradWriter(const Kernels& kernels, void* to, float* sums, bool fp32)
         : kernels_(kernels), to_(to), sums_(sums), fp32_(fp32) {}
-    // values[0..count) to elements first..
+    // Writes values[0..count) to the elements from `first` on.
     void put(std::size_t first, const float* values, std::size_t count) const;
     void clear(std::size_t first, std::size_t count) const;
-    // The sums of elements first.. as they are.
+    // Writes the sums of these elements without adding anything.
     void repeat(std::size_t first, std::size_t count) const { round(first, sums_ + first, count); }
 
   private:
@@ -55,15 +55,15 @@ class GradWriter {
 class Backward {
   public:
     Backward(Layer::State& layer, const Saved& kept, const BackwardArguments& arguments, Watch caller);
-    // Takes the working buffers, computes, and gives them back.
+    // Takes working buffers, computes, and returns them.
     void run(Process& shared, Team& team, Recording& recording);
 
   private:
     static constexpr std::size_t kScratch = std::size_t{kChunkRows} * kPanelCols;  // fp32: one nn result
 
-    // What a worker has at hand.
-    struct Hand {
-        int worker;
+    // The resources of one worker.
+    struct Worker {
+        int index;
         float* c;           // [kScratch]
         float* transposed;  // [kScratch], the transpose of a LoRA gradient's piece
         Watch watch;
@@ -76,16 +76,15 @@ class Backward {
         const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
         float* dot;                               // partial sums of dw: [rows][dots]
         Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
-        float* sum;     // [panels of H][T][128]
     };
-    // A small activation of 16 rows, and where it goes: rows [row][ld] from column `first` on; and transposed, of
-    // which `rows` are kept.
+    // The two destinations of a small activation of 16 rows: rows [row][ld] from column `first` on, and its transpose, of
+    // which the first `rows` rows are stored.
     struct Small {
         const Pair& plain;
         std::size_t ld, first;
         const Pair& transposed;
         std::size_t rows;
-        bool weighted;  // the transposed copy has the routing weight in it
+        bool weighted;  // the transposed copy contains the routing weight
     };
     // One panel of columns of one of an expert's LoRA gradients.
     struct Slice {
@@ -93,8 +92,8 @@ class Backward {
         int panel;
         bool goes_on;  // the worker's next task is the next panel
     };
-    // One LoRA gradient, or its transpose: a sum over parts of small [small_rows][tokens] x gathered [tokens][cols], of
-    // which used_rows are no padding.
+    // One LoRA gradient, or its transpose: a sum over parts of small [small_rows][tokens] x gathered [tokens][cols]. The
+    // rows from used_rows on are padding.
     struct Product {
         int small_rows, used_rows, blocks, cols;
     };
@@ -102,7 +101,7 @@ class Backward {
         Pair small;
         const bf16* const* gathered;  // row pointers of the expert's tokens
     };
-    // Rows n.. of a result in hand.c, and the columns that they are of.
+    // `count` rows of a result, which start at row n and column col of the gradient.
     struct Piece {
         int n, count;
         std::size_t col, width;
@@ -112,26 +111,27 @@ class Backward {
     void prepare_sums();
     void prepare_rows_of_x();
 
-    void gather(Hand& hand, int p, int group);
-    void down_grad(Hand& hand, const Task& task);
-    void rank_grad(Hand& hand, int p, int group);
-    void input_grad(Hand& hand, const Task& task);
-    void finish(int worker, int panel);
+    void gather(Worker& worker, int p, int group);
+    void down_grad(Worker& worker, const Task& task);
+    void rank_grad(Worker& worker, int p, int group);
+    void input_grad(Worker& worker, const Task& task);
     void weight_grad(int first);
     void put_small(const float* c, int cols, int group, const Small& to) const;
+    void multiply_b(Worker& worker, int group, const bf16* from, std::size_t ld, const Pair& b, int kblocks,
+                    int columns, Small to) const;
 
     // lora_grads.cpp
     int lora_tasks() const;  // of one expert
-    void lora_grad(Hand& hand, const Task& task);
-    void grad_gate_up_a(Hand& hand, const Slice& slice);
-    void grad_down_b(Hand& hand, const Slice& slice);
-    void grad_down_a(Hand& hand, const Slice& slice, std::size_t p);
-    void grad_gate_up_b(Hand& hand, const Slice& slice, std::size_t p, int which);
+    void lora_grad(Worker& worker, const Task& task);
+    void grad_gate_up_a(Worker& worker, const Slice& slice);
+    void grad_down_b(Worker& worker, const Slice& slice);
+    void grad_down_a(Worker& worker, const Slice& slice, std::size_t p);
+    void grad_gate_up_b(Worker& worker, const Slice& slice, std::size_t p, int which);
     template <typename TermOf, typename Emit>
-    void multiply(Hand& hand, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
+    void multiply(Worker& worker, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
                   const Emit& emit);
     void put_rows(const float* c, const GradWriter& writer, std::size_t to, std::size_t cols, const Piece& piece) const;
-    void put_columns(const Hand& hand, const GradWriter& writer, std::size_t to, const Piece& piece) const;
+    void put_columns(const Worker& worker, const GradWriter& writer, std::size_t to, const Piece& piece) const;
     void fill_idle(int expert) const;
 
     Layer::State& layer_;
@@ -141,7 +141,7 @@ class Backward {
     const Saved& kept_;
     const Routing& routing_;
     const LoraPack& lora_;
-    const BackwardArguments& given_;
+    const BackwardArguments& call_;
     Watch caller_;
 
     const bool with_lora_;
@@ -152,16 +152,14 @@ class Backward {
     std::vector<Part> parts_;
     bf16* zeros_ = nullptr;
     float* scratch_ = nullptr;
-    // Per worker, for workers allocate nothing: nobody could catch what that throws.
-    const float** part_sums_ = nullptr;  // [worker][part]
-    NnSegment* segments_ = nullptr;      // [worker][2 parts]
+    // [worker][2 parts]. Workers allocate nothing, because no caller could catch what an allocation throws.
+    NnSegment* segments_ = nullptr;
 
     std::vector<std::size_t> grad_sizes_;
     std::vector<GradWriter> write_;    // in the order of LoraPointers
     std::vector<const bf16*> x_rows_;  // [k_rows]
-    std::vector<int> idle_;            // experts without a token whose gradients are written all the same
-    Turns turns_;
-    std::vector<std::atomic<int>> parts_done_;  // [h_panels]
+    std::vector<int> idle_;            // experts without a token whose gradients are written
+    ExpertSums sums_;                  // of grad_input, in strips of 128 columns
 };
 
 }  // namespace ktv

@@ -26,8 +26,8 @@ std::span<const InstructionSet> instruction_sets();
 // Throws as require_isa does.
 const InstructionSet& instruction_set(const std::string& name);
 
-// Turns on the trap handler for tile instructions where amx_bf16 lacks only the AMX unit: for checks of the kernels, far
-// too slow for anything else. Does nothing on a CPU with AMX. True when emulation is on.
+// Installs the trap handler for tile instructions, so that amx_bf16 runs on a CPU with AVX-512 BF16 but without AMX: for
+// checks of the kernels, far too slow for anything else. Does nothing on a CPU with AMX. True when emulation is on.
 bool emulate_amx();
 
 }  // namespace ktv

@@ -1,4 +1,4 @@
-// The layer's public calls: what they refuse, and what they hand on.
+// The layer's public calls: their argument checks, and the calls into State.
 #include "ktv/layer.hpp"
 
 #include "backward.hpp"
@@ -26,7 +26,7 @@ const LayerConfig& checked(const LayerConfig& c) {
 }
 
 const LayerConfig& with_room(const LayerConfig& c) {
-    require_memory(z(c.parts) * z(c.num_experts) * sizeof(PackedExpert),
+    require_memory(c.parts * wide(c.num_experts) * sizeof(PackedExpert),
                    "the table of " + std::to_string(c.num_experts) + " experts");
     return c;
 }
@@ -38,26 +38,26 @@ Layer::State::State(const LayerConfig& c)
       size(sizes_of(c)),
       kernels(*instruction_set(c.isa).kernels),
       workers(std::max(1, std::min(c.threads, allowed_processors()))),
-      experts(z(c.parts)) {
-    for (auto& part : experts) part.resize(z(c.num_experts));
+      experts(c.parts) {
+    for (auto& part : experts) part.resize(c.num_experts);
 }
 
 Layer::Layer(const LayerConfig& config) : state_(std::make_unique<State>(config)) {}
 
 Layer::~Layer() {
-    // The blocks of forwards that never saw their backward go back to the kernel, not to the cache.
+    // The blocks of saved forwards without a backward go back to the kernel, not to the cache.
 }
 
 int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
                         const std::vector<std::int64_t>& physical_map) {
     State& s = *state_;
-    const std::size_t E = z(s.config.num_experts);
+    const std::size_t E = s.config.num_experts;
     std::vector<int> slot_of(E, -1);
     bool permutation = physical_map.size() == E;
     for (std::size_t p = 0; permutation && p < E; ++p) {
         const std::int64_t logical = physical_map[p];
-        permutation = logical >= 0 && logical < s.config.num_experts && slot_of[static_cast<std::size_t>(logical)] < 0;
-        if (permutation) slot_of[static_cast<std::size_t>(logical)] = static_cast<int>(p);
+        permutation = logical >= 0 && logical < s.config.num_experts && slot_of[logical] < 0;
+        if (permutation) slot_of[logical] = static_cast<int>(p);
     }
     for (const WeightSource* from : {&gate, &up, &down}) {
         if (from->experts.size() != E)

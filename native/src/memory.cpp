@@ -23,11 +23,11 @@ bool is_huge(std::size_t bytes) {
 }
 
 std::size_t page_size() {
-    static const auto size = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    static const auto size = sysconf(_SC_PAGESIZE);
     return size;
 }
 
-// The number in a file that holds nothing else; kUnlimited when there is none ("max", no such file).
+// The number in a file that contains one number; kUnlimited when there is none ("max", no such file).
 std::size_t number_in(const char* path) {
     std::ifstream file(path);
     std::size_t value;
@@ -55,17 +55,17 @@ std::size_t sum_in(const char* path, std::initializer_list<const char*> keys) {
     return sum;
 }
 
-// Where a version of control groups is mounted, and its names for what is asked here.
+// Where a version of control groups is mounted, and its names of the values needed here.
 struct Cgroups {
     std::string root, limit, used;
     std::initializer_list<const char*> cached;
 };
 
-// What a group and those that it lies in leave. It counts cached files as used, and gives them up when memory is asked
-// for: after reading a checkpoint they fill it. ktverify/machine.py tells the same, by the same rule.
+// Memory that a group and its parents leave. A group counts cached files as used, but frees them when memory is requested;
+// after reading a checkpoint they fill it. ktverify/system/machine.py uses the same rule.
 std::size_t left_in(const Cgroups& version, std::string group) {
     std::size_t least = kUnlimited;
-    // Inside a container the path may be the host's and not exist; the mount's root is the group itself then.
+    // Inside a container the path may be the host's and not exist; then the mount's root is the group itself.
     for (;;) {
         const std::string folder = version.root + (group == "/" ? "" : group) + "/";
         const std::size_t limit = number_in((folder + version.limit).c_str());
@@ -134,7 +134,7 @@ void release_pages(const void* first, std::size_t bytes) {
     const std::size_t page = page_size();
     const auto begin = (reinterpret_cast<std::uintptr_t>(first) + page - 1) / page * page,
                end = (reinterpret_cast<std::uintptr_t>(first) + bytes) / page * page;
-    // Advice only: where it is refused, the pages stay.
+    // Advice only: if it is refused, the pages stay.
     if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
@@ -156,7 +156,7 @@ Block::Block(std::size_t bytes) : size_(bytes) {
     auto address = reinterpret_cast<std::uintptr_t>(mapped_);
     if (huge) {
         address = (address + kHuge - 1) / kHuge * kHuge;
-        // Advice only: where huge pages are off, the block works with small ones.
+        // Advice only: without huge pages, the block has small ones.
         (void)madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
     }
     data_ = reinterpret_cast<std::byte*>(address);
@@ -176,7 +176,7 @@ Block BlockCache::take(std::size_t bytes, const std::string& what) {
         free_.erase(best);
         return block;
     }
-    // What lies here is too small for this call, and would only stand beside the block that is not.
+    // The blocks in the cache are too small for this call: free them before allocating a larger one.
     free_.clear();
     if (bytes > available_memory()) on_shortage_();
     require_memory(bytes, what);

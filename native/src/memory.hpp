@@ -1,4 +1,4 @@
-// Memory for weights and working buffers: pages straight from the kernel, huge where that pays, returned at once.
+// Memory for weights and working buffers: pages from the kernel, huge pages for large blocks, returned at once.
 #pragma once
 
 #include <cstddef>
@@ -12,13 +12,13 @@ namespace ktv {
 
 inline constexpr std::size_t kHuge = std::size_t{2} << 20;  // a huge page of x86-64, bytes
 
-// Bytes that can still be taken without swapping: MemAvailable, the cgroup's limit and RLIMIT_AS, whichever is least.
+// Bytes that can still be allocated without swapping: the least of MemAvailable, the cgroup's limit and RLIMIT_AS.
 std::size_t available_memory();
-// Throws OutOfMemory with both figures when `bytes` more cannot be had.
+// Throws OutOfMemory with both figures when `bytes` more are not available.
 void require_memory(std::size_t bytes, const std::string& what);
 
-// Takes the whole pages inside [first, first + bytes) out of this process: what was mapped from a file and never
-// written comes back with the next read, anything else is zero then.
+// Releases the whole pages inside [first, first + bytes). The next read finds the file's content where a file is mapped
+// that was not written, and zeros anywhere else.
 void release_pages(const void* first, std::size_t bytes);
 
 // An mmap'd block, 2 MiB aligned when it is large. Pages cost nothing until they are touched.
@@ -26,7 +26,7 @@ class Block {
   public:
     Block() = default;
     explicit Block(std::size_t bytes);
-    // What a block of so many bytes takes of the address space.
+    // Address space that a block of `bytes` takes.
     static std::size_t footprint(std::size_t bytes);
     ~Block();
     Block(Block&& other) noexcept { swap(other); }
@@ -51,8 +51,8 @@ class Block {
     std::size_t mapped_size_ = 0;
 };
 
-// Cuts arrays out of one block. Run once with no block to learn the size, then again on the block: one function that
-// lists the arrays serves both, so that they cannot disagree.
+// Cuts arrays out of one block. A first pass without a block measures the size, a second pass on the block cuts. One
+// function that lists the arrays serves both passes, so that they cannot disagree: see carved().
 class Carver {
   public:
     explicit Carver(std::byte* base = nullptr) : base_(base) {}
@@ -68,10 +68,21 @@ class Carver {
     std::size_t used_ = 0;
 };
 
-// Blocks that come and go with calls, kept for the next one: the smallest that fits is handed out again.
+// carve(Carver&) lists the arrays; take(bytes) returns a block for them.
+template <typename Carve, typename Take>
+Block carved(const Carve& carve, const Take& take) {
+    Carver measure;
+    carve(measure);
+    Block block = take(measure.used());
+    Carver cut(block.data());
+    carve(cut);
+    return block;
+}
+
+// Blocks that are reused from call to call: the smallest that fits is handed out again.
 class BlockCache {
   public:
-    // on_shortage: gives back what memory the process can spare.
+    // on_shortage: frees what memory the process can spare.
     explicit BlockCache(std::function<void()> on_shortage) : on_shortage_(std::move(on_shortage)) {}
     Block take(std::size_t bytes, const std::string& what);
     void give(Block block);

@@ -1,4 +1,4 @@
-// From the caller's tensors to weight blocks.
+// Packs the caller's tensors into weight blocks.
 #include <cstring>
 
 #include "state.hpp"
@@ -6,24 +6,24 @@
 namespace ktv {
 namespace {
 
-// rows [0, 32) of a row of weight blocks from a strided bf16 matrix [rows][cols]; zeros beyond its edges.
+// Packs 32 rows of a strided bf16 matrix [rows][cols] into one row of weight blocks; zeros beyond its edges.
 void pack_row(const bf16* from, std::ptrdiff_t row_stride, std::ptrdiff_t col_stride, int rows, int cols, bf16* to) {
     const int kblocks = blocks_of(cols);
     for (int kb = 0; kb < kblocks; ++kb) {
         const int have = std::min(kBlock, cols - kb * kBlock);
         for (int n = 0; n < kBlock; ++n) {
-            bf16* out = to + z(kb) * kBlockSize + z(n) * kBlock;
+            bf16* out = to + kb * kBlockSize + n * kBlock;
             if (n >= rows) {
                 std::memset(out, 0, kBlock * sizeof(bf16));
                 continue;
             }
             const bf16* in = from + n * row_stride + kb * kBlock * col_stride;
             if (col_stride == 1) {
-                std::memcpy(out, in, z(have) * sizeof(bf16));
+                std::memcpy(out, in, have * sizeof(bf16));
             } else {
                 for (int k = 0; k < have; ++k) out[k] = in[k * col_stride];
             }
-            std::memset(out + have, 0, z(kBlock - have) * sizeof(bf16));
+            std::memset(out + have, 0, (kBlock - have) * sizeof(bf16));
         }
     }
 }
@@ -38,16 +38,16 @@ struct LoraTensor {
     }
 };
 
-// A [rows][cols] piece of a contiguous matrix, ld apart, into weight blocks that are kblocks wide, from block row
-// `row_at` on; what lies beyond stays as it is. twice: hi also half a block to the right.
+// Packs a [rows][cols] piece of a contiguous matrix with leading dimension ld into weight blocks, kblocks in a row, from
+// row `row_at` on; other elements are not written. twice: stores hi also half a block to the right.
 void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int rows, int cols, int row_at, int kblocks,
                 const Pair& to, bool twice = false) {
     for (int n = 0; n < rows; ++n) {
         for (int k = 0; k < cols; ++k) {
             const int row = row_at + n;
             const std::size_t at =
-                (z(row / kBlock) * z(kblocks) + z(k / kBlock)) * kBlockSize + z(row % kBlock) * kBlock + z(k % kBlock);
-            const Split s = from.at(offset + z(n) * ld + z(k));
+                (row / kBlock * wide(kblocks) + k / kBlock) * kBlockSize + row % kBlock * kBlock + k % kBlock;
+            const Split s = from.at(offset + n * ld + k);
             to.hi[at] = s.hi;
             if (twice) to.hi[at + kBlock / 2] = s.hi;
             if (to.lo) to.lo[at] = s.lo;
@@ -58,71 +58,71 @@ void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int 
 }  // namespace
 
 std::size_t Layer::State::expert_bytes() const {
-    return 3 * z(size.ib) * z(size.hb) * kBlockSize * sizeof(bf16);
+    return 3 * size.ib * (size.hb * kBlockSize) * sizeof(bf16);
 }
 
 void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     if (wanted.empty()) return;
     if (gate.disposable && wanted.size() > 1) {
-        // One by one: at no time is more than one expert there twice.
+        // One by one, so that at most one expert is in memory twice.
         for (const int e : wanted) pack_experts(team, {e});
         return;
     }
-    // All memory first: an expert whose block is there counts as packed, so none may stay behind half made.
-    std::vector<std::vector<PackedExpert>> made(z(config.parts));
+    // Allocates all memory first: an expert with a block counts as packed, so no failure may leave one unfinished.
+    std::vector<std::vector<PackedExpert>> made(config.parts);
     for (auto& part : made) {
         part.resize(wanted.size());
         for (PackedExpert& expert : part) {
             expert.block = Block(expert_bytes());
             Carver carver(expert.block.data());
-            carver.take(expert.gate, z(size.ib) * gate_up_stride());
+            carver.take(expert.gate, size.ib * gate_up_stride());
             expert.up = expert.gate + panel(size.hb);
-            carver.take(expert.down, z(size.hb) * panel(size.ib));
+            carver.take(expert.down, size.hb * panel(size.ib));
         }
     }
     const int per_expert = 2 * size.ib + size.hb;  // rows of blocks
     TaskQueue queue(config.parts, team, static_cast<int>(wanted.size()), per_expert);
     const std::function<void(int)> body = [&](int worker) {
         queue.work(worker, [&](const Task& task) {
-            const int part = task.part, e = wanted[z(task.row)], slot = slot_of[z(e)];
+            const int part = task.part, e = wanted[task.row], slot = slot_of[e];
             int row = task.column;
-            PackedExpert& to = made[z(part)][z(task.row)];
+            PackedExpert& to = made[part][task.row];
             if (row < 2 * size.ib) {
                 const WeightSource& from = row < size.ib ? gate : up;
                 bf16* out = row < size.ib ? to.gate : to.up;
                 row %= size.ib;
-                pack_row(from.experts[z(slot)] + (part * size.I + row * kBlock) * from.row_stride, from.row_stride,
+                pack_row(from.experts[slot] + (part * size.I + row * kBlock) * from.row_stride, from.row_stride,
                          from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
-                         out + z(row) * gate_up_stride());
+                         out + row * gate_up_stride());
             } else {
                 row -= 2 * size.ib;
-                pack_row(down.experts[z(slot)] + row * kBlock * down.row_stride + part * size.I * down.col_stride,
+                pack_row(down.experts[slot] + row * kBlock * down.row_stride + part * size.I * down.col_stride,
                          down.row_stride, down.col_stride, std::min(kBlock, size.H - row * kBlock), size.I,
-                         to.down + z(row) * panel(size.ib));
+                         to.down + row * panel(size.ib));
             }
         });
     };
     team.run(body);
     for (std::size_t part = 0; part < made.size(); ++part) {
-        for (std::size_t i = 0; i < wanted.size(); ++i) experts[part][z(wanted[i])] = std::move(made[part][i]);
+        for (std::size_t i = 0; i < wanted.size(); ++i) experts[part][wanted[i]] = std::move(made[part][i]);
     }
     for (const int e : wanted) {
         release(gate, e, config.intermediate, config.hidden);
         release(up, e, config.intermediate, config.hidden);
         release(down, e, config.hidden, config.intermediate);
     }
-    // Last: whoever sees that all are packed lets the sources go.
+    // Last, because the caller frees the sources when all experts are packed.
     packed += static_cast<int>(wanted.size());
 }
 
 void Layer::State::release(const WeightSource& from, int expert, int rows, int cols) const {
     if (!from.disposable) return;
     const std::ptrdiff_t last = (rows - 1) * from.row_stride + (cols - 1) * from.col_stride;
-    release_pages(from.experts[z(slot_of[z(expert)])], (static_cast<std::size_t>(last) + 1) * sizeof(bf16));
+    release_pages(from.experts[slot_of[expert]], (last + 1) * sizeof(bf16));
 }
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
-    const std::size_t E = z(config.num_experts);
+    const std::size_t E = config.num_experts;
     const LoraStrides strides = lora_strides();
     const std::size_t a = strides.gate_up_a, b = strides.gate_b, da = strides.down_a, db = strides.down_b;
     const auto carve = [&](LoraPack& pack, Carver& carver) {
@@ -133,35 +133,34 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
         take(pack.gate_up_a, a);
         take(pack.down_b, db);
         for (int p = 0; p < config.parts; ++p) {
-            take(pack.gate_b[z(p)], b);
-            take(pack.up_b[z(p)], b);
-            take(pack.down_a[z(p)], da);
+            take(pack.gate_b[p], b);
+            take(pack.up_b[p], b);
+            take(pack.down_a[p], da);
         }
     };
-    // A snapshot that a saved forward still needs stays as it is: its backward belongs to the same values.
+    // A saved forward keeps its snapshot unchanged, because its backward uses the same values.
     std::shared_ptr<LoraPack> to = lora;
     if (!to || to.use_count() > 2) {
         to = std::make_shared<LoraPack>();
-        to->gate_b.resize(z(config.parts));
-        to->up_b.resize(z(config.parts));
-        to->down_a.resize(z(config.parts));
-        Carver measure;
-        carve(*to, measure);
-        require_memory(measure.used(), "the snapshot of the LoRA weights");
-        to->block = Block(measure.used());  // fresh pages are zero, and padding is never written
-        Carver cut(to->block.data());
-        carve(*to, cut);
+        to->gate_b.resize(config.parts);
+        to->up_b.resize(config.parts);
+        to->down_a.resize(config.parts);
+        to->block = carved([&](Carver& carver) { carve(*to, carver); },
+                           [](std::size_t bytes) {
+                               require_memory(bytes, "the snapshot of the LoRA weights");
+                               return Block(bytes);  // fresh pages are zero, and padding is never written
+                           });
     }
-    const std::size_t H = z(size.H), I = z(size.I), r = z(size.r), all_I = I * z(config.parts);
+    const std::size_t H = size.H, I = size.I, r = size.r, all_I = I * config.parts;
     const bool fp32 = config.lora_fp32, twice = size.side_by_side();
     TaskQueue queue(1, team, config.num_experts);
     const std::function<void(int)> body = [&](int worker) {
         queue.work(worker, [&](const Task& task) {
-            const std::size_t e = z(task.row);
+            const std::size_t e = task.row;
             put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
             put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, at(to->gate_up_a, e * a));
             put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db), twice);
-            for (std::size_t p = 0; p < z(config.parts); ++p) {
+            for (int p = 0; p < config.parts; ++p) {
                 const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
                 put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->gate_b[p], e * b), twice);
                 put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->up_b[p], e * b), twice);

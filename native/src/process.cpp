@@ -11,10 +11,10 @@
 namespace ktv {
 namespace {
 
-// Never destroyed: at exit a worker may still be on its way to sleep.
+// Never destroyed, because at exit a worker may still be about to sleep.
 std::atomic<Process*> current{nullptr};
 
-// A fork waits for the computation that another thread has under way, so that the child never sees half of one.
+// A fork waits until another thread's computation is complete, so that the child never gets an incomplete one.
 void before_fork() {
     current.load()->mutex.lock();
 }
@@ -38,7 +38,7 @@ Process& process() {
 }
 
 GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
-    std::vector<Free> gone;  // unmapped without the lock: who drops a tensor waits for it
+    std::vector<Free> gone;  // unmapped without the lock, because a thread that drops a tensor waits for it
     {
         const std::lock_guard lock(mutex_);
         ++requests_;
@@ -46,7 +46,7 @@ GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
         const auto first_old = std::stable_partition(free_.begin(), free_.end(), std::not_fn(old));
         std::move(first_old, free_.end(), std::back_inserter(gone));
         free_.erase(first_old, free_.end());
-        // the one given last: its pages are most likely in the cache
+        // The one returned last: its pages are most likely in the cache.
         const auto found = std::find_if(free_.rbegin(), free_.rend(),
                                         [bytes](const Free& free) { return free.block.size() == bytes; });
         if (found != free_.rend()) {
@@ -66,7 +66,7 @@ void GradientMemory::give(Block block) noexcept {
         const std::lock_guard lock(mutex_);
         free_.push_back({std::move(block), requests_});
     } catch (const std::bad_alloc&) {
-        // then it goes back to the kernel
+        // The block goes back to the kernel.
     }
 }
 

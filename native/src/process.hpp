@@ -1,4 +1,4 @@
-// What all layers of a process share: the workers and the working buffers. One computation at a time holds it.
+// What all layers of a process share: the workers and the working buffers. One computation at a time uses them.
 #pragma once
 
 #include <cstdint>
@@ -13,27 +13,27 @@
 
 namespace ktv {
 
-// Memory of LoRA gradients, handed out again when the caller has dropped the last tensor in it. A training step asks
-// for the same sizes each time; fresh pages cost more than the gradients' arithmetic, above all where other programs
-// have left no huge ones. What nobody has asked for in the time of kPatience requests goes back to the kernel.
+// The memory of LoRA gradients. It returns here when the caller drops the last tensor in it, and is handed out again: a
+// training step requests the same sizes each time, and fresh pages cost more than the gradients' arithmetic, above all
+// where other programs have used up the huge pages. A block that fits none of kPatience requests goes back to the kernel.
 class GradientMemory {
   public:
     struct Taken {
         Block block;
-        bool zero;  // fresh pages; otherwise what the last user left
+        bool zero;  // fresh pages; otherwise the values of the last user
     };
     Taken take(std::size_t bytes);
     void give(Block block) noexcept;
     void clear();
 
   private:
-    // More than a step of any model has layers.
+    // More than any model has layers.
     static constexpr std::uint64_t kPatience = 1024;
     struct Free {
         Block block;
         std::uint64_t since;  // the number of requests when it was given
     };
-    std::mutex mutex_;  // its own: a tensor may be dropped while another thread computes
+    std::mutex mutex_;  // separate, because a tensor may be dropped while another thread computes
     std::vector<Free> free_;
     std::uint64_t requests_ = 0;
 };
@@ -43,7 +43,7 @@ struct Process {
     std::map<std::pair<int, int>, std::unique_ptr<Team>> teams;
     GradientMemory gradients;
     BlockCache cache{[this] { gradients.clear(); }};
-    // What read_rate reads, and how its pages lie: `share` bytes for each of `workers`.
+    // The memory that read_rate reads: `share` bytes for each of `workers`.
     struct {
         Block block;
         int workers = 0;
@@ -51,11 +51,11 @@ struct Process {
     } ceiling;
 
     Team& team(int workers, int parts);
-    // Gives back what no call and no tensor holds.
+    // Frees all memory that no call and no tensor uses.
     void release();
 };
 
-// A forked child gets a fresh one: threads do not survive a fork, and a mutex held by one of them never opens again.
+// A forked child gets a fresh one: threads do not survive a fork, and a mutex that one of them has locked stays locked.
 Process& process();
 
 }  // namespace ktv

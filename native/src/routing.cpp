@@ -8,10 +8,10 @@
 namespace ktv {
 
 void check_ids(const std::int64_t* ids, int tokens, int slots, int num_experts) {
-    const std::size_t count = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(slots);
+    const std::size_t count = tokens * static_cast<std::size_t>(slots);
     for (std::size_t i = 0; i < count; ++i) {
         if (ids[i] < -1 || ids[i] >= num_experts) {
-            const auto width = static_cast<std::size_t>(slots);
+            const auto width = slots;
             throw BadInput("expert_ids[" + std::to_string(i / width) + ", " + std::to_string(i % width) + "] is " +
                            std::to_string(ids[i]) + "; it takes 0 to " + std::to_string(num_experts - 1) +
                            ", or -1 for a slot that is not this layer's");
@@ -23,31 +23,30 @@ Routing route(const std::int64_t* ids, const float* weights, int tokens, int slo
     Routing r;
     r.tokens = tokens;
     r.slots = slots;
-    const std::size_t count = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(slots);
-    std::vector<int> rows(static_cast<std::size_t>(num_experts));
+    const std::size_t count = tokens * static_cast<std::size_t>(slots);
+    std::vector<int> rows(num_experts);
     for (std::size_t i = 0; i < count; ++i) {
-        if (ids[i] >= 0) ++rows[static_cast<std::size_t>(ids[i])];
+        if (ids[i] >= 0) ++rows[ids[i]];
     }
-    std::vector<int> next(static_cast<std::size_t>(num_experts));
+    std::vector<int> next(num_experts);
     for (int e = 0; e < num_experts; ++e) {
-        const int have = rows[static_cast<std::size_t>(e)];
-        next[static_cast<std::size_t>(e)] = r.rows;
+        const int have = rows[e];
+        next[e] = r.rows;
         if (have == 0) continue;
         const int groups = (have + kGroup - 1) / kGroup, kblocks = (have + kBlock - 1) / kBlock;
-        r.expert_of_group.insert(r.expert_of_group.end(), static_cast<std::size_t>(groups),
-                                 static_cast<std::int32_t>(r.experts.size()));
+        r.expert_of_group.insert(r.expert_of_group.end(), groups, static_cast<std::int32_t>(r.experts.size()));
         r.experts.push_back({e, have, r.rows, groups, r.k_rows, kblocks});
         r.rows += groups * kGroup;
         r.k_rows += kblocks * kBlock;
     }
-    r.token.assign(static_cast<std::size_t>(r.rows), -1);
-    r.weight.assign(static_cast<std::size_t>(r.rows), 0.0f);
+    r.token.assign(r.rows, -1);
+    r.weight.assign(r.rows, 0.0f);
     r.row_of.assign(count, -1);
     for (std::size_t i = 0; i < count; ++i) {
         if (ids[i] < 0) continue;
-        const int row = next[static_cast<std::size_t>(ids[i])]++;
-        r.token[static_cast<std::size_t>(row)] = static_cast<std::int32_t>(i / static_cast<std::size_t>(slots));
-        r.weight[static_cast<std::size_t>(row)] = weights[i];
+        const int row = next[ids[i]]++;
+        r.token[row] = static_cast<std::int32_t>(i / slots);
+        r.weight[row] = weights[i];
         r.row_of[i] = row;
     }
     return r;
@@ -57,8 +56,8 @@ Routing::Columns Routing::columns(int group) const {
     const Expert& e = expert_at(group);
     const int local = group - e.first_row / kGroup;
     const bool closes = local == e.groups - 1 && e.groups % 2 == 1;
-    return {std::min(kGroup, e.rows - local * kGroup), static_cast<std::size_t>(e.kblocks) * kBlock,
-            static_cast<std::size_t>(local) * kGroup, static_cast<std::size_t>(closes ? kBlock : kGroup)};
+    return {std::min(kGroup, e.rows - local * kGroup), std::size_t(e.kblocks * kBlock), std::size_t(local * kGroup),
+            std::size_t(closes ? kBlock : kGroup)};
 }
 
 }  // namespace ktv

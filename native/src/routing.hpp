@@ -16,7 +16,7 @@ struct Routing {
         int rows;       // without padding, > 0
         int first_row;  // a multiple of 16
         int groups;     // padded rows / 16
-        int first_k;    // a multiple of 32: where its tokens start when they are a reduction index
+        int first_k;    // a multiple of 32: its first token where the token is the reduction index
         int kblocks;    // rows / 32, rounded up
     };
     int tokens = 0, slots = 0;
@@ -25,18 +25,16 @@ struct Routing {
     std::vector<Expert> experts;                // those with rows
     std::vector<std::int32_t> token;            // [rows]
     std::vector<float> weight;                  // [rows]
-    std::vector<std::int32_t> row_of;           // [tokens * slots], -1 where the slot is nobody's
+    std::vector<std::int32_t> row_of;           // [tokens * slots], -1 for an empty slot
     std::vector<std::int32_t> expert_of_group;  // [rows / 16] index into experts
 
-    // Where a group's 16 rows stand when they are a reduction index: columns first..first + width of an operand
-    // [..][ld] of its expert, which is `ld` wide. width is 32 where the group also closes the last k-block.
+    // A group's 16 rows where the row is the reduction index: columns first..first + width of an operand [..][ld] of its
+    // expert. width is 32 where the group is alone in the last k-block.
     struct Columns {
-        int rows;  // of the 16, those that are no padding
+        int rows;  // of the 16, without padding
         std::size_t ld, first, width;
     };
-    const Expert& expert_at(int group) const {
-        return experts[static_cast<std::size_t>(expert_of_group[static_cast<std::size_t>(group)])];
-    }
+    const Expert& expert_at(int group) const { return experts[expert_of_group[group]]; }
     Columns columns(int group) const;
 };
 

@@ -31,30 +31,30 @@ const char* name_of(Phase phase) {
 Recording::Recording(bool on, int workers, int stages) {
     if (!on) return;
     began_ = now_ns();
-    lanes_.resize(static_cast<std::size_t>(workers));
-    for (Lane& lane : lanes_) lane.spans.reserve(static_cast<std::size_t>(stages));
+    workers_.resize(workers);
+    for (WorkerTimes& times : workers_) times.spans.reserve(stages);
 }
 
 StageTimes Recording::finish(bool backward, int rows, const Costs& costs) const {
     StageTimes out;
     out.backward = backward;
     out.rows = rows;
-    out.workers = static_cast<int>(lanes_.size());
+    out.workers = static_cast<int>(workers_.size());
     out.wall_ns = now_ns() - began_;
     for (int phase = 0; phase < kPhases; ++phase) {
         StageTimes::Row row{static_cast<Phase>(phase), {}, costs.flops[phase], costs.bytes[phase]};
         std::int64_t total = 0;
-        for (const Lane& lane : lanes_) {
-            std::int64_t ns = lane.ns[phase];
+        for (const WorkerTimes& times : workers_) {
+            std::int64_t ns = times.ns[phase];
             if (row.phase == Phase::wait)
-                ns += out.wall_ns - std::accumulate(lane.ns, lane.ns + kPhases, std::int64_t{0});
+                ns += out.wall_ns - std::accumulate(times.ns, times.ns + kPhases, std::int64_t{0});
             row.ns.push_back(ns);
             total += ns;
         }
         if (total > 0) out.phases.push_back(std::move(row));
     }
-    for (const Lane& lane : lanes_) {
-        auto& spans = out.spans.emplace_back(lane.spans);
+    for (const WorkerTimes& times : workers_) {
+        auto& spans = out.spans.emplace_back(times.spans);
         for (StageTimes::Span& span : spans) {
             span.begin -= began_;
             span.work_end -= began_;

@@ -1,4 +1,4 @@
-// What a layer holds, and the sizes that follow from its configuration.
+// The state of a layer, and the sizes that follow from its configuration.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,7 @@
 #include "process.hpp"
 #include "routing.hpp"
 #include "stages.hpp"
+#include "team.hpp"
 
 namespace ktv {
 
@@ -21,35 +22,36 @@ inline constexpr int blocks_of(int n) {
 inline constexpr int groups_of(int n) {
     return (n + kGroup - 1) / kGroup;
 }
-inline constexpr std::size_t z(int n) {
+// For products of two int that may exceed an int.
+inline constexpr std::size_t wide(int n) {
     return static_cast<std::size_t>(n);
 }
 
-// Rows of an expert that one call of a kernel takes, `rows` from `first` on, in so many groups. An expert has as few
-// chunks as there can be, all alike; behind the last, rows is 0.
+// Rows of an expert that one kernel call takes: `rows` rows from `first` on, in `groups` groups. An expert has the fewest
+// possible chunks, of nearly equal size; after the last one, rows is 0.
 struct RowChunk {
     RowChunk(const Routing::Expert& expert, int from)
         : first(from),
-          groups(from < expert.rows ? piece(expert.groups - from / kGroup, kChunkGroups) : 0),
+          groups(from < expert.rows ? even_chunk(expert.groups - from / kGroup, kChunkGroups) : 0),
           rows(std::min(expert.rows - from, groups * kGroup)),
           last(from + rows == expert.rows) {}
     int first, groups, rows;
     bool last;
 };
 
-// Per part: I is the part's share of the intermediate size.
+// Sizes of one part: I is the part's share of the intermediate size.
 struct Sizes {
     int H, I, r;
     int hb, ib, rb, ab;  // blocks of H, I, r and 2 r (gate_a above up_a)
     int hidden() const { return hb * kBlock; }
     int inter() const { return ib * kBlock; }
-    // Rows of wide operands stand one cache line further apart than they are long: at a distance of a power of two,
-    // the rows of a register block would share a few sets of the first-level cache.
+    // Leading dimensions of wide operands: one cache line more than a row, because at a distance of a power of two the
+    // rows of a register block would share a few sets of the first-level cache.
     int hidden_ld() const { return hidden() + kBlock; }
     int inter_ld() const { return inter() + kBlock; }
     int rank() const { return rb * kBlock; }
-    // A small rank leaves half of a block's depth: hi and lo of a small activation lie side by side in it, and a B
-    // twice.
+    // A rank of at most 16 fills half of a block's depth: hi and lo of a small activation are side by side in it, next to
+    // B twice.
     bool side_by_side() const { return r <= kBlock / 2; }
     int rank2() const { return ab * kBlock; }
     int rank_rows() const { return groups_of(r) * kGroup; }  // rows of a transposed [r, tokens] operand
@@ -66,13 +68,13 @@ inline void take(Carver& carver, Pair& pair, std::size_t count) {
     carver.take(pair.hi, count);
     carver.take(pair.lo, count);
 }
-// Where an expert's share of a Pair begins.
+// An expert's share of a Pair.
 inline Pair at(const Pair& p, std::size_t by) {
     return {p.hi + by, p.lo ? p.lo + by : nullptr};
 }
 
-// Base weights of one expert in one part, as weight blocks: gate beside up [ib][2][hb], for the forward reads them in
-// turns (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
+// Base weights of one expert in one part, as weight blocks: gate next to up [ib][2][hb], because the forward reads a row
+// of each alternately (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
 struct PackedExpert {
     Block block;
     bf16* gate = nullptr;
@@ -88,11 +90,11 @@ struct LoraPack {
     std::vector<Pair> gate_b, up_b, down_a;  // [part]
 };
 
-// What backward needs of a forward.
+// What a forward saves for its backward.
 struct Saved {
     Layer::Ticket ticket = 0;
     Routing routing;
-    std::shared_ptr<const LoraPack> lora;  // the snapshot that it was computed with
+    std::shared_ptr<const LoraPack> lora;  // the snapshot that it used
     Block block;
     bf16* x = nullptr;  // [T + 1][hidden_ld], the last row zero
     Pair xa_t;          // (s x Aᵀ)ᵀ: per expert [2][rank_rows][tokens], gate then up
@@ -120,14 +122,14 @@ struct Layer::State {
     const Kernels& kernels;
     int workers;
 
-    // Atomic, as are the counts below: they are read without the lock, by who must not wait for a computation.
+    // Atomic, like the counts below, because readers that must not wait for a computation read them without the lock.
     std::atomic<bool> weights_loaded{false}, lora_loaded{false};
     WeightSource gate, up, down;
-    int source_name = 0;                             // of these three
-    bool given_up = false;                           // their memory goes as experts are packed
+    int source_name = 0;                             // name of these three: see load_weights
+    bool given_up = false;                           // their memory is released as experts are packed
     std::vector<int> slot_of;                        // logical expert -> physical slot
     std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
-    std::atomic<int> packed{0};                      // counted when the sources are read no more
+    std::atomic<int> packed{0};                      // experts whose sources are not read any more
     std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
     Layer::Ticket last_ticket = 0;
@@ -135,14 +137,14 @@ struct Layer::State {
         if (ticket == 0 && !saved.empty()) return std::prev(saved.end());
         return std::find_if(saved.begin(), saved.end(), [&](const Saved& s) { return s.ticket == ticket; });
     }
-    // The same for those who only want to know, without waiting for a computation.
+    // The size of `saved` and the rows of its newest, for readers that do not wait for a computation.
     std::atomic<int> saved_forwards{0}, saved_rows{-1};
     void note_saved() {
         saved_rows = saved.empty() ? -1 : saved.back().routing.tokens;
         saved_forwards = static_cast<int>(saved.size());
     }
     Block grad_sums;             // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
-    std::vector<bool> has_sums;  // experts that have added to them
+    std::vector<bool> has_sums;  // experts with a sum
 
     bool recording = false;
     StageTimes recorded;
@@ -151,12 +153,12 @@ struct Layer::State {
 
     int terms() const { return config.lora_fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;  // packed, of one part
-    std::size_t source_bytes() const { return 3 * z(config.hidden) * z(config.intermediate) * sizeof(bf16); }
-    std::size_t panel(int kblocks) const { return z(kblocks) * kBlockSize; }
+    std::size_t source_bytes() const { return 3 * wide(config.hidden) * config.intermediate * sizeof(bf16); }
+    // Elements of one row of weight blocks.
+    std::size_t panel(int kblocks) const { return kblocks * kBlockSize; }
     std::size_t gate_up_stride() const { return 2 * panel(size.hb); }
     LoraStrides lora_strides() const {
-        return {z(size.ab) * panel(size.hb), z(size.ib) * panel(size.rb), z(size.rb) * panel(size.ib),
-                z(size.hb) * panel(size.rb)};
+        return {size.ab * panel(size.hb), size.ib * panel(size.rb), size.rb * panel(size.ib), size.hb * panel(size.rb)};
     }
 
     void pack_experts(Team& team, const std::vector<int>& wanted);
@@ -171,6 +173,13 @@ inline void put(const Pair& to, std::size_t at, float value) {
     const Split s = split(value);
     to.hi[at] = s.hi;
     to.lo[at] = s.lo;
+}
+
+// Ends a stage of a parallel region: every worker calls it.
+inline void end_stage(Watch& watch, Team& team) {
+    watch.tasks_done();
+    team.barrier();
+    watch.stage_done();
 }
 
 }  // namespace ktv

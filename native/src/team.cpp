@@ -18,8 +18,8 @@ void pause() {
 #endif
 }
 
-// Spins for about the time between two stages, some tens to some hundreds of microseconds as `pause` is short or long
-// on this CPU, and only then blocks on a futex.
+// Rounds of spinning before a worker blocks on a futex: about the time between two stages, some tens to some hundreds of
+// microseconds, depending on the duration of `pause` on this CPU.
 constexpr int kSpins = 4000;
 
 void wait_while(const std::atomic<int>& word, int value) {
@@ -75,7 +75,7 @@ Team::Team(int workers, int parts) : workers_(workers) {
     const auto nodes = numa_nodes();
     const bool pin = nodes.size() > 1 && parts > 1;
     helps_ = !pin || workers < parts;
-    threads_.reserve(static_cast<std::size_t>(workers - 1));
+    threads_.reserve(workers - 1);
     for (int worker = 1; worker < workers; ++worker) {
         try {
             threads_.emplace_back([this, worker] { serve(worker); });
@@ -87,8 +87,8 @@ Team::Team(int workers, int parts) : workers_(workers) {
         if (!pin) continue;
         cpu_set_t set;
         CPU_ZERO(&set);
-        for (const int cpu : nodes[static_cast<std::size_t>(worker % parts) % nodes.size()]) CPU_SET(cpu, &set);
-        // Where the kernel refuses, the worker runs anywhere: slower, and just as right.
+        for (const int cpu : nodes[(worker % parts) % nodes.size()]) CPU_SET(cpu, &set);
+        // If the kernel refuses, the worker may run on any processor: slower, with the same results.
         (void)pthread_setaffinity_np(threads_.back().native_handle(), sizeof set, &set);
     }
 }

@@ -1,6 +1,6 @@
-// The workers of the process. One team serves all layers that ask for the same number of threads and parts; it runs one
-// parallel region at a time. Inside a region the workers take tasks from counters and meet at barriers: no sleeping
-// while work is near.
+// The workers of the process. One team serves all layers with the same number of threads and parts; it runs one parallel
+// region at a time. Inside a region the workers take tasks from counters and meet at barriers. They spin for a while
+// before they block.
 #pragma once
 
 #include <algorithm>
@@ -14,28 +14,28 @@
 
 namespace ktv {
 
-// Processors this process may run on.
+// Number of processors that this process may run on.
 int allowed_processors();
-// Of them, those of each NUMA node, in the order of the nodes; nodes without any are left out.
+// Their numbers, for each NUMA node in the order of the nodes; nodes without any are omitted.
 std::vector<std::vector<int>> numa_nodes();
-// "0-3,8,10-11", as the kernel writes it.
+// Parses a list as the kernel writes it: "0-3,8,10-11".
 std::vector<int> parse_cpu_list(const std::string& text);
 
 class Team {
   public:
-    // `workers` threads in all, the caller of run() being one of them; worker w belongs to part w % parts. Where there
-    // are several NUMA nodes and parts, the workers of part p stay on node p % nodes, except the caller, whose thread
-    // is not ours to move.
+    // `workers` threads, including the caller of run(); worker w belongs to part w % parts. With several NUMA nodes and
+    // parts, the workers of part p stay on node p % nodes. The caller's thread is not pinned, because the engine does not
+    // own it.
     Team(int workers, int parts);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
     int workers() const { return workers_; }
-    // Whether a worker that has run out of tasks may take those of another part: not across NUMA nodes, unless a part
-    // has no worker of its own.
+    // Whether a worker without tasks may take those of another part. Not across NUMA nodes, unless a part has no worker
+    // of its own.
     bool helps() const { return helps_; }
-    // Calls body(worker) on every worker and returns when all have come back. body must not throw.
+    // Calls body(worker) on every worker and returns when all calls have returned. body must not throw.
     void run(const std::function<void(int)>& body);
     // Only inside run(), by every worker.
     void barrier();
@@ -61,15 +61,15 @@ struct alignas(64) Counter {
 // One of a TaskQueue's tasks.
 struct Task {
     int part, row, column;
-    // Where this worker will most likely go on; not known: next_row is -1.
+    // The task that this worker will most likely take next; next_row is -1 when it is not known.
     int next_row, next_column;
 };
 
-// `rows` times `columns` tasks for each of `parts`. The columns are split into lanes, as many as a part has workers if
-// there are columns enough; a lane's tasks are handed out in order, row by row, so that a column's tasks are begun in
-// the order of the rows. Where a row's columns are neighbours in memory, a worker in its own lane reads on and on,
-// without the breaks that it would see if the workers took columns in turns. One without tasks helps in the other lanes
-// of its part, and then may help the other parts.
+// `rows` times `columns` tasks for each of `parts`. The columns are split into lanes: one for each worker of the part, or
+// fewer where there are fewer columns. A lane's tasks are handed out in order, row by row, so that a column's tasks are
+// begun in the order of the rows. Where a row's columns are neighbours in memory, a worker in its own lane reads
+// contiguously; if all workers took columns from one queue, it would not. A worker without tasks helps in the other lanes
+// of its part, and then in the other parts if it may.
 class TaskQueue {
   public:
     TaskQueue(int parts, const Team& team, int rows, int columns = 1)
@@ -79,14 +79,14 @@ class TaskQueue {
           lanes_(std::clamp(columns, 1, workers_of(0))),
           rows_(rows),
           columns_(columns),
-          taken_(static_cast<std::size_t>(parts * lanes_)) {}
+          taken_(parts * lanes_) {}
     template <typename Do>  // do_task(const Task&)
     void work(int worker, const Do& do_task) {
-        // Helpers come from both sides, or all of them would meet in the same lane.
-        const int place = worker / parts_, turn = place % 2 == 0 ? 1 : lanes_ - 1;
+        // Helpers go in both directions; otherwise all of them would meet in the same lane.
+        const int place = worker / parts_, direction = place % 2 == 0 ? 1 : lanes_ - 1;
         for (int i = 0; i < (helps_ ? parts_ : 1); ++i) {
             const int part = (worker + i) % parts_, home = std::min(place * lanes_ / workers_of(part), lanes_ - 1);
-            for (int l = 0; l < lanes_; ++l) work_in(part, (home + l * turn) % lanes_, i == 0 && l == 0, do_task);
+            for (int l = 0; l < lanes_; ++l) work_in(part, (home + l * direction) % lanes_, i == 0 && l == 0, do_task);
         }
     }
 
@@ -95,8 +95,8 @@ class TaskQueue {
     void work_in(int part, int lane, bool own, const Do& do_task) {
         const int first = begin(lane), width = begin(lane + 1) - first, count = rows_ * width;
         const int together = at_home(part, lane);
-        std::atomic<int>& taken = taken_[static_cast<std::size_t>(part * lanes_ + lane)].value;
-        // Looking first spares those who come when all is done the line's ownership.
+        std::atomic<int>& taken = taken_[part * lanes_ + lane].value;
+        // The load first, because a fetch_add takes ownership of the cache line even when no task is left.
         while (taken.load(std::memory_order_relaxed) < count) {
             const int i = taken.fetch_add(1, std::memory_order_relaxed), next = i + together;
             if (i >= count) return;
@@ -105,9 +105,9 @@ class TaskQueue {
         }
     }
     int begin(int lane) const { return static_cast<int>(static_cast<std::int64_t>(lane) * columns_ / lanes_); }
-    // Worker w belongs to part w % parts. A part without a worker of its own counts as one with one.
+    // Workers of a part; at least 1.
     int workers_of(int part) const { return std::max(1, (workers_ - part + parts_ - 1) / parts_); }
-    // How many workers begin in a lane: those whose place, times lanes over workers, falls into it.
+    // How many workers begin in a lane: those with place * lanes / workers == lane.
     int at_home(int part, int lane) const {
         const int workers = workers_of(part);
         const auto first_place = [&](int l) { return (l * workers + lanes_ - 1) / lanes_; };
@@ -124,7 +124,7 @@ class TaskQueue {
 // in the order of the rows, so the task that wait() waits for is always running already.
 class Turns {
   public:
-    Turns(int parts, int columns) : columns_(columns), next_row_(static_cast<std::size_t>(parts * columns)) {}
+    Turns(int parts, int columns) : columns_(columns), next_row_(parts * columns) {}
     // Returns when the tasks of all earlier rows have passed.
     void wait(const Task& task);
     void pass(const Task& task);

@@ -32,7 +32,7 @@ int main() {
     fill(b, Data::gaussian, random);
     const Shape shape{16, 16, 16};
     constexpr unsigned kCalls = 5000;
-    std::printf("ns per instruction, 16 rows of 64 bytes, one trap each unless said otherwise%s\n",
+    std::printf("ns per instruction, 16 rows of 64 bytes, one trap each unless stated otherwise%s\n",
                 hardware ? " (this CPU has AMX: nothing is emulated)" : "");
     const auto report = [](const char* what, double ns) { std::printf("%-34s %9.1f\n", what, ns); };
 

@@ -2,9 +2,9 @@
 # Builds and runs the C++ tests twice: under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-# One test forks a process that has workers, as Python's multiprocessing does; ThreadSanitizer would refuse by default.
+# One test forks a process with workers, as Python's multiprocessing does; by default ThreadSanitizer refuses that.
 export TSAN_OPTIONS=die_after_fork=0:halt_on_error=1
-# The sanitizers' shadow memory wants its addresses free: without randomisation they are, where that may be turned off.
+# The sanitizers' shadow memory needs fixed addresses, which are free without address randomisation.
 plain=()
 setarch "$(uname -m)" -R true 2>/dev/null && plain=(setarch "$(uname -m)" -R)
 build=$here/../../build/sanitized

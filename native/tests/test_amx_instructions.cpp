@@ -1,5 +1,5 @@
 // Tile instructions in every form: configuration, addresses, moves. No instruction may change another register.
-// The checks also hold on a CPU with AMX: there they test the oracle.
+// The checks are also valid on a CPU with AMX: there they test the oracle.
 #include <sys/mman.h>
 
 #include <array>

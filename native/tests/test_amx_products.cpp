@@ -1,5 +1,5 @@
-// tdpbf16ps, as a function and as an instruction, against an oracle of its own, written in integers.
-// Every check holds on hardware too: there the instructions run as they are and the oracle is what is put to the test.
+// tdpbf16ps, as a function and as an instruction, against an oracle in integer arithmetic.
+// The checks are also valid on a CPU with AMX: there they test the oracle.
 #include <immintrin.h>
 
 #include <algorithm>

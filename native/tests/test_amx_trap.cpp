@@ -1,5 +1,5 @@
 // The signal handler: which signals it handles, threads, counting, and what AMX refuses.
-// The checks also hold on a CPU with AMX: there they test the oracle.
+// The checks are also valid on a CPU with AMX: there they test the oracle.
 #include <sched.h>
 #include <ucontext.h>
 

@@ -1,4 +1,4 @@
-// bfloat16 as the upper half of an fp32: conversions that need no instruction set.
+// bfloat16 as the upper half of an fp32: portable conversions.
 #pragma once
 
 #include <bit>
@@ -19,8 +19,8 @@ inline bf16 to_bf16(float value) {
     return static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// value = hi + lo to 16 significant bits. An infinite or NaN value keeps its meaning in hi alone: inf - inf would
-// turn an overflow into a NaN.
+// value = hi + lo to 16 significant bits. lo is 0 when hi is infinite or NaN, because inf - inf would turn an overflow
+// into a NaN.
 struct Split {
     bf16 hi, lo;
 };

@@ -43,7 +43,7 @@ struct WeightSource {
 };
 
 // The six LoRA tensors, contiguous, in the contract's order: gate_a [E,r,H], gate_b [E,I,r], up_a, up_b,
-// down_a [E,r,I], down_b [E,H,r]; bf16 or fp32 as LayerConfig::lora_fp32 says.
+// down_a [E,r,I], down_b [E,H,r]; fp32 if LayerConfig::lora_fp32, otherwise bf16.
 struct LoraPointers {
     void* gate_a = nullptr;
     void* gate_b = nullptr;

@@ -1,0 +1,136 @@
+// Which weights the AVX-512 and the AMX kernels prefetch, and when. Include it inside an unnamed namespace.
+//
+// A step of arithmetic prefetches a few lines into the second-level cache. All lines at once, or into the first level,
+// would fill the miss buffers, and every load behind them would wait. The CPU drops a prefetch that finds the buffers
+// full, so every line is prefetched several times, first long before it is needed, last shortly before: the less
+// arithmetic there is to hide a miss, the more often.
+
+// Prefetches the line at p into the first or the second cache level. It is asm because gcc treats a function that only
+// prefetches as one without effect, and removes calls to it.
+template <int level>
+[[gnu::always_inline]] inline void prefetch(const void* p) {
+    if constexpr (level == 1) asm volatile("prefetcht0 %a0" ::"p"(p));
+    else asm volatile("prefetcht1 %a0" ::"p"(p));
+}
+
+// Addresses in the weights that later steps read, the nearest first; null where there is nothing to prefetch.
+template <int times>
+struct Upcoming {
+    const bf16* at[times] = {};
+    explicit operator bool() const { return at[0]; }
+    [[gnu::always_inline]] Upcoming operator+(std::size_t elements) const {
+        Upcoming sum;
+        for (int i = 0; i < times; ++i) sum.at[i] = at[i] + elements;
+        return sum;
+    }
+};
+template <int times>
+[[gnu::always_inline]] inline void prefetch_lines(const Upcoming<times>& upcoming, int lines) {
+    for (int line = 0; line < lines; ++line) {
+        for (const bf16* from : upcoming.at) prefetch<2>(from + line * kBlock);
+    }
+}
+
+// ---- nt: chunks of k-blocks
+
+// The blocks `first` k-blocks after kb, and `step` further on each; `blocks` of them, as many as a chunk has.
+template <int times>
+[[gnu::always_inline]] inline Upcoming<times> upcoming_after(const NtSegment& seg, int kb, int first, int step,
+                                                             int blocks) {
+    Upcoming<times> upcoming;
+    for (int i = 0; i < times; ++i) upcoming.at[i] = seg.from(kb + first + i * step, blocks);
+    return upcoming;
+}
+
+// Calls multiply(segment, kb, blocks, upcoming, add) for each segment's chunks of at most `most` k-blocks. add is false
+// for the first chunk only. `upcoming` has `times` windows of a chunk's size: the next chunk, and the others `step`
+// k-blocks further on each (at most a chunk), so that a line lies in the windows of about `times` chunks.
+template <int times, typename Multiply>
+inline void visit_chunks(const NtSegment* segments, int count, int most, int step, const Multiply& multiply) {
+    bool add = false;
+    for (int s = 0; s < count; ++s) {
+        for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
+            blocks = even_chunk(segments[s].kblocks - kb, most);
+            multiply(segments[s], kb, blocks,
+                     upcoming_after<times>(segments[s], kb, blocks, std::min(step, blocks), blocks), add);
+        }
+    }
+}
+
+// ---- nn: panels
+
+// The position of a panel: segment, k-block, column block.
+struct PanelPosition {
+    int s = 0, kb = 0, cb = 0;
+};
+
+inline bool same_weights(const NnSegment& a, const NnSegment& b) {
+    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks &&
+           a.idle_pairs == b.idle_pairs;
+}
+
+// How many segments from s on multiply the same W, as the high and the low half of an operand do.
+inline int sharing_weights(const NnSegment* segments, int count, int s) {
+    int same = 1;
+    while (s + same < count && same_weights(segments[s], segments[s + same])) ++same;
+    return same;
+}
+
+// The position that nn visits after `at`, in panels of at most `depth` k-blocks: s is `count` at the end.
+inline PanelPosition next_position(const NnSegment* segments, int count, int cblocks, int depth, PanelPosition at) {
+    if (at.s == count) return at;
+    const int kblocks = segments[at.s].kblocks;
+    if (++at.cb < cblocks) return at;
+    at.cb = 0;
+    at.kb += even_chunk(kblocks - at.kb, depth);
+    if (at.kb < kblocks) return at;
+    return {at.s + sharing_weights(segments, count, at.s), 0, 0};
+}
+
+// The blocks of W from a position on, down the column. None for gathered rows.
+class BlockColumn {
+  public:
+    BlockColumn() = default;
+    BlockColumn(const NnSegment* segments, int count, PanelPosition at) {
+        if (at.s == count || !segments[at.s].weights) return;
+        const NnSegment& seg = segments[at.s];
+        block_ = seg.weights + at.kb * seg.kblock_stride + at.cb * kBlockSize;
+        stride_ = seg.kblock_stride;
+        count_ = seg.kblocks - at.kb;
+    }
+    // The i-th of them, or null.
+    const bf16* at(int i) const { return i < count_ ? block_ + i * stride_ : nullptr; }
+
+  private:
+    const bf16* block_ = nullptr;
+    std::size_t stride_ = 0;
+    int count_ = 0;
+};
+
+// The panels that nn visits next, the nearest first.
+struct UpcomingPanels {
+    static constexpr int most = 3;
+    BlockColumn column[most];
+    // What to prefetch of the first `times` panels while the i-th block of the present one is multiplied. Where they
+    // have no block, it is `cached`, whose prefetch costs little.
+    template <int times>
+    [[gnu::always_inline]] Upcoming<times> at(int i, const bf16* cached) const {
+        static_assert(times <= most);
+        Upcoming<times> upcoming;
+        for (int t = 0; t < times; ++t) {
+            const bf16* block = column[t].at(i);
+            upcoming.at[t] = block ? block : cached;
+        }
+        return upcoming;
+    }
+};
+
+// Prefetches all lines of `blocks` k-blocks of gathered rows at once. The rows lie far apart, with a few lines in each:
+// no hardware prefetcher finds them, and one load after the other would cost more than the product.
+inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblocks) {
+    if (seg.weights) return;
+    for (int k = 0; k < blocks * kBlock; ++k) {
+        const bf16* row = seg.gathered[kb * kBlock + k] + seg.column;
+        for (int cb = 0; cb < cblocks; ++cb) prefetch<1>(row + cb * kBlock);
+    }
+}
