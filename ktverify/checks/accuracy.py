@@ -17,7 +17,7 @@ from ktverify.checks.altered_inputs import TOKENS
 from ktverify.checks.causes import cause_of
 from ktverify.checks.check import Check, enter
 from ktverify.checks.judging import BUDGET, NUMBERS
-from ktverify.checks.problem import LiveOracle, Problem, Result
+from ktverify.checks.problem import Problem, Result
 from ktverify.checks.repro_commands import isa_name, repro_command, verify_command
 from ktverify.checks.target import Target
 from ktverify.engines.run import METHOD, run_case
@@ -198,36 +198,6 @@ def check_names(tensors: Sequence[str] | None, backward: bool) -> tuple[str, ...
         if name not in computed:
             raise ValueError(f"tensor is {name!r}, it takes one of {', '.join(computed)}")
     return tuple(name for name in ALL_TENSORS if name in tensors)
-
-
-def dump(result: Result, path: str) -> list[str]:
-    """Save what a case was made of as safetensors: `inputs.*`, `actual.*`, `expected.*`; returns the names.
-
-    Base weights of the active experts only, as `inputs.gate_proj.<expert>`, since all of them may be gigabytes.
-    Expected values are the fp64 oracle's, computed here if the comparison was with a golden.
-    """
-    from safetensors.torch import save
-
-    from ktverify.system.files import write_whole
-
-    inputs = result.problem.inputs
-    tensors: dict[str, torch.Tensor] = {
-        f"inputs.{name}": getattr(inputs, name)
-        for name in ("hidden_states", "expert_ids", "weights", "grad_output", "physical_map")
-    }
-    tensors.update({f"inputs.{name}": tensor for name, tensor in inputs.lora.items()})
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        tensors.update({f"inputs.{name}.{expert}": getattr(inputs, name)[expert] for expert in inputs.active})
-    expected = result.problem.expected
-    oracle = expected if isinstance(expected, LiveOracle) else LiveOracle.of(inputs)
-    for name, tensor in result.actual.items():
-        tensors[f"actual.{name}"] = tensor
-        tensors[f"expected.{name}"] = oracle.tensors[name]
-    data = save(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"case": result.problem.case.id}
-    )
-    write_whole(path, data)
-    return sorted(tensors)
 
 
 def _skipped_gradient(actual: torch.Tensor, where: dict[str, Any]) -> AccuracyRecord:

@@ -89,7 +89,7 @@ def _root(
     The suite:  pytest suites/ -n 4                  everything; writes reports/runs/<stamp>/
     After it:   python -m ktverify report            the last run's summary
                 python -m ktverify gate latest       exit code 1 if anything broke
-                python -m ktverify confirm           its accusations again, without the suite
+                python -m ktverify confirm           its claims again, without the suite
     One case:   python -m ktverify repro small
 
     Exit codes: 0 passed, 1 something did not pass, 2 the command could not be carried out.

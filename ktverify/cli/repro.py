@@ -69,7 +69,7 @@ def repro(
         result = kept[0] if kept else Result(Problem.of(parsed, fresh=fresh, method=method))
         written = []
         if dump is not None:
-            written.append(f"{len(checking.dump(result, str(dump)))} tensors in {dump}")
+            written.append(f"{bundle.dump(result, dump)} tensors in {dump}")
         if stand_alone is not None:
             script = bundle.write_result(result, target, stand_alone)
             written.append(f"{script}: run it with a Python that has {engine}")

@@ -1,8 +1,9 @@
-"""The folder: `case.safetensors` with inputs and expected values, and `run.py`, which the engine brings.
+"""A case on disk: `case.safetensors`, and the folder of a reproducer, which has `run.py` of the engine beside it.
 
-Comes in: a case, its inputs, the fp64 oracle's answers and the engine's name. An engine's factory names its script by
-an attribute, `stand_alone = "/path/run.py"`. The script reads the file beside it, makes one forward and backward, and
-saves what it got as `actual.safetensors`, by ktverify.names.ALL_TENSORS; what else it prints is for people.
+The file contains `inputs.*`, the fp64 oracle's answers as `expected.*`, and what an engine gave as `actual.*`; its
+metadata has the case's id. An engine's factory names its script by an attribute, `stand_alone = "/path/run.py"`. The
+script reads the file beside it, makes one forward and backward, and saves the results as `actual.safetensors`, by the
+names of spec.names.ALL_TENSORS. What else it prints is for people.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,18 +31,6 @@ ACTUAL_FILE = "actual.safetensors"
 _TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a case is run: tensor-parallel degree, threads (0: all that this process may use), what isa= gets ("": none);
-    suite: what the suite found, rel_l2 by tensor, to be printed beside the script's own.
-    """
-
-    tp: int = 1
-    threads: int = 0
-    isa: str = ""
-    suite: Mapping[str, float] = field(default_factory=dict)
-
-
 def script_of(engine: str) -> Path:
     """The script that an engine brings. ValueError where it brings none."""
     with call_of(IMPORT):
@@ -57,41 +45,84 @@ def script_of(engine: str) -> Path:
     return Path(path)
 
 
-def write(inputs: Inputs, oracle: LiveOracle, script: Path, directory: str | os.PathLike[str], how: Setting) -> Path:
-    """Write the folder, each file whole; returns the script in it. Weights in the experts' order, fp64 answers."""
+def save_case(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], inputs: Inputs, **about: str) -> int:
+    """Write a case file: `tensors` and the inputs other than base weights. Returns how many tensors it has."""
     from safetensors.torch import save
 
-    case = inputs.case
-    tensors = {f"inputs.{name}": getattr(inputs, name) for name in (*_TOKENS, *BASE_NAMES)}
-    tensors |= {f"inputs.{name}": tensor for name, tensor in inputs.lora.items()}
+    found = {f"inputs.{name}": getattr(inputs, name) for name in _TOKENS}
+    found |= {f"inputs.{name}": tensor for name, tensor in inputs.lora.items()} | dict(tensors)
+    contiguous = {name: tensor.contiguous() for name, tensor in found.items()}
+    write_whole(path, save(contiguous, metadata={"case": inputs.case.id, **about}))
+    return len(found)
+
+
+def dump(result: Result, path: str | os.PathLike[str]) -> int:
+    """Write the case file of a result, with `actual.*`. Returns how many tensors it has.
+
+    Base weights by slot, of the active experts only, as `inputs.gate_proj.<expert>`: all may be gigabytes.
+    """
+    inputs = result.problem.inputs
+    tensors = {"inputs.physical_map": inputs.physical_map}
+    for name in BASE_NAMES:
+        tensors |= {f"inputs.{name}.{expert}": getattr(inputs, name)[expert] for expert in inputs.active}
+    oracle = _oracle_of(result)
+    for name, tensor in result.actual.items():
+        tensors |= {f"actual.{name}": tensor, f"expected.{name}": oracle.tensors[name]}
+    return save_case(path, tensors, inputs)
+
+
+def write(
+    inputs: Inputs,
+    oracle: LiveOracle,
+    target: Target,
+    directory: str | os.PathLike[str],
+    suite: Mapping[str, float] | None = None,
+) -> Path:
+    """Write the folder of a reproducer, each file whole. Returns the script in it.
+
+    suite: rel_l2 by tensor as the suite found them, for the script to print beside its own.
+    """
+    script = script_of(target.engine)
+    case, folder = inputs.case, Path(directory)
+    tensors = {f"inputs.{name}": getattr(inputs, name) for name in BASE_NAMES}
     tensors |= {f"expected.{name}": oracle.tensors[name] for name in ALL_TENSORS}
     sizes = {"E": case.num_experts, "k": case.top_k, "H": case.hidden, "I": case.intermediate, "T": case.qlen}
-    sizes |= {"r": case.rank, "tp": how.tp, "threads": how.threads or len(os.sched_getaffinity(0))}
-    metadata = {
-        "case": case.id,
-        "sizes": json.dumps({**sizes, "alpha": case.alpha, "isa": how.isa}),
-        "budgets": json.dumps(_budgets(inputs, oracle)),
-        "suite": json.dumps(dict(how.suite)),
-    }
-    target = Path(directory)
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata)
-    write_whole(target / CASE_FILE, data)
-    return write_whole(target / SCRIPT, script.read_text(encoding="utf-8"))
+    sizes |= {"r": case.rank, "tp": target.tp, "threads": target.threads or len(os.sched_getaffinity(0))}
+    save_case(
+        folder / CASE_FILE,
+        tensors,
+        inputs,
+        sizes=json.dumps({**sizes, "alpha": case.alpha, "isa": isa_name(target.label)}),
+        budgets=json.dumps(_budgets(inputs, oracle)),
+        suite=json.dumps(dict(suite or {})),
+    )
+    return write_whole(folder / SCRIPT, script.read_text(encoding="utf-8"))
 
 
 def write_result(result: Result, target: Target, directory: str | os.PathLike[str]) -> Path:
-    """write for a case that was judged here."""
-    problem = result.problem
-    oracle = problem.expected if isinstance(problem.expected, LiveOracle) else LiveOracle.of(problem.inputs)
+    """`write` for a case that was judged here."""
     suite = {record.tensor: record.rel_l2 for record in result.records if record.gates}
-    how = Setting(target.tp, target.threads or 0, isa_name(target.label), suite)
-    return write(problem.inputs, oracle, script_of(target.engine), directory, how)
+    return write(result.problem.inputs, _oracle_of(result), target, directory, suite)
+
+
+def load_actual(directory: Path) -> dict[str, torch.Tensor] | None:
+    """The results that the script in a folder saved, None where it saved none."""
+    from safetensors.torch import load
+
+    path = directory / ACTUAL_FILE
+    return load(path.read_bytes()) if path.is_file() else None
+
+
+def _oracle_of(result: Result) -> LiveOracle:
+    """The fp64 answers, computed here if the comparison was with a golden."""
+    expected = result.problem.expected
+    return expected if isinstance(expected, LiveOracle) else LiveOracle.of(result.problem.inputs)
 
 
 def _budgets(inputs: Inputs, oracle: LiveOracle) -> dict[str, float]:
-    """rel_l2 that the suite allows, by tensor; a tensor without such a gate has to be exact.
+    """The suite's budgets of rel_l2, by tensor; a tensor without such a gate has to be exact.
 
-    They are those of the right answer itself, rounded once: no engine need have run.
+    They are those of the right answer rounded once, so that no engine need have run.
     """
     found: dict[str, float] = {}
     for name in ALL_TENSORS:

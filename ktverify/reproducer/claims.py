@@ -1,7 +1,7 @@
-"""What a run says against an engine, as far as one forward and backward of a case can show it.
+"""The claims of a run against its engine, as far as one forward and backward of a case can show them.
 
-Comes in: a run's records. Goes out: accusations, one for each tensor that failed and one for each case that ended the
-engine or was not answered, each told once however many checks told it.
+Input: a run's records. Output: one claim for each tensor that failed, and one for each case that crashed the engine or
+got no answer, however many checks reported it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord, Result,
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS
 
-# of what else a run may say (OOM, MISTRUSTED), the same calls without the suite's limits and gates show nothing
+# the same calls without the suite's limits and gates show nothing of the other verdicts (OOM, MISTRUSTED)
 SHOWN: tuple[VerdictName, ...] = ("FAIL", "CRASH", "TIMEOUT")
 # a line of a check that judged a case's tensors by itself, like "  TP 2: FAIL grad_input non_finite 96, budget 0"
 _LINE = re.compile(r"^\s*(?:TP (\d+): )?FAIL (\w+) (.*)$", re.MULTILINE)
@@ -23,8 +23,8 @@ _SIGNAL = re.compile(r"\bSIG[A-Z]+\b|\bexit code \d+")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where it happened: a case's id, the tensor-parallel degree, the label of the instruction set."""
+class CaseRun:
+    """Where it happened: a case's id, the tensor parallel degree, the label of the instruction set."""
 
     case: str
     tp: int = 1
@@ -36,13 +36,13 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Accusation:
-    """What was said: the verdict; the tensor, "" for what is no single one's; what the suite found, in few words.
+class Claim:
+    """One claim. tensor: "" where it is not about a single one. suite: what the suite found, in few words.
 
-    exact: the check takes nothing but the one right answer of integer data. message: all that the suite said.
+    exact: the check accepts only the one right answer of integer data. message: the whole text of the suite.
     """
 
-    place: Place
+    where: CaseRun
     verdict: VerdictName
     tensor: str
     suite: str
@@ -50,39 +50,40 @@ class Accusation:
     message: str = field(default="", compare=False)
 
 
-def accusations(records: Iterable[Result]) -> list[Accusation]:
-    """By place, in the order of the run; the tensors of each in the contract's order, what is no tensor's first."""
-    found: dict[tuple[Place, str], Accusation] = {}
+def claims(records: Iterable[Result]) -> list[Claim]:
+    """All claims in the order of the run; those of one case run together, first the one about no single tensor."""
+    found: dict[tuple[CaseRun, str], Claim] = {}
     for record in records:
-        for accusation in _of(record):
-            found.setdefault((accusation.place, accusation.tensor), accusation)
-    places = list(dict.fromkeys(place for place, _ in found))
-    return [found[place, tensor] for place in places for tensor in ("", *ALL_TENSORS) if (place, tensor) in found]
+        for claim in _of(record):
+            found.setdefault((claim.where, claim.tensor), claim)
+    runs = list(dict.fromkeys(where for where, _ in found))
+    keys = [(where, tensor) for where in runs for tensor in ("", *ALL_TENSORS)]
+    return [found[key] for key in keys if key in found]
 
 
-def untold(records: Iterable[Result]) -> int:
-    """How many records that are no pass accuse of something that no accusation holds."""
+def without_claim(records: Iterable[Result]) -> int:
+    """Number of non-passing records that no claim covers."""
     bad = [record for record in records if record.verdict not in (*NOT_RUN, "PASS")]
     return sum(not any(True for _ in _of(record)) for record in bad)
 
 
-def _of(record: Result) -> Iterator[Accusation]:
+def _of(record: Result) -> Iterator[Claim]:
     if record.verdict not in SHOWN or isinstance(record, LatencyRecord) or not record.case:
         return
-    place = Place(record.case, record.tp, record.isa)
+    where = CaseRun(record.case, record.tp, record.isa)
     if record.verdict != "FAIL":
         ended = _SIGNAL.search(record.message)
-        yield Accusation(place, record.verdict, "", ended.group() if ended else record.verdict, message=record.message)
+        yield Claim(where, record.verdict, "", ended.group() if ended else record.verdict, message=record.message)
     elif isinstance(record, AccuracyRecord):
-        yield Accusation(place, "FAIL", record.tensor, error_text(record.rel_l2, record.non_finite))
+        yield Claim(where, "FAIL", record.tensor, error_text(record.rel_l2, record.non_finite))
     else:
         exact = record.family == "exact"
         lines = [match.groups() for match in _LINE.finditer(record.message) if match.group(2) in ALL_TENSORS]
         for tp, tensor, text in lines:
-            there = Place(record.case, int(tp), record.isa) if tp else place
-            yield Accusation(there, "FAIL", tensor, _NON_FINITE.sub(r"\1 not finite", text.partition(", ")[0]), exact)
+            there = CaseRun(record.case, int(tp), record.isa) if tp else where
+            yield Claim(there, "FAIL", tensor, _NON_FINITE.sub(r"\1 not finite", text.partition(", ")[0]), exact)
         if not lines:
-            yield Accusation(place, "FAIL", "", record.message.partition("\n")[0][:60], exact)
+            yield Claim(where, "FAIL", "", record.message.partition("\n")[0][:60], exact)
 
 
 def error_text(rel_l2: float, non_finite: int) -> str:

@@ -1,4 +1,4 @@
-"""`confirm`: what a run says is shown again by the engine's own script, and what is not shown there is told."""
+"""`confirm`: the engine's own script shows a claim of a run again, or the claim is reported as not confirmed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ktverify.checks.target import Target
 from ktverify.cli.main import app
 from ktverify.reproducer import confirm as confirming
 from ktverify.reproducer.bundle import script_of
-from ktverify.reproducer.claims import Accusation, Place, accusations, untold
+from ktverify.reproducer.claims import CaseRun, Claim, claims, without_claim
 from ktverify.runs.record import AccuracyRecord, CheckRecord, Result
 from ktverify.runs.store import load, start_run
 from ktverify.spec.cases import Case
-from tests.support import accused
+from tests.support import doubling
 
-ENGINE = "tests.support.accused:Accused"
+ENGINE = "tests.support.doubling:Doubling"
 
 
 def case_of(tokens: int) -> Case:
@@ -26,7 +26,7 @@ def case_of(tokens: int) -> Case:
 
 
 def failing(tokens: int) -> list[AccuracyRecord]:
-    """What the suite's own gates say of the engine on so many tokens."""
+    """The records of the engine on so many tokens by the suite's own gates."""
     return accuracy.check_case(Target(ENGINE), case_of(tokens), fresh=True).records
 
 
@@ -64,7 +64,7 @@ def test_a_failure_and_a_crash_are_confirmed(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [*failing(12), died, raised])
     code, text = confirm(run)
     assert code == 0, text
-    assert text.startswith(f"CONFIRMED: all 3 accusations, in 3 cases of {ENGINE}.")
+    assert text.startswith(f"CONFIRMED: all 3 claims, in 3 cases of {ENGINE}.")
     failed, crashed, refused = (rows(text)[case_of(tokens).brief] for tokens in (12, 13, 14))
     assert failed[0] == "yes"
     assert failed[2:4] == ["FAIL", "output"]
@@ -75,18 +75,20 @@ def test_a_failure_and_a_crash_are_confirmed(tmp_path: Path) -> None:
     kept = run / "confirm" / crashed[1]
     assert (kept / "output.txt").read_text(encoding="utf-8").startswith("13 tokens")
     assert {path.name for path in kept.iterdir()} == {"case.safetensors", "run.py", "output.txt"}
-    again = text.partition("One again: the engine's Python, and ")[2].partition("\n")[0]
+    again = text.partition("To repeat one: the engine's Python, and ")[2].partition("\n")[0]
     assert Path(again.replace("CASE", crashed[1])).resolve() == kept.resolve() / "run.py"
     assert (run / "confirm" / "confirm.md").read_text(encoding="utf-8") == text
 
 
-def test_what_is_not_shown_alone_is_not_confirmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_that_the_script_does_not_show_is_not_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(confirming, "TRIES", 1)
     other = CheckRecord(family="contract", engine=ENGINE, name="test_refused[k]", verdict="FAIL", message="k: accepted")
     crash = ended(10, "CRASH", "the process died of SIGABRT")
     code, text = confirm(write(tmp_path / "run", [*failing(11), crash, other]))
     assert code == 1
-    assert text.startswith("NOT CONFIRMED: 2 of 2 accusations")
+    assert text.startswith("NOT CONFIRMED: 2 of 2 claims")
     assert rows(text)[case_of(11).brief][::5] == ["NO", "right"]
     assert rows(text)[case_of(10).brief][4:] == ["SIGABRT", "computed"]
     assert text.endswith("not repeated here: 1 checks.\n")
@@ -102,18 +104,18 @@ def test_what_is_not_shown_alone_is_not_confirmed(tmp_path: Path, monkeypatch: p
         ("print('done')\n", "it ended without actual.safetensors"),
     ],
 )
-def test_a_script_that_fails_by_itself_says_nothing_of_the_engine(
+def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
 ) -> None:
     path = tmp_path / "alone.py"
     path.write_text(script, encoding="utf-8")
-    monkeypatch.setattr(accused.Accused, "stand_alone", str(path))
+    monkeypatch.setattr(doubling.Doubling, "stand_alone", str(path))
     monkeypatch.setattr(confirming, "TRIES", 1)
     died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
     silent = ended(14, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")
     code, text = confirm(write(tmp_path / "run", [*failing(12), died, silent]))
     assert code == 2
-    assert text.startswith("NOT CONFIRMED: 3 of 3 accusations")
+    assert text.startswith("NOT CONFIRMED: 3 of 3 claims")
     assert "Of 3 of them nothing is known: the engine's script could not be run." in text
     for tokens in (12, 13, 14):
         row = rows(text)[case_of(tokens).brief]
@@ -124,7 +126,7 @@ def test_a_script_that_fails_by_itself_says_nothing_of_the_engine(
 def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "alone.py"
     path.write_text("import no_such_module\n", encoding="utf-8")
-    monkeypatch.setattr(accused.Accused, "stand_alone", str(path))
+    monkeypatch.setattr(doubling.Doubling, "stand_alone", str(path))
     same = ended(13, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'no_such_module' (engine.py:7)")
     other = ended(14, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'another' (engine.py:7)")
     code, text = confirm(write(tmp_path / "run", [same, other]))
@@ -152,7 +154,7 @@ def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypat
     ],
 )
 def test_only_the_same_end_is_confirmed(message: str, alone: str, same: bool) -> None:
-    told = Accusation(Place(case_of(13).id), "CRASH", "", "CRASH", message=message)
+    told = Claim(CaseRun(case_of(13).id), "CRASH", "", "CRASH", message=message)
     assert confirming._same_end(told, alone) is same
 
 
@@ -171,15 +173,14 @@ def test_the_error_that_an_output_ends_with(said: str, error: str) -> None:
     assert confirming._error_in(said) == error
 
 
-def test_no_answer_is_confirmed_by_none(tmp_path: Path) -> None:
+def test_no_answer_confirms_a_timeout(tmp_path: Path) -> None:
     # python alone takes longer than that
     run = write(tmp_path / "run", [ended(12, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")])
     found = confirming.confirm(load(run), time_limit=0.01, done=lambda number, of: None)
-    assert [(finding.confirmed, finding.alone) for finding in found] == [(True, "no answer")]
+    assert [(each.confirmed, each.script) for each in found] == [(True, "no answer")]
 
 
-def test_a_run_without_accusations_needs_nothing(tmp_path: Path) -> None:
-    """Not even a script."""
+def test_a_run_without_claims_needs_no_script(tmp_path: Path) -> None:
     for engine in (ENGINE, "torch_bf16"):
         code, text = confirm(write(tmp_path / engine, [], engine))
         assert code == 0
@@ -190,7 +191,7 @@ def test_a_run_without_accusations_needs_nothing(tmp_path: Path) -> None:
     ("engine", "says"),
     [
         ("torch_bf16", "error: engine 'torch_bf16' has no stand-alone script; it takes the attribute stand_alone"),
-        ("tests.support.accused:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
+        ("tests.support.doubling:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
     ],
 )
 def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engine: str, says: str) -> None:
@@ -200,12 +201,12 @@ def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engin
     assert len(text.splitlines()) == 1
 
 
-def test_kt_kernel_brings_a_script_that_knows_nothing_of_us() -> None:
+def test_the_script_of_kt_kernel_imports_nothing_of_ktverify() -> None:
     lines = script_of("kt_kernel").read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if line.startswith(("import ktverify", "from ktverify"))]
 
 
-def test_each_accusation_is_told_once() -> None:
+def test_each_claim_is_reported_once() -> None:
     case = "exact_small@seed=0"
     lines = ["TP 1: FAIL grad_input non_finite 96, budget 0, worst [0, 0]", "TP 2: FAIL output 3 of 8 elements differ"]
     said = "\n  ".join([case, *lines])
@@ -214,15 +215,15 @@ def test_each_accusation_is_told_once() -> None:
     )
     own = "\n".join([case, *(line.partition(": ")[2] for line in lines)])
     exact = degrees.model_copy(update={"family": "exact", "message": own})
-    assert accusations([degrees, degrees]) == [
-        Accusation(Place(case, 1), "FAIL", "grad_input", "96 not finite"),
-        Accusation(Place(case, 2), "FAIL", "output", "3 of 8 elements differ"),
+    assert claims([degrees, degrees]) == [
+        Claim(CaseRun(case, 1), "FAIL", "grad_input", "96 not finite"),
+        Claim(CaseRun(case, 2), "FAIL", "output", "3 of 8 elements differ"),
     ]
-    assert [(told.place.tp, told.tensor, told.exact) for told in accusations([exact])] == [
+    assert [(claim.where.tp, claim.tensor, claim.exact) for claim in claims([exact])] == [
         (1, "output", True),
         (1, "grad_input", True),
     ]
     nameless = degrees.model_copy(update={"case": ""})
     eaten = degrees.model_copy(update={"verdict": "OOM"})
-    assert accusations([nameless, eaten]) == []
-    assert untold([degrees, nameless, eaten]) == 2
+    assert claims([nameless, eaten]) == []
+    assert without_claim([degrees, nameless, eaten]) == 2

@@ -134,7 +134,7 @@ class LeavesUnclean(Leaves):
 class DiesInParts(TorchBf16):
     """Right without tensor parallelism; with it, a backward ends the process."""
 
-    stand_alone = str(Path(__file__).with_name("accused_alone.py"))
+    stand_alone = str(Path(__file__).with_name("doubling_script.py"))
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

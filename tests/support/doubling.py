@@ -1,4 +1,4 @@
-"""An engine that doubles its outputs, and brings a script that does so only where it is asked about T above 11."""
+"""An engine that doubles its outputs, with a script that does so only for more than 11 tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from ktverify.engines.torch_bf16 import TorchBf16
 
 
-class Accused(TorchBf16):
+class Doubling(TorchBf16):
     """torch_bf16 with outputs twice as large."""
 
-    stand_alone = str(Path(__file__).with_name("accused_alone.py"))
+    stand_alone = str(Path(__file__).with_name("doubling_script.py"))
 
     def forward_sft(
         self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save_for_backward: bool = True
