@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.timed_run import BenchLine, CeilingLine, OtherLoadLine, RunLine
+from ktverify.bench.timed_run import CeilingLine, OtherLoadLine, RunLine
 from ktverify.engines.native.phase_times import StageTimes
-from ktverify.runs.jsonl import LineFile, whole_lines
+from ktverify.runs.jsonl import JsonLine, LineFile, whole_lines
 from ktverify.runs.record import VerdictName
 
 FILE = "bench.jsonl"
@@ -35,7 +35,7 @@ class HeadLine(RunLine):
     isa: str
 
 
-class ShapeLine(BenchLine):
+class ShapeLine(JsonLine):
     """One shape: experts that tokens reach, what one call must at least read and compute."""
 
     kind: Literal["shape"] = "shape"
@@ -50,7 +50,7 @@ class ShapeLine(BenchLine):
     backward_flops: float
 
 
-class EngineLine(BenchLine):
+class EngineLine(JsonLine):
     """One engine at one shape, after its calls were compared with the fp32 oracle and before (or instead of) its times.
 
     resident: growth of the process by loading. rel_l2 by names of ktverify.names. A later line of the same shape, run,
@@ -73,7 +73,7 @@ class EngineLine(BenchLine):
     load_ns: int = 0
 
 
-class TurnLine(BenchLine):
+class TurnLine(JsonLine):
     """One call of one engine. others: the share of the processors that other programs had meanwhile."""
 
     kind: Literal["turn"] = "turn"
@@ -98,7 +98,7 @@ class RoundCeilingLine(CeilingLine):
     others: float = 0.0
 
 
-class StagesLine(BenchLine):
+class StagesLine(JsonLine):
     """Where one call of the native engine spent its time, after the rounds of a group: it has no part in them."""
 
     kind: Literal["stages"] = "stages"

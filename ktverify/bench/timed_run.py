@@ -1,32 +1,30 @@
-"""What every timed run has: a head line, lines written the moment they are made, a last line about the neighbours.
+"""A timed run: a head line, lines written when they are made, and a line about the load by other programs.
 
-Comes in: an iterator that measures. Goes out: its lines, in a file and in a list. Ctrl-C leaves whole lines. No torch.
+The commands layer, sweep, transformer and profile all measure, write and print here. Ctrl-C leaves whole lines. Imports
+no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict
+from typing import TYPE_CHECKING, Any, Literal
 
 from ktverify.errors import NothingMeasured
-from ktverify.runs.jsonl import LineFile
+from ktverify.isolation.interrupt import INTERRUPTED
+from ktverify.runs.jsonl import JsonLine, LineFile, new_directory
 from ktverify.system import machine
 from ktverify.system.machine import Machine
 
+if TYPE_CHECKING:
+    from ktverify.report.pages import View
 
-class BenchLine(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
-
-class RunLine(BenchLine):
-    """A run: which, by which command, where."""
+class RunLine(JsonLine):
+    """The head of a run: its folder, command, commit and machine."""
 
     stamp: str
     command: str
@@ -35,7 +33,7 @@ class RunLine(BenchLine):
 
     @staticmethod
     def facts(directory: Path) -> dict[str, Any]:
-        """The four of the run that this process is, in `directory`."""
+        """These fields for the run of this process in `directory`."""
         return {
             "stamp": directory.name,
             "command": shlex.join(["python", "-m", "ktverify", *sys.argv[1:]]),
@@ -44,14 +42,14 @@ class RunLine(BenchLine):
         }
 
 
-class OtherLoadLine(BenchLine):
-    """Behind what was measured: the share of the processors that other programs had meanwhile, 0 to 1."""
+class OtherLoadLine(JsonLine):
+    """After the measurement: the share of the processors that other programs had meanwhile, 0 to 1."""
 
     kind: Literal["quiet"] = "quiet"
     others: float
 
 
-class CeilingLine(BenchLine):
+class CeilingLine(JsonLine):
     """The machine's ceilings: bytes read and operations done, per second."""
 
     kind: Literal["ceiling"] = "ceiling"
@@ -76,7 +74,7 @@ def disturbed(lines: Iterable[object]) -> list[str]:
 
 
 def busy(shares: Iterable[float], where: str = "") -> list[str]:
-    """The same of shares of the processors, 0 to 1; where: of which times, if not of all."""
+    """The note for shares of the processors, 0 to 1; where: the times that they belong to, if not all."""
     from ktverify.system.other_load import BUSY
 
     found = list(shares)
@@ -87,11 +85,49 @@ def busy(shares: Iterable[float], where: str = "") -> list[str]:
     return [f"other programs had {up_to}{100 * most:.0f} % of the processors{where}: these times mean little"]
 
 
-def collect(path: Path, head: RunLine, measured: Iterable[BenchLine], steps: int, what: str) -> tuple[list[Any], bool]:
-    """All lines, the head first, each appended to `path` when it is made; and whether Ctrl-C stopped it.
+def measure(
+    kind: str,
+    file: str,
+    head: Callable[..., RunLine],
+    measured: Iterable[JsonLine],
+    count: int,
+    conclude: Callable[[Path, list[Any]], bool],
+    out: Path | None,
+) -> int:
+    """Write a run's head and its `measured` lines, each when it is made, then call `conclude`; return the exit code.
 
-    steps: how many lines `measured` will have, for the bar on a terminal.
+    head: makes the head of the facts about the run; count: the number of measured lines; conclude: writes and prints
+    what the lines (head first) contain, and returns whether the run is right; out: the folder, None for a new one.
     """
+    directory = out if out is not None else new_directory(kind)
+    lines: list[Any] = [head(**RunLine.facts(directory))]
+    stopped = _collect(directory / file, lines, measured, count, kind)
+    try:
+        right = conclude(directory, lines)
+    except NothingMeasured:
+        if not stopped:
+            raise
+        right = True
+    return INTERRUPTED if stopped else int(not right)
+
+
+def conclude(
+    file: Path, lines: Sequence[JsonLine], view: View | None, missing: str, as_json: bool, extra: Sequence[str] = ()
+) -> bool:
+    """Write the view of a run beside its file of lines, then print it, or the lines; False if its check failed.
+
+    NothingMeasured without a view; missing: what the run then lacks. extra: names of files that are already written.
+    """
+    from ktverify.report import pages
+
+    if view is None:
+        raise NothingMeasured(f"{file} has {missing}")
+    pages.conclude(view, lines, file, as_json, extra)
+    return not any(name == "check" and text.startswith("FAIL") for name, text in view.facts)
+
+
+def _collect(path: Path, lines: list[Any], measured: Iterable[JsonLine], count: int, kind: str) -> bool:
+    """Append the measured lines to `lines`, and all of `lines` to a new file; True if Ctrl-C stopped it."""
     from rich.progress import track
 
     from ktverify.report.console import make_console
@@ -99,24 +135,18 @@ def collect(path: Path, head: RunLine, measured: Iterable[BenchLine], steps: int
     # a terminated run ends like an interrupted one
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console(stderr=True)
-    lines: list[Any] = [head]
     file = LineFile(path)
     try:
-        file.write(head)
+        file.write(lines[0])
         shown = track(
-            measured, what, steps, console=console, transient=True, disable=not console.is_terminal, update_period=0.2
+            measured, kind, count, console=console, transient=True, disable=not console.is_terminal, update_period=0.2
         )
         for line in shown:
             lines.append(line)
             file.write(line)
     except KeyboardInterrupt:
         print(f"stopped; what was measured is kept in {path}", file=sys.stderr)
-        return lines, True
+        return True
     finally:
         file.close()
-    return lines, False
-
-
-def if_there_is_any(stopped: bool) -> contextlib.AbstractContextManager[None]:
-    """For the views of a run: one that was stopped before anything counted has none, which is no error."""
-    return contextlib.suppress(NothingMeasured) if stopped else contextlib.nullcontext()
+    return False

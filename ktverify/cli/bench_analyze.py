@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ktverify.cli.c2c_options import Json, named
+from ktverify.cli.bench_options import Json, named
 
 
 def analyze(

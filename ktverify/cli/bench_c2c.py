@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktverify.bench.c2c import prompts
-from ktverify.cli import c2c_options
+from ktverify.cli import bench_options
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -30,19 +30,19 @@ def c2c_app(settings: dict[str, object]) -> typer.Typer:
 
 def single(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text (default: the first built-in one)")] = "",
-    base_model: c2c_options.BaseModel = c2c_options.BASE,
-    teacher_model: c2c_options.TeacherModel = c2c_options.TEACHER,
-    projectors: c2c_options.ProjectorFile = None,
-    max_new_tokens: c2c_options.MaxNewTokens = 64,
+    base_model: bench_options.BaseModel = bench_options.BASE,
+    teacher_model: bench_options.TeacherModel = bench_options.TEACHER,
+    projectors: bench_options.ProjectorFile = None,
+    max_new_tokens: bench_options.MaxNewTokens = 64,
     profile_tokens: Annotated[
-        int, c2c_options.named("profile_tokens", "new tokens of the run for operators; 0: no such run", min=0)
+        int, bench_options.named("profile_tokens", "new tokens of the run for operators; 0: no such run", min=0)
     ] = 8,
-    warmup_steps: c2c_options.Warmup = 1,
-    dtype: c2c_options.Dtype = "bfloat16",
-    device: c2c_options.Device = "cpu",
-    template: c2c_options.Template = True,
-    output: c2c_options.Output = None,
-    as_json: c2c_options.Json = False,
+    warmup_steps: bench_options.Warmup = 1,
+    dtype: bench_options.PairDtype = "bfloat16",
+    device: bench_options.Device = "cpu",
+    template: bench_options.Template = True,
+    output: bench_options.Output = None,
+    as_json: bench_options.Json = False,
 ) -> None:
     """Time one prompt, stage by stage, and see which operators the time goes to.
 
@@ -71,16 +71,16 @@ def single(
 
 
 def batch(
-    base_model: c2c_options.BaseModel = c2c_options.BASE,
-    teacher_model: c2c_options.TeacherModel = c2c_options.TEACHER,
-    projectors: c2c_options.ProjectorFile = None,
-    max_new_tokens: c2c_options.MaxNewTokens = 64,
-    warmup_steps: c2c_options.Warmup = 1,
-    dtype: c2c_options.Dtype = "bfloat16",
-    device: c2c_options.Device = "cpu",
-    template: c2c_options.Template = True,
-    output: c2c_options.Output = None,
-    as_json: c2c_options.Json = False,
+    base_model: bench_options.BaseModel = bench_options.BASE,
+    teacher_model: bench_options.TeacherModel = bench_options.TEACHER,
+    projectors: bench_options.ProjectorFile = None,
+    max_new_tokens: bench_options.MaxNewTokens = 64,
+    warmup_steps: bench_options.Warmup = 1,
+    dtype: bench_options.PairDtype = "bfloat16",
+    device: bench_options.Device = "cpu",
+    template: bench_options.Template = True,
+    output: bench_options.Output = None,
+    as_json: bench_options.Json = False,
 ) -> None:
     """Time the five built-in prompts: short, long, prose, code, arithmetic, characters beyond ASCII.
 
@@ -97,30 +97,30 @@ def batch(
 
 def dataset(
     dataset: Annotated[
-        str | None, c2c_options.named("dataset", "a data set of the hub, or a directory; needs datasets")
+        str | None, bench_options.named("dataset", "a data set of the hub, or a directory; needs datasets")
     ] = None,
-    subset: Annotated[str | None, c2c_options.named("subset", "its configuration, where it has several")] = None,
-    split: Annotated[str, c2c_options.named("split", "which part of it")] = "test",
+    subset: Annotated[str | None, bench_options.named("subset", "its configuration, where it has several")] = None,
+    split: Annotated[str, bench_options.named("split", "which part of it")] = "test",
     dataset_file: Annotated[
-        Path | None, c2c_options.named("dataset_file", "instead: JSON lines with prompt or question")
+        Path | None, bench_options.named("dataset_file", "instead: JSON lines with prompt or question")
     ] = None,
     num_samples: Annotated[
-        int | None, c2c_options.named("num_samples", "so many prompts (default: all)", min=1)
+        int | None, bench_options.named("num_samples", "so many prompts (default: all)", min=1)
     ] = None,
-    start: Annotated[int, c2c_options.named("start", "number of the first prompt, from 0", min=0)] = 0,
+    start: Annotated[int, bench_options.named("start", "number of the first prompt, from 0", min=0)] = 0,
     shard: Annotated[
-        str, c2c_options.named("shard", "k/n: of these, every n-th from the k-th on", metavar="K/N")
+        str, bench_options.named("shard", "k/n: of these, every n-th from the k-th on", metavar="K/N")
     ] = "1/1",
-    base_model: c2c_options.BaseModel = c2c_options.BASE,
-    teacher_model: c2c_options.TeacherModel = c2c_options.TEACHER,
-    projectors: c2c_options.ProjectorFile = None,
-    max_new_tokens: c2c_options.MaxNewTokens = 64,
-    warmup_steps: c2c_options.Warmup = 1,
-    dtype: c2c_options.Dtype = "bfloat16",
-    device: c2c_options.Device = "cpu",
-    template: c2c_options.Template = True,
-    output: c2c_options.Output = None,
-    as_json: c2c_options.Json = False,
+    base_model: bench_options.BaseModel = bench_options.BASE,
+    teacher_model: bench_options.TeacherModel = bench_options.TEACHER,
+    projectors: bench_options.ProjectorFile = None,
+    max_new_tokens: bench_options.MaxNewTokens = 64,
+    warmup_steps: bench_options.Warmup = 1,
+    dtype: bench_options.PairDtype = "bfloat16",
+    device: bench_options.Device = "cpu",
+    template: bench_options.Template = True,
+    output: bench_options.Output = None,
+    as_json: bench_options.Json = False,
 ) -> None:
     """Time the prompts of a data set, one after the other.
 
@@ -146,8 +146,8 @@ def dataset(
 
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="the shards' files of records")],
-    output: Annotated[Path, c2c_options.named("output", "the file to write, NAME.jsonl")],
-    as_json: c2c_options.Json = False,
+    output: Annotated[Path, bench_options.named("output", "the file to write, NAME.jsonl")],
+    as_json: bench_options.Json = False,
 ) -> None:
     """Join the files of shards or ranges into the file that one run would have written.
 

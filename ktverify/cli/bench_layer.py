@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.errors import NothingMeasured
-from ktverify.isolation.interrupt import INTERRUPTED
+from ktverify.cli import bench_options
 
 if TYPE_CHECKING:
     from ktverify.bench.layer.record import Line, Spot, Varied
@@ -19,14 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CASE = "E=16,k=4,H=2048,I=768,T=128,r=16"
 
-_Isa = Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")]
-_Threads = Annotated[int | None, typer.Option(help="at most so many threads", min=1)]
 _Warmup = Annotated[int, typer.Option(help="repeats that don't count", min=0)]
 _Repeats = Annotated[int, typer.Option(help="repeats that do", min=1)]
 _Steps = Annotated[int, typer.Option(help="training steps behind them, for memory; 0: none", min=0)]
-_Out = Annotated[Path | None, typer.Option(help="where it is written (default: a folder in reports/runs)")]
-_Show = Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")]
-_Json = Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")]
 
 
 def layer(
@@ -36,14 +31,14 @@ def layer(
     sequence_lengths: Annotated[
         str, typer.Option("--sequence_lengths", help="tokens a sequence, for throughput")
     ] = "32,128",
-    isa: _Isa = None,
-    threads: _Threads = None,
+    isa: bench_options.Isa = None,
+    threads: bench_options.Threads = None,
     warmup: _Warmup = 3,
     repeats: _Repeats = 15,
     steps: _Steps = 5,
-    out: _Out = None,
-    show: _Show = None,
-    as_json: _Json = False,
+    out: bench_options.Out = None,
+    show: bench_options.Show = None,
+    as_json: bench_options.Lines = False,
 ) -> None:
     """Times of one layer: forward, backward, tensor parallelism, tokens/s, memory.
 
@@ -86,14 +81,14 @@ def sweep(
     ] = None,
     case: Annotated[str, typer.Option(help="what is varied, a case as repro takes it")] = DEFAULT_CASE,
     values: Annotated[str | None, typer.Option(help="of one WHAT: 1,2,4 (default: some that suit it)")] = None,
-    isa: _Isa = None,
-    threads: _Threads = None,
+    isa: bench_options.Isa = None,
+    threads: bench_options.Threads = None,
     warmup: _Warmup = 3,
     repeats: _Repeats = 9,
     steps: _Steps = 1,
-    out: _Out = None,
-    show: _Show = None,
-    as_json: _Json = False,
+    out: bench_options.Out = None,
+    show: bench_options.Show = None,
+    as_json: bench_options.Lines = False,
 ) -> None:
     """How a layer's cost grows over qlen, LoRA rank, threads and experts, beside its work.
 
@@ -174,19 +169,14 @@ def _timed(case: str) -> Case:
 
 
 def _measure(kind: str, case: Case, spots: list[Spot], out: Path | None, as_json: bool) -> None:
+    from ktverify.bench import timed_run
     from ktverify.bench.layer import measure, record
-    from ktverify.bench.timed_run import RunLine, collect, if_there_is_any
-    from ktverify.runs.jsonl import new_directory
 
     measure.check_fits(spots)
-    directory = out if out is not None else new_directory(kind)
-    head = record.LayerLine(**RunLine.facts(directory), case=case.id, spots=tuple(spots))
+    head = partial(record.LayerLine, case=case.id, spots=tuple(spots))
     measured, count = measure.measured(spots), measure.line_count(spots)
-    lines, stopped = collect(directory / record.FILE, head, measured, count, f"bench {kind}")
-    with if_there_is_any(stopped):
-        _conclude(directory, lines, as_json)
-    if stopped:
-        raise typer.Exit(INTERRUPTED)
+    code = timed_run.measure(kind, record.FILE, head, measured, count, partial(_conclude, as_json=as_json), out)
+    raise typer.Exit(code)
 
 
 def _again(directory: Path, as_json: bool) -> None:
@@ -195,12 +185,9 @@ def _again(directory: Path, as_json: bool) -> None:
     _conclude(directory, record.read(directory), as_json)
 
 
-def _conclude(directory: Path, lines: list[Line], as_json: bool) -> None:
-    """Write the views, then print. ValueError for a run that has no repeat that counts."""
+def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
+    """Write the views, then print. NothingMeasured for a run without a repeat that counts."""
+    from ktverify.bench import timed_run
     from ktverify.bench.layer import record, tables
-    from ktverify.report import pages
 
-    view = tables.view(lines)
-    if view is None:
-        raise NothingMeasured(f"{directory / record.FILE} has no repeat that counts")
-    pages.conclude(view, lines, directory / record.FILE, as_json)
+    return timed_run.conclude(directory / record.FILE, lines, tables.view(lines), "no repeat that counts", as_json)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli import transformer_options
+from ktverify.cli import bench_options
 
 if TYPE_CHECKING:
     from ktverify.bench.transformer.memory import PartMemory
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def memory(
-    preset: transformer_options.Preset = "small",
-    context_length: transformer_options.ContextLength = 256,
-    batch_size: transformer_options.BatchSize = 4,
-    d_model: transformer_options.DModel = None,
-    d_ff: transformer_options.DFf = None,
-    num_layers: transformer_options.NumLayers = None,
-    num_heads: transformer_options.NumHeads = None,
-    vocab_size: transformer_options.VocabSize = 10_000,
-    dtype: transformer_options.Dtype = "float32",
-    attention: transformer_options.Attention = "plain",
+    preset: bench_options.Preset = "small",
+    context_length: bench_options.ContextLength = 256,
+    batch_size: bench_options.BatchSize = 4,
+    d_model: bench_options.DModel = None,
+    d_ff: bench_options.DFf = None,
+    num_layers: bench_options.NumLayers = None,
+    num_heads: bench_options.NumHeads = None,
+    vocab_size: bench_options.VocabSize = 10_000,
+    dtype: bench_options.ModelDtype = "float32",
+    attention: bench_options.Attention = "plain",
     check: Annotated[
         bool, typer.Option("--check", help="also measure what autograd keeps; of plain attention without memory")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of the table")] = False,
+    as_json: bench_options.Json = False,
 ) -> None:
     """Count what one training step of a transformer takes, part by part.
 
@@ -48,7 +48,7 @@ def memory(
     from ktverify.bench.transformer.memory import one_layer_live, step_memory
     from ktverify.bench.transformer.sizes import resolve
 
-    given = {name: value for name, value in locals().items() if name in transformer_options.SIZES}
+    given = {name: value for name, value in locals().items() if name in bench_options.SIZES}
     size = resolve(preset, given)
     step = step_memory(size)
     found: dict[str, Any] = {

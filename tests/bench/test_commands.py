@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from ktverify.bench.transformer.record import TransformerSettings
 from ktverify.bench.transformer.sizes import resolve
 from ktverify.cli.main import app
 from ktverify.errors import NothingMeasured
+from ktverify.isolation.interrupt import INTERRUPTED
 from ktverify.system import machine
 
 
@@ -69,13 +72,21 @@ def test_another_commands_run_is_told_apart(tmp_path: Path) -> None:
     assert "has no layer.jsonl, which this command wrote; it has profile.jsonl" in done.output
 
 
-def test_only_a_run_that_was_stopped_may_have_nothing() -> None:
-    def conclude(error: Exception, *, stopped: bool) -> None:
-        with timed_run.if_there_is_any(stopped):
+@pytest.mark.parametrize("stopped", [True, False])
+def test_only_a_stopped_run_may_have_no_result(stopped: bool, tmp_path: Path) -> None:
+    def lines() -> Iterator[timed_run.OtherLoadLine]:
+        yield timed_run.OtherLoadLine(others=0.0)
+        if stopped:
+            raise KeyboardInterrupt
+
+    def run(error: Exception) -> int:
+        def conclude(directory: Path, lines: list[object]) -> bool:
             raise error
 
-    conclude(NothingMeasured("no repeat"), stopped=True)
+        out = tmp_path / type(error).__name__
+        return timed_run.measure("layer", "lines.jsonl", timed_run.RunLine, lines(), 1, conclude, out)
+
     with pytest.raises(ValueError, match="drawing"):
-        conclude(ValueError("drawing"), stopped=True)
-    with pytest.raises(NothingMeasured):
-        conclude(NothingMeasured("no repeat"), stopped=False)
+        run(ValueError("drawing"))
+    with contextlib.nullcontext() if stopped else pytest.raises(NothingMeasured):
+        assert run(NothingMeasured("no repeat")) == INTERRUPTED

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.timed_run import BenchLine, CeilingLine, OtherLoadLine, RunLine
+from ktverify.bench.timed_run import CeilingLine, OtherLoadLine, RunLine
 from ktverify.engines.native.phase_times import StageTimes
-from ktverify.runs.jsonl import whole_lines
+from ktverify.runs.jsonl import JsonLine, whole_lines
 
 FILE = "profile.jsonl"
 
@@ -33,7 +33,7 @@ class ProfileLine(RunLine):
     workers: int
 
 
-class CallPart(BenchLine):
+class CallPart(JsonLine):
     """One piece of a call, as Python sees it. at: since the call began; stages: where it is a recorded engine call."""
 
     name: str
@@ -47,7 +47,7 @@ class CallPart(BenchLine):
         return self.ns if self.stages is None else sum(phase.wall_ns for phase in self.stages.phases)
 
 
-class CallLine(BenchLine):
+class CallLine(JsonLine):
     """One call of one range, as Python sees it. at: since the run began; parts: in order, the rest is between them."""
 
     kind: Literal["call"] = "call"

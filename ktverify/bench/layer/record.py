@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.timed_run import BenchLine, OtherLoadLine, RunLine
-from ktverify.runs.jsonl import whole_lines
+from ktverify.bench.timed_run import OtherLoadLine, RunLine
+from ktverify.runs.jsonl import JsonLine, whole_lines
 
 FILE = "layer.jsonl"
 
@@ -19,7 +19,7 @@ Varied = Literal["tp", "throughput", "qlen", "rank", "threads", "experts"]
 SWEEPS: tuple[Varied, ...] = ("qlen", "rank", "threads", "experts")
 
 
-class Spot(BenchLine):
+class Spot(JsonLine):
     """One process that measures. varied, value: what it is one of, and the value there; batch: sequences that qlen is
     made of; threads: None for all; warmup: repeats that don't count; steps: of training, for memory."""
 
@@ -44,7 +44,7 @@ class LayerLine(RunLine):
     spots: tuple[Spot, ...]
 
 
-class SpotLine(BenchLine):
+class SpotLine(JsonLine):
     """A spot is loaded, and its first results were right. weights: bytes of the experts that tokens reach, in bf16;
     first_ns: the first forward, which packs them; rel_l2: of output and grad_input, some rows, against fp32."""
 
@@ -58,7 +58,7 @@ class SpotLine(BenchLine):
     rel_l2: dict[str, float]
 
 
-class RepeatLine(BenchLine):
+class RepeatLine(JsonLine):
     """One repeat at a spot, below 0 those that don't count. forward_ns: nothing kept; both_ns: forward and its backward
     under one clock; saving_ns, backward_ns: another such pair, a clock for each."""
 
@@ -71,7 +71,7 @@ class RepeatLine(BenchLine):
     backward_ns: int
 
 
-class MemoryLine(BenchLine):
+class MemoryLine(JsonLine):
     """Resident memory of a spot's process beyond what it had before there were inputs: with the weights loaded, after
     the first forward, after the first training step and after the last."""
 

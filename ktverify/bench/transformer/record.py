@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from ktverify.bench.timed_run import BenchLine, OtherLoadLine, RunLine
+from ktverify.bench.timed_run import OtherLoadLine, RunLine
 from ktverify.bench.transformer.sizes import ModelSize
-from ktverify.runs.jsonl import whole_lines
+from ktverify.runs.jsonl import JsonLine, whole_lines
 
 FILE = "transformer.jsonl"
 
 
-class TransformerSettings(BenchLine):
+class TransformerSettings(JsonLine):
     """What one process measures. warmup_steps don't count, num_steps do; threads: None for torch's own choice; check:
     an independent loop in turn with the timed steps."""
 
@@ -38,7 +38,7 @@ class TransformerLine(RunLine):
     warmups: tuple[int, ...]
 
 
-class ProcessLine(BenchLine):
+class ProcessLine(JsonLine):
     """A process that measures: the number of its warm-up steps, the device's name, its threads."""
 
     kind: Literal["process"] = "process"
@@ -47,7 +47,7 @@ class ProcessLine(BenchLine):
     threads: int
 
 
-class StepLine(BenchLine):
+class StepLine(JsonLine):
     """One step of the process with so many warm-ups. step: from 0 on those that count, warm-ups below 0; backward_ns:
     None with forward_only; loop_ns: the whole step after it, by the independent loop."""
 
@@ -63,7 +63,7 @@ class StepLine(BenchLine):
         return self.forward_ns + (self.backward_ns or 0)
 
 
-class EndLine(BenchLine):
+class EndLine(JsonLine):
     """A process is done. peak: resident memory, or the device's; loss: of the last step."""
 
     kind: Literal["end"] = "end"
