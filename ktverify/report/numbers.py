@@ -27,6 +27,15 @@ def mean_and_std(values: Statistics, digits: int = 3) -> str:
     return f"{number(values.mean, digits)} ± {number(values.std, digits, like=values.mean)}"
 
 
+STATISTICS = ("mean ± std ms", "median", "min", "p5", "p95", "max")
+
+
+def statistics_cells(ms: Statistics) -> tuple[str, ...]:
+    """The cells under STATISTICS."""
+    values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
+    return (mean_and_std(ms), *map(number, values))
+
+
 def count(value: float) -> str:
     """A whole number with commas: 16,000."""
     return f"{value:,.0f}"

@@ -24,14 +24,9 @@ OTHER_ISA_COLOURS = (GREEN, RED, BROWN)
 # verdicts and warnings on the console, as rich writes styles
 CONSOLE_STYLES = {
     "PASS": "green",
-    "FAIL": "bold red",
-    "CRASH": "bold red",
-    "TIMEOUT": "bold red",
-    "OOM": "bold red",
-    "MISTRUSTED": "yellow",
-    "SKIP": "dim",
-    "UNSUPPORTED": "dim",
-    "WARNING": "yellow",
+    **dict.fromkeys(("FAIL", "CRASH", "TIMEOUT", "OOM"), "bold red"),
+    **dict.fromkeys(("MISTRUSTED", "WARNING"), "yellow"),
+    **dict.fromkeys(("SKIP", "UNSUPPORTED"), "dim"),
 }
 # and on HTML pages, by the lower-case word as class
 PAGE_COLOURS = {

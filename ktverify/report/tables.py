@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from ktverify.report.grid import Grid, markdown_table
 from ktverify.report.numbers import error, many, mean_and_std, number, used_budget
@@ -29,17 +30,7 @@ from ktverify.system.machine import format_bytes
 NO_ISA = "no ISA"
 NEAREST = "nearest to its budget"
 
-# the order of the overview's columns
-OVERVIEW_VERDICTS: tuple[VerdictName, ...] = (
-    "PASS",
-    "FAIL",
-    "CRASH",
-    "TIMEOUT",
-    "OOM",
-    "MISTRUSTED",
-    "UNSUPPORTED",
-    "SKIP",
-)
+OVERVIEW_VERDICTS: tuple[VerdictName, ...] = get_args(VerdictName)
 ACCURACY_NOTE = (
     "Sorted by verdict, then by how much of the budget was used. “gate” is the gate that decided: the one that failed, "
     "or that came nearest to its budget; “budget” and “used” are that gate's."

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ktverify.judge.metrics import Difference
     from ktverify.spec.cases import Case
 
-VerdictName = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "OOM", "SKIP", "UNSUPPORTED", "MISTRUSTED"]
+# in the order of an overview's columns
+VerdictName = Literal["PASS", "FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED", "UNSUPPORTED", "SKIP"]
 
 # worst first: the order of every table. What did not run comes last, because it has no numbers to look at
 VERDICT_ORDER: tuple[VerdictName, ...] = (
@@ -187,6 +188,10 @@ def parse_line(text: str) -> RunRecord | Result:
         raise ValueError(f"not a record: {where}: {first['msg']}") from None
 
 
+# fields that metrics.Difference has under the same name
+_MEASURED = ("mean_rel", "rel_l2", "cosine", "max_abs", "non_finite", "estimated")
+
+
 def accuracy_record(
     judgement: Judgement, difference: Difference, *, case: Case, repro: str = "", **fields: Any
 ) -> AccuracyRecord:
@@ -198,15 +203,10 @@ def accuracy_record(
         message=judgement.line.partition("\n")[0] if repro else judgement.line,
         case=case.id,
         why=case.why,
-        mean_rel=difference.mean_rel,
-        rel_l2=difference.rel_l2,
-        cosine=difference.cosine,
-        max_abs=difference.max_abs,
         worst_index=tuple(int(i) for i in difference.worst_index),
-        non_finite=difference.non_finite,
-        estimated=difference.estimated,
         gates=tuple(GateRecord.model_validate(gate) for gate in judgement.gates),
         repro=repro,
+        **{name: getattr(difference, name) for name in _MEASURED},
         **fields,
     )
 

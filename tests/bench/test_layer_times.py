@@ -1,10 +1,11 @@
-"""Layer benchmarks: which processes are asked for what, and what a table makes of made-up times. No time is judged."""
+"""`bench layer` and `bench sweep`: which process measures what, and the tables of made-up times. No time is judged."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ from ktverify.cli.bench import COMMANDS, DEFAULT
 from ktverify.cli.bench_layer import _doubling
 from ktverify.isolation import fresh
 from ktverify.report.grid import delimited
+from ktverify.report.pages import View
 from ktverify.spec.cases import Case
 from tests.cli.test_cli import TINY, call, ends, refused
 from tests.support.records import MACHINE
@@ -33,16 +35,13 @@ def made_up_spot(spot: Spot, both: int) -> list[record.Line]:
     )  # fmt: skip
     lines: list[record.Line] = [found]
     for repeat, forward in ((-1, 100), (0, 2), (1, 4)):
-        lines.append(
-            RepeatLine(
-                number=spot.number,
-                repeat=repeat,
-                forward_ns=forward * MS,
-                both_ns=both * MS,
-                saving_ns=3 * MS,
-                backward_ns=5 * MS,
-            )
-        )
+        ns: dict[str, Any] = {
+            "forward_ns": forward * MS,
+            "both_ns": both * MS,
+            "saving_ns": 3 * MS,
+            "backward_ns": 5 * MS,
+        }
+        lines.append(RepeatLine(number=spot.number, repeat=repeat, **ns))
     memory = MemoryLine(number=spot.number, loaded=1 << 20, packed=2 << 20, first_step=3 << 20, last_step=3 << 20)
     return [*lines, memory]
 
@@ -50,6 +49,12 @@ def made_up_spot(spot: Spot, both: int) -> list[record.Line]:
 def made_up(spots: list[Spot]) -> list[record.Line]:
     head = LayerLine(stamp="stamp", command="c", commit="abc", machine=MACHINE, case=TINY, spots=tuple(spots))
     return [head, *(line for spot in spots for line in made_up_spot(spot, 10 * spot.value))]
+
+
+def view_of(lines: list[record.Line]) -> View:
+    view = tables.view(lines)
+    assert view is not None
+    return view
 
 
 def spots_of(*values: tuple[Varied, int]) -> list[Spot]:
@@ -66,7 +71,7 @@ def test_backward_is_timed_and_found_by_subtraction() -> None:
     assert one.tokens_per_s(BOTH) == pytest.approx(CASE.qlen / 0.01)
 
 
-def test_a_sweep_names_what_it_varies_and_labels_stand_on_paper() -> None:
+def test_a_sweep_names_what_it_varies_and_labels_have_a_background() -> None:
     summaries = summarise(made_up(spots_of(("rank", 4), ("rank", 8), ("tp", 1), ("tp", 2))))
     axes = Figure().subplots(1, 3)
     pictures._cost(axes[0], summaries[:2])
@@ -88,11 +93,10 @@ def test_a_sweep_names_what_it_varies_and_labels_stand_on_paper() -> None:
         ([None], "other programs had up to 50 % of the processors: these times mean little"),
     ],
 )
-def test_only_what_was_measured_beside_others_is_doubted(numbers: list[int | None], wanted: str | None) -> None:
+def test_a_note_names_the_times_that_other_programs_disturbed(numbers: list[int | None], wanted: str | None) -> None:
     quiet = [SpotOtherLoadLine(number=number, others=0.01) for number in range(3)]
     busy = [SpotOtherLoadLine(number=number, others=0.5) for number in numbers]
-    view = tables.view([*made_up(spots_of(("tp", 1), ("tp", 2), ("throughput", CASE.qlen))), *quiet, *busy])
-    assert view is not None
+    view = view_of([*made_up(spots_of(("tp", 1), ("tp", 2), ("throughput", CASE.qlen))), *quiet, *busy])
     assert [note for note in view.grids[0].notes if note.startswith("other")] == ([wanted] if wanted else [])
     assert [row["others"] == 0.5 for row in view.rows[:: len(WHATS)]] == [
         None in numbers or number in numbers for number in range(3)
@@ -100,23 +104,19 @@ def test_only_what_was_measured_beside_others_is_doubted(numbers: list[int | Non
 
 
 def test_tables_of_made_up_times() -> None:
-    view = tables.view(made_up(spots_of(("tp", 1), ("tp", 2), ("throughput", CASE.qlen))))
-    assert view is not None
+    view = view_of(made_up(spots_of(("tp", 1), ("tp", 2), ("throughput", CASE.qlen))))
     times, degrees, throughput, memory = view.grids
     assert times.rows[0] == ("forward", "3.00 ± 1.41", "3.00", "2.00", "2.10", "3.90", "4.00", "5,667")
     assert degrees.rows[1] == ("TP 2", "2", "3.00", "1.00", "20.0", "0.50")
     assert throughput.rows == (("batch 1 x 17", "17", "3.00", "5,667", "170", "100"),)
     assert memory.rows[0] == ("TP 1", "1.0 MiB", "1.0 MiB", "2.0 MiB", "3.0 MiB", "3.0 MiB", "0 B", "3.00")
     assert view.verdict == "forward 3.00 ms, forward + backward 10.0 ms, backward 5.00 ms, 1,700 tokens/s"
-    rows = delimited(view.rows).splitlines()
-    assert len(rows) == 1 + 3 * len(WHATS)
-    assert view.picture is not None
-    assert view.picture.startswith(b"\x89PNG")
+    assert len(delimited(view.rows).splitlines()) == 1 + 3 * len(WHATS)
+    assert (view.picture or b"").startswith(b"\x89PNG")
 
 
-def test_a_sweep_tells_growth_beside_that_of_the_work() -> None:
-    view = tables.view(made_up(spots_of(("qlen", 1), ("qlen", 4), ("rank", 8))))
-    assert view is not None
+def test_a_sweep_shows_growth_beside_that_of_the_work() -> None:
+    view = view_of(made_up(spots_of(("qlen", 1), ("qlen", 4), ("rank", 8))))
     qlen, rank = view.grids
     assert [(row[0], row[6], row[7]) for row in qlen.rows] == [("1", "1.00", "1.00"), ("4", "4.00", "4.00")]
     assert [row[0] for row in rank.rows] == ["8"]
@@ -126,8 +126,7 @@ def test_a_sweep_tells_growth_beside_that_of_the_work() -> None:
 def test_a_stopped_run_shows_the_spots_that_it_has() -> None:
     spots = spots_of(("qlen", 1), ("qlen", 4))
     lines = made_up(spots)
-    view = tables.view(lines[:5])  # the head, and the first spot without its memory
-    assert view is not None
+    view = view_of(lines[:5])  # the head, and the first spot without its memory
     assert [row[0] for row in view.grids[0].rows] == ["1"]
     assert view.grids[0].rows[0][-1] == "–"
     assert tables.view(lines[:3]) is None, "a warm-up is no time"
@@ -189,22 +188,8 @@ def test_every_degree_and_every_batch_has_a_process(tmp_path: Path, monkeypatch:
 
 def test_sweep_command_through_a_real_process(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = (
-        "bench",
-        "sweep",
-        "qlen",
-        "--values",
-        "5",
-        "--case",
-        TINY,
-        "--repeats",
-        "1",
-        "--warmup",
-        "0",
-        "--steps",
-        "0",
-    )
-    assert "over qlen" in ends(call(*arguments, "--threads", "1", "--out", str(out)), 0)
+    options = f"--values 5 --case {TINY} --repeats 1 --warmup 0 --steps 0 --threads 1 --out {out}"
+    assert "over qlen" in ends(call("bench", "sweep", "qlen", *options.split()), 0)
     assert [line.kind for line in record.read(out)] == ["layer", "spot", "repeat", "quiet", "memory"]
 
 

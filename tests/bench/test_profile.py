@@ -1,7 +1,4 @@
-"""The profile of the layer: what it says about made-up calls is right to the digit, and real ones have all its parts.
-
-No time is judged: what is asserted of measured ones holds on any machine.
-"""
+"""The profile of the layer: exact tables of made-up calls, and all parts of measured ones. No time is judged."""
 
 from __future__ import annotations
 
@@ -114,9 +111,14 @@ def test_workers_and_imbalance_of_a_made_up_call() -> None:
     assert imbalances(times) == [Imbalance(0, finish=2 * MS, begin=MS), Imbalance(1, finish=MS, begin=0)]
 
 
-def test_tables_of_a_made_up_profile() -> None:
-    summary = ProfileSummary.of(made_up_lines())
+def summary_of(lines: list[profile_record.Line]) -> ProfileSummary:
+    summary = ProfileSummary.of(lines)
     assert summary is not None
+    return summary
+
+
+def test_tables_of_a_made_up_profile() -> None:
+    summary = summary_of(made_up_lines())
     assert (summary.read, summary.multiply) == (2e9, 2e9), "the best of the ceilings counts"
     ranges_, phases, workers = profile_tables.view(summary, b"").grids
     # 10 of 11 ms are the engine's
@@ -131,16 +133,14 @@ def test_tables_of_a_made_up_profile() -> None:
     assert profile_tables.verdict(summary) == "forward 10.0 ms, most of it gate + up (+ LoRA B) (45.0 %)"
 
 
-def test_a_busy_machine_is_said_to_be_one() -> None:
+def test_a_busy_machine_is_reported() -> None:
     for others, wanted in ((0.3, "other programs had 30 %"), (0.01, "ceilings")):
-        summary = ProfileSummary.of([*made_up_lines(), OtherLoadLine(others=others)])
-        assert summary is not None
+        summary = summary_of([*made_up_lines(), OtherLoadLine(others=others)])
         assert profile_tables.ranges_grid(summary).notes[0].startswith(wanted)
 
 
-def test_views_hold_the_same_table(tmp_path: Path) -> None:
-    summary = ProfileSummary.of(made_up_lines())
-    assert summary is not None
+def test_all_views_have_the_same_table(tmp_path: Path) -> None:
+    summary = summary_of(made_up_lines())
     names = pages.write(profile_tables.view(summary, b"not empty"), tmp_path)
     assert names == ["profile.md", "profile.html", "profile.tsv", "profile.png"]
     page, text = ((tmp_path / name).read_text() for name in names[:2][::-1])
@@ -202,7 +202,7 @@ def test_every_worker_is_accounted_for(lines: list[profile_record.Line]) -> None
 
 
 def validate(text: str, workers: int) -> list[dict[str, Any]]:
-    """The events of a trace in the Trace Event Format, JSON object form, as Perfetto's importer reads it."""
+    """Check the Trace Event Format, JSON object form, as Perfetto's importer reads it; returns the events."""
     found = json.loads(text)
     assert set(found) >= {"traceEvents"}
     named: dict[int, str] = {}

@@ -1,6 +1,6 @@
-"""What a profile leaves unexplained: told of a made-up call, bounded for a real one that is large enough.
+"""The time that a profile leaves unexplained: exact for a made-up call, bounded for a real one that is large enough.
 
-No time is judged by itself: the engine's is compared with what Python saw of the same call.
+No time is judged alone: the engine's is compared with what Python saw of the same call.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ import pytest
 
 from ktverify.bench.layer import profile, profile_tables
 from ktverify.bench.layer.profile_record import CallLine
-from ktverify.bench.layer.profile_summary import ProfileSummary, unexplained_ns
+from ktverify.bench.layer.profile_summary import unexplained_ns
 from ktverify.spec.cases import Case
-from tests.bench.test_profile import MS, made_up, made_up_lines
+from tests.bench.test_profile import MS, made_up, made_up_lines, summary_of
 from tests.cli.test_cli import TINY
 
 # scalar code takes ten milliseconds or more on any machine, so that Python's checks are a small part of the call
 LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
 
 
-def test_waiting_of_no_stage_is_told() -> None:
+def test_waiting_that_belongs_to_no_stage_is_reported() -> None:
     assert unexplained_ns(made_up(10 * MS)) == 1.5 * MS
-    assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "what is added between the stages is nobody's"
-    summary = ProfileSummary.of(made_up_lines())
-    assert summary is not None
-    phases = profile_tables.view(summary, b"").grids[1]
+    assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "time between the stages belongs to none"
+    phases = profile_tables.view(summary_of(made_up_lines()), b"").grids[1]
     assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"
 
 
-def test_the_engine_has_what_python_sees_of_a_large_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_explain_a_large_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
     profiler = profile.Profiler(Case.parse(LARGE), profile.ProfileSettings(isa=ISA, threads=2, warmup=1, repeats=2))
     calls = [line for line in profiler.lines() if isinstance(line, CallLine) and line.which == "recorded"]

@@ -1,4 +1,5 @@
-"""The bench: who computes when, who gets a time, what a time is held against. Tiny shapes, no time is judged."""
+"""`bench shapes`: the order of turns, which engines get a time, what a time is compared with. Tiny shapes; no time is
+judged."""
 
 from __future__ import annotations
 
@@ -76,17 +77,18 @@ def peer(folder: Path, name: str) -> str:
 
 def head(names: list[str]) -> HeadLine:
     return HeadLine(
-        stamp="20250101T000000Z-bench",
-        command="python -m ktverify bench tiny",
-        commit="abc",
-        machine=MACHINE,
-        engines=tuple(names),
-        threads=1,
-        rounds=ROUNDS,
-        warmup=1,
-        runs=1,
-        isa="",
-    )
+        stamp="20250101T000000Z-bench", command="python -m ktverify bench tiny", commit="abc", machine=MACHINE,
+        engines=tuple(names), threads=1, rounds=ROUNDS, warmup=1, runs=1, isa="",
+    )  # fmt: skip
+
+
+def measured(folder: Path, found: list[Engine]) -> BenchJournal:
+    """One run of these engines over one shape."""
+    written = BenchJournal(folder)
+    written.add(head([engine.name for engine in found]))
+    Bench(found, SETTINGS, written, Silent()).measure(SHAPE)
+    written.close()
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -94,23 +96,19 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> BenchJournal:
     """One run over one shape with right, wrong, dying and missing engines."""
     folder = tmp_path_factory.mktemp("bench")
     found = engines.find(["torch_loop", *(peer(folder, name) for name in PEERS)], {})
-    missing = Engine(
-        "absent", "absent", Path("absent.py"), 1.0, False, True, True, Path("python"), missing="not installed"
-    )
-    written = BenchJournal(folder / "run")
-    written.add(head([engine.name for engine in [*found, missing]]))
-    Bench([*found, missing], SETTINGS, written, Silent()).measure(SHAPE)
-    written.close()
-    return written
+    absent = pretended("absent", 1.0, missing="not installed")
+    return measured(folder / "run", [*found, absent])
 
 
 def turns(journal: BenchJournal, engine: str) -> list[TurnLine]:
     return [line for line in journal.lines if isinstance(line, TurnLine) and line.engine == engine]
 
 
-def summed(journal: BenchJournal) -> summary.ShapeSummary:
+def engine_of(journal: BenchJournal, name: str) -> summary.EngineSummary:
     (found,) = summary.summarise(journal.lines)
-    return found
+    engine = found.engine(name)
+    assert engine is not None
+    return engine
 
 
 def test_rounds_are_interleaved(journal: BenchJournal) -> None:
@@ -130,67 +128,43 @@ def test_rounds_are_interleaved(journal: BenchJournal) -> None:
     assert ceilings == list(range(ROUNDS))
 
 
-def test_a_crash_costs_only_its_own_column(journal: BenchJournal) -> None:
-    found = summed(journal)
-    dead = found.engine("dies")
-    assert dead is not None
-    assert (dead.line.forward, dead.line.backward) == ("CRASH", "CRASH")
-    assert dead.line.reason == "in round 2: died of SIGSEGV; last line: so it ends"
-    assert dead.forward is None
-    for name in ("native", "torch_loop"):
-        engine = found.engine(name)
-        assert engine is not None
-        assert (engine.line.forward, engine.line.backward) == ("PASS", "PASS")
-        for timing in (engine.forward, engine.forward_saving, engine.backward):
-            assert timing is not None
-            assert timing.ms.count == ROUNDS
-            assert timing.over_roofline is not None
-
-
-def test_what_raises_while_loading_is_told(journal: BenchJournal) -> None:
-    engine = summed(journal).engine("raises")
-    assert engine is not None
-    assert engine.line.forward == "CRASH"
-    assert engine.line.reason == "while loading: ValueError: not today"
-    assert not turns(journal, "raises")
-
-
-def test_a_wrong_output_gets_no_time(journal: BenchJournal) -> None:
-    engine = summed(journal).engine("wrong")
-    assert engine is not None
-    assert (engine.line.forward, engine.line.backward) == ("FAIL", "FAIL")
-    assert engine.line.reason.startswith("output is wrong: rel_l2 1.0e-01")
-    assert not turns(journal, "wrong")
-
-
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [("wrong_gradient", "grad_input is wrong: rel_l2 1.0e-01"), ("forgets", "grad_up_lora_a is missing")],
+    ("name", "verdicts", "reason", "timed"),
+    [
+        ("dies", ("CRASH", "CRASH"), "in round 2: died of SIGSEGV; last line: so it ends", None),
+        ("raises", ("CRASH", "CRASH"), "while loading: ValueError: not today", set()),
+        ("wrong", ("FAIL", "FAIL"), "output is wrong: rel_l2 1.0e-01", set()),
+        ("wrong_gradient", ("PASS", "FAIL"), "grad_input is wrong: rel_l2 1.0e-01", {"forward"}),
+        ("forgets", ("PASS", "FAIL"), "grad_up_lora_a is missing", {"forward"}),
+        ("absent", ("SKIP", "SKIP"), "not installed", set()),
+    ],
 )
-def test_a_wrong_gradient_costs_the_time_of_backward(journal: BenchJournal, name: str, reason: str) -> None:
-    engine = summed(journal).engine(name)
-    assert engine is not None
-    assert (engine.line.forward, engine.line.backward) == ("PASS", "FAIL")
+def test_a_defect_costs_only_the_time_that_it_makes_worthless(
+    journal: BenchJournal, name: str, verdicts: tuple[str, str], reason: str, timed: set[str] | None
+) -> None:
+    engine = engine_of(journal, name)
+    assert (engine.line.forward, engine.line.backward) == verdicts
     assert engine.line.reason.startswith(reason)
-    assert {line.what for line in turns(journal, name)} == {"forward"}
-    assert engine.forward is not None
-    assert engine.backward is None
+    if timed is not None:
+        assert {line.what for line in turns(journal, name)} == timed
+    assert (engine.forward is not None, engine.backward is not None) == ("forward" in (timed or ()), False)
+    (found,) = summary.summarise(journal.lines)
+    word = verdicts[0] if verdicts[0] != "PASS" else verdicts[1]
+    assert [line for line in tables.problems(found) if line.startswith(f"{word} {engine.line.title}: {reason}")]
 
 
-def test_what_is_not_installed_is_told(journal: BenchJournal) -> None:
-    found = summed(journal)
-    engine = found.engine("absent")
-    assert engine is not None
-    assert engine.line.forward == "SKIP"
-    assert "SKIP absent: not installed" in tables.problems(found)
-
-
-def test_right_engines_are_compared_with_the_oracle(journal: BenchJournal) -> None:
-    engine = summed(journal).engine("native")
-    assert engine is not None
+@pytest.mark.parametrize("name", ["native", "torch_loop"])
+def test_right_engines_are_timed_in_every_round(journal: BenchJournal, name: str) -> None:
+    engine = engine_of(journal, name)
+    assert (engine.line.forward, engine.line.backward) == ("PASS", "PASS")
+    for timing in (engine.forward, engine.forward_saving, engine.backward):
+        assert timing is not None
+        assert timing.ms.count == ROUNDS
+        assert timing.over_roofline is not None
+    # and were compared with the oracle before
     assert set(engine.line.rel_l2) == {"output", *BACKWARD_TENSORS}
     assert 0 < max(engine.line.rel_l2.values()) < 1e-2
-    assert engine.line.about["isa"]
+    assert name != "native" or engine.line.about["isa"]
 
 
 def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal) -> None:
@@ -220,11 +194,10 @@ def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal) -> N
 def test_ratios_are_taken_round_by_round(journal: BenchJournal) -> None:
     own = {(line.round, line.what): line.ns for line in turns(journal, "native")}
     ratios = [line.ns / own[line.round, line.what] for line in turns(journal, "torch_loop") if line.what == "backward"]
-    engine = summed(journal).engine("torch_loop")
-    assert engine is not None
-    assert engine.backward is not None
-    assert engine.backward.against_own is not None
-    assert engine.backward.against_own.median == pytest.approx(sorted(ratios)[1])
+    timing = engine_of(journal, "torch_loop").backward
+    assert timing is not None
+    assert timing.against_own is not None
+    assert timing.against_own.median == pytest.approx(sorted(ratios)[1])
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
@@ -244,11 +217,10 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         Bench(engines.find(["native"], {}), replace(SETTINGS, scratch=scratch), written, Impatient()).measure(SHAPE)
     written.close()
-    (found,) = summary.summarise(record.read(tmp_path / "run"))
-    engine = found.engine("native")
-    assert engine is not None
-    assert engine.backward is not None
-    assert engine.backward.ms.count == 2
+    assert record.read(tmp_path / "run") == written.lines
+    timing = engine_of(written, "native").backward
+    assert timing is not None
+    assert timing.ms.count == 2
     assert not list(scratch.iterdir())
 
 
@@ -295,32 +267,35 @@ def test_every_shape_of_the_table_is_a_case_that_repro_takes() -> None:
         assert len(shape.why) > 20
 
 
-# ---- who is measured with whom
+# ---- which engines are measured together
 
 
-def pretended(name: str, held: float) -> Engine:
-    return Engine(name, name, Path(f"{name}.py"), held, name == "native", True, True, Path("python"))
+def pretended(name: str, held: float, missing: str = "") -> Engine:
+    return Engine(name, name, Path(f"{name}.py"), held, name == "native", True, True, Path("python"), missing=missing)
 
 
-def test_engines_that_do_not_fit_together_run_in_pairs() -> None:
+@pytest.mark.parametrize(
+    ("memory", "used", "groups", "left_out"),
+    [
+        (40, 1.0, ["native a b"], ""),
+        (18, 1.0, ["native a", "native b"], ""),
+        (14, 1.0, ["native a"], "b"),
+        # the native engine holds only the experts that are used
+        (14, 0.25, ["native a", "native b"], ""),
+        (8, 1.0, ["native"], "a b"),
+        (4, 1.0, [], "native a b"),
+    ],
+)
+def test_engines_that_do_not_fit_together_run_in_pairs(
+    memory: int, used: float, groups: list[str], left_out: str
+) -> None:
     every = [pretended("native", 1.0), pretended("a", 1.0), pretended("b", 2.0)]
     weights = 5 << 30
-    assert plan(every, weights, weights, 40 << 30) == ([every], [])
-    groups, left_out = plan(every, weights, weights, 18 << 30)
-    assert [[engine.name for engine in group] for group in groups] == [["native", "a"], ["native", "b"]]
-    assert not left_out
-    groups, left_out = plan(every, weights, weights, 14 << 30)
-    assert [[engine.name for engine in group] for group in groups] == [["native", "a"]]
-    assert [engine.name for engine, _ in left_out] == ["b"]
-    assert "needs 17.8 GB" in left_out[0][1]
-    # the native engine holds only the experts that are used
-    groups, _ = plan(every, weights, weights // 4, 14 << 30)
-    assert [[engine.name for engine in group] for group in groups] == [["native", "a"], ["native", "b"]]
-    groups, left_out = plan(every, weights, weights, 8 << 30)
-    assert [[engine.name for engine in group] for group in groups] == [["native"]]
-    groups, left_out = plan(every, weights, weights, 4 << 30)
-    assert not groups
-    assert {engine.name for engine, _ in left_out} == {"native", "a", "b"}
+    found, left = plan(every, weights, int(weights * used), memory << 30)
+    assert [" ".join(engine.name for engine in group) for group in found] == groups
+    assert sorted(engine.name for engine, _ in left) == sorted(left_out.split())
+    if left_out == "b":
+        assert "needs 17.8 GB" in left[0][1]
 
 
 # ---- the command
@@ -353,11 +328,7 @@ def test_another_build_runs_beside_this_one(monkeypatch: pytest.MonkeyPatch, tmp
     copied = tmp_path / "before.so"
     shutil.copy(_native.__file__, copied)
     monkeypatch.setenv("KTVERIFY_OTHER_BUILD", str(copied))
-    found = engines.find(["other_build"], {})
-    written = BenchJournal(tmp_path / "run")
-    written.add(head([engine.name for engine in found]))
-    Bench(found, SETTINGS, written, Silent()).measure(SHAPE)
-    written.close()
+    written = measured(tmp_path / "run", engines.find(["other_build"], {}))
     (mine, its) = (turns(written, name) for name in ("native", "other_build"))
     assert len(mine) == len(its) > 0
     (about,) = (line.about for line in written.lines if isinstance(line, EngineLine) and line.engine == "other_build")
@@ -398,19 +369,16 @@ def turn(round_: int, ns: int, others: float) -> TurnLine:
 @pytest.mark.parametrize(("quiet", "median"), [(6, 1.0), (4, 9.0)])
 def test_disturbed_turns_do_not_count_where_enough_others_are_there(quiet: int, median: float) -> None:
     work: dict[str, Any] = {"forward_bytes": 1, "forward_flops": 1, "backward_bytes": 1, "backward_flops": 1}
+    verdicts: dict[str, Any] = {"forward": "PASS", "backward": "UNSUPPORTED"}
     lines: list[record.Line] = [
         record.ShapeLine(shape="s", why="", case=SHAPE.case.id, active=4, weight_bytes=1, **work),
-        record.EngineLine(
-            shape="s", run=1, group=0, engine="native", title="native", forward="PASS", backward="UNSUPPORTED"
-        ),
+        EngineLine(shape="s", run=1, group=0, engine="native", title="native", **verdicts),
         *(turn(number, 1_000_000, 0.0) for number in range(quiet)),
         *(turn(number, 9_000_000, 0.5) for number in range(quiet, 15)),
     ]
     (found,) = summary.summarise(lines)
-    engine = found.engine("native")
-    assert engine is not None
-    assert engine.forward is not None
-    assert engine.forward.ms.median == median
+    assert found.engines[0].forward is not None
+    assert found.engines[0].forward.ms.median == median
     assert found.left_out == (15 - quiet if median == 1.0 else 0)
 
 

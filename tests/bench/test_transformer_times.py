@@ -1,10 +1,11 @@
-"""The timed transformer: what counts, in which process, what is refused. No time is judged."""
+"""`bench transformer`: which steps count, in which process, what is refused. No time is judged."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -42,17 +43,9 @@ def made_up(*, loop: float | None = None) -> list[record.Line]:
     for warmup, steps in ((0, (30, 20)), (1, (25, 10, 20))):
         found.append(ProcessLine(warmup=warmup, device="cpu", threads=1))
         for place, ms in enumerate(steps):
-            loop_ns = int(loop * ms * MS) if loop is not None else None
-            forward = ms * MS // 5
-            found.append(
-                StepLine(
-                    warmup=warmup,
-                    step=place - warmup,
-                    forward_ns=forward,
-                    backward_ns=4 * forward,
-                    loop_ns=loop_ns,
-                )
-            )
+            loop_ns, forward = int(loop * ms * MS) if loop is not None else None, ms * MS // 5
+            ns: dict[str, Any] = {"forward_ns": forward, "backward_ns": 4 * forward, "loop_ns": loop_ns}
+            found.append(StepLine(warmup=warmup, step=place - warmup, **ns))
         found.append(EndLine(warmup=warmup, peak=1 << 30, loss=1.0))
     return found
 

@@ -25,6 +25,7 @@ from ktverify.system.machine import Machine
 from tests.support.records import MACHINE, accuracy, check, latency, write
 
 GROWTH = Growth(factor=1.25, floor=1e-4)
+FAILED: tuple[VerdictName, ...] = ("FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED")
 
 
 def gated(run: store.Run, baseline: Baseline | None = None) -> GateReport:
@@ -32,15 +33,9 @@ def gated(run: store.Run, baseline: Baseline | None = None) -> GateReport:
 
 
 def test_a_good_run_passes(tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", [accuracy(), latency(), check()]))
-    assert finding.passed
-    assert finding.checked == 3
-
-
-@pytest.mark.parametrize("verdict", ["FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED"])
-def test_one_verdict_that_is_no_pass_flips_the_gate(verdict: VerdictName, tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", [accuracy(), check(), check(verdict, "test_broken")]))
-    assert finding.breaks == (f"contract/- test_broken: {verdict} told why",)
+    report = gated(write(tmp_path / "run", [accuracy(), latency(), check()]))
+    assert report.passed
+    assert report.checked == 3
 
 
 def test_gates_records_and_pages_know_the_same_verdicts() -> None:
@@ -48,29 +43,35 @@ def test_gates_records_and_pages_know_the_same_verdicts() -> None:
     assert names == set(VERDICT_ORDER) == set(tables.OVERVIEW_VERDICTS) == set(CONSOLE_STYLES) - {"WARNING"}
 
 
-def test_a_failed_tensor_is_named_with_its_repro(tmp_path: Path) -> None:
-    (line,) = gated(write(tmp_path / "run", [accuracy(), accuracy(3.1e-2, tensor="grad_input")])).breaks
-    assert line.splitlines() == [
-        "forward/avx2 small@seed=0: FAIL grad_input rel_l2 3.1e-02",
+BREAKS: dict[str, tuple[list[Result], int, str]] = {
+    **{
+        verdict: (
+            [accuracy(), check(), check(verdict, "test_broken")],
+            0,
+            f"contract/- test_broken: {verdict} told why",
+        )
+        for verdict in FAILED
+    },
+    "a tensor, with its repro": (
+        [accuracy(), accuracy(3.1e-2, tensor="grad_input")],
+        0,
+        "forward/avx2 small@seed=0: FAIL grad_input rel_l2 3.1e-02\n"
         "    python -m ktverify repro 'small@seed=0' --isa avx2 --tensor grad_input",
-    ]
+    ),
+    "empty": ([], 0, "Nothing was checked"),
+    "all skip": ([accuracy(verdict="SKIP"), check("UNSUPPORTED")], 0, "Nothing was checked"),
+    "no record of the failure": ([accuracy()], 2, "exit status 2"),
+    "a pass without a gate": ([accuracy().model_copy(update={"gates": ()})], 0, "PASS without a single gate"),
+}
 
 
-@pytest.mark.parametrize("records", [[], [accuracy(verdict="SKIP"), check("UNSUPPORTED")]], ids=["empty", "all skip"])
-def test_a_run_that_checked_nothing_fails(records: list[Result], tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", records))
-    assert not finding.passed
-    assert "Nothing was checked" in finding.breaks[0]
-
-
-def test_a_session_that_broke_without_a_record_fails(tmp_path: Path) -> None:
-    finding = gated(write(tmp_path / "run", [accuracy()], exit_status=2))
-    assert "exit status 2" in finding.breaks[0]
-
-
-def test_a_pass_without_a_gate_fails(tmp_path: Path) -> None:
-    empty = accuracy().model_copy(update={"gates": ()})
-    assert "without a single gate" in gated(write(tmp_path / "run", [empty])).breaks[0]
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_breaks_a_run(name: str, tmp_path: Path) -> None:
+    records, exit_status, text = BREAKS[name]
+    report = gated(write(tmp_path / "run", records, exit_status))
+    assert not report.passed
+    assert len(report.breaks) == 1
+    assert text in report.breaks[0]
 
 
 def baseline_of(tmp_path: Path, records: list[Result]) -> Baseline:
@@ -89,26 +90,32 @@ def test_a_run_passes_against_its_own_baseline(tmp_path: Path) -> None:
 def test_a_check_missing_against_the_baseline_flips_the_gate(missing: int, tmp_path: Path) -> None:
     records: list[Result] = [accuracy(), latency(), check()]
     baseline = baseline_of(tmp_path, records)
-    finding = gated(write(tmp_path / "run", records[:missing] + records[missing + 1 :]), baseline)
-    assert finding.breaks == (f"missing: {key_of(records[missing])} (it was PASS in the baseline)",)
+    report = gated(write(tmp_path / "run", records[:missing] + records[missing + 1 :]), baseline)
+    assert report.breaks == (f"missing: {key_of(records[missing])} (it was PASS in the baseline)",)
 
 
-def test_growth_beyond_the_factor_flips_the_gate(tmp_path: Path) -> None:
-    baseline = baseline_of(tmp_path, [accuracy(2.4e-3)])
-    assert gated(write(tmp_path / "a", [accuracy(2.9e-3)]), baseline).passed
-    finding = gated(write(tmp_path / "b", [accuracy(3.1e-3)]), baseline)
-    assert finding.breaks[0].startswith("grown: accuracy forward small output avx2 tp=1 rel_l2 3.10e-03")
-    # another seed has other errors; its budget judges it
-    assert gated(write(tmp_path / "c", [accuracy(3.1e-3, case="small@seed=5")]), baseline).passed
+@pytest.mark.parametrize(
+    ("before", "now", "case", "grown"),
+    [
+        (2.4e-3, 2.9e-3, "small@seed=0", False),
+        (2.4e-3, 3.1e-3, "small@seed=0", True),
+        # another seed has other errors: its budget judges it
+        (2.4e-3, 3.1e-3, "small@seed=5", False),
+        # below the floor growth does not count
+        (1e-6, 9e-5, "small@seed=0", False),
+        (1e-6, 1.1e-4, "small@seed=0", True),
+    ],
+)
+def test_an_error_may_grow_by_a_factor_from_a_floor_on(
+    before: float, now: float, case: str, grown: bool, tmp_path: Path
+) -> None:
+    report = gated(write(tmp_path / "run", [accuracy(now, case=case)]), baseline_of(tmp_path, [accuracy(before)]))
+    assert [line.partition(",")[0] for line in report.breaks] == (
+        [f"grown: accuracy forward small output avx2 tp=1 rel_l2 {now:.2e}"] if grown else []
+    )
 
 
-def test_growth_below_the_floor_is_none(tmp_path: Path) -> None:
-    baseline = baseline_of(tmp_path, [accuracy(1e-6)])
-    assert gated(write(tmp_path / "a", [accuracy(9e-5)]), baseline).passed
-    assert not gated(write(tmp_path / "b", [accuracy(1.1e-4)]), baseline).passed
-
-
-def test_the_allowed_growth_has_its_place_in_the_tolerances() -> None:
+def test_the_allowed_growth_is_in_the_tolerances() -> None:
     allowed = growth()
     assert 1 < allowed.factor < 2
     assert 0 < allowed.floor < 1e-3
@@ -121,12 +128,12 @@ def test_time_is_never_gated(tmp_path: Path) -> None:
 
 def test_skip_breaks_only_where_the_baseline_passed(tmp_path: Path) -> None:
     baseline = baseline_of(tmp_path, [check(), check("SKIP", "test_never")])
-    finding = gated(write(tmp_path / "run", [check("SKIP"), check("SKIP", "test_never"), accuracy()]), baseline)
-    assert finding.breaks == ("contract/- test_refusal[rank]: SKIP told why (it was PASS in the baseline)",)
-    assert "contract/- test_never: SKIP told why" in finding.notes
+    report = gated(write(tmp_path / "run", [check("SKIP"), check("SKIP", "test_never"), accuracy()]), baseline)
+    assert report.breaks == ("contract/- test_refusal[rank]: SKIP told why (it was PASS in the baseline)",)
+    assert "contract/- test_never: SKIP told why" in report.notes
 
 
-def test_an_isa_that_the_machine_lacks_is_told_and_does_not_break(tmp_path: Path) -> None:
+def test_an_isa_that_the_machine_lacks_is_noted_and_does_not_break(tmp_path: Path) -> None:
     records: list[Result] = [accuracy(), accuracy(isa="avx512_bf16"), accuracy(isa="amx_bf16 (emulated)")]
     baseline = baseline_of(tmp_path, records)
     run = write(tmp_path / "run", records[:1])
@@ -134,9 +141,9 @@ def test_an_isa_that_the_machine_lacks_is_told_and_does_not_break(tmp_path: Path
     assert run.head is not None
     lesser = Machine(**{**vars(MACHINE), "isas": ("avx2", "scalar")})
     run = store.Run(run.directory, run.head.model_copy(update={"machine": lesser}), run.records)
-    finding = gated(run, baseline)
-    assert finding.passed
-    assert len([note for note in finding.notes if "which this machine does not run" in note]) == 2
+    report = gated(run, baseline)
+    assert report.passed
+    assert len([note for note in report.notes if "which this machine does not run" in note]) == 2
 
 
 def test_real_and_emulated_tiles_are_the_same_check() -> None:

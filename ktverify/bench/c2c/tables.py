@@ -9,22 +9,9 @@ from ktverify.report.grid import Grid, delimited
 from ktverify.report.numbers import many, number, percent
 from ktverify.system.clock import PERCENTILES, Statistics
 
-# the single numbers of a prompt; all but total_ms are fields of the record
-COLUMNS = (
-    "total_ms",
-    "base_embedding_ms",
-    "base_prefill_ms",
-    "teacher_embedding_ms",
-    "teacher_prefill_ms",
-    "projector_total_ms",
-    "projector_avg_ms",
-    "projector_calls",
-    "decode_total_ms",
-    "decode_avg_ms",
-    "num_generated_tokens",
-    "tokens_per_second",
-)
 STEP = "decode_step_times_ms"
+# the single numbers of a prompt: its total and all fields of its timing but the list of steps
+COLUMNS = ("total_ms", *(name for name in PromptTiming.model_fields if name != STEP))
 SLOWEST = 10
 _STAGES = {
     "base_embedding_ms": "base, embedding",

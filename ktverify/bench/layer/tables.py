@@ -10,7 +10,7 @@ from ktverify.bench.layer.record import SWEEPS, LayerLine, Line
 from ktverify.bench.layer.summary import BACKWARD, BOTH, FORWARD, TITLES, WHATS, SpotSummary, of, summarise
 from ktverify.bench.timed_run import busy, run_pairs
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, count, error, mean_and_std, number, ratio
+from ktverify.report.numbers import NOTHING, STATISTICS, count, error, number, ratio, statistics_cells
 from ktverify.report.pages import View, statistics_row
 from ktverify.system.machine import format_bytes
 from ktverify.system.other_load import BUSY
@@ -67,9 +67,8 @@ def times_grid(one: SpotSummary) -> Grid:
     """A row for each of WHATS; tokens per second at the median."""
     lines = []
     for what, ms in one.ms.items():
-        values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
         rate = count(one.tokens_per_s(what)) if what in (FORWARD, BOTH) else NOTHING
-        lines.append((what, mean_and_std(ms), *map(number, values), rate))
+        lines.append((what, *statistics_cells(ms), rate))
     rel_l2 = ", ".join(f"{name} {error(value, 1)}" for name, value in one.found.rel_l2.items())
     repeats = f"{one.spot.warmup} warm-ups before {one.ms[FORWARD].count} repeats"
     notes = (
@@ -77,7 +76,7 @@ def times_grid(one: SpotSummary) -> Grid:
         f"the weights, {number(one.found.first_ns / 1e6)} ms",
         f"rel_l2 against fp32: {rel_l2}",
     )
-    return Grid("times", notes, ("", "mean ± std ms", "median", "min", "p5", "p95", "max", "tokens/s"), tuple(lines))
+    return Grid("times", notes, ("", *STATISTICS, "tokens/s"), tuple(lines))
 
 
 def tp_grid(group: Sequence[SpotSummary]) -> Grid:
@@ -98,14 +97,12 @@ def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
     """A row for each batch and sequence length."""
     lines = []
     for one in group:
-        cells = [cell for what in (FORWARD, BOTH) for cell in _rated(one, what)]
+        cells = [
+            cell for what in (FORWARD, BOTH) for cell in (number(one.ms[what].median), count(one.tokens_per_s(what)))
+        ]
         lines.append((one.name, str(one.case.qlen), *cells))
     headings = ("batch x sequence", "tokens", f"{FORWARD} ms", "tokens/s", f"{BOTH} ms", "tokens/s")
     return Grid("throughput", ("at the median; each in a process of its own",), headings, tuple(lines))
-
-
-def _rated(one: SpotSummary, what: str) -> tuple[str, str]:
-    return number(one.ms[what].median), count(one.tokens_per_s(what))
 
 
 def memory_grid(found: Sequence[SpotSummary]) -> Grid:

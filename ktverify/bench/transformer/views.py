@@ -11,7 +11,7 @@ from ktverify.bench.transformer.measure import agreement
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
 from ktverify.bench.transformer.sizes import forward_flops, parameters
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, count, many, mean_and_std, number, ratio
+from ktverify.report.numbers import NOTHING, STATISTICS, count, many, mean_and_std, number, ratio, statistics_cells
 from ktverify.report.pages import View, statistics_row
 from ktverify.report.style import BLUE, INK, ORANGE, QUIET, RULE, bare, label_x, legend, png
 from ktverify.system.clock import Statistics
@@ -91,14 +91,6 @@ def verdict(head: TransformerLine, found: Sequence[Arm]) -> str:
     return text
 
 
-_STATISTICS = ("mean ± std ms", "median", "min", "p5", "p95", "max")
-
-
-def _cells(ms: Statistics) -> list[str]:
-    values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
-    return [mean_and_std(ms), *map(number, values)]
-
-
 def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
     """A row for forward, backward and both; rates at the median."""
     size, lines = head.settings.size, []
@@ -108,12 +100,12 @@ def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
             continue
         seconds = ms.median / 1e3
         flops = _WORK[what] * forward_flops(size)
-        lines.append((what, *_cells(ms), count(size.tokens / seconds), number(flops / seconds / 1e9)))
+        lines.append((what, *statistics_cells(ms), count(size.tokens / seconds), number(flops / seconds / 1e9)))
     warm = f"{_title(arm)} before {len(arm.steps)} steps that count"
     if arm.warmups:
         warm += f", the first {number(arm.warmups[0].ns / 1e6)} ms"
     peak = f"; at most {format_bytes(arm.peak)} of memory" if arm.peak else ""
-    return Grid(size.name, (*notes, warm + peak), ("", *_STATISTICS, "tokens/s", "GFLOP/s"), tuple(lines))
+    return Grid(size.name, (*notes, warm + peak), ("", *STATISTICS, "tokens/s", "GFLOP/s"), tuple(lines))
 
 
 def study_grids(head: TransformerLine, found: Sequence[Arm], notes: Sequence[str]) -> list[Grid]:
