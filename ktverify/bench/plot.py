@@ -40,19 +40,20 @@ def draw(summaries: Sequence[ShapeSummary]) -> bytes | None:
     names: dict[str, str] = {}
     for summary in summaries:
         for engine in summary.engines:
-            if engine.forward is not None:
+            if "forward" in engine.timings:
                 names.setdefault(engine.line.engine, engine_title(engine))
-    rows = [s for s in summaries if s.forward is not None and any(e.forward is not None for e in s.engines)]
+    rows = [s for s in summaries if "forward" in s.rooflines and any("forward" in e.timings for e in s.engines)]
     if not rows or not names:
         return None
     colours = {name: COLOURS.get(name, _OTHERS[place % len(_OTHERS)]) for place, name in enumerate(names)}
-    timings = [engine.timing(what) for row in rows for engine in row.engines for what in DIRECTIONS]
-    ends = [over for timing in timings if timing is not None and (over := timing.over_roofline)]
-    lowest, highest = min(1.0, *(over.low for over in ends)), max(over.high for over in ends)
+    every = [engine.timings for row in rows for engine in row.engines]
+    shown = [timings[what] for timings in every for what in DIRECTIONS if what in timings]
+    ends = [over.percentiles for timing in shown if (over := timing.over_roofline) is not None]
+    lowest, highest = min(1.0, *(over[25] for over in ends)), max(over[75] for over in ends)
 
     height = len(rows) * (_LANE * len(names) + 0.12)
     figure = Figure(figsize=(12, height + 1.5), dpi=150)
-    # fixed margins in inches, so that few shapes and many look alike
+    # fixed margins in inches, so that few shapes and many have the same margins
     total = height + 1.5
     grid = figure.add_gridspec(1, 2, left=0.185, right=0.985, top=1 - 0.95 / total, bottom=0.55 / total, wspace=0.035)
     left: Any = None
@@ -87,15 +88,16 @@ def _panel(axes: Axes, rows: Sequence[ShapeSummary], names: list[str], colours: 
             axes.axhspan(row - 0.5, row + 0.5, color=style.BAND, zorder=0, linewidth=0)
         for place, name in enumerate(names):
             engine = summary.engine(name)
-            timing = None if engine is None else engine.timing(what)
+            timing = None if engine is None else engine.timings.get(what)
             if timing is None or timing.over_roofline is None:
                 continue
             at, y = timing.over_roofline, row - 0.43 + lane * (place + 0.5)
             own = name == OWN
-            axes.plot([at.low, at.high], [y, y], color=colours[name], linewidth=2, alpha=0.45, solid_capstyle="butt")
+            low, high = at.percentiles[25], at.percentiles[75]
+            axes.plot([low, high], [y, y], color=colours[name], linewidth=2, alpha=0.45, solid_capstyle="butt")
             axes.plot(at.median, y, "o", color=colours[name], markersize=7.5 if own else 6, markeredgewidth=0)
             weight = {"color": INK, "fontweight": "bold"} if own else {"color": style.QUIET}
-            beside(axes, f"{number(timing.ms.median)} ms", (max(at.high, at.median), y), **weight)
+            beside(axes, f"{number(timing.ms.median)} ms", (max(high, at.median), y), **weight)
 
 
 def _label(summary: ShapeSummary) -> str:
@@ -104,5 +106,5 @@ def _label(summary: ShapeSummary) -> str:
     routing = "" if case.routing == "uniform" else f", {case.routing}"
     run = f"  #{summary.run}" if summary.run > 1 else ""
     sizes = f"E{case.num_experts} H{case.hidden} I{case.intermediate}{run}"
-    bounds = [number(r.ms.median) for r in (summary.forward, summary.backward) if r is not None]
+    bounds = [number(r.ms.median) for r in summary.rooflines.values()]
     return f"{sizes}\nT{case.qlen} k{case.top_k} r{case.rank}{routing}\nroofline {' / '.join(bounds)} ms"

@@ -5,7 +5,6 @@ One `ShapeSummary` per shape and run. Pure arithmetic.
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ktverify.bench.record import (
 from ktverify.bench.shapes import Work
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.record import VerdictName
+from ktverify.system.clock import Statistics
 from ktverify.system.other_load import BUSY
 
 # a round of a group: (group, round)
@@ -35,35 +35,24 @@ ENOUGH = 5  # the median is of undisturbed turns alone where there are at least 
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The median of some numbers and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-    count: int
-
-
-@dataclass(frozen=True)
 class EngineTiming:
     """One engine's times of one kind of call. ms: milliseconds; against_own: its time over the native engine's, round
     by round; over_roofline: its time over the roofline time of the same round. None: there is nothing to divide by.
     """
 
-    ms: Spread
-    against_own: Spread | None
-    over_roofline: Spread | None
+    ms: Statistics
+    against_own: Statistics | None
+    over_roofline: Statistics | None
 
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """One engine at one shape. Errors are rel_l2, of the gradients the worst."""
+    """One engine at one shape. timings: of forward, forward_saving and backward, those that were measured; errors:
+    rel_l2, of the gradients the worst."""
 
     line: EngineLine
-    forward: EngineTiming | None
-    forward_saving: EngineTiming | None
-    backward: EngineTiming | None
-    backward_over_forward: Spread | None
+    timings: dict[str, EngineTiming]
+    backward_over_forward: Statistics | None
 
     @property
     def output_error(self) -> float | None:
@@ -72,11 +61,6 @@ class EngineSummary:
     @property
     def gradient_error(self) -> float | None:
         return max((value for name, value in self.line.rel_l2.items() if name != "output"), default=None)
-
-    def timing(self, what: str) -> EngineTiming | None:
-        """what: forward, forward_saving or backward."""
-        found: EngineTiming | None = getattr(self, what)
-        return found
 
     def verdict(self, what: str) -> VerdictName:
         found: VerdictName = getattr(self.line, what)
@@ -87,51 +71,41 @@ class EngineSummary:
 class Roofline:
     """The roofline time of one kind of call in milliseconds, and what bounds it: "memory" or "arithmetic"."""
 
-    ms: Spread
+    ms: Statistics
     bound: str
 
 
 @dataclass(frozen=True)
 class ShapeSummary:
     """One shape in one run. read: bytes per second; multiply: operations per second; others: the largest share of the
-    processors that other programs had during a group of rounds; left_out: disturbed turns of all `turns`."""
+    processors that other programs had during a group of rounds; left_out: disturbed turns of all `turns`; rooflines: by
+    forward, backward; stages: the native engine's recorded calls of median length, forward, then backward."""
 
     shape: ShapeLine
     run: int
     engines: tuple[EngineSummary, ...]
-    read: Spread | None
-    multiply: Spread | None
+    read: Statistics | None
+    multiply: Statistics | None
     isa: str
-    forward: Roofline | None
-    backward: Roofline | None
+    rooflines: dict[str, Roofline]
     groups: int
     others: float
     turns: int
     left_out: int
     restless: tuple[str, ...]
-    # the native engine's recorded calls of median length: forward, then backward
     stages: tuple[StageTimes, ...]
 
     def engine(self, name: str) -> EngineSummary | None:
         return next((engine for engine in self.engines if engine.line.engine == name), None)
 
-    def roofline(self, what: str) -> Roofline | None:
-        """what: forward or backward."""
-        return self.forward if what == "forward" else self.backward
-
     def resident(self, engine: EngineSummary) -> float | None:
         return engine.line.resident / self.shape.weight_bytes if engine.line.resident else None
 
 
-def spread(values: Iterable[float]) -> Spread | None:
-    """Median and quartiles (linear between neighbours); None without a value."""
-    found = sorted(values)
-    if not found:
-        return None
-    if len(found) == 1:
-        return Spread(found[0], found[0], found[0], 1)
-    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
-    return Spread(median, low, high, len(found))
+def spread(values: Iterable[float]) -> Statistics | None:
+    """None without a value."""
+    found = list(values)
+    return Statistics.of(found) if found else None
 
 
 def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
@@ -182,16 +156,10 @@ def _summary(
 
     summaries = []
     for name in sorted(states, key=lambda name: order.get(name, len(order))):
-        both = timing(name, "forward") is not None and timing(name, "backward") is not None
-        summaries.append(
-            EngineSummary(
-                line=states[name],
-                forward=timing(name, "forward"),
-                forward_saving=timing(name, "forward_saving"),
-                backward=timing(name, "backward"),
-                backward_over_forward=_ratio(times[name, "backward"], times[name, "forward"]) if both else None,
-            )
-        )
+        timings = {what: found for what in bounds if (found := timing(name, what)) is not None}
+        both = {"forward", "backward"} <= timings.keys()
+        over = _ratio(times[name, "backward"], times[name, "forward"]) if both else None
+        summaries.append(EngineSummary(states[name], timings, over))
     quiet = [line for line in lines if isinstance(line, GroupOtherLoadLine)]
     return ShapeSummary(
         shape=shape,
@@ -200,8 +168,11 @@ def _summary(
         read=spread(line.read for line in ceilings.values()),
         multiply=spread(line.multiply for line in ceilings.values()),
         isa=next((line.isa for line in ceilings.values()), ""),
-        forward=_roofline(forward, ceilings, bounds["forward"]),
-        backward=_roofline(backward, ceilings, bounds["backward"]),
+        rooflines={
+            what: roofline
+            for what, work in (("forward", forward), ("backward", backward))
+            if (roofline := _roofline(work, ceilings, bounds[what])) is not None
+        },
         groups=len({line.group for line in lines if isinstance(line, TurnLine)}),
         others=max((line.others for line in quiet), default=0.0),
         turns=sum(map(len, every.values())),
@@ -241,7 +212,7 @@ def _states(lines: Sequence[Line]) -> dict[str, EngineLine]:
     return found
 
 
-def _ratio(upper: dict[Round, float], lower: dict[Round, float]) -> Spread | None:
+def _ratio(upper: dict[Round, float], lower: dict[Round, float]) -> Statistics | None:
     """The spread of upper / lower over the rounds that both have."""
     return spread(upper[at] / lower[at] for at in upper if lower.get(at, 0) > 0)
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from ktverify.bench.engines import OWN
 from ktverify.bench.record import HeadLine
-from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary, Spread
+from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.report.grid import Grid
 from ktverify.report.numbers import NOTHING, error, number, percent, ratio
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
+from ktverify.system.clock import Statistics
 from ktverify.system.machine import format_bytes
 from ktverify.system.other_load import BUSY
 
@@ -62,7 +63,7 @@ def verdict(summaries: Sequence[ShapeSummary]) -> str:
     """One line: the native engine's time over the roofline, median of the shapes that were timed."""
     texts = []
     for what in DIRECTIONS:
-        timings = [getattr(own, what) for one in summaries if (own := one.engine(OWN)) is not None]
+        timings = [own.timings.get(what) for one in summaries if (own := one.engine(OWN)) is not None]
         overs = [timing.over_roofline.median for timing in timings if timing and timing.over_roofline]
         if overs:
             texts.append(f"{what} {statistics.median(overs):.2f} times the roofline")
@@ -99,7 +100,8 @@ def shape_grid(summary: ShapeSummary) -> Grid:
             f"ceilings: reading {_between(summary.read, 1e-9)} GB/s, "
             f"multiplying {_between(summary.multiply, 1e-9)} GFLOP/s ({summary.isa})"
         )
-        notes.append(f"roofline: forward {_bound(summary.forward)}, backward {_bound(summary.backward)}")
+        rooflines = [f"{what} {_bound(summary.rooflines.get(what))}" for what in DIRECTIONS]
+        notes.append(f"roofline: {', '.join(rooflines)}")
     headings = (
         "engine",
         *("forward ms", "quartiles", "x roofline", "x native", "saving ms"),
@@ -114,15 +116,15 @@ def _engine_row(summary: ShapeSummary, engine: EngineSummary) -> tuple[str, ...]
     own = engine.line.engine == OWN
     cells = [engine_title(engine)]
     for what in DIRECTIONS:
-        timing = engine.timing(what)
+        timing = engine.timings.get(what)
         if timing is None:
             cells += [engine.verdict(what), NOTHING, NOTHING, NOTHING]
         else:
             against = NOTHING if own else _median(timing.against_own)
-            quartiles = f"{number(timing.ms.low)}–{number(timing.ms.high)}"
+            quartiles = f"{number(timing.ms.percentiles[25])}–{number(timing.ms.percentiles[75])}"
             cells += [number(timing.ms.median), quartiles, _median(timing.over_roofline), against]
         if what == "forward":
-            saving = engine.forward_saving
+            saving = engine.timings.get("forward_saving")
             cells.append(number(saving.ms.median) if saving is not None else NOTHING)
     resident = summary.resident(engine)
     return (
@@ -168,8 +170,8 @@ def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
     cells = []
     for summary in summaries:
         own = summary.engine(OWN)
-        timing = own.timing(what) if own is not None else None
-        roofline = summary.roofline(what)
+        timing = own.timings.get(what) if own is not None else None
+        roofline = summary.rooflines.get(what)
         row = [
             _name(summary, " #"),
             number(roofline.ms.median) if roofline is not None else NOTHING,
@@ -178,7 +180,7 @@ def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
         ]
         for name in peers:
             peer = summary.engine(name)
-            found = None if peer is None else peer.timing(what)
+            found = None if peer is None else peer.timings.get(what)
             row.append(_median(found.against_own) if found is not None else _word(peer, what))
         cells.append(tuple(row))
     headings = ("shape", "roofline ms", "native ms", "x roofline", *(f"{names[name]} / native" for name in peers))
@@ -191,12 +193,13 @@ def _word(engine: EngineSummary | None, what: str) -> str:
     return NOTHING if verdict in ("UNSUPPORTED", "PASS") else verdict
 
 
-def _median(value: Spread | None) -> str:
+def _median(value: Statistics | None) -> str:
     return NOTHING if value is None else ratio(value.median)
 
 
-def _between(value: Spread, unit: float) -> str:
-    return f"{number(value.median * unit)} ({number(value.low * unit)}–{number(value.high * unit)})"
+def _between(value: Statistics, unit: float) -> str:
+    low, high = (number(value.percentiles[share] * unit) for share in (25, 75))
+    return f"{number(value.median * unit)} ({low}–{high})"
 
 
 def _bound(roofline: Roofline | None) -> str:
@@ -258,7 +261,7 @@ def _stage_row(
 def head_pairs(head: HeadLine) -> list[tuple[str, str]]:
     """(name, value) lines about the run."""
     versions = ", ".join(f"{name} {version}" for name, version in head.machine.versions.items() if name != "compiler")
-    forced = f", all held to {head.isa}" if head.isa else ""
+    forced = f", all forced to {head.isa}" if head.isa else ""
     return [
         ("run", f"{head.stamp}, {head.commit or 'no checkout'}"),
         ("machine", f"{head.machine.cpu}, {head.threads} threads, {format_bytes(head.machine.memory_bytes)}{forced}"),
@@ -273,13 +276,10 @@ def rows(summaries: Sequence[ShapeSummary]) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     for summary in summaries:
         for engine in summary.engines:
-            for what in ("forward", "forward_saving", "backward"):
-                timing = engine.timing(what)
-                if timing is None:
-                    continue
+            for what, timing in engine.timings.items():
                 over, against = timing.over_roofline, timing.against_own
                 row = {"shape": summary.shape.shape, "run": summary.run, "engine": engine.line.engine, "what": what}
-                spread = {"count": timing.ms.count, "median": timing.ms.median, "p25": timing.ms.low}
+                spread = {"count": timing.ms.count, "median": timing.ms.median, "p25": timing.ms.percentiles[25]}
                 ratios = {"x_roofline": over.median if over else "", "x_native": against.median if against else ""}
-                found.append({**row, "unit": "ms", **spread, "p75": timing.ms.high, **ratios})
+                found.append({**row, "unit": "ms", **spread, "p75": timing.ms.percentiles[75], **ratios})
     return found

@@ -81,7 +81,7 @@ def growth() -> Growth:
 
 def key_of(record: Result) -> str:
     """The key of a check: two records with the same key differ in numbers, seed, engine and threads alone."""
-    # an emulated instruction set gives the numbers of the real one
+    # an emulated instruction set computes the numbers of the real one
     isa = base_isa(record.isa)
     if isinstance(record, CheckRecord):
         parts = ["check", record.family, record.name, isa]

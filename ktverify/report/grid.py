@@ -73,7 +73,7 @@ def markdown_table(grid: Grid) -> str:
 def delimited(rows: Sequence[Mapping[str, object]], delimiter: str = "\t") -> str:
     """A heading and a line per row; cells with line breaks are quoted. All rows have the same keys.
 
-    Floats have twelve digits: all that a clock gave, without what binary fractions add.
+    Floats have twelve digits: all that a clock measures, without the noise of binary fractions.
     """
     stream = io.StringIO()
     if rows:

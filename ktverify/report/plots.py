@@ -205,7 +205,7 @@ def _bin(used: float, step: float) -> int:
 
 
 def _in_order(tensors: Sequence[str]) -> list[str]:
-    """Tensors in the contract's order, unknown ones by name behind them."""
+    """Tensors in the contract's order, then unknown ones by name."""
     from ktverify.spec.names import ALL_TENSORS
 
     present = set(tensors)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 INK, QUIET, RULE, EDGE = "#2b3036", "#6d757e", "#dfe3e7", "#c5cad0"
 PURPLE, BLUE, GREEN, ORANGE, RED, BROWN = "#6d2f91", "#1f6fb2", "#2a9d7c", "#d9772b", "#b5495b", "#8a6f3e"
 LILAC, SLATE, TEAL = "#8d6aa8", "#5b6770", "#3f7f93"
-# backgrounds, from dark to light: time spent waiting, a band behind rows, a panel
+# backgrounds, from dark to light: time spent waiting, a band of rows, a panel
 WAITING, BAND, WASH = "#d5d9dd", "#f1f2f4", "#f7f8f9"
 PASS, FAIL, WARN, METER = "#2a7d4f", "#c62f2f", "#a86a10", "#8aa9c2"
 
@@ -36,7 +36,7 @@ PAGE_COLOURS = {
     **dict.fromkeys(("skip", "unsupported"), QUIET),
 }
 
-# behind a text that lies on lines: they must not strike it through
+# the background of a text that is drawn over lines
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 

@@ -21,7 +21,7 @@ class JsonLine(BaseModel):
 
 
 def new_directory(kind: str = "", reports: str | os.PathLike[str] | None = None) -> Path:
-    """Make and return `reports/runs/<stamp>[-kind]`; the stamp is UTC to the second, with a number behind it if taken.
+    """Make and return `reports/runs/<stamp>[-kind]`; the stamp is UTC to the second, with a number after it if taken.
 
     kind: bench, profile, transformer …; empty for a run of the suites. reports: the folder (default: that of the
     checkout).

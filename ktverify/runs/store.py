@@ -2,7 +2,7 @@
 
 Every process appends its records to a part file of its own, one line per write, so that no lock is needed and a killed
 process loses at most the line that it was writing. The controller merges the parts at the end. `load` reads merged runs
-and half-finished ones alike.
+and unfinished ones.
 """
 
 from __future__ import annotations

@@ -86,22 +86,22 @@ def test_the_clock_times_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_device_is_waited_for_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    calls: list[str] = []
 
     class Event:
         def __init__(self, *, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            said.append("record")
+            calls.append("record")
 
         def elapsed_time(self, end: object) -> float:
             return 1.5
 
-    cuda = SimpleNamespace(synchronize=lambda: said.append("wait"), Event=Event)
+    cuda = SimpleNamespace(synchronize=lambda: calls.append("wait"), Event=Event)
     monkeypatch.setattr("torch.cuda", cuda)
-    assert Clock("cuda:0").time(lambda: said.append("call")) == 1_500_000
-    assert said == ["wait", "record", "call", "record", "wait"]
+    assert Clock("cuda:0").time(lambda: calls.append("call")) == 1_500_000
+    assert calls == ["wait", "record", "call", "record", "wait"]
 
 
 def test_workers_and_imbalance_of_a_made_up_call() -> None:
@@ -186,7 +186,7 @@ def test_parts_follow_each_other_inside_their_call(lines: list[profile_record.Li
             assert part.at >= end
             end = part.at + part.ns
             if part.stages is not None:
-                # the engine's call lies inside of what Python saw of it, and its stages add up to it
+                # the engine's call is inside of what Python saw of it, and its stages add up to it
                 assert part.stages.wall_ns <= part.ns
                 assert part.explained_ns == pytest.approx(part.stages.wall_ns)
 
@@ -231,7 +231,7 @@ def validate(text: str, workers: int) -> list[dict[str, Any]]:
 
 
 def nested(events: list[tuple[float, float]]) -> None:
-    """Events of one lane lie inside or behind each other; a viewer drops what overlaps. Microseconds, to a rounding."""
+    """Events of one lane contain or follow each other; a viewer drops what overlaps. Microseconds, up to rounding."""
     slack = 1e-3
     open_: list[float] = []
     for begin, end in sorted(events, key=lambda event: (event[0], -event[1])):
@@ -259,13 +259,13 @@ def test_an_overlap_in_a_lane_would_be_seen() -> None:
 
 
 def test_ranges_carry_their_names_to_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    calls: list[str] = []
 
     @contextmanager
     def annotate(name: str) -> Iterator[None]:
-        said.append(f"+{name}")
+        calls.append(f"+{name}")
         yield
-        said.append(f"-{name}")
+        calls.append(f"-{name}")
 
     monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate, __spec__=object()))
     timing._annotate.cache_clear()
@@ -277,8 +277,8 @@ def test_ranges_carry_their_names_to_nvtx(monkeypatch: pytest.MonkeyPatch) -> No
         timing._annotate.cache_clear()
     # the last step is recorded
     step = [f"{sign}{part}" for part in STEP for sign in "+-"]
-    assert said[-len(step) - 2 :] == ["+full_train_loop", *step, "-full_train_loop"]
-    assert [said.count(f"+{name}") for name in RANGES] == [3, 3, 3]
+    assert calls[-len(step) - 2 :] == ["+full_train_loop", *step, "-full_train_loop"]
+    assert [calls.count(f"+{name}") for name in RANGES] == [3, 3, 3]
 
 
 STEP = (
@@ -307,7 +307,7 @@ def test_profile_command(tmp_path: Path) -> None:
     head = profile_record.read(out)[0]
     assert isinstance(head, ProfileLine)
     validate((out / "trace.json").read_text(), head.workers)
-    assert ends(call("profile", "--show", str(out)), 0) == text, "the lines hold all that was shown"
+    assert ends(call("profile", "--show", str(out)), 0) == text, "the lines contain all that was shown"
     shown = ends(call("profile", "--show", str(out), "--json"), 0)
     assert shown == (out / profile_record.FILE).read_text()
     refused(call(*arguments, "--out", str(out)), "profile.jsonl is there already: name another folder by --out")

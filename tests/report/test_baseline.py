@@ -48,7 +48,7 @@ BREAKS: dict[str, tuple[list[Result], int, str]] = {
         verdict: (
             [accuracy(), check(), check(verdict, "test_broken")],
             0,
-            f"contract/- test_broken: {verdict} told why",
+            f"contract/- test_broken: {verdict} the reason",
         )
         for verdict in FAILED
     },
@@ -129,8 +129,8 @@ def test_time_is_never_gated(tmp_path: Path) -> None:
 def test_skip_breaks_only_where_the_baseline_passed(tmp_path: Path) -> None:
     baseline = baseline_of(tmp_path, [check(), check("SKIP", "test_never")])
     report = gated(write(tmp_path / "run", [check("SKIP"), check("SKIP", "test_never"), accuracy()]), baseline)
-    assert report.breaks == ("contract/- test_refusal[rank]: SKIP told why (it was PASS in the baseline)",)
-    assert "contract/- test_never: SKIP told why" in report.notes
+    assert report.breaks == ("contract/- test_refusal[rank]: SKIP the reason (it was PASS in the baseline)",)
+    assert "contract/- test_never: SKIP the reason" in report.notes
 
 
 def test_an_isa_that_the_machine_lacks_is_noted_and_does_not_break(tmp_path: Path) -> None:

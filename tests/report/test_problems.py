@@ -1,4 +1,4 @@
-"""What did not pass is told by its cause: one block for what one defect costs, nothing left out, one command."""
+"""Failures are grouped by cause: one group for all that one defect costs, nothing left out, one command."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def dead(family: str, case: str, tensor: str, number: int) -> AccuracyRecord:
 
 
 def dead_checks() -> list[Result]:
-    """Two checks that one way to die has ended, told by the suite's own processes, and one that another has."""
-    said = LAST_WORDS.format(number=77)
+    """Two checks that ended in the same way, reported by the suite's own processes, and one that ended in another."""
+    words = LAST_WORDS.format(number=77)
     return [
-        CheckRecord(family="contract", engine="native", name="test_edge[engine-odd]", verdict="CRASH", message=said),
+        CheckRecord(family="contract", engine="native", name="test_edge[engine-odd]", verdict="CRASH", message=words),
         CheckRecord(
             family="properties", engine="native", name="test_property[engine-split]", verdict="CRASH",
-            message=f"split: rows agree\nE=1,k=1@seed=3\nEngineDied: {said}\npytest suites/properties --case E=1",
+            message=f"split: rows agree\nE=1,k=1@seed=3\nEngineDied: {words}\npytest suites/properties --case E=1",
         ),
         CheckRecord(
             family="contract", engine="native", name="test_process[fork]", verdict="CRASH",
@@ -38,7 +38,7 @@ def dead_checks() -> list[Result]:
     ]  # fmt: skip
 
 
-def test_what_died_in_one_way_is_told_once(tmp_path: Path) -> None:
+def test_what_ended_in_the_same_way_is_one_group(tmp_path: Path) -> None:
     cases = [f"tail_h{width}@seed=0" for width in range(31)]
     records: list[Result] = [dead("backward", case, name, at) for at, case in enumerate(cases) for name in ALL_TENSORS]
     records += [dead("forward", case, "output", at) for at, case in enumerate(cases)]
@@ -83,8 +83,8 @@ def test_checks_that_found_the_same_share_a_line(tmp_path: Path) -> None:
     records += [failed("test_behaviour[engine-reload]", "the bits differ\n" + "\n".join("abcdef"))]
     (found,) = problems.problems(write(tmp_path / "run", records))
     assert found.where == "× 3 contract"
-    said, names, reload, *more = found.lines
-    assert said == "was accepted (2 times):"
+    message, names, reload, *more = found.lines
+    assert message == "was accepted (2 times):"
     assert names == "  refused[gate_proj shape, expert id 6]"
     assert reload.split() == ["behaviour[reload]", "the", "bits", "differ"]
     assert [line.strip() for line in more] == ["a", "b", "c", "and 3 more lines"]

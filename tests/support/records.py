@@ -79,7 +79,7 @@ def latency(samples: tuple[float, ...] = (10.0, 12.0, 11.0, 30.0), isa: str = "a
 
 
 def check(verdict: VerdictName = "PASS", name: str = "test_refusal[rank]") -> CheckRecord:
-    return CheckRecord(family="contract", engine="native", name=name, verdict=verdict, message="told why")
+    return CheckRecord(family="contract", engine="native", name=name, verdict=verdict, message="the reason")
 
 
 def write(directory: Path, records: list[Result], exit_status: int = 0) -> store.Run:

@@ -86,7 +86,7 @@ class RangeSummary:
 
     @property
     def outside_ns(self) -> float:
-        """The rest: Python's checks and new tensors around the engine, and what lies between the parts."""
+        """The rest: Python's checks and new tensors around the engine, and the time between the parts."""
         return self.typical.ns * (1 - self.explained)
 
     @property

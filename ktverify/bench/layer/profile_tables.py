@@ -107,7 +107,7 @@ def workers_grid(times: StageTimes) -> Grid:
         lines.append((f"worker {number_}", *(number(ns / 1e6) for ns in spent), shares, *working))
     stages = [stage_name(times, stage) for stage in range(times.stages)]
     headings = ("worker", "busy ms", "at barriers ms", "other ms", "busy", *stages)
-    notes = (f"{times.stages} stages, a barrier behind each", *_imbalance(times))
+    notes = (f"{times.stages} stages, a barrier after each", *_imbalance(times))
     return Grid(f"{times.direction}: workers, ms in each stage", notes, headings, tuple(lines))
 
 
