@@ -6,6 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ktverify.system.instruction_sets import ISA_FLAGS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -18,7 +20,7 @@ WAITING, BAND, WASH = "#d5d9dd", "#f1f2f4", "#f7f8f9"
 PASS, FAIL, WARN, METER = "#2a7d4f", "#c62f2f", "#a86a10", "#8aa9c2"
 
 # dark to light with the ISA's age, and of different hues for those who see colours differently
-ISA_COLOURS = {"amx_bf16": PURPLE, "avx512_bf16": BLUE, "avx2": ORANGE, "scalar": "#7d8790"}
+ISA_COLOURS = dict(zip(ISA_FLAGS, (PURPLE, BLUE, ORANGE, "#7d8790"), strict=False))
 OTHER_ISA_COLOURS = (GREEN, RED, BROWN)
 
 # verdicts and warnings on the console, as rich writes styles

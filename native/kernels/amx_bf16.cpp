@@ -2,6 +2,7 @@
 //
 // Tiles: 0-3 are a 2 x 2 block of results, 4-5 the A operands, 6-7 the B operands. Tile instructions are asm with memory
 // clobbers, because gcc's intrinsics do not declare what they read and write.
+// x86-64 flags: -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512
 #include <immintrin.h>
 
 #include <algorithm>

@@ -1,4 +1,5 @@
 // AVX2 with FMA: eight lanes; a shift widens bf16 to fp32.
+// x86-64 flags: -mavx2 -mfma
 #include <immintrin.h>
 
 #include <cstring>

@@ -1,4 +1,5 @@
 // AVX-512 with vdpbf16ps: 16 fp32 lanes, two products in each lane with one instruction.
+// x86-64 flags: -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx512bf16 -mfma -mprefer-vector-width=512
 #include <immintrin.h>
 
 #include <algorithm>
