@@ -1,6 +1,6 @@
 """The training commands: make-tiny, train, verify-training, compare-curves, export-merged, memory, throughput.
 
-Parses, calls the module that does the work, prints. Light until a command is called: help needs no torch.
+Light until a command is called: help needs no torch.
 """
 
 from __future__ import annotations
@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ktverify.cli.engine_calls import progress
 from ktverify.training.pretrained import DTYPES, quiet
+
+if TYPE_CHECKING:
+    from ktverify.training.config import TrainConfig
 
 _CONFIG = typer.Argument(metavar="CONFIG.yaml", help="the training's configuration")
 _Base = Annotated[str | None, typer.Option(help="the base model (default: the one that the adapter names)")]
@@ -43,7 +47,7 @@ def make_tiny(
     quiet("training", "peft", "yaml")
     from ktverify.training import tiny
 
-    with _status(f"a tiny {family}"):
+    with progress(f"a tiny {family}"):
         written = tiny.make_tiny(family, out, seed=seed, sizes=tiny.parse_sizes(sizes))
     size = sum(path.stat().st_size for path in written.iterdir())
     typer.echo(f"{written}: {family}, {size / 1024:.0f} KiB")
@@ -60,10 +64,7 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
                python -m ktverify train examples/minimal.yaml --learning_rate 1e-3 --max_steps 20
                python -m ktverify train examples/minimal.yaml --resume_from_checkpoint true
     """
-    quiet("training", "peft", "yaml")
-    from ktverify.training.config import read_config
-
-    chosen = read_config(config, context.args)
+    chosen = _read_config(context, config)
     from ktverify.system.machine import format_bytes
     from ktverify.training.run import train as run
 
@@ -93,11 +94,11 @@ def verify_training(
     from ktverify.training.acceptance import verify_training as ask
 
     bad = asked = 0
-    for finding in ask(directory, base, trust=trust_remote_code):
+    for answer in ask(directory, base, trust=trust_remote_code):
         asked += 1
-        bad += not finding.passed
-        typer.echo(f"{'PASS' if finding.passed else 'FAIL'} {finding.name:11} {finding.text}")
-    _verdict(not bad, f"{directory}: {asked - bad} of {asked}")
+        bad += not answer.passed
+        typer.echo(f"{'PASS' if answer.passed else 'FAIL'} {answer.name:11} {answer.text}")
+    _print_verdict(not bad, f"{directory}: {asked - bad} of {asked}")
 
 
 def compare_curves(
@@ -122,7 +123,7 @@ def compare_curves(
     if plot is not None:
         curves.draw({str(old): first, str(new): second}, plot)
         typer.echo(str(plot))
-    _verdict(found.passed, f"largest difference {found.largest:.2%}, at most {curves.MAX_RELATIVE:.0%}")
+    _print_verdict(found.passed, f"largest difference {found.largest:.2%}, at most {curves.MAX_RELATIVE:.0%}")
 
 
 def export_merged(
@@ -142,7 +143,7 @@ def export_merged(
     quiet("training", "peft", "yaml")
     from ktverify.training.export import export_merged as merge
 
-    with _status("merging"):
+    with progress("merging"):
         written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code)
     typer.echo(f"{written}: merged checkpoint, {dtype}")
 
@@ -157,10 +158,7 @@ def memory(
     \b
     Example:  python -m ktverify memory examples/minimal.yaml
     """
-    quiet("training", "peft", "yaml")
-    from ktverify.training.config import read_config
-
-    chosen = read_config(config, context.args)
+    chosen = _read_config(context, config)
     from ktverify.system.machine import format_bytes
     from ktverify.training.measure import LEAK_BYTES, measure_memory
 
@@ -168,7 +166,7 @@ def memory(
     typer.echo(f"loaded    {format_bytes(found.loaded):>10}")
     for number, rss in enumerate(found.steps, start=1):
         typer.echo(f"step {number:3}  {format_bytes(rss):>10}")
-    _verdict(not found.leaks, f"slope {found.slope / 1024:.1f} KiB a step, at most {LEAK_BYTES // 1024}")
+    _print_verdict(not found.leaks, f"slope {found.slope / 1024:.1f} KiB a step, at most {LEAK_BYTES // 1024}")
 
 
 def throughput(
@@ -181,10 +179,7 @@ def throughput(
     \b
     Example:  python -m ktverify throughput examples/minimal.yaml
     """
-    quiet("training", "peft", "yaml")
-    from ktverify.training.config import read_config
-
-    chosen = read_config(config, context.args)
+    chosen = _read_config(context, config)
     from ktverify.training.measure import measure_throughput
 
     typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")
@@ -199,16 +194,17 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "memory": (memory, PASS_THROUGH),
     "throughput": (throughput, PASS_THROUGH),
 }
-"""Name -> (function, click's context settings), for ktverify.cli to register."""
+"""Name -> (function, click's context settings), for cli/main.py to register."""
 
 
-def _verdict(passed: bool, text: str) -> None:
+def _read_config(context: typer.Context, path: Path) -> TrainConfig:
+    quiet("training", "peft", "yaml")
+    from ktverify.training.config import read_config
+
+    return read_config(path, context.args)
+
+
+def _print_verdict(passed: bool, text: str) -> None:
     typer.echo(f"{'PASS' if passed else 'FAIL'} {text}")
     if not passed:
         raise typer.Exit(1)
-
-
-def _status(text: str) -> Any:
-    from ktverify.report.console import make_console
-
-    return make_console(stderr=True).status(text)

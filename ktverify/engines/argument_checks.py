@@ -29,14 +29,14 @@ MOST_SLOTS = 1 << 30
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The checked sizes of a layer. Field names are those of KTMoEWrapper."""
+    """The checked sizes of a layer. Field names are those of KTMoEWrapper; tp is its threadpool_count."""
 
     num_experts: int
     num_experts_per_tok: int
     hidden_size: int
     moe_intermediate_size: int
     cpuinfer_threads: int
-    threadpool_count: int
+    tp: int
     chunked_prefill_size: int
     method: str
     lora_rank: int
@@ -71,12 +71,12 @@ def tp_degrees(intermediate: int, limit: int = 64) -> list[int]:
     return [n for n in range(1, min(intermediate, limit) + 1) if intermediate % n == 0]
 
 
-def check_tp(intermediate: int, degree: int) -> None:
-    """RuntimeError, with the degrees that work, unless `degree` divides the intermediate size."""
-    if intermediate % degree:
+def check_tp(intermediate: int, tp: int) -> None:
+    """RuntimeError, with the degrees that work, unless the degree `tp` divides the intermediate size."""
+    if intermediate % tp:
         works = ", ".join(map(str, tp_degrees(intermediate)))
         raise RuntimeError(
-            f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({degree}); "
+            f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({tp}); "
             f"degrees that would work: {works}"
         )
 
@@ -145,7 +145,8 @@ def check_spec(
     check_tp(moe_intermediate_size, threadpool_count)
     if lora_dropout > 0:
         raise ValueError(f"lora_dropout is {lora_dropout!r}; this engine computes without dropout: pass 0")
-    return LayerSpec(**counts, method=method, lora_alpha=float(lora_alpha))
+    tp = counts.pop("threadpool_count")
+    return LayerSpec(**counts, tp=tp, method=method, lora_alpha=float(lora_alpha))
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:

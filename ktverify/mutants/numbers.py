@@ -289,7 +289,7 @@ class _Parts(Plain):
 
     @property
     def degree(self) -> int:
-        return self.spec.threadpool_count
+        return self.spec.tp
 
 
 @mutant(Cause.TP_PART, "tp/gaussian")

@@ -1,7 +1,4 @@
-"""Is what a training left an adapter that works? Nine questions to a directory, answered with stock peft.
-
-Comes in: a training's output directory, and the base model. Goes out: Findings, in the order in which they were asked.
-"""
+"""verify-training: nine questions about a training's output directory, answered with stock peft."""
 
 from __future__ import annotations
 
@@ -22,31 +19,32 @@ _NEW_TOKENS = 12
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What was asked, whether the answer is good, and what was found."""
+class Answer:
+    """One question's name, whether the directory passes it, and what was found."""
 
     name: str
     passed: bool
     text: str
 
 
-def verify_training(directory: Path, base: str | None = None, *, trust: bool = False) -> Iterator[Finding]:
-    """Ask `directory`; base: the base model's path (default: the one that the adapter names); trust: its own code.
+def verify_training(directory: Path, base: str | None = None, *, trust: bool = False) -> Iterator[Answer]:
+    """The answers for `directory`, in order. base: the base model's path (default: the one that the adapter names);
+    trust: run the base model's own code.
 
-    Stops at the first answer that leaves nothing to ask on. ValueError where the base model cannot be loaded."""
+    Stops at an answer that makes further questions impossible. ValueError where the base model cannot be loaded."""
     missing = [name for name in FILES if not (directory / name).is_file()]
-    yield Finding("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(FILES))
+    yield Answer("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(FILES))
     if missing:
         return
     tensors, problem = _read(directory / FILES[1])
-    yield Finding("readable", not problem, problem or f"{len(tensors)} tensors")
+    yield Answer("readable", not problem, problem or f"{len(tensors)} tensors")
     if problem:
         return
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    yield Finding("finite", not broken, f"NaN or Inf in {broken[0]}" if broken else "no NaN, no Inf")
+    yield Answer("finite", not broken, f"NaN or Inf in {broken[0]}" if broken else "no NaN, no Inf")
     zero = [name for name, tensor in tensors.items() if "lora_B" in name and not bool(tensor.any())]
     count = sum("lora_B" in name for name in tensors)
-    yield Finding(
+    yield Answer(
         "trained", not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else f"{count} lora_B moved"
     )
     yield _loss(directory)
@@ -63,43 +61,44 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         return {}, f"{path.name}: {error}"
 
 
-def _loss(directory: Path) -> Finding:
+def _loss(directory: Path) -> Answer:
     try:
         curve = read_curve(directory)
     except ValueError as error:
-        return Finding("loss", False, str(error))
+        return Answer("loss", False, str(error))
     if not all(math.isfinite(loss) for loss in curve.losses):
-        return Finding("loss", False, "the loss is not finite everywhere")
+        return Answer("loss", False, "the loss is not finite everywhere")
     if len(curve.losses) < 2:
-        return Finding("loss", False, "was logged once, which shows no slope: train longer, or log more often")
+        return Answer("loss", False, "was logged once, which shows no slope: train longer, or log more often")
     text = f"{curve.losses[0]:.3f} to {curve.losses[-1]:.3f} in {curve.steps[-1]} steps, slope {curve.slope:.2e} a step"
-    return Finding("loss", curve.slope < 0, text if curve.slope < 0 else f"does not fall: {text}")
+    return Answer("loss", curve.slope < 0, text if curve.slope < 0 else f"does not fall: {text}")
 
 
-def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tensor], trust: bool) -> Iterator[Finding]:
+def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tensor], trust: bool) -> Iterator[Answer]:
     from ktverify.training.adapter import load_adapter
-    from ktverify.training.run import base_of, load_base
+    from ktverify.training.pretrained import load_pretrained
+    from ktverify.training.run import base_of
 
     path = base_of(directory, base)
-    model, tokenizer = load_base(path, option="--base", trust=trust)
+    model, tokenizer = load_pretrained(path, option="--base", trust=trust)
     model.eval()
     before = _generate(model, tokenizer)
     try:
         adapted = load_adapter(model, directory)
     except AdapterMismatch as error:
-        yield Finding("keys", False, str(error))
+        yield Answer("keys", False, str(error))
         return
     except ValueError as error:
-        yield Finding("loads", False, str(error))
+        yield Answer("loads", False, str(error))
         return
-    yield Finding("keys", True, f"{len(tensors)} keys and shapes")
-    yield Finding("loads", True, f"in stock peft, on {path}")
+    yield Answer("keys", True, f"{len(tensors)} keys and shapes")
+    yield Answer("loads", True, f"in stock peft, on {path}")
     after = _generate(adapted, tokenizer)
     finite = bool(torch.isfinite(after[1]).all())
-    yield Finding("logits", finite, "finite" if finite else "NaN or Inf in the adapted model's logits")
+    yield Answer("logits", finite, "finite" if finite else "NaN or Inf in the adapted model's logits")
     differs = before[0] != after[0]
     shown = tokenizer.decode(after[0], skip_special_tokens=True).strip()
-    yield Finding("generation", differs, f"{shown!r}" if differs else "the same as the base model's")
+    yield Answer("generation", differs, f"{shown!r}" if differs else "the same as the base model's")
 
 
 def _generate(model: Any, tokenizer: Any) -> tuple[list[int], torch.Tensor]:

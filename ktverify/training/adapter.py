@@ -1,7 +1,7 @@
-"""LoRA on attention and experts, held by stock peft: what is targeted, attached, loaded.
+"""LoRA on attention and experts with stock peft: choose targets, attach, load.
 
-Comes in: a model, wrapped or stock. Goes out: a PeftModel whose adapter is an ordinary one. peft keeps the parameters
-of the experts' LoRA too; only its way of computing them (W + B A, as large as W, at every call) is left to the engine.
+The adapter is an ordinary one of peft, which also owns the parameters of the experts' LoRA. The engine only replaces
+peft's computation of the experts (W + B A, as large as W, at every call).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ktverify.training.layer import Factors, MOELayerWrapper
 from ktverify.training.wrap import WEIGHTS, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
-# names of separate projections, as older checkpoints have them -> the stacked parameter that holds them
+# name of a separate projection, as in older checkpoints -> the stacked parameter that contains it
 _STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 _STACKED |= {"down_proj": "down_proj", "w2": "down_proj", "gate_up_proj": "gate_up_proj"}
 
@@ -39,11 +39,11 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         return layer
 
     def factors(self) -> Factors | None:
-        """The active adapter's; None while adapters are disabled. ValueError for several at a time."""
+        """The active adapter's factors; None while adapters are disabled. ValueError for several active ones."""
         return None if self.disable_adapters else self.held()
 
     def held(self) -> Factors | None:
-        """The active adapter's, disabled or not."""
+        """The active adapter's factors, also while adapters are disabled."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return None
@@ -74,7 +74,7 @@ def lora_config(
     target: str | list[str] = ALL,
     rslora: bool = False,
 ) -> LoraConfig:
-    """An ordinary LoraConfig for `model`, wrapped or stock: `scaling` alpha / rank, with rslora alpha / sqrt(rank).
+    """An ordinary LoraConfig for `model`, wrapped or stock; scaling alpha / rank, with rslora alpha / sqrt(rank).
 
     target: "all" (attention and routed experts), "all_attention", or names: linear layers of the attention, `experts`,
     or the experts' gate_proj and up_proj (together), down_proj. alpha: 2 rank by default.
@@ -93,10 +93,10 @@ def lora_config(
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -> PeftModel:
-    """`model` with a fresh adapter. dropout acts on the input of the attention's adapters, while training.
+    """`model` with a fresh adapter. dropout applies to the input of the attention's adapters, in training.
 
-    The experts' adapters have none: peft cannot give a stacked parameter one and refuses to load a configuration that
-    asks for it, so the adapter's own configuration says 0.
+    The experts' adapters have no dropout, because peft supports none for a stacked parameter and refuses to load a
+    configuration with it. So the adapter's own configuration has dropout 0.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout}; it takes a number from 0 up to, not including, 1")
@@ -110,7 +110,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
 
 
 def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> PeftModel:
-    """`model`, wrapped or stock, with the adapter that `directory` holds.
+    """`model`, wrapped or stock, with the adapter in `directory`.
 
     ValueError if it is not one, or belongs to another base; AdapterMismatch if its tensors are not the model's.
     """
@@ -122,7 +122,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     _compute_experts_in_engine(model, config)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # told below, as an error
+            warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # reported below, as an error
             adapted: PeftModel = PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         first = " ".join(str(error).split())[:200]
@@ -144,7 +144,7 @@ def _check_keys(adapted: PeftModel, path: Path) -> None:
 
 
 def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
-    """On a wrapped model, let peft use our ParamWrapper; its extension point for layers it does not know."""
+    """On a wrapped model, let peft use our ParamWrapper, by its extension point for unknown layers."""
     kinds = {type(module) for module in model.modules() if hasattr(module, "_kt_layer")}
     if kinds:
         config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))

@@ -1,7 +1,7 @@
-"""Which checkpoints of a run are whole.
+"""Which checkpoints of a run are complete.
 
-A trainer writes a checkpoint file by file, and it may be killed in between. trainer_state.json comes last: where it and
-everything else can be read, the checkpoint is whole, and only such a one is resumed from.
+The Trainer writes a checkpoint file by file, trainer_state.json last, and may be killed in between. A checkpoint is
+complete if all its files can be read; only such a checkpoint is resumed from.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def problem_of(checkpoint: Path) -> str:
-    """Why this checkpoint cannot be resumed from; "" when it can."""
+    """Why a run cannot be resumed from this checkpoint; "" if it can."""
     import torch
     from safetensors import SafetensorError, safe_open
     from transformers.trainer_pt_utils import safe_globals
@@ -42,7 +42,7 @@ def problem_of(checkpoint: Path) -> str:
         name = "adapter_model.safetensors"
         with safe_open(checkpoint / name, framework="pt") as stored:
             stored.keys()
-        with safe_globals():  # numpy's state of random numbers
+        with safe_globals():  # numpy's random state
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
                 torch.load(checkpoint / name, map_location="cpu", weights_only=True)
     except (ValueError, SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
@@ -51,15 +51,15 @@ def problem_of(checkpoint: Path) -> str:
 
 
 def checkpoints_in(directory: Path) -> list[Path]:
-    """The checkpoints of a run, newest first, whole or not."""
+    """The checkpoints of a run, newest first, complete or not."""
     found = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0]
     return sorted(found, key=step_of, reverse=True)
 
 
 def choose(wanted: bool | str, directory: Path) -> Path:
-    """The checkpoint to resume from: `wanted` itself if it is a path, else the newest whole one of `directory`.
+    """The checkpoint to resume from: `wanted` if it is a path, else the newest complete one in `directory`.
 
-    ValueError, with what is wrong with each, where there is none."""
+    ValueError, with the problem of each checkpoint, where there is none."""
     if isinstance(wanted, str) and not Path(wanted).is_dir():
         raise ValueError(
             f"there is no checkpoint {wanted}: resume_from_checkpoint takes true, or a checkpoint's directory"

@@ -1,7 +1,7 @@
-"""A training's configuration: the keys that LLaMA-Factory's files have, checked before anything heavy is imported.
+"""The configuration of a training, with the keys of LLaMA-Factory's files, checked before torch is imported.
 
-Comes in: a YAML file and `--key value` pairs. Goes out: a TrainConfig. Errors name the key, what it got and what it
-takes, and for an unknown key the nearest.
+`read_config` makes a TrainConfig of a YAML file and `--key value` pairs. Errors name the key, what it got and what it
+takes, and for an unknown key the nearest known one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 OWN_TEMPLATES = ("default", "tokenizer")
-# keys of LLaMA-Factory's files that have one value here -> how it may be written, and what is said to another
+# keys of LLaMA-Factory's files that have one value here -> how it may be written, and the error for another value
 ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "kt_use_wrapper": ((True,), "the engine has no other way in; it takes true. use_kt: false trains without engine"),
     "kt_num_gpu_experts": ((0,), "experts on a GPU do not exist yet; it takes 0"),
@@ -74,7 +74,7 @@ class TrainConfig(BaseModel):
 
     @property
     def template_note(self) -> str:
-        """What to tell somebody who named a template; "" for the names of the tokenizer's own."""
+        """A note for a configuration that names a template; "" for the names of the tokenizer's own."""
         if self.template in OWN_TEMPLATES:
             return ""
         return f"template {self.template!r} is not looked up: the tokenizer's own chat template is used"
@@ -90,20 +90,20 @@ class TrainConfig(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic takes true for 1."""
+        """Refuse true and false where a number is wanted: pydantic would take true as 1."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and kind is not bool and not any(a is bool or a is True for a in get_args(kind)):
             raise PydanticCustomError("no_bool", "true and false are not what it takes")
         return value
 
     @property
-    def threadpool_count(self) -> int:
-        """The engine's tensor-parallel degree: kt_tp_count where kt_tp_enabled, else 1."""
+    def tp(self) -> int:
+        """The tensor parallel degree: kt_tp_count where kt_tp_enabled, else 1."""
         return self.kt_tp_count if self.kt_tp_enabled else 1
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The configuration at `path`, `overrides` ("--key", "value", …) put over it. ValueError in one line."""
+    """The configuration at `path`, changed by `overrides` ("--key", "value", …). ValueError in one line."""
     if not path.is_file():
         raise ValueError(f"there is no configuration {path}")
     try:
@@ -128,8 +128,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:
-    """{"key": value} of "--key value" and "--key=value"; values are read as YAML, so that 1e-3 and true are what they
-    look like."""
+    """{"key": value} of "--key value" and "--key=value"; values are read as YAML, and 1e-3 is a number."""
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:

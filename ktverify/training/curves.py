@@ -1,7 +1,4 @@
-"""Loss histories: read, fitted, compared. Light: imports no torch.
-
-Comes in: loss.jsonl or trainer_state.json (or a run's directory). Goes out: steps and losses, a slope, a Comparison.
-"""
+"""Loss histories: read from loss.jsonl or trainer_state.json, fit, compare, draw. Light: imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from typing import Any
 from ktverify.runs.jsonl import whole_lines
 
 LOSS_FILE, STATE_FILE = "loss.jsonl", "trainer_state.json"
-# two runs of the same mathematics in other precision; beyond it they are two trainings
+# the most that two runs of the same mathematics in different precision differ; beyond it they are different trainings
 MAX_RELATIVE = 0.05
 
 
@@ -34,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Comparison:
-    """|new - old| / |old| over the steps that both have; final: at the last of them."""
+    """|new - old| / |old| over the common steps; final: at the last of them."""
 
     steps: tuple[int, ...]
     mean: float
@@ -59,7 +56,7 @@ def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 
 def read_curve(path: Path) -> Curve:
-    """The loss history at `path`: a run's directory, JSON lines, or a trainer_state.json. ValueError where none is."""
+    """The loss history at `path`: a run's directory, JSON lines, or a trainer_state.json. ValueError without one."""
     file = path
     if path.is_dir():
         file = next((path / name for name in (LOSS_FILE, STATE_FILE) if (path / name).is_file()), path)
@@ -81,7 +78,7 @@ def read_curve(path: Path) -> Curve:
 
 
 def compare(old: Curve, new: Curve) -> Comparison:
-    """How far `new` is from `old`. ValueError for histories of different steps, or with NaN or Inf."""
+    """The distance of `new` from `old`. ValueError for histories with different steps, or with NaN or Inf."""
     if old.steps != new.steps:
         differ = sorted(set(old.steps) ^ set(new.steps))
         raise ValueError(f"the histories have other steps: {len(differ)} are in one only, first {differ[0]}")
@@ -97,7 +94,7 @@ def compare(old: Curve, new: Curve) -> Comparison:
 
 
 def draw(curves: dict[str, Curve], path: Path) -> None:
-    """A PNG of the curves by name: loss over step, the final loss beside its line."""
+    """Write a PNG of the curves by name: loss over step, with the last loss in the legend."""
     from matplotlib.figure import Figure
 
     from ktverify.report.style import BLUE, ORANGE, PURPLE, bare, png

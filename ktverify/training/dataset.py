@@ -1,7 +1,6 @@
-"""Alpaca-style data: read, put into the tokenizer's chat template, labels only on the answer.
+"""Alpaca-style data: JSON or JSON lines of {instruction, input, output[, system]}, made into input_ids and labels.
 
-Comes in: a JSON or JSONL file of {instruction, input, output[, system]}. Goes out: input_ids and labels for the
-collator. Light until tokens are made.
+The tokenizer's chat template is applied, and only the answer has labels. Light until a tokenizer is used.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ EXAMPLE = "alpaca_tiny"
 
 
 @dataclass(frozen=True)
-class Record:
-    """One exchange: prompt and answer, and a system message or ""."""
+class Exchange:
+    """A prompt and its answer, and a system message or ""."""
 
     prompt: str
     answer: str
@@ -44,7 +43,7 @@ def example_data() -> Path:
 
 
 def find_dataset(name: str, beside: Path) -> Path:
-    """The file of a data set: a path, also seen from the directory `beside`, or the name of the example data.
+    """The file of a data set: a path, also relative to the directory `beside`, or the name of the example data.
 
     ValueError where there is none."""
     if name == EXAMPLE:
@@ -55,8 +54,8 @@ def find_dataset(name: str, beside: Path) -> Path:
     raise ValueError(f"dataset {name!r} is no file; it takes the path of a JSON or JSONL file, or {EXAMPLE}")
 
 
-def read_records(path: Path) -> list[Record]:
-    """The records of a JSON list or of JSON lines. ValueError with the place for what is not alpaca-style, or empty."""
+def read_records(path: Path) -> list[Exchange]:
+    """The records of a JSON list or of JSON lines. ValueError, with the record's number, for other data or none."""
     text = path.read_text(encoding="utf-8")
     rows = _json_lines(path, text) if path.suffix == ".jsonl" else _json(path, text)
     if not isinstance(rows, list):
@@ -75,7 +74,7 @@ def _json(path: Path, text: str) -> Any:
 
 def _json_lines(path: Path, text: str) -> list[Any]:
     found = []
-    # by "\n" alone: splitlines also splits at characters that JSON has in its texts
+    # split at "\n" only, because splitlines also splits at characters that JSON texts may contain
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
@@ -85,7 +84,7 @@ def _json_lines(path: Path, text: str) -> list[Any]:
     return found
 
 
-def _record(row: Any, where: str) -> Record:
+def _record(row: Any, where: str) -> Exchange:
     if not isinstance(row, dict) or "instruction" not in row or "output" not in row:
         raise ValueError(f"{where} has no instruction and output: {str(row)[:80]}")
     for key in ("instruction", "input", "output", "system"):
@@ -94,16 +93,16 @@ def _record(row: Any, where: str) -> Record:
     if row.get("history"):
         raise ValueError(f"{where} has a history, which is not used here: take the earlier turns out, or the record")
     prompt = "\n".join(part for part in (row["instruction"], row.get("input", "")) if part)
-    return Record(prompt, row["output"], row.get("system", ""))
+    return Exchange(prompt, row["output"], row.get("system", ""))
 
 
 def encode(
-    records: Sequence[Record], tokenizer: Any, cutoff_len: int, *, workers: int = 1
+    records: Sequence[Exchange], tokenizer: Any, cutoff_len: int, *, workers: int = 1
 ) -> list[dict[str, list[int]]]:
-    """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens; by `workers` threads.
+    """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens; computed by `workers` threads.
 
-    Records of whose answer the cut leaves nothing are left out; a line on stderr says how many.
-    ValueError where the tokenizer has no chat template, or where nothing of any answer is left."""
+    Records without any label after the cut are left out, and a line on stderr states how many. ValueError where the
+    tokenizer has no chat template, or no record has a label."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, and template: default takes the tokenizer's own")
     with ThreadPoolExecutor(workers) as pool:
@@ -117,10 +116,10 @@ def encode(
     return answered
 
 
-def _encode_one(record: Record, tokenizer: Any, cutoff_len: int) -> dict[str, list[int]]:
+def _encode_one(record: Exchange, tokenizer: Any, cutoff_len: int) -> dict[str, list[int]]:
     prompt = _template(tokenizer, record.messages, add_generation_prompt=True)
     whole = _template(tokenizer, [*record.messages, {"role": "assistant", "content": record.answer}])
-    # a template may write the answer's beginning otherwise than its prompt: mask what the two have in common
+    # a template may tokenize the beginning of the answer differently from its prompt: mask their common beginning
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
     labels = [IGNORED] * shared + whole[shared:]
     return {"input_ids": whole[:cutoff_len], "labels": labels[:cutoff_len]}

@@ -1,8 +1,7 @@
-"""The engine as one node of torch's autograd.
+"""The engine as one node of torch's autograd, with backwards in any order.
 
-Comes in: tensors on the CPU and a loaded engine. Goes out: the output, and gradients in whatever order they are asked
-for. What a forward leaves in the engine is named by a ticket, and the ticket is a tensor: whoever drops it (a freed
-graph, a checkpoint that keeps nothing) frees the memory behind it.
+A ticket names what a forward saved in the engine. The ticket is a tensor: when it is freed, with its graph or by a
+checkpoint that keeps nothing, the engine frees the saved forward.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from ktverify.spec.names import GRAD_NAMES
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an engine. save: a backward may follow. room: forwards that may wait in the engine at a time.
+    """One call of an engine. save: a backward may follow. room: most forwards that may wait in the engine.
 
-    lora_version counts the engine's updates of its LoRA; a forward that has to be repeated must find the same one.
+    lora_version counts the updates of the engine's LoRA; a forward may be repeated only under the same version.
     """
 
     engine: KTMoEWrapper
@@ -36,12 +35,12 @@ class Call:
 class MOEAMXFunction(torch.autograd.Function):
     """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32, Call, six LoRA tensors -> [T, H] bf16.
 
-    Gradients: hidden_states, weights, and the LoRA tensors in their dtype, in the shapes of `names.lora_shapes`;
-    the engine computes with the values of its last update, the six tensors given here only receive the gradients.
+    Gradients: hidden_states, weights, and the LoRA tensors in their dtype and the shapes of `names.lora_shapes`. The
+    engine computes with the values of its last update; the six tensors here only receive the gradients.
 
-    Forwards may wait for their backward in any number and order. As many as `room` keep what backward needs in the
-    engine; one that found no room, or whose backward runs a second time (retain_graph), is computed again, which gives
-    the same bits. RuntimeError if its LoRA is no longer the engine's.
+    Forwards may wait for their backward in any number and order. The engine saves `room` of them. A forward that was
+    not saved, or whose backward runs a second time (retain_graph), is computed again, with the same bits. RuntimeError
+    if the engine's LoRA has changed since.
     """
 
     @staticmethod
@@ -78,21 +77,21 @@ class MOEAMXFunction(torch.autograd.Function):
             engine.forward_sft(hidden_states, expert_ids, weights, save_for_backward=True)
             number = engine.last_ticket
         grad_input, grads = engine.backward(grad_output.to(torch.bfloat16), ticket=number)
-        # through numpy: a used ticket is no change of a saved tensor that autograd should object to
+        # written through numpy, because autograd refuses a changed saved tensor and a used ticket is none
         ticket.numpy()[...] = 0
         d_lora = [grads[name] for name in GRAD_NAMES] if ctx.trained else []
         return grad_input, None, engine.grad_weights, None, *d_lora
 
 
 def _ticket_tensor(engine: KTMoEWrapper, number: int) -> torch.Tensor:
-    """int64 [] that holds a ticket; when its storage goes, the engine forgets what was saved under it.
+    """A ticket as int64 []; when its storage is freed, the engine drops the saved forward.
 
-    The storage is numpy's, so that an object of Python lives exactly as long as the storage does: a tensor's Python
-    object may come and go while autograd keeps the tensor.
+    The storage is a numpy array, a Python object that lives exactly as long as the storage. A tensor's Python object
+    may be freed and made again while autograd keeps the tensor.
     """
     array = np.array(number, dtype=np.int64)
     if number:
-        # weakly, or a graph that nobody frees would keep the engine and its weights
+        # a weak reference, or a graph that is never freed would keep the engine and its weights
         weakref.finalize(array, _forget, weakref.ref(engine), number).atexit = False
     return torch.from_numpy(array)
 

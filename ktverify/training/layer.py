@@ -1,7 +1,6 @@
-"""MOELayerWrapper: one block of routed experts, computed by the engine, with the adapters that peft holds.
+"""MOELayerWrapper: one block of routed experts, computed by the engine, with peft's adapters.
 
-Comes in: the block's stacked base weights, and for every call the adapters' present parameters. Goes out: the block's
-output, differentiable. Parameters belong to peft: this module has none of its own.
+All parameters belong to peft; this module has none of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from ktverify.training.function import Call, MOEAMXFunction
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
 BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
-_SAMPLE = 4096  # elements of a parameter that are looked at to see whether somebody wrote past all counters
-_steps = 0  # of all optimizers; some write parameters that are not the ones they hold
-_steps_on: Any = WeakTensorKeyDictionary()  # those of the optimizers that hold a parameter, by it
+_SAMPLE = 4096  # elements of a parameter that are compared, to detect writes that no counter shows
+_steps = 0  # steps of all optimizers; some write parameters that are not in their groups
+_steps_on: Any = WeakTensorKeyDictionary()  # parameter -> steps of the optimizers that have it in a group
 
 
 def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -39,16 +38,16 @@ def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
             _steps_on[parameter] = _steps_on.get(parameter, 0) + 1
 
 
-# of every optimizer in this process: fused ones change parameters without moving autograd's counter
+# for every optimizer in this process, because fused ones change parameters without changing autograd's counter
 register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
 class CpuInfer:
-    """How the engine computes: workers (a ceiling), tensor-parallel degree, instruction set, waiting forwards, rows."""
+    """How the engine computes: most workers, tensor parallel degree, instruction set, saved forwards, rows per call."""
 
     threads: int
-    threadpool_count: int = 1
+    tp: int = 1
     isa: str | None = None
     max_cache_depth: int = 4
     chunked_prefill_size: int = 25600
@@ -63,11 +62,12 @@ def init_cpu_infer(
     max_cache_depth: int = 4,
     chunked_prefill_size: int = 25600,
 ) -> CpuInfer:
-    """What `wrap_moe_layers` takes. threads: None takes the processors that this process may run on.
+    """The settings that `wrap_moe_layers` takes. threads: None takes all processors of this process; threadpool_count:
+    tensor parallel degree.
 
-    max_cache_depth: forwards of one layer that keep what their backward needs; beyond it a forward is computed again.
-    chunked_prefill_size: tokens of one call; more are computed in pieces. ValueError for a backend that does not exist,
-    RuntimeError for an instruction set that cannot run here.
+    max_cache_depth: forwards of one layer that may be saved for their backward; any further one is computed again.
+    chunked_prefill_size: most tokens of one engine call; more are computed in pieces. ValueError for an unknown
+    backend, RuntimeError for an instruction set that cannot run here.
     """
     if not BACKENDS.get(backend, False):
         state = "does not exist yet" if backend in BACKENDS else "is unknown"
@@ -86,7 +86,7 @@ def init_cpu_infer(
 
 @dataclass(frozen=True)
 class Factors:
-    """peft's LoRA of one stacked parameter: a [E r, in], b [out, r E] (expert the fastest), delta = scaling B A."""
+    """peft's LoRA of one stacked parameter: a [E r, in], b [out, r E] (expert index fastest); delta = scaling B A."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -99,7 +99,7 @@ class Factors:
 
 
 class Adapter(Protocol):
-    """What holds one parameter's LoRA; `factors` is None while it is switched off, `held` is there all the same."""
+    """LoRA of one parameter. factors: its Factors, None while it is disabled; held: its Factors in any case."""
 
     @property
     def parameter_name(self) -> str: ...
@@ -108,37 +108,37 @@ class Adapter(Protocol):
 
 
 class MOELayerWrapper(nn.Module):
-    """E experts behind hidden_states [T, H], expert_ids [T, k], weights [T, k] -> [T, H], any float dtype and device.
+    """E experts: hidden_states [T, H], expert_ids [T, k], weights [T, k] -> output [T, H], any float dtype and device.
 
-    The engine computes in bf16 with fp32 sums on the CPU; what comes from elsewhere goes there and back. Before every
-    call the adapters' parameters are compared with those that the engine holds, by autograd's version counters, the
-    steps of optimizers, address and a sample of their values, and taken over when they changed: nobody has to call
-    anything after a step. With `auto_update = False` a call with changed parameters raises RuntimeError until
-    `update_lora_pointers()`; switching adapters, or off and on, is no change.
+    The engine computes on the CPU, in bf16 with fp32 sums; other tensors are converted and back. Before every call the
+    adapters' parameters are compared with those of the engine, by autograd's version counters, optimizer steps, address
+    and a sample of their values. Changed ones are given to the engine, so no call is needed after an optimizer's step.
+    With `auto_update = False`, a call with changed parameters raises RuntimeError until `update_lora_pointers()`; to
+    switch adapters, or to disable and enable one, is no change.
     """
 
     def __init__(self, layer_idx: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, infer: CpuInfer) -> None:
-        """gate_up_proj [E, 2 I, H] (gate above up), down_proj [E, H, I], bf16, CPU; held until the first forward."""
+        """gate_up_proj [E, 2 I, H] (gate before up), down_proj [E, H, I]: bf16, CPU; kept until the first forward."""
         super().__init__()
         self.layer_idx = layer_idx
         self.infer = infer
         self.num_experts, self.hidden_size, self.intermediate_size = down_proj.shape
-        argument_checks.check_tp(self.intermediate_size, infer.threadpool_count)
+        argument_checks.check_tp(self.intermediate_size, infer.tp)
         self.auto_update = True
         self.adapters: dict[str, Adapter] = {}
-        self.calling: list[Adapter] = []  # those that the present call came through
+        self.calling: list[Adapter] = []  # the adapters that the current call passed through
         self.engine: layer.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
-        self._held: object = None  # the key of the values that the engine computes with
-        self._steps = 0  # of all optimizers, when they were taken over
-        self._taken: dict[object, tuple[object, int]] = {}  # by adapter: the key and version of its values, last time
+        self._held: object = None  # the key of the engine's present values
+        self._steps = 0  # of all optimizers, when the engine got its values
+        self._taken: dict[object, tuple[object, int]] = {}  # adapter -> key and version of its last values
         self._versions = itertools.count(1)
         self._version = 0  # equal for equal values
 
     @property
     def lora_params(self) -> dict[str, nn.Parameter]:
-        """What an optimizer steps, as peft stores it: gate_up_lora_a [E r, H], gate_up_lora_b [2 I, r E],
-        down_lora_a [E r, I], down_lora_b [H, r E]; none without an adapter on the experts."""
+        """The trained parameters as peft stores them: gate_up_lora_a [E r, H], gate_up_lora_b [2 I, r E], down_lora_a
+        [E r, I], down_lora_b [H, r E]; {} without an adapter on the experts."""
         found: dict[str, nn.Parameter] = {}
         for parameter, adapter in self.adapters.items():
             factors = adapter.held()
@@ -148,9 +148,9 @@ class MOELayerWrapper(nn.Module):
         return found
 
     def update_lora_pointers(self) -> None:
-        """The engine takes over the present values of all adapters. Called by every forward that finds them changed.
+        """Give the engine the present values of all adapters. Every forward that finds them changed calls it.
 
-        Does nothing before the first forward, which makes the engine and knows how many experts a token has."""
+        Does nothing before the first forward, which builds the engine because it knows k."""
         if self.engine is not None:
             self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok, True)
 
@@ -163,7 +163,7 @@ class MOELayerWrapper(nn.Module):
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *lora))
         engine = self.engine
         assert engine is not None
-        self._sources = None  # the engine has them, and gives up what it packs
+        self._sources = None  # the engine has them now, and releases what it has packed
         call = Call(engine, self._version, lambda: self._version, save, self.infer.max_cache_depth)
         rows = self.infer.chunked_prefill_size
         apply: Any = MOEAMXFunction.apply
@@ -177,16 +177,16 @@ class MOELayerWrapper(nn.Module):
     # ---- from peft's parameters to the engine's
 
     def _synchronise(self, calling: Iterable[Adapter], top_k: int, may_update: bool) -> tuple[torch.Tensor, ...]:
-        """The six LoRA tensors of the present call, differentiable; () without LoRA. The engine then holds them."""
+        """Give the engine the six LoRA tensors of this call and return them, differentiable; () without LoRA."""
         factors = {a.parameter_name: f for a in calling if (f := a.factors()) is not None}
         lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
         if self.engine is None:
-            # by what is held, so that an adapter which is off at first can be switched on
+            # also for disabled adapters, so that one that is disabled at first can be enabled
             held = {a.parameter_name: f for a in self.adapters.values() if (f := a.held()) is not None}
             self._build(held, top_k)
         scaling = next(iter(factors.values())).scaling if factors else None
         key = tuple((name, f.scaling, _state(f.a), _state(f.b)) for name, f in sorted(factors.items()))
-        # a Parameter stays the same object when its values, or even their place, are changed
+        # a Parameter stays the same object when its values, or even their address, change
         adapter = tuple((name, id(f.a), id(f.b)) for name, f in sorted(factors.items()))
         if self._other(lora, scaling):
             self._build(factors, top_k)
@@ -199,22 +199,22 @@ class MOELayerWrapper(nn.Module):
                     f"the LoRA parameters of MoE layer {self.layer_idx} changed since the engine took them over, and "
                     "auto_update is off: call update_lora_pointers() after the optimizer's step"
                 )
-            # even equal ones: what the engine was given may be the parameters' own memory
+            # also equal values, because the engine's tensors may share the parameters' memory
             self._load(lora)
             self._took(adapter, key, version if same else 0)
         return tuple(lora)
 
     def _took(self, adapter: object, key: object, version: int = 0) -> None:
-        """The engine now holds `adapter`'s values under `key`; version: theirs from before, 0 for new values."""
+        """Note that the engine has the values `key` of `adapter`; version: their earlier version, 0 for new values."""
         self._version = version or next(self._versions)
         self._held, self._steps, self._taken[adapter] = key, _steps, (key, self._version)
 
     def _holds(self, lora: list[torch.Tensor]) -> bool:
-        """Whether the engine's LoRA tensors have the values of `lora`; without LoRA there is nothing to differ."""
+        """Whether the engine's LoRA tensors equal `lora`; True without LoRA."""
         return all(torch.equal(getattr(self.engine, name), t) for name, t in zip(LORA_NAMES, lora, strict=False))
 
     def _other(self, lora: list[torch.Tensor], scaling: float | None) -> bool:
-        """Whether an engine of another rank, method or scaling is needed than the one that is there."""
+        """Whether an engine of another rank, method or scaling is needed."""
         assert self.engine is not None
         spec = self.engine.spec
         if scaling is None:
@@ -239,12 +239,12 @@ class MOELayerWrapper(nn.Module):
             hidden_size=self.hidden_size,
             moe_intermediate_size=self.intermediate_size,
             cpuinfer_threads=self.infer.threads,
-            threadpool_count=self.infer.threadpool_count,
+            threadpool_count=self.infer.tp,
             chunked_prefill_size=self.infer.chunked_prefill_size,
             method=METHOD if lora else METHOD_WITHOUT_LORA,
             lora_rank=rank,
             lora_alpha=scaling * rank,
-            # one more than ever wait, for a forward that is computed again
+            # one more than may wait, for a forward that is computed again
             max_cache_depth=self.infer.max_cache_depth + 1,
             isa=self.infer.isa,
         )
@@ -273,8 +273,8 @@ class MOELayerWrapper(nn.Module):
 def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, intermediate: int) -> list[torch.Tensor]:
     """The six tensors in the order of LORA_NAMES, differentiable with respect to the factors; [] without any.
 
-    gate and up share the A that peft gives their stacked parameter. Where ranks differ, the smaller are padded with
-    zeros; where scalings do, the engine has the first one's and the other stands in B.
+    gate and up share the A of their stacked parameter. Of different ranks, the smaller is padded with zeros; of
+    different scalings, the engine gets the first, and B contains the ratio.
     """
     if not factors:
         return []
@@ -301,8 +301,8 @@ def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, int
 
 
 def _state(parameter: torch.Tensor) -> tuple[object, ...]:
-    """What changes when a parameter does: its address, autograd's counter, the steps of the optimizers that hold it,
-    and the bits of a sample of its values, for writes through `.data`, which nothing counts."""
+    """A key that changes with the parameter: its address, autograd's counter, the steps of its optimizers, and the bits
+    of a sample of its values, because no counter shows writes through `.data`."""
     flat = parameter.detach().reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
     bits = sample.view(torch.uint8).numpy().tobytes()

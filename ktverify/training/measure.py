@@ -1,7 +1,4 @@
-"""memory and throughput of a training: a few steps of it, in a directory that is thrown away.
-
-Comes in: a TrainConfig. Goes out: resident bytes after every step with their slope, or tokens per second.
-"""
+"""The commands memory and throughput: a few steps of a training, in a temporary directory."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from ktverify.training.config import TrainConfig
 from ktverify.training.curves import slope
 from ktverify.training.run import Trained, run
 
-# what allocators add in a step while they still find their size; a leak of one token's activations is more
+# what allocators add per step until their size has settled; a leak of one token's activations is more
 LEAK_BYTES = 1 << 18
-WARMUP = 3  # steps whose memory and time do not count: pages are touched, experts packed
+WARMUP = 3  # steps that do not count: pages are touched and experts packed in them
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident bytes: after loading, and after each step; slope: growth() of the steps after the warm-up; waiting:
-    forwards that still wait for a backward in the engines at the end."""
+    """Resident bytes after loading and after each step; slope: growth() of the steps after the warm-up; waiting: saved
+    forwards that wait for a backward in the engines at the end."""
 
     loaded: int
     steps: tuple[int, ...]
@@ -37,17 +34,15 @@ class Memory:
 
 
 def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory:
-    """Train for `steps` steps after WARMUP and look at the resident memory after each."""
-    # of one length: torch keeps memory for each shape that it has seen
+    """Train for `steps` steps after WARMUP and measure the resident memory after each."""
     done = _few_steps(config, beside, steps, one_length=True)
-    rss = done.journal.rss[WARMUP:]
+    rss = done.log.rss[WARMUP:]
     waiting = sum(w.engine.saved_forwards for w in getattr(done.model, "_kt_wrappers", ()) if w.engine)
-    return Memory(done.journal.rss_before, tuple(rss), growth(rss), waiting)
+    return Memory(done.log.rss_before, tuple(rss), growth(rss), waiting)
 
 
 def growth(rss: Sequence[int]) -> float:
-    """Bytes per step, fitted, without the largest single rise: an allocator may take more once, a leak does it again
-    and again."""
+    """Bytes per step, fitted, without the largest single rise: an allocator may take more once, a leak repeats it."""
     rises = [after - before for before, after in itertools.pairwise(rss)]
     largest = max(range(len(rises)), key=rises.__getitem__, default=0)
     spared = max(0, rises[largest]) if len(rises) > 1 else 0
@@ -57,7 +52,7 @@ def growth(rss: Sequence[int]) -> float:
 def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:
     """Tokens per second, padding left out, over `steps` steps after WARMUP: the median step's."""
     done = _few_steps(config, beside, steps)
-    return float(statistics.median(row["tokens_per_s"] for row in done.journal.rows[WARMUP:]))
+    return float(statistics.median(row["tokens_per_s"] for row in done.log.rows[WARMUP:]))
 
 
 def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False) -> Trained:
@@ -74,4 +69,4 @@ def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: boo
         try:
             return run(short, beside, one_length=one_length)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt from None  # without run's words: they are of a directory that goes
+            raise KeyboardInterrupt from None  # without run's hint, which names a directory that is deleted

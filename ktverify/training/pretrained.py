@@ -1,7 +1,4 @@
-"""Causal language models as transformers loads them. Light until a function is called.
-
-Comes in: a directory or a hub's name. Goes out: the stock model and its tokenizer, or one line that says what is wrong.
-"""
+"""Load causal language models with transformers; errors are one line. Light until a function is called."""
 
 from __future__ import annotations
 
@@ -12,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("bfloat16", "float32")
+BASE_OPTION = "model_name_or_path"
 
 
 def quiet(purpose: str, *more: str) -> None:
-    """transformers' progress bars and deprecation notes off; ImportError that says what to install where transformers
-    or one of the modules `more` is missing."""
+    """Turn off transformers' progress bars and deprecation notes. ImportError that says what to install where
+    transformers or one of the modules `more` is missing."""
     missing = [name for name in ("transformers", *more) if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{purpose} needs {' and '.join(missing)}: pip install -c constraints.txt -e '.[training]'")
@@ -27,21 +25,23 @@ def quiet(purpose: str, *more: str) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def load_pretrained(path: str, dtype: str, *, option: str, trust: bool = False) -> tuple[Any, Any]:
-    """The model, its floating-point weights in `dtype`, and its tokenizer. ValueError naming `option` for none."""
+def load_pretrained(
+    path: str, dtype: str = "bfloat16", *, option: str = BASE_OPTION, trust: bool = False
+) -> tuple[Any, Any]:
+    """The model at `path`, floating-point weights in `dtype`, and its tokenizer. ValueError that names `option`."""
     tokenizer = load_tokenizer(path, option=option, trust=trust)
     return load_model(path, dtype, option=option, trust=trust), tokenizer
 
 
 def load_tokenizer(path: str, *, option: str, trust: bool = False) -> Any:
-    """ValueError naming `option` where there is none."""
+    """The tokenizer at `path`. ValueError that names `option`."""
     from transformers import AutoTokenizer
 
     return _load(AutoTokenizer.from_pretrained, path, option, trust_remote_code=trust)
 
 
 def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
-    """Floating-point weights in `dtype`. ValueError naming `option` where there is none."""
+    """The model at `path`, with floating-point weights in `dtype`. ValueError that names `option`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> An
 
 
 def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
-    # NAME/MODEL may be a hub's, unless there is a directory NAME here
+    # NAME/MODEL may be on a hub, unless a directory NAME exists here
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if local and not Path(path).is_dir():
         raise ValueError(

@@ -1,7 +1,6 @@
-"""One training: model, adapter, data, transformers' own Trainer, and what it leaves.
+"""One training with transformers' own Trainer.
 
-Comes in: a TrainConfig. Goes out: an output directory with the adapter, checkpoints, loss.jsonl, loss.png and
-training.json, and a Summary. Nothing here knows whether the model is tiny or real.
+It leaves an output directory with the adapter, checkpoints, loss.jsonl, loss.png and training.json.
 """
 
 from __future__ import annotations
@@ -23,22 +22,20 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
 from ktverify.system.files import write_whole
-from ktverify.training import curves, place
+from ktverify.training import curves, output_directory
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
-from ktverify.training.journal import Journal
 from ktverify.training.layer import init_cpu_infer
-from ktverify.training.pretrained import load_model, load_pretrained, load_tokenizer
+from ktverify.training.loss_log import LossLog
+from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
 from ktverify.training.wrap import wrap_moe_layers
-
-BASE_OPTION = "model_name_or_path"
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Losses (nats per token) and slope (a step) of the whole history; steps, tokens, seconds and peak resident bytes
-    of this process: a resumed run counts its own."""
+class TrainingSummary:
+    """Losses (nats per token) and slope (per step) of the whole history; steps, tokens, seconds and peak resident bytes
+    of this process, so that a resumed run counts only its own."""
 
     steps: int
     first_loss: float
@@ -52,34 +49,33 @@ class Summary:
 
 @dataclass(frozen=True)
 class Trained:
-    """A training that is done: what it left in memory."""
+    """A finished training: its summary, its loss log and the model with the adapter."""
 
-    summary: Summary
-    journal: Journal
+    summary: TrainingSummary
+    log: LossLog
     model: Any
 
 
-def train(config: TrainConfig, beside: Path) -> Summary:
-    """Run the training that `config` describes and write what it left; see `run`."""
+def train(config: TrainConfig, beside: Path) -> TrainingSummary:
+    """Run the training that `config` describes and return its summary; see `run`."""
     return run(config, beside).summary
 
 
 def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Trained:
-    """Run the training that `config` describes; relative data paths are also looked for in the directory `beside`.
+    """Run the training that `config` describes; relative data paths are also searched in the directory `beside`.
 
-    one_length pads every batch to the longest example: torch keeps memory for each shape that it has seen.
-
+    one_length pads every batch to the longest example, because torch keeps memory for each shape that it has seen.
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
     """
     output = Path(config.output_dir)
-    start = place.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
+    start = output_directory.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
     arguments = _arguments(config)
     if config.template_note:
         print(config.template_note, file=sys.stderr)
     records = read_records(find_dataset(config.dataset, beside))
     infer = None
     if config.use_kt:
-        infer = init_cpu_infer(config.kt_num_threads, config.threadpool_count, backend=config.kt_backend)
+        infer = init_cpu_infer(config.kt_num_threads, config.tp, backend=config.kt_backend)
     path, trust = config.model_name_or_path, config.trust_remote_code
     tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
     _ensure_padding(tokenizer)
@@ -96,17 +92,17 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
         rslora=config.use_rslora,
     )
     adapted = add_adapter(model, settings, dropout=config.lora_dropout)
-    journal = Journal(output)
+    log = LossLog(output)
     trainer = Trainer(
         model=adapted,
         args=arguments,
         train_dataset=rows,
         data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
         processing_class=tokenizer,
-        callbacks=[journal],
+        callbacks=[log],
     )
-    trainer.remove_callback(PrinterCallback)  # the journal prints a line for a step, shorter
-    place.make_room(output, start)
+    trainer.remove_callback(PrinterCallback)  # the loss log prints a shorter line
+    output_directory.remove_earlier_run(output, start)
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -115,17 +111,12 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     except KeyboardInterrupt:
         for callback in trainer.callback_handler.callbacks:
             if bar := getattr(callback, "training_bar", None):
-                bar.close()  # on a terminal; else it would be drawn once more behind the line
-        # max_steps may not be known before the first
+                bar.close()  # on a terminal it would be drawn again after the line
+        # max_steps may be unknown before the first step
         done = trainer.state.global_step
         reached = f"at step {done} of {trainer.state.max_steps}" if done else "before the first step"
-        raise KeyboardInterrupt(f"stopped {reached}; {place.kept(output)}") from None
-    return Trained(_conclude(trainer, journal, seconds, output), journal, adapted)
-
-
-def load_base(path: str, dtype: str = "bfloat16", *, option: str = BASE_OPTION, trust: bool = False) -> tuple[Any, Any]:
-    """The stock model and its tokenizer; `option` is what errors call the path. See load_pretrained."""
-    return load_pretrained(path, dtype, option=option, trust=trust)
+        raise KeyboardInterrupt(f"stopped {reached}; {output_directory.resume_hint(output)}") from None
+    return Trained(_conclude(trainer, log, seconds, output), log, adapted)
 
 
 def base_of(adapter: Path, base: str | None) -> str:
@@ -144,8 +135,8 @@ def base_of(adapter: Path, base: str | None) -> str:
 
 
 def _ensure_padding(tokenizer: Any) -> None:
-    """A tokenizer without a padding token pads with its end token, as LLaMA-Factory does; neither labels nor the
-    attention mask see it. ValueError without either."""
+    """Let a tokenizer without a padding token pad with its end token, as LLaMA-Factory does; labels and the attention
+    mask leave padding out. ValueError for a tokenizer with neither token."""
     if tokenizer.pad_token is not None:
         return
     if tokenizer.eos_token is None:
@@ -154,8 +145,8 @@ def _ensure_padding(tokenizer: Any) -> None:
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
-    """What the Trainer takes. ValueError for what it would refuse, and for several GPUs, between which it would split
-    every batch over copies of the model: the engine's layers have none."""
+    """The Trainer's arguments. ValueError for what it would refuse, and for several GPUs: it would split a batch over
+    copies of the model, and the engine's layers cannot be copied."""
     schedulers = [kind.value for kind in SchedulerType]
     if config.lr_scheduler_type not in schedulers:
         raise ValueError(f"lr_scheduler_type is {config.lr_scheduler_type!r}, it takes one of {', '.join(schedulers)}")
@@ -196,7 +187,7 @@ def _trainer_arguments(config: TrainConfig) -> TrainingArguments:
 def _save_whole(parts: tuple[Any, ...], state: Any, output: Path) -> None:
     """`save_pretrained` of each of `parts` and the Trainer's state into `output`; every file appears whole, the
     adapter's weights last."""
-    with tempfile.TemporaryDirectory(prefix=place.SAVING, dir=output) as saving:
+    with tempfile.TemporaryDirectory(prefix=output_directory.SAVING, dir=output) as saving:
         for part in parts:
             part.save_pretrained(saving)
         state.save_to_json(str(Path(saving) / curves.STATE_FILE))
@@ -210,12 +201,12 @@ def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=padding, max_length=length)
 
 
-def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) -> Summary:
-    history = [(row["step"], row["loss"]) for row in journal.rows]
+def _conclude(trainer: Trainer, log: LossLog, seconds: float, output: Path) -> TrainingSummary:
+    history = [(row["step"], row["loss"]) for row in log.rows]
     curve = curves.Curve(tuple(step for step, _ in history), tuple(loss for _, loss in history))
-    tokens = int(trainer.state.num_input_tokens_seen) - journal.begun[1]
-    summary = Summary(
-        steps=int(trainer.state.global_step) - journal.begun[0],
+    tokens = int(trainer.state.num_input_tokens_seen) - log.begun[1]
+    summary = TrainingSummary(
+        steps=int(trainer.state.global_step) - log.begun[0],
         first_loss=curve.losses[0] if history else math.nan,
         last_loss=curve.losses[-1] if history else math.nan,
         slope=curve.slope,
@@ -225,7 +216,7 @@ def _conclude(trainer: Trainer, journal: Journal, seconds: float, output: Path) 
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     known = {name: None if math.isnan(value) else value for name, value in asdict(summary).items()}  # JSON has no nan
-    write_whole(output / place.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
+    write_whole(output / output_directory.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
     if history:
-        curves.draw({"loss": curve}, output / place.LOSS_PICTURE)
+        curves.draw({"loss": curve}, output / output_directory.LOSS_PICTURE)
     return summary

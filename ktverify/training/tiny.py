@@ -1,7 +1,7 @@
 """make-tiny: a small random checkpoint in a family's real format, with a tokenizer trained on the example data.
 
-Comes in: a family's name and a directory. Goes out: config.json, model.safetensors, tokenizer and chat template, as
-the family's checkpoints have them; a few hundred kilobytes, made in seconds and from a seed.
+It has config.json, model.safetensors, tokenizer and chat template, as the family's checkpoints have them: a few hundred
+kilobytes, made from a seed within seconds.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ktverify.training.dataset import example_data, read_records
-from ktverify.training.place import whole_directory
+from ktverify.training.output_directory import whole_directory
 
-# small enough for seconds, and no size the multiple of a tile, but what a family's own code demands
+# small enough to train in seconds; no size is a multiple of a tile, unless a family's own code demands it
 _COMMON: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 72,
@@ -40,7 +40,7 @@ _MLA = {
     "first_k_dense_replace": 1,
 }
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
-    # the Lite's form: no q_lora, greedy, two shared experts
+    # the form of DeepSeek-V2-Lite: no q_lora, greedy, two shared experts
     "deepseek_v2": {
         **_MLA,
         "q_lora_rank": None,
@@ -88,7 +88,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_key_value_heads": 2, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3},
 }
-# families without experts: no engine, but a model to time or to pair with another
+# families without experts, to time or to pair with another model; the engine has no part in them
 DENSE_SIZES: dict[str, dict[str, Any]] = {"qwen3": {**_GROUPED, "intermediate_size": 96}}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
@@ -99,9 +99,9 @@ _SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
 def make_tiny(family: str, out: str | Path, *, seed: int = 0, sizes: Mapping[str, int] | None = None) -> Path:
-    """Write a checkpoint of `family` to `out`, weights bf16; `sizes` go over the family's, by its config's names.
+    """Write a checkpoint of `family` with bf16 weights to `out`; `sizes` replace the family's, by its config's names.
 
-    vocab_size is the tokenizer's as well. ValueError for an unknown family or size, or a directory in use."""
+    vocab_size is also the tokenizer's. ValueError for an unknown family or size, or a directory that is not empty."""
     target = Path(out)
     families = [*FAMILY_SIZES, *DENSE_SIZES]
     if family not in families:
@@ -158,7 +158,7 @@ def build_model(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            # routers and experts start as zeros or as uninitialised memory in some families
+            # some families leave routers and experts zero or uninitialised
             if "experts." in name or name.endswith("gate.weight"):
                 torch.nn.init.normal_(parameter, std=_COMMON["initializer_range"])
         return model.to(torch.bfloat16)

@@ -1,8 +1,7 @@
 """wrap_moe_layers: the engine under every block of routed experts of a Hugging Face model.
 
-Comes in: a model whose experts use transformers' experts interface. Goes out: the same model with that interface set
-to the engine. Nothing of the model is replaced but the tensors of its experts, which the engine keeps: the router, its
-scaling, grouping and normalisation, and the shared experts stay the model's own.
+The model must use transformers' experts interface, which is then set to the engine. Only the tensors of the routed
+experts leave the model: router, scaling, grouping, normalisation and shared experts stay as they are.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from ktverify.training.layer import CpuInfer, MOELayerWrapper, init_cpu_infer
 
 IMPLEMENTATION = "ktverify"
 WEIGHTS = ("gate_up_proj", "down_proj")
-# families whose parity with the stock model the suites check; others are taken when their experts have the same form
+# families whose parity with the stock model is tested; others are accepted if their experts have the same form
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe")
 
 
 def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_update: bool = True) -> nn.Module:
-    """`model` itself, its routed experts computed by the engine; `model._kt_wrappers` lists them, one for each layer.
+    """Let the engine compute the routed experts of `model`, and return it; `model._kt_wrappers` lists one per layer.
 
-    Base weights gate_up_proj [E, 2 I, H] and down_proj [E, H, I] are given to the engine as bf16 and leave the model:
-    there is one copy of them. Attach LoRA afterwards, with `add_adapter` or `load_adapter`. auto_update: see
-    MOELayerWrapper. ValueError, before anything is changed, for a model that is not supported.
+    The engine gets the base weights gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as bf16, and the model keeps no
+    copy. Attach LoRA afterwards, with `add_adapter` or `load_adapter`. auto_update: see MOELayerWrapper. ValueError,
+    before anything is changed, for a model that is not supported.
     """
     chosen = infer or init_cpu_infer()
     if getattr(model, "_kt_wrappers", None):
@@ -48,13 +47,13 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
 
 
 def update_lora_pointers(model: nn.Module) -> None:
-    """Every engine of a wrapped model takes over the present LoRA values. Only needed where auto_update is off."""
+    """Give the present LoRA values to every engine of a wrapped model. Only needed where auto_update is off."""
     for wrapper in wrappers_of(model):
         wrapper.update_lora_pointers()
 
 
 def wrappers_of(model: nn.Module) -> list[MOELayerWrapper]:
-    """The wrappers of a model, or of what peft made of it; ValueError where wrap_moe_layers was not called."""
+    """The wrappers of a model or of its PeftModel; ValueError where wrap_moe_layers was not called."""
     found: list[MOELayerWrapper] | None = getattr(model, "_kt_wrappers", None)
     if not found:
         raise ValueError("this model has no engine: call wrap_moe_layers(model) first")
@@ -62,7 +61,7 @@ def wrappers_of(model: nn.Module) -> list[MOELayerWrapper]:
 
 
 def find_experts(model: nn.Module) -> list[nn.Module]:
-    """The blocks of routed experts, in the model's order. ValueError if there are none, or of a form not supported."""
+    """The blocks of routed experts, in the model's order. ValueError for none, or for a form that is not supported."""
     blocks = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
     reasons = [reason for block in blocks if (reason := _why_not(block))]
     if not blocks:
@@ -104,13 +103,13 @@ def _why_not(block: Any) -> str:
 
 
 def _hand_over(block: nn.Module, wrapper: MOELayerWrapper) -> None:
-    """The block's parameters become placeholders of one element: peft reads their shape, dtype and device."""
+    """Replace the block's parameters by placeholders of one element, of which peft reads shape, dtype and device."""
     block._kt_layer = (wrapper,)  # type: ignore[assignment]  # in a tuple: no submodule, no further names
     for name in WEIGHTS:
         old = getattr(block, name)
         empty = torch.zeros(1, dtype=old.dtype).expand(old.shape)
         setattr(block, name, nn.Parameter(empty, requires_grad=False))
-    # a placeholder that is moved or cast would become a whole tensor, and one that is saved would be zeros
+    # a moved or cast placeholder would become a whole tensor, and a saved one would be zeros
     block._apply = lambda fn, recurse=True: block  # type: ignore[method-assign]
     hooked: Any = block
     hooked.register_state_dict_post_hook(_leave_out)
@@ -124,7 +123,7 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
 def _experts_forward(
     block: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """What the experts interface calls: hidden_states [T, H], top_k_index, top_k_weights [T, k] -> [T, H]."""
+    """Called by the experts interface: hidden_states [T, H], top_k_index, top_k_weights [T, k] -> [T, H]."""
     if not hasattr(block, "_kt_layer"):
         raise RuntimeError(f"{type(block).__name__} has no engine: call wrap_moe_layers(model) first")
     if hasattr(block, "parametrizations"):

@@ -139,9 +139,9 @@ def test_goldens_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ktverify.training.journal import Journal
+    from ktverify.training.loss_log import LossLog
 
-    def at_three(self: Journal, args: object, state: object, control: object, **more: object) -> None:
+    def at_three(self: LossLog, args: object, state: object, control: object, **more: object) -> None:
         if getattr(state, "global_step", 0) == 3:
             raise KeyboardInterrupt
 
@@ -155,7 +155,7 @@ def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypa
     ]
     with monkeypatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(Journal, "on_step_end", at_three)
+        patch.setattr(LossLog, "on_step_end", at_three)
         line = told(CliRunner().invoke(app, command))
         early = told(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
     again = "the same command with --resume_from_checkpoint true goes on from there"

@@ -14,7 +14,7 @@ from ktverify.judge.gates import peer_budget
 from ktverify.judge.metrics import compare
 from ktverify.training import add_adapter, load_adapter, lora_config
 from ktverify.training.export import export_merged
-from ktverify.training.run import load_base
+from ktverify.training.pretrained import load_pretrained
 from ktverify.training.tiny import FAMILY_SIZES, build_model, make_tiny
 from tests.support import models
 
@@ -122,19 +122,19 @@ def test_dropout_acts_in_training_only_and_is_seeded(tmp_path: Path) -> None:
 def test_merged_weights_give_the_same_logits(tmp_path: Path) -> None:
     base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
     make_tiny("deepseek_v2", base)
-    engine, tokenizer = load_base(str(base), "float32")
+    engine, tokenizer = load_pretrained(str(base), "float32")
     engine = models.adapted(models.with_engine(engine))
     engine.save_pretrained(str(adapter))
     export_merged(adapter, merged, base=str(base), dtype="float32")
-    expected, merged_tokenizer = load_base(str(merged), "float32")
+    expected, merged_tokenizer = load_pretrained(str(merged), "float32")
     assert merged_tokenizer.chat_template == tokenizer.chat_template
     expected.set_experts_implementation("eager")
-    peer, _ = load_base(str(base), "float32")
+    peer, _ = load_pretrained(str(base), "float32")
     expect_same_model(logits(engine), logits(expected), load_adapter(peer, adapter))
     with pytest.raises(ValueError, match="exists: name another directory"):
         export_merged(adapter, merged, base=str(base))
     export_merged(adapter, tmp_path / "rounded", base=str(base))
-    rounded, _ = load_base(str(tmp_path / "rounded"), "float32")
+    rounded, _ = load_pretrained(str(tmp_path / "rounded"), "float32")
     weights = dict(rounded.named_parameters())
     for name, weight in expected.named_parameters():
         assert torch.equal(weights[name], weights[name].bfloat16().float()), name

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from ktverify.cli.main import app
 from ktverify.training.config import read_config
-from ktverify.training.dataset import EXAMPLE, IGNORED, Record, encode, example_data, read_records
+from ktverify.training.dataset import EXAMPLE, IGNORED, Exchange, encode, example_data, read_records
 from ktverify.training.pretrained import quiet
 from ktverify.training.tiny import make_tiny, make_tokenizer
 
@@ -122,8 +122,8 @@ def test_wrong_data(name: str, text: str, wanted: str, config: Callable[..., Pat
 def test_values_over_the_file(config: Callable[..., Path]) -> None:
     found = read_config(config("lora_rank: 4"), ["--lora_rank", "16", "--learning-rate=1e-3", "--use_kt", "false"])
     assert (found.lora_rank, found.learning_rate, found.use_kt) == (16, 1e-3, False)
-    assert read_config(config("kt_tp_count: 2")).threadpool_count == 1
-    assert read_config(config("kt_tp_count: 2", "kt_tp_enabled: true")).threadpool_count == 2
+    assert read_config(config("kt_tp_count: 2")).tp == 1
+    assert read_config(config("kt_tp_count: 2", "kt_tp_enabled: true")).tp == 2
 
 
 def test_labels_are_on_the_answer_only() -> None:
@@ -144,7 +144,7 @@ def test_labels_are_on_the_answer_only() -> None:
 
 
 def test_records_of_which_nothing_is_left_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    records = [Record("a", "b"), Record("a " * 50, "b")]
+    records = [Exchange("a", "b"), Exchange("a " * 50, "b")]
     assert len(encode(records, make_tokenizer(), 24)) == 1
     assert capsys.readouterr().err.startswith("1 of 2 records are left out: cutoff_len 24 leaves nothing of")
 
@@ -152,7 +152,7 @@ def test_records_of_which_nothing_is_left_are_counted(capsys: pytest.CaptureFixt
 def test_a_line_separator_in_a_text_is_no_new_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"instruction": "a\u2028b", "output": "c"}\r\n', encoding="utf-8")
-    assert read_records(path) == [Record("a\u2028b", "c")]
+    assert read_records(path) == [Exchange("a\u2028b", "c")]
 
 
 def test_templates_by_name_are_the_tokenizers_own(config: Callable[..., Path]) -> None:

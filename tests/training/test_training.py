@@ -15,13 +15,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ktverify.training import checkpoints, curves, measure, place
+from ktverify.training import checkpoints, curves, measure, output_directory
 from ktverify.training.acceptance import verify_training
 from ktverify.training.config import TrainConfig, read_config
 from ktverify.training.dataset import example_data, read_records
 from ktverify.training.measure import Memory, growth, measure_memory
 from ktverify.training.pretrained import load_tokenizer
-from ktverify.training.run import Summary, train
+from ktverify.training.run import TrainingSummary, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -31,7 +31,7 @@ STEPS, HALF = 100, 50
 DTYPE = "float32"
 
 
-def run_example(name: str, model: Path, output: Path, **more: Any) -> Summary:
+def run_example(name: str, model: Path, output: Path, **more: Any) -> TrainingSummary:
     """The training of examples/<name>.yaml on the checkpoint `model`; `more` are keys over it."""
     keys = {"model_name_or_path": model, "output_dir": output, "kt_num_threads": 1, **more}
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
@@ -166,11 +166,11 @@ def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     reached = tmp_path / "checkpoint-10"
     (reached / curves.STATE_FILE).write_text('{"global_step": 10}', encoding="utf-8")
-    place.make_room(tmp_path, reached)
+    output_directory.remove_earlier_run(tmp_path, reached)
     assert not (tmp_path / "checkpoint-90").exists()
     assert (tmp_path / curves.LOSS_FILE).exists()
     assert reached.exists()
-    place.make_room(tmp_path, None)
+    output_directory.remove_earlier_run(tmp_path, None)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt"}
 
 
@@ -180,11 +180,11 @@ def test_a_checkpoint_of_another_run_does_not_open_a_directory_in_use(
     (tmp_path / "precious").touch()
     other = str(trained("qwen3_moe") / f"checkpoint-{HALF}")
     with pytest.raises(ValueError, match=r"is not empty: name another.*a checkpoint of"):
-        place.choose_start(tmp_path, other, overwrite=False)
-    assert place.choose_start(tmp_path, other, overwrite=True) == Path(other)
-    assert place.choose_start(Path(other).parent, other, overwrite=False) == Path(other)
+        output_directory.choose_start(tmp_path, other, overwrite=False)
+    assert output_directory.choose_start(tmp_path, other, overwrite=True) == Path(other)
+    assert output_directory.choose_start(Path(other).parent, other, overwrite=False) == Path(other)
     with pytest.raises(ValueError, match="there is no checkpoint"):
-        place.choose_start(tmp_path, str(tmp_path / "checkpoint-7"), overwrite=True)
+        output_directory.choose_start(tmp_path, str(tmp_path / "checkpoint-7"), overwrite=True)
 
 
 @pytest.mark.parametrize("killed_at", range(len(checkpoints.NEEDED)))
@@ -311,7 +311,7 @@ def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatc
     def run(config: TrainConfig, beside: Path, *, one_length: bool) -> SimpleNamespace:
         assert not one_length
         assert config.max_steps == len(rows)
-        return SimpleNamespace(journal=SimpleNamespace(rows=rows))
+        return SimpleNamespace(log=SimpleNamespace(rows=rows))
 
     monkeypatch.setattr(measure, "run", run)
     config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})

@@ -155,7 +155,7 @@ class KTMoEWrapper:
             intermediate=spec.moe_intermediate_size,
             rank=spec.lora_rank,
             scaling=spec.scaling,
-            parts=spec.threadpool_count,
+            parts=spec.tp,
             threads=spec.cpuinfer_threads,
             max_rows=spec.chunked_prefill_size,
             max_cache_depth=spec.max_cache_depth,

@@ -1,7 +1,7 @@
-"""What a training leaves while it runs: loss.jsonl, one line for each logged step.
+"""loss.jsonl: one line for each logged step of a training.
 
-A callback of transformers' Trainer. Comes in: its events. Goes out: {step, loss, learning_rate, grad_norm, tokens,
-tokens_per_s, rss} a line; rss in bytes. After a resume the lines beyond the checkpoint's step are gone.
+A line has step, loss, learning_rate, grad_norm, tokens, tokens_per_s and rss (bytes). A resumed run removes the lines
+after its checkpoint's step.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from ktverify.system.files import write_whole
 from ktverify.training.curves import LOSS_FILE
 
 
-class Journal(TrainerCallback):  # type: ignore[misc]
-    """Writes loss.jsonl in `directory`; `rows` has what it wrote, `rss` the resident bytes after every step,
-    `rss_before` those before the first; `begun` is the step and the tokens that a resumed run starts from."""
+class LossLog(TrainerCallback):  # type: ignore[misc]
+    """A callback of transformers' Trainer that writes loss.jsonl in `directory`.
+
+    rows: the lines; rss: resident bytes after every step, rss_before: before the first; begun: the step and the tokens
+    that a resumed run starts from.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOSS_FILE
@@ -35,15 +38,15 @@ class Journal(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.path.is_file():
-            kept = [json.loads(line) for line in whole_lines(self.path)]
-            self.rows = [row for row in kept if row["step"] <= state.global_step]
+            rows = [json.loads(line) for line in whole_lines(self.path)]
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self.rss_before = self._process.memory_info().rss
         self.begun = (int(state.global_step), int(state.num_input_tokens_seen))
         self._since = (time.perf_counter(), self.begun[1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # a run shorter than logging_steps has a loss too
+        if state.global_step >= state.max_steps:  # so that a run shorter than logging_steps also has a loss
             control.should_log = True
         self.rss.append(self._process.memory_info().rss)
 
@@ -63,7 +66,7 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         }
         self._since = (now, tokens)
         self.rows.append(row)
-        if not sys.stderr.isatty():  # a terminal has the Trainer's progress bar
+        if not sys.stderr.isatty():  # a terminal shows the Trainer's progress bar
             speed = f"{row['tokens_per_s']} tokens/s"
             print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
         append_line(self.path, json.dumps(row))

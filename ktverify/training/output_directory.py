@@ -1,7 +1,7 @@
-"""Directories that a training or an export writes into: whether they may be used, and what goes before they are.
+"""The directory that a training or an export writes into: whether it may be used, and what is removed before.
 
-Comes in: output_dir with overwrite_output_dir and resume_from_checkpoint, or the directory to write. Goes out: the
-checkpoint to go on from; later, once nothing is left that could be refused, a directory without another run's files.
+`choose_start` decides, from output_dir, overwrite_output_dir and resume_from_checkpoint, and changes nothing.
+`remove_earlier_run` is called once nothing can be refused any more.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ktverify.training import checkpoints
 from ktverify.training.curves import LOSS_FILE, STATE_FILE
 
 SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".saving-"
-# of an earlier run, so that none of it is taken for this one's; everything else in the directory stays
-_LEFT = ("adapter_config.json", "adapter_model.*", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
+# files of an earlier run, which could be mistaken for files of this one; everything else in the directory stays
+_EARLIER = ("adapter_config.json", "adapter_model.*", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
 
 
 def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Path | None:
-    """The checkpoint to go on from, None for a fresh start. Changes nothing.
+    """The checkpoint to resume from, None for a fresh start. Changes nothing.
 
-    ValueError where `output` is a file, is in use by anything but the run of that checkpoint, or holds none."""
+    ValueError where `output` is a file, is not empty and not the directory of that checkpoint's run, or has none."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
     start = checkpoints.choose(wanted, output) if wanted else None
@@ -39,21 +39,21 @@ def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Pa
     return start
 
 
-def make_room(output: Path, start: Path | None) -> None:
-    """Remove what an earlier run left in `output`; of the run that is gone on with, only what lies beyond `start`."""
+def remove_earlier_run(output: Path, start: Path | None) -> None:
+    """Remove the files of an earlier run in `output`; of the run that is resumed, only checkpoints after `start`."""
     if start is not None and _is_of(start, output):
-        # from the state: a checkpoint that was given by its path may have any name
+        # the step is read from the state, because a checkpoint given by its path may have any name
         reached = json.loads((start / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
         for path in checkpoints.checkpoints_in(output):
             if checkpoints.step_of(path) > reached:
                 _remove(path)
         return
-    for path in [*checkpoints.checkpoints_in(output), *(path for name in _LEFT for path in output.glob(name))]:
+    for path in [*checkpoints.checkpoints_in(output), *(path for name in _EARLIER for path in output.glob(name))]:
         _remove(path)
 
 
-def kept(output: Path) -> str:
-    """What a run that was stopped in `output` can go on from, and how."""
+def resume_hint(output: Path) -> str:
+    """What a run that was stopped in `output` can resume from, and how."""
     try:
         last = checkpoints.choose(True, output)
     except ValueError:
@@ -64,7 +64,7 @@ def kept(output: Path) -> str:
 
 @contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """A directory to fill that becomes `target`, which is new or empty, at the end; after an error nothing is left."""
+    """A directory to fill, which becomes `target` (new or empty) at the end; after an error nothing is left."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
