@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,16 +54,13 @@ class Setup:
 
     def forward(self, *, save_for_backward: bool = True, **changed: Any) -> Tensor:
         """forward_sft with some arguments exchanged."""
-        given = {
-            "hidden_states": self.inputs.hidden_states,
-            "expert_ids": self.inputs.expert_ids,
-            "weights": self.inputs.weights,
-            **changed,
-        }
-        output: Tensor = self.layer.forward_sft(
-            given["hidden_states"], given["expert_ids"], given["weights"], save_for_backward=save_for_backward
-        )
+        given = {name: getattr(self.inputs, name) for name in ("hidden_states", "expert_ids", "weights")}
+        output: Tensor = self.layer.forward_sft(*{**given, **changed}.values(), save_for_backward=save_for_backward)
         return output
+
+    def backward(self) -> Any:
+        """backward of the newest saved forward."""
+        return self.layer.backward(self.inputs.grad_output)
 
     def load(self, **changed: Any) -> None:
         """load_weights_from_tensors with some arguments exchanged."""
@@ -85,185 +83,130 @@ class Refusal:
     after: Callable[[Setup], None] | None = field(default=None)
 
 
-def _constructor() -> Iterable[tuple[str, Refusal]]:
-    def build(**more: Any) -> Callable[[Setup], object]:
-        return lambda setup: setup.target.bare(SMALL, **more)
+Act = Callable[[Setup], object]
+Rows = Iterable[tuple[str, Refusal]]
+VALUE, WRONG_TIME = (ValueError,), (RuntimeError,)
 
-    yield "mode unknown", Refusal((ValueError,), ("mode", "no_such_mode", "sft"), build(mode="no_such_mode"))
-    yield (
-        "method unknown",
-        Refusal(
-            (ValueError,),
-            ("method", "NO_SUCH_METHOD", "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"),
-            build(method="NO_SUCH_METHOD"),
-        ),
+
+def _constructor() -> Rows:
+    sizes = (
+        "num_experts num_experts_per_tok hidden_size moe_intermediate_size lora_rank chunked_prefill_size "
+        "max_cache_depth cpuinfer_threads"
     )
-    for name in (
-        "num_experts",
-        "num_experts_per_tok",
-        "hidden_size",
-        "moe_intermediate_size",
-        "lora_rank",
-        "chunked_prefill_size",
-        "max_cache_depth",
-        "cpuinfer_threads",
-    ):
-        for value in (0, -3):
-            yield f"{name} {value}", Refusal((ValueError,), (name, str(value)), build(**{name: value}))
-    yield (
-        "k above E",
-        Refusal((ValueError,), ("num_experts_per_tok", "7", "6"), build(num_experts_per_tok=7)),
-    )
-    for alpha in (0.0, -1.0, float("nan"), float("inf")):
-        yield f"lora_alpha {alpha}", Refusal((ValueError,), ("lora_alpha",), build(lora_alpha=alpha))
-    for dropout in (-0.1, 1.0, 1.5, float("nan")):
-        yield f"lora_dropout {dropout}", Refusal((ValueError,), ("lora_dropout",), build(lora_dropout=dropout))
+    method = ("method", "NO_SUCH_METHOD", "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA")
+    rows: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+        ("mode unknown", {"mode": "no_such_mode"}, ("mode", "no_such_mode", "sft")),
+        ("method unknown", {"method": "NO_SUCH_METHOD"}, method),
+        *((f"{name} {value}", {name: value}, (name, str(value))) for name in sizes.split() for value in (0, -3)),
+        ("k above E", {"num_experts_per_tok": 7}, ("num_experts_per_tok", "7", "6")),
+        *((f"lora_alpha {x}", {"lora_alpha": x}, ("lora_alpha",)) for x in (0.0, -1.0, math.nan, math.inf)),
+        *((f"lora_dropout {x}", {"lora_dropout": x}, ("lora_dropout",)) for x in (-0.1, 1.0, 1.5, math.nan)),
+    ]
+    for name, more, mentions in rows:
+        yield name, Refusal(VALUE, mentions, lambda setup, more=more: setup.target.bare(SMALL, **more))  # type: ignore[misc]
 
 
-def _weights() -> Iterable[tuple[str, Refusal]]:
-    # into a layer without weights: an engine that takes them once only has no second time to refuse
-    def load(name: str, change: Callable[[Tensor], Any]) -> Callable[[Setup], object]:
+def _weights() -> Rows:
+    # into a layer without weights: an engine that takes them only once has no second time to refuse
+    def load(name: str, change: Callable[[Tensor], Any]) -> Act:
         return lambda setup: setup.load_into_bare(**{name: change(getattr(setup.inputs, name))})
 
-    def reload(name: str) -> Callable[[Setup], object]:
+    def reload(name: str) -> Act:
         return lambda setup: setup.load(**{name: getattr(setup.inputs, name)[:, :-1]})
 
-    def lora(name: str, change: Callable[[Tensor], Any]) -> Callable[[Setup], object]:
+    def lora(name: str, change: Callable[[Tensor], Any]) -> Act:
         return lambda setup: setup.init_lora(**{name: change(setup.inputs.lora[name])})
 
     for names, put in ((BASE_NAMES, load), (LORA_NAMES, lora)):
         for name in names:
-            yield f"{name} shape", Refusal((ValueError,), (name,), put(name, lambda t: t[:, :-1]))
-            yield f"{name} too few experts", Refusal((ValueError,), (name,), put(name, lambda t: t[:-1]))
-            yield f"{name} dimensions", Refusal((ValueError,), (name,), put(name, lambda t: t[0]))
-            yield f"{name} transposed", Refusal((ValueError,), (name,), put(name, lambda t: t.transpose(1, 2)))
+            yield f"{name} shape", Refusal(VALUE, (name,), put(name, lambda t: t[:, :-1]))
+            yield f"{name} too few experts", Refusal(VALUE, (name,), put(name, lambda t: t[:-1]))
+            yield f"{name} dimensions", Refusal(VALUE, (name,), put(name, lambda t: t[0]))
+            yield f"{name} transposed", Refusal(VALUE, (name,), put(name, lambda t: t.transpose(1, 2)))
             yield f"{name} dtype", Refusal(WRONG, (name, "float16"), put(name, lambda t: t.to(torch.float16)))
             yield f"{name} integers", Refusal(WRONG, (name, "int16"), put(name, lambda t: t.view(torch.int16)))
             yield f"{name} device", Refusal(WRONG, (name, "meta"), put(name, lambda t: t.to("meta")))
             yield f"{name} no tensor", Refusal(WRONG, (name,), put(name, lambda t: t.float().numpy()))
             yield f"{name} None", Refusal(WRONG, (name,), put(name, lambda t: None))
     for name in BASE_NAMES:
-        yield f"{name} shape, of a layer that has weights", Refusal((ValueError,), (name,), reload(name))
+        yield f"{name} shape, of a layer that has weights", Refusal(VALUE, (name,), reload(name))
     yield "gate_proj float32", Refusal(WRONG, ("gate_proj", "float32"), load("gate_proj", lambda t: t.float()))
     yield "LoRA of two dtypes", Refusal(WRONG, ("bfloat16", "float32"), lora("up_lora_b", lambda t: t.float()))
 
-    experts = SMALL.num_experts
     for what, values in (
         ("twice", [0, 1, 2, 3, 4, 4]),
         ("out of range", [1, 2, 3, 4, 5, 6]),
         ("negative", [-1, 0, 1, 2, 3, 4]),
-        ("too short", list(range(experts - 1))),
-        ("too long", list(range(experts + 1))),
+        ("too short", list(range(SMALL.num_experts - 1))),
+        ("too long", list(range(SMALL.num_experts + 1))),
     ):
-        wrong = torch.tensor(values)
-        act = load("physical_map", lambda _, wrong=wrong: wrong)  # type: ignore[misc]
-        yield f"physical_map {what}", Refusal((ValueError,), ("physical_map",), act)
+        act = load("physical_map", lambda _, values=values: torch.tensor(values))  # type: ignore[misc]
+        yield f"physical_map {what}", Refusal(VALUE, ("physical_map",), act)
     yield "physical_map dtype", Refusal(WRONG, ("physical_map",), load("physical_map", lambda t: t.float()))
-    yield "physical_map dimensions", Refusal((ValueError,), ("physical_map",), load("physical_map", lambda t: t[None]))
+    yield "physical_map dimensions", Refusal(VALUE, ("physical_map",), load("physical_map", lambda t: t[None]))
 
 
-def _order() -> Iterable[tuple[str, Refusal]]:
-    def on_bare(
-        act: Callable[[Setup], object], *, weights: bool = False, lora: bool = False
-    ) -> Callable[[Setup], object]:
-        def tried(setup: Setup) -> None:
-            bare = setup.bare()
-            if weights:
-                bare.load()
-            if lora:
-                bare.init_lora()
-            act(bare)
+def _order() -> Rows:
+    def calls(*mentions: str, of: Callable[[Setup], Setup] = lambda setup: setup, after: Any = None) -> Any:
+        """The row of some calls in turn, on `of` the setup, which are refused with all `mentions`."""
 
-        return tried
+        def row(*steps: Act) -> Refusal:
+            def act(setup: Setup) -> None:
+                setup = of(setup)
+                for step in steps:
+                    step(setup)
 
-    wrong_time = (RuntimeError,)
-    yield (
-        "forward before everything",
-        Refusal(wrong_time, ("load_weights_from_tensors",), on_bare(lambda setup: setup.forward())),
-    )
-    yield (
-        "forward before weights",
-        Refusal(wrong_time, ("load_weights_from_tensors",), on_bare(lambda setup: setup.forward(), lora=True)),
-    )
-    yield (
-        "forward before LoRA",
-        Refusal(wrong_time, ("init_lora_weights",), on_bare(lambda setup: setup.forward(), weights=True)),
-    )
-    yield (
-        "update before LoRA",
-        Refusal(
-            wrong_time, ("init_lora_weights",), on_bare(lambda setup: setup.layer.update_lora_weights(), weights=True)
-        ),
-    )
-    yield (
-        "backward before everything",
-        Refusal(wrong_time, ("forward_sft",), on_bare(lambda setup: setup.layer.backward(setup.inputs.grad_output))),
-    )
-    yield (
-        "backward without forward",
-        Refusal(wrong_time, ("forward_sft",), lambda setup: setup.layer.backward(setup.inputs.grad_output)),
-    )
+            return Refusal(WRONG_TIME, mentions, act, after)
 
-    def unsaved(setup: Setup) -> None:
-        setup.forward(save_for_backward=False)
-        setup.layer.backward(setup.inputs.grad_output)
+        return row
 
-    yield "backward after an unsaved forward", Refusal(wrong_time, ("save_for_backward",), unsaved)
+    def unsaved(setup: Setup) -> Tensor:
+        return setup.forward(save_for_backward=False)
 
-    def twice(setup: Setup) -> None:
-        setup.forward()
-        setup.layer.backward(setup.inputs.grad_output)
-        setup.layer.backward(setup.inputs.grad_output)
-
-    yield "backward twice", Refusal(wrong_time, ("forward_sft",), twice)
-
-    def two_forwards(setup: Setup) -> None:
-        setup.forward()
-        setup.forward()
-
-    yield (
-        "two forwards outstanding",
-        Refusal(wrong_time, ("max_cache_depth", "1"), two_forwards, _outstanding_still_answers),
-    )
-
-    def four_forwards(setup: Setup) -> None:
-        deep = setup.another(max_cache_depth=3)
-        for _ in range(4):
-            deep.forward()
-
-    yield "four forwards outstanding of three", Refusal(wrong_time, ("max_cache_depth", "3"), four_forwards)
+    forward, backward, bare = Setup.forward, Setup.backward, Setup.bare
+    load, lora = "load_weights_from_tensors", "init_lora_weights"
+    yield "forward before everything", calls(load, of=bare)(forward)
+    yield "forward before weights", calls(load, of=bare)(Setup.init_lora, forward)
+    yield "forward before LoRA", calls(lora, of=bare)(Setup.load, forward)
+    yield "update before LoRA", calls(lora, of=bare)(Setup.load, lambda setup: setup.layer.update_lora_weights())
+    yield "backward before everything", calls("forward_sft", of=bare)(backward)
+    yield "backward without forward", calls("forward_sft")(backward)
+    yield "backward after an unsaved forward", calls("save_for_backward")(unsaved, backward)
+    yield "backward twice", calls("forward_sft")(forward, backward, backward)
+    depth = "max_cache_depth"
+    yield "two forwards outstanding", calls(depth, "1", after=_outstanding_still_answers)(forward, forward)
+    deep = calls(depth, "3", of=lambda setup: setup.another(max_cache_depth=3))
+    yield "four forwards outstanding of three", deep(forward, forward, forward, forward)
 
 
 def _outstanding_still_answers(setup: Setup) -> None:
     """The forward that was outstanding when something was refused has its gradients, and the same bits."""
-    grad_input, gradients = setup.layer.backward(setup.inputs.grad_output)
+    grad_input, gradients = setup.backward()
     found = {"grad_input": grad_input, **gradients, "grad_weights": setup.layer.grad_weights}
     expected = setup.target.run(SMALL, setup.inputs)
     setup.target.expect_same_bits("backward after the refusal", expected, found, tuple(found))
 
 
-def _inputs() -> Iterable[tuple[str, Refusal]]:
-    def forward(name: str, change: Callable[[Tensor], Any]) -> Callable[[Setup], object]:
+def _inputs() -> Rows:
+    def forward(name: str, change: Callable[[Tensor], Any]) -> Act:
         return lambda setup: setup.forward(**{name: change(getattr(setup.inputs, name))})
 
     other_dtype = {"hidden_states": torch.float32, "expert_ids": torch.int32, "weights": torch.bfloat16}
     for name, dtype in other_dtype.items():
         text = str(dtype).removeprefix("torch.")
         yield f"{name} dtype", Refusal(WRONG, (name, text), forward(name, lambda t, d=dtype: t.to(d)))  # type: ignore[misc]
-        yield f"{name} columns", Refusal((ValueError,), (name,), forward(name, lambda t: t[:, :-1]))
-        yield f"{name} one dimension", Refusal((ValueError,), (name,), forward(name, lambda t: t[0]))
-        yield f"{name} three dimensions", Refusal((ValueError,), (name,), forward(name, lambda t: t[None]))
+        yield f"{name} columns", Refusal(VALUE, (name,), forward(name, lambda t: t[:, :-1]))
+        yield f"{name} one dimension", Refusal(VALUE, (name,), forward(name, lambda t: t[0]))
+        yield f"{name} three dimensions", Refusal(VALUE, (name,), forward(name, lambda t: t[None]))
         yield f"{name} device", Refusal(WRONG, (name, "meta"), forward(name, lambda t: t.to("meta")))
         yield f"{name} no tensor", Refusal(WRONG, (name,), forward(name, lambda t: t.tolist()))
         yield f"{name} None", Refusal(WRONG, (name,), forward(name, lambda t: None))
     # which of the three has the wrong number of rows is unknown, so any may be named
-    yield "expert_ids rows", Refusal((ValueError,), ("expert_ids",), forward("expert_ids", lambda t: t[:-1]))
-    yield "weights rows", Refusal((ValueError,), ("weights",), forward("weights", lambda t: t[:-1]))
+    yield "expert_ids rows", Refusal(VALUE, ("expert_ids",), forward("expert_ids", lambda t: t[:-1]))
+    yield "weights rows", Refusal(VALUE, ("weights",), forward("weights", lambda t: t[:-1]))
     yield "weights float64", Refusal(WRONG, ("weights", "float64"), forward("weights", lambda t: t.double()))
-    yield (
-        "hidden_states float16",
-        Refusal(WRONG, ("hidden_states", "float16"), forward("hidden_states", lambda t: t.half())),
-    )
+    half = forward("hidden_states", lambda t: t.half())
+    yield "hidden_states float16", Refusal(WRONG, ("hidden_states", "float16"), half)
 
     for value in (SMALL.num_experts, SMALL.num_experts + 100, -2, 2**31, 2**62, -(2**63)):
 
@@ -272,46 +215,34 @@ def _inputs() -> Iterable[tuple[str, Refusal]]:
             ids[5, 1] = value
             return ids
 
-        yield (
-            f"expert id {value}",
-            Refusal((ValueError,), ("expert_ids", str(value), "5", "1"), forward("expert_ids", spoil)),
-        )
+        mentions = ("expert_ids", str(value), "5", "1")
+        yield f"expert id {value}", Refusal(VALUE, mentions, forward("expert_ids", spoil))
 
-    def too_long(setup: Setup) -> None:
-        setup.another(chunked_prefill_size=SMALL.qlen - 1).forward()
+    few = SMALL.qlen - 1
+    rows = ("chunked_prefill_size", str(SMALL.qlen), str(few))
+    too_long = Refusal(VALUE, rows, lambda setup: setup.another(chunked_prefill_size=few).forward())
+    yield "more rows than chunked_prefill_size", too_long
 
-    rows = str(SMALL.qlen)
-    yield (
-        "more rows than chunked_prefill_size",
-        Refusal((ValueError,), ("chunked_prefill_size", rows, str(SMALL.qlen - 1)), too_long),
-    )
-
-    def backward(change: Callable[[Tensor], Any]) -> Callable[[Setup], object]:
-        def act(setup: Setup) -> None:
-            setup.forward()
-            setup.layer.backward(change(setup.inputs.grad_output))
-
-        return act
-
-    both = (ValueError, RuntimeError)
     for what, errors, change in (
-        ("too few rows", both, lambda t: t[:-1]),
-        ("too many rows", both, lambda t: torch.cat([t, t])),
-        ("no rows", both, lambda t: t[:0]),
-        ("columns", (ValueError,), lambda t: t[:, :-1]),
-        ("dimensions", (ValueError,), lambda t: t[0]),
+        ("too few rows", (ValueError, RuntimeError), lambda t: t[:-1]),
+        ("too many rows", (ValueError, RuntimeError), lambda t: torch.cat([t, t])),
+        ("no rows", (ValueError, RuntimeError), lambda t: t[:0]),
+        ("columns", VALUE, lambda t: t[:, :-1]),
+        ("dimensions", VALUE, lambda t: t[0]),
         ("dtype", WRONG, lambda t: t.float()),
         ("device", WRONG, lambda t: t.to("meta")),
         ("None", WRONG, lambda t: None),
     ):
-        yield (
-            f"grad_output {what}",
-            Refusal(errors, ("grad_output",), backward(change), _outstanding_still_answers),
-        )
+
+        def backward(setup: Setup, change: Callable[[Tensor], Any] = change) -> None:
+            setup.forward()
+            setup.layer.backward(change(setup.inputs.grad_output))
+
+        yield f"grad_output {what}", Refusal(errors, ("grad_output",), backward, _outstanding_still_answers)
 
 
 # contract: the row or sentence of docs/contract.md that the refusals of a function belong to
-PARTS: tuple[tuple[str, Callable[[], Iterable[tuple[str, Refusal]]]], ...] = (
+PARTS: tuple[tuple[str, Callable[[], Rows]], ...] = (
     ("Bad input is refused before anything is computed or changed.", _constructor),
     ("base weights, LoRA or physical_map of another shape", _weights),
     ("forward before the base weights or LoRA, update before LoRA", _order),

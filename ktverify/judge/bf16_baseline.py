@@ -1,7 +1,6 @@
-"""How far the plain bf16 program is from the oracle: the measure for what an engine may err.
+"""The error of plain torch in bf16 against the oracle, of which every budget is a multiple.
 
-Comes in: the inputs of a case and the oracle's tensors. Goes out: rel_l2 by tensor. Knows no engine and no budget;
-how many neighbours of a small case are asked stands in tolerances.toml, for it moves the budgets.
+The number of perturbed copies of a small case is set in tolerances.toml because it affects the budgets.
 """
 
 from __future__ import annotations
@@ -19,7 +18,10 @@ from ktverify.spec.inputs import Inputs
 
 
 def peer_error(inputs: Inputs, expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """rel_l2 of reference.peer_bf16 against `expected` (what forward_backward gave for `inputs`), by tensor name."""
+    """rel_l2 of reference.peer_bf16 by tensor; expected: forward_backward of `inputs`.
+
+    For a case with few token slots, the root mean square over the case and its perturbed copies.
+    """
     squares = {name: [compare(tensor, expected[name]).rel_l2 ** 2] for name, tensor in peer_bf16(inputs).items()}
     case, numbers = inputs.case, tolerances()["peer"]
     weights = 3 * len(inputs.active) * case.hidden * case.intermediate
@@ -34,7 +36,7 @@ def peer_error(inputs: Inputs, expected: dict[str, torch.Tensor]) -> dict[str, f
 
 
 def _neighbour(inputs: Inputs, number: int) -> Inputs:
-    """The same inputs, but for the last bit of half of the elements of hidden_states and grad_output."""
+    """A copy of the inputs with another last bit in half of the elements of hidden_states and grad_output."""
     return replace(
         inputs,
         hidden_states=_flip(inputs.hidden_states, f"x {number}"),
@@ -46,7 +48,7 @@ def _flip(tensor: torch.Tensor, seed: str) -> torch.Tensor:
     """[T, H] bf16 with the last bit of half of the elements flipped; 0, NaN and Inf stay."""
     bits = tensor.contiguous().view(torch.int16)
     count = bits.numel()
-    # a stream of hash bytes: which elements are flipped must not depend on the machine
+    # bytes of a hash, so that the flipped elements do not depend on the machine
     stream = hashlib.shake_256(f"ktverify neighbour {seed}".encode()).digest(max(1, count))
     coin = torch.frombuffer(bytearray(stream), dtype=torch.uint8)[:count].reshape(bits.shape).to(torch.int16) & 1
     alive = torch.isfinite(tensor) & (tensor != 0)

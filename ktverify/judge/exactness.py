@@ -1,11 +1,10 @@
-"""Proof that a case is exact: one right answer in bf16 operands with fp32 sums, in whatever order they are formed.
+"""Proof that a case is exact: with bf16 operands and fp32 sums in any order, it has one right answer.
 
-Comes in: the inputs of an integer case. Goes out: how many of fp32's 24 bits each sum needs, or NotExact. An engine
-that gives other bits than the oracle on such a case has computed something else; no tolerance is needed, or allowed.
+An engine whose bits differ from the oracle's on such a case has computed something else; no tolerance is needed.
 
 A product of two bf16 numbers is exact in fp32. A sum of multiples of a unit (a power of two) is exact in fp32, in any
-order and however it is split, while the sum of its terms' absolute values is below 2^24 units. So it is enough that
-every operand that an engine may round to bf16 is a bf16 number, and that every sum keeps that bound.
+order and split in any way, while the sum of its terms' absolute values is below 2^24 units. So it is enough that every
+operand that an engine may round to bf16 is a bf16 number, and that every sum keeps that bound.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 _FP32_BITS = 24
 # silu(g) is g above this and 0 below that, and silu'(g) 1 and 0, in fp32 and fp64: e^-40 < 2^-53, e^746 overflows
 _OPEN, _SHUT = 40.0, -746.0
-_GRAIN = 40  # units are looked for down to 2^-40
+_GRAIN = 40  # the smallest unit is 2^-40
 
 
 @dataclass
 class _Sum:
-    """A sum under way: value and bound (sum of absolute terms), fp64 of one shape; unit divides every term."""
+    """A partial sum: value and bound (sum of absolute terms), fp64 of one shape; unit divides every term."""
 
     value: torch.Tensor
     bound: torch.Tensor
@@ -49,7 +48,7 @@ class _Sum:
 
 @dataclass
 class Proof:
-    """bits: per sum, how many of the 24 bits of fp32 its worst element needs at most."""
+    """bits: for each sum, how many of the 24 bits of fp32 its largest element needs at most."""
 
     bits: dict[str, float] = field(default_factory=dict)
 
@@ -71,7 +70,7 @@ class Proof:
 
 
 def prove(inputs: Inputs) -> Proof:
-    """How many bits each sum of the forward and the backward of `inputs` takes; NotExact unless all is exact."""
+    """The bits that each sum of forward and backward of `inputs` needs; NotExact unless every sum is exact."""
     proof = Proof()
     see, operand = proof.see, proof.operand
     s = inputs.case.scaling

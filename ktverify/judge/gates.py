@@ -1,7 +1,6 @@
-"""From a difference and its budgets to a verdict. The numbers stand in tolerances.toml, and only there.
+"""From a difference and its budgets to a verdict. All numbers are in tolerances.toml.
 
-Comes in: a case, a tensor's name, its `Difference` and the plain bf16 peer's error. Goes out: a `Judgement`, whose line
-is what a person reads.
+`judge` takes a case, a tensor's name, its `Difference` and the plain bf16 peer's error, and returns a `Judgement`.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def gates_off(*names: str) -> frozenset[str]:
 class Verdict(enum.Enum):
     """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass.
 
-    CRASH: the engine raised or its process died; TIMEOUT: it did not answer in time; OOM: it took more memory than
-    it may; UNSUPPORTED: it says that it cannot do this.
+    CRASH: the engine raised an exception or its process died; TIMEOUT: no answer within the time limit; OOM: more memory
+    than the limit; UNSUPPORTED: the engine declares that it cannot do this.
     """
 
     PASS = "PASS"
@@ -70,7 +69,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class GateResult:
-    """One gate: `value` may be at most `budget`; used = value / budget (a budget of 0: 0 when kept, else inf)."""
+    """One gate: `value` may be at most `budget`; used = value / budget (for a budget of 0: 0 or inf)."""
 
     gate: str
     value: float
@@ -82,7 +81,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one tensor, every gate that was asked, and the line to print."""
+    """The verdict on one tensor, every gate that was applied, and the line to print."""
 
     verdict: Verdict
     gates: tuple[GateResult, ...]
@@ -101,7 +100,7 @@ def tolerances() -> dict[str, Any]:
 
 
 def _allowance(numbers_deciding: float) -> float:
-    """a = 1 + spread (1 / sqrt(n) - 1 / sqrt(few)) where n < few: by how much a draw of n numbers may exceed."""
+    """a = 1 + spread (1 / sqrt(n) - 1 / sqrt(few)) where n < few, else 1: how much more a draw of n numbers may err."""
     numbers = tolerances()["peer"]
     if numbers_deciding >= numbers["few"]:
         return 1.0
@@ -123,12 +122,11 @@ def peer_budget(peer: float, numbers_deciding: float | None = None, *, capped: b
 
 
 def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
-    """How many independent numbers the relative error of `tensor` is made of; nonzero: its elements other than 0.
+    """How many independent numbers determine the relative error of `tensor`; nonzero: its elements other than 0.
 
-    A LoRA gradient is a sum of outer products of r-vectors, one for each of the T k token slots: its elements err
-    together, and T k r numbers decide; so they do everywhere where LoRA rules. Gates of magnitude m > 4 are open or
-    shut but for some 4 / m of them, and those carry the error of all that silu' multiplies. Every other tensor has its
-    elements.
+    A LoRA gradient is a sum of outer products of r-vectors, one per token slot of T k: its elements err together, and
+    T k r numbers decide. The same holds for every tensor where LoRA dominates. Of gates of magnitude m > 4, all but about
+    4 / m are open or shut; those 4 / m carry the error of every product with silu'. Of other tensors, each element counts.
     """
     slots = case.qlen * case.top_k
     found = nonzero
@@ -141,15 +139,15 @@ def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
 
 
 def _is_a_draw(case: Case) -> bool:
-    """Whether the inputs are others than those that the catalogue names, on which every limit holds as it stands."""
+    """Whether the inputs differ from the catalogue's, for which every limit holds without an allowance."""
     return catalogue().get(case.name) != case
 
 
 def own_limit(case: Case, tensor: str, isa: str, participation: float = math.inf) -> float | None:
-    """rel_l2 that the project's own engine keeps on this case; None where only the peer's budget rules.
+    """The rel_l2 limit of an engine with fp32 sums on this case; None where only the peer's budget applies.
 
-    On the catalogue's own seeds it is the number of tolerances.toml. Other inputs are a new draw: where fewer than
-    `few` elements carry the tensor's norm, by their participation, it has the allowance of peer_budget.
+    On the catalogue's own seeds it is the number of tolerances.toml. Other inputs are a new draw: where fewer than `few`
+    elements carry the tensor's norm, by their participation, it has the allowance of peer_budget.
     """
     numbers = tolerances()["own"]
     ordinary = case.data == "gaussian" and case.magnitude == 1
@@ -173,14 +171,13 @@ def judge(
 ) -> Judgement:
     """The verdict on `tensor` of `case`: FAIL if any gate is exceeded, MISTRUSTED if the inputs were too empty.
 
-    peer: rel_l2 of the plain bf16 peer on the same tensor. own_engine adds the strict limits and, on exact cases, the
-    demand for equal bits. isa: the instruction set that computed; the limits for AMX hold where it is not told.
-    searched: the case was looked for among many of all sizes, so no more numbers decide than carry the expected
-    tensor's norm. gates_off: gates to leave out.
+    peer: rel_l2 of the plain bf16 peer on the same tensor. own_engine adds the strict limits and, on exact cases, equal
+    bits. isa: the engine's instruction set; "" gets the limits of AMX. searched: the case came from a property search, so
+    cap the number of independent numbers at the tensor's participation. gates_off: gates to leave out.
     """
     gates = [
         _gate(name, value, budget, reason)
-        for name, value, budget, reason in _asked(case, tensor, difference, peer, own_engine, isa, searched)
+        for name, value, budget, reason in _applied(case, tensor, difference, peer, own_engine, isa, searched)
         if name not in gates_off
     ]
     if any(gate.verdict is Verdict.FAIL for gate in gates):
@@ -193,7 +190,7 @@ def judge(
     return Judgement(verdict, tuple(gates), _line(case, tensor, difference, verdict, gates))
 
 
-def _asked(
+def _applied(
     case: Case, tensor: str, difference: Difference, peer: float, own_engine: bool, isa: str, searched: bool
 ) -> list[tuple[str, float, float, str]]:
     numbers = tolerances()
@@ -204,15 +201,15 @@ def _asked(
     found = [
         ("non_finite", float(difference.non_finite), float(numbers["non_finite"]["unexpected"]), "NaN or Inf"),
     ]
-    # experts that a broken token reached may or may not show it; the token's own rows must
+    # experts that a broken token reached may or may not show its NaN; the token's own rows must show it
     if tensor in TOKEN_TENSORS:
         limit = float(numbers["non_finite"]["missing"])
         found.append(("hidden_non_finite", float(difference.missing_non_finite), limit, "a NaN was hidden"))
     found.append(("stray", float(difference.stray), float(numbers["zero"]["stray"]), "must be exactly zero"))
     if difference.norm_expected == 0:
-        pass  # all of it is zero, idle or not finite: the gates above have seen every element
+        pass  # every element is zero, idle or not finite, and the gates above have judged it
     elif _cancels(peer):
-        # nobody's relative error is small here; a pass is out of reach (see _trust), a gross error is still one
+        # no engine's relative error is small here: a pass is impossible (see _trust), a gross error still fails
         budget = peer_budget(peer, deciding, capped=False)
         found.append(("rel_l2", difference.rel_l2, budget, "the sum cancels"))
     else:
@@ -223,14 +220,14 @@ def _asked(
         if limit_own is not None:
             found.append(("rel_l2_own", difference.rel_l2, limit_own, "what fp32 sums and one rounding leave"))
     if case.exact and own_engine:
-        # -1: a golden that cannot tell. An exact case without the full tensor proves nothing, so it must not pass
+        # -1: a golden without the full tensor. An exact case proves nothing with it, so it must not pass
         count = math.inf if difference.mismatched < 0 else float(difference.mismatched)
         found.append(("exact", count, float(numbers["exact"]["mismatched"]), "integer data has one right answer"))
     return found
 
 
 def _gate(name: str, value: float, budget: float, reason: str) -> GateResult:
-    kept = value <= budget  # a NaN is not kept
+    kept = value <= budget  # False for NaN
     used = value / budget if budget > 0 else 0.0 if kept else math.inf
     return GateResult(name, value, budget, used, Verdict.PASS if kept else Verdict.FAIL, reason)
 
@@ -240,7 +237,7 @@ def _cancels(peer: float) -> bool:
 
 
 def _trust(case: Case, tensor: str, difference: Difference, peer: float) -> GateResult:
-    """MISTRUSTED where the expected tensor is too empty, or too badly conditioned, for agreement to mean anything."""
+    """MISTRUSTED where agreement proves nothing: the expected tensor is too empty or too badly conditioned."""
     numbers = tolerances()["trust"]
     least = float(numbers["min_density_exact" if case.exact else "min_density"])
     if expects_zero(case, tensor):
@@ -266,7 +263,7 @@ def _line(case: Case, tensor: str, difference: Difference, verdict: Verdict, gat
         numeric = [gate for gate in gates if gate.gate != "trust"]
         shown = max(numeric, key=lambda gate: (gate.used, gate.gate == "rel_l2"))
     elif shown.gate == "mean_rel":
-        # both relative gates usually break together; rel_l2 is the one that people compare
+        # both relative gates usually fail together; rel_l2 is the one that is compared elsewhere
         shown = next((g for g in gates if g.gate == "rel_l2" and g.verdict is Verdict.FAIL), shown)
     text = f"{verdict.value} {tensor} {shown.gate} {_number(shown.value)}, budget {_number(shown.budget)}"
     if shown.gate == "trust":
@@ -281,7 +278,7 @@ def _line(case: Case, tensor: str, difference: Difference, verdict: Verdict, gat
 
 
 def _number(value: float) -> str:
-    """Two digits (3.1e-2) for a measure, all of them for a count, and the word for what is not finite."""
+    """Two digits (3.1e-2) for a measure, all digits for a count, and "inf" or "nan"."""
     if not math.isfinite(value):
         return str(value)
     if value.is_integer() and abs(value) < 1e6:

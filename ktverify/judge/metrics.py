@@ -1,6 +1,6 @@
-"""What a difference is: two tensors in, one `Difference` out. No verdicts here.
+"""The difference of two tensors, without a verdict.
 
-Nothing of ours is imported: the numbers below are the definitions that every table and gate of this package uses.
+Imports nothing of this package: these are the definitions that every table and gate uses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 _CHUNK = 1 << 21  # elements converted to fp64 at a time
-_EPSILON = 1e-8  # gives mean_rel a value where the expected tensor is all zero
+_EPSILON = 1e-8  # so that mean_rel has a value where the expected tensor is all zero
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Difference:
     stray counts elements other than 0 in slices of the first axis in which b is all zero (idle experts, masked tokens).
     density is the share of elements other than 0 in b's other slices; nonzero their number.
     participation = (sum b^2)^2 / sum b^4: how many elements carry b's norm, and with it rel_l2; inf where not known.
-    estimated: from a projection of b, see ktverify.golden.sketch; rel_l2 is then within 10 %.
+    estimated: from a projection of b, see golden_sketch.py; rel_l2 is then within 10 %.
     """
 
     rel_l2: float
@@ -53,7 +53,7 @@ class Difference:
 
 
 def relative(error: float, norm: float) -> float:
-    """error / norm, where nothing over nothing is 0 and something over nothing is inf."""
+    """error / norm; for a norm of 0: 0 without an error, else inf."""
     if norm > 0:
         return error / norm
     return 0.0 if error == 0 else math.inf
@@ -72,7 +72,7 @@ def mean_relative(sum_error: float, sum_expected: float, numel: int) -> float:
 
 
 def check_shapes(actual: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """ValueError when `actual` has not the expected shape: no broadcasting, ever."""
+    """ValueError when `actual` does not have the expected shape: nothing is broadcast."""
     if tuple(actual.shape) != tuple(expected):
         raise ValueError(f"shape is {list(actual.shape)}, expected {list(expected)}")
 
@@ -141,9 +141,9 @@ def compare(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
 
 
 def count_nonzero(tensor: torch.Tensor) -> int:
-    """How many elements of a CPU tensor (any shape, float) are not 0; -0 is 0, NaN is not.
+    """Number of elements of a CPU tensor (any shape, float) that are not 0; -0 is 0, NaN is not.
 
-    By numpy, in this thread: torch wakes its threads for every slice, which costs more than the counting.
+    With numpy, in this thread: torch wakes its threads for every slice, which costs more than counting.
     """
     dense = tensor.detach().contiguous().reshape(-1)
     bits: Any = (dense.view(torch.int16) if dense.dtype == torch.bfloat16 else dense).numpy()
@@ -153,7 +153,7 @@ def count_nonzero(tensor: torch.Tensor) -> int:
 
 
 def unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The index into a tensor of `shape` of its element number `flat`, row by row."""
+    """The index of element number `flat`, in row-major order, of a tensor of `shape`."""
     index: list[int] = []
     for size in reversed(shape):
         flat, place = divmod(flat, size)

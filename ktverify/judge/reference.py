@@ -1,7 +1,6 @@
-"""The oracle: docs/contract.md, "The layer", as a plain loop over experts, by hand; and the plain bf16 peer.
+"""The oracle: docs/contract.md, "The layer", written by hand as a plain loop over experts; and the plain bf16 peer.
 
-Comes in: the tensors of one case (`ktverify.data.Inputs`, or anything with the same attributes). Goes out: a dict of
-ALL_TENSORS. Imports torch and nothing of ours but names, so that no engine can share a mistake with it.
+Imports torch and, of this package, only names, so that no engine can share a mistake with it.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from torch.nn import functional
 from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 
-class Sizes(Protocol):
-    """What the oracle asks of a case: s = alpha / rank."""
+class Scaled(Protocol):
+    """The oracle's view of a case: s = alpha / rank."""
 
     @property
     def scaling(self) -> float: ...
@@ -28,7 +27,7 @@ class LayerInputs(Protocol):
     down_proj [E, H, I]; lora: six tensors by LORA_NAMES; all in logical order."""
 
     @property
-    def case(self) -> Sizes: ...
+    def case(self) -> Scaled: ...
     @property
     def hidden_states(self) -> torch.Tensor: ...
     @property
@@ -103,10 +102,10 @@ def forward_backward(
 
 
 def peer_bf16(inputs: LayerInputs) -> dict[str, torch.Tensor]:
-    """ALL_TENSORS as plain torch computes them in bf16: an expert loop, torch's own autograd, a rounding at every op.
+    """ALL_TENSORS as plain torch computes them in bf16: a loop over experts, torch's autograd, a rounding at every op.
 
-    Tensors are bf16; grad_weights is fp32 [T, k], LoRA gradients have their parameters' dtype. Its error against
-    forward_backward is the measure for what an engine may err.
+    Tensors are bf16; grad_weights is fp32 [T, k], LoRA gradients have their parameters' dtype. Budgets are multiples of
+    its error against forward_backward.
     """
     result = _empty_result(inputs, torch.bfloat16, True)
     for name in LORA_NAMES:
@@ -167,9 +166,9 @@ def routed(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.
 
 
 def zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose pages take memory when they are written: the gradients of idle experts are most of a large layer's.
+    """Zeros (fp64, fp32 or bf16) whose pages take memory only once written.
 
-    dtype is fp64, fp32 or bf16.
+    Most of a large layer's gradients belong to idle experts.
     """
     kinds = {torch.float64: np.float64, torch.float32: np.float32, torch.bfloat16: np.int16}
     return torch.from_numpy(np.zeros(tuple(shape), kinds[dtype])).view(dtype)

@@ -1,7 +1,7 @@
-"""Cases: sizes, kind of data, kind of routing and seed of one comparison. No torch here.
+"""Cases: sizes, kind of data, kind of routing and seed of one comparison. Imports no torch.
 
-Comes in: `catalogue.toml`, or the text of a case. Goes out: frozen `Case` objects whose `id` is the text that parses
-back into them. A case may be added by adding a row to the table; each row says why it is there.
+The rows of catalogue.toml are cases with a name and a reason. `Case.parse` also reads cases written by hand, and
+`Case.parse(case.id)` gives the case back.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ DATA_KINDS: dict[str, str] = {
     "nan_row": "gaussian, one NaN in the hidden state of the middle token",
     "inf_row": "gaussian, one Inf in the hidden state of the middle token",
 }
-# kind of data -> magnitude of hidden_states, of grad_output, where it is not the case's own. Gates of 2^8 saturate and
-# overflow exp; at 2^12 a rounding to bf16 moves a gate by more than SiLU's whole bend, and what is left of silu' is
-# luck. grad_output enters linearly
+# kind of data -> magnitude of hidden_states and of grad_output, where it is not the case's own. Gates of 2^8 saturate and
+# overflow exp; at 2^12, one rounding to bf16 moves a gate by more than the width of SiLU's bend, and silu' is random.
+# grad_output enters linearly
 _MAGNITUDES: dict[str, tuple[float, float]] = {"large": (2.0**8, 2.0**12), "tiny": (2.0**-20, 2.0**-20)}
 # kind of routing -> what it is
 ROUTING_KINDS: dict[str, str] = {
@@ -65,8 +65,8 @@ _KEYS: dict[str, str] = {
     "map": "physical",
     "magnitude": "magnitude",
 }
-# keys that a hand-written case prints only where they are not the plain ones
-_SELDOM: dict[str, object] = {"map": "identity", "magnitude": 1.0}
+# keys that a hand-written case prints only where they differ from these defaults
+_OPTIONAL: dict[str, object] = {"map": "identity", "magnitude": 1.0}
 _SIZES = ("E", "k", "H", "I", "T", "r")
 _WHY_CUSTOM = "written by hand"
 
@@ -75,7 +75,7 @@ _WHY_CUSTOM = "written by hand"
 class Case:
     """One comparison: E x [I, H] experts, T tokens with k experts each, LoRA of rank r and scale alpha / r.
 
-    `id` prints it and `Case.parse(id)` gives it back. ValueError for sizes, kinds and degrees that make no case.
+    `Case.parse(case.id)` gives it back. ValueError for sizes, kinds and degrees that are no case.
     """
 
     name: str
@@ -140,13 +140,13 @@ class Case:
 
     @property
     def magnitudes(self) -> tuple[float, float]:
-        """Standard deviations of hidden_states, and with it of the gates, and of grad_output; no unit."""
+        """Standard deviations of hidden_states (and so of the gates) and of grad_output; no unit."""
         most = _MAGNITUDES["large"][0]
         return _MAGNITUDES.get(self.data, (min(self.magnitude, most), self.magnitude))
 
     @property
     def exact(self) -> bool:
-        """True where every engine that follows the contract gives the same bits."""
+        """True where every engine with fp32 sums must give the same bits."""
         return self.data == "integer"
 
     @property
@@ -161,20 +161,20 @@ class Case:
 
     @property
     def brief(self) -> str:
-        """The id without what goes without saying, for tables; `parse` takes it: no seed 0, no field as usual."""
-        usual = {field.name: field.default for field in fields(Case)}
-        told = [(key, getattr(self, name)) for key, name in self._told() if getattr(self, name) != usual[name]]
-        text = self.id if self.name in catalogue() else ",".join(f"{key}={_text(value)}" for key, value in told)
+        """The id without seed 0 and without fields at their default, for tables; `parse` takes it."""
+        default = {field.name: field.default for field in fields(Case)}
+        shown = [(key, getattr(self, name)) for key, name in self._printed() if getattr(self, name) != default[name]]
+        text = self.id if self.name in catalogue() else ",".join(f"{key}={_text(value)}" for key, value in shown)
         return text.removesuffix("@seed=0") + (f"@seed={self.seed}" if self.seed and "@" not in text else "")
 
     @property
     def spec(self) -> str:
-        """All that the case computes, without its name and seed: `E=8,k=2,H=64,I=96,T=33,r=4,alpha=8,...`."""
-        return ",".join(f"{key}={_text(getattr(self, field))}" for key, field in self._told())
+        """The case without its name and seed: `E=8,k=2,H=64,I=96,T=33,r=4,alpha=8,...`."""
+        return ",".join(f"{key}={_text(getattr(self, field))}" for key, field in self._printed())
 
-    def _told(self) -> list[tuple[str, str]]:
-        """The keys that a hand-written case prints: all but those of _SELDOM that are plain."""
-        return [(key, field) for key, field in _KEYS.items() if getattr(self, field) != _SELDOM.get(key)]
+    def _printed(self) -> list[tuple[str, str]]:
+        """The keys that a hand-written case prints: all but optional ones with their default."""
+        return [(key, field) for key, field in _KEYS.items() if getattr(self, field) != _OPTIONAL.get(key)]
 
     def with_seed(self, seed: int) -> Case:
         """The same case on other numbers."""
@@ -184,7 +184,7 @@ class Case:
     def parse(cls, text: str) -> Case:
         """The case that `text` names: `NAME[,KEY=VALUE...][@seed=N]` or `E=8,k=2,H=64,I=96,T=33,r=4[,...][@seed=N]`.
 
-        ValueError tells what was not understood, with the nearest names.
+        ValueError quotes the part that was not understood, with the nearest names.
         """
         body, found_seed = _split_seed(text.strip())
         parts = [part.strip() for part in body.split(",") if part.strip()]
@@ -204,15 +204,15 @@ class Case:
 
 
 def expects_zero(case: Case, tensor: str) -> bool:
-    """True where the case is made so that `tensor` is all zero (or has no element): zero is then right, not suspect."""
+    """True where the case makes `tensor` all zero (or empty), so that zero is right and not suspect."""
     if case.qlen == 0 or case.routing == "all_masked":
         return True
-    # dA = s (dg B)^T x: with B = 0 only the gradients of B live
+    # dA = s (dg B)^T x: with B = 0, only the gradients of B are not zero
     return case.data == "zero_b" and tensor in ("grad_gate_lora_a", "grad_up_lora_a", "grad_down_lora_a")
 
 
 def broken_token(case: Case) -> int | None:
-    """The row of hidden_states that holds a NaN or Inf; None where all is finite."""
+    """The row of hidden_states that contains a NaN or Inf; None where all are finite."""
     return case.qlen // 2 if case.data in ("nan_row", "inf_row") else None
 
 
@@ -226,7 +226,7 @@ def flops(case: Case, *, backward: bool = False) -> int:
     rows = case.qlen * case.top_k
     base = 3 * 2 * rows * case.hidden * case.intermediate
     lora = 2 * rows * case.rank * 3 * (case.hidden + case.intermediate)
-    # the base weights are frozen, so backward is one product for each of the forward's; LoRA has two
+    # the base weights are frozen, so backward has one product for each of the forward; LoRA has two
     return base + lora + (base + 2 * lora if backward else 0)
 
 
@@ -254,7 +254,7 @@ def catalogue() -> dict[str, Case]:
 def select(glob: str | None = None, tier: str | tuple[str, ...] | None = None, data: str | None = None) -> list[Case]:
     """The rows whose name (or id) matches the shell pattern `glob` (several with commas), of that tier and data.
 
-    A text that is itself a case (`deepseek_v3_t4@seed=5`, `E=8,k=2,...`) selects that case. Empty where nothing fits.
+    A text that is itself a case (`deepseek_v3_t4@seed=5`, `E=8,k=2,...`) selects that case. Empty if none matches.
     """
     if glob is not None and ("=" in glob or "@" in glob):
         return [Case.parse(glob)]

@@ -1,4 +1,4 @@
-"""The names of the tensors that a layer takes and gives. Light: imports nothing.
+"""The names and shapes of a layer's inputs and outputs. Light: imports nothing.
 
 Sizes in this package: T tokens (qlen), E experts, k experts per token, H hidden, I intermediate, r LoRA rank.
 """
@@ -24,10 +24,10 @@ OUTPUT = "output"  # [T, H]
 GRAD_INPUT = "grad_input"  # [T, H]
 GRAD_WEIGHTS = "grad_weights"  # [T, k]
 
-# everything that one forward and one backward give, in the order in which tables list it
+# the outputs of one forward and one backward, in the order of tables
 ALL_TENSORS: tuple[str, ...] = (OUTPUT, GRAD_INPUT, *GRAD_NAMES, GRAD_WEIGHTS)
 BACKWARD_TENSORS: tuple[str, ...] = ALL_TENSORS[1:]
-# one row per token, so that what one token's row breaks can be told from the rest
+# one row per token, so that the rows of a broken token can be separated from the rest
 TOKEN_TENSORS: frozenset[str] = frozenset({OUTPUT, GRAD_INPUT, GRAD_WEIGHTS})
 
 
