@@ -11,12 +11,12 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import at_offset, changed, everywhere
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, check, enter
-from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, judged
+from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, judged, wrong_forms
 from ktverify.checks.target import MIDDLE, ODD_MIDDLE, SMALL, Target, expect, same_bits
 from ktverify.engines.run import run_layer
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
-from ktverify.spec.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, tensor_shapes
+from ktverify.spec.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 EDGES = {
     "no_token": "E=4,k=2,H=64,I=32,T=0,r=4,alpha=8",
@@ -37,15 +37,8 @@ def check_edge(target: Target, case: Case) -> None:
     """Shapes and dtypes as docs/contract.md, "The layer", has them, values within the budgets."""
     inputs = make_inputs(case)
     found = target.run(case, inputs)
-    shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
-    lora_dtype = getattr(torch, case.lora_dtype)
-    dtypes = {OUTPUT: torch.bfloat16, GRAD_INPUT: torch.bfloat16, GRAD_WEIGHTS: torch.float32}
-    for name, tensor in found.items():
-        dtype = dtypes.get(name, lora_dtype)
-        target.expect(
-            tuple(tensor.shape) == shapes[name], f"{name} is {list(tensor.shape)}, must be {list(shapes[name])}", "form"
-        )
-        target.expect(tensor.dtype == dtype, f"{name} is {tensor.dtype}, must be {dtype}", "form")
+    for text in wrong_forms(case, found).values():
+        target.expect(False, text, "form", cause=Cause.MEMORY_LAYOUT if "[" in text else Cause.ACCUMULATION_TYPE)
     judged(target, case.id, case, found, inputs)
 
 
@@ -81,7 +74,8 @@ def check_masked_weights_do_not_count(target: Target) -> None:
     for value in (0.0, 1e30, float("inf"), float("nan")):
         weights = torch.where(masked, torch.tensor(value), inputs.weights)
         found = target.run(case, changed(inputs, weights=weights))
-        target.expect_same_bits(f"weight {value} in masked slots", expected, found)
+        cause = Cause.IDS if math.isfinite(value) else Cause.NON_FINITE
+        target.expect_same_bits(f"weight {value} in masked slots", expected, found, cause=cause)
         target.expect(not bool(found[GRAD_WEIGHTS][masked].any()), "grad_weights of masked slots must be zero", "stray")
 
 
@@ -181,7 +175,8 @@ def check_non_finite_isolation(target: Target) -> None:
             shown = found[OUTPUT] if name == "hidden_states" else found[GRAD_INPUT]
             target.expect(not bool(torch.isfinite(shown[token]).all()), f"{what} was hidden", "hidden_non_finite")
             # nothing of it may be left in a buffer
-            target.expect_same_bits(f"the call after {what}", clean, run_layer(layer, inputs))
+            after = run_layer(layer, inputs)
+            target.expect_same_bits(f"the call after {what}", clean, after, cause=Cause.STALE_VALUES)
 
 
 def reached(ids: Tensor) -> list[int]:

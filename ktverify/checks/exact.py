@@ -29,7 +29,10 @@ def check_exact(target: Target, case: Case) -> dict[str, Tensor]:
     oracle = live_oracle(inputs)
     actual = target.run(case, inputs)
     found = {name: oracle.compare(name, actual[name]) for name in ALL_TENSORS}
-    what, result = f"{case.id} with TP {target.tp}", Result(Problem(case, inputs, oracle, "fresh"), actual)
+    what, result = (
+        f"{case.id} with TP {target.tp}",
+        Result(Problem(case, inputs, oracle, "fresh"), actual, tp=target.tp),
+    )
     if target.strict:
         _same_bits(target, what, found, result)
     else:

@@ -90,11 +90,13 @@ class Problem:
 
 @dataclass
 class Result:
-    """What an engine gave for a problem: its tensors by name, and a record for each that was judged."""
+    """What an engine gave for a problem: its tensors by name, and a record for each that was judged. tp: the tensor
+    parallel degree of the call."""
 
     problem: Problem
     actual: dict[str, torch.Tensor] = field(default_factory=dict)
     records: list[AccuracyRecord] = field(default_factory=list)
+    tp: int = 1
 
     @property
     def passed(self) -> bool:

@@ -93,7 +93,7 @@ def _check(id: str, function: Callable[..., object], contract: str, **arguments:
         function,
         contract,
         ("refusal", "bits"),
-        cause=Cause.REFUSAL,
+        cause=Cause.IDS if id.startswith("expert id") else Cause.REFUSAL,
         arguments=arguments,
         where=Where.OWN_CHOICE,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ktverify.checks.causes import Cause
 from ktverify.engines import registry
 from ktverify.engines.run import METHOD, build_layer, layer_arguments, run_layer
 from ktverify.errors import GateFailed
@@ -92,10 +93,12 @@ class Target:
         """Whether the checks of this target apply `gate`."""
         return gate not in self.gates_off
 
-    def expect(self, condition: bool, message: str, gate: str, used: float = math.inf) -> None:
+    def expect(
+        self, condition: bool, message: str, gate: str, used: float = math.inf, cause: Cause | None = None
+    ) -> None:
         """GateFailed with `message` unless `condition`, if this target's checks apply `gate`; see `expect`."""
         if self.asks(gate):
-            expect(condition, message, gate, used)
+            expect(condition, message, gate, used, cause)
 
     def expect_same_bits(
         self,
@@ -104,10 +107,11 @@ class Target:
         right: Mapping[str, Tensor],
         names: tuple[str, ...] = ALL_TENSORS,
         gate: str = "bits",
+        cause: Cause | None = None,
     ) -> None:
         """`expect_same_bits`, if this target's checks apply `gate`."""
         if self.asks(gate):
-            expect_same_bits(what, left, right, names, gate)
+            expect_same_bits(what, left, right, names, gate, cause)
 
     def accepted(self, what: str) -> None:
         """GateFailed: the engine should have refused `what`."""
@@ -129,8 +133,9 @@ def expect_same_bits(
     right: Mapping[str, Tensor],
     names: tuple[str, ...] = ALL_TENSORS,
     gate: str = "bits",
+    cause: Cause | None = None,
 ) -> None:
-    """GateFailed that names each of the tensors whose bits differ, and where first."""
+    """GateFailed that names each of the tensors whose bits differ, and where first. cause: what that suggests."""
     wrong = []
     for name in names:
         a, b = left[name], right[name]
@@ -145,17 +150,18 @@ def expect_same_bits(
             f"{name}: {len(places)} of {a.numel()} differ, first {list(first)}: {float(a[first])} {float(b[first])}"
         )
     if wrong:
-        raise GateFailed(f"{what}: the bits differ\n" + "\n".join(wrong), ((gate, math.inf),))
+        raise GateFailed(f"{what}: the bits differ\n" + "\n".join(wrong), ((gate, math.inf),), cause=cause)
 
 
-def expect(condition: bool, message: str, gate: str = "", used: float = math.inf) -> None:
+def expect(condition: bool, message: str, gate: str = "", used: float = math.inf, cause: Cause | None = None) -> None:
     """GateFailed with `message` unless `condition`; unlike assert, it survives python -O and needs no rewriting.
 
     gate: one of gates.GATES; "" for a precondition of the check itself, which raises AssertionError.
-    used: the share of the gate's budget, inf for one that has none.
+    used: the share of the gate's budget, inf for one that has none. cause: what the failure suggests, where it is
+    known better than by the check alone.
     """
     if condition:
         return
     if not gate:
         raise AssertionError(message)
-    raise GateFailed(message, ((gate, used),))
+    raise GateFailed(message, ((gate, used),), cause=cause)

@@ -109,7 +109,7 @@ def judge_degrees(target: Target, case: Case, found: dict[int, dict[str, Tensor]
             if judgement.exceeded:
                 exceeded += [(gate.gate, gate.used) for gate in judgement.exceeded]
                 lines.append(f"{AGAINST_THE_ORACLE}{degree}: {judgement.line.partition(chr(10))[0]}")
-                wrong = wrong or Result(Problem(case, inputs, oracle, "fresh"), found[degree])
+                wrong = wrong or Result(Problem(case, inputs, oracle, "fresh"), found[degree], tp=degree)
     for degree in others if target.strict else ():
         if case.exact:
             try:
