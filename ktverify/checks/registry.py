@@ -20,6 +20,8 @@ from ktverify.checks import (  # noqa: F401 - importing them enters their checks
     trajectory,
 )
 from ktverify.checks.check import ENTERED, Check
+from ktverify.checks.target import Target
+from ktverify.isolation.child import ChildPool
 
 # the modules that the fork server of the checks' processes imports once
 PRELOAD = (__name__,)
@@ -49,6 +51,15 @@ def checks(*kinds: str) -> list[Check]:
     if unknown:
         raise KeyError(f"no check is of the kind {unknown[0]!r}; there are {', '.join(KINDS)}")
     return sorted((one for one in ENTERED.values() if one.kind in wanted), key=lambda one: KINDS.index(one.kind))
+
+
+def run(check: Check, target: Target) -> None:
+    """Run a check at each of its tensor parallel degrees, in a new process if it needs one."""
+    if check.fresh_process:
+        with ChildPool(preload=PRELOAD) as pool:
+            pool.call_fresh(check.every_tp, target)
+    else:
+        check.every_tp(target)
 
 
 def find(id: str) -> Check:

@@ -1,6 +1,6 @@
-"""The commands `diagnose` and `debug`: arguments, the module that does the work, and what is printed.
+"""The commands `diagnose` and `debug`.
 
-Light: heavy modules are imported inside the commands.
+Heavy modules are imported inside the commands.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.checkout import become
 from ktverify.cli.options import EngineName
+from ktverify.isolation.interrupt import importing, nothing_written
 
 if TYPE_CHECKING:
     from ktverify.diagnose.search import Diagnosis
@@ -30,10 +30,10 @@ def diagnose(
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
     mutants: Annotated[bool, typer.Option("--mutants", help="diagnose the engines that are wrong on purpose")] = False,
 ) -> None:
-    """Say what is wrong with an engine: a cause, not a number.
+    """Find the cause of what is wrong with an engine.
 
-    Hypotheses are tried on the tensors of the case and ranked by how much of the error each explains. Where the case
-    passes, further calls look at the behaviour: repeats, threads, updates, outstanding forwards, ids, NaN, refusals.
+    Hypotheses are tested on the tensors of the case and ranked by how much of the error each explains. Where the case
+    passes, the checks of the contract are run until one fails: repeats, threads, updates, waiting forwards, refusals.
 
     \b
     Examples:  python -m ktverify diagnose small --engine my_package.layer:make_layer
@@ -43,20 +43,23 @@ def diagnose(
     Exit code 0: nothing to explain; 1: there is something wrong.
     """
     if mutants:
-        become("ktverify.mutants.diagnosed", [])
+        _diagnose_mutants()
+        return
     from ktverify.checks.accuracy import check_names
-    from ktverify.diagnose.search import diagnose as search
+    from ktverify.checks.target import Target
+    from ktverify.diagnose.diagnose import diagnose as search
     from ktverify.report.console import make_console
     from ktverify.spec.cases import Case
 
     parsed = Case.parse(case)
     with make_console(stderr=True).status(f"{parsed.id} on {engine}"):
-        found = search(parsed, engine, isa=isa, tp=tp, tensors=check_names(tensor, True), seconds=120.0)
+        target = Target(engine, isa, tp, threads=None)
+        found = search(parsed, target, tensors=check_names(tensor, True), seconds=120.0)
     if as_json:
         typer.echo(_as_json(found, engine))
     else:
         _print(found, engine, tp)
-    if found.failing or found.findings:
+    if found.failing or found.explanations:
         raise typer.Exit(1)
 
 
@@ -67,39 +70,57 @@ def _print(found: Diagnosis, engine: str, tp: int) -> None:
     typer.echo(f"{where}: {wrong}; {found.tried} tried")
     if found.note:
         typer.echo(found.note)
-    for finding in found.findings[:1]:
-        for line in finding.evidence:
-            typer.echo(f"    {line}")
-    others = found.findings[1:4]
+    for line in found.first.details if found.first is not None else ():
+        typer.echo(f"    {line}")
+    others = found.explanations[1:4]
     if others:
         typer.echo("less likely:")
-    for finding in others:
-        typer.echo(f"    {finding.cause.value}: {finding.line}")
+    for each in others:
+        typer.echo(f"    {each.cause.value}: {each.line}")
 
 
 def _as_json(found: Diagnosis, engine: str) -> str:
     import json
 
-    return json.dumps(
+    findings = [
         {
-            "case": found.case.id,
-            "engine": engine,
-            "failing": list(found.failing),
-            "tried": found.tried,
-            "note": found.note,
-            "findings": [
-                {
-                    "cause": finding.cause.value,
-                    "text": finding.text,
-                    "explains": finding.share,
-                    "complete": finding.complete,
-                    "evidence": list(finding.evidence),
-                }
-                for finding in found.findings
-            ],
-        },
-        indent=2,
-    )
+            "cause": each.cause.value,
+            "text": each.text,
+            "explains": each.share,
+            "complete": each.complete,
+            "evidence": list(each.details),
+        }
+        for each in found.explanations
+    ]
+    document = {
+        "case": found.case.id,
+        "engine": engine,
+        "failing": list(found.failing),
+        "tried": found.tried,
+        "note": found.note,
+        "findings": findings,
+    }
+    return json.dumps(document, indent=2)
+
+
+def _diagnose_mutants() -> None:
+    """Print the first-ranked cause of every mutant. Exit code 1 where fewer than LEAST are right."""
+    with importing():
+        from ktverify.mutants import MUTANTS
+        from ktverify.mutants.diagnosed import LEAST, diagnosed
+
+    with nothing_written():
+        results = []
+        for number, result in enumerate(diagnosed(MUTANTS.values()), start=1):
+            typer.echo(f"{number}/{len(MUTANTS)} {result.mutant.name}", err=True)
+            typer.echo(result.line)
+            results.append(result)
+    right = sum(result.right for result in results)
+    passed = right >= LEAST * len(results)
+    share = f"{right} of {len(results)} first-ranked causes are right ({100 * right / len(results):.0f} %)"
+    typer.echo(f"{'PASS' if passed else 'FAIL'} {share}, at least {100 * LEAST:.0f} % must be")
+    if not passed:
+        raise typer.Exit(1)
 
 
 # ---- debug
@@ -110,19 +131,21 @@ def debug_nan(
     engine: EngineName = "native",
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
-    save: Annotated[Path, typer.Option(help="where to put what is needed to replay")] = Path(".cache/nan.safetensors"),
+    save: Annotated[Path, typer.Option(help="where to write the tensors")] = Path(".cache/nan.safetensors"),
 ) -> None:
-    """Find the first NaN or Inf: stage, expert, token, index; save what is needed to replay.
+    """Find the first NaN or Inf: stage, expert, token, index; save the tensors to replay it.
 
-    The oracle's stages are walked on the case's inputs: x, gate and up, their LoRA parts, silu, h, down, the weighted
-    sum, then the backward's; and the engine's tensors are looked at. Exit code 1 where there is a NaN or Inf.
+    Searches the oracle's stages on the case's inputs (x, gate and up, their LoRA parts, silu, h, down, the weighted
+    sum, then those of the backward), and the engine's tensors. Exit code 1 where there is a NaN or Inf.
 
     \b
     Example:  python -m ktverify debug nan nan_row --engine my_package.layer:make_layer
     """
+    from ktverify.checks.target import Target
     from ktverify.diagnose import debug
+    from ktverify.spec.cases import Case
 
-    found = debug.walk_non_finite(case, engine, isa=isa, tp=tp, save=save)
+    found = debug.walk_non_finite(Case.parse(case), Target(engine, isa, tp, threads=None), save)
     for line in found:
         typer.echo(line)
     if found[0] != debug.FINITE:
@@ -135,16 +158,18 @@ def debug_gradients(
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
 ) -> None:
-    """Per tensor: largest and mean differences, absolute and relative, norms, cosine, worst index.
+    """Print per tensor: largest and mean differences, absolute and relative, norms, cosine, worst index.
 
     \b
     Example:  python -m ktverify debug gradients small --engine my_package.layer:make_layer
     """
-    from ktverify.diagnose import debug
+    from ktverify.checks.target import Target
+    from ktverify.diagnose.debug import gradient_rows
     from ktverify.report.console import make_console, print_grid
     from ktverify.report.grid import Grid
+    from ktverify.spec.cases import Case
 
-    note, rows = debug.gradient_rows(case, engine, isa=isa, tp=tp)
+    note, rows = gradient_rows(Case.parse(case), Target(engine, isa, tp, threads=None))
     print_grid(make_console(), Grid.of(rows, note, left=("worst",)))
 
 
@@ -152,7 +177,7 @@ def debug_tp(
     intermediate_size: Annotated[int, typer.Option(help="moe_intermediate_size", min=1)],
     threadpool_count: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)],
 ) -> None:
-    """Say whether a degree of tensor parallelism divides an intermediate size, and what would.
+    """Report whether a tensor parallel degree divides an intermediate size, and which sizes it would divide.
 
     \b
     Example:  python -m ktverify debug tp --intermediate-size 2049 --threadpool-count 4

@@ -16,13 +16,14 @@ import typer
 from typer.core import TyperGroup
 
 from ktverify.cli.bench import bench_app
+from ktverify.cli.clean import clean
 from ktverify.cli.confirm import confirm
 from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.gate import gate
 from ktverify.cli.list import list_cases
+from ktverify.cli.mutants import mutants
 from ktverify.cli.options import OwnProgram
-from ktverify.cli.power import clean, mutants
 from ktverify.cli.profile import profile
 from ktverify.cli.report import report
 from ktverify.cli.repro import repro

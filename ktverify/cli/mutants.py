@@ -1,4 +1,7 @@
-"""What `python -m ktverify mutants` starts."""
+"""The command `mutants`: judge the engines that are wrong on purpose.
+
+Heavy modules are imported inside the command.
+"""
 
 from __future__ import annotations
 
@@ -6,50 +9,64 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
-from ktverify.mutants import MUTANTS
-from ktverify.mutants.results import as_json, gate_rows, gates_line, mutant_rows, verdict_line
-from ktverify.mutants.runner import NOT_OF_ENGINES, Result, run
-from ktverify.report.console import make_console, print_grid
-from ktverify.report.grid import Grid
-from ktverify.system.files import write_whole
+from ktverify.isolation.interrupt import importing, nothing_written
+from ktverify.system.paths import reports_dir
 
 
-def main(
-    names: Annotated[list[str] | None, typer.Argument()] = None,
-    jobs: Annotated[int, typer.Option(min=1)] = 2,
-    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+def mutants(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="only these; default: all")] = None,
+    jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
+    json: Annotated[
+        Path | None, typer.Option(help="where to write the whole table (default for all: reports/mutants.json)")
+    ] = None,
 ) -> None:
-    """Judge mutants by the whole default tier. Exit code 1 where one lives, or, of all, where a gate is idle."""
+    """Judge engines that are wrong in one way each by the default tier's checks. Exit code 1 if one is not found.
+
+    Shows which check kills which mutant, how far over which gate's budget, and which mutants each gate alone kills.
+
+    \b
+    Examples:  python -m ktverify mutants
+               python -m ktverify mutants lora_scale_one tp_part_lost
+    """
+    with importing():
+        from rich.progress import Progress
+
+        from ktverify.mutants import MUTANTS
+        from ktverify.mutants.results import as_json, gate_rows, gates_line, mutant_rows, verdict_line
+        from ktverify.mutants.runner import NOT_OF_ENGINES, run
+        from ktverify.report.console import make_console, print_grid
+        from ktverify.report.grid import Grid
+        from ktverify.system.files import write_whole
+
     unknown = [name for name in names or [] if name not in MUTANTS]
     if unknown:
-        typer.echo(f"error: no mutant is called {unknown[0]}; it takes some of {', '.join(MUTANTS)}", err=True)
-        raise typer.Exit(2)
-    chosen = [MUTANTS[name] for name in names or MUTANTS]
-    with Progress(console=make_console(stderr=True)) as progress:
-        tasks = {kind: progress.add_task(kind, total=None) for kind in ("checks", "gates")}
+        raise ValueError(f"no mutant is called {unknown[0]}; it takes some of {', '.join(MUTANTS)}")
+    with nothing_written():
+        with Progress(console=make_console(stderr=True)) as progress:
+            tasks = {kind: progress.add_task(kind, total=None) for kind in ("checks", "gates")}
 
-        def step(done: int, of: int, what: str) -> None:
-            kind = "gates" if " without " in what else "checks"
-            progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
+            def step(done: int, of: int, what: str) -> None:
+                kind = "gates" if " without " in what else "checks"
+                progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
 
-        result = run(chosen, jobs, step)
-    print_result(result)
-    # last: until here Ctrl-C says that nothing was written
-    if json_path is not None:
-        write_whole(json_path, as_json(result))
-    # of a few mutants most gates have nobody to kill
+            result = run([MUTANTS[name] for name in names or MUTANTS], jobs, step)
+        console = make_console()
+        console.print(verdict_line(result))
+        console.print(gates_line(result))
+        texts = (
+            "cause",
+            "killed by",
+            "worst gate, times its budget",
+            "what exceeds it",
+            "mutants that live without it",
+        )
+        for rows in (mutant_rows(result), gate_rows(result)):
+            print_grid(console, Grid.of(rows, left=texts))
+        console.print(f"{NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")
+    path = json if json is not None or names else reports_dir() / "mutants.json"
+    if path is not None:
+        write_whole(path, as_json(result))
+    # a few mutants cannot need every gate
     if result.alive or (not names and result.idle_gates):
         raise typer.Exit(1)
-
-
-def print_result(result: Result) -> None:
-    """Verdict first, then mutants, then gates."""
-    console = make_console()
-    console.print(verdict_line(result))
-    console.print(gates_line(result))
-    texts = ("cause", "killed by", "worst gate, times its budget", "what exceeds it", "mutants that live without it")
-    for rows in (mutant_rows(result), gate_rows(result)):
-        print_grid(console, Grid.of(rows, left=texts))
-    console.print(f"{NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")

@@ -1,4 +1,4 @@
-"""From a number to a cause: hypotheses about what an engine does wrong, tried on its tensors and ranked by evidence.
+"""Find the cause of what is wrong with an engine: hypotheses tested on its tensors, ranked by what they explain.
 
-Comes in: a case, an engine's tensors and, where a hypothesis needs it, the engine itself. Goes out: a `Diagnosis`.
+Input: a case, a Target and, where the caller has them, the tensors. Output: a Diagnosis.
 """

@@ -1,17 +1,18 @@
-"""What `debug nan` and `debug gradients` do: the first NaN or Inf of a case, and every difference in a table."""
+"""`debug nan`: the first NaN or Inf of a case. `debug gradients`: a table of the differences of every tensor."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
+from ktverify.checks.target import Target
 from ktverify.diagnose.formulas import label, walk
+from ktverify.diagnose.hook import options
 from ktverify.diagnose.hypotheses.non_finite import first_in, first_of
 from ktverify.diagnose.hypotheses.tails import axis_words
 from ktverify.diagnose.search import reduced
-from ktverify.engines import registry
-from ktverify.engines.run import run_case
 from ktverify.judge.metrics import compare
 from ktverify.judge.reference import forward_backward
 from ktverify.spec.cases import Case
@@ -22,14 +23,15 @@ from ktverify.system.files import write_whole
 FINITE = "every stage and every tensor is finite"
 
 
-def walk_non_finite(case: str, engine: str, *, isa: str | None, tp: int, save: Path) -> list[str]:
-    """Lines that say where the first NaN or Inf is, in the oracle's stages and in the engine's tensors; FINITE alone
-    where there is none. `save` then holds `inputs.*`, `stages.*` of the first expert concerned and `actual.*`."""
-    parsed = Case.parse(case)
-    inputs, note = reduced(make_inputs(parsed))
+def walk_non_finite(case: Case, target: Target, save: Path) -> list[str]:
+    """Find the first NaN or Inf in the oracle's stages and in the engine's tensors; return it as lines of text.
+
+    [FINITE] where there is none. Otherwise `save` gets `inputs.*`, `actual.*` and the `stages.*` of the expert with the
+    first one (of the first active expert, if the oracle is finite), as safetensors.
+    """
+    inputs, note = reduced(make_inputs(case))
     place = first_in(inputs)
-    actual = run_case(registry.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
-    expected = forward_backward(inputs)
+    actual, expected = target.run(case, inputs), forward_backward(inputs)
     own = first_of(actual, expected)
     hidden = [n for n in ALL_TENSORS if bool((torch.isfinite(actual[n]) & ~torch.isfinite(expected[n])).any())]
     if place is None and own is None:
@@ -49,27 +51,18 @@ def walk_non_finite(case: str, engine: str, *, isa: str | None, tp: int, save: P
     for v in walk(inputs):
         if v.expert == expert:
             tensors.update({f"stages.{name}": value for name, value in v.of.items()})
-    _save(tensors, parsed, save)
+    kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    write_whole(save, safetensors.torch.save(kept, metadata={"case": case.id}))
     lines.append(f"{len(tensors)} tensors in {save}: the inputs, the stages of expert {expert}, what the engine gave")
-    more = registry.option(engine) + (f" --isa {isa}" if isa else "")
-    lines.append(f"python -m ktverify debug nan '{parsed.id}'{more}" + (f" --tp {tp}" if tp != 1 else ""))
+    lines.append(f"python -m ktverify debug nan '{case.id}'{options(target)}")
     return lines
 
 
-def _save(tensors: dict[str, torch.Tensor], case: Case, path: Path) -> None:
-    from safetensors.torch import save
-
-    kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(kept, metadata={"case": case.id}))
-
-
-def gradient_rows(case: str, engine: str, *, isa: str | None, tp: int) -> tuple[str, list[dict[str, str]]]:
-    """A note ("" for none), and a row for each of ALL_TENSORS: max and mean of |a - b|, max / max and mean / mean
-    relative to b, both norms, cosine, the worst index with both values."""
-    parsed = Case.parse(case)
-    inputs, note = reduced(make_inputs(parsed))
-    actual = run_case(registry.find(engine), parsed, inputs=inputs, isa=isa, tp=tp)
-    expected = forward_backward(inputs)
+def gradient_rows(case: Case, target: Target) -> tuple[str, list[dict[str, str]]]:
+    """(note, a row per tensor): max and mean of |a - b|, the same relative to max |b| and mean |b|, rel_l2, both norms,
+    the cosine, and the worst index with both values. note: the experts examined, "" for all."""
+    inputs, note = reduced(make_inputs(case))
+    actual, expected = target.run(case, inputs), forward_backward(inputs)
     headings = ("tensor", "max abs", "mean abs", "max rel", "mean rel", "rel_l2", "norm", "expected", "cosine", "worst")
     rows = []
     for name in ALL_TENSORS:
@@ -85,4 +78,4 @@ def gradient_rows(case: str, engine: str, *, isa: str | None, tp: int) -> tuple[
         norms = (f"{found.norm_actual:.4g}", f"{found.norm_expected:.4g}", f"{found.cosine:.6f}")
         cells = (label(name), *(f"{value:.1e}" for value in numbers), *norms, worst if b.numel() else "")
         rows.append(dict(zip(headings, cells, strict=True)))
-    return note or "", rows
+    return note, rows

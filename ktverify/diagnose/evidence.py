@@ -1,8 +1,8 @@
-"""What a hypothesis is tried on: an engine's tensors beside the right ones, and how much of the error is explained.
+"""The error of an engine's tensors, and how much of it a hypothesis explains.
 
-The error is measured in budgets: per tensor (||actual - right|| / (budget ||right||))^2, added up, so that every
-tensor counts as far as it is over what plain bf16 would be allowed. A prediction explains
-1 - error(prediction) / error(right).
+The error is measured in budgets: the sum over tensors of (||actual - right|| / (budget ||right||))^2. The budget of a
+tensor is what plain bf16 arithmetic is allowed, so each tensor counts by how far it is over that. A prediction, the
+tensors that an engine with some defect would return, explains the share 1 - error(prediction) / error(right).
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.formulas import Change, Layer, Values, reached_tensors, recomputed
-from ktverify.engines.registry import EngineFactory
-from ktverify.engines.run import run_case
+from ktverify.checks.judging import wrong_forms
+from ktverify.checks.problem import live_oracle
+from ktverify.checks.target import Target
+from ktverify.diagnose.formulas import Change, ExpertValues, LayerValues, reached_tensors, recomputed
 from ktverify.judge import gates, metrics
-from ktverify.judge.bf16_baseline import peer_error
 from ktverify.judge.metrics import Difference
 from ktverify.spec.cases import Case
-from ktverify.spec.inputs import Inputs, inputs_sha256
-from ktverify.spec.names import ALL_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, TOKEN_TENSORS, tensor_shapes
+from ktverify.spec.inputs import Inputs
+from ktverify.spec.names import ALL_TENSORS, GRAD_WEIGHTS, TOKEN_TENSORS
 
 Tensors = Mapping[str, Tensor]
+NEAR = 0.03  # a fitted factor this near to 1 counts as 1
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One hypothesis that was tried. share: of the error, 1 is all; left: what of it stays, in budgets.
+class Explanation:
+    """A tested hypothesis, or what a check found.
 
-    complete: no tensor is over its budget any more. rank: 1 for what is said in one word, 2 for an exchange that was
-    searched for, 3 for a fit of many numbers, 4 for what only narrows the search; among equals the lowest comes first.
+    share: of the error that it explains; 1 is all. left: the error that stays, in budgets; negative where nothing was
+    fitted. complete: every tensor is within its budget then. rank: 1 a plain statement, 2 the result of a search, 3 a
+    fit of several numbers, 4 a hint only; of explanations that fit equally well the lowest rank comes first.
     """
 
     cause: Cause
@@ -44,7 +45,7 @@ class Finding:
     left: float = 0.0
     complete: bool = False
     rank: int = 1
-    evidence: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
@@ -52,133 +53,91 @@ class Finding:
         return f"{self.text} (explains {100 * self.share:.1f} % of the error)" if self.left >= 0 else self.text
 
 
-@dataclass(frozen=True)
-class Probe:
-    """How to call the engine again: None where only its tensors are there."""
-
-    factory: EngineFactory
-    isa: str | None = None
-    tp: int = 1
-    threads: int | None = None
-    strict: bool = False
-
-    def run(self, case: Case, inputs: Inputs, **more: Any) -> dict[str, Tensor]:
-        """ALL_TENSORS of a new layer; `more` overrides tp, threads and constructor arguments."""
-        found = run_case(
-            self.factory, case, inputs=inputs, **{"isa": self.isa, "tp": self.tp, "threads": self.threads, **more}
-        )
-        return {name: tensor.clone() for name, tensor in found.items()}
-
-
-_peers: dict[str, dict[str, float]] = {}
-
-
-def _peer_of(inputs: Inputs, right: dict[str, Tensor]) -> dict[str, float]:
-    """The plain bf16 peer's error; kept, for a search asks for the same few inputs again and again."""
-    key = inputs_sha256(inputs)
-    if key not in _peers:
-        if len(_peers) > 64:
-            _peers.clear()
-        _peers[key] = peer_error(inputs, right)
-    return _peers[key]
-
-
-def wrong_forms(case: Case, actual: Tensors) -> dict[str, str]:
-    """By name, which tensors have another shape or dtype than docs/contract.md, "The layer", says."""
-    shapes = tensor_shapes(case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank)
-    wrong = {}
-    for name, tensor in actual.items():
-        dtype = getattr(torch, case.lora_dtype) if name in GRAD_NAMES else torch.bfloat16
-        dtype = torch.float32 if name == GRAD_WEIGHTS else dtype
-        if tuple(tensor.shape) != shapes[name]:
-            wrong[name] = f"{name} is {list(tensor.shape)}, expected {list(shapes[name])}"
-        elif tensor.dtype != dtype:
-            words = [str(each).removeprefix("torch.") for each in (tensor.dtype, dtype)]
-            wrong[name] = f"{name} is {words[0]}, expected {words[1]}"
-    return wrong
+def certain(cause: Cause, text: str, *details: str, rank: int = 1) -> Explanation:
+    """What a call or a single tensor shows without a fit."""
+    return Explanation(cause, text, 1.0, -1.0, complete=True, rank=rank, details=details)
 
 
 @dataclass
-class Situation:
-    """An engine's tensors of one case, the oracle's, and the budgets; tensors as ktverify.names lists them."""
+class Evidence:
+    """The tensors of one call beside the oracle's, the budgets, and methods that test hypotheses on them.
 
-    case: Case
+    actual: fp64, by name; dtypes: what they were. failing: the tensors that do not pass; forms: those of a wrong shape
+    or dtype, in words. tp: the tensor parallel degree of the call.
+    """
+
     inputs: Inputs
     actual: dict[str, Tensor]
-    layer: Layer
+    dtypes: dict[str, torch.dtype]
+    layer: LayerValues
     budgets: dict[str, float]
     differences: dict[str, Difference]
     failing: tuple[str, ...]
+    forms: tuple[str, ...]
+    tp: int
     deadline: float
-    dtypes: dict[str, torch.dtype]
-    probe: Probe | None = None
-    weights: dict[str, float] = field(default_factory=dict)
-    finite: dict[str, Tensor | None] = field(default_factory=dict)
-    forms: tuple[str, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        case: Case,
-        inputs: Inputs,
-        actual: Tensors,
-        *,
-        probe: Probe | None = None,
-        seconds: float = 20.0,
-        peer: Mapping[str, float] | None = None,
-    ) -> Situation:
-        """The oracle, the budgets of `gates` and the verdict on each of the tensors in `actual`."""
-        layer = Layer.of(inputs)
-        right = layer.tensors
-        peer = _peer_of(inputs, right) if peer is None else peer
+    def of(cls, inputs: Inputs, actual: Tensors, target: Target | None = None, *, seconds: float = 20.0) -> Evidence:
+        """Compare `actual`, some of ALL_TENSORS, with the oracle of `inputs`, by the gates.
+
+        target: the engine that returned them; its tensor parallel degree and its strictness matter. seconds: after
+        this time no further hypothesis is tested.
+        """
+        case, layer = inputs.case, LayerValues.of(inputs)
+        peer, forms = live_oracle(inputs).peer, wrong_forms(inputs.case, actual)
         found: dict[str, Difference] = {}
         budgets: dict[str, float] = {}
         failing = []
-        forms = wrong_forms(case, actual)
-        strict = probe is not None and probe.strict
+        strict, isa = (target.strict, target.isa or "") if target is not None else (False, "")
         for name in (name for name in ALL_TENSORS if name in actual):
-            if actual[name].shape != right[name].shape:
+            right = layer.tensors[name]
+            if actual[name].shape != right.shape:
                 failing.append(name)
                 continue
-            found[name] = metrics.compare(actual[name], right[name])
-            deciding = gates.numbers_deciding(case, name, found[name].nonzero)
-            budgets[name] = gates.peer_budget(peer[name], deciding)
-            judged = gates.judge(
-                case, name, found[name], peer[name], own_engine=strict, isa=(probe.isa if probe else None) or ""
-            )
+            found[name] = metrics.compare(actual[name], right)
+            budgets[name] = gates.peer_budget(peer[name], gates.numbers_deciding(case, name, found[name].nonzero))
+            judged = gates.judge(case, name, found[name], peer[name], own_engine=strict, isa=isa)
             inexact = case.exact and found[name].mismatched != 0
             if judged.verdict is gates.Verdict.FAIL or name in forms or inexact:
                 failing.append(name)
-        situation = cls(
-            case=case,
+        return cls(
             inputs=inputs,
             actual={name: actual[name].detach().double() for name in found},
+            dtypes={name: actual[name].dtype for name in found},
             layer=layer,
             budgets=budgets,
             differences=found,
             failing=tuple(failing),
-            deadline=time.monotonic() + seconds,
-            probe=probe,
-            dtypes={name: actual[name].dtype for name in found},
             forms=tuple(forms.values()),
+            tp=target.tp if target is not None else 1,
+            deadline=time.monotonic() + seconds,
         )
-        situation._weigh()
-        return situation
 
-    def _weigh(self) -> None:
-        for name, difference in self.differences.items():
-            norm = difference.norm_expected or difference.norm_actual or 1.0
-            self.weights[name] = 1.0 / (self.budgets[name] * norm) ** 2
-            both = torch.isfinite(self.actual[name]) & torch.isfinite(self.right[name])
-            self.finite[name] = None if bool(both.all()) else both
+    @property
+    def case(self) -> Case:
+        return self.inputs.case
+
+    @functools.cached_property
+    def weights(self) -> dict[str, float]:
+        """By tensor, the factor that turns a squared error into squared budgets."""
+        norms = {name: found.norm_expected or found.norm_actual or 1.0 for name, found in self.differences.items()}
+        return {name: 1.0 / (self.budgets[name] * norm) ** 2 for name, norm in norms.items()}
+
+    @functools.cached_property
+    def finite(self) -> dict[str, Tensor | None]:
+        """By tensor, the elements that are finite in both; None where all are."""
+        both = {name: torch.isfinite(value) & torch.isfinite(self.right[name]) for name, value in self.actual.items()}
+        return {name: None if bool(mask.all()) else mask for name, mask in both.items()}
 
     @property
     def right(self) -> dict[str, Tensor]:
+        """The oracle's tensors, fp64."""
         return self.layer.tensors
 
     def off(self, name: str, predicted: Tensor) -> float:
-        """The error of one tensor that `predicted` leaves, in squared budgets, over what is finite in both."""
-        # an engine rounds its result once; so is what it is compared with
+        """The error of one tensor against `predicted`, in squared budgets, over elements that are finite in both."""
+        # the prediction is rounded once to the dtype of the result, as an engine rounds it
         apart = self.actual[name] - predicted.to(self.dtypes[name]).double()
         finite = self.finite[name]
         if finite is not None:
@@ -187,59 +146,58 @@ class Situation:
 
     @functools.cached_property
     def errors(self) -> dict[str, float]:
-        """The error of each tensor as it is, in squared budgets."""
+        """The error of each tensor against the oracle, in squared budgets."""
         return {name: self.off(name, self.right[name]) for name in self.actual}
 
     @functools.cached_property
     def error(self) -> float:
+        """The sum of `errors`."""
         return sum(self.errors.values())
 
     def reachable(self, names: Sequence[str] | frozenset[str]) -> float:
-        """The share of the error that stands in these tensors: no change of them can explain more."""
+        """The share of the error in these tensors: an upper bound on what a change of them can explain."""
         return sum(self.errors.get(name, 0.0) for name in names) / self.error if self.error else 0.0
 
     def left(self, predicted: Tensors) -> dict[str, float]:
-        """The error that is left of each tensor; those that `predicted` has not keep theirs."""
+        """The error of each tensor against `predicted`; against the oracle where `predicted` does not have it."""
         return {
             name: self.off(name, predicted[name]) if name in predicted else error for name, error in self.errors.items()
         }
 
-    def finding(
-        self, cause: Cause, text: str, predicted: Tensors, *, rank: int = 1, evidence: tuple[str, ...] = ()
-    ) -> Finding:
-        """How well `predicted` fits."""
+    def explanation(
+        self, cause: Cause, text: str, predicted: Tensors, *, rank: int = 1, details: tuple[str, ...] = ()
+    ) -> Explanation:
+        """How much of the error an engine explains that returns `predicted`."""
         left = self.left(predicted)
         total = sum(left.values())
-        return Finding(
+        return Explanation(
             cause=cause,
             text=text,
             share=1 - total / self.error if self.error else 0.0,
             left=total,
             complete=all(value <= 1.0 for value in left.values()),
             rank=rank,
-            evidence=evidence,
+            details=details,
         )
 
     def worth(self, names: Sequence[str] | frozenset[str], least: float = 0.5) -> bool:
-        """False where a change that reaches only these tensors cannot explain the error, or the time is up."""
+        """False where a change of only these tensors cannot explain `least` of the error, or the time is up."""
         return self.reachable(names) >= least and time.monotonic() < self.deadline
 
-    def tried(
-        self, cause: Cause, text: str, change: Change, *, rank: int = 1, evidence: tuple[str, ...] = ()
-    ) -> Iterator[Finding]:
-        """The finding of a changed formula; nothing where it cannot be what is wrong."""
+    def test(self, cause: Cause, text: str, change: Change, *, rank: int = 1) -> Iterator[Explanation]:
+        """The explanation by a layer with other formulas; nothing where that cannot lower the error."""
         if self.worth(reached_tensors(change)) and self._gains(change):
-            yield self.finding(cause, text, self.layer.changed(change), rank=rank, evidence=evidence)
+            yield self.explanation(cause, text, self.layer.changed(change), rank=rank)
 
     @functools.cached_property
-    def _busiest(self) -> Values | None:
+    def _busiest(self) -> ExpertValues | None:
         return max(self.layer.experts, key=lambda v: len(v.rows), default=None)
 
     def _gains(self, change: Change) -> bool:
-        """False where `change`, tried on the busiest expert alone, takes its rows and gradients further off.
+        """False where `change`, evaluated for the busiest expert only, increases the error of its rows and gradients.
 
-        With d what the change moves, ||actual - right||^2 falls by 2 <actual - right, d> - ||d||^2. Most hypotheses end
-        here, at the cost of one expert.
+        With d the difference that the change makes, ||actual - right||^2 falls by 2 <actual - right, d> - ||d||^2.
+        This rejects most hypotheses at the cost of one expert.
         """
         v = self._busiest
         if v is None:
@@ -261,9 +219,9 @@ class Situation:
     # ---- fits
 
     def fit_factor(self, change: Callable[[float], Change], start: float = 1.0) -> tuple[float, Tensors] | None:
-        """(factor, tensors) for which a change with one free number fits best: Gauss-Newton on the error in budgets.
+        """(factor, tensors) of the best fit of a change with one free number, by Gauss-Newton on the error in budgets.
 
-        None where the change cannot be what is wrong, or moves nothing.
+        None where the change cannot explain the error, or has no effect.
         """
         if not self.worth(reached_tensors(change(start))):
             return None
@@ -281,9 +239,22 @@ class Situation:
                 break
         return factor, here
 
-    def fit(self, parts: Sequence[Tensors]) -> Tensor | None:
-        """[len(parts)] coefficients: actual - right as a sum of `parts`, by least squares in budgets."""
-        return self._solve(parts, {name: self.actual[name] - self.right[name] for name in self.actual})
+    def fit_shares(
+        self, parts: Sequence[Tensors], names: Sequence[str]
+    ) -> tuple[dict[int, float], dict[str, Tensor]] | None:
+        """(factors, tensors) of the best fit where the tensors `names` are the sum of `parts`, each with a factor.
+
+        factors: by index of the part, only those that are not 1. None where the change cannot explain the error.
+        """
+        chosen = [{name: part[name] for name in names if name in part} for part in parts]
+        if not chosen or not chosen[0] or not self.worth(names):
+            return None
+        moved = self._solve(chosen, {name: self.actual[name] - self.right[name] for name in self.actual})
+        odd = {i: v for i, v in enumerate(moved.tolist()) if abs(v) > NEAR} if moved is not None else {}
+        if not odd:
+            return None
+        change = {name: torch.stack([v * chosen[i][name] for i, v in odd.items()]).sum(0) for name in chosen[0]}
+        return {i: 1 + v for i, v in odd.items()}, {name: self.right[name] + moved for name, moved in change.items()}
 
     def _solve(self, parts: Sequence[Tensors], apart: Tensors) -> Tensor | None:
         size = len(parts)

@@ -1,18 +1,26 @@
-"""The layer as a table of formulas, one a stage: the oracle in a form that can be looked into and changed.
+"""The layer as a table with one formula per stage, and a defect as a substitution in that table.
 
-Comes in: the inputs of a case. Goes out: every intermediate value of every expert, and what the layer would give if a
-formula were another one. A defect is a dict from stages to formulas; all that depends on them is computed anew, and
-nothing else. ktverify.reference stays the judge, a plain loop that nothing can reach into; a test keeps both equal.
+FORMULAS maps each stage of docs/contract.md, "The layer", to a formula: a function from the values of one expert to
+one tensor. The table is evaluated from top to bottom, so a stage may use every value above it. A defect is a `Change`:
+a dict from stages (or leaves, which are the inputs) to other formulas. Example: an engine whose derivative of silu
+lacks a term is
 
-Per expert of n rows: x, d_out [n, H]; w [n, 1]; gate, up [I, H]; down [H, I]; LoRA ga, ua [r, H], gb, ub [I, r],
-da [r, I], db [H, r]; s a scalar; g, u, h, dh, dg, du [n, I]; y, dy, dx [n, H]; all fp64.
+    {"dsilu": lambda v: v["sigma"]}
+
+`LayerValues.changed` then evaluates that stage and the stages that depend on it, and returns what an engine with this
+defect computes. The dependences are found by running each formula on a dict that records the names it asks for, so the
+table is the only description of the layer here. The judge is judge/reference.py, a plain loop without substitutions; a
+test compares both.
+
+Shapes per expert of n rows, all fp64: x, d_out [n, H]; w [n, 1]; gate, up [I, H]; down [H, I]; LoRA ga, ua [r, H],
+gb, ub [I, r], da [r, I], db [H, r]; s a scalar; g, u, h, dh, dg, du [n, I]; y, dy, dx [n, H].
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,8 +35,8 @@ _LORA_LEAVES = dict(zip(("ga", "gb", "ua", "ub", "da", "db"), LORA_NAMES, strict
 
 
 @dataclass
-class Values:
-    """One expert's values by name: leaves and stages. rows, slots [n]: which (token, slot) the expert has."""
+class ExpertValues:
+    """One expert's values by name: leaves and stages. rows, slots [n]: the (token, slot) pairs routed to it."""
 
     expert: int
     rows: Tensor
@@ -38,14 +46,14 @@ class Values:
     def __getitem__(self, name: str) -> Tensor:
         return self.of[name]
 
-    def with_values(self, of: dict[str, Tensor]) -> Values:
-        return Values(self.expert, self.rows, self.slots, of)
+    def with_values(self, of: dict[str, Tensor]) -> ExpertValues:
+        return ExpertValues(self.expert, self.rows, self.slots, of)
 
 
-Formula = Callable[[Values], Tensor]
+Formula = Callable[[ExpertValues], Tensor]
 Change = Mapping[str, Formula]
 
-# docs/contract.md, "The layer", in the order in which a layer computes it
+# docs/contract.md, "The layer", in order of evaluation
 FORMULAS: dict[str, Formula] = {
     "x_ga": lambda v: v["x"] @ v["ga"].T,
     "x_ua": lambda v: v["x"] @ v["ua"].T,
@@ -87,7 +95,9 @@ FORMULAS: dict[str, Formula] = {
     GRAD_INPUT: lambda v: v["dx_gate"] + v["dx_up"] + v["dx_gate_lora"] + v["dx_up_lora"],
 }
 
-# a stage in words, where its name alone would not be understood; the rest are called by their names
+FORWARD = tuple(FORMULAS)[: list(FORMULAS).index(OUTPUT)]  # up to y
+
+# how messages name a stage; a stage that is not listed is called by its name
 LABELS: dict[str, str] = {
     "x_ga": "x Agᵀ (gate LoRA, low rank)",
     "x_ua": "x Auᵀ (up LoRA, low rank)",
@@ -119,12 +129,12 @@ LABELS: dict[str, str] = {
 
 
 def label(name: str) -> str:
-    """A stage or leaf in words."""
+    """The name of a stage or leaf in messages."""
     return LABELS.get(name, name)
 
 
 class _Tracing(dict[str, Tensor]):
-    """Notes which names a formula asks for."""
+    """Records the names that a formula asks for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,15 +147,15 @@ class _Tracing(dict[str, Tensor]):
 
 @functools.cache
 def operands(stage: str) -> tuple[str, ...]:
-    """The names that a stage's formula asks for, each once, in order."""
+    """The names that the formula of `stage` uses, each once, in order of first use."""
     trace = _Tracing()
-    FORMULAS[stage](Values(0, torch.zeros(1), torch.zeros(1), trace))
+    FORMULAS[stage](ExpertValues(0, torch.zeros(1), torch.zeros(1), trace))
     return tuple(dict.fromkeys(trace.asked))
 
 
 @functools.cache
 def downstream(name: str) -> frozenset[str]:
-    """`name` and every stage that depends on it."""
+    """`name` and every stage that depends on it, directly or through other stages."""
     found = {name}
     for stage in FORMULAS:
         if found.intersection(operands(stage)):
@@ -154,20 +164,20 @@ def downstream(name: str) -> frozenset[str]:
 
 
 def reached_tensors(names: Iterable[str]) -> frozenset[str]:
-    """Which of ALL_TENSORS a change of these stages or leaves can reach."""
+    """Which of ALL_TENSORS a change of these stages or leaves can affect."""
     return frozenset(name for start in names for name in downstream(start) if name in ALL_TENSORS)
 
 
-def exchanged(stage: str, **other: Formula) -> Formula:
-    """The formula of `stage` with some operands exchanged, there and nowhere else."""
+def with_operands(stage: str, **other: Formula) -> Formula:
+    """The formula of `stage` with other operands in this stage only: operand name -> the formula used in its place."""
 
-    def formula(v: Values) -> Tensor:
+    def formula(v: ExpertValues) -> Tensor:
         return FORMULAS[stage](v.with_values({**v.of, **{name: make(v) for name, make in other.items()}}))
 
     return formula
 
 
-def leaves_of(inputs: Inputs, expert: int, rows: Tensor, slots: Tensor) -> Values:
+def leaves_of(inputs: Inputs, expert: int, rows: Tensor, slots: Tensor) -> ExpertValues:
     """The leaves of one expert, fp64."""
     of = {
         "x": inputs.hidden_states[rows].to(DTYPE),
@@ -179,44 +189,41 @@ def leaves_of(inputs: Inputs, expert: int, rows: Tensor, slots: Tensor) -> Value
         "s": torch.tensor(inputs.case.scaling, dtype=DTYPE),
     }
     of.update({leaf: inputs.lora[name][expert].to(DTYPE) for leaf, name in _LORA_LEAVES.items()})
-    return Values(expert, rows, slots, of)
+    return ExpertValues(expert, rows, slots, of)
 
 
 @dataclass
-class Layer:
-    """Every value of every expert that some token reaches, and the tensors that they add up to."""
+class LayerValues:
+    """Every value of every active expert, and the tensors that the experts' values add up to (fp64, by name)."""
 
     inputs: Inputs
-    experts: list[Values] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    experts: list[ExpertValues]
+    tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, inputs: Inputs) -> Layer:
-        """All formulas as docs/contract.md has them."""
-        layer = cls(inputs)
-        for v in walk(inputs):
-            layer.experts.append(v)
-        layer.tensors = {name: add_up(inputs, layer.experts, name) for name in ALL_TENSORS}
-        return layer
+    def of(cls, inputs: Inputs) -> LayerValues:
+        """The values by FORMULAS, that is, as docs/contract.md defines them."""
+        experts = list(walk(inputs))
+        return cls(inputs, experts, {name: add_up(inputs, experts, name) for name in ALL_TENSORS})
 
     def changed(self, change: Change) -> dict[str, Tensor]:
-        """The tensors that `change` reaches, as a layer with these formulas gives them; the others are not in it."""
+        """The tensors that `change` affects, as a layer with these formulas computes them; no others."""
         wanted = reached_tensors(change)
         experts = [recomputed(v, change) for v in self.experts]
         return {name: add_up(self.inputs, experts, name) for name in ALL_TENSORS if name in wanted}
 
 
-def walk(inputs: Inputs, change: Change | None = None) -> Iterator[Values]:
-    """Each expert's values, computed stage by stage; `change` exchanges formulas."""
+def walk(inputs: Inputs) -> Iterator[ExpertValues]:
+    """Each active expert's values, computed stage by stage."""
     for expert, rows, slots in routed(inputs.expert_ids):
         v = leaves_of(inputs, expert, rows, slots)
         for stage, formula in FORMULAS.items():
             v.of[stage] = formula(v)
-        yield recomputed(v, change) if change else v
+        yield v
 
 
-def recomputed(v: Values, change: Change) -> Values:
-    """One expert's values with the formulas of `change`: those, and what depends on them, are computed anew."""
+def recomputed(v: ExpertValues, change: Change) -> ExpertValues:
+    """One expert's values with the formulas of `change`; only these stages and their dependents are evaluated again."""
     here = v.with_values(dict(v.of))
     touched = {name for name in change if name in LEAVES}
     for name in touched:
@@ -228,8 +235,8 @@ def recomputed(v: Values, change: Change) -> Values:
     return here
 
 
-def add_up(inputs: Inputs, experts: Iterable[Values], name: str) -> Tensor:
-    """One of ALL_TENSORS from the experts' values, fp64."""
+def add_up(inputs: Inputs, experts: Iterable[ExpertValues], name: str) -> Tensor:
+    """One of ALL_TENSORS, fp64: the sum over experts of a per-token tensor, or the experts' gradients stacked."""
     if name in TOKEN_TENSORS:
         total = zeros(inputs.weights.shape if name == GRAD_WEIGHTS else inputs.hidden_states.shape, DTYPE)
         for v in experts:

@@ -1,7 +1,7 @@
-"""The cause below a failing line: looked for once per failing case, in bounded time, from the tensors alone.
+"""Add the cause to a failing record: searched once per failing case, for a limited time, on the tensors only.
 
-Input: a Result. Output: the same records; the first that failed has one more line in its message. No verdict changes,
-and an error in here becomes one line too.
+The verdict never depends on it, and a failure of the search itself is reported in the same line. The pytest plugin and
+the command line call this; the checks do not.
 """
 
 from __future__ import annotations
@@ -17,41 +17,36 @@ if TYPE_CHECKING:
     from ktverify.checks.target import Target
 
 SECONDS = 5.0
-_LARGE = 1 << 23  # base weights of active experts (elements) above which nothing is looked for unasked
+
+
+def options(target: Target) -> str:
+    """The options of a command line that name this engine, instruction set and tensor parallel degree."""
+    isa = f" --isa {target.isa}" if target.isa else ""
+    return registry.option(target.engine) + isa + (f" --tp {target.tp}" if target.tp != 1 else "")
 
 
 def add_cause(result: Result, target: Target) -> None:
-    """Append the first-ranked cause to the message of the first record that failed; nothing where none did."""
+    """Append the first-ranked cause to the message of the first record that failed, if any failed."""
     failed = next((i for i, record in enumerate(result.records) if record.verdict == Verdict.FAIL.value), None)
-    if failed is None:
-        return
-    record = result.records[failed]
-    line = cause_line(result, target)
-    result.records[failed] = record.model_copy(update={"message": f"{record.message}\n{line}"})
+    if failed is not None:
+        record = result.records[failed]
+        line = cause_line(result, target)
+        result.records[failed] = record.model_copy(update={"message": f"{record.message}\n{line}"})
 
 
 def cause_line(result: Result, target: Target) -> str:
-    """`cause: …` in one line, whatever happens."""
+    """`cause: …`, one line. Raises nothing."""
     case, inputs = result.problem.case, result.problem.inputs
-    command = f"python -m ktverify diagnose '{case.id}'{registry.option(target.engine)}"
-    command += (f" --isa {target.isa}" if target.isa else "") + (f" --tp {target.tp}" if target.tp != 1 else "")
-    if 3 * len(inputs.active) * case.hidden * case.intermediate > _LARGE:
-        return f"{PREFIX}not looked for in a case of this size; {command}"
+    command = f"python -m ktverify diagnose '{case.id}'{options(target)}"
     try:
-        from ktverify.diagnose.search import diagnose
+        from ktverify.diagnose.diagnose import diagnose
+        from ktverify.diagnose.search import LARGE
 
-        found = diagnose(
-            case,
-            target.engine,
-            isa=target.isa,
-            tp=target.tp,
-            inputs=inputs,
-            actual=result.actual,
-            behaviour=False,
-            seconds=SECONDS,
-        )
+        if 3 * len(inputs.active) * case.hidden * case.intermediate > LARGE:
+            return f"{PREFIX}not looked for in a case of this size; {command}"
+        found = diagnose(case, target, inputs=inputs, actual=result.actual, run_checks=False, seconds=SECONDS)
         if found.first is None:
             return f"{PREFIX}no hypothesis about the tensors fits; {command} makes further calls"
         return " ".join(found.line.split())
-    except Exception as error:  # a defect of the diagnosis must not stand in for the engine's
+    except Exception as error:  # a defect of the search must not replace the engine's
         return f"{PREFIX}not found, the diagnosis itself failed: {type(error).__name__}: {' '.join(str(error).split())}"

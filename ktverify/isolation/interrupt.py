@@ -6,11 +6,14 @@ A command with more to say than the usual line raises KeyboardInterrupt again, w
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 USUAL = "stopped; no file is half-written, and what was not yet written is lost"
+NOTHING_WRITTEN = "stopped; nothing was written"
 
 
 @contextlib.contextmanager
@@ -39,3 +42,35 @@ def in_one_line() -> Iterator[None]:
 
         typer.echo(str(stopped) or USUAL, err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def nothing_written() -> Iterator[None]:
+    """Make Ctrl-C in the body report NOTHING_WRITTEN. For commands that write their file last, or none."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(NOTHING_WRITTEN) from None
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """End this process at once, with NOTHING_WRITTEN and the exit code, on Ctrl-C in the body.
+
+    For heavy imports: a module that is being imported may swallow KeyboardInterrupt, and nothing needs cleanup yet. An
+    ignored Ctrl-C stays ignored: a shell does that for the background commands of a script.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        print(NOTHING_WRITTEN, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

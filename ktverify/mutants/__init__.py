@@ -1,7 +1,7 @@
-"""Engines that are wrong in one way each, on top of a right one: what the suite has to find, and the diagnosis to name.
+"""Mutants: engines that are wrong in one way each. The checks must find each one, and the diagnosis name its cause.
 
-MUTANTS lists them; `--engine ktverify.mutants.lora:lora_scale_one` judges one. A new one is a class with a docstring
-that says what is wrong, under a line that says which cause it has, which check finds it and by which gate.
+MUTANTS lists them; `--engine ktverify.mutants.lora:lora_scale_one` judges one. A new mutant is a class whose docstring
+states what is wrong, under a decorator with its cause, the check that finds it and the gate that it exceeds there.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ktverify.checks import registry
 from ktverify.checks.check import Check
-from ktverify.checks.registry import PRELOAD
 from ktverify.checks.target import Target
 from ktverify.errors import GateFailed
-from ktverify.isolation.child import ChildPool
 from ktverify.judge import gates
 
 ENGINE_RAISED = "raised"  # the engine raised where it should have computed: no gate, and none can hide it
@@ -28,10 +27,7 @@ def ask(check: Check, engine: str, *off: str) -> list[Exceeded]:
     """What `check` finds wrong with `engine`, with the gates `off` left out; [] if nothing."""
     target = Target(engine, gates_off=gates.gates_off(*off))
     try:
-        if check.fresh_process:
-            ChildPool(preload=PRELOAD).call_fresh(check.every_tp, target)
-        else:
-            check.every_tp(target)
+        registry.run(check, target)
     except GateFailed as failed:
         says = str(failed).partition("\n")[0]
         return [Exceeded(gate, used, says) for gate, used in failed.exceeded]

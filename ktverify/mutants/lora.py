@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
+from ktverify.diagnose.hypotheses.rounding import cut_off
 from ktverify.engines import argument_checks
 from ktverify.mutants.base import Gradients, Group, Plain
 from ktverify.mutants.registry import mutant
@@ -184,13 +185,8 @@ class update_by_truncated_differences(Plain):
             super()._take_over()
         else:
             moved = {name: before[name].float() + (present[name] - self._last[name]) for name in LORA_NAMES}
-            self._lora = {name: _cut(value).to(dtype) for name, value in moved.items()}
+            self._lora = {name: cut_off(value).to(dtype) for name, value in moved.items()}
         self._last = present
-
-
-def _cut(value: Tensor) -> Tensor:
-    """fp32 with the bits cut off that bf16 has not."""
-    return (value.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "training/fp32_parameters", "loss")

@@ -9,14 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ktverify.checks.causes import Cause
+from ktverify.diagnose.hypotheses.rounding import cut_off, rounded, ties_away, to_bits
 from ktverify.mutants.base import Gradients, Group, Plain
 from ktverify.mutants.registry import mutant
-
-
-def bf16(value: Tensor) -> Tensor:
-    """Rounded to bf16, as fp32."""
-    return value.to(torch.bfloat16).float()
-
 
 # ---- types of sums
 
@@ -27,7 +22,7 @@ class slots_summed_in_bf16(Plain):
 
     def combine(self, output: Tensor, at: Group) -> None:
         super().combine(output, at)
-        output.copy_(bf16(output))
+        output.copy_(rounded(output))
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "backward/wide_top_k", "rel_l2_own")
@@ -36,7 +31,7 @@ class grad_input_summed_in_bf16(Plain):
 
     def collect(self, grad_input: Tensor, at: Group, dx: Tensor) -> None:
         super().collect(grad_input, at, dx)
-        grad_input.copy_(bf16(grad_input))
+        grad_input.copy_(rounded(grad_input))
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "backward/tokens_300", "rel_l2_own")
@@ -46,7 +41,7 @@ class rows_summed_in_bf16(Plain):
     def over_rows(self, a: Tensor, b: Tensor) -> Tensor:
         total = torch.zeros(a.shape[1], b.shape[1])
         for begin in range(0, len(a), 16):
-            total = bf16(total + a[begin : begin + 16].T @ b[begin : begin + 16])
+            total = rounded(total + a[begin : begin + 16].T @ b[begin : begin + 16])
         return total
 
 
@@ -57,7 +52,7 @@ class reduction_in_bf16(Plain):
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         total = torch.zeros(len(a), b.shape[1])
         for begin in range(0, a.shape[1], 128):
-            total = bf16(total + a[:, begin : begin + 128] @ b[begin : begin + 128])
+            total = rounded(total + a[:, begin : begin + 128] @ b[begin : begin + 128])
         return total
 
 
@@ -66,7 +61,7 @@ class fp32_gradients_hold_bf16(Plain):
     """Gradients of fp32 parameters are computed in bf16 and widened."""
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        return bf16(value).to(dtype)
+        return rounded(value).to(dtype)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "edge/multiples_of_nothing_many_rows", "form")
@@ -83,7 +78,7 @@ class rounded_twice(Plain):
     """Results are rounded to 11 bits and then to bf16."""
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        return _to_bits(value, 11).to(dtype)
+        return to_bits(value, 11).to(dtype)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "exact/exact_zipf", "exact")
@@ -91,10 +86,7 @@ class ties_away_from_zero(Plain):
     """A result half way between two bf16 numbers is rounded away from zero instead of to the even one."""
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        if dtype != torch.bfloat16:
-            return value.to(dtype)
-        raised = (value.contiguous().view(torch.int32) + (1 << 15)) & -(1 << 16)
-        return torch.where(torch.isfinite(value), raised.view(torch.float32), value).to(dtype)
+        return (ties_away(value) if dtype == torch.bfloat16 else value).to(dtype)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "forward/small", "rel_l2_own")
@@ -102,10 +94,7 @@ class results_cut_off(Plain):
     """Results are cut off to bf16 instead of rounded."""
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        if dtype != torch.bfloat16:
-            return value.to(dtype)
-        cut = (value.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32)
-        return torch.where(torch.isfinite(value), cut, value).to(dtype)
+        return (cut_off(value) if dtype == torch.bfloat16 else value).to(dtype)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "forward/small", "rel_l2_own")
@@ -114,18 +103,10 @@ class gate_and_up_rounded(Plain):
 
     def gate_and_up(self, at: Group) -> None:
         super().gate_and_up(at)
-        at.g, at.u = bf16(at.g), bf16(at.u)
+        at.g, at.u = rounded(at.g), rounded(at.u)
 
     def activation(self, g: Tensor, u: Tensor) -> Tensor:
-        return bf16(functional.silu(g)) * u
-
-
-def _to_bits(value: Tensor, bits: int) -> Tensor:
-    """fp32 rounded to `bits` significant bits, ties to even; NaN and Inf stay."""
-    mantissa, exponent = torch.frexp(value)
-    return torch.where(
-        torch.isfinite(value), torch.ldexp(torch.round(mantissa * 2.0**bits) / 2.0**bits, exponent), value
-    )
+        return rounded(functional.silu(g)) * u
 
 
 # ---- activation
@@ -341,4 +322,4 @@ class tp_parts_summed_in_bf16(_Parts):
     """The parts' shares are rounded to bf16 before they are added."""
 
     def over_parts(self, term: Callable[[slice], Tensor]) -> Tensor:
-        return super().over_parts(lambda part: bf16(term(part)) if self.degree > 1 else term(part))
+        return super().over_parts(lambda part: rounded(term(part)) if self.degree > 1 else term(part))

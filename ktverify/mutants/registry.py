@@ -1,4 +1,4 @@
-"""The list of wrong engines: what each is said to be, and which check has to find it."""
+"""The list of mutants: the cause of each, and the check and the gate that must find it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from ktverify.mutants.base import Plain
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong engine: its name, one sentence on what is wrong, its cause, the check and the gate that must find it.
+    """An engine that is wrong in one way.
 
-    check: a key of ktverify.mutants.checks, like forward/small. engine: what `--engine` takes.
+    what: one sentence on it. check: the id of the check that must find it, like forward/small, and gate: the gate that
+    it exceeds there.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Mutant:
 
     @property
     def engine(self) -> str:
+        """The name that `--engine` takes."""
         return f"{self.factory.__module__}:{self.name}"
 
 
@@ -32,7 +34,7 @@ MUTANTS: dict[str, Mutant] = {}
 
 
 def mutant(cause: Cause, check: str, gate: str = "rel_l2") -> Callable[[type[Plain]], type[Plain]]:
-    """Enter a class into MUTANTS. ValueError for a name that is there already, or a class that does not say what."""
+    """Enter a class into MUTANTS. ValueError for a name that is taken, or a class without a docstring."""
 
     def enter(factory: type[Plain]) -> type[Plain]:
         name, what = factory.__name__, " ".join((factory.__doc__ or "").split())

@@ -1,4 +1,4 @@
-"""A Result for people and for programs: the table of mutants and gates, and reports/mutants.json."""
+"""A KillTable as lines, as rows of tables, and as JSON."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS
 from ktverify.mutants.kills import Exceeded
-from ktverify.mutants.runner import Result, worst
+from ktverify.mutants.runner import KillTable, worst
 
 COMMAND = "python -m ktverify mutants"
 
 
-def verdict_line(result: Result) -> str:
-    """`PASS 90 of 90 mutants killed`, and how many gates kill somebody whom nothing else kills."""
+def verdict_line(result: KillTable) -> str:
+    """`PASS 106 of 106 mutants killed by 407 checks`."""
     killed = len(result.kills) - len(result.alive)
     word = "PASS" if not result.alive else "FAIL"
     return f"{word} {killed} of {len(result.kills)} mutants killed by {result.checks} checks"
 
 
-def gates_line(result: Result) -> str:
-    """How many gates kill a mutant that lives without them; who does not, by name."""
+def gates_line(result: KillTable) -> str:
+    """How many gates kill a mutant that survives without them, and the names of the others."""
     needed = len(result.only) - len(result.idle_gates)
     missing = f"; not needed by any: {', '.join(result.idle_gates)}" if result.idle_gates else ""
     return f"{needed} of {len(result.only)} gates kill a mutant that nothing else kills{missing}"
 
 
 def over(exceeded: Exceeded) -> str:
-    """`rel_l2 x 34`: the gate, and how many times its budget was used; the gate alone where it has no budget."""
+    """`rel_l2 x 34`: the gate and the share of its budget; only the gate if it has no budget."""
     return f"{exceeded.gate} x {exceeded.used:.3g}" if math.isfinite(exceeded.used) else exceeded.gate
 
 
-def mutant_rows(result: Result) -> list[dict[str, str]]:
-    """A row for each mutant: its cause, the first three checks that kill it, the gate that it exceeds most."""
+def mutant_rows(result: KillTable) -> list[dict[str, str]]:
+    """A row per mutant: its cause, the first three checks that kill it, and the gate that it exceeds by most."""
     return [
         {
             "mutant": name,
@@ -47,16 +47,16 @@ def mutant_rows(result: Result) -> list[dict[str, str]]:
     ]
 
 
-def gate_rows(result: Result) -> list[dict[str, str]]:
-    """A row for each gate: what exceeds it, and the mutants that only it kills."""
+def gate_rows(result: KillTable) -> list[dict[str, str]]:
+    """A row per gate: what exceeds it, and the mutants that it alone kills."""
     return [
         {"gate": gate, "what exceeds it": GATES[gate], "mutants that live without it": ", ".join(names)}
         for gate, names in result.only.items()
     ]
 
 
-def as_json(result: Result) -> str:
-    """The whole Result; used: null where the gate has no budget."""
+def as_json(result: KillTable) -> str:
+    """The whole table; the share of the budget is null where the gate has none."""
     document: dict[str, Any] = {
         "command": COMMAND,
         "checks": result.checks,

@@ -1,7 +1,6 @@
-"""Every mutant against every check: who is killed by what, and which gate is the only one that kills somebody.
+"""Run every check on every mutant: which check kills which mutant, and which mutants only one gate kills.
 
-Comes in: mutants. Goes out: a Result, that tables and JSON are made of. Checks are the outer loop, so that a case's
-inputs, oracle and peer are made once for all mutants.
+Checks are the outer loop, so that the inputs and the oracle of a case are computed once for all mutants.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS, Mutant
 from ktverify.mutants.kills import Exceeded, ask
 
-# judges the case, not the engine: see tests/mutants/test_mutants.py for what it catches
+# judges the case, not the engine; tests/mutants/test_mutants.py shows what it catches
 NOT_OF_ENGINES = "trust"
 
 
 @dataclass
-class Result:
-    """kills: mutant -> check -> what it exceeded. only: gate -> mutants that live when it alone is turned off."""
+class KillTable:
+    """checks: how many ran. kills: mutant -> check -> the gates it exceeded. only: gate -> mutants it alone kills."""
 
     checks: int
     kills: dict[str, dict[str, list[Exceeded]]]
@@ -31,16 +30,17 @@ class Result:
 
     @property
     def alive(self) -> list[str]:
+        """The mutants that no check kills."""
         return [name for name, kills in self.kills.items() if not kills]
 
     @property
     def idle_gates(self) -> list[str]:
-        """Gates that kill nobody whom nothing else kills."""
+        """The gates without a mutant that they alone kill."""
         return [gate for gate, names in self.only.items() if not names]
 
 
 def worst(kills: dict[str, list[Exceeded]]) -> Exceeded:
-    """What was exceeded by the most; where only gates without a budget were, the first of them."""
+    """The gate that was exceeded by most; the first one where no gate has a budget."""
     found = [exceeded for each in kills.values() for exceeded in each]
     finite = [exceeded for exceeded in found if math.isfinite(exceeded.used)]
     return max(finite, key=lambda exceeded: exceeded.used) if finite else found[0]
@@ -51,26 +51,26 @@ def _one_check(key: str, names: list[str]) -> tuple[str, dict[str, list[Exceeded
 
 
 def _one_gate(gate: str, name: str, keys: list[str]) -> tuple[str, str, bool]:
-    """(gate, mutant, True if it lives when the gate is off); keys: the checks that kill it with the gate on.
+    """(gate, mutant, True if it survives without the gate). keys: the checks that kill it with the gate.
 
-    Turning a gate off adds no failure, so the checks that the mutant passes need not be asked again.
+    Leaving a gate out adds no failure, so the other checks need not run again.
     """
     return gate, name, not any(ask(registry.find(key), MUTANTS[name].engine, gate) for key in keys)
 
 
 def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[str]:
-    """The mutants of which every check that kills them found `gate` exceeded and no other, fewest checks first."""
+    """The mutants that exceed no other gate than `gate` in any check, those that fewest checks kill first."""
     names = [
         n for n, each in kills.items() if each and all({x.gate for x in found} == {gate} for found in each.values())
     ]
     return sorted(names, key=lambda name: len(kills[name]))
 
 
-def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None]) -> Result:
-    """Ask `mutants` all checks of `of_any_engine` in `jobs` processes. step: called with (done, of, what)."""
+def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None]) -> KillTable:
+    """Run all checks on `mutants` in `jobs` processes; `step` gets (done, of, what) after each."""
     names = [mutant.name for mutant in mutants]
     table = [check.id for check in registry.of_any_engine()]
-    result = Result(len(table), {name: {} for name in names})
+    result = KillTable(len(table), {name: {} for name in names})
     order = {key: place for place, key in enumerate(table)}
     with workers(jobs) as pool:
         waiting = [pool.submit(_one_check, key, names) for key in table]

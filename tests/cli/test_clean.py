@@ -1,62 +1,43 @@
-"""Right engines on new inputs: the command that counts them, and that it would notice a wrong one."""
+"""`clean`: right engines pass on new inputs, and a wrong engine would be noticed."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
-import typer
+from typer.testing import CliRunner
 
 from ktverify.checks.isas import Isa
-from ktverify.cli.clean import Run, Subject, judge, main, print_runs, subjects
+from ktverify.cli.main import app
 from ktverify.mutants import MUTANTS
-
-ROOT = Path(__file__).resolve().parents[2]
+from ktverify.mutants.right_engines import CleanRun, RightEngine, failures_of, judge, right_engines, verdict_lines
 
 
 def test_command_runs_every_right_engine() -> None:
-    everyone = [subject.label for subject in subjects()]
-    runs = str(len(everyone))
-    command = [
-        sys.executable,
-        "-m",
-        "ktverify",
-        "clean",
-        "--runs",
-        runs,
-        "--jobs",
-        "1",
-        "--cases",
-        "one_token_odd,tiny",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    everyone = [engine.label for engine in right_engines()]
+    cases = ["--cases", "one_token_odd,tiny"]
+    done = CliRunner().invoke(app, ["clean", "--runs", str(len(everyone)), "--jobs", "1", *cases])
+    assert done.exit_code == 0, done.output
     assert done.stdout.startswith(f"PASS {len(everyone)} of {len(everyone)} runs")
     rows = {match[1]: match[2] for match in re.finditer(r"^(\S+(?: \S+)*) +1 +(\d+) ", done.stdout, re.MULTILINE)}
     assert sorted(rows) == sorted(everyone)
     assert all(int(tensors) >= 9 for tensors in rows.values()), rows
 
 
-def test_wrong_engine_is_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_engine_is_noticed() -> None:
     engine = MUTANTS["lora_scale_one"].engine
-    right, wrong = judge(1, [Subject("torch_bf16", Isa()), Subject(engine, Isa())], "small")
+    right, wrong = judge(1, [RightEngine("torch_bf16", Isa()), RightEngine(engine, Isa())], "small")
     assert (right.bad, wrong.bad) == (False, True)
-    print_runs([right, wrong], "small")
-    said = capsys.readouterr().out
-    assert said.startswith("FAIL 1 of 2 runs")
+    assert verdict_lines([right, wrong], "small")[0].startswith("FAIL 1 of 2 runs")
+    said = "\n".join(failures_of([right, wrong]))
     assert f"python -m ktverify repro 'small@seed=1' --engine {engine} --fresh" in said
 
 
-def test_run_that_compared_nothing_is_no_pass() -> None:
-    assert Run("torch_bf16", 1).bad
-    assert not Run("torch_bf16", 1, compared=1).bad
+def test_run_that_compared_nothing_is_bad() -> None:
+    assert CleanRun("torch_bf16", 1).bad
+    assert not CleanRun("torch_bf16", 1, compared=1).bad
 
 
-def test_cases_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended:
-        main(cases="nosuch")
-    assert ended.value.exit_code == 2
-    assert capsys.readouterr().err == "error: --cases nosuch: it matches none of the tiny default cases\n"
+def test_unknown_cases_are_refused() -> None:
+    done = CliRunner().invoke(app, ["clean", "--cases", "nosuch"])
+    assert done.exit_code == 2
+    assert done.stderr == "error: --cases nosuch: it matches none of the tiny default cases\n"

@@ -1,4 +1,4 @@
-"""The diagnosis: it names the right cause of engines that are wrong on purpose, and none where there is none."""
+"""The diagnosis names the right cause of mutants, and no cause for a right engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from ktverify.checks import accuracy
 from ktverify.checks.causes import Cause
 from ktverify.checks.target import Target
 from ktverify.cli.main import app
+from ktverify.diagnose import diagnose as diagnosing
 from ktverify.diagnose import hook, search
-from ktverify.diagnose.evidence import Finding, Situation
-from ktverify.diagnose.formulas import FORMULAS, LABELS, Layer, downstream, operands
-from ktverify.diagnose.search import diagnose, explain, one_thread, reduced
+from ktverify.diagnose.diagnose import diagnose
+from ktverify.diagnose.evidence import Evidence, Explanation
+from ktverify.diagnose.formulas import FORMULAS, LABELS, LayerValues, downstream, operands
+from ktverify.diagnose.from_checks import quick
+from ktverify.diagnose.search import explain, one_thread, reduced
 from ktverify.judge import reference
 from ktverify.mutants import MUTANTS
 from ktverify.mutants.diagnosed import LEAST, diagnosed
@@ -43,9 +46,9 @@ def peer(inputs: Inputs) -> Tensors:
 
 
 def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
-    """What the tensors alone tell."""
+    """The diagnosis from the tensors only."""
     with one_thread():
-        return explain(Situation.of(inputs.case, inputs, actual, seconds=300.0))
+        return explain(Evidence.of(inputs, actual, seconds=300.0))
 
 
 # ---- the share of the mutants
@@ -67,13 +70,13 @@ def test_causes_of_the_mutants_are_found() -> None:
 def test_stages_are_the_oracle(case: Case) -> None:
     inputs = make_inputs(case)
     right = reference.forward_backward(inputs)
-    found = Layer.of(inputs).tensors
+    found = LayerValues.of(inputs).tensors
     for name in ALL_TENSORS:
         assert torch.allclose(found[name], right[name], rtol=1e-12, atol=1e-12 * float(right[name].abs().max())), name
 
 
 def test_changed_formula_reaches_what_depends_on_it_and_nothing_else(inputs: Inputs) -> None:
-    layer = Layer.of(inputs)
+    layer = LayerValues.of(inputs)
     found = layer.changed({"dsilu": lambda v: 2 * FORMULAS["dsilu"](v)})
     assert set(found) == {"grad_input", "grad_gate_lora_a", "grad_gate_lora_b"}
     # dg, and all that comes of it, is linear in silu'
@@ -87,14 +90,9 @@ def test_changed_formula_reaches_what_depends_on_it_and_nothing_else(inputs: Inp
 
 
 def test_right_engine_has_nothing_to_explain() -> None:
-    found = diagnose(SMALL, "torch_bf16", behaviour=False)
-    assert (found.line, found.findings) == ("nothing to explain", [])
-
-
-def test_right_behaviour_has_nothing_to_explain() -> None:
-    found = diagnose(SMALL, MUTANT + "base:Plain", seconds=300.0)
-    assert found.line == "nothing to explain"
-    assert found.tried > 10, "no call was tried"
+    found = diagnose(SMALL, Target(MUTANT + "base:Plain"), seconds=300.0)
+    assert (found.line, found.explanations, found.note) == ("nothing to explain", [], "")
+    assert found.tried == len(quick()) > 100, "a check did not run"
 
 
 @pytest.mark.parametrize("name", [OUTPUT, "grad_up_lora_b"])
@@ -146,11 +144,9 @@ def test_wrong_dtype_is_said(inputs: Inputs, peer: Tensors) -> None:
 
 
 def test_simpler_of_two_equal_hypotheses_comes_first() -> None:
-    def finding(rank: int, left: float, share: float = 0.9) -> Finding:
-        return Finding(Cause.OTHER, f"{rank} {left}", share, left, rank=rank)
-
-    order = search.ranked([finding(3, 10.0), finding(1, 10.5), finding(1, 20.0), finding(1, 1.0, share=0.4)])
-    assert [found.text for found in order] == ["1 10.5", "3 10.0", "1 20.0"]
+    tried = ((3, 10.0, 0.9), (1, 10.5, 0.9), (1, 20.0, 0.9), (1, 1.0, 0.4))
+    found = [Explanation(Cause.OTHER, f"{rank} {left}", share, left, rank=rank) for rank, left, share in tried]
+    assert [each.text for each in search.ranked(found)] == ["1 10.5", "3 10.0", "1 20.0"]
 
 
 def test_large_cases_are_looked_at_in_part() -> None:
@@ -165,13 +161,12 @@ def test_large_cases_are_looked_at_in_part() -> None:
 # ---- below a failing case
 
 
-def test_cause_stands_below_a_failing_case() -> None:
-    engine = MUTANT + "lora:lora_b_gradient_unscaled"
-    result = accuracy.check_case(Target(engine), SMALL, fresh=True, tensors=BACKWARD_TENSORS)
-    hook.add_cause(result, Target(engine))
-    with pytest.raises(
-        AssertionError, match=r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected"
-    ) as said:
+def test_failing_case_shows_its_cause_once() -> None:
+    target = Target(MUTANT + "lora:lora_b_gradient_unscaled")
+    result = accuracy.check_case(target, SMALL, fresh=True, tensors=BACKWARD_TENSORS)
+    hook.add_cause(result, target)
+    cause = r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected"
+    with pytest.raises(AssertionError, match=cause) as said:
         accuracy.assert_passed(result.records)
     assert str(said.value).count("cause: ") == 1
 
@@ -180,22 +175,21 @@ def test_broken_diagnosis_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in a hypothesis")
 
-    engine = MUTANT + "lora:lora_b_gradient_unscaled"
-    checked = accuracy.check_case(Target(engine), SMALL, fresh=True)
-    before = [record.verdict for record in checked.records]
-    monkeypatch.setattr(search, "diagnose", broken)
-    hook.add_cause(checked, Target(engine))
-    assert [record.verdict for record in checked.records] == before
-    assert "cause: not found, the diagnosis itself failed: ZeroDivisionError: in a hypothesis" in "\n".join(
-        record.message for record in checked.records
-    )
+    target = Target(MUTANT + "lora:lora_b_gradient_unscaled")
+    result = accuracy.check_case(target, SMALL, fresh=True)
+    before = [record.verdict for record in result.records]
+    monkeypatch.setattr(diagnosing, "diagnose", broken)
+    hook.add_cause(result, target)
+    assert [record.verdict for record in result.records] == before
+    said = "\n".join(record.message for record in result.records)
+    assert "cause: not found, the diagnosis itself failed: ZeroDivisionError: in a hypothesis" in said
 
 
 def test_passing_case_gets_no_cause() -> None:
-    checked = accuracy.check_case(Target("torch_bf16"), SMALL, fresh=True)
-    before = list(checked.records)
-    hook.add_cause(checked, Target("torch_bf16"))
-    assert checked.records == before
+    result = accuracy.check_case(Target("torch_bf16"), SMALL, fresh=True)
+    before = list(result.records)
+    hook.add_cause(result, Target("torch_bf16"))
+    assert result.records == before
 
 
 # ---- commands

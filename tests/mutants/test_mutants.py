@@ -21,7 +21,7 @@ from ktverify.judge.gates import GATES, Verdict, gates_off
 from ktverify.mutants import MUTANTS, Plain
 from ktverify.mutants.kills import Exceeded, ask
 from ktverify.mutants.results import as_json, verdict_line
-from ktverify.mutants.runner import NOT_OF_ENGINES, Result, candidates, worst
+from ktverify.mutants.runner import NOT_OF_ENGINES, KillTable, candidates, worst
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS, OUTPUT
@@ -153,13 +153,13 @@ def test_what_is_expected_is_named_once() -> None:
     assert failed.value.exceeded == (("tp", 2.5),)
 
 
-def _result() -> Result:
+def _result() -> KillTable:
     kills = {
         "lora_scale_one": {"forward/small": [Exceeded("rel_l2", 34.0, ""), Exceeded("mean_rel", 6.0, "")]},
         "ids_clamped": {"refusals/expert id 6": [Exceeded("refusal", float("inf"), "")]},
         "never_the_same": {},
     }
-    return Result(3, kills, {"refusal": ["ids_clamped"], "bits": []})
+    return KillTable(3, kills, {"refusal": ["ids_clamped"], "bits": []})
 
 
 def test_a_mutant_that_lives_is_told_first() -> None:

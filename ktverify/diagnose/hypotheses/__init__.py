@@ -1,1 +1,1 @@
-"""Hypotheses about a defect, one family per module; `search` tries them all."""
+"""Hypotheses about a defect, one module per kind; `search.FAMILIES` lists them."""

@@ -1,4 +1,4 @@
-"""Hypotheses about silu and its derivative: another function in its place."""
+"""Hypotheses about silu and its derivative: another function is used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Finding, Situation
+from ktverify.diagnose.evidence import Evidence, Explanation
 from ktverify.diagnose.formulas import Formula, label
 
 _Function = Callable[[Tensor], Tensor]
@@ -47,32 +47,32 @@ DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def activation(situation: Situation) -> Iterator[Finding]:
-    """Another function than silu, with its own derivative or silu's; or silu with another derivative."""
+def activation(evidence: Evidence) -> Iterator[Explanation]:
+    """Another function than silu, with its own derivative or that of silu; or silu with another derivative."""
     for text, function in FUNCTIONS.items():
         forward: dict[str, Formula] = {"silu": lambda v, f=function: f(v["g"])}  # type: ignore[misc]
         whole = {**forward, "dsilu": lambda v, f=function: _slope(f)(v["g"])}  # type: ignore[misc]
-        yield from situation.tried(Cause.ACTIVATION, f"the activation is {text}, expected silu", whole)
+        yield from evidence.test(Cause.ACTIVATION, f"the activation is {text}, expected silu", whole)
         said = f"the activation is {text}, expected silu (its derivative is silu's)"
-        yield from situation.tried(Cause.ACTIVATION, said, forward)
+        yield from evidence.test(Cause.ACTIVATION, said, forward)
         only: dict[str, Formula] = {"h": lambda v, f=function: f(v["g"]) * v["u"]}  # type: ignore[misc]
         said = f"the activation in the forward is {text}, expected silu (the backward's is silu)"
-        yield from situation.tried(Cause.ACTIVATION, said, only)
+        yield from evidence.test(Cause.ACTIVATION, said, only)
     for text, slope in DERIVATIVES.items():
         change: dict[str, Formula] = {"dsilu": lambda v, f=slope: f(v["g"], v["sigma"])}  # type: ignore[misc]
         said = f"silu' is {text}, expected sigmoid(g) (1 + g (1 - sigmoid(g)))"
-        yield from situation.tried(Cause.ACTIVATION, said, change)
+        yield from evidence.test(Cause.ACTIVATION, said, change)
 
 
-def shifted(situation: Situation) -> Iterator[Finding]:
-    """sigmoid at a g + b instead of g (an exp that is off by a factor is b), and silu' at another value."""
+def shifted(evidence: Evidence) -> Iterator[Explanation]:
+    """silu uses sigmoid(g + b) (an exp with a constant relative error) or sigmoid(a g); silu' at another value."""
     ways: dict[str, tuple[float, _Shift]] = {
         "shifted": (0.0, lambda g, b: g * torch.sigmoid(g + b)),
         "scaled": (1.0, lambda g, a: g * torch.sigmoid(a * g)),
     }
     for way, (right, shift) in ways.items():
         for where, change in _places(shift):
-            fitted = situation.fit_factor(change, right)
+            fitted = evidence.fit_factor(change, right)
             if fitted is None or abs(fitted[0] - right) < 1e-4:
                 continue
             found = fitted[0]
@@ -80,15 +80,15 @@ def shifted(situation: Situation) -> Iterator[Finding]:
             more = (
                 f", as an exp that is off by {100 * abs(math.expm1(-found)):.1f} % has it" if way == "shifted" else ""
             )
-            yield situation.finding(Cause.ACTIVATION, f"{said}{where}, expected sigmoid(g){more}", fitted[1])
+            yield evidence.explanation(Cause.ACTIVATION, f"{said}{where}, expected sigmoid(g){more}", fitted[1])
     for other in ("silu", "u", "h", "g_base", "sigma"):
         at: dict[str, Formula] = {"dsilu": lambda v, n=other: _slope(functional.silu)(v[n])}  # type: ignore[misc]
         said = f"silu' is evaluated at {label(other)}, expected g"
-        yield from situation.tried(Cause.ACTIVATION, said, at)
+        yield from evidence.test(Cause.ACTIVATION, said, at)
 
 
 def _places(shift: _Shift) -> Iterator[tuple[str, Callable[[float], dict[str, Formula]]]]:
-    """Where silu may be another function: with its derivative, without, or in h alone."""
+    """(where, change): silu and its derivative, silu only, or silu in h only."""
 
     def slope(number: float) -> Formula:
         return lambda v: _slope(lambda g: shift(g, number))(v["g"])

@@ -1,16 +1,17 @@
-"""Hypotheses of a constant factor: the scale of LoRA, a part left out or counted twice, routing weights."""
+"""Hypotheses of a wrong factor: the LoRA scale, a term left out or counted twice, the routing weight."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Finding, Situation
-from ktverify.diagnose.formulas import FORMULAS, LABELS, Change, Formula, Values, exchanged, label, operands
+from ktverify.diagnose.evidence import Evidence, Explanation
+from ktverify.diagnose.formulas import FORMULAS, LABELS, Change, ExpertValues, Formula, label, operands, with_operands
 from ktverify.spec.names import GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
 _SCALED = tuple(stage for stage in FORMULAS if "s" in operands(stage))
@@ -18,7 +19,7 @@ _FORWARD = ("g_lora", "u_lora", "y_lora")
 _BACKWARD = tuple(stage for stage in _SCALED if stage not in _FORWARD)
 _THROUGH = ("dh_lora", "dx_gate_lora", "dx_up_lora")
 
-# where the scale s is used wrongly -> the stages that use it there
+# name of a group of stages that use the scale s -> these stages
 LORA_SITES: dict[str, tuple[str, ...]] = {
     "LoRA scaling": _SCALED,
     "LoRA scaling in the forward": _FORWARD,
@@ -35,11 +36,11 @@ LORA_SITES: dict[str, tuple[str, ...]] = {
 }
 
 
-def lora_scale(situation: Situation) -> Iterator[Finding]:
-    """Another s than alpha / rank, everywhere or in some places; found by least squares."""
-    case = situation.case
+def lora_scale(evidence: Evidence) -> Iterator[Explanation]:
+    """The scale is not alpha / rank in one of LORA_SITES; its value is fitted by least squares."""
+    case = evidence.case
     for text, stages in LORA_SITES.items():
-        fitted = situation.fit_factor(lambda factor, stages=stages: _scaled(stages, factor))  # type: ignore[misc]
+        fitted = evidence.fit_factor(partial(_scaled, stages))
         if fitted is None:
             continue
         factor, predicted = fitted
@@ -49,15 +50,15 @@ def lora_scale(situation: Situation) -> Iterator[Finding]:
         cause = Cause.LORA_SCALE
         if stages[0] in LABELS and len(stages) == 1 and abs(factor) < 0.01:
             cause, said = Cause.WRONG_PROJECTION, f"{label(stages[0])} is missing"
-        yield situation.finding(cause, said, predicted, rank=1 if len(stages) > 1 else 2)
+        yield evidence.explanation(cause, said, predicted, rank=1 if len(stages) > 1 else 2)
 
 
 def _scaled(stages: tuple[str, ...], factor: float) -> Change:
-    return {stage: exchanged(stage, s=lambda v: factor * v["s"]) for stage in stages}
+    return {stage: with_operands(stage, s=lambda v: factor * v["s"]) for stage in stages}
 
 
 def _named(found: float, alpha: float, rank: int) -> str:
-    """What a number could be, made of alpha and rank."""
+    """A formula of alpha and rank with this value, in parentheses; "" if there is none."""
     for text, value in (
         ("none", 0.0),
         ("1", 1.0),
@@ -73,23 +74,23 @@ def _named(found: float, alpha: float, rank: int) -> str:
     return ""
 
 
-def stage_factors(situation: Situation) -> Iterator[Finding]:
-    """One stage has a constant factor that it should not have: 0 where it was left out, 2 where it was added twice."""
+def stage_factors(evidence: Evidence) -> Iterator[Explanation]:
+    """One stage has a constant factor: 0 if it was left out, 2 if it was added twice."""
     for stage in FORMULAS:
         if stage in _SCALED or stage in ("sigma",):
             continue
-        fitted = situation.fit_factor(lambda factor, stage=stage: {stage: _times(stage, factor)})  # type: ignore[misc]
+        fitted = evidence.fit_factor(partial(_times, stage))
         if fitted is None:
             continue
         factor, predicted = fitted
         if stage == "h" and abs(factor) < 1e-3:
             continue
         said = f"{label(stage)} is missing" if abs(factor) < 0.01 else f"{label(stage)} has the factor {_short(factor)}"
-        yield situation.finding(_cause_of_factor(stage), said, predicted)
+        yield evidence.explanation(_cause_of_factor(stage), said, predicted)
 
 
-def _times(stage: str, factor: float) -> Formula:
-    return lambda v: factor * FORMULAS[stage](v)
+def _times(stage: str, factor: float) -> Change:
+    return {stage: lambda v: factor * FORMULAS[stage](v)}
 
 
 def _cause_of_factor(stage: str) -> Cause:
@@ -103,10 +104,10 @@ def _cause_of_factor(stage: str) -> Cause:
 # ---- routing weights
 
 
-def routing_weight(situation: Situation) -> Iterator[Finding]:
-    """Routing weights left out, used twice, made to add up to one, rounded, or another slot's."""
-    weights = situation.inputs.weights.double()
-    masked = situation.inputs.expert_ids < 0
+def routing_weight(evidence: Evidence) -> Iterator[Explanation]:
+    """The routing weight is left out, used twice, normalised, or that of another slot or token."""
+    weights = evidence.inputs.weights.double()
+    masked = evidence.inputs.expert_ids < 0
     sums = torch.where(masked, 0.0, weights).sum(1, keepdim=True)
     other: dict[str, Callable[[Tensor], Tensor]] = {
         "is left out (1 instead of w)": lambda w: torch.ones_like(w),
@@ -132,13 +133,13 @@ def routing_weight(situation: Situation) -> Iterator[Finding]:
         for text, make in other.items():
             cause = Cause.SLOT_WRONG if "slot" in text else Cause.ROUTING_WEIGHT
             change = {stage: _with_weight(stage, make(weights)) for stage in stages}
-            yield from situation.tried(cause, f"{site} {text}", change)
-    yield from _weight_in_gradients(situation)
-    yield from _weight_gradient(situation)
+            yield from evidence.test(cause, f"{site} {text}", change)
+    yield from _weight_in_gradients(evidence)
+    yield from _weight_gradient(evidence)
 
 
-def _weight_in_gradients(situation: Situation) -> Iterator[Finding]:
-    """The LoRA gradients of one projection without the weight, or with it twice."""
+def _weight_in_gradients(evidence: Evidence) -> Iterator[Explanation]:
+    """The LoRA gradients of one projection lack the routing weight, or have it twice."""
     for projection in ("gate", "up", "down"):
         names = [name for name in GRAD_NAMES if projection in name]
         for text, make in (
@@ -147,24 +148,24 @@ def _weight_in_gradients(situation: Situation) -> Iterator[Finding]:
         ):
             change: dict[str, Formula] = {}
             for name in names:
-                rows = operands(name)[1]  # the one that comes from dy
-                change[name] = exchanged(name, **{rows: lambda v, n=rows, f=make: f(v[n], v["w"])})
+                rows = operands(name)[1]  # the operand that comes from dy
+                change[name] = with_operands(name, **{rows: lambda v, n=rows, f=make: f(v[n], v["w"])})
             said = f"the routing weight in the gradients of {projection}'s LoRA {text}"
-            yield from situation.tried(Cause.ROUTING_WEIGHT, said, change)
+            yield from evidence.test(Cause.ROUTING_WEIGHT, said, change)
 
 
 def _with_weight(stage: str, weights: Tensor) -> Formula:
-    def leaf(v: Values) -> Tensor:
+    def leaf(v: ExpertValues) -> Tensor:
         return weights[v.rows, v.slots].unsqueeze(1)
 
-    return leaf if stage == "w" else exchanged(stage, w=leaf)
+    return leaf if stage == "w" else with_operands(stage, w=leaf)
 
 
-def _weight_gradient(situation: Situation) -> Iterator[Finding]:
-    """dw with the weight in it, of another value, of another slot, or left out."""
-    if GRAD_WEIGHTS not in situation.actual or not situation.worth((GRAD_WEIGHTS,)):
+def _weight_gradient(evidence: Evidence) -> Iterator[Explanation]:
+    """grad_weights has the routing weight as a factor, uses another value, or is zero."""
+    if GRAD_WEIGHTS not in evidence.actual or not evidence.worth((GRAD_WEIGHTS,)):
         return
-    other: dict[str, Callable[[Values], Tensor]] = {
+    other: dict[str, Callable[[ExpertValues], Tensor]] = {
         "has the weight in it": lambda v: (v["dy"] * v["y"]).sum(1),
         "is of y without LoRA": lambda v: (v["d_out"] * v["y_base"]).sum(1),
         "is divided by the weight": lambda v: (v["d_out"] * v["y"]).sum(1) / v["w"][:, 0],
@@ -172,19 +173,11 @@ def _weight_gradient(situation: Situation) -> Iterator[Finding]:
         "is zero": lambda v: torch.zeros_like(v["w"][:, 0]),
     }
     for text, formula in other.items():
-        yield from situation.tried(Cause.ROUTING_WEIGHT, f"grad_weights {text}", {GRAD_WEIGHTS: formula})
-    right, weights = situation.right[GRAD_WEIGHTS], situation.inputs.weights.double()
+        yield from evidence.test(Cause.ROUTING_WEIGHT, f"grad_weights {text}", {GRAD_WEIGHTS: formula})
+    right, weights = evidence.right[GRAD_WEIGHTS], evidence.inputs.weights.double()
     through_softmax = weights * (right - (weights * right).sum(1, keepdim=True))
-    for text, predicted in (
-        ("has its slots shifted by one", right.roll(1, 1)),
-        ("has its slots shifted back by one", right.roll(-1, 1)),
-        ("has its slots in reverse order", right.flip(1)),
-        ("has its tokens shifted by one", right.roll(1, 0)),
-        ("has its tokens shifted back by one", right.roll(-1, 0)),
-    ):
-        yield situation.finding(Cause.SLOT_WRONG, f"grad_weights {text}", {GRAD_WEIGHTS: predicted})
     said = "grad_weights went through a softmax's backward"
-    yield situation.finding(Cause.ROUTING_WEIGHT, said, {GRAD_WEIGHTS: through_softmax})
+    yield evidence.explanation(Cause.ROUTING_WEIGHT, said, {GRAD_WEIGHTS: through_softmax})
 
 
 def _short(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Hypotheses of a wrong matrix: exchanged or transposed projections, any operand of any formula in another's place."""
+"""Hypotheses of a wrong operand: matrices exchanged, transposed or interleaved, or any operand replaced by another."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Finding, Situation
-from ktverify.diagnose.formulas import FORMULAS, LEAVES, Change, Formula, Values, exchanged, label, operands
+from ktverify.diagnose.evidence import Evidence, Explanation
+from ktverify.diagnose.formulas import (
+    FORMULAS,
+    FORWARD,
+    LEAVES,
+    Change,
+    ExpertValues,
+    Formula,
+    label,
+    operands,
+    with_operands,
+)
 from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, OUTPUT
 
 _MATRICES = {
@@ -29,13 +39,20 @@ _TWINS = {
 }  # fmt: skip
 
 
+_HALVES = (
+    ("", tuple(FORMULAS)),
+    (" in the forward", FORWARD),
+    (" in the backward", tuple(stage for stage in FORMULAS if stage not in FORWARD)),
+)
+
+
 def leaf(name: str) -> Formula:
-    """The value `name` of the layer as it is."""
+    """The formula that returns the value `name` unchanged."""
     return lambda v: v[name]
 
 
-def exchanged_matrices(situation: Situation) -> Iterator[Finding]:
-    """gate and up exchanged: base, LoRA, A, B, or all; in the whole layer, its forward or its backward."""
+def exchanged_matrices(evidence: Evidence) -> Iterator[Explanation]:
+    """gate and up are exchanged: base, LoRA, A, B, or all; in the whole layer, in its forward or in its backward."""
     groups = {
         "gate_proj and up_proj": ("gate",),
         "the LoRA of gate and of up": ("ga", "gb"),
@@ -44,47 +61,41 @@ def exchanged_matrices(situation: Situation) -> Iterator[Finding]:
         "gate and up, base and LoRA,": ("gate", "ga", "gb"),
     }
     for text, names in groups.items():
-        for where, stages in _halves():
+        for where, stages in _HALVES:
             change: dict[str, Formula] = {}
             for stage in stages:
                 used = {n: leaf(_TWINS[n]) for n in names if n in operands(stage)}
                 used |= {_TWINS[n]: leaf(n) for n in names if _TWINS[n] in operands(stage)}
                 if used:
-                    change[stage] = exchanged(stage, **used)
+                    change[stage] = with_operands(stage, **used)
             said = f"{text} are exchanged{where}"
-            yield from situation.tried(Cause.EXCHANGED_PROJECTION, said, change)
+            yield from evidence.test(Cause.EXCHANGED_PROJECTION, said, change)
     pairs = [(f"grad_gate_{side}", f"grad_up_{side}") for side in ("lora_a", "lora_b")]
     for first, second in pairs:
-        if first in situation.actual and situation.worth((first, second)):
-            predicted = {first: situation.right[second], second: situation.right[first]}
+        if first in evidence.actual and evidence.worth((first, second)):
+            predicted = {first: evidence.right[second], second: evidence.right[first]}
             said = f"{first} and {second} are exchanged"
-            yield situation.finding(Cause.EXCHANGED_PROJECTION, said, predicted)
-    both = {a: situation.right[b] for pair in pairs for a, b in (pair, pair[::-1])}
-    yield situation.finding(Cause.EXCHANGED_PROJECTION, "the LoRA gradients of gate and of up are exchanged", both)
+            yield evidence.explanation(Cause.EXCHANGED_PROJECTION, said, predicted)
+    both = {a: evidence.right[b] for pair in pairs for a, b in (pair, pair[::-1])}
+    yield evidence.explanation(Cause.EXCHANGED_PROJECTION, "the LoRA gradients of gate and of up are exchanged", both)
 
 
-def _halves() -> tuple[tuple[str, tuple[str, ...]], ...]:
-    stages = tuple(FORMULAS)
-    forward = stages[: stages.index(OUTPUT)]
-    return ("", stages), (" in the forward", forward), (" in the backward", stages[len(forward) :])
-
-
-def transposed(situation: Situation) -> Iterator[Finding]:
-    """A matrix read, or a gradient written, in the other order of its two axes."""
+def transposed(evidence: Evidence) -> Iterator[Explanation]:
+    """A matrix is read, or a gradient written, with its axes exchanged."""
     for name, tensor in _MATRICES.items():
         for text, turn in _TURNS:
             for where, stages in (("", (name,)), *((f" in {label(s)}", (s,)) for s in _users(name))):
                 change = {
-                    stage: _turned(name, turn) if stage == name else exchanged(stage, **{name: _turned(name, turn)})
+                    stage: _turned(name, turn) if stage == name else with_operands(stage, **{name: _turned(name, turn)})
                     for stage in stages
                 }
-                yield from situation.tried(Cause.TRANSPOSED, f"{tensor} is {text}{where}", change)
-    for name, right in situation.right.items():
-        if not name.startswith("grad_") or name not in situation.actual or not situation.worth((name,), 0.05):
+                yield from evidence.test(Cause.TRANSPOSED, f"{tensor} is {text}{where}", change)
+    for name, right in evidence.right.items():
+        if not name.startswith("grad_") or name not in evidence.actual or not evidence.worth((name,), 0.05):
             continue
         for text, turn in _TURNS:
             said = f"{name} is {text}"
-            yield situation.finding(Cause.TRANSPOSED, said, {name: turn(right)})
+            yield evidence.explanation(Cause.TRANSPOSED, said, {name: turn(right)})
 
 
 def _users(name: str) -> tuple[str, ...]:
@@ -107,11 +118,11 @@ def _turned(name: str, turn: Callable[[Tensor], Tensor]) -> Formula:
     return lambda v: turn(v[name])
 
 
-def substituted(situation: Situation) -> Iterator[Finding]:
-    """Any operand of any formula in the place of another of its shape, tried one after the other."""
-    if not situation.layer.experts:
+def substituted(evidence: Evidence) -> Iterator[Explanation]:
+    """One operand of one formula is replaced by another value of its shape."""
+    if not evidence.layer.experts:
         return
-    shapes = {name: tuple(value.shape) for name, value in situation.layer.experts[0].of.items()}
+    shapes = {name: tuple(value.shape) for name, value in evidence.layer.experts[0].of.items()}
     order = [*LEAVES, *FORMULAS]
     for stage in FORMULAS:
         for operand in operands(stage):
@@ -119,13 +130,13 @@ def substituted(situation: Situation) -> Iterator[Finding]:
                 continue
             for other in order[: order.index(stage)]:
                 if other not in (operand, "w") and shapes[other] == shapes[operand] and _differs(stage, operand, other):
-                    change: Change = {stage: exchanged(stage, **{operand: leaf(other)})}
+                    change: Change = {stage: with_operands(stage, **{operand: leaf(other)})}
                     said = f"{label(stage)} is computed with {label(other)} instead of {label(operand)}"
-                    yield from situation.tried(_cause_of_exchange(stage, operand, other), said, change, rank=2)
+                    yield from evidence.test(_cause_of_exchange(stage, operand, other), said, change, rank=2)
 
 
 def _differs(stage: str, operand: str, other: str) -> bool:
-    # a difference of sizes that happens to be none (H = I) would let anything stand for anything
+    # where H = I, values of different kinds have one shape
     return not (operand in _MATRICES and other not in _MATRICES) and other not in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS)
 
 
@@ -137,8 +148,8 @@ def _cause_of_exchange(stage: str, operand: str, other: str) -> Cause:
     return Cause.WRONG_PROJECTION
 
 
-def rolled(situation: Situation) -> Iterator[Finding]:
-    """An operand of one product is taken from the row before or after: another token of the expert."""
+def rolled(evidence: Evidence) -> Iterator[Explanation]:
+    """An operand of one formula is taken from the row before or after: another token of the expert."""
     for stage in FORMULAS:
         for operand in operands(stage):
             if operand in _MATRICES or operand == "s":
@@ -146,18 +157,18 @@ def rolled(situation: Situation) -> Iterator[Finding]:
             for text, shift in (("the row before", 1), ("the next row", -1)):
                 turned: Formula = lambda v, n=operand, d=shift: v[n].roll(d, 0)  # type: ignore[misc]  # noqa: E731
                 said = f"{label(stage)} takes {label(operand)} from {text}"
-                yield from situation.tried(
-                    Cause.SLOT_WRONG, said, {stage: exchanged(stage, **{operand: turned})}, rank=2
+                yield from evidence.test(
+                    Cause.SLOT_WRONG, said, {stage: with_operands(stage, **{operand: turned})}, rank=2
                 )
 
 
-def interleaved(situation: Situation) -> Iterator[Finding]:
-    """gate and up fused in one way and taken apart in another: row by row, or one after the other."""
+def interleaved(evidence: Evidence) -> Iterator[Explanation]:
+    """gate and up are fused row by row and taken apart by halves, or the other way round."""
 
-    def by_rows(v: Values) -> Tensor:
+    def by_rows(v: ExpertValues) -> Tensor:
         return torch.stack([v["gate"], v["up"]], 1).reshape(-1, v["gate"].shape[1])
 
-    def by_halves(v: Values) -> Tensor:
+    def by_halves(v: ExpertValues) -> Tensor:
         return torch.cat([v["gate"], v["up"]])
 
     ways: dict[str, tuple[Formula, Formula]] = {
@@ -171,13 +182,13 @@ def interleaved(situation: Situation) -> Iterator[Finding]:
         ),
     }
     for text, (gate, up) in ways.items():
-        yield from situation.tried(Cause.MEMORY_LAYOUT, f"gate_proj and up_proj are {text}", {"gate": gate, "up": up})
+        yield from evidence.test(Cause.MEMORY_LAYOUT, f"gate_proj and up_proj are {text}", {"gate": gate, "up": up})
 
 
-def two_sided(situation: Situation) -> Iterator[Finding]:
-    """silu on the up projection: g and u change places in the activation, with or without their gradients."""
+def two_sided(evidence: Evidence) -> Iterator[Explanation]:
+    """silu is applied to the up projection in the forward."""
 
-    def forward(v: Values) -> Tensor:
+    def forward(v: ExpertValues) -> Tensor:
         return v["g"] * v["u"].sigmoid() * v["u"]
 
-    yield from situation.tried(Cause.EXCHANGED_PROJECTION, "silu is applied to up, not to gate", {"h": forward})
+    yield from evidence.test(Cause.EXCHANGED_PROJECTION, "silu is applied to up, not to gate", {"h": forward})

@@ -1,39 +1,40 @@
-"""Hypotheses of a type: a sum kept in bf16, a value rounded on its way, parameters or results cast.
+"""Hypotheses of rounding: a sum kept in bf16, a value rounded on its way, a result rounded in another way.
 
-They are tried on top of the roundings that every engine may have (docs/contract.md: operands are bf16), so that
-what is left is the rounding that should not be there; and without them.
+Each is tested with and without the roundings that every engine may have (docs/contract.md: operands are bf16).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Finding, Situation
-from ktverify.diagnose.formulas import FORMULAS, LEAVES, Change, Formula, Values, add_up, label, operands, recomputed
+from ktverify.diagnose.evidence import Evidence, Explanation
+from ktverify.diagnose.formulas import (
+    FORMULAS,
+    FORWARD,
+    LEAVES,
+    Change,
+    ExpertValues,
+    Formula,
+    add_up,
+    label,
+    operands,
+    recomputed,
+)
 from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
 LOW = torch.bfloat16
 BLOCKS = (16, 32, 64, 128, 256)
-_MOST = 5  # roundings that are put together
-# left, right and whether right is transposed, of every product of two matrices whose sum runs over H, I or r
-_PRODUCTS: dict[str, tuple[str, str, bool]] = {
-    "x_ga": ("x", "ga", True),
-    "x_ua": ("x", "ua", True),
-    "g_base": ("x", "gate", True),
-    "u_base": ("x", "up", True),
-    "h_da": ("h", "da", True),
-    "y_base": ("h", "down", True),
-    "dy_db": ("dy", "db", False),
-    "dh_base": ("dy", "down", False),
-    "dg_gb": ("dg", "gb", False),
-    "du_ub": ("du", "ub", False),
-    "dx_gate": ("dg", "gate", False),
-    "dx_up": ("du", "up", False),
-}
+_MOST = 5  # roundings that are combined
+# the products of two matrices whose sum runs over H, I or r: all but the second product of each LoRA part, and those
+_PRODUCTS = (
+    "x_ga", "x_ua", "g_base", "u_base", "h_da", "y_base", "dy_db", "dh_base", "dg_gb", "du_ub", "dx_gate", "dx_up",
+)  # fmt: skip
+_LORA_PRODUCTS = ("g_lora", "u_lora", "y_lora", "dh_lora", "dx_gate_lora", "dx_up_lora")
 
 
 def rounded(value: Tensor, dtype: torch.dtype = LOW) -> Tensor:
@@ -41,20 +42,20 @@ def rounded(value: Tensor, dtype: torch.dtype = LOW) -> Tensor:
     return value.to(dtype).to(value.dtype)
 
 
-def types(situation: Situation) -> Iterator[Finding]:
-    """Sums in bf16, values rounded where they should not be, results rounded in another way."""
+def types(evidence: Evidence) -> Iterator[Explanation]:
+    """Sums kept in bf16, values rounded on their way, results rounded in another way."""
     plain: Change = {}
     for base in (_OPERANDS, plain):
-        experts = [recomputed(v, base) for v in situation.layer.experts] if base else situation.layer.experts
-        right = {name: add_up(situation.inputs, experts, name) for name in situation.actual}
-        yield from _sums(situation, experts, right)
-        yield from _blocks(situation, base)
-        yield from _results(situation, right)
-        yield from _greedy(situation, base, right)
+        experts = [recomputed(v, base) for v in evidence.layer.experts] if base else evidence.layer.experts
+        right = {name: add_up(evidence.inputs, experts, name) for name in evidence.actual}
+        yield from _sums(evidence, experts, right)
+        yield from _blocks(evidence, base)
+        yield from _results(evidence, right)
+        yield from _greedy(evidence, base, right)
 
 
 def _stage(name: str) -> Formula:
-    """A leaf or stage, rounded."""
+    """The formula of a leaf or stage, rounded to bf16."""
     if name in LEAVES:
         return lambda v: rounded(v[name])
     return lambda v: rounded(FORMULAS[name](v))
@@ -66,23 +67,23 @@ _OPERANDS: dict[str, Formula] = {name: _stage(name) for name in ("h", "dy", "dg"
 # ---- sums
 
 
-def _sums(situation: Situation, experts: list[Values], right: dict[str, Tensor]) -> Iterator[Finding]:
+def _sums(evidence: Evidence, experts: list[ExpertValues], right: dict[str, Tensor]) -> Iterator[Explanation]:
     for name, what in ((OUTPUT, "slots"), (GRAD_INPUT, "experts")):
-        if situation.worth((name,), 0.3):
-            for order, total in _running(experts, right[name], name, situation.case.top_k):
+        if evidence.worth((name,), 0.3):
+            for order, total in _running(experts, right[name], name, evidence.case.top_k):
                 said = f"the sum over {what} in {name} is kept in bf16, expected fp32"
-                yield situation.finding(Cause.ACCUMULATION_TYPE, said, {**right, name: total}, evidence=(order,))
-    names = tuple(name for name in GRAD_NAMES if name in situation.actual)
-    if situation.worth(names, 0.3):
+                yield evidence.explanation(Cause.ACCUMULATION_TYPE, said, {**right, name: total}, details=(order,))
+    names = tuple(name for name in GRAD_NAMES if name in evidence.actual)
+    if evidence.worth(names, 0.3):
         for block in (1, 2, 4, 8, *BLOCKS):
             predicted = {name: _over_tokens(experts, right[name], name, block) for name in names}
             step = "" if block == 1 else f" ({block} at a time)"
             said = f"the sum over tokens{step} in the LoRA gradients is kept in bf16, expected fp32"
-            yield situation.finding(Cause.ACCUMULATION_TYPE, said, {**right, **predicted})
+            yield evidence.explanation(Cause.ACCUMULATION_TYPE, said, {**right, **predicted})
 
 
-def _running(experts: list[Values], right: Tensor, name: str, slots: int) -> Iterator[tuple[str, Tensor]]:
-    """Rounded after every expert, after every slot, and with every term rounded before."""
+def _running(experts: list[ExpertValues], right: Tensor, name: str, slots: int) -> Iterator[tuple[str, Tensor]]:
+    """(order, sum) of the experts' terms: rounded after every expert, also every term, or after every slot."""
     for order, term in (("expert by expert", lambda t: t), ("expert by expert, each rounded", rounded)):
         total = torch.zeros_like(right)
         for v in experts:
@@ -97,7 +98,7 @@ def _running(experts: list[Values], right: Tensor, name: str, slots: int) -> Ite
     yield "slot by slot", total
 
 
-def _over_tokens(experts: list[Values], right: Tensor, name: str, block: int) -> Tensor:
+def _over_tokens(experts: list[ExpertValues], right: Tensor, name: str, block: int) -> Tensor:
     total = torch.zeros_like(right)
     _, left, other = operands(name)
     for v in experts:
@@ -109,23 +110,28 @@ def _over_tokens(experts: list[Values], right: Tensor, name: str, block: int) ->
     return total
 
 
-def _blocks(situation: Situation, base: Change) -> Iterator[Finding]:
-    """Sums over H, I and r that go through bf16 from one block to the next."""
+def _blocks(evidence: Evidence, base: Change) -> Iterator[Explanation]:
+    """Sums over H, I and r are rounded to bf16 after every block."""
     for block in BLOCKS:
         for where, stages in (("", tuple(_PRODUCTS)), *((f" in {label(name)}", (name,)) for name in _PRODUCTS)):
             change = {**base, **{name: _blocked(name, block) for name in stages}}
             said = f"sums over H, I and r{where} are kept in bf16 from one block of {block} to the next, expected fp32"
             rank = 1 if len(stages) > 1 else 2
-            yield from situation.tried(Cause.ACCUMULATION_TYPE, said, change, rank=rank)
-        lora = _lora_blocks(block)
+            yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change, rank=rank)
         said = f"all sums over H, I and r are kept in bf16 from one block of {block} to the next, expected fp32"
-        change = {**base, **{name: _blocked(name, block) for name in _PRODUCTS}, **lora}
-        yield from situation.tried(Cause.ACCUMULATION_TYPE, said, change)
+        change = {**base, **{name: _blocked(name, block) for name in (*_PRODUCTS, *_LORA_PRODUCTS)}}
+        yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change)
 
 
-def _blocked(name: str, block: int) -> Formula:
-    left, right, turned = _PRODUCTS[name]
-    return lambda v: _product(v[left], v[right].T if turned else v[right], block)
+def _blocked(stage: str, block: int) -> Formula:
+    """The product of a stage, summed in blocks; forward products are x Wᵀ, backward ones dy W."""
+    left, right = operands(stage)[-2:]
+
+    def formula(v: ExpertValues) -> Tensor:
+        product = _product(v[left], v[right].T if stage in FORWARD else v[right], block)
+        return v["s"] * product if "s" in operands(stage) else product
+
+    return formula
 
 
 def _product(a: Tensor, b: Tensor, block: int) -> Tensor:
@@ -135,83 +141,68 @@ def _product(a: Tensor, b: Tensor, block: int) -> Tensor:
     return total
 
 
-def _lora_blocks(block: int) -> dict[str, Formula]:
-    """The second product of each LoRA part, over r."""
-    parts = {
-        "g_lora": ("x_ga", "gb", True),
-        "u_lora": ("x_ua", "ub", True),
-        "y_lora": ("h_da", "db", True),
-        "dh_lora": ("dy_db", "da", False),
-        "dx_gate_lora": ("dg_gb", "ga", False),
-        "dx_up_lora": ("du_ub", "ua", False),
-    }
-
-    def part(left: str, right: str, turned: bool) -> Formula:
-        return lambda v: v["s"] * _product(v[left], v[right].T if turned else v[right], block)
-
-    return {name: part(*which) for name, which in parts.items()}
-
-
 # ---- results
 
 
-def _results(situation: Situation, right: dict[str, Tensor]) -> Iterator[Finding]:
-    """A result cut off, rounded twice, to a coarser type, or in another way than to even."""
-    single = {name: (name,) for name in ALL_TENSORS if name in situation.actual}
+def _results(evidence: Evidence, right: dict[str, Tensor]) -> Iterator[Explanation]:
+    """A result is cut off, rounded twice, rounded to a coarser type, or rounded with other ties."""
+    single = {name: (name,) for name in ALL_TENSORS if name in evidence.actual}
     groups: Mapping[str, tuple[str, ...]] = {
-        "every result": tuple(situation.actual),
-        "every result but grad_weights": tuple(name for name in situation.actual if name != GRAD_WEIGHTS),
-        "the LoRA gradients": tuple(name for name in GRAD_NAMES if name in situation.actual),
+        "every result": tuple(evidence.actual),
+        "every result but grad_weights": tuple(name for name in evidence.actual if name != GRAD_WEIGHTS),
+        "the LoRA gradients": tuple(name for name in GRAD_NAMES if name in evidence.actual),
         **single,
     }
     for text, names in groups.items():
-        if not situation.worth(names):
+        if not evidence.worth(names):
             continue
         for how, make in _ROUNDINGS.items():
-            # what ends as bf16 may first be fp32, never more
+            # an engine holds a result in fp32 at most
             predicted = {**right, **{name: make(right[name].float()).double() for name in names}}
             verb = "is" if len(names) == 1 or text.startswith("every") else "are"
             said = f"{text} {verb} {how}"
-            yield situation.finding(Cause.ACCUMULATION_TYPE, said, predicted, rank=1 if len(names) > 1 else 2)
+            yield evidence.explanation(Cause.ACCUMULATION_TYPE, said, predicted, rank=1 if len(names) > 1 else 2)
 
 
-def _cut_off(value: Tensor) -> Tensor:
-    """[any] fp32 with its lower 16 bits zero: towards zero to bf16."""
-    return (value.contiguous().view(torch.int32) & -65536).view(torch.float32)
+def cut_off(value: Tensor) -> Tensor:
+    """[any] fp32 cut off to bf16, that is, rounded toward zero; NaN and Inf stay."""
+    return _upper_half(value, 0)
 
 
-def _ties_away(value: Tensor) -> Tensor:
-    """[any] fp32 to the nearest bf16 number, half way away from zero."""
-    raised = (value.contiguous().view(torch.int32) + (1 << 15)) & -65536
-    return torch.where(torch.isfinite(value), raised.view(torch.float32), value)
+def ties_away(value: Tensor) -> Tensor:
+    """[any] fp32 rounded to the nearest bf16 number, ties away from zero; NaN and Inf stay."""
+    return _upper_half(value, 1 << 15)
 
 
-def _to_bits(bits: int) -> Callable[[Tensor], Tensor]:
-    def to_bits(value: Tensor) -> Tensor:
-        mantissa, exponent = torch.frexp(value)
-        kept = torch.ldexp(torch.round(mantissa * 2.0**bits) / 2.0**bits, exponent)
-        return torch.where(torch.isfinite(value), kept, value)
+def _upper_half(value: Tensor, added: int) -> Tensor:
+    kept = (value.contiguous().view(torch.int32) + added) & -(1 << 16)
+    return torch.where(torch.isfinite(value), kept.view(torch.float32), value)
 
-    return to_bits
+
+def to_bits(value: Tensor, bits: int) -> Tensor:
+    """[any] fp32 rounded to `bits` significant bits, ties to even; NaN and Inf stay."""
+    mantissa, exponent = torch.frexp(value)
+    kept = torch.ldexp(torch.round(mantissa * 2.0**bits) / 2.0**bits, exponent)
+    return torch.where(torch.isfinite(value), kept, value)
 
 
 _ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cut off to bf16, not rounded": _cut_off,
-    "rounded to bf16 with ties away from zero, not to even": _ties_away,
-    "rounded twice, first to 11 bits": _to_bits(11),
+    "cut off to bf16, not rounded": cut_off,
+    "rounded to bf16 with ties away from zero, not to even": ties_away,
+    "rounded twice, first to 11 bits": partial(to_bits, bits=11),
     "rounded to bf16, expected fp32": lambda value: value.bfloat16().float(),
-    "rounded to 7 bits": _to_bits(7),
-    "rounded to 6 bits": _to_bits(6),
+    "rounded to 7 bits": partial(to_bits, bits=7),
+    "rounded to 6 bits": partial(to_bits, bits=6),
     "rounded to fp8 (e4m3)": lambda value: value.to(torch.float8_e4m3fn).float(),
     "rounded to fp8 (e5m2)": lambda value: value.to(torch.float8_e5m2).float(),
 }
 
 
-# ---- values on the way
+# ---- intermediate values
 
 
-def _greedy(situation: Situation, base: Change, right: dict[str, Tensor]) -> Iterator[Finding]:
-    """Values rounded on their way, one after the other as long as each takes a tenth of what is left."""
+def _greedy(evidence: Evidence, base: Change, right: dict[str, Tensor]) -> Iterator[Explanation]:
+    """Intermediate values are rounded: one is added at a time, as long as it lowers the error by a tenth."""
     candidates: dict[str, tuple[str, Formula]] = {
         label(name): (name, _stage(name)) for name in (*LEAVES, *FORMULAS) if name not in base and name != "s"
     }
@@ -220,16 +211,16 @@ def _greedy(situation: Situation, base: Change, right: dict[str, Tensor]) -> Ite
             candidates[f"{label(operand)} in {stage}"] = (stage, _rounded_operand(stage, operand))
     chosen: dict[str, Formula] = {}
     said: list[str] = []
-    left = sum(situation.left(right).values())
+    left = sum(evidence.left(right).values())
     for _ in range(_MOST):
         best: tuple[float, str, dict[str, Tensor]] | None = None
         for text, (stage, formula) in candidates.items():
             if stage in chosen or text in said:
                 continue
-            if not situation.worth(tuple(right), 0.0):
+            if not evidence.worth(tuple(right), 0.0):
                 return
-            predicted = {**right, **situation.layer.changed({**base, **chosen, stage: formula})}
-            error = sum(situation.left(predicted).values())
+            predicted = {**right, **evidence.layer.changed({**base, **chosen, stage: formula})}
+            error = sum(evidence.left(predicted).values())
             if best is None or error < best[0]:
                 best = (error, text, predicted)
         if best is None or best[0] > 0.9 * left:
@@ -239,11 +230,11 @@ def _greedy(situation: Situation, base: Change, right: dict[str, Tensor]) -> Ite
         stage, formula = candidates[best[1]]
         chosen[stage] = formula
         text = f"{', '.join(said)} {'is' if len(said) == 1 else 'are'} rounded to bf16 on the way"
-        yield situation.finding(Cause.ACCUMULATION_TYPE, text, best[2], rank=2)
+        yield evidence.explanation(Cause.ACCUMULATION_TYPE, text, best[2], rank=2)
 
 
 def _rounded_operand(stage: str, operand: str) -> Formula:
-    def formula(v: Values) -> Tensor:
+    def formula(v: ExpertValues) -> Tensor:
         return FORMULAS[stage](v.with_values({**v.of, operand: rounded(v[operand])}))
 
     return formula

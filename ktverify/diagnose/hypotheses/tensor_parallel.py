@@ -1,53 +1,20 @@
-"""Hypotheses of tensor parallelism: a part's share missing or added twice."""
+"""Hypotheses of tensor parallelism: the share of one part is missing or added twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Finding, Situation
-from ktverify.diagnose.formulas import FORMULAS, Change, Formula, Values, exchanged, operands
+from ktverify.diagnose.evidence import NEAR, Evidence, Explanation
+from ktverify.diagnose.formulas import FORMULAS, Change, Formula, operands, with_operands
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 
-_NEAR = 0.03
-# what a part holds of a token: its columns of I
+# the values that are split by columns of I
 _SPLIT = ("h", "dg", "du")
-
-
-def tp_parts(situation: Situation) -> Iterator[Finding]:
-    """Each part's share of every tensor with a factor of its own, by least squares: 0 missing, 2 added twice."""
-    degree = situation.probe.tp if situation.probe is not None else 1
-    if degree < 2:
-        return
-    yield from _one_part(situation, degree)
-    parts = [situation.layer.changed(_only(part, degree, situation.case.intermediate)) for part in range(degree)]
-    for where, names in (
-        ("", tuple(situation.actual)),
-        (" of output", (OUTPUT,)),
-        (" of the gradients", BACKWARD_TENSORS),
-        *((f" of {name}", (name,)) for name in BACKWARD_TENSORS),
-    ):
-        chosen = [{name: part[name] for name in names if name in part} for part in parts]
-        if not chosen[0] or not situation.worth(names):
-            continue
-        moved = situation.fit(chosen)
-        if moved is None:
-            continue
-        odd = [i for i, value in enumerate(moved.tolist()) if abs(value) > _NEAR]
-        if not odd:
-            continue
-        predicted = {
-            name: situation.right[name] + torch.stack([float(moved[i]) * chosen[i][name] for i in odd]).sum(0)
-            for name in chosen[0]
-        }
-        said = ", ".join(f"TP part {i} of {degree}{where} {_word(1 + float(moved[i]))}" for i in odd)
-        yield situation.finding(Cause.TP_PART, said, predicted, rank=1)
-
-
-# where a part's share may be lost: the sum of the forward, of the backward, the columns of dh
+# where the share of a part may be lost: the stages of a sum over I
 _SUMS: dict[str, tuple[str, ...]] = {
     "the sum of the output": ("y_base", "h_da"),
     "the base's sum of the output": ("y_base",),
@@ -58,58 +25,59 @@ _SUMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _one_part(situation: Situation, degree: int) -> Iterator[Finding]:
-    """One part's factor in one of the layer's sums over I, or its columns of down_proj in forward and backward."""
-    width = situation.case.intermediate // degree
-    for part in range(degree):
-        mine = torch.zeros(situation.case.intermediate, dtype=torch.float64)
-        mine[part * width : (part + 1) * width] = 1
-        changes = {text: _weighted(stages, mine) for text, stages in _SUMS.items()}
-        changes["down_proj's product"] = lambda factor, mine=mine: {
-            "down": lambda v: v["down"] * (1 + (factor - 1) * mine)
-        }  # type: ignore[misc]
-        for text, change in changes.items():
-            fitted = situation.fit_factor(change)
-            if fitted is None or abs(fitted[0] - 1) < _NEAR:
-                continue
-            said = f"TP part {part} of {degree} in {text} {_word(fitted[0])}"
-            yield situation.finding(Cause.TP_PART, said, fitted[1])
+def tp_parts(evidence: Evidence) -> Iterator[Explanation]:
+    """Each part's share of every tensor with a factor of its own: 0 where it is missing, 2 where it is added twice."""
+    degree, size = evidence.tp, evidence.case.intermediate
+    if degree < 2:
+        return
+    masks = [_columns(part, degree, size) for part in range(degree)]
+    for part, mine in enumerate(masks):
+        yield from _one_part(evidence, f"TP part {part} of {degree}", mine)
+    parts = [evidence.layer.changed(_weighted(FORMULAS, 1 - mine)(0.0)) for mine in masks]
+    for where, names in (
+        ("", tuple(evidence.actual)),
+        (" of output", (OUTPUT,)),
+        (" of the gradients", BACKWARD_TENSORS),
+        *((f" of {name}", (name,)) for name in BACKWARD_TENSORS),
+    ):
+        fitted = evidence.fit_shares(parts, names)
+        if fitted is not None:
+            said = ", ".join(f"TP part {i} of {degree}{where} {_word(factor)}" for i, factor in fitted[0].items())
+            yield evidence.explanation(Cause.TP_PART, said, fitted[1])
 
 
-def _weighted(stages: tuple[str, ...], mine: Tensor) -> Callable[[float], Change]:
+def _one_part(evidence: Evidence, what: str, mine: Tensor) -> Iterator[Explanation]:
+    """One part's factor in one of the sums over I, or in its columns of down_proj in forward and backward."""
+    changes = {text: _weighted(stages, mine) for text, stages in _SUMS.items()}
+    changes["down_proj's product"] = lambda factor: {"down": lambda v: v["down"] * (1 + (factor - 1) * mine)}
+    for text, change in changes.items():
+        fitted = evidence.fit_factor(change)
+        if fitted is not None and abs(fitted[0] - 1) >= NEAR:
+            yield evidence.explanation(Cause.TP_PART, f"{what} in {text} {_word(fitted[0])}", fitted[1])
+
+
+def _columns(part: int, degree: int, size: int) -> Tensor:
+    """[I] 1 in the columns of one part, 0 elsewhere."""
+    mine = torch.zeros(degree, size // degree, dtype=torch.float64)
+    mine[part] = 1
+    return torch.cat([mine.flatten(), torch.zeros(size % degree, dtype=torch.float64)])
+
+
+def _weighted(stages: Iterable[str], mine: Tensor) -> Callable[[float], Change]:
+    """The columns `mine` [I] of what is split get a factor, in these stages."""
+
     def operand(name: str, factor: float) -> Formula:
         return lambda v: v[name] * (1 + (factor - 1) * mine)
 
-    def change(factor: float) -> Change:
-        return {
-            stage: exchanged(stage, **{name: operand(name, factor) for name in _SPLIT if name in operands(stage)})
-            for stage in stages
-        }
-
-    return change
+    used = {stage: [name for name in _SPLIT if name in operands(stage)] for stage in stages}
+    return lambda factor: {
+        stage: with_operands(stage, **{name: operand(name, factor) for name in names})
+        for stage, names in used.items()
+        if names
+    }
 
 
 def _word(factor: float) -> str:
-    if abs(factor) < _NEAR:
+    if abs(factor) < NEAR:
         return "is missing"
-    return "is added twice" if abs(factor - 2) < _NEAR else f"has the factor {factor:.2f}"
-
-
-def _only(part: int, degree: int, intermediate: int) -> Change:
-    """What comes of one part's columns of I alone."""
-    width = intermediate // degree
-    keep = torch.zeros(intermediate, dtype=torch.float64)
-    keep[part * width : (part + 1) * width] = 1
-
-    def masked(name: str) -> Formula:
-        def formula(v: Values) -> Tensor:
-            return v[name] * keep
-
-        return formula
-
-    change: dict[str, Formula] = {}
-    for stage in FORMULAS:
-        used = {name: masked(name) for name in _SPLIT if name in operands(stage)}
-        if used:
-            change[stage] = exchanged(stage, **used)
-    return change
+    return "is added twice" if abs(factor - 2) < NEAR else f"has the factor {factor:.2f}"
