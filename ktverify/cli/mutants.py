@@ -54,15 +54,8 @@ def mutants(
         console = make_console()
         console.print(verdict_line(result))
         console.print(gates_line(result))
-        texts = (
-            "cause",
-            "killed by",
-            "worst gate, times its budget",
-            "what exceeds it",
-            "mutants that live without it",
-        )
-        for rows in (mutant_rows(result), gate_rows(result)):
-            print_grid(console, Grid.of(rows, left=texts))
+        print_grid(console, Grid.of(mutant_rows(result), left=("cause", "killed by", "worst gate, times its budget")))
+        print_grid(console, Grid.of(gate_rows(result), left=("what exceeds it", "mutants that live without it")))
         console.print(f"{NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")
     path = json if json is not None or names else reports_dir() / "mutants.json"
     if path is not None:
