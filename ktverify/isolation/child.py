@@ -7,15 +7,16 @@ that ends instead raises EngineDied with the signal and the last lines of its ou
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from ktverify.errors import EngineDied, EngineOutOfMemory, EngineTimeout, RemoteError, Unsupported
 from ktverify.isolation import locks
-from ktverify.isolation.channel import Channel, serve, value_of
+from ktverify.isolation.channel import exchange, serve, value_of
 from ktverify.isolation.fork_server import fork_server
 from ktverify.isolation.process import Log, resident_of
 
@@ -62,7 +63,7 @@ class Child:
         self._busy = False
         self.limits = limits
         self._log = Log()
-        self._channel, there = Channel.pair()
+        self._connection, there = Pipe()
         environment = {**os.environ, **_SHARED_CPU, locks.HELD_BY_PARENT: "1", **(env or {})}
         self._process = fork_server(preload).fork(answer_calls, there.fileno(), environment, self._log.fileno())
         there.close()
@@ -86,8 +87,7 @@ class Child:
         name = name_of(function)
         self._busy = True
         try:
-            self._channel.send((function, args, kwargs))
-            reply = self._channel.receive(self._watch(name))
+            reply = exchange(self._connection, (function, args, kwargs), self._watch(name))
         except EOFError:
             raise EngineDied(f"{name}: the process {self._process.how()}{self._last_words()}") from None
         self._busy = False
@@ -120,7 +120,7 @@ class Child:
         return f"; last words:\n{self._log.last_words()}"
 
     def close(self) -> None:
-        self._channel.close()
+        self._connection.close()
         # a call that was interrupted need not be waited for
         if self._busy:
             self._process.end()
@@ -174,9 +174,9 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{inner.__module__}:{inner.__qualname__}"
 
 
-def answer_calls(connection: int) -> None:
-    """The other end: make the calls that come over the channel."""
-    serve(Channel(socket.socket(fileno=connection)), _call)
+def answer_calls(descriptor: int) -> None:
+    """The other end: make the calls that come over the connection."""
+    serve(Connection(descriptor), _call)
 
 
 def _call(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:

@@ -16,16 +16,16 @@ import functools
 import gc
 import importlib
 import os
-import pickle
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-from ktverify.isolation.channel import Channel
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.process import WAIT_S, Running, end_group, own_environment, reap
 from ktverify.system.paths import ROOT
@@ -51,7 +51,7 @@ class ForkServer:
     """The process that forks. For one thread at a time. preload: modules that it imports before."""
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
-        self._channel, other = Channel.pair()
+        self._connection, other = Pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(other.fileno()), *preload],
             # one thread: threads that torch had before the fork would be missing after it
@@ -73,14 +73,16 @@ class ForkServer:
     def ask(self, *request: object, fds: Sequence[int] = ()) -> Any:
         """The server's answer. RuntimeError when it has ended: a preloaded module cannot be imported then."""
         try:
-            self._channel.send(request, fds)
-            return self._channel.receive()
+            self._connection.send(request)
+            for fd in fds:
+                send_handle(self._connection, fd, None)
+            return self._connection.recv()
         except (EOFError, OSError):
             raise RuntimeError(f"the fork server has ended with exit code {self._end()}") from None
 
     def close(self) -> None:
         atexit.unregister(self.close)
-        self._channel.close()
+        self._connection.close()
         self._end()
 
     def _end(self) -> int:
@@ -123,28 +125,28 @@ def _become(function: Callable[[int], None], fd: int, env: dict[str, str], log: 
     return 0
 
 
-def _serve(channel: Channel) -> None:
+def _serve(connection: Connection) -> None:
     """Answer until the other end closes; the processes that it left behind are ended then."""
     alive: set[int] = set()
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            data, fds = channel.receive_bytes()
-            what, *rest = pickle.loads(data)
+            what, *rest = connection.recv()
             if what == "fork":
                 function, env = rest
+                fds = [recv_handle(connection) for _ in range(2)]
                 pid = os.fork()
                 if pid == 0:
-                    channel.close()
+                    connection.close()
                     os._exit(_become(function, fds[0], env, fds[1]))
                 for fd in fds:
                     os.close(fd)
                 alive.add(pid)
-                channel.send(pid)
+                connection.send(pid)
             else:
                 code = reap(rest[0])
                 if code is not None:
                     alive.discard(rest[0])
-                channel.send(code)
+                connection.send(code)
     for pid in alive:
         end_group(pid)
 
@@ -164,7 +166,7 @@ def main(fd: int, preload: Sequence[str]) -> None:
     # shared pages stay shared, and a child's collections need not look through torch's half a million objects
     gc.collect()
     gc.freeze()
-    _serve(Channel(socket.socket(fileno=fd)))
+    _serve(Connection(fd))
 
 
 if __name__ == "__main__":

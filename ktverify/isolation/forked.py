@@ -18,11 +18,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 from ktverify.errors import EngineDied, EngineTimeout, RemoteError
 from ktverify.isolation.calls import CallLog
-from ktverify.isolation.channel import Channel, serve, value_of
+from ktverify.isolation.channel import exchange, serve, value_of
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
 from ktverify.isolation.process import Running
@@ -42,7 +44,7 @@ class Parts(Generic[T]):
     def __init__(self, parts: Sequence[Callable[[], T]], time_limit: float, *, forks: bool) -> None:
         self._parts, self._time_limit, self._forks = parts, time_limit, forks
         self._process: Running | None = None
-        self._channel: Channel | None = None
+        self._connection: Connection | None = None
         # shared with the process: which method of the engine it is in, and since when
         self._note = mmap.mmap(-1, _NOTE)
 
@@ -51,13 +53,12 @@ class Parts(Generic[T]):
         if not self._forks:
             with watched(self._time_limit, lambda method: None), waiting:
                 return self._parts[number]()
-        if self._process is None or self._channel is None:
-            self._process, self._channel = self._start()
+        if self._process is None or self._connection is None:
+            self._process, self._connection = self._start()
         process = self._process
         with waiting:
             try:
-                self._channel.send(number)
-                reply = self._channel.receive(lambda: process.poll() is None)
+                reply = exchange(self._connection, number, lambda: process.poll() is None)
             except EOFError:
                 raise self._ended(process) from None
         try:
@@ -68,13 +69,13 @@ class Parts(Generic[T]):
 
     def close(self) -> None:
         """End the process at once, and what it started: they keep nothing that matters."""
-        if self._process is not None and self._channel is not None:
+        if self._process is not None and self._connection is not None:
             self._process.end()
-            self._channel.close()
-            self._process = self._channel = None
+            self._connection.close()
+            self._process = self._connection = None
 
-    def _start(self) -> tuple[Running, Channel]:
-        here, there = Channel.pair()
+    def _start(self) -> tuple[Running, Connection]:
+        here, there = Pipe()
         # text in a buffer at a fork is written twice
         sys.stdout.flush()
         sys.stderr.flush()
@@ -92,7 +93,7 @@ class Parts(Generic[T]):
             there.close()
             return Running(pid), here
 
-    def _serve(self, channel: Channel, parent: int) -> None:
+    def _serve(self, connection: Connection, parent: int) -> None:
         """The other end; does not return."""
         code = 1
         try:
@@ -104,7 +105,7 @@ class Parts(Generic[T]):
                 signal.signal(number, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             with watched(self._time_limit, self._write_note):
-                serve(channel, lambda number: self._parts[number]())
+                serve(connection, lambda number: self._parts[number]())
             code = 0
         except BaseException:
             traceback.print_exc()
