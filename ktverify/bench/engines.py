@@ -6,21 +6,20 @@ or raises `EngineDied`.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktverify.bench.host import load_module
 from ktverify.errors import EngineDied
-from ktverify.isolation.process import JsonProcess
+from ktverify.isolation.host import module_at
+from ktverify.isolation.hosted import host_command
+from ktverify.isolation.process import JsonProcess, environment_of, own_environment
 from ktverify.system import optional_peers
 from ktverify.system.instruction_sets import INSTRUCTION_SETS
-from ktverify.system.paths import ROOT
 
-HOST = Path(__file__).with_name("host.py")
+HOST = f"{Path(__file__).with_name('host.py')}:PeerHost"
 PEERS = Path(__file__).with_name("peers")
 OWN = "native"
 KNOWN = (OWN, "kt_kernel", "torch_loop", "torch_grouped_mm", "vllm")
@@ -69,7 +68,7 @@ def find(names: Sequence[str], options: Mapping[str, str | None]) -> list[Engine
 
 
 def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
-    module: Any = load_module(path)
+    module = module_at(path)
     try:
         need, python, more, missing = module.NEEDS, Path(sys.executable), {}, ""
         if need:
@@ -95,36 +94,32 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
 
 
 class EngineProcess(JsonProcess):
-    """A running host.py that holds `engine`."""
+    """A process with a PeerHost of `engine`."""
 
     def __init__(self, engine: Engine, *, threads: int, isa: str = "", timeout_s: float = 900.0) -> None:
         self.engine = engine
-        command = [str(engine.python), str(HOST), str(engine.file)]
+        command = host_command(str(engine.python), HOST, str(engine.file))
         super().__init__(command, environment(engine, threads=threads, isa=isa), timeout_s=timeout_s)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The answer to one request. EngineDied when there is none, or when the engine raised."""
         answer = self.exchange({"do": do, **arguments})
-        if not answer.pop("ok"):
-            raise EngineDied(str(answer["error"])[:400])
-        return answer
+        if not answer["ok"]:
+            error = answer["error"]
+            raise EngineDied(" ".join(f"{error['class']}: {error['text']}".split())[:400])
+        result: dict[str, Any] = answer["result"]
+        return result
 
 
 def environment(engine: Engine, *, threads: int, isa: str) -> dict[str, str]:
     """The variables of an engine's process: the same threads for all, and no waiting worker that spins on a processor
     which another engine's turn needs."""
-    variables = {
-        **os.environ,
+    own = engine.python == Path(sys.executable)
+    return {
+        **(own_environment() if own else environment_of(str(engine.python))),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "KMP_BLOCKTIME": "0",
         **_PEER_VARIABLES.get(isa, {}),
     }
-    if engine.python == Path(sys.executable):
-        # where this ktverify comes from, for the native engine's file
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    else:
-        variables.pop("PYTHONPATH", None)
-        variables.pop("PYTHONHOME", None)
-    return variables

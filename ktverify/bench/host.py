@@ -1,9 +1,8 @@
-"""A process that contains one engine of the bench and computes on request; between requests it blocks on a pipe.
+"""One engine of the bench in a process of its own, which computes on request; in between it blocks on a pipe.
 
-Run by path, under any Python from 3.10 on that has torch and the engine: it imports nothing of ktverify. Requests and
-answers are lines of JSON: {"do": "load" | "forward" | "backward" | "stages" | "write" | "call", ...} ->
-{"ok": true, ...} or {"ok": false, "error": "..."}. Times are nanoseconds of this process's monotonic clock around the
-call alone.
+isolation/host.py serves `PeerHost`, under any Python from 3.10 on that has torch and the engine: this module imports
+nothing of ktverify. A request is {"do": "load" | "forward" | "backward" | "stages" | "write" | "call", ...}. Times are
+nanoseconds of this process's monotonic clock around the call alone.
 """
 
 from __future__ import annotations
@@ -12,13 +11,10 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import importlib.util
 import json
 import math
 import os
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,18 +28,26 @@ class BenchInputs:
     """The input of a peer's `load`: arguments and tensors of one case.
 
     arguments: the keyword arguments of KTMoEWrapper. threads: int; isa: str, "" for the best; options: those of this
-    peer alone. about: entries that a peer adds to its record.
+    peer alone. load_module: returns the module of a file. about: entries that a peer adds to its record.
     tensors: hidden_states, grad_output [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32, gate_proj, up_proj
     [E, I, H], down_proj [E, H, I] bf16, and the six LoRA tensors in bf16. The base weights are a mapped file and go
     away after `load`: a peer copies what it keeps.
     """
 
-    def __init__(self, directory: Path, threads: int, isa: str, options: dict[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        threads: int,
+        isa: str,
+        options: dict[str, str],
+        load_module: Callable[[Path], ModuleType],
+    ) -> None:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         self.arguments: dict[str, Any] = {**manifest["arguments"], "cpuinfer_threads": threads}
         self.threads = threads
         self.isa = isa
         self.options = options
+        self.load_module = load_module
         self.about: dict[str, str] = {}
         self.lora_names: tuple[str, ...] = tuple(manifest["lora_names"])
         self.tensors: dict[str, Any] = {}
@@ -64,11 +68,6 @@ class BenchInputs:
     def base(self, name: str) -> Any:
         """A copy of a base weight in memory of this process."""
         return self.tensors[name].clone()
-
-    @staticmethod
-    def load_module(path: Path) -> ModuleType:
-        """The module in the file at `path`."""
-        return load_module(path)
 
 
 class ContractPeer:
@@ -125,16 +124,6 @@ def map_tensor(path: Path, dtype: str, shape: list[int]) -> Any:
     return torch.from_file(str(path), shared=False, size=size, dtype=kind).view(shape)
 
 
-def load_module(path: Path) -> ModuleType:
-    """The Python file at `path` as a module under a name that no installed package has."""
-    spec = importlib.util.spec_from_file_location(f"ktverify_bench_peer_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def resident_bytes() -> int:
     """Memory of this process that is in RAM, after giving back what the allocators hold unused."""
     gc.collect()
@@ -147,10 +136,10 @@ def resident_bytes() -> int:
 
 
 class PeerHost:
-    """One engine and the requests to it."""
+    """One engine, loaded by the module of a peer, and the requests to it."""
 
-    def __init__(self, peer: Path) -> None:
-        self.module = load_module(peer)
+    def __init__(self, module: ModuleType, load_module: Callable[[Path], ModuleType]) -> None:
+        self.module, self.load_module = module, load_module
         self.engine: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +150,7 @@ class PeerHost:
         import torch
 
         torch.set_num_threads(threads)
-        inputs = BenchInputs(Path(directory), threads, isa, options)
+        inputs = BenchInputs(Path(directory), threads, isa, options, self.load_module)
         before = resident_bytes()
         start = time.perf_counter_ns()
         loaded = self.module.load(inputs)
@@ -210,28 +199,3 @@ class PeerHost:
 
     def do_call(self, function: str, arguments: dict[str, Any]) -> dict[str, Any]:
         return {"value": getattr(self.module, function)(**arguments)}
-
-
-def serve(peer: Path, requests: int, answers: int) -> None:
-    """Answer the lines of `requests` until it closes."""
-    host: PeerHost | None = None
-    with os.fdopen(requests, encoding="utf-8") as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
-        for line in lines:
-            try:
-                host = host or PeerHost(peer)
-                reply = {"ok": True, **host.answer(json.loads(line))}
-            except Exception as error:
-                traceback.print_exc()
-                reply = {"ok": False, "error": " ".join(f"{type(error).__name__}: {error}".split())}
-            out.write(json.dumps(reply) + "\n")
-            out.flush()
-
-
-if __name__ == "__main__":
-    import faulthandler
-
-    faulthandler.enable()
-    # the folder of this file comes first on the path: nothing in it may stand for an installed package
-    here = str(Path(__file__).resolve().parent)
-    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
-    serve(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -4,7 +4,8 @@ Run by path, under any Python from 3.10 on that has torch and the engine: it imp
 answers are lines of JSON; tensors travel as memory: the sender copies them into a memfd of their own, which the
 receiver maps and keeps as long as one of them lives. Strides, the address modulo 64 and requires_grad are kept.
 hosted.py uses `Parcel` and `unpack` for the other end. `python host.py SERVER ARGUMENT PARENT REQUESTS ANSWERS` may
-serve another class than `Layers`: SERVER is its spec, "" for Layers.
+serve another class than `Layers`: SERVER is its spec, "" for Layers; it is called with the object that ARGUMENT names
+and with `module_at`.
 """
 
 from __future__ import annotations
@@ -170,8 +171,9 @@ def find(spec: str) -> Any:
     return getattr(module_at(place), attribute) if attribute else module_at(place)
 
 
-def module_at(place: str) -> Any:
+def module_at(place: str | os.PathLike[str]) -> Any:
     """The module "path/to/file.py" or "package.module", loaded once."""
+    place = os.fspath(place)
     if not place.endswith(".py"):
         return importlib.import_module(place)
     path = Path(place).resolve()
@@ -196,7 +198,7 @@ def module_at(place: str) -> Any:
 class Layers:
     """Layers of one factory by number, and the requests to them."""
 
-    def __init__(self, factory: Any) -> None:
+    def __init__(self, factory: Any, _: Any = None) -> None:
         self.factory = factory
         self.layers: dict[int, Any] = {}
         self.shared: dict[int, dict[str, Any]] = {}
@@ -254,7 +256,7 @@ def serve(server: str, argument: str, requests: int, answers: int) -> None:
     with os.fdopen(requests, encoding="utf-8") as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
         for line in lines:
             try:
-                served = served or (find(server) if server else Layers)(find(argument))
+                served = served or (find(server) if server else Layers)(find(argument), module_at)
                 reply = {"ok": True, "result": served.answer(json.loads(line))}
             except Exception as error:
                 traceback.print_exc()

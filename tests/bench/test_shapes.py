@@ -17,9 +17,10 @@ import torch
 from ktverify import _native
 from ktverify.bench import engines, plot, problem, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
-from ktverify.bench.host import BenchInputs, load_module
+from ktverify.bench.host import BenchInputs
 from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
 from ktverify.bench.record import BenchJournal, EngineLine, GroupOtherLoadLine, HeadLine, TurnLine
+from ktverify.isolation.host import module_at
 from ktverify.report.pages import view_markdown
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BACKWARD_TENSORS
@@ -398,8 +399,8 @@ def test_kt_kernel_computes_on_the_benchs_own_tensors(tmp_path: Path, monkeypatc
     fake = SimpleNamespace(KTMoEWrapper=Wrapper, __version__="0", __cpu_variant__="amx")
     monkeypatch.setitem(sys.modules, "kt_kernel", fake)
     problem.write(SHAPE.case, tmp_path, plain=False)
-    inputs = BenchInputs(tmp_path, 1, "", {})
-    peer = load_module(engines.PEERS / "kt_kernel.py").load(inputs)
+    inputs = BenchInputs(tmp_path, 1, "", {}, module_at)
+    peer = module_at(engines.PEERS / "kt_kernel.py").load(inputs)
     peer.forward_saving()
     peer.backward()
     t, made = inputs.tensors, peer.results()
