@@ -46,8 +46,7 @@ def mutants(
         with Progress(console=make_console(stderr=True)) as progress:
             tasks = {kind: progress.add_task(kind, total=None) for kind in ("checks", "gates")}
 
-            def step(done: int, of: int, what: str) -> None:
-                kind = "gates" if " without " in what else "checks"
+            def step(kind: str, done: int, of: int, what: str) -> None:
                 progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
 
             result = run([MUTANTS[name] for name in names or MUTANTS], jobs, step)

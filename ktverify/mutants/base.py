@@ -1,7 +1,7 @@
-"""The right engine that the wrong ones are made of: torch_bf16's calls, and the arithmetic step by step.
+"""Plain, the right engine that all mutants derive from: the calls of torch_bf16, with its own arithmetic.
 
-Comes in: KTMoEWrapper's keyword arguments. Goes out: a layer that keeps even the limits of the project's own engine:
-bf16 operands, fp32 sums, one rounding. Each step is a method, so that a mutant overrides the one that it gets wrong.
+It keeps the strict limits of the native engine: bf16 operands, fp32 sums, one rounding of each result. Each step of the
+layer is a method, so a mutant overrides only the step that it gets wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Gradients = dict[str, Tensor]
 
 @dataclass
 class Group:
-    """One expert's n rows in one call, and what its forward leaves to its backward; all fp32 but rows and slots.
+    """One expert's n rows in one call, and what its forward saves for its backward; all fp32 except rows and slots.
 
     rows, slots [n]; x [n, H]; w [n, 1]; base: gate, up [I, H], down [H, I]; lora: six by LORA_NAMES, of this expert;
     x_ga, x_ua, h_da [n, r]; g, u, h [n, I]; y [n, H].
@@ -47,7 +47,7 @@ class Group:
 
 @dataclass
 class Outstanding:
-    """A saved forward: T, the shape of its weights [T, k], the LoRA dtype, and its groups."""
+    """A saved forward. rows: T; slots: the shape [T, k] of its weights."""
 
     rows: int
     slots: torch.Size
@@ -56,30 +56,34 @@ class Outstanding:
 
 
 class Plain(TorchBf16):
-    """Right. Sums over I are split by threadpool_count; cpuinfer_threads changes nothing."""
+    """A right engine. Sums over I are split by threadpool_count; cpuinfer_threads has no effect."""
 
     fp32_sums = True
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.s = self.spec.scaling
+        self.s = self.scale()
+
+    def scale(self) -> float:
+        """s = lora_alpha / lora_rank."""
+        return self.spec.scaling
 
     # ---- roundings and sums
 
     def operand(self, value: Tensor) -> Tensor:
-        """What a matrix instruction takes: rounded to bf16."""
+        """An operand of a matrix product: rounded to bf16."""
         return value.to(torch.bfloat16).float()
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """A finished fp32 sum in the dtype of its result."""
+        """A complete fp32 sum, rounded to the dtype of its result."""
         return value.to(dtype)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """a [n, K] times b [K, m]: every sum over H, I or r."""
+        """a [n, K] times b [K, m]; all sums over H, I or r."""
         return a @ b
 
     def over_rows(self, a: Tensor, b: Tensor) -> Tensor:
-        """aᵀ b of a [n, p], b [n, q]: every sum over an expert's rows."""
+        """aᵀ b of a [n, p], b [n, q]; all sums over the rows of an expert."""
         return a.T @ b
 
     def over_parts(self, term: Callable[[slice], Tensor]) -> Tensor:
@@ -94,7 +98,7 @@ class Plain(TorchBf16):
             total = total + part
         return total
 
-    # ---- who computes what
+    # ---- routing and weights
 
     def routes(self, expert_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(expert, rows, slots) of every expert with a token."""
@@ -162,7 +166,7 @@ class Plain(TorchBf16):
         return self.stored(output, torch.bfloat16)
 
     def save(self, saved: Outstanding) -> None:
-        self._saved.append(saved)  # type: ignore[arg-type]  # the parent's backward asks for rows only
+        self._saved.append(saved)  # type: ignore[arg-type]  # the backward of the parent reads only rows
 
     # ---- backward
 
@@ -226,12 +230,12 @@ class Plain(TorchBf16):
         return {f"grad_{name}": zeros(shape, saved.lora_dtype) for name, shape in self.spec.lora_shapes.items()}
 
     def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
-        """Put one expert's gradients into their places."""
+        """Store the gradients of one expert."""
         for name, gradient in found.items():
             gradients[name][at.expert] = self.stored(gradient, gradients[name].dtype)
 
     def finish(self, gradients: Gradients, grad_weights: Tensor) -> None:
-        """The last word on the LoRA gradients and dw [T, k]."""
+        """Called once at the end of a backward; sets grad_weights [T, k]."""
         self.grad_weights = grad_weights
 
     def _backward(self, saved: Any, grad_output: Tensor) -> tuple[Tensor, Gradients]:

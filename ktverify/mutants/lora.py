@@ -1,4 +1,4 @@
-"""Wrong with LoRA: its scale, its operands, and which values of it are used."""
+"""Mutants of LoRA: its scale, its operands, and which values of it the engine uses."""
 
 from __future__ import annotations
 
@@ -22,27 +22,24 @@ from ktverify.spec.names import LORA_NAMES
 class lora_scale_one(Plain):
     """s = 1 instead of lora_alpha / lora_rank."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.s = 1.0
+    def scale(self) -> float:
+        return 1.0
 
 
 @mutant(Cause.LORA_SCALE, "forward/small")
 class lora_scale_of_rslora(Plain):
-    """s = lora_alpha / sqrt(lora_rank), as rank-stabilised LoRA has it."""
+    """s = lora_alpha / sqrt(lora_rank), as in rank-stabilised LoRA."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.s = self.spec.lora_alpha / math.sqrt(self.spec.lora_rank)
+    def scale(self) -> float:
+        return self.spec.lora_alpha / math.sqrt(self.spec.lora_rank)
 
 
 @mutant(Cause.LORA_SCALE, "forward/rank_3")
 class lora_scale_of_padded_rank(Plain):
-    """s is formed with the rank padded to a multiple of 8."""
+    """s uses the rank padded to a multiple of 8."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.s = self.spec.lora_alpha / (-(-self.spec.lora_rank // 8) * 8)
+    def scale(self) -> float:
+        return self.spec.lora_alpha / (-(-self.spec.lora_rank // 8) * 8)
 
 
 @mutant(Cause.LORA_SCALE, "backward/small")
@@ -56,7 +53,7 @@ class lora_b_gradient_unscaled(Plain):
 
 @mutant(Cause.LORA_SCALE, "backward/small")
 class lora_a_gradient_scaled_twice(Plain):
-    """The gradients of the three LoRA A carry s twice."""
+    """The gradients of the three LoRA A have the factor s twice."""
 
     def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
         found = {name: value * self.s if name.endswith("_a") else value for name, value in found.items()}
@@ -77,7 +74,7 @@ class grad_input_without_lora(Plain):
 
 
 class _Remembers(Plain):
-    """Keeps what it computed with before an update."""
+    """Keeps the LoRA weights of before an update."""
 
     before: dict[str, Tensor]
 
@@ -88,7 +85,7 @@ class _Remembers(Plain):
 
 @mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_does_nothing(_Remembers):
-    """Computes with the LoRA weights of init_lora_weights for ever."""
+    """Always computes with the LoRA weights of init_lora_weights."""
 
     def update_lora_weights(self) -> None:
         return
@@ -96,7 +93,7 @@ class update_does_nothing(_Remembers):
 
 @mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_takes_half(_Remembers):
-    """update_lora_weights forgets the LoRA of down, so that the engine computes with a mixture."""
+    """update_lora_weights leaves the LoRA of down out, so the engine computes with a mixture of old and new."""
 
     def update_lora_weights(self) -> None:
         super().update_lora_weights()
@@ -105,7 +102,7 @@ class update_takes_half(_Remembers):
 
 @mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_of_expert_0_only(_Remembers):
-    """update_lora_weights copies expert 0 and leaves the others as they were."""
+    """update_lora_weights copies expert 0 only."""
 
     def update_lora_weights(self) -> None:
         super().update_lora_weights()
@@ -115,7 +112,7 @@ class update_of_expert_0_only(_Remembers):
 
 @mutant(Cause.STALE_LORA, "training/update", "rel_l2")
 class update_one_late(_Remembers):
-    """Double-buffered LoRA whose buffers are exchanged after the copy: always one update behind."""
+    """Double-buffered LoRA whose buffers are exchanged after the copy: always one update late."""
 
     _latest: dict[str, Tensor] | None = None
 
@@ -127,7 +124,7 @@ class update_one_late(_Remembers):
 
 @mutant(Cause.STALE_LORA, "training/update", "bits")
 class unsynchronised(Plain):
-    """Computes with parameters that were not handed over."""
+    """Computes with the parameters as they are, without update_lora_weights."""
 
     def lora_of(self, expert: int) -> dict[str, Tensor]:
         return {name: getattr(self, name)[expert].detach().float() for name in LORA_NAMES}
@@ -135,7 +132,7 @@ class unsynchronised(Plain):
 
 @mutant(Cause.STALE_LORA, "training/update_between", "bits")
 class backward_reads_the_parameters(Plain):
-    """The backward reads the optimizer's tensors instead of those that its forward computed with."""
+    """The backward reads the parameters of the optimizer instead of the weights of its forward."""
 
     def backward_of(self, at: Group, d_out: Tensor) -> tuple[Tensor, Gradients]:
         at.lora = {name: getattr(self, name)[at.expert].detach().float() for name in LORA_NAMES}
@@ -144,7 +141,7 @@ class backward_reads_the_parameters(Plain):
 
 @mutant(Cause.STALE_LORA, "processes/update_while_forward_waits", "bits")
 class backward_reads_the_last_update(Plain):
-    """The backward computes with the values of the last update, not with those of its forward."""
+    """The backward uses the weights of the last update, not those of its forward."""
 
     def backward_of(self, at: Group, d_out: Tensor) -> tuple[Tensor, Gradients]:
         at.lora = self.lora_of(at.expert)
@@ -153,7 +150,7 @@ class backward_reads_the_last_update(Plain):
 
 @mutant(Cause.STALE_LORA, "behaviour/failed_update", "bits")
 class failed_update_takes_some(Plain):
-    """update_lora_weights takes tensor after tensor, and keeps those before the one that it refuses."""
+    """update_lora_weights takes one tensor after the other, and keeps those before the one that it refuses."""
 
     def _take_over(self) -> None:
         present = {name: getattr(self, name) for name in LORA_NAMES}
@@ -165,7 +162,7 @@ class failed_update_takes_some(Plain):
 
 
 def tensor_of(layer: Plain, name: str) -> Tensor:
-    """The parameter `name` if it can be one, else what the layer has of it."""
+    """The parameter `name` if it is valid, otherwise the layer's present value of it."""
     tensor: Tensor = getattr(layer, name)
     fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == layer.spec.lora_shapes[name]
     return tensor if fits and tensor.dtype in (torch.bfloat16, torch.float32) else layer._lora.get(name, tensor)
@@ -173,7 +170,7 @@ def tensor_of(layer: Plain, name: str) -> Tensor:
 
 @mutant(Cause.ACCUMULATION_TYPE, "training/fp32_parameters", "loss")
 class update_by_truncated_differences(Plain):
-    """An update adds the parameters' change to a bf16 copy and cuts the sum off: the copy drifts, step by step."""
+    """An update adds the change of the parameters to a bf16 copy and truncates the sum: the copy drifts."""
 
     _last: dict[str, Tensor]
 
@@ -191,7 +188,7 @@ class update_by_truncated_differences(Plain):
 
 @mutant(Cause.ACCUMULATION_TYPE, "training/fp32_parameters", "loss")
 class gradients_compressed_after_warm_up(Plain):
-    """After three updates, the warm-up, LoRA gradients are compressed to 4 bits and back."""
+    """After three updates (a warm-up), LoRA gradients are quantised to 4 bits."""
 
     _updates = 0
 
@@ -209,7 +206,7 @@ class gradients_compressed_after_warm_up(Plain):
 
 @mutant(Cause.OTHER, "behaviour/outstanding_forwards", "bits")
 class dropout_in_evaluation(Plain):
-    """Dropout of 5 % on LoRA's input where nothing is saved for a backward: just where it has to be off."""
+    """Dropout of 5 % on the LoRA input in forwards without a backward, where it must be off."""
 
     _evaluating = False
 
@@ -227,7 +224,7 @@ class dropout_in_evaluation(Plain):
 
 @mutant(Cause.WRONG_PROJECTION, "backward/small")
 class up_gradient_from_dg(Plain):
-    """The gradient of up_lora_b is formed with dg instead of du."""
+    """The gradient of up_lora_b uses dg instead of du."""
 
     def gate_up_gradients(self, at: Group, dg: Tensor, du: Tensor) -> tuple[Tensor, Gradients]:
         dx, found = super().gate_up_gradients(at, dg, du)
@@ -238,7 +235,7 @@ class up_gradient_from_dg(Plain):
 
 @mutant(Cause.WRONG_PROJECTION, "backward/small")
 class grad_input_without_up(Plain):
-    """grad_input has gate's part and not up's."""
+    """grad_input lacks the part of up."""
 
     def gate_up_gradients(self, at: Group, dg: Tensor, du: Tensor) -> tuple[Tensor, Gradients]:
         return super().gate_up_gradients(at, dg, torch.zeros_like(du))[0], super().gate_up_gradients(at, dg, du)[1]
@@ -246,7 +243,7 @@ class grad_input_without_up(Plain):
 
 @mutant(Cause.WRONG_PROJECTION, "forward/small")
 class no_lora_on_down(Plain):
-    """The forward leaves the LoRA of down out."""
+    """The forward lacks the LoRA term of down."""
 
     def down_lora(self, at: Group, b: Tensor) -> Tensor:
         return torch.zeros_like(at.x)
@@ -254,7 +251,7 @@ class no_lora_on_down(Plain):
 
 @mutant(Cause.OTHER, "behaviour/skip_lora", "stray")
 class skip_lora_ignored(Plain):
-    """The method that leaves LoRA out of the backward computes its gradients all the same."""
+    """The method SkipLoRA computes the LoRA gradients."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Wrong with numbers: types of sums, roundings, activations, NaN and Inf, tails of sums and of results, TP parts."""
+"""Mutants of arithmetic: types of sums, rounding, activation, NaN and Inf, tails of sums and results, TP parts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class fp32_gradients_hold_bf16(Plain):
 
 @mutant(Cause.ACCUMULATION_TYPE, "edge/multiples_of_nothing_many_rows", "form")
 class fp32_gradients_come_as_bf16(Plain):
-    """Gradients of fp32 parameters are handed out as bf16 tensors."""
+    """Gradients of fp32 parameters are returned as bf16 tensors."""
 
     def _backward(self, saved: object, grad_output: Tensor) -> tuple[Tensor, Gradients]:
         grad_input, gradients = super()._backward(saved, grad_output)
@@ -91,7 +91,7 @@ class ties_away_from_zero(Plain):
 
 @mutant(Cause.ACCUMULATION_TYPE, "forward/small", "rel_l2_own")
 class results_cut_off(Plain):
-    """Results are cut off to bf16 instead of rounded."""
+    """Results are truncated to bf16 instead of rounded."""
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         return (cut_off(value) if dtype == torch.bfloat16 else value).to(dtype)
@@ -99,7 +99,7 @@ class results_cut_off(Plain):
 
 @mutant(Cause.ACCUMULATION_TYPE, "forward/small", "rel_l2_own")
 class gate_and_up_rounded(Plain):
-    """gate, up and silu(gate) are rounded to bf16 on their way to h."""
+    """gate, up and silu(gate) are rounded to bf16 before h is computed."""
 
     def gate_and_up(self, at: Group) -> None:
         super().gate_and_up(at)
@@ -138,7 +138,7 @@ class slope_is_sigma(Plain):
 
 @mutant(Cause.ACTIVATION, "backward/small")
 class slope_of_silu_of_silu(Plain):
-    """silu' is evaluated at silu(g), the buffer that the forward left, instead of at g."""
+    """silu' is evaluated at silu(g), the saved buffer of the forward, instead of at g."""
 
     def slope(self, g: Tensor) -> Tensor:
         return super().slope(functional.silu(g))
@@ -171,7 +171,7 @@ class exp_overflows(Plain):
 
 @mutant(Cause.NON_FINITE, "forward/large", "non_finite")
 class h_overflows_fp16(Plain):
-    """h is kept in fp16, which ends at 65504."""
+    """h is kept in fp16, whose largest number is 65504."""
 
     def operand(self, value: Tensor) -> Tensor:
         return super().operand(value.half().float())
@@ -200,7 +200,7 @@ class nan_spreads_in_whole_blocks(Plain):
 
 @mutant(Cause.NON_FINITE, "behaviour/masked_weights_do_not_count", "bits")
 class masked_weight_is_multiplied(Plain):
-    """A slot of id -1 adds its weight times zero, which is NaN for a weight of Inf or NaN."""
+    """A slot with id -1 adds its weight times zero, which is NaN for a weight of Inf or NaN."""
 
     def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
         output = super()._forward(hidden_states, expert_ids, weights, save)
@@ -244,7 +244,7 @@ class intermediate_remainder_skipped(Plain):
 
 @mutant(Cause.N_TAIL, "forward/odd_sizes")
 class output_remainder_not_written(Plain):
-    """The columns of the output behind the last whole block of 16 are never written."""
+    """Columns of the output after the last whole block of 16 are not written."""
 
     def stored(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         if value.dim() == 2 and value.shape[1] == self.spec.hidden_size > 16:
@@ -255,7 +255,7 @@ class output_remainder_not_written(Plain):
 
 @mutant(Cause.N_TAIL, "backward/odd_sizes")
 class gate_b_gradient_remainder_not_written(Plain):
-    """The rows of gate_lora_b's gradient behind the last whole block of 16 keep their zeros."""
+    """Rows of the gradient of gate_lora_b after the last whole block of 16 stay zero."""
 
     def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
         super().keep(gradients, at, found)
@@ -266,7 +266,7 @@ class gate_b_gradient_remainder_not_written(Plain):
 
 
 class _Parts(Plain):
-    """Knows its degree."""
+    """Has its tensor parallel degree as `degree`."""
 
     @property
     def degree(self) -> int:
@@ -291,7 +291,7 @@ class tp_part_twice(_Parts):
 
 @mutant(Cause.TP_PART, "tp/gaussian")
 class tp_lora_in_every_part(_Parts):
-    """Each part adds the whole LoRA term of down, so that it counts as often as there are parts."""
+    """Each part adds the whole LoRA term of down, so it counts once per part."""
 
     def down_lora(self, at: Group, b: Tensor) -> Tensor:
         return self.degree * super().down_lora(at, b)
@@ -311,7 +311,7 @@ class tp_gradient_parts_exchanged(_Parts):
 
 @mutant(Cause.TP_PART, "tp/gaussian", "tp")
 class tp_parts_with_a_coarse_exp(_Parts):
-    """Parts evaluate sigma with an exp that is off by 0.4 %, a whole layer does not."""
+    """At a degree above 1, sigma uses an exp that is off by 0.4 %."""
 
     def activation(self, g: Tensor, u: Tensor) -> Tensor:
         return g / (1 + torch.exp(-g) * 1.004) * u if self.degree > 1 else super().activation(g, u)

@@ -1,4 +1,4 @@
-"""Wrong with routing: weights and their gradient, slots, ids, experts and tokens that are left out."""
+"""Mutants of routing: weights and their gradient, slots, ids, and experts or tokens that are left out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class no_routing_weight(Plain):
 
 @mutant(Cause.ROUTING_WEIGHT, "forward/small")
 class routing_weights_normalised(Plain):
-    """The engine divides each token's routing weights by their sum, which the caller has settled already."""
+    """The engine divides the routing weights of each token by their sum, which is the task of the caller."""
 
     def groups(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> list[Group]:
         return super().groups(hidden_states, expert_ids, weights / weights.sum(1, keepdim=True))
@@ -45,7 +45,7 @@ class routing_weights_normalised(Plain):
 
 @mutant(Cause.ROUTING_WEIGHT, "backward/small")
 class routing_weight_twice_in_down(Plain):
-    """The gradients of down's LoRA carry the routing weight twice."""
+    """The gradients of the LoRA of down have the routing weight twice."""
 
     def down_gradients(self, at: Group, dy: Tensor) -> tuple[Tensor, Gradients]:
         return super().down_gradients(at, dy)[0], super().down_gradients(at, dy * at.w)[1]
@@ -53,7 +53,7 @@ class routing_weight_twice_in_down(Plain):
 
 @mutant(Cause.ROUTING_WEIGHT, "backward/small")
 class routing_gradient_zero(Plain):
-    """The gradient of the routing weights is never computed."""
+    """The gradient of the routing weights is zero."""
 
     def routing_gradient(self, at: Group, d_out: Tensor) -> Tensor:
         return torch.zeros(len(d_out))
@@ -61,7 +61,7 @@ class routing_gradient_zero(Plain):
 
 @mutant(Cause.ROUTING_WEIGHT, "backward/small")
 class routing_gradient_weighted(Plain):
-    """dw is formed from w y instead of y."""
+    """dw uses w y instead of y."""
 
     def routing_gradient(self, at: Group, d_out: Tensor) -> Tensor:
         return super().routing_gradient(at, d_out) * at.w.squeeze(1)
@@ -89,7 +89,7 @@ class last_slot_dropped(Plain):
 
 @mutant(Cause.SLOT_WRONG, "backward/small")
 class h_of_another_row(Plain):
-    """The gradient of down_lora_a is formed with h one row further on."""
+    """The gradient of down_lora_a uses h of the previous row."""
 
     def down_gradients(self, at: Group, dy: Tensor) -> tuple[Tensor, Gradients]:
         dh, found = super().down_gradients(at, dy)
@@ -112,7 +112,7 @@ class routing_gradient_in_the_opposite_slot(Plain):
 
 @mutant(Cause.IDS, "forward/duplicate_expert")
 class duplicate_counted_once(Plain):
-    """An expert that a token names twice is computed and counted once."""
+    """An expert that a token has twice counts once."""
 
     def routes(self, expert_ids: Tensor) -> Routes:
         for expert, rows, slots in routed(expert_ids):
@@ -123,7 +123,7 @@ class duplicate_counted_once(Plain):
 
 @mutant(Cause.IDS, "forward/masked_slots")
 class masked_slot_is_the_last_expert(Plain):
-    """An id of -1 is used as an index, and means expert E - 1."""
+    """An id of -1 is used as an index, which selects expert E - 1."""
 
     def routes(self, expert_ids: Tensor) -> Routes:
         return routed(torch.where(expert_ids < 0, self.spec.num_experts - 1, expert_ids))
@@ -131,7 +131,7 @@ class masked_slot_is_the_last_expert(Plain):
 
 @mutant(Cause.IDS, "refusals/expert id 6", "refusal")
 class ids_clamped(Plain):
-    """An expert id that does not exist is taken for the nearest that does."""
+    """An expert id that does not exist is clamped to the nearest one."""
 
     def forward_sft(self, hidden_states: Tensor, expert_ids: Any, *rest: Any, **more: Any) -> Tensor:
         argument_checks.check_ready(bool(self._base), bool(self._lora), "forward_sft")
@@ -141,7 +141,7 @@ class ids_clamped(Plain):
 
 @mutant(Cause.IDS, "refusals/expert id 6", "refusal")
 class ids_out_of_range_ignored(Plain):
-    """An expert id that does not exist contributes nothing, in silence."""
+    """An expert id that does not exist is ignored without an error."""
 
     def forward_sft(self, hidden_states: Tensor, expert_ids: Any, *rest: Any, **more: Any) -> Tensor:
         argument_checks.check_ready(bool(self._base), bool(self._lora), "forward_sft")
@@ -163,7 +163,7 @@ class last_expert_left_out(Plain):
 
 @mutant(Cause.TOKEN_TAIL, "forward/zipf")
 class capacity_drops_tokens(Plain):
-    """An expert takes at most twice its fair share of 16 slots or more, as a capacity factor of 2 has it."""
+    """An expert computes at most twice its fair share of the slots, but at least 16: a capacity factor of 2."""
 
     def routes(self, expert_ids: Tensor) -> Routes:
         room = max(16, 2 * expert_ids.numel() // self.spec.num_experts)
@@ -195,7 +195,7 @@ class last_token_left_out(Plain):
 
 @mutant(Cause.TOKEN_TAIL, "backward/tokens_17")
 class row_remainder_lost_in_gradients(Plain):
-    """Sums over an expert's rows leave out what is behind the last whole block of 16."""
+    """Sums over the rows of an expert leave out the rows after the last whole block of 16."""
 
     def over_rows(self, a: Tensor, b: Tensor) -> Tensor:
         whole = len(a) // 16 * 16 if len(a) > 16 else len(a)

@@ -66,8 +66,8 @@ def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[s
     return sorted(names, key=lambda name: len(kills[name]))
 
 
-def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None]) -> KillTable:
-    """Run all checks on `mutants` in `jobs` processes; `step` gets (done, of, what) after each."""
+def run(mutants: list[Mutant], jobs: int, step: Callable[[str, int, int, str], None]) -> KillTable:
+    """Run all checks on `mutants` in `jobs` processes; `step` gets ("checks" or "gates", done, of, what) after each."""
     names = [mutant.name for mutant in mutants]
     table = [check.id for check in registry.of_any_engine()]
     result = KillTable(len(table), {name: {} for name in names})
@@ -79,7 +79,7 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
             for name, exceeded in found.items():
                 if exceeded:
                     result.kills[name][key] = exceeded
-            step(done, len(waiting), key)
+            step("checks", done, len(waiting), key)
         for name, kills in result.kills.items():
             result.kills[name] = dict(sorted(kills.items(), key=lambda item: order[item[0]]))
         result.only = {gate: [] for gate in GATES if gate != NOT_OF_ENGINES}
@@ -89,7 +89,7 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[int, int, str], None])
             gate, name, lives = trial.result()
             if lives:
                 result.only[gate].append(name)
-            step(done, len(turned_off), f"{name} without {gate}")
+            step("gates", done, len(turned_off), f"{name} without {gate}")
     for lived in result.only.values():
         lived.sort(key=names.index)
     return result

@@ -1,4 +1,4 @@
-"""Wrong with what outlives a call: buffers, outstanding forwards, the caller's memory; with threads and refusals."""
+"""Mutants of state: buffers, outstanding forwards, the caller's memory, threads, refusals, resources."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ktverify.checks.causes import Cause
 from ktverify.mutants.base import Gradients, Group, Matrices, Outstanding, Plain
 from ktverify.mutants.registry import mutant
 
-# ---- values left over
+# ---- stale values
 
 
 @mutant(Cause.STALE_VALUES, "behaviour/idle_experts", "stray")
 class idle_gradients_stale(Plain):
-    """The gradient of an expert that received no token is what the last call left there."""
+    """The gradient of an expert without a token is that of the last call."""
 
     _last: Gradients | None = None
 
@@ -33,7 +33,7 @@ class idle_gradients_stale(Plain):
 
 @mutant(Cause.STALE_VALUES, "backward/mostly_idle", "stray")
 class idle_experts_beyond_32_not_cleared(Plain):
-    """The set of busy experts has 32 bits: idle ones beyond are not cleared and hold what memory held, tiny numbers."""
+    """The set of active experts has 32 bits: idle experts above 31 are not cleared and contain tiny numbers."""
 
     def empty_gradients(self, saved: Outstanding) -> Gradients:
         gradients = super().empty_gradients(saved)
@@ -45,7 +45,7 @@ class idle_experts_beyond_32_not_cleared(Plain):
 
 @mutant(Cause.STALE_VALUES, "behaviour/varying_tokens", "bits")
 class rows_left_from_a_longer_call(Plain):
-    """Row 32 of a longer call before is still in the buffer and is added to row 0 of a shorter one."""
+    """Row 32 of an earlier, longer call stays in the buffer and is added to row 0 of a shorter one."""
 
     _left: Tensor | None = None
 
@@ -60,7 +60,7 @@ class rows_left_from_a_longer_call(Plain):
 
 @mutant(Cause.STALE_VALUES, "behaviour/reload", "bits")
 class packed_weights_outlive_a_reload(Plain):
-    """Experts are packed when they are first reached, and not again when other weights are loaded."""
+    """Experts are packed at their first use, and not again after other weights are loaded."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -72,7 +72,7 @@ class packed_weights_outlive_a_reload(Plain):
 
 @mutant(Cause.STALE_VALUES, "behaviour/two_layers", "bits")
 class layers_share_a_buffer(Plain):
-    """h is kept in one buffer of all layers for the backward."""
+    """All layers save h for the backward in one buffer."""
 
     _shared: ClassVar[dict[int, Tensor]] = {}
 
@@ -102,7 +102,7 @@ class results_reused(Plain):
 
 @mutant(Cause.STALE_VALUES, "behaviour/gradient_accumulation", "rel_l2")
 class gradients_accumulate_inside(Plain):
-    """LoRA gradients are added to those of the backward before, which the caller has to do."""
+    """LoRA gradients are added to those of the previous backward, which is the task of the caller."""
 
     _total: Gradients | None = None
 
@@ -120,7 +120,7 @@ class gradients_accumulate_inside(Plain):
 
 @mutant(Cause.ORDER, "behaviour/outstanding_forwards", "bits")
 class oldest_first(Plain):
-    """backward takes the forward that has waited longest, of those with as many rows."""
+    """backward uses the oldest outstanding forward with as many rows, not the newest."""
 
     def _backward(self, saved: Any, grad_output: Tensor) -> tuple[Tensor, Gradients]:
         fits = [place for place, other in enumerate(self._saved) if other.rows == saved.rows]
@@ -133,7 +133,7 @@ class oldest_first(Plain):
 
 @mutant(Cause.ORDER, "behaviour/outstanding_forwards", "bits")
 class unsaved_forward_overwrites(Plain):
-    """A forward that saves nothing computes in the h buffer of the newest that does."""
+    """A forward without save_for_backward overwrites h of the newest saved forward."""
 
     def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
         before = list(self._saved)
@@ -149,7 +149,7 @@ class unsaved_forward_overwrites(Plain):
 
 @mutant(Cause.ORDER, "behaviour/clear_cache", "raised")
 class clearing_drops_outstanding(Plain):
-    """clear_sft_buffer_cache drops what outstanding forwards have saved."""
+    """clear_sft_buffer_cache drops the saved tensors of outstanding forwards."""
 
     _alive: ClassVar[list[Plain]] = []
 
@@ -159,7 +159,7 @@ class clearing_drops_outstanding(Plain):
 
     @classmethod
     def clear_sft_buffer_cache(cls) -> None:
-        """Too much."""
+        """Clears too much."""
         for layer in cls._alive:
             layer._saved.clear()
 
@@ -190,7 +190,7 @@ class odd_addresses_rounded_down(Plain):
 
 @mutant(Cause.MEMORY_LAYOUT, "behaviour/nothing_is_written", "written")
 class input_scaled_in_place(Plain):
-    """Works in the caller's hidden_states and does not quite restore them."""
+    """Scales the caller's hidden_states in place and does not restore the last element."""
 
     def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
         output = super()._forward(hidden_states, expert_ids, weights, save)
@@ -200,7 +200,7 @@ class input_scaled_in_place(Plain):
 
 @mutant(Cause.MEMORY_LAYOUT, "behaviour/nothing_is_written_at_odd_sizes", "written")
 class padding_written_behind_the_input(Plain):
-    """The last row of hidden_states is padded to whole blocks of 32 columns where it lies."""
+    """The last row of hidden_states is padded in place to whole blocks of 32 columns."""
 
     def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
         end = hidden_states.storage_offset() + hidden_states.numel()
@@ -216,7 +216,7 @@ class padding_written_behind_the_input(Plain):
 
 @mutant(Cause.THREADS, "behaviour/threads", "bits")
 class one_share_a_thread(Plain):
-    """A sum over H is split by the number of threads, and the shares are added in another order for each."""
+    """A sum is split by the number of threads, so the order of its terms depends on it."""
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         shares = self.spec.cpuinfer_threads
@@ -226,7 +226,7 @@ class one_share_a_thread(Plain):
 
 @mutant(Cause.THREADS, "behaviour/repeats", "bits")
 class never_the_same(Plain):
-    """Sums in an order that depends on the moment: one element is a unit off every other time."""
+    """Sums in an order that depends on timing: one element is one unit off in every other call."""
 
     _calls = 0
 
@@ -243,7 +243,7 @@ class never_the_same(Plain):
 
 @mutant(Cause.REFUSAL, "tp_constraint/2049/2", "refusal")
 class tp_remainder_accepted(Plain):
-    """A degree that does not divide the intermediate size is accepted, and the remainder left out."""
+    """A degree that does not divide the intermediate size is accepted, and TP 1 is used."""
 
     def __init__(self, **arguments: Any) -> None:
         size, degree = arguments["moe_intermediate_size"], arguments.get("threadpool_count", 1)
@@ -253,7 +253,7 @@ class tp_remainder_accepted(Plain):
 
 @mutant(Cause.REFUSAL, "refusals/grad_output columns", "raised")
 class refused_backward_uses_its_forward_up(Plain):
-    """A backward that is refused has taken its forward away already."""
+    """A refused backward consumes its forward."""
 
     def backward(self, grad_output: Tensor) -> tuple[Tensor, Gradients]:
         try:
@@ -265,7 +265,7 @@ class refused_backward_uses_its_forward_up(Plain):
 
 @mutant(Cause.REFUSAL, "refusals/two forwards outstanding", "refusal")
 class cache_depth_ignored(Plain):
-    """Any number of forwards may be outstanding, whatever max_cache_depth says."""
+    """Any number of forwards may be outstanding, regardless of max_cache_depth."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -278,7 +278,7 @@ class cache_depth_ignored(Plain):
 
 @mutant(Cause.OTHER, "processes/idle_experts_take_no_memory", "resources")
 class every_expert_packed(Plain):
-    """The first call packs all experts, also those that no token reaches."""
+    """The first call packs all experts, also those without a token."""
 
     _packed_of: tuple[Tensor, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Wrong with matrices: exchanged, transposed, interleaved, of another expert; gradients in the wrong place."""
+"""Mutants of matrices: exchanged, transposed, interleaved, of another expert; gradients stored in the wrong place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ktverify.mutants.registry import mutant
 
 
 def misread(matrix: Tensor) -> Tensor:
-    """[p, q] whose memory is taken for that of [q, p], transposed."""
+    """[p, q] whose memory is read as [q, p] and transposed."""
     return matrix.contiguous().view(matrix.shape[1], matrix.shape[0]).T
 
 
@@ -35,7 +35,7 @@ class gate_up_lora_a_exchanged(Plain):
 
 @mutant(Cause.EXCHANGED_PROJECTION, "backward/small")
 class gate_up_gradients_exchanged(Plain):
-    """The gradients of gate_lora_a and up_lora_a lie in each other's place: of the right size, and wrong."""
+    """The gradients of gate_lora_a and up_lora_a are exchanged; their shapes are equal."""
 
     def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
         if found:
@@ -75,7 +75,7 @@ class down_b_gradient_transposed(Plain):
 
 @mutant(Cause.MEMORY_LAYOUT, "forward/small")
 class fused_gate_up_halved(Plain):
-    """gate and up are fused row by row and taken apart by halves."""
+    """gate and up are fused row by row and split by halves."""
 
     def base_of(self, expert: int) -> Matrices:
         gate, up, down = super().base_of(expert)
@@ -85,7 +85,7 @@ class fused_gate_up_halved(Plain):
 
 @mutant(Cause.EXPERT_PERMUTATION, "forward/small")
 class expert_off_by_one(Plain):
-    """Every token meets the expert after the one that it was routed to."""
+    """Every token is computed by the expert after its own."""
 
     def base_of(self, expert: int) -> Matrices:
         return super().base_of((expert + 1) % self.spec.num_experts)
@@ -96,7 +96,7 @@ class expert_off_by_one(Plain):
 
 @mutant(Cause.EXPERT_PERMUTATION, "forward/small")
 class lora_of_the_next_expert(Plain):
-    """The base weights are the expert's own, the LoRA is that of the expert after it."""
+    """Each expert uses the LoRA of the expert after it."""
 
     def lora_of(self, expert: int) -> dict[str, Tensor]:
         return super().lora_of((expert + 1) % self.spec.num_experts)
@@ -104,7 +104,7 @@ class lora_of_the_next_expert(Plain):
 
 @mutant(Cause.EXPERT_PERMUTATION, "backward/small")
 class gradients_one_expert_on(Plain):
-    """Each expert's LoRA gradients are stored in the place of the expert after it."""
+    """The LoRA gradients of each expert are stored at the expert after it."""
 
     def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
         for name, gradient in found.items():
@@ -122,7 +122,7 @@ class experts_0_and_1_exchanged(Plain):
 
 @mutant(Cause.EXPERT_PERMUTATION, "forward/permuted_slots")
 class physical_map_ignored(Plain):
-    """Slot p holds expert p, whatever the map says."""
+    """Slot p is used for expert p, regardless of physical_map."""
 
     def base_of(self, expert: int) -> Matrices:
         gate, up, down = (tensor[expert].float() for tensor in self._base)
@@ -131,7 +131,7 @@ class physical_map_ignored(Plain):
 
 @mutant(Cause.EXPERT_PERMUTATION, "forward/permuted_slots")
 class physical_map_inverted(Plain):
-    """physical_map is read as the slot that each expert is in, not as the expert that each slot holds."""
+    """physical_map is read as the slot of each expert, not as the expert in each slot."""
 
     def base_of(self, expert: int) -> Matrices:
         slot = self._slot_of.index(expert)
@@ -141,7 +141,7 @@ class physical_map_inverted(Plain):
 
 @mutant(Cause.EXPERT_WRONG, "forward/small")
 class base_of_expert_3_is_halved(Plain):
-    """Expert 3's down projection was packed with half of its scale."""
+    """The down projection of expert 3 is halved."""
 
     def base_of(self, expert: int) -> Matrices:
         gate, up, down = super().base_of(expert)
