@@ -1,7 +1,4 @@
-"""The machine's two ceilings, measured in a process of their own between the engines' turns.
-
-Comes in: threads and an instruction set. Goes out: bytes read and operations done per second. Loaded by host.py.
-"""
+"""Measure the machine's two ceilings: memory bandwidth and matrix products. host.py loads this file as an engine."""
 
 from __future__ import annotations
 
@@ -10,8 +7,11 @@ MULTIPLY_SECONDS = 0.1
 
 
 def measure(threads: int, isa: str, read_bytes: int) -> dict[str, float | str]:
-    """read: bytes per second; multiply: operations per second of `isa` ("" for the best that runs here), which `isa`
-    tells; a multiplication and an addition are two. `read_bytes`: how much there is to read, well beyond any cache."""
+    """Measure read (bytes per second) and multiply (operations per second), and return them with the isa.
+
+    isa: "" for the best that runs here. A multiplication and an addition are two operations. read_bytes: size of the
+    memory to read, well beyond any cache.
+    """
     import ktverify._native as _native
 
     name = isa or str(_native.available_isas()[0])

@@ -1,4 +1,4 @@
-"""The engines that a run times: which there are, and the processes that they live in. No torch here.
+"""The engines of `bench shapes`, and the process of each. Imports no torch.
 
 Input: names, or paths of files like those in peers/. Output: `Engine`, and `EngineProcess`, which answers requests
 or raises `EngineDied`.
@@ -25,15 +25,15 @@ OWN = "native"
 KNOWN = (OWN, "kt_kernel", "torch_loop", "torch_grouped_mm", "vllm")
 ON_REQUEST = ("other_build",)
 
-# what keeps each engine from a newer instruction set than the one asked for; the native engine is told directly
+# variables that keep an engine from a newer instruction set than the requested one; the native engine gets an argument
 _PEER_VARIABLES = {isa.name: isa.peer_variables for isa in INSTRUCTION_SETS}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine. missing: why it cannot run.
+    """One engine. missing: the reason why it cannot run, "" if it can.
 
-    held: the most memory that loading takes, over the bf16 weights; lazy: those of active experts only.
+    held: the most memory that loading takes, over the bf16 weights; lazy: over those of active experts only.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Engine:
 
 
 def find(names: Sequence[str], options: Mapping[str, str | None]) -> list[Engine]:
-    """The engines of `names`, the native one first; without names all that are known.
+    """The engines of `names`, the native one first; all known engines without names.
 
-    A name ending in .py is a file like those in peers/. ValueError for an unknown name and a wrong option.
+    A name that ends in .py is the path of a file like those in peers/. ValueError for a wrong name or option.
     """
     wanted = list(dict.fromkeys([OWN, *(names or KNOWN)]))
     found = []
@@ -102,7 +102,7 @@ class EngineProcess(JsonProcess):
         super().__init__(command, environment(engine, threads=threads, isa=isa), timeout_s=timeout_s)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request. EngineDied when there is none, or when the engine raised."""
+        """The answer to one request. EngineDied if there is none, or if the engine raised."""
         answer = self.exchange({"do": do, **arguments})
         if not answer["ok"]:
             error = answer["error"]
@@ -112,8 +112,8 @@ class EngineProcess(JsonProcess):
 
 
 def environment(engine: Engine, *, threads: int, isa: str) -> dict[str, str]:
-    """The variables of an engine's process: the same threads for all, and no waiting worker that spins on a processor
-    which another engine's turn needs."""
+    """The variables of an engine's process: the same threads for all engines, and no worker that spins while it waits,
+    because the next engine needs its processor."""
     own = engine.python == Path(sys.executable)
     return {
         **(own_environment() if own else environment_of(str(engine.python))),

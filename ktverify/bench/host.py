@@ -125,7 +125,7 @@ def map_tensor(path: Path, dtype: str, shape: list[int]) -> Any:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, after giving back what the allocators hold unused."""
+    """Resident memory of this process in bytes, after the allocators gave back their unused memory."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,15 +1,14 @@
-"""Runs the bench: engines in turn, round after round, after their results were found right.
+"""Measure engines side by side, in interleaved rounds, after their results were compared with the oracle.
 
-Comes in: shapes, engines, settings. Goes out: lines into a journal, as they are made. One round is: forward of every
-engine, A B C, then a training step of every engine, A B C, then the machine's ceilings; so whatever the machine does
-meanwhile, it does to all alike, and ratios are taken within a round.
+One round is the forward of every engine (A B C), then a training step of every engine (A B C), then the machine's
+ceilings. Whatever else the machine does in a round disturbs all engines alike, and ratios are taken within a round.
+Lines are written to the journal as they are made.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ktverify.bench import problem
+from ktverify.bench import input_files
 from ktverify.bench.engines import OWN, Engine, EngineProcess
 from ktverify.bench.host import map_tensor
+from ktverify.bench.input_files import OUTPUT_PLAIN, InputRequest
 from ktverify.bench.record import (
     BenchJournal,
     EngineLine,
@@ -34,12 +34,12 @@ from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.errors import EngineDied
+from ktverify.isolation import fresh
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
 from ktverify.system.other_load import OtherLoad
-from ktverify.system.paths import ROOT
 
-# an interpreter with torch; the memory that the bandwidth is measured on, with its process; what the system should keep
+# an interpreter with torch; the process that measures the ceilings; the share of free memory left to the system
 _PROCESS_BYTES = 500 << 20
 _CEILING_BYTES = 600 << 20
 _RESERVE = 0.04
@@ -51,7 +51,7 @@ _RESTLESS_S = 2.0
 
 
 class Progress(Protocol):
-    """What the bench tells whoever watches."""
+    """Receives the progress of a run."""
 
     def begin(self, text: str, steps: int) -> None: ...
     def say(self, text: str) -> None: ...
@@ -60,11 +60,11 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class ShapeBenchSettings:
-    """How to measure. rounds, warmup, threads, runs: counts; isa: "" for the best; pause_s: seconds between
-    turns; patience_s: how long a turn waits for other programs to leave the processors alone.
+    """How to measure. rounds, warmup, threads, runs: counts; isa: "" for the best; pause_s: seconds between turns;
+    patience_s: how long a turn waits for other programs to leave the processors alone.
 
-    read_bytes: the memory that the bandwidth is measured on, well beyond any cache. recorded: training steps of the
-    native engine whose stages are recorded, after the rounds.
+    read_bytes: size of the memory that the bandwidth is measured on, well beyond any cache. recorded: number of
+    training steps of the native engine whose stages are recorded, after the rounds.
     """
 
     rounds: int = 15
@@ -81,8 +81,8 @@ class ShapeBenchSettings:
 
 
 @dataclass
-class _Seat:
-    """One engine of a group while it is being measured. timed: what of it is right, and therefore timed."""
+class _Loaded:
+    """One engine of a group and its process. timed: the directions with right results, which alone are timed."""
 
     engine: Engine
     process: EngineProcess
@@ -93,11 +93,10 @@ class _Seat:
 def plan(
     engines: Sequence[Engine], weights: int, active: int, available: int
 ) -> tuple[list[list[Engine]], list[tuple[Engine, str]]]:
-    """Who is measured together: (groups, [(engine, why it does not fit)]).
+    """Form groups of engines that fit into memory together: (groups, [(engine, why it does not fit)]).
 
-    weights, active (the weights of experts that tokens reach), available: bytes. All in one group where memory allows,
-    else the native engine with one peer at a time, still interleaved: every ratio is against the native engine in the
-    same rounds.
+    weights, active (those of experts that tokens reach), available: bytes. One group if memory allows. Otherwise the
+    native engine forms a group with each peer, because every ratio is against the native engine in the same rounds.
     """
 
     def needed(group: Sequence[Engine]) -> int:
@@ -141,7 +140,7 @@ class Bench:
         self.progress = progress
 
     def measure(self, shape: Shape) -> None:
-        """All runs of one shape. KeyboardInterrupt passes through; what was measured is in the journal."""
+        """Measure all runs of one shape. After a KeyboardInterrupt the journal contains what was measured."""
         with tempfile.TemporaryDirectory(prefix="ktverify-bench-", dir=self.settings.scratch) as name:
             directory = Path(name)
             present = [engine for engine in self.engines if not engine.missing]
@@ -162,28 +161,14 @@ class Bench:
                     _Group(self, shape, directory, manifest, run, number).measure(group)
 
     def _prepare(self, shape: Shape, directory: Path, *, plain: bool) -> dict[str, Any]:
-        import json
-
-        problem.check_space(shape.case, directory)
-        arguments = [shape.case.id, str(directory), str(self.settings.threads), *(["--plain"] if plain else [])]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(
-            [sys.executable, "-m", problem.__name__, *arguments],
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        """Write the inputs and the oracle's results in a process of its own; returns the manifest."""
+        input_files.check_space(shape.case, directory)
+        request = InputRequest(case=shape.case.id, directory=str(directory), threads=self.settings.threads, plain=plain)
         try:
-            _, errors = process.communicate()
-        finally:
-            process.kill()
-            process.wait()
-        if process.returncode:
-            last = (errors.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-            raise RuntimeError(f"the inputs of {shape.name} could not be made (exit code {process.returncode}): {last}")
-        manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+            (line,) = fresh.lines_of(input_files.__name__, request)
+        except RuntimeError as error:
+            raise RuntimeError(f"the inputs of {shape.name} could not be made: {error}") from None
+        manifest: dict[str, Any] = json.loads(line)
         return manifest
 
     def _write_shape(self, shape: Shape, active: int) -> None:
@@ -219,24 +204,31 @@ class Bench:
 
 
 class _Group:
-    """Some engines that are in memory together, at one shape."""
+    """Engines that are in memory together, at one shape."""
 
     def __init__(
         self, bench: Bench, shape: Shape, directory: Path, manifest: dict[str, Any], run: int, number: int
     ) -> None:
         self.bench, self.settings, self.journal = bench, bench.settings, bench.journal
         self.shape, self.directory, self.manifest = shape, directory, manifest
-        self.place: dict[str, Any] = {"shape": shape.name, "run": run, "group": number}
-        self.seats: list[_Seat] = []
+        self.where: dict[str, Any] = {"shape": shape.name, "run": run, "group": number}
+        self.loaded: list[_Loaded] = []
         self.restless: dict[str, None] = {}
 
     def measure(self, group: Sequence[Engine]) -> None:
         rounds = self.settings.warmup + self.settings.rounds
         titles = ", ".join(engine.title for engine in group)
-        of = f" (run {self.place['run']} of {self.settings.runs})" if self.settings.runs > 1 else ""
+        of = f" (run {self.where['run']} of {self.settings.runs})" if self.settings.runs > 1 else ""
         self.bench.progress.begin(f"{self.shape.name}{of}: {titles}", len(group) + rounds)
         ceilings = Engine(
-            "ceilings", "ceilings", Path(__file__).with_name("ceilings.py"), 0, False, False, False, _own()
+            "ceilings",
+            "ceilings",
+            Path(__file__).with_name("ceilings.py"),
+            0,
+            False,
+            False,
+            False,
+            Path(sys.executable),
         )
         ceiling = self._start(ceilings)
         try:
@@ -244,19 +236,19 @@ class _Group:
                 self.bench.progress.say(f"loading and checking {engine.title}")
                 self._load(engine)
                 self.bench.progress.advance()
-            self.load = OtherLoad(lambda: [ceiling, *(seat.process for seat in self.seats)])
+            self.load = OtherLoad(lambda: [ceiling, *(one.process for one in self.loaded)])
             for number in range(-self.settings.warmup, self.settings.rounds):
                 self.bench.progress.say(f"round {number + 1}" if number >= 0 else "warm-up")
                 self._round(number, ceiling)
                 self.bench.progress.advance()
             share = self.load.share()
-            self.journal.add(GroupOtherLoadLine(**self.place, others=share, restless=tuple(self.restless)))
+            self.journal.add(GroupOtherLoadLine(**self.where, others=share, restless=tuple(self.restless)))
             self._record_stages()
-            for seat in list(self.seats):
-                self._check(seat, f"after {rounds} rounds: ")
+            for one in list(self.loaded):
+                self._check(one, f"after {rounds} rounds: ")
         finally:
-            for seat in self.seats:
-                seat.process.close()
+            for one in self.loaded:
+                one.process.close()
             ceiling.close()
 
     def _start(self, engine: Engine) -> EngineProcess:
@@ -264,19 +256,19 @@ class _Group:
         return EngineProcess(engine, threads=s.threads, isa=s.isa, timeout_s=s.timeout_s)
 
     def _load(self, engine: Engine) -> None:
-        """Load one engine and compare its results; it gets a seat, or a line that says why not."""
+        """Load one engine and check its results; if it cannot be loaded, a line contains the reason."""
         line = EngineLine(
-            **self.place,
+            **self.where,
             engine=engine.name,
             title=engine.title,
             lora=engine.lora,
             forward="PASS",
             backward="PASS" if engine.backward else "UNSUPPORTED",
         )
-        seat = _Seat(engine, self._start(engine), line)
-        self.seats.append(seat)
+        one = _Loaded(engine, self._start(engine), line)
+        self.loaded.append(one)
         try:
-            loaded = seat.process.ask(
+            loaded = one.process.ask(
                 "load",
                 directory=str(self.directory),
                 threads=self.settings.threads,
@@ -284,106 +276,101 @@ class _Group:
                 options=engine.options,
             )
         except EngineDied as died:
-            self._drop(seat, f"while loading: {died}")
+            self._remove(one, f"while loading: {died}")
             return
-        seat.line = line.model_copy(
+        one.line = line.model_copy(
             update={"about": loaded["about"], "resident": loaded["resident"], "load_ns": loaded["ns"]}
         )
-        if self._check(seat, ""):
-            self.journal.add(seat.line)
+        if self._check(one, ""):
+            self.journal.add(one.line)
 
-    def _check(self, seat: _Seat, when: str) -> bool:
-        """Compute once more and compare with the oracle. What is wrong loses its time; a line says so."""
-        before = seat.line
+    def _check(self, one: _Loaded, when: str) -> bool:
+        """Compute once more and compare with the oracle. A direction with a wrong result is no longer timed."""
+        before = one.line
         results = self.directory / "results"
         try:
-            seat.process.ask("forward")
-            found = self._compare(seat, results, (OUTPUT,))
+            one.process.ask("forward")
+            found = self._compare(one, results, (OUTPUT,))
             wrong = first_wrong(found)
             if wrong:
-                backward = "FAIL" if seat.engine.backward else "UNSUPPORTED"
-                seat.line = before.model_copy(
+                backward = "FAIL" if one.engine.backward else "UNSUPPORTED"
+                one.line = before.model_copy(
                     update={"forward": "FAIL", "backward": backward, "reason": when + wrong, "rel_l2": errors_of(found)}
                 )
-            elif seat.engine.backward and before.backward == "PASS":
-                seat.process.ask("backward")
-                found |= self._compare(seat, results, (OUTPUT, *BACKWARD_TENSORS))
+            elif one.engine.backward and before.backward == "PASS":
+                one.process.ask("backward")
+                found |= self._compare(one, results, (OUTPUT, *BACKWARD_TENSORS))
                 wrong = first_wrong(found)
                 update: dict[str, Any] = {"rel_l2": {**before.rel_l2, **errors_of(found)}}
                 if wrong:
                     update |= {"backward": "FAIL", "reason": when + wrong}
-                seat.line = before.model_copy(update=update)
+                one.line = before.model_copy(update=update)
             else:
-                seat.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **errors_of(found)}})
+                one.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **errors_of(found)}})
         except EngineDied as died:
-            self._drop(seat, when + str(died))
+            self._remove(one, when + str(died))
             return False
         finally:
             shutil.rmtree(results, ignore_errors=True)
-        if when and (seat.line.forward, seat.line.backward) != (before.forward, before.backward):
-            self.journal.add(seat.line)
-        seat.timed = [what for what in ("forward", "backward") if getattr(seat.line, what) == "PASS"]
+        if when and (one.line.forward, one.line.backward) != (before.forward, before.backward):
+            self.journal.add(one.line)
+        one.timed = [what for what in ("forward", "backward") if getattr(one.line, what) == "PASS"]
         return True
 
-    def _compare(self, seat: _Seat, results: Path, names: Sequence[str]) -> dict[str, float | str]:
+    def _compare(self, one: _Loaded, results: Path, names: Sequence[str]) -> dict[str, float | str]:
         """rel_l2 of each tensor in `names`, or what is wrong with it."""
         results.mkdir(exist_ok=True)
-        written = seat.process.ask("write", directory=str(results))["tensors"]
-        files = {name: problem.OUTPUT_PLAIN if name == OUTPUT and not seat.engine.lora else name for name in names}
+        written = one.process.ask("write", directory=str(results))["tensors"]
+        files = {name: OUTPUT_PLAIN if name == OUTPUT and not one.engine.lora else name for name in names}
         entries, folder = self.manifest["expected"], self.directory / "expected"
         expected = {name: map_tensor(folder / file, **entries[file]) for name, file in files.items()}
         actual = {name: map_tensor(results / name, **written[name]) for name in names if name in written}
         return compare_results(actual, expected)
 
-    def _round(self, number: int, ceiling: EngineProcess) -> None:
-        """One round; negative numbers are warm-ups and leave no line."""
-        for what in ("forward", "backward"):
-            for seat in [seat for seat in self.seats if what in seat.timed]:
-                self.load.wait(self.settings.patience_s)
-                before = self.load.read()
-                try:
-                    times = seat.process.ask(what)
-                except EngineDied as died:
-                    self._drop(seat, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
-                    continue
-                others = self.load.share(before)
-                if number >= 0:
-                    for name, ns in times.items():
-                        self._add_turn(number, seat.engine.name, name, ns, others)
-                self._settle(seat.process)
-        own = next((seat.line.about.get("isa", "") for seat in self.seats if seat.engine.name == OWN), "")
-        asked = {
-            "threads": self.settings.threads,
-            "isa": own or self.settings.isa,
-            "read_bytes": self.settings.read_bytes,
-        }
+    def _ask(self, process: EngineProcess, do: str, **arguments: Any) -> tuple[dict[str, Any], float]:
+        """The answer to a timed request, and the share of the processors that other programs had meanwhile."""
         self.load.wait(self.settings.patience_s)
         before = self.load.read()
-        value = ceiling.ask("call", function="measure", arguments=asked)["value"]
-        others = self.load.share(before)
+        answer = process.ask(do, **arguments)
+        return answer, self.load.share(before)
+
+    def _round(self, number: int, ceiling: EngineProcess) -> None:
+        """Measure one round. Rounds below 0 are warm-ups and write no line."""
+        for what in ("forward", "backward"):
+            for one in [one for one in self.loaded if what in one.timed]:
+                try:
+                    times, others = self._ask(one.process, what)
+                except EngineDied as died:
+                    self._remove(one, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
+                    continue
+                for name, ns in times.items() if number >= 0 else ():
+                    turn = {"round": number, "engine": one.engine.name, "what": name, "ns": ns, "others": others}
+                    self.journal.add(TurnLine.model_validate({**self.where, **turn}))
+                self._settle(one.process)
+        own = next((one.line.about.get("isa", "") for one in self.loaded if one.engine.name == OWN), "")
+        s = self.settings
+        asked = {"threads": s.threads, "isa": own or s.isa, "read_bytes": s.read_bytes}
+        answer, others = self._ask(ceiling, "call", function="measure", arguments=asked)
         if number >= 0:
-            self.journal.add(RoundCeilingLine(**self.place, round=number, **value, others=others))
+            self.journal.add(RoundCeilingLine(**self.where, round=number, **answer["value"], others=others))
         self._settle(ceiling)
 
     def _record_stages(self) -> None:
-        """The stages of some training steps of the native engine, in the first group that has it."""
-        own = next((seat for seat in self.seats if seat.engine.name == OWN and "backward" in seat.timed), None)
-        if own is None or self.place["group"] > 0:
+        """Record the stages of some training steps of the native engine, in the first group."""
+        own = next((one for one in self.loaded if one.engine.name == OWN and "backward" in one.timed), None)
+        if own is None or self.where["group"] > 0:
             return
         for _ in range(self.settings.recorded):
             try:
                 steps = own.process.ask("stages")["steps"]
             except EngineDied as died:
-                self._drop(own, f"while its stages were recorded: {died}")
+                self._remove(own, f"while its stages were recorded: {died}")
                 return
             for step in steps:
-                self.journal.add(StagesLine(**self.place, times=StageTimes.of(step)))
-
-    def _add_turn(self, number: int, engine: str, what: Any, ns: int, others: float) -> None:
-        self.journal.add(TurnLine(**self.place, round=number, engine=engine, what=what, ns=ns, others=others))
+                self.journal.add(StagesLine(**self.where, times=StageTimes.of(step)))
 
     def _settle(self, process: EngineProcess) -> None:
-        """Wait until the threads of `process` sleep: workers may look for work a while after a call has returned."""
+        """Wait until the threads of `process` sleep: workers may spin for a while after a call has returned."""
         time.sleep(self.settings.pause_s)
         deadline = time.monotonic() + _RESTLESS_S
         before = process.cpu_ns()
@@ -395,13 +382,9 @@ class _Group:
             before = after
         self.restless[process.engine.name] = None
 
-    def _drop(self, seat: _Seat, reason: str) -> None:
-        """The engine is gone; the others go on."""
-        seat.process.close()
-        self.seats = [other for other in self.seats if other is not seat]
-        crashed = {"forward": "CRASH", "backward": "CRASH" if seat.engine.backward else "UNSUPPORTED"}
-        self.journal.add(seat.line.model_copy(update={**crashed, "reason": reason}))
-
-
-def _own() -> Path:
-    return Path(sys.executable)
+    def _remove(self, one: _Loaded, reason: str) -> None:
+        """Remove an engine whose process has ended or whose call raised; the others continue."""
+        one.process.close()
+        self.loaded = [other for other in self.loaded if other is not one]
+        crashed = {"forward": "CRASH", "backward": "CRASH" if one.engine.backward else "UNSUPPORTED"}
+        self.journal.add(one.line.model_copy(update={**crashed, "reason": reason}))

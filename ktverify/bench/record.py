@@ -1,9 +1,8 @@
 """The lines of a bench run: `reports/runs/<stamp>-bench/bench.jsonl`.
 
-Comes in: measurements, each written the moment it is made, so that a run that is stopped leaves what was measured.
-Goes out: the same lines, read back. Times are integer nanoseconds, memory is bytes, rates are per second. Words for
-verdicts are those of every other record: PASS (right, and timed), FAIL (wrong, so not timed), CRASH (died or raised),
-SKIP (not installed, or does not fit), UNSUPPORTED (does not compute this).
+Times are integer nanoseconds, memory is bytes, rates are per second. Verdicts are those of all records: PASS (right,
+and timed), FAIL (wrong, so not timed), CRASH (died or raised), SKIP (not installed, or does not fit), UNSUPPORTED (does
+not compute this).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ What = Literal["forward", "forward_saving", "backward"]
 
 
 class HeadLine(RunLine):
-    """The run: where, how, by which command. `isa`: what all engines were held to, "" for each one's best."""
+    """The run. isa: the instruction set that all engines were limited to, "" for the best of each."""
 
     kind: Literal["bench"] = "bench"
     engines: tuple[str, ...]
@@ -36,7 +35,7 @@ class HeadLine(RunLine):
 
 
 class ShapeLine(JsonLine):
-    """One shape: experts that tokens reach, what one call must at least read and compute."""
+    """One shape. active: experts that tokens reach; then lower bounds of what one call reads and computes."""
 
     kind: Literal["shape"] = "shape"
     shape: str
@@ -51,10 +50,10 @@ class ShapeLine(JsonLine):
 
 
 class EngineLine(JsonLine):
-    """One engine at one shape, after its calls were compared with the fp32 oracle and before (or instead of) its times.
+    """One engine at one shape, after its results were compared with the fp32 oracle.
 
-    resident: growth of the process by loading. rel_l2 by names of ktverify.names. A later line of the same shape, run,
-    group and engine takes the place of an earlier one: an engine may die while it is timed.
+    resident: growth of the process by loading. rel_l2: by names of ktverify.spec.names. A later line of the same shape,
+    run, group and engine replaces an earlier one, because an engine may die while it is timed.
     """
 
     kind: Literal["engine"] = "engine"
@@ -88,7 +87,7 @@ class TurnLine(JsonLine):
 
 
 class RoundCeilingLine(CeilingLine):
-    """The machine's two ceilings, measured in the same round with as many threads."""
+    """The machine's two ceilings, measured in the same round with the same number of threads."""
 
     shape: str
     run: int
@@ -99,7 +98,7 @@ class RoundCeilingLine(CeilingLine):
 
 
 class StagesLine(JsonLine):
-    """Where one call of the native engine spent its time, after the rounds of a group: it has no part in them."""
+    """The stage times of one call of the native engine, recorded after the rounds of a group."""
 
     kind: Literal["stages"] = "stages"
     shape: str
@@ -109,7 +108,7 @@ class StagesLine(JsonLine):
 
 
 class GroupOtherLoadLine(OtherLoadLine):
-    """After a group: the share of the processors that others than this bench used (0 to 1), and who never fell idle."""
+    """After a group: the share of the processors that other programs used, and the engines that never became idle."""
 
     shape: str
     run: int
@@ -136,5 +135,5 @@ class BenchJournal(LineFile):
 
 
 def read(directory: Path) -> list[Line]:
-    """The lines of a run. FileNotFoundError without one; a last line that was cut off is left out."""
+    """The lines of a run, without a last line that was cut off. FileNotFoundError without a file."""
     return [_ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

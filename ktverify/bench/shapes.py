@@ -1,7 +1,4 @@
-"""The shapes of the bench and what each costs at least. No torch here.
-
-Comes in: shapes.toml, or the text of a case. Goes out: `Shape`, and `Work`: bytes and operations of one call.
-"""
+"""The shapes of the bench, from shapes.toml or the text of a case, and a lower bound of the cost. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ TABLE = Path(__file__).with_name("shapes.toml")
 
 @dataclass(frozen=True)
 class Shape:
-    """One timed case. The case is a hand-written one, so `python -m ktverify repro` takes its id."""
+    """One timed case; `python -m ktverify repro` takes its id."""
 
     name: str
     why: str
@@ -29,7 +26,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """The least that one call of a shape must do: bytes read from memory, floating-point operations."""
+    """A lower bound of the work of one call: bytes read from memory, floating-point operations."""
 
     bytes: float
     flops: float
@@ -52,20 +49,20 @@ def weight_bytes(case: Case, experts: int) -> int:
 
 
 def forward_work(case: Case, active: int) -> Work:
-    """Forward: the `active` experts' base weights are read once; three base and six LoRA products a row.
+    """Work of a forward: the `active` experts' base weights are read once; three base and six LoRA products a row.
 
-    R = T k rows: 6 R H I + 6 R r (H + I) operations. LoRA, rows and results are left out of the bytes, so the time is a
+    R = T k rows: 6 R H I + 6 R r (H + I) operations. The bytes contain no LoRA, rows and results, so the time is a
     little too low, never too high.
     """
     return Work(weight_bytes(case, active), cases.flops(case))
 
 
 def backward_work(case: Case, active: int) -> Work:
-    """Backward: the same weights, read once; one product for each of the forward's and one more for each LoRA product.
+    """Work of a backward: the same weights, read once; one product for each one of the forward, two if it is LoRA's.
 
     A product y = x W has two gradients, dx = dy W^T and dW = x^T dy, of as many operations each as the product itself.
     The base weights are frozen, so their dW is not computed: 6 R H I. LoRA is trained and has both: 12 R r (H + I).
-    Nothing need be computed again: x A^T, h A^T, g and u are kept by the forward (docs/contract.md, "The layer").
+    Nothing is computed again: the forward saves x A^T, h A^T, g and u (docs/contract.md, "The layer").
     """
     return Work(weight_bytes(case, active), cases.flops(case, backward=True) - cases.flops(case))
 
@@ -83,9 +80,9 @@ def shapes() -> dict[str, Shape]:
 
 
 def select(texts: Sequence[str]) -> list[Shape]:
-    """Shapes by name, by a pattern of names, or a case written out (`E=16,k=8,...`); all without any.
+    """Shapes by name, by a pattern of names, or as a case (`E=16,k=8,...`); all shapes without `texts`.
 
-    In the order asked for, each once. ValueError with the nearest names where one is not known.
+    In the order of `texts`, each once. ValueError with the nearest names for an unknown one.
     """
     known = shapes()
     if not texts:

@@ -132,7 +132,7 @@ def _collect(path: Path, lines: list[Any], measured: Iterable[JsonLine], count: 
 
     from ktverify.report.console import make_console
 
-    # a terminated run ends like an interrupted one
+    # SIGTERM ends a run like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console(stderr=True)
     file = LineFile(path)

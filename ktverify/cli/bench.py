@@ -1,7 +1,6 @@
-"""`python -m ktverify bench`: several commands under one name; without a command's name it times shapes.
+"""`python -m ktverify bench`: a group of commands; without the name of a command it is `bench shapes`.
 
-So `bench e16_t128` and `bench --list` are `bench shapes e16_t128` and `bench shapes --list`. Light: help needs
-no torch.
+`bench e16_t128` and `bench --list` mean `bench shapes e16_t128` and `bench shapes --list`. Help needs no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 class DefaultGroup(TyperGroup):
-    """A group whose first argument may be left out: then it is DEFAULT."""
+    """A group whose first argument is DEFAULT if it is left out."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first = args[0] if args else ""
@@ -40,14 +39,14 @@ class DefaultGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-def _as_shells_do(name: str) -> str:
-    """--batch_sizes is --batch-sizes: the field writes the one, shells the other."""
+def _with_hyphens(name: str) -> str:
+    """Take --batch_sizes for --batch-sizes."""
     return name.replace("_", "-")
 
 
 def bench_app() -> typer.Typer:
     """The group of commands."""
-    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _as_shells_do}
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "token_normalize_func": _with_hyphens}
     group = typer.Typer(cls=DefaultGroup, rich_markup_mode=None, help=HELP, context_settings=settings)
     for name, command in COMMANDS.items():
         group.command(name)(command)
@@ -55,7 +54,7 @@ def bench_app() -> typer.Typer:
     return group
 
 
-HELP = """Time things, or count what they take. docs/profile.md shows each view, docs/c2c.md those of c2c and analyze.
+HELP = """Time a layer, a transformer or a pipeline, or count memory. docs/profile.md and docs/c2c.md show each view.
 
 \b
 python -m ktverify bench [SHAPE]...         the engine beside its peers; options: bench shapes --help

@@ -1,4 +1,4 @@
-"""`python -m ktverify bench c2c`: single, batch, dataset, merge. Light until one is called: help needs no torch."""
+"""`python -m ktverify bench c2c`: single, batch, dataset, merge. Help needs no torch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def batch(
 ) -> None:
     """Time the five built-in prompts: short, long, prose, code, arithmetic, characters beyond ASCII.
 
-    Written: NAME.jsonl (a record a prompt), .tsv, .run.json. Started again with the same --output, it goes on behind
+    Written: NAME.jsonl (a record a prompt), .tsv, .run.json. Started again with the same --output, it continues after
     the last whole record.
 
     \b
@@ -124,7 +124,7 @@ def dataset(
 ) -> None:
     """Time the prompts of a data set, one after the other.
 
-    Written as in batch. Killed or interrupted, and started again with the same options and --output, it goes on behind
+    Written as in batch. Killed or interrupted, and started again with the same options and --output, it continues after
     the last whole record. Several processes or machines share the work by --shard 1/3, 2/3, 3/3, or by --start and
     --num_samples, each with an --output of its own; `merge` joins them.
 
@@ -172,7 +172,7 @@ HELP = """Time a pipeline of two models: a base receives a teacher's KV cache, t
 \b
 python -m ktverify bench c2c single "…"        one prompt, with a trace and operator statistics
 python -m ktverify bench c2c batch             five built-in prompts
-python -m ktverify bench c2c dataset           a data set or a file of prompts; goes on where it was stopped
+python -m ktverify bench c2c dataset           a data set or a file of prompts; resumes a stopped run
 python -m ktverify bench c2c merge FILE...     joins what --shard or --start split
 python -m ktverify bench analyze FILE...       distribution, slowest prompts, histogram, CSV
 """
@@ -202,7 +202,7 @@ def _settings(
 def _texts(
     dataset: str | None, subset: str | None, split: str, file: Path | None, start: int, count: int | None
 ) -> tuple[list[str], str]:
-    """The prompts of the data set or of the file, and the words that C2cSettings.source has for it."""
+    """The prompts of the data set or of the file, and their name for C2cSettings.source."""
     if (dataset is None) == (file is None):
         raise ValueError("give either --dataset NAME or --dataset_file FILE")
     if file is not None:
@@ -230,7 +230,7 @@ def _output(given: Path | None) -> Path:
 def _run(
     settings: C2cSettings, texts: Sequence[str], projectors: Path | None, path: Path, warmups: int, *, as_json: bool
 ) -> None:
-    """Time the prompts that are not yet in the file; tables of all that is in it then."""
+    """Time the prompts that are not yet in the file; print tables of the whole file."""
     _quiet()
     from ktverify.bench.c2c.run import PromptRun, check, load
     from ktverify.bench.c2c.tables import progress_line, short
@@ -238,7 +238,7 @@ def _run(
 
     check(settings)
     run = PromptRun(settings, texts, path)
-    # a terminated run ends like an interrupted one
+    # SIGTERM ends a run like Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     done, stopped = list(run.file.done), False
     try:

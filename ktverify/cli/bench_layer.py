@@ -1,4 +1,4 @@
-"""`python -m ktverify bench layer` and `bench sweep`: parse, measure, print. Light until they are called."""
+"""`python -m ktverify bench layer` and `bench sweep`: parse, measure, print. Help needs no torch."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ def sweep(
     _measure("sweep", parsed, spots, out, as_json)
 
 
-# case and value -> the case of that spot
+# (case, value) -> the case of that spot
 _CHANGES: dict[str, Callable[[Case, int], Case]] = {
     "qlen": lambda case, value: replace(case, qlen=value),
     "rank": lambda case, value: replace(case, rank=value, alpha=2.0 * value),
     "experts": lambda case, value: replace(case, num_experts=value),
 }
-# case -> values that suit it
+# case -> default values
 _DEFAULTS: dict[str, Callable[[Case], list[int]]] = {
     "qlen": lambda case: [1, 4, 16, 64, 256],
     "rank": lambda case: [4, 8, 16, 32, 64],
@@ -142,7 +142,7 @@ _DEFAULTS: dict[str, Callable[[Case], list[int]]] = {
 
 
 def _doubling(first: int, last: int) -> list[int]:
-    """first, twice that, … and last."""
+    """first, 2 first, 4 first, … and last."""
     found = [first]
     while found[-1] * 2 < last:
         found.append(found[-1] * 2)

@@ -1,4 +1,4 @@
-"""`python -m ktverify bench memory`: parses, counts, prints. Light until it is called: help needs no torch."""
+"""`python -m ktverify bench memory`: parse, count, print. Help needs no torch."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def memory(
         raise typer.Exit(1)
 
 
-# how far the count may be from what autograd keeps
+# largest relative difference between the count and what autograd saves
 TOLERANCE = 0.05
 
 
 def _measure(size: ModelSize) -> int:
-    """What autograd keeps of the real model. Fused attention must be computed: on shapes alone torch takes another."""
+    """Bytes that autograd saves in the real model. Fused attention is computed: on shapes alone torch takes another."""
     from ktverify.bench.transformer.memory import step_memory
-    from ktverify.bench.transformer.saved_tensors import kept_bytes
+    from ktverify.bench.transformer.saved_tensors import saved_bytes
     from ktverify.system import machine
 
     if size.attention == "plain":
-        return kept_bytes(size, "meta")
+        return saved_bytes(size, "meta")
     whole = step_memory(size).all
     needed, available = (
         whole.parameter_bytes + 2 * whole.activation_bytes,
@@ -90,7 +90,7 @@ def _measure(size: ModelSize) -> int:
         raise MemoryError(
             f"--check of fused attention computes: {size.name} takes {gib(needed)}, {gib(available)} are free"
         )
-    return kept_bytes(size, "cpu")
+    return saved_bytes(size, "cpu")
 
 
 def gib(count: float) -> str:

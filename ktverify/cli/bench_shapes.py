@@ -1,4 +1,4 @@
-"""`python -m ktverify bench`: parses, measures, prints. Light until it is called: help needs no torch."""
+"""`python -m ktverify bench shapes`: parse, measure, print. Help needs no torch."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def bench(
             isa=settings.isa,
         )
     )
-    # a terminated run ends like an interrupted one
+    # SIGTERM ends a run like Ctrl-C
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console()
     stopped = False

@@ -1,4 +1,4 @@
-"""`python -m ktverify bench transformer`: parses, measures, prints. Light until it is called: help needs no torch."""
+"""`python -m ktverify bench transformer`: parse, measure, print. Help needs no torch."""
 
 from __future__ import annotations
 

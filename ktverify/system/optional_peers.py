@@ -1,7 +1,6 @@
-"""Where the peers are that are not part of this Python. No torch here.
+"""Find the peers that are not installed in this Python: by option, by environment variable, or in `.peers/`.
 
-Comes in: options, environment variables, the folder `.peers/` of the checkout, which `make peers` fills. Goes out: a
-path, or one sentence that says what is missing.
+`make peers` fills the folder `.peers/` of the checkout. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ktverify.system.paths import reports_dir
 
 @dataclass(frozen=True)
 class PeerLocation:
-    """One thing that a peer needs: its environment variable, its option, where `make peers` puts it."""
+    """A file that a peer requires: its environment variable, its option, its path below `.peers/`."""
 
     variable: str
     option: str  # "" for none, like pattern
@@ -36,15 +35,15 @@ INSTALLED = tuple(need for need, place in LOCATIONS.items() if place.pattern)  #
 
 
 def peers_dir() -> Path:
-    """`.peers/` of the checkout that the current directory lies in; without one, `.peers/` right here."""
+    """`.peers/` of the checkout around the current directory; without one, `.peers/` in the current directory."""
     return reports_dir().parent / ".peers"
 
 
 def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str]:
-    """(path, "") of what `need` names in LOCATIONS, or (None, why not). options: without its key the command has no
-    such option, and only the variable is named.
+    """(path, "") of the file `need`, a key of LOCATIONS, or (None, the reason why there is none).
 
-    An option or a variable that is set and wrong raises ValueError: a forced choice is never replaced.
+    options: values by key; a command that has no option for a key leaves it out. An option or a variable that is set
+    to a missing file raises ValueError: the choice of the user is never replaced.
     """
     place = LOCATIONS[need]
     for source, given in ((place.option, options.get(need)), (place.variable, os.environ.get(place.variable))):
@@ -52,7 +51,7 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
             path = Path(given).expanduser()
             if not path.is_file():
                 raise ValueError(f"{source} is {given!r}, which is no file; it takes {place.what}")
-            # not resolved: a virtual environment's python is a link, and the link is what tells where it is
+            # not resolved: a virtual environment's python is a link, and Python finds the environment by the link
             return path.absolute(), ""
     usual = peers_dir() / place.pattern
     if place.pattern and usual.is_file():

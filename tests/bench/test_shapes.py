@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ktverify import _native
-from ktverify.bench import engines, plot, problem, record, shapes, summary, tables
+from ktverify.bench import engines, input_files, plot, record, shapes, summary, tables
 from ktverify.bench.engines import Engine
 from ktverify.bench.host import BenchInputs
 from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
@@ -398,7 +398,7 @@ def test_kt_kernel_computes_on_the_benchs_own_tensors(tmp_path: Path, monkeypatc
 
     fake = SimpleNamespace(KTMoEWrapper=Wrapper, __version__="0", __cpu_variant__="amx")
     monkeypatch.setitem(sys.modules, "kt_kernel", fake)
-    problem.write(SHAPE.case, tmp_path, plain=False)
+    input_files.write(SHAPE.case, tmp_path, plain=False)
     inputs = BenchInputs(tmp_path, 1, "", {}, module_at)
     peer = module_at(engines.PEERS / "kt_kernel.py").load(inputs)
     peer.forward_saving()

@@ -10,7 +10,7 @@ import torch
 
 from ktverify.bench.transformer.memory import one_layer_live, step_memory
 from ktverify.bench.transformer.model import Rope, Transformer, batch_of
-from ktverify.bench.transformer.saved_tensors import kept_bytes
+from ktverify.bench.transformer.saved_tensors import saved_bytes
 from ktverify.bench.transformer.sizes import ModelSize, forward_flops, parameters, presets, resolve
 from ktverify.cli.bench_memory import TOLERANCE
 from tests.cli.test_cli import call, ends, refused
@@ -35,7 +35,7 @@ def test_parameters_of_the_presets_are_those_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_activations_of_the_presets_are_what_autograd_keeps(name: str) -> None:
     size = presets()[name]
-    assert kept_bytes(size, "meta") == pytest.approx(step_memory(size).all.activation_bytes, rel=TOLERANCE)
+    assert saved_bytes(size, "meta") == pytest.approx(step_memory(size).all.activation_bytes, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -43,11 +43,11 @@ def test_activations_of_the_presets_are_what_autograd_keeps(name: str) -> None:
 def test_activations_are_what_autograd_keeps_of_a_real_forward(dtype: str, attention: str) -> None:
     # exact, not within the tolerance: whatever is forgotten shows
     size = replace(TINY, dtype=dtype, attention=attention)
-    assert kept_bytes(size, "cpu") == step_memory(size).all.activation_bytes
+    assert saved_bytes(size, "cpu") == step_memory(size).all.activation_bytes
 
 
 def test_shapes_alone_keep_what_a_real_forward_keeps() -> None:
-    assert kept_bytes(TINY, "meta") == kept_bytes(TINY, "cpu")
+    assert saved_bytes(TINY, "meta") == saved_bytes(TINY, "cpu")
 
 
 def test_published_figures_of_2_7b() -> None:
@@ -144,6 +144,6 @@ KINDS = ("parameter", "gradient", "optimizer", "activation")
 def test_a_wrong_count_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from ktverify.bench.transformer import saved_tensors
 
-    honest = kept_bytes(presets()["small"], "meta")
-    monkeypatch.setattr(saved_tensors, "kept_bytes", lambda size, device: int(honest * 1.06))
+    honest = saved_bytes(presets()["small"], "meta")
+    monkeypatch.setattr(saved_tensors, "saved_bytes", lambda size, device: int(honest * 1.06))
     assert "FAIL autograd keeps" in ends(call("bench", "memory", "small", "--check"), 1)

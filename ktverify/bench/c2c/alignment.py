@@ -1,8 +1,8 @@
-"""Which token of the teacher tells about which token of the base, where the two have different tokenizers.
+"""Align the tokens of two models that have different tokenizers.
 
-Comes in: a prompt and two tokenizers. Goes out: both models' tokens, and pairs of positions. Each model gets the prompt
-in its own chat template. What both texts share is the prompt (or all, where they are equal), and tokens meet by the
-characters that they cover there; tokens that are one model's template alone meet nobody. No torch here.
+Each model gets the prompt in its own chat template. Tokens are aligned by the characters of the prompt that they cover,
+or by those of the whole text if both texts are equal. A token that lies only in a template has no partner. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 Span = tuple[int, int]  # characters from begin to before end; (0, 0): none
-_NOBODY: Span = (0, 0)
-_MARK = "\N{BLACK SQUARE}ktverify\N{BLACK SQUARE}"  # stands for the prompt, to see where a template puts it
+_NO_SPAN: Span = (0, 0)
+_MARK = "\N{BLACK SQUARE}ktverify\N{BLACK SQUARE}"  # in place of the prompt, to find where a template puts it
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text's tokens: ids, the characters that each covers, and where in the text the prompt begins."""
+    """The tokens of a text: ids, the characters that each covers, and the position of the prompt in the text."""
 
     text: str
     ids: tuple[int, ...]
@@ -28,7 +28,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Aligned:
-    """Both models' tokens. teacher_of[i]: the position in the teacher's tokens for the base's token i, None without."""
+    """Both models' tokens. teacher_of[i]: position of the teacher's token for the base's token i, None without one."""
 
     base: Tokens
     teacher: Tokens
@@ -50,9 +50,9 @@ def align_prompt(prompt: str, base: Any, teacher: Any, *, template: bool) -> Ali
 
 
 def tokenize(prompt: str, tokenizer: Any, *, template: bool) -> Tokens:
-    """The prompt's tokens; with a template they end where the answer begins, without one as the tokenizer ends them."""
+    """The prompt's tokens. With a template they end where the answer begins."""
     if not tokenizer.is_fast:
-        raise ValueError(f"{_name(tokenizer)} has a slow tokenizer, which tells no offsets; it takes a fast one")
+        raise ValueError(f"{_name(tokenizer)} has a slow tokenizer, which gives no offsets; it takes a fast one")
     text, begin = prompt, 0
     templated = template and bool(tokenizer.chat_template)
     if templated:
@@ -68,10 +68,10 @@ def tokenize(prompt: str, tokenizer: Any, *, template: bool) -> Tokens:
 
 
 def match(base: Sequence[Span], teacher: Sequence[Span]) -> tuple[int | None, ...]:
-    """For each of the base's spans the teacher's token that shares most characters with it, None where none does.
+    """For each span of the base the teacher's token that shares most characters with it, None without one.
 
-    Of several that share as many it is the last, which has read most. Both in the order of the text, spans without
-    characters aside. O(tokens).
+    Of several equal ones the last, because it has read most of the text. Spans with characters are in the order of the
+    text. O(tokens).
     """
     found: list[int | None] = []
     first = 0
@@ -93,7 +93,7 @@ def match(base: Sequence[Span], teacher: Sequence[Span]) -> tuple[int | None, ..
 
 def _render(prompt: str, tokenizer: Any) -> str:
     message = [{"role": "user", "content": prompt}]
-    # templates that know no thinking ignore it
+    # a template without a thinking mode ignores enable_thinking
     text: str = tokenizer.apply_chat_template(
         message, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -101,9 +101,9 @@ def _render(prompt: str, tokenizer: Any) -> str:
 
 
 def _within(tokens: Tokens, length: int) -> list[Span]:
-    """The spans inside the prompt, counted from its beginning; what is outside covers nothing."""
+    """The spans inside the prompt, counted from its beginning; others are empty."""
     cut = ((max(first - tokens.begin, 0), min(last - tokens.begin, length)) for first, last in tokens.spans)
-    return [(first, last) if first < last else _NOBODY for first, last in cut]
+    return [(first, last) if first < last else _NO_SPAN for first, last in cut]
 
 
 def _name(tokenizer: Any) -> str:

@@ -1,7 +1,4 @@
-"""One of the two models: embedding, prefill, one step of decoding, and the shapes of its cache.
-
-Comes in: token ids. Goes out: embeddings [1, n, hidden], caches of transformers, the next token.
-"""
+"""One of the two models: embedding, prefill, one step of decoding, and the shapes of its cache."""
 
 from __future__ import annotations
 
@@ -32,27 +29,27 @@ class Side:
         return found
 
     def prefill(self, embeddings: Tensor) -> DynamicCache:
-        """The cache of all layers after the prompt; no logits. Of no token it is an empty one."""
+        """The cache of all layers after embeddings [1, n, hidden], empty for n = 0. Computes no logits."""
         cache = DynamicCache(config=self.model.config)
         if embeddings.shape[1]:
             self._decoder(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
         return cache
 
     def step(self, token: int, cache: DynamicCache) -> int:
-        """The most likely token behind `token`, whose keys and values join the cache. Waits for the device."""
+        """The most likely token after `token`, whose keys and values are added to the cache. Waits for the device."""
         ids = torch.tensor([[token]], device=self.device)
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         return int(logits[0, -1].argmax())
 
     def cache_shapes(self) -> list[LayerShape]:
-        """What each layer keeps for a token, by keeping one. ValueError for a layer that keeps no keys and values."""
+        """What each layer caches for a token, found by one prefill. ValueError for a layer without keys and values."""
         with torch.inference_mode():
             cache = self.prefill(self.embed((0,)))
         return [_shape(self.name, number, layer) for number, layer in enumerate(cache.layers)]
 
 
 def load_side(path: str, option: str, *, dtype: str, device: str) -> Side:
-    """A model and its tokenizer from a directory or by a hub's name. ValueError naming `option`."""
+    """Load a model and its tokenizer from a directory or by a hub's name. ValueError that names `option`."""
     model, tokenizer = load_pretrained(path, dtype, option=option)
     return Side(model.to(device), tokenizer, path)
 

@@ -1,8 +1,8 @@
 """The pipeline: both models read the prompt, the projectors fuse their caches, the base decodes.
 
-Comes in: a prompt. Goes out: the base's response, and a timeline. The base prefills all tokens but the last; that one
-is the input of the first step of decoding, so that even the first new token is chosen with the fused cache. Decoding is
-greedy. Rows of the cache that align with no token of the teacher stay as they are.
+The base prefills all tokens but the last. The last one is the input of the first step of decoding, so that even the
+first new token is chosen with the fused cache. Decoding is greedy. Rows of the cache that align with no token of the
+teacher are not changed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ktverify.system.timing import Timeline
 
 @dataclass(frozen=True)
 class Response:
-    """Decoded text without special tokens, and all tokens that were generated, the one that ends it among them."""
+    """Decoded text without special tokens, and all generated tokens, including the one that ends the response."""
 
     text: str
     tokens: tuple[int, ...]
 
 
 class Pipeline:
-    """A base, a teacher and the projectors between them, on one device. template: put prompts into chat templates."""
+    """A base, a teacher and the projectors between them, on one device. template: use chat templates."""
 
     def __init__(self, base: Side, teacher: Side, projectors: Projectors, *, template: bool = True) -> None:
         weight = next(base.model.parameters())
@@ -39,7 +39,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def run(self, prompt: str, max_new_tokens: int, timeline: Timeline) -> Response:
-        """The response to `prompt`; every stage goes to `timeline`. ValueError as align_prompt says."""
+        """The response to `prompt`; every stage is timed in `timeline`. ValueError as in align_prompt."""
         aligned = align_prompt(prompt, self.base.tokenizer, self.teacher.tokenizer, template=self.template)
         cache = self.fused_cache(aligned, timeline)
         tokens = self._decode(aligned.base.ids[-1], cache, max_new_tokens, timeline)
@@ -48,7 +48,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def fused_cache(self, aligned: Aligned, timeline: Timeline) -> DynamicCache:
-        """The base's cache of all tokens but the last, with what the projectors change in it."""
+        """The base's cache of all tokens but the last, as the projectors change it."""
         mine, theirs = aligned.base.ids[:-1], aligned.teacher.ids
         embedded = timeline.measure("base_embedding", lambda: self.base.embed(mine))
         cache = timeline.measure("base_prefill", lambda: self.base.prefill(embedded))
@@ -82,19 +82,19 @@ def _rows(teacher_of: tuple[int | None, ...], device: torch.device) -> tuple[Ten
 
 def _fuse(projector: nn.Module, base: Any, teacher: Any, mine: Tensor, theirs: Tensor) -> None:
     """Write one layer's fused rows. Keys and values of a cache's layer are [1, heads, tokens, head_dim]."""
-    own = (_taken(base.keys, mine), _taken(base.values, mine))
-    keys, values = projector(own, (_taken(teacher.keys, theirs), _taken(teacher.values, theirs)))
+    own = (_rows_of(base.keys, mine), _rows_of(base.values, mine))
+    keys, values = projector(own, (_rows_of(teacher.keys, theirs), _rows_of(teacher.values, theirs)))
     base.keys = _put(base.keys, mine, keys)
     base.values = _put(base.values, mine, values)
 
 
-def _taken(kept: Tensor, rows: Tensor) -> Tensor:
+def _rows_of(cached: Tensor, rows: Tensor) -> Tensor:
     """[rows, heads, head_dim]"""
-    return kept[0].index_select(1, rows).transpose(0, 1)
+    return cached[0].index_select(1, rows).transpose(0, 1)
 
 
-def _put(kept: Tensor, rows: Tensor, fused: Tensor) -> Tensor:
-    return kept.index_copy(2, rows, fused.transpose(0, 1).unsqueeze(0))
+def _put(cached: Tensor, rows: Tensor, fused: Tensor) -> Tensor:
+    return cached.index_copy(2, rows, fused.transpose(0, 1).unsqueeze(0))
 
 
 def _check_length(name: str, number: int, layer: Any, tokens: int) -> None:

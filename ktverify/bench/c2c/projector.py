@@ -1,12 +1,13 @@
-"""Projectors: what the teacher's cache changes in the base's, layer by layer.
+"""Projectors fuse the teacher's cache into the base's, layer by layer.
 
-Comes in: keys and values [n, heads, head_dim] of both models for n aligned tokens. Goes out: the base's, fused, in its
-shape and dtype. With b the base's and t the teacher's, flattened, per layer and for keys and values apart:
+Input: keys and values [n, heads, head_dim] of both models for n aligned tokens. Output: the base's keys and values,
+fused, in its shape and dtype. For each layer, separately for keys and values, with b the base's and t the teacher's,
+flattened:
 
     fused = b + sigmoid(Wᵥ [b, t]) ⊙ W₂ silu(W₁ [b, t])        one weight a head; W with biases
 
-This is the projection, fusion and head weighting of the cache-to-cache paper, section 3.3; its gate, which drops whole
-layers, is left out. W₂ starts as zero: then fused is b, bit for bit, and a training can start from there.
+This is the projection, fusion and head weighting of the cache-to-cache paper, section 3.3, without its gate, which
+leaves out whole layers. W₂ is initialised with zeros: then fused is b, bit for bit, and a training can start from it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer keeps for a token."""
+    """What a layer caches for a token."""
 
     key: Heads
     value: Heads
@@ -74,24 +75,24 @@ class Projector(nn.Module):
 
 
 def layer_pairs(base: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """(base's layer, teacher's layer), the last with the last and so on down: as many as the shallower model has."""
+    """(base's layer, teacher's layer), paired from the last layers down, for all layers of the shallower model."""
     both = min(base, teacher)
     return tuple((base - both + i, teacher - both + i) for i in range(both))
 
 
 class Projectors(nn.ModuleList):
-    """A projector for each pair of layers; `pairs` says which. `name`: identity, or the file they come from."""
+    """A projector for each pair of layers. pairs: the pairs; name: identity, or the file of the projectors."""
 
     def __init__(
         self, base: Sequence[LayerShape], teacher: Sequence[LayerShape], hidden: int | None = None, name: str = IDENTITY
     ) -> None:
-        """The identity on the base. hidden: width between W₁ and W₂, the base's keys' by default."""
+        """Initialise as the identity on the base. hidden: width between W₁ and W₂, by default as the base's keys."""
         pairs = layer_pairs(len(base), len(teacher))
         super().__init__(Projector(base[to], teacher[source], hidden or base[to].key.width) for to, source in pairs)
         self.pairs, self.name = pairs, name
 
     def save(self, path: Path) -> None:
-        """Write them to a safetensors file, whole or not at all."""
+        """Write the projectors to a safetensors file, whole or not at all."""
         from safetensors.torch import save
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -99,7 +100,7 @@ class Projectors(nn.ModuleList):
 
     @classmethod
     def load(cls, path: Path, base: Sequence[LayerShape], teacher: Sequence[LayerShape]) -> Projectors:
-        """Those of a file that `save` wrote. ValueError for a file of other models, or none at all."""
+        """Load the projectors of a file that `save` wrote. ValueError for a missing file or one of other models."""
         from safetensors import SafetensorError, safe_open
 
         try:

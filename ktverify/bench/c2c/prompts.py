@@ -1,6 +1,6 @@
-"""Prompts: five that are built in, a file of JSON lines, or a data set of the datasets library. No torch here.
+"""Prompts: five built-in ones, a file of JSON lines, or a data set of the datasets library. Imports no torch.
 
-Comes in: options. Goes out: texts in the data set's order, from `start` on.
+They keep the order of the data set, from number `start` on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def of_file(path: Path, start: int, count: int | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--dataset_file {path} cannot be read: {error}") from None
     rows = []
-    # not splitlines: a JSON string may hold U+2028 and its kind as they are
+    # not splitlines: a JSON string may contain U+2028 and similar characters
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -44,7 +44,7 @@ def of_file(path: Path, start: int, count: int | None) -> list[str]:
 
 
 def of_dataset(name: str, subset: str | None, split: str, start: int, count: int | None) -> list[str]:
-    """The same of a data set of the hub, or of a directory, by the datasets library. ImportError without it."""
+    """The same from a data set of the hub or of a directory, by the datasets library. ImportError without it."""
     try:
         import datasets
     except ImportError as error:
@@ -74,7 +74,7 @@ def _not_empty(chosen: list[str], where: str, start: int, length: int) -> list[s
 
 
 def _prompt(row: Any, where: str) -> str:
-    """The text of a row, without spaces around it, which chat templates drop."""
+    """The text of a row, without the spaces around it, because chat templates remove them."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, it takes an object with {' or '.join(COLUMNS)}")
     name = next((column for column in COLUMNS if column in row), None)

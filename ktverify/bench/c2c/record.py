@@ -1,7 +1,7 @@
-"""The record of a prompt: a JSON line; and the file beside the lines, which says how they were made. No torch here.
+"""The record of a prompt, a JSON line, and the file beside the lines with the settings. Imports no torch.
 
-Comes in: a timeline's nanoseconds. Goes out: milliseconds, under the names that users of such pipelines know.
-Tokenising, and what passes between calls, are in none of them.
+Times are milliseconds, under the names that users of such pipelines know. They contain neither tokenising nor the time
+between calls.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PromptTiming(_C2cLine):
 
     @property
     def total_ms(self) -> float:
-        """All that was timed for the prompt."""
+        """All timed milliseconds of the prompt."""
         return math.fsum(getattr(self, name) for name in STAGE_FIELDS)
 
     @classmethod
@@ -69,7 +69,7 @@ class PromptTiming(_C2cLine):
         )
 
 
-# the six parts that a prompt's time is the sum of
+# the time of a prompt is the sum of these
 STAGE_FIELDS = (
     "base_embedding_ms",
     "base_prefill_ms",
@@ -96,10 +96,10 @@ class PromptRecord(_C2cLine):
 
 
 class C2cSettings(_C2cLine):
-    """What records of one file have in common: two runs may go into one file, or be merged, where these are equal.
+    """The common settings of the records in one file. Runs with equal settings may share a file or be merged.
 
-    source: where the prompts are from; start, count: the range of them; shard k of n takes every n-th of the range,
-    from the k-th. projectors: identity, or the file's name and the SHA-256 of what is in it.
+    source: origin of the prompts; start, count: their range; shard k of n: every n-th of the range, from the k-th on.
+    projectors: identity, or the file's name and the SHA-256 of its content.
     """
 
     base_model: str
@@ -116,20 +116,20 @@ class C2cSettings(_C2cLine):
 
     @property
     def ids(self) -> range:
-        """The ids that a finished file has, in order."""
+        """The ids of a finished file, in order."""
         number, of = self.shard
         return range(self.start + number - 1, self.start + self.count, of)
 
     def differences(self, other: C2cSettings, ignored: Sequence[str] = ()) -> list[str]:
-        """ "max_new_tokens 8 and 16", for each field in which the two differ."""
+        """ "max_new_tokens 8 and 16", for each field that differs."""
         mine, theirs = self.model_dump(), other.model_dump()
         return [f"{k} {mine[k]} and {theirs[k]}" for k in mine if k not in ignored and mine[k] != theirs[k]]
 
 
 class Sitting(_C2cLine):
-    """One run of the program that wrote to the file: from which id on, and what its warm-up took in milliseconds.
+    """One run of the program that wrote to the file. from_id: the first id that it wrote; warmup_ms: its warm-ups.
 
-    others: the share of the processors that other programs had meanwhile, 0 to 1; None of a run that was killed.
+    others: the share of the processors that other programs had meanwhile, 0 to 1; None if the run was killed.
     """
 
     stamp: str
@@ -155,6 +155,6 @@ def _mean(values: Sequence[int]) -> float:
 
 
 def as_json(record: PromptRecord) -> dict[str, Any]:
-    """The record as it stands in its line."""
+    """The record as in its line."""
     found: dict[str, Any] = record.model_dump(mode="json")
     return found

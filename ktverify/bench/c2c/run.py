@@ -1,7 +1,4 @@
-"""A run: models loaded once, a warm-up, then prompt after prompt, each record written when it is made.
-
-Comes in: settings and prompts. Goes out: the file of records, and its info file.
-"""
+"""A run: load the models once, warm up, then time prompt after prompt and write each record at once."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ WARMUP_TOKENS = 4
 
 
 def check(settings: C2cSettings) -> None:
-    """ValueError for a device or dtype that is not there, before anything is loaded."""
+    """Raise ValueError for a missing device or an unknown dtype, before anything is loaded."""
     if settings.dtype not in DTYPES:
         raise ValueError(f"--dtype is {settings.dtype!r}, it takes {' or '.join(DTYPES)}")
     kind = settings.device.partition(":")[0]
@@ -39,7 +36,7 @@ def check(settings: C2cSettings) -> None:
 
 
 def load(settings: C2cSettings, projectors: Path | None) -> Pipeline:
-    """Both models and the projectors between them. ValueError in one line for what cannot be loaded."""
+    """Load both models and the projectors. ValueError, in one line, if one cannot be loaded."""
     check(settings)
     use_device(settings.device)
     options = {"dtype": settings.dtype, "device": settings.device}
@@ -51,7 +48,7 @@ def load(settings: C2cSettings, projectors: Path | None) -> Pipeline:
 
 
 def warm_up(pipeline: Pipeline, settings: C2cSettings, prompt: str, times: int) -> tuple[float, ...]:
-    """Milliseconds of `times` short runs of `prompt`, which count nowhere else."""
+    """Run `prompt` briefly, `times` times; returns milliseconds, which do not count."""
     found = []
     for _ in range(times):
         timeline = Timeline(settings.device)
@@ -61,7 +58,7 @@ def warm_up(pipeline: Pipeline, settings: C2cSettings, prompt: str, times: int) 
 
 
 def time_prompt(pipeline: Pipeline, settings: C2cSettings, number: int, prompt: str) -> tuple[PromptRecord, Timeline]:
-    """One prompt: its record, and the timeline that the record sums up."""
+    """Time one prompt: its record, and the time line that the record sums up."""
     timeline = Timeline(settings.device)
     response: Response = pipeline.run(prompt, settings.max_new_tokens, timeline)
     models = ModelPair(base_model=settings.base_model, teacher_model=settings.teacher_model)
@@ -86,9 +83,9 @@ def sitting(from_id: int, warmup_ms: tuple[float, ...]) -> Sitting:
 
 
 class PromptRun:
-    """Prompts to time into the file `path`, those left out that are there already.
+    """Times prompts into the file `path`, without those that are there already.
 
-    `prompts`: those of `settings.ids`, in order. ValueError where the file is of another run; then nothing is loaded.
+    prompts: those of `settings.ids`, in order. ValueError if the file belongs to another run; then nothing is loaded.
     """
 
     def __init__(self, settings: C2cSettings, prompts: Sequence[str], path: Path) -> None:
@@ -106,7 +103,7 @@ class PromptRun:
         self._load: OtherLoad | None = None
 
     def records(self, load_pipeline: Callable[[], Pipeline], warmups: int) -> Iterator[tuple[PromptRecord, Timeline]]:
-        """Each record, after it was written, and the timeline that it sums up."""
+        """Each record, after it was written, and its time line."""
         if not self.left:
             return
         pipeline = load_pipeline()
@@ -122,7 +119,7 @@ class PromptRun:
             yield record, timeline
 
     def close(self) -> None:
-        """Also after an interrupt: what others took of the processors goes to the info file."""
+        """Write the share of other programs to the info file, also after an interrupt."""
         self.file.close()
         if self._load is not None:
             *earlier, now = self._sittings

@@ -1,7 +1,7 @@
-"""The file of records: it grows by whole lines, and a run that was killed goes on behind the last of them.
+"""The file of records, NAME.jsonl: it grows by whole lines, and a killed run is resumed after the last of them.
 
-Comes in: records. Goes out: NAME.jsonl, and beside it NAME.run.json with the settings, which guards against lines of
-two kinds in one file. Several processes cannot write the same file at once. No torch here.
+NAME.run.json beside it contains the settings, so that records with other settings cannot get into the same file. Only
+one process at a time can write a file. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def info_path(path: Path) -> Path:
 
 
 class RecordFile(LineFile):
-    """Appends records to a file that may have some; a last line that was cut off is removed first.
+    """Appends records to a new or existing file; removes a last line that was cut off.
 
-    `done`: the records that are there. BlockingIOError where another process has the file open so.
+    done: the records that are there already. BlockingIOError if another process writes the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,14 +46,14 @@ class RecordFile(LineFile):
             raise
 
     def close(self) -> None:
-        """Also removes a file that got no record."""
+        """Close the file, and remove it if it is empty."""
         if self.path.stat().st_size == 0:
             self.path.unlink(missing_ok=True)
         super().close()
 
 
 def read_records(path: Path) -> list[PromptRecord]:
-    """The whole records of a file. ValueError with the line for what is none, or for a file that is not there."""
+    """The whole records of a file. ValueError for a line that is no record, or for a missing file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -71,7 +71,7 @@ def read_records(path: Path) -> list[PromptRecord]:
 
 
 def read_info(path: Path) -> RunInfo:
-    """What is known of the file of records at `path`. ValueError where nothing is."""
+    """The info file of the records at `path`. ValueError if it is missing or wrong."""
     file = info_path(path)
     try:
         return RunInfo.model_validate_json(file.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def read_info(path: Path) -> RunInfo:
 
 
 def describe(projectors: Path | None) -> str:
-    """What C2cSettings.projectors says of a file: its name and its SHA-256. ValueError where it cannot be read."""
+    """The value of C2cSettings.projectors for a file: name and SHA-256. ValueError if it cannot be read."""
     if projectors is None:
         return IDENTITY
     try:
@@ -92,8 +92,10 @@ def describe(projectors: Path | None) -> str:
 
 
 def notes(paths: Sequence[Path]) -> list[str]:
-    """A line for each way in which files were made: models, settings, machine, versions; first, whether others kept the
-    processors busy. What is unknown is left out."""
+    """A line for each combination of models, settings, machine and versions; first, a note about other programs' load.
+
+    A file without an info file has no line.
+    """
     return [
         *busy_notes(paths),
         *dict.fromkeys(_note(info.settings, sitting) for info in _infos(paths) for sitting in info.sittings),
@@ -101,7 +103,7 @@ def notes(paths: Sequence[Path]) -> list[str]:
 
 
 def busy_notes(paths: Sequence[Path]) -> list[str]:
-    """A line where other programs had so much of the processors that times mean little."""
+    """A note if other programs used so much of the processors that times mean little."""
     return busy(sitting.others for info in _infos(paths) for sitting in info.sittings if sitting.others is not None)
 
 
@@ -121,7 +123,7 @@ def write_info(path: Path, settings: C2cSettings, sittings: Sequence[Sitting]) -
 
 
 def check_resumable(path: Path, settings: C2cSettings, done: Sequence[PromptRecord], prompts: Sequence[str]) -> None:
-    """ValueError unless `done` is how a run with `settings` over `prompts` begins."""
+    """Raise ValueError unless a run with `settings` over `prompts` begins with the records `done`."""
     if not done:
         return
     apart = read_info(path).settings.differences(settings)
@@ -135,9 +137,9 @@ def check_resumable(path: Path, settings: C2cSettings, done: Sequence[PromptReco
 
 
 def merge(paths: Sequence[Path], output: Path) -> list[PromptRecord]:
-    """Join the files of shards or of ranges, in the order of ids, and write the whole to `output` with its info.
+    """Join the files of shards or ranges in the order of ids, and write them to `output` with an info file.
 
-    ValueError unless their settings are those of one run, and every id of the range that they span is there once.
+    ValueError unless their settings belong to one run, and every id of their whole range occurs once.
     """
     info_path(output)
     if output.exists():
@@ -154,7 +156,7 @@ def merge(paths: Sequence[Path], output: Path) -> list[PromptRecord]:
             if record.id in found:
                 raise ValueError(f"{path}: id {record.id} is in another of the files as well")
             found[record.id] = record
-    # of the ranges, not of the shards at hand: a shard that was not named may have the first or the last ids
+    # of the ranges, not of the given shards: a missing shard may have the first or the last ids
     ranges = [range(info.settings.start, info.settings.start + info.settings.count) for info in infos]
     span = range(min(one.start for one in ranges), max(one.stop for one in ranges))
     missing = [number for number in span if number not in found]

@@ -1,13 +1,12 @@
-"""Times one layer in this process. `python -m ktverify.bench.layer.measure SPOT` prints lines of JSON.
+"""Time one layer in this process: `python -m ktverify.bench.layer.measure SPOT` prints lines of JSON.
 
-Comes in: a spot. Goes out: lines. What the first calls gave is compared with the oracle: a wrong result gets no time.
+The first results are compared with the oracle: a wrong result gets no time.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ktverify.bench.host import resident_bytes
@@ -22,13 +21,13 @@ from ktverify.system.machine import format_bytes, read_machine
 from ktverify.system.other_load import OtherLoad
 from ktverify.system.timing import time_rounds
 
-# rows whose results are compared with the oracle's; each depends on its own token alone
+# number of rows that are compared with the oracle; each depends on its own token alone
 CHECKED_ROWS = 16
 SMALLEST = "E=1,k=1,H=32,I=32,T=1,r=1"
 
 
 def check_fits(spots: Sequence[Spot]) -> None:
-    """MemoryError where the largest spot's weights, as tensors and packed, do not fit."""
+    """Raise MemoryError if the weights of the largest spot, as tensors and packed, do not fit."""
     largest = max((Case.parse(spot.case) for spot in spots), key=lambda case: weight_bytes(case, case.num_experts))
     needed = 2 * weight_bytes(largest, largest.num_experts)
     free = read_machine().memory_available_bytes
@@ -40,21 +39,24 @@ def check_fits(spots: Sequence[Spot]) -> None:
 
 
 def measured(spots: Sequence[Spot]) -> Iterator[Line]:
-    """The lines of one fresh process for each spot, one after the other."""
+    """The lines of one new process for each spot, one after the other."""
     for spot in spots:
         for line in fresh.lines_of(__name__, spot):
             yield ADAPTER.validate_json(line)
 
 
 def line_count(spots: Sequence[Spot]) -> int:
-    """How many lines `measured` will give."""
+    """The number of lines that `measured` yields."""
     return sum(spot.warmup + spot.repeats + 3 for spot in spots)
 
 
 class MeasuredLayer:
-    """One loaded layer with its inputs; the base weights are the layer's alone."""
+    """One loaded layer and its inputs. Only the layer keeps the base weights."""
 
     def __init__(self, spot: Spot) -> None:
+        import torch
+
+        from ktverify.checks.altered_inputs import rows_of
         from ktverify.engines.native.layer import KTMoEWrapper
         from ktverify.engines.run import build_layer
         from ktverify.judge import reference
@@ -66,14 +68,7 @@ class MeasuredLayer:
         self.active = len(inputs.active)
         self.rows = (inputs.hidden_states, inputs.expert_ids, inputs.weights)
         self.grad_output = inputs.grad_output
-        few = replace(
-            inputs,
-            hidden_states=inputs.hidden_states[:CHECKED_ROWS],
-            expert_ids=inputs.expert_ids[:CHECKED_ROWS],
-            weights=inputs.weights[:CHECKED_ROWS],
-            grad_output=inputs.grad_output[:CHECKED_ROWS],
-        )
-        expected = reference.forward_backward(few, dtype=_fp32())
+        expected = reference.forward_backward(rows_of(inputs, slice(CHECKED_ROWS)), dtype=torch.float32)
         self.expected = {name: expected[name] for name in (OUTPUT, GRAD_INPUT)}
         self.layer: Any = build_layer(KTMoEWrapper, self.case, inputs, isa=spot.isa, tp=spot.tp, threads=spot.threads)
 
@@ -88,7 +83,7 @@ class MeasuredLayer:
         self.backward()
 
     def grown(self) -> int:
-        """Resident memory beyond what there was before the inputs."""
+        """Growth of the resident memory since before the inputs were made."""
         return resident_bytes() - self.before
 
     def check(self) -> dict[str, float]:
@@ -113,7 +108,7 @@ class MeasuredLayer:
             yield RepeatLine.model_validate({"number": self.spot.number, "repeat": number, **times})
 
     def train(self, steps: int) -> tuple[int, int]:
-        """Growth of memory after the first of so many AdamW steps, and after the last; without steps, as it is."""
+        """Growth of memory after the first of `steps` AdamW steps and after the last; without steps, the growth now."""
         if not steps:
             return self.grown(), self.grown()
         import torch
@@ -134,15 +129,9 @@ class MeasuredLayer:
         return first, self.grown()
 
 
-def _fp32() -> Any:
-    import torch
-
-    return torch.float32
-
-
 def spot_lines(spot: Spot) -> Iterator[Line]:
-    """Everything that one process measures."""
-    # what torch loads and allocates for good with its first step must not count as the layer's memory
+    """Measure a spot in this process."""
+    # memory that torch allocates permanently in its first step is not the layer's
     MeasuredLayer(spot.model_copy(update={"case": SMALLEST, "tp": 1})).train(min(1, spot.steps))
     layer = MeasuredLayer(spot)
     loaded = layer.grown()

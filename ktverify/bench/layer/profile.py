@@ -1,6 +1,6 @@
-"""Runs a case through the native engine, range by range, and keeps where each call's time went.
+"""Run a case through the native engine, range by range, and record where the time of each call went.
 
-Comes in: a case and settings. Goes out: lines, as they are made. Ranges and their parts carry their names to NVTX.
+Ranges and their parts are NVTX ranges of the same names.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ktverify.system.clock import Clock
 from ktverify.system.other_load import OtherLoad
 from ktverify.system.timing import Timeline, nvtx_range
 
-# what the bandwidth is measured on, well beyond any cache
+# size of the memory that the bandwidth is measured on, well beyond any cache
 READ_BYTES = 1 << 28
 FORWARD, BACKWARD, OPTIMIZER, UPDATE = "forward", "backward", "AdamW step", "update_lora_weights"
-# asking the engine for its stages, between the parts of a step
+# reading the engine's stage times, between the parts of a step
 READING = "reading the record"
 
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """isa: None for the best; threads: None for all; warmup: calls that don't count; repeats: of each range that do,
-    recorded and plain in turn."""
+    """isa: None for the best; threads: None for all; warmup: calls of each range that do not count; repeats: plain and
+    recorded calls of each range, in turn."""
 
     isa: str | None = None
     tp: int = 1
@@ -41,7 +41,7 @@ class ProfileSettings:
 
 
 class Profiler:
-    """The layer of one case and its three ranges. Each gets a layer of its own, so that each has a first call."""
+    """Measures the three ranges of one case, each with a new layer, so that each has a first call."""
 
     def __init__(self, case: Case, settings: ProfileSettings) -> None:
         from ktverify.spec.inputs import make_inputs
@@ -70,7 +70,7 @@ class Profiler:
         yield OtherLoadLine(others=load.share())
 
     def steps(self) -> int:
-        """How many lines there will be."""
+        """The number of lines that `lines` yields."""
         return len(RANGES) * (2 + self.settings.warmup + 2 * self.settings.repeats) + 2
 
     def _ceilings(self) -> CeilingLine:

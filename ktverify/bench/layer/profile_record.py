@@ -1,7 +1,4 @@
-"""The lines of a profile: `reports/runs/<stamp>-profile/profile.jsonl`. Times are integer nanoseconds.
-
-Comes in: measurements, each written the moment it is made. Goes out: the same lines, read back.
-"""
+"""The lines of a profile: `reports/runs/<stamp>-profile/profile.jsonl`. Times are integer nanoseconds."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ FILE = "profile.jsonl"
 
 Range = Literal["forward_only", "backward_only", "full_train_loop"]
 RANGES: tuple[Range, ...] = ("forward_only", "backward_only", "full_train_loop")
-# first: of a fresh layer, which packs its weights; plain: steady, nothing recorded; recorded: steady, with stages
+# first: of a new layer, which packs its weights; plain: nothing recorded; recorded: with stage times
 Pass = Literal["first", "warmup", "plain", "recorded"]
 
 
@@ -34,7 +31,7 @@ class ProfileLine(RunLine):
 
 
 class CallPart(JsonLine):
-    """One piece of a call, as Python sees it. at: since the call began; stages: where it is a recorded engine call."""
+    """A part of a call, measured in Python. at: since the call began; stages: of a recorded engine call."""
 
     name: str
     at: int
@@ -43,12 +40,12 @@ class CallPart(JsonLine):
 
     @property
     def explained_ns(self) -> float:
-        """What is known of its inside: the sum of an engine call's stages, else all of it."""
+        """The sum of the stages of a recorded engine call, else the whole part."""
         return self.ns if self.stages is None else sum(phase.wall_ns for phase in self.stages.phases)
 
 
 class CallLine(JsonLine):
-    """One call of one range, as Python sees it. at: since the run began; parts: in order, the rest is between them."""
+    """One call of a range, measured in Python. at: since the run began; parts: in order, with time between them."""
 
     kind: Literal["call"] = "call"
     range: Range
@@ -59,7 +56,7 @@ class CallLine(JsonLine):
 
     @property
     def stages(self) -> tuple[StageTimes, ...]:
-        """Of its engine calls, where they were recorded."""
+        """The stage times of its recorded engine calls."""
         return tuple(part.stages for part in self.parts if part.stages is not None)
 
 
@@ -68,5 +65,5 @@ _ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="k
 
 
 def read(directory: Path) -> list[Line]:
-    """The lines of a profile. FileNotFoundError without one; a last line that was cut off is left out."""
+    """The lines of a profile, without a last line that was cut off. FileNotFoundError without a file."""
     return [_ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

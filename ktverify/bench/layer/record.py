@@ -1,7 +1,4 @@
-"""The lines of `bench layer` and `bench sweep`: `reports/runs/<stamp>-layer/layer.jsonl`. Integer nanoseconds, bytes.
-
-Comes in: measurements, each written the moment it is made. Goes out: the same lines, read back.
-"""
+"""The lines of `bench layer` and `bench sweep`: `reports/runs/<stamp>-layer/layer.jsonl`. In nanoseconds and bytes."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ SWEEPS: tuple[Varied, ...] = ("qlen", "rank", "threads", "experts")
 
 
 class Spot(JsonLine):
-    """One process that measures. varied, value: what it is one of, and the value there; batch: sequences that qlen is
-    made of; threads: None for all; warmup: repeats that don't count; steps: of training, for memory."""
+    """One process that measures. varied, value: the quantity that the run varies, and its value here; batch: number of
+    sequences in qlen; threads: None for all; warmup: repeats that do not count; steps: training steps, for memory."""
 
     number: int = 0
     varied: Varied = "tp"
@@ -37,7 +34,7 @@ class Spot(JsonLine):
 
 
 class LayerLine(RunLine):
-    """The run: all its spots, in the order in which they are measured."""
+    """The run with all its spots, in the order of measurement."""
 
     kind: Literal["layer"] = "layer"
     case: str
@@ -45,8 +42,8 @@ class LayerLine(RunLine):
 
 
 class SpotLine(JsonLine):
-    """A spot is loaded, and its first results were right. weights: bytes of the experts that tokens reach, in bf16;
-    first_ns: the first forward, which packs them; rel_l2: of output and grad_input, some rows, against fp32."""
+    """A spot whose first results were right. weights: bytes of the active experts in bf16; first_ns: the first forward,
+    which packs them; rel_l2: of some rows of output and grad_input, against fp32."""
 
     kind: Literal["spot"] = "spot"
     number: int
@@ -59,8 +56,8 @@ class SpotLine(JsonLine):
 
 
 class RepeatLine(JsonLine):
-    """One repeat at a spot, below 0 those that don't count. forward_ns: nothing kept; both_ns: forward and its backward
-    under one clock; saving_ns, backward_ns: another such pair, a clock for each."""
+    """One repeat at a spot; below 0 it does not count. forward_ns: nothing saved; both_ns: forward and backward in one
+    measurement; saving_ns, backward_ns: another such pair, measured one by one."""
 
     kind: Literal["repeat"] = "repeat"
     number: int
@@ -72,8 +69,8 @@ class RepeatLine(JsonLine):
 
 
 class MemoryLine(JsonLine):
-    """Resident memory of a spot's process beyond what it had before there were inputs: with the weights loaded, after
-    the first forward, after the first training step and after the last."""
+    """Growth of the resident memory of a spot's process since before its inputs were made: with the weights loaded,
+    after the first forward, after the first training step and after the last."""
 
     kind: Literal["memory"] = "memory"
     number: int
@@ -84,7 +81,7 @@ class MemoryLine(JsonLine):
 
 
 class SpotOtherLoadLine(OtherLoadLine):
-    """What others had of the processors during the repeats of one spot; number None: a file from before it was told."""
+    """The share of other programs during the repeats of one spot. number: None in files of earlier versions."""
 
     number: int | None = None
 
@@ -94,5 +91,5 @@ ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="ki
 
 
 def read(directory: Path) -> list[Line]:
-    """The lines of a run. FileNotFoundError without one; a last line that was cut off is left out."""
+    """The lines of a run, without a last line that was cut off. FileNotFoundError without a file."""
     return [ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

@@ -1,5 +1,4 @@
 """Times of a transformer's steps, and the commands `bench transformer` and `bench memory`.
 
-Comes in: options, as sizes of ktverify/transformer. Goes out: lines (`record`), made in fresh processes (`measure`), as
-tables and a picture (`views`).
+measure.py times steps in new processes, record.py has the lines of the run, views.py its tables and its picture.
 """

@@ -1,4 +1,4 @@
-"""Times steps of a transformer. `python -m ktverify.bench.transformer.measure SETTINGS` prints lines of JSON.
+"""Time steps of a transformer: `python -m ktverify.bench.transformer.measure SETTINGS` prints lines of JSON.
 
 A step is forward with the loss, and backward. Gradients are dropped before it, outside of the time, so that backward
 allocates them, as after optimizer.zero_grad().
@@ -22,8 +22,10 @@ from ktverify.system.timing import time_rounds
 
 
 def check_fits(settings: TransformerSettings) -> None:
-    """MemoryError where the steps do not fit, with what they take and what would take less; RuntimeError without the
-    device. Nothing is allocated."""
+    """Raise MemoryError if the steps do not fit; its text has what they need and what would need less.
+
+    RuntimeError without the device. Nothing is allocated.
+    """
     needed, free = timing_bytes(settings.size, forward_only=settings.forward_only), free_bytes(settings.device)
     if needed <= free:
         return
@@ -44,7 +46,7 @@ def check_fits(settings: TransformerSettings) -> None:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free on a device. ValueError for a name that is none, RuntimeError where there is none."""
+    """Free memory of a device in bytes. ValueError for a wrong name, RuntimeError if the device does not exist."""
     if device == "cpu":
         from ktverify.system import machine
 
@@ -59,7 +61,7 @@ def free_bytes(device: str) -> int:
 
 
 def measured(settings: TransformerSettings, warmups: tuple[int, ...]) -> Iterator[Line]:
-    """The lines of one fresh process for each number of warm-ups, one after the other."""
+    """The lines of one new process for each number of warm-ups, one after the other."""
     for warmup in warmups:
         request = settings.model_copy(update={"warmup_steps": warmup})
         for line in fresh.lines_of(__name__, request):
@@ -67,7 +69,7 @@ def measured(settings: TransformerSettings, warmups: tuple[int, ...]) -> Iterato
 
 
 def line_count(settings: TransformerSettings, warmups: tuple[int, ...]) -> int:
-    """How many lines `measured` will give."""
+    """The number of lines that `measured` yields."""
     return sum(warmup + settings.num_steps + 3 for warmup in warmups)
 
 
@@ -115,9 +117,10 @@ class Stepper:
 
 
 def independent_step(model: Any, batch: Any, *, backward: bool) -> tuple[float, Any]:
-    """Seconds of a step, and its loss, as a training loop by hand would time it: nothing of the Stepper and its Clock.
+    """Seconds of a step, and its loss, timed as in a plain training loop, without the Stepper and its Clock.
 
-    Reading a value of the result waits for any device."""
+    Reading a value of the result waits for the device.
+    """
     import torch
 
     begin = time.perf_counter()
@@ -133,7 +136,7 @@ def independent_step(model: Any, batch: Any, *, backward: bool) -> tuple[float, 
 
 
 def process_lines(settings: TransformerSettings) -> Iterator[Line]:
-    """Everything that one process measures."""
+    """Measure the steps in this process."""
     import torch
 
     from ktverify.bench.timed_run import OtherLoadLine
@@ -154,12 +157,12 @@ def process_lines(settings: TransformerSettings) -> Iterator[Line]:
 
 
 def resident_peak() -> int:
-    """The most memory that this process ever had in RAM, in bytes."""
+    """The largest resident memory of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def agreement(steps: list[StepLine]) -> float:
-    """Median of the timed steps over that of the independent loop's. ValueError without --check."""
+    """Median of the timed steps, divided by that of the independent loop. ValueError without --check."""
     pairs = [(step.ns, step.loop_ns) for step in steps if step.loop_ns is not None]
     if not pairs:
         raise ValueError("no step was also timed by the independent loop")

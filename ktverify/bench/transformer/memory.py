@@ -1,7 +1,6 @@
-"""The memory of one training step of a transformer, part by part. Arithmetic only: no torch, nothing is allocated.
+"""The memory of one training step of a transformer, part by part: parameters, gradients, AdamW state, saved tensors.
 
-Comes in: a ModelSize. Goes out: bytes of parameters, gradients, AdamW state and of what autograd keeps between forward
-and backward. `ktverify/bench/transformer/saved_tensors.py` measures the last on the real model.
+Arithmetic only: imports no torch and allocates nothing. saved_tensors.py measures the saved tensors of the real model.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class PartMemory:
 class StepMemory:
     """A training step with AdamW, whose two moments have their parameter's dtype (torch.optim.AdamW).
 
-    What is left out: working memory of single operations, and what the allocator keeps unused.
+    Not counted: working memory of single operations, and memory that the allocator caches.
     """
 
     parts: tuple[PartMemory, ...]
@@ -55,18 +54,18 @@ class StepMemory:
         return PartMemory("all", **{name: sum(getattr(part, name) for part in self.parts) for name in counts})
 
 
-def kept(size: ModelSize) -> dict[str, list[tuple[int, int]]]:
-    """What autograd keeps for backward, by part: (elements, bytes of one), each storage once.
+def saved_tensors(size: ModelSize) -> dict[str, list[tuple[int, int]]]:
+    """The tensors that autograd saves for backward, by part: (elements, bytes of one), each storage once.
 
     Of a token and a layer, d = d_model, f = d_ff, h = num_heads, T = context_length:
         each norm       its input in fp32, d; 1 / rms in fp32, 1; the normalised row, d
-        attention       the input of q, k, v, d; q, k, v, 3 d; the result, which the output projection takes, d;
+        attention       the input of q, k, v, d; q, k, v, 3 d; the input of the output projection, d;
                         plain: the probabilities, h T; fused: their logsumexp in fp32, h, and the result once more in
-                        the order of the heads, d (torch on the CPU; a kernel that writes it by token saves that)
+                        the order of the heads, d (torch on the CPU; a kernel that writes it by token avoids that)
         feed-forward    the input of gate and up, d; gate, silu(gate), up, their product, 4 f
-    and behind the layers: one norm, the head's input, d, the loss's log-probabilities in fp32, vocab_size, and one
+    and after the layers: one norm, the head's input, d, the loss's log-probabilities in fp32, vocab_size, and one
     scalar, the targets' weight.
-    Parameters and the tables of RoPE are kept anyway and count elsewhere.
+    Parameters and the tables of RoPE are kept in any case and count elsewhere.
     """
     tokens, layers, d, own = size.tokens, size.num_layers, size.d_model, size.element_bytes
     norms = 2 * layers + 1
@@ -85,8 +84,8 @@ def kept(size: ModelSize) -> dict[str, list[tuple[int, int]]]:
 
 
 def step_memory(size: ModelSize) -> StepMemory:
-    """Everything that a training step holds at the moment when forward has ended."""
-    counts, activations = parameters(size), kept(size)
+    """The memory of a training step at the end of its forward."""
+    counts, activations = parameters(size), saved_tensors(size)
     found = []
     for part in PARTS:
         own = counts[part] * size.element_bytes
@@ -101,18 +100,18 @@ def one_layer_live(size: ModelSize) -> int:
 
         tokens · (4 d_model + d_ff + num_heads · context_length + vocab_size)
 
-    One layer's q, k, v and result, its d_ff hidden units once, its scores once; and the logits. This is how a table
-    that is passed around comes to 39,600,128 for 2.7b at context 256, batch 4. With d_ff = 4 d_model as there, the sum
-    alone does not tell 4 d_model + d_ff from 8 d_model: the reading is ours, the total is theirs. A step with full
-    recomputation also keeps the input of every layer, num_layers · tokens · d_model, which the table leaves out.
+    One layer's q, k, v and result, its d_ff hidden units once, its scores once; and the logits. A published table has
+    this total, 39,600,128, for 2.7b at context 256, batch 4. There d_ff = 4 d_model, so the total alone does not
+    distinguish 4 d_model + d_ff from 8 d_model; this formula is our reading. A step with full recomputation also keeps
+    the input of every layer, num_layers · tokens · d_model, which the table leaves out.
     """
     scores = size.num_heads * size.context_length
     return size.tokens * (4 * size.d_model + size.d_ff + scores + size.vocab_size)
 
 
 def timing_bytes(size: ModelSize, *, forward_only: bool) -> int:
-    """The least memory in which a step without optimizer runs: with parameters and, unless forward_only, their
-    gradients and all that is kept; the largest working memory, logits or one layer, twice over."""
+    """A lower bound of the memory of a step without optimizer: parameters; gradients and saved tensors unless
+    forward_only; and twice the largest working memory, logits or one layer."""
     whole = step_memory(size).all
     layer = size.tokens * max(size.vocab_size, 4 * size.d_ff, size.num_heads * size.context_length)
     working = 2 * FP32 * layer

@@ -1,7 +1,7 @@
 """A decoder-only transformer in plain torch: RMSNorm before, RoPE, causal attention, SwiGLU, untied head, no biases.
 
-Comes in: a ModelSize. Goes out: an nn.Module whose forward gives the mean cross-entropy. Written so that what autograd
-keeps is what memory.py says: nothing in place, no dropout, each product's input kept once.
+The forward returns the mean cross-entropy. The model is written so that autograd saves exactly the tensors which
+memory.py counts: no operation in place, no dropout, the input of each product saved once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The lines of `bench transformer`: `reports/runs/<stamp>-transformer/transformer.jsonl`. Integer nanoseconds, bytes.
-
-Comes in: measurements, each written the moment it is made. Goes out: the same lines, read back.
-"""
+"""The lines of `bench transformer`: `reports/runs/<stamp>-transformer/transformer.jsonl`. In nanoseconds and bytes."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ FILE = "transformer.jsonl"
 
 
 class TransformerSettings(JsonLine):
-    """What one process measures. warmup_steps don't count, num_steps do; threads: None for torch's own choice; check:
-    an independent loop in turn with the timed steps."""
+    """What one process measures. Only num_steps count, not warmup_steps; threads: None for torch's own choice; check:
+    time a step of an independent loop after each timed step."""
 
     size: ModelSize
     warmup_steps: int = 5
@@ -31,7 +28,7 @@ class TransformerSettings(JsonLine):
 
 
 class TransformerLine(RunLine):
-    """The run. warmups: of each of its processes; settings: the same for all of them but for that."""
+    """The run. warmups: warm-up steps of each of its processes; the other settings are the same for all."""
 
     kind: Literal["transformer"] = "transformer"
     settings: TransformerSettings
@@ -48,8 +45,8 @@ class ProcessLine(JsonLine):
 
 
 class StepLine(JsonLine):
-    """One step of the process with so many warm-ups. step: from 0 on those that count, warm-ups below 0; backward_ns:
-    None with forward_only; loop_ns: the whole step after it, by the independent loop."""
+    """One step of the process with `warmup` warm-ups. step: below 0 for a warm-up; backward_ns: None with forward_only;
+    loop_ns: the next whole step, by the independent loop."""
 
     kind: Literal["step"] = "step"
     warmup: int
@@ -77,5 +74,5 @@ ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="ki
 
 
 def read(directory: Path) -> list[Line]:
-    """The lines of a run. FileNotFoundError without one; a last line that was cut off is left out."""
+    """The lines of a run, without a last line that was cut off. FileNotFoundError without a file."""
     return [ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]

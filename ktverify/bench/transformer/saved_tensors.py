@@ -1,7 +1,6 @@
-"""What autograd really keeps between forward and backward of a model, measured.
+"""Measure the tensors that autograd saves between forward and backward of a model.
 
-Comes in: a ModelSize and a device. Goes out: bytes. Device "meta" runs every operation on shapes alone, so that a model
-of any size can be asked on any machine.
+Device "meta" runs every operation on shapes alone, so that a model of any size can be measured on any machine.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from ktverify.bench.transformer.model import Transformer, batch_of
 from ktverify.bench.transformer.sizes import ModelSize
 
 
-def kept_bytes(size: ModelSize, device: str = "cpu") -> int:
+def saved_bytes(size: ModelSize, device: str = "cpu") -> int:
     """Bytes of the distinct storages that autograd saves in one forward, without parameters and buffers.
 
     Several saved tensors may be views of one storage, and one storage may be saved by several operations: it counts
@@ -25,7 +24,7 @@ def kept_bytes(size: ModelSize, device: str = "cpu") -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         if _storage(tensor) not in owned:
-            # the tensor stays alive, so that its storage's address is nobody else's
+            # the tensor stays alive, so that no other storage gets its address
             found.setdefault(_storage(tensor), tensor)
         return tensor
 

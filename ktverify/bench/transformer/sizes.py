@@ -1,7 +1,4 @@
-"""Sizes of a decoder-only transformer, its presets, and what follows from sizes alone. No torch here.
-
-Comes in: presets.toml and options. Goes out: `ModelSize`, its parameters by part, its operations.
-"""
+"""Sizes of a decoder-only transformer, from presets.toml and options; parameters and operations. Imports no torch."""
 
 from __future__ import annotations
 
@@ -83,9 +80,10 @@ def presets() -> dict[str, ModelSize]:
 
 
 def resolve(preset: str, changes: dict[str, Any]) -> ModelSize:
-    """The preset with what `changes` gives (None: as the preset has it). ValueError: unknown preset, wrong size.
+    """The preset with `changes` (None: unchanged). ValueError for an unknown preset or a wrong size.
 
-    A model whose own sizes were changed is called after the preset with a `*`."""
+    A model whose own sizes were changed has the preset's name with a `*`.
+    """
     known = presets()
     if preset not in known:
         raise ValueError(f"no preset is called {preset!r}; there are {', '.join(known)}")
@@ -99,8 +97,8 @@ def resolve(preset: str, changes: dict[str, Any]) -> ModelSize:
 def parameters(size: ModelSize) -> dict[str, int]:
     """Parameters by part. Embedding and output head are two matrices [vocab_size, d_model]; no biases.
 
-    A layer: q, k, v and output projections [d, d]; gate, up [d_ff, d] and down [d, d_ff]; two norms [d]; one norm more
-    behind the last layer.
+    A layer: q, k, v and output projections [d, d]; gate, up [d_ff, d] and down [d, d_ff]; two norms [d]; one more norm
+    after the last layer.
     """
     d, layers = size.d_model, size.num_layers
     return {
@@ -114,8 +112,8 @@ def parameters(size: ModelSize) -> dict[str, int]:
 
 
 def forward_flops(size: ModelSize) -> float:
-    """Operations of the forward's matrix products, a multiplication and an addition being two; backward has twice as
-    many. Attention's two products are counted whole, though the causal mask throws half of them away."""
+    """Operations of the forward's matrix products (a multiplication and an addition are two); backward has twice as
+    many. Attention's two products count in full, although the causal mask discards half of them."""
     products = parameters(size)
     weights = products[ATTENTION] + products[FEED_FORWARD] + products[HEAD]
     return 2.0 * size.tokens * weights + 4.0 * size.num_layers * size.tokens * size.context_length * size.d_model

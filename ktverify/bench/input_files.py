@@ -1,10 +1,10 @@
-"""The inputs of one shape and what is right for them, as files that any process can map.
+"""Write the inputs of one shape and the oracle's results as files that any process can map.
 
-`python -m ktverify.bench.problem CASE DIRECTORY THREADS [--plain]` is run by the bench in a process of its own, so that
-the memory which it takes is free again when engines are loaded. It writes
+`python -m ktverify.bench.input_files REQUEST` runs in a process of its own, so that its memory is free again when the
+engines are loaded. It writes
     DIRECTORY/inputs/NAME       raw little-endian tensors; base weights of idle experts are holes in the file
-    DIRECTORY/expected/NAME     the fp32 oracle's, by names of ktverify.names; output_plain: the output without LoRA
-    DIRECTORY/manifest.json     last: sizes, dtypes, shapes, active experts
+    DIRECTORY/expected/NAME     the fp32 oracle's, by names of ktverify.spec.names; output_plain: output without LoRA
+    DIRECTORY/manifest.json     written last: arguments, dtypes, shapes, active experts; also printed, as one line
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.bench.host import BASE_NAMES
+from ktverify.runs.jsonl import JsonLine
 from ktverify.spec.cases import Case
 from ktverify.spec.names import LORA_NAMES, OUTPUT
 from ktverify.system.files import write_whole
 
 OUTPUT_PLAIN = "output_plain"
-_SLACK = 1 << 28  # rows, LoRA and results beside the base weights, with room
+_SLACK = 1 << 28  # rows, LoRA and results beside the base weights, rounded up
+
+
+class InputRequest(JsonLine):
+    """What to write, and where. plain: output_plain as well."""
+
+    case: str
+    directory: str
+    threads: int
+    plain: bool
 
 
 def check_space(case: Case, directory: Path) -> None:
-    """OSError where the disk of `directory` cannot hold the inputs of `case`."""
+    """Raise OSError if the disk of `directory` has no room for the inputs of `case`."""
     needed = 6 * case.num_experts * case.hidden * case.intermediate + _SLACK
     free = shutil.disk_usage(directory).free
     if free < needed:
@@ -36,8 +46,8 @@ def check_space(case: Case, directory: Path) -> None:
         )
 
 
-def write(case: Case, directory: Path, *, plain: bool) -> None:
-    """Make, compute and write all of it; `plain`: output_plain as well."""
+def write(case: Case, directory: Path, *, plain: bool) -> dict[str, Any]:
+    """Write all files; returns the manifest. plain: output_plain as well."""
     from ktverify.engines.run import layer_arguments
     from ktverify.judge.reference import forward_backward
     from ktverify.spec.inputs import make_inputs
@@ -75,10 +85,11 @@ def write(case: Case, directory: Path, *, plain: bool) -> None:
         "expected": results,
     }
     write_whole(directory / "manifest.json", json.dumps(manifest, indent=1))
+    return manifest
 
 
 def _write_raw(path: Path, tensor: Any, experts: list[int] | None) -> None:
-    """All of `tensor`, or only its slices `experts`; what is left out reads as zeros."""
+    """Write all of `tensor`, or only its slices `experts`; the others read as zeros."""
     import torch
 
     raw = tensor.detach().contiguous().view(torch.uint8).numpy()
@@ -92,12 +103,12 @@ def _write_raw(path: Path, tensor: Any, experts: list[int] | None) -> None:
         stream.truncate(raw.nbytes)
 
 
-def main(arguments: list[str]) -> None:
+def main(request: InputRequest) -> None:
     import torch
 
-    torch.set_num_threads(int(arguments[2]))
-    write(Case.parse(arguments[0]), Path(arguments[1]), plain="--plain" in arguments[3:])
+    torch.set_num_threads(request.threads)
+    print(json.dumps(write(Case.parse(request.case), Path(request.directory), plain=request.plain)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(InputRequest.model_validate_json(sys.argv[1]))
