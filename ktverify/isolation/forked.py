@@ -82,7 +82,7 @@ class Parts(Generic[T]):
         # the last process's method is not this one's
         self._note[:] = bytes(_NOTE)
         parent = os.getpid()
-        # until this process knows what to end, and the other one that Ctrl-C is not meant for it
+        # until this process knows which one to end, and the other one ignores Ctrl-C
         with put_off():
             pid = os.fork()
             if pid == 0:

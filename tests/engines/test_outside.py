@@ -1,4 +1,4 @@
-"""Engines from outside: declared gaps, misbehaving processes, and the example, each judged through a whole run."""
+"""Engines outside of the package: declared gaps, crashes, hangs, and the example, each judged by a whole run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support import unruly
 
 
 def judge(run_dir: Path, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A run of its own, started in `folder`, which is on the path of modules as well."""
+    """A pytest run started in `folder`, which is also on PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTHONPATH"] = str(folder)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--run-dir", str(run_dir), *arguments]
@@ -30,7 +30,7 @@ def judge(run_dir: Path, *arguments: str, folder: Path = ROOT) -> subprocess.Com
 
 
 def what(record: Result) -> str:
-    """A short name of what a record is of."""
+    """A short name of what a record judges."""
     if isinstance(record, AccuracyRecord):
         return f"{record.family} {record.case.partition('@')[0]}"
     return f"{record.family} {getattr(record, 'name', '')}"
@@ -50,7 +50,7 @@ def test_misbehaviour_costs_its_own_cases(tmp_path: Path) -> None:
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     records = load(tmp_path / "run").records
     found = {what(record): record for record in records}
-    # that many processes died, and all that shared a run with them is judged as if nothing had been
+    # many processes died; the other cases of the run are judged as if none had
     crashed = {name for name, record in found.items() if record.verdict == "CRASH"}
     deadly = {f"{family} tokens_{tokens}" for family in ("forward", "backward") for tokens in unruly.DEADLY_TOKENS}
     assert len(crashed) > 50

@@ -1,4 +1,4 @@
-"""`verify` and `repro` outlive the engine: what takes its process down is a verdict, and the rest is judged."""
+"""`verify` and `repro` outlive the engine: its crash is a verdict, and the rest is judged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_signal_costs_the_degrees_that_it_came_in() -> None:
+def test_a_signal_costs_only_the_degrees_that_it_came_in() -> None:
     done = run("verify", "--engine", DIES, "--case", CASE, "--tp", "all", "--steps", "2")
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stderr
@@ -41,10 +41,10 @@ def test_a_signal_costs_the_degrees_that_it_came_in() -> None:
     assert lines[-1] == f"FAIL {4 * len(ALL_TENSORS)} of {6 * len(ALL_TENSORS)} comparisons"
     assert sum(line.startswith("PASS ") for line in lines) == 2 * len(ALL_TENSORS)
     assert sum(line.endswith("CRASH backward: the process died of SIGSEGV") for line in lines) == 5
-    assert "in _die" in done.stderr  # where it died
+    assert "in _die" in done.stderr  # where it crashed
 
 
-def test_repro_tells_an_exit_and_still_writes_what_a_maintainer_needs(tmp_path: Path) -> None:
+def test_repro_reports_an_exit_and_still_writes_the_reproducer(tmp_path: Path) -> None:
     case = f"E=4,k=2,H=32,I=32,T={unruly.EXITS},r=4,alpha=8"
     target = str(tmp_path / "case.safetensors")
     done = run("repro", case, "--engine", "tests.support.unruly:Unruly", "--dump", target)
@@ -59,7 +59,7 @@ def test_repro_tells_an_exit_and_still_writes_what_a_maintainer_needs(tmp_path: 
 
 def test_nothing_that_an_engine_does_when_imported_reaches_the_command(tmp_path: Path) -> None:
     engine = tmp_path / "engine.py"
-    # after threads have computed a fork could not; what it starts holds this test's pipes for as long as it lives
+    # a fork cannot compute after threads have; the started process keeps this test's pipes open while it lives
     text = f"""
 import subprocess
 import torch
@@ -102,7 +102,7 @@ def test_a_part_without_tensors_that_ends_its_process_is_an_error() -> None:
         run_steps(question, [Step(partial(os._exit, 3), "writing", ())])
 
 
-def test_what_is_refused_there_is_refused_here() -> None:
+def test_an_error_in_the_forked_process_is_an_error_of_the_command() -> None:
     done = run("repro", CASE, "--engine", "torch_bf16", "--tp", "5")
     assert (done.returncode, done.stdout) == (2, "")
     assert (

@@ -1,4 +1,4 @@
-"""Hosted engines: the same bits as at home, the same errors, shared parameters, and a death that is theirs alone."""
+"""Hosted engines: the same bits and errors as in this process, shared parameters, and crashes that stay there."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def layer_of(hosted: Hosted, number: int = 0, case: Any = SMALL) -> Any:
     return build_layer(hosted, case, make_inputs(case), threads=1, layer_idx=number)
 
 
-def test_bits_are_those_of_the_engine_itself(hosted: Hosted) -> None:
+def test_the_bits_are_those_of_the_engine_itself(hosted: Hosted) -> None:
     for case in (SMALL, ODD):
         inputs = make_inputs(case)
-        at_home = run_layer(build_layer(TorchBf16, case, inputs, threads=1), inputs)
-        expect_same_bits(case.id, at_home, run_layer(layer_of(hosted, case=case), inputs))
+        here = run_layer(build_layer(TorchBf16, case, inputs, threads=1), inputs)
+        expect_same_bits(case.id, here, run_layer(layer_of(hosted, case=case), inputs))
 
 
 def test_an_optimizer_steps_the_engines_own_parameters(hosted: Hosted) -> None:
@@ -66,11 +66,11 @@ def test_an_optimizer_steps_the_engines_own_parameters(hosted: Hosted) -> None:
         layer.gate_lora_a = layer.gate_lora_a.detach() + 1
         layer.update_lora_weights()
         assert not same_bits(before["output"], run_layer(layer, inputs)["output"])
-    at_home, found = (run_layer(layer, inputs) for layer in layers)
-    expect_same_bits("after the update", at_home, found)
+    here, found = (run_layer(layer, inputs) for layer in layers)
+    expect_same_bits("after the update", here, found)
 
 
-def test_errors_are_those_of_the_engine(hosted: Hosted) -> None:
+def test_the_errors_are_those_of_the_engine(hosted: Hosted) -> None:
     inputs, layer = make_inputs(SMALL), layer_of(hosted)
     with pytest.raises(ValueError, match=r"expert_ids.*-2"):
         layer.forward_sft(inputs.hidden_states, inputs.expert_ids - 2, inputs.weights)
@@ -91,7 +91,7 @@ def test_what_is_written_into_inputs_is_seen(hosted: Hosted) -> None:
     assert same_bits(inputs.hidden_states[1:], make_inputs(SMALL).hidden_states[1:])
 
 
-def test_a_death_is_its_own(hosted: Hosted) -> None:
+def test_a_crash_stays_in_its_process(hosted: Hosted) -> None:
     inputs, other = make_inputs(SMALL), layer_of(hosted)
     with pytest.raises(
         EngineDied, match=r"(?s)forward_sft: the engine's process died of SIGSEGV.*these are my last words"
@@ -118,7 +118,7 @@ def test_a_python_that_is_not_there_is_refused() -> None:
     ],
     ids=["transposed", "stride 0", "empty", "requires grad", "odd address"],
 )
-def test_tensors_arrive_as_they_are(tensor: torch.Tensor) -> None:
+def test_tensors_arrive_unchanged(tensor: torch.Tensor) -> None:
     parcel = Parcel({"a": (tensor, [None, "text", float("inf")])})
     arrived, rest = unpack(parcel.description)["a"]
     parcel.close()

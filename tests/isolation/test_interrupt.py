@@ -24,7 +24,7 @@ from ktverify.judge import golden_regenerate
 from ktverify.system.paths import ROOT
 from tests.support import unruly
 
-SECONDS = 30.0  # to end in, on a machine that has other things to do
+SECONDS = 30.0  # time to end, on a busy machine
 
 
 def awaited(condition: Callable[[], bool], seconds: float) -> bool:
@@ -42,7 +42,7 @@ def imports_torch(pid: int) -> bool:
 
 
 def hangs(pid: int) -> bool:
-    """unruly's engine has said so."""
+    """The engine of tests.support.unruly hangs."""
     return "going to sleep" in Path(f"/proc/{pid}/fd/2").read_text(encoding="utf-8")
 
 
@@ -57,7 +57,7 @@ def computes(pid: int) -> bool:
 
 
 def stopped(arguments: list[str], when: Callable[[int], bool]) -> str:
-    """What `python -m ktverify …` says on stderr when Ctrl-C comes as soon as `when` is true of its number."""
+    """The stderr of `python -m ktverify …` with a Ctrl-C as soon as `when` is true of its pid."""
     command = [sys.executable, "-m", "ktverify", *arguments]
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as log,
@@ -76,7 +76,7 @@ def stopped(arguments: list[str], when: Callable[[int], bool]) -> str:
 
 
 def _lives(process: psutil.Process) -> bool:
-    # one that has ended waits for whoever inherited it to be told
+    # an ended process stays a zombie until its new parent reaps it
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
@@ -120,7 +120,7 @@ def stop(*arguments: object, **more: object) -> None:
     raise KeyboardInterrupt
 
 
-def told(result: Result) -> str:
+def stopped_line(result: Result) -> str:
     """The one line of a stopped command."""
     assert result.exit_code == INTERRUPTED, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("stopped")]
@@ -130,15 +130,15 @@ def told(result: Result) -> str:
 
 def test_every_command_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", stop)
-    assert told(CliRunner().invoke(app, ["doctor"])) == USUAL
+    assert stopped_line(CliRunner().invoke(app, ["doctor"])) == USUAL
 
 
-def test_goldens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_golden_regenerate_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golden_regenerate, "regenerate", stop)
-    assert told(CliRunner().invoke(golden_app, ["regenerate", "--check"])) == USUAL
+    assert stopped_line(CliRunner().invoke(golden_app, ["regenerate", "--check"])) == USUAL
 
 
-def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_training_reports_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ktverify.training.loss_log import LossLog
 
     def at_three(self: LossLog, args: object, state: object, control: object, **more: object) -> None:
@@ -156,8 +156,8 @@ def test_a_training_tells_what_is_kept_and_how_to_go_on(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(LossLog, "on_step_end", at_three)
-        line = told(CliRunner().invoke(app, command))
-        early = told(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
+        line = stopped_line(CliRunner().invoke(app, command))
+        early = stopped_line(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
     again = "the same command with --resume_from_checkpoint true goes on from there"
     assert line == f"stopped at step 3 of 4; {output}/checkpoint-2 and loss.jsonl are kept: {again}"
     assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew with --")

@@ -107,7 +107,7 @@ def test_a_claim_that_the_script_does_not_show_is_not_confirmed(
 def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
 ) -> None:
-    path = tmp_path / "alone.py"
+    path = tmp_path / "script.py"
     path.write_text(script, encoding="utf-8")
     monkeypatch.setattr(doubling.Doubling, "stand_alone", str(path))
     monkeypatch.setattr(confirming, "TRIES", 1)
@@ -124,7 +124,7 @@ def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
 
 
 def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "alone.py"
+    path = tmp_path / "script.py"
     path.write_text("import no_such_module\n", encoding="utf-8")
     monkeypatch.setattr(doubling.Doubling, "stand_alone", str(path))
     same = ended(13, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'no_such_module' (engine.py:7)")
@@ -135,7 +135,7 @@ def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("message", "alone", "same"),
+    ("message", "ended", "same"),
     [
         ("forward_sft: the process ended with exit code 127", "ended with exit code 1", False),
         ("forward_sft: the process ended with exit code 1", "ended with exit code 127", False),
@@ -153,9 +153,9 @@ def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypat
         ("CRASH forward_sft: SystemExit: no weights (engine.py:7)", "no weights", True),
     ],
 )
-def test_only_the_same_end_is_confirmed(message: str, alone: str, same: bool) -> None:
-    told = Claim(CaseRun(case_of(13).id), "CRASH", "", "CRASH", message=message)
-    assert confirming._same_end(told, alone) is same
+def test_only_the_same_end_is_confirmed(message: str, ended: str, same: bool) -> None:
+    claim = Claim(CaseRun(case_of(13).id), "CRASH", "", "CRASH", message=message)
+    assert confirming._same_end(claim, ended) is same
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_the_error_that_an_output_ends_with(said: str, error: str) -> None:
 
 
 def test_no_answer_confirms_a_timeout(tmp_path: Path) -> None:
-    # python alone takes longer than that
+    # starting Python takes longer than that
     run = write(tmp_path / "run", [ended(12, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")])
     found = confirming.confirm(load(run), time_limit=0.01, done=lambda number, of: None)
     assert [(each.confirmed, each.script) for each in found] == [(True, "no answer")]

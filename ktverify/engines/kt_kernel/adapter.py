@@ -1,15 +1,15 @@
 """kt-kernel 0.7.2's KTMoEWrapper with the contract's calls. Runs under kt-kernel's Python: imports nothing of ktverify.
 
-What differs, and what is done about it here:
-- forward_sft is called `forward`, and backward gives (grad_input, grad_weights); it writes the LoRA gradients into
-  buffers that init_lora_weights was given. Copies of them are returned.
-- Its expert_ids name physical slots and its physical_to_logical_map says which of the given experts a slot takes, so
-  weights that come by slot are put into the experts' order.
+The differences, and what this adapter does about each:
+- forward_sft is called `forward`, and backward returns (grad_input, grad_weights); it writes the LoRA gradients into
+  buffers that init_lora_weights got. The adapter returns copies of them.
+- Its expert_ids are physical slots, and its physical_to_logical_map gives the expert that a slot takes. The adapter
+  puts weights by slot into the order of the experts.
 - LoRA tensors have to be contiguous; it keeps their addresses.
-- Its errors name its own calls and arguments; here they say forward_sft and physical_map.
-- One buffer is shared by all layers of a process and grows with the tokens only, since all layers of a model have the
-  same sizes. It is cleared, by the call that is there for it, when another layer's turn comes.
-Nothing is checked or mended beyond that: what kt-kernel accepts, refuses or computes is its own.
+- Its errors name its own calls and arguments; the adapter replaces them by forward_sft and physical_map.
+- All layers of a process share one buffer that grows with the tokens only, because all layers of a model have the same
+  sizes. The adapter clears it, by kt-kernel's own call, whenever another layer computes.
+It checks and repairs nothing else: kt-kernel's results and refusals are its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from kt_kernel import KTMoEWrapper  # type: ignore[import-not-found]
 
-# its words, and the contract's
+# kt-kernel's words, and the contract's
 WORDS = {"forward(": "forward_sft(", "physical_to_logical_map_cpu": "physical_map"}
 NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 
@@ -50,7 +50,7 @@ class KtKernel:
         if all(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 for tensor in parameters):
             raise NotImplementedError("LoRA in float32: kt-kernel says that it must use torch.bfloat16")
         parameters = tuple(tensor.contiguous() if isinstance(tensor, torch.Tensor) else tensor for tensor in parameters)
-        # what is no tensor goes on as it is: to refuse it is kt-kernel's own
+        # other objects are passed on unchanged: kt-kernel itself has to refuse them
         buffers = [torch.zeros_like(t) if isinstance(t, torch.Tensor) else t for t in parameters]
         gradients = dict(zip(NAMES, buffers, strict=True))
         self.wrapped.init_lora_weights(*parameters, *gradients.values())
@@ -92,7 +92,7 @@ class KtKernel:
 
 
 def _exchanges(physical_map: Any, experts: int) -> bool:
-    """True for a map int64 [E] of all experts in another order than theirs. What is no map goes on as it is."""
+    """True for a map int64 [E] of all experts in another order than theirs; False also for what is no map."""
     if not isinstance(physical_map, torch.Tensor) or physical_map.dtype != torch.int64 or physical_map.dim() != 1:
         return False
     slots = physical_map.tolist()
@@ -101,7 +101,7 @@ def _exchanges(physical_map: Any, experts: int) -> bool:
 
 @contextlib.contextmanager
 def _contract_words() -> Iterator[None]:
-    """Inside, an error of kt-kernel's keeps its class and gets the contract's names into its text."""
+    """In the body, put the contract's names into the text of kt-kernel's errors, which keep their class."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError) as error:

@@ -2,10 +2,10 @@
 
     python run.py [case.safetensors]      # exit code 1: a tensor is beyond its budget
 
-Any Python that has torch, safetensors and kt-kernel will do.
-The file holds the inputs (as inputs.*), the fp64 oracle's answers (expected.*), and as metadata the sizes, the suite's
-budgets (relative L2; a tensor without one has one right answer) and what the suite found. What kt-kernel gave is saved
-beside it as actual.safetensors.
+It needs a Python that has torch, safetensors and kt-kernel.
+The file contains the inputs (as inputs.*), the fp64 oracle's answers (expected.*), and as metadata the sizes, the
+suite's budgets (relative L2; a tensor without one has one right answer) and the errors that the suite found. The
+results of kt-kernel are saved beside it as actual.safetensors.
 """
 
 import json
@@ -57,7 +57,7 @@ print(f"{'tensor':18}{'here':>10}{'suite':>10}{'budget':>10}{'not finite':>12}{'
 beyond = 0
 for name, tensor in actual.items():
     wanted, found = tensors[f"expected.{name}"].double(), tensor.double()
-    # where one answer is right it is the exact one, rounded once to the tensor's type
+    # a tensor with one right answer: the exact one, rounded once to the tensor's type
     rounded = wanted.to(tensor.dtype).double()
     differ = int((rounded != found).logical_and(~(rounded.isnan() & found.isnan())).sum())
     wanted = wanted if name in budgets else rounded
