@@ -53,8 +53,8 @@ def gates_off(*names: str) -> frozenset[str]:
 class Verdict(enum.Enum):
     """Only PASS is a pass. MISTRUSTED: the expected values were too empty to believe a pass.
 
-    CRASH: the engine raised an exception or its process died; TIMEOUT: no answer within the time limit; OOM: more memory
-    than the limit; UNSUPPORTED: the engine declares that it cannot do this.
+    CRASH: the engine raised an exception or its process died; TIMEOUT: no answer within the time limit; OOM: more
+    memory than the limit; UNSUPPORTED: the engine declares that it cannot do this.
     """
 
     PASS = "PASS"
@@ -124,9 +124,10 @@ def peer_budget(peer: float, numbers_deciding: float | None = None, *, capped: b
 def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
     """How many independent numbers determine the relative error of `tensor`; nonzero: its elements other than 0.
 
-    A LoRA gradient is a sum of outer products of r-vectors, one per token slot of T k: its elements err together, and
-    T k r numbers decide. The same holds for every tensor where LoRA dominates. Of gates of magnitude m > 4, all but about
-    4 / m are open or shut; those 4 / m carry the error of every product with silu'. Of other tensors, each element counts.
+    A LoRA gradient is a sum of outer products of r-vectors, one per token slot of T k: its elements err together, and T
+    k r numbers decide. The same holds for every tensor where LoRA dominates. Of gates of magnitude m > 4, all but about
+    4 / m are open or shut; those 4 / m carry the error of every product with silu'. Of other tensors, each element
+    counts.
     """
     slots = case.qlen * case.top_k
     found = nonzero
@@ -146,8 +147,8 @@ def _is_a_draw(case: Case) -> bool:
 def own_limit(case: Case, tensor: str, isa: str, participation: float = math.inf) -> float | None:
     """The rel_l2 limit of an engine with fp32 sums on this case; None where only the peer's budget applies.
 
-    On the catalogue's own seeds it is the number of tolerances.toml. Other inputs are a new draw: where fewer than `few`
-    elements carry the tensor's norm, by their participation, it has the allowance of peer_budget.
+    On the catalogue's own seeds it is the number of tolerances.toml. Other inputs are a new draw: where fewer than
+    `few` elements carry the tensor's norm, by their participation, it has the allowance of peer_budget.
     """
     numbers = tolerances()["own"]
     ordinary = case.data == "gaussian" and case.magnitude == 1
@@ -172,8 +173,8 @@ def judge(
     """The verdict on `tensor` of `case`: FAIL if any gate is exceeded, MISTRUSTED if the inputs were too empty.
 
     peer: rel_l2 of the plain bf16 peer on the same tensor. own_engine adds the strict limits and, on exact cases, equal
-    bits. isa: the engine's instruction set; "" gets the limits of AMX. searched: the case came from a property search, so
-    cap the number of independent numbers at the tensor's participation. gates_off: gates to leave out.
+    bits. isa: the engine's instruction set; "" gets the limits of AMX. searched: the case came from a property search,
+    so cap the number of independent numbers at the tensor's participation. gates_off: gates to leave out.
     """
     gates = [
         _gate(name, value, budget, reason)

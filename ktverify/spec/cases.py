@@ -33,9 +33,9 @@ DATA_KINDS: dict[str, str] = {
     "nan_row": "gaussian, one NaN in the hidden state of the middle token",
     "inf_row": "gaussian, one Inf in the hidden state of the middle token",
 }
-# kind of data -> magnitude of hidden_states and of grad_output, where it is not the case's own. Gates of 2^8 saturate and
-# overflow exp; at 2^12, one rounding to bf16 moves a gate by more than the width of SiLU's bend, and silu' is random.
-# grad_output enters linearly
+# kind of data -> magnitude of hidden_states and of grad_output, where it is not the case's own. Gates of 2^8 saturate
+# and overflow exp; at 2^12, one rounding to bf16 moves a gate by more than the width of SiLU's bend, and silu' is
+# random. grad_output enters linearly
 _MAGNITUDES: dict[str, tuple[float, float]] = {"large": (2.0**8, 2.0**12), "tiny": (2.0**-20, 2.0**-20)}
 # kind of routing -> what it is
 ROUTING_KINDS: dict[str, str] = {

@@ -1,4 +1,4 @@
-"""Base weights between being given and being packed: whose they are, and whether their memory may go."""
+"""Base weights until they are packed: where they are, and whether their memory may be released."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ if TYPE_CHECKING:
 
 
 class Sources:
-    """Where the base weights are until they are packed.
+    """The base weights until they are packed.
 
-    weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot. mapped: views of files that are mapped and never
-    written: their pages may go and come back."""
+    weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot. mapped: views of mapped files that are never written,
+    so that their pages may be released and read again.
+    """
 
     def __init__(self, weights: list[list[torch.Tensor]], slots: list[int], *, mapped: bool) -> None:
         self.weights, self.slots, self.mapped = weights, slots, mapped
-        self.name = 0  # the engine's, of where it reads them
-        self.going = False  # given up: what is packed is no more
-        self.lock = threading.Lock()  # held to give them up, and to hand them to another engine
+        self.name = 0  # the engine's name for these sources
+        self.going = False  # being released: what is packed no longer exists here
+        self.lock = threading.Lock()  # taken to release them, and to give them to another engine
         tensors = [tensor for matrix in weights for tensor in matrix]
         counts = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
         one_of = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
         self._storages = [(tensor, counts[address]) for address, tensor in one_of.items()]
         ends = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
         apart = all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
-        self._giveable = not mapped and apart and all(tensor.is_contiguous() for tensor in tensors)
+        self._may_release = not mapped and apart and all(tensor.is_contiguous() for tensor in tensors)
 
     def load(self, native: Layer) -> None:
-        """Tells the engine where they are. Of one matrix all experts have the same strides."""
+        """Give the engine their addresses. All experts of one matrix have the same strides."""
         gate, up, down = map(self._of_native, self.weights)
         self.name = native.load_weights(gate, up, down, self.slots)
 
@@ -42,14 +43,15 @@ class Sources:
         row, column = matrix[0].stride()
         return [tensor.data_ptr() for tensor in matrix], row, column, self.mapped
 
-    def given_up(self) -> bool:
-        """Whether nobody else can read them: their memory is torch's own, and no other tensor holds it.
+    def released(self) -> bool:
+        """Whether their memory may be released: it is torch's own, and no other tensor uses it.
 
-        Not so where numpy, a file or anybody else lent the memory, where experts are strided or share memory, and where
-        this torch does not tell. Who has a weak reference to the storage finds zeros."""
-        if self.going or not self._giveable:
+        False where the memory belongs to numpy, a file or another library, where experts are strided or share memory,
+        and where this version of torch does not report it. A weak reference to the storage finds zeros afterwards.
+        """
+        if self.going or not self._may_release:
             return self.going
-        # as this torch counts one tensor that holds its storage alone
+        # the counts of a tensor that is the only owner of its storage, in this version of torch
         own = _holders(alias(torch.zeros(1, device="cpu")))
         for tensor, count in self._storages:
             holders = _holders(tensor)
@@ -59,9 +61,9 @@ class Sources:
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """How many hold its storage, in C++ and in Python; None where torch cannot tell, or was lent it."""
+    """Owners of its storage, in C++ and in Python; None where torch does not report them, or the memory is borrowed."""
     use_count = getattr(torch._C, "_storage_Use_Count", None)
-    is_cow = getattr(torch._C, "_is_cow_tensor", None)  # then clones share the memory, and not the storage
+    is_cow = getattr(torch._C, "_is_cow_tensor", None)  # then clones share the memory, but not the storage
     storage = tensor.untyped_storage()
     if use_count is None or is_cow is None or is_cow(tensor):
         return None
@@ -71,6 +73,6 @@ def _holders(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 
 def alias(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory without the tensor that a view keeps alive."""
+    """A tensor of the same memory that does not keep the tensor alive of which this is a view."""
     alone = tensor.new_empty(0)
     return alone.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,6 +1,6 @@
 """Base weights of the routed experts of one layer, from a checkpoint in safetensors.
 
-Comes in: a file or a folder, a layer's number. Goes out: views of mapped files: nothing is read here but headers.
+The tensors are views of mapped files; only the headers are read here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ktverify.spec.names import BASE_NAMES
 
 INDEX = "model.safetensors.index.json"
 
-# How model families name the matrices of an expert, after any prefix.
+# names of an expert's matrices in model families, after any prefix
 FAMILIES: dict[str, dict[str, str]] = {
     "DeepSeek, Qwen, GLM, OLMoE": {
         name: f"layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight" for name in BASE_NAMES
@@ -33,10 +33,10 @@ FAMILIES: dict[str, dict[str, str]] = {
 def expert_weights(
     weight_path: str, layer: int, shapes: Mapping[str, tuple[int, int]], experts: int
 ) -> dict[str, list[torch.Tensor]]:
-    """gate_proj, up_proj [I, H], down_proj [H, I] bf16 of each expert, by BASE_NAMES.
+    """gate_proj, up_proj [I, H], down_proj [H, I] bf16 of each expert, by BASE_NAMES; shapes: the expected ones.
 
-    shapes: what each must have. ValueError where the path, a tensor, its shape or its dtype is not as it must be, or
-    where the checkpoint has more experts.
+    ValueError for a missing path or tensor, another shape, or a checkpoint with more experts; TypeError for another
+    dtype.
     """
     names = _of_layer(_tensors(weight_path), layer)
     family = next((f for f in FAMILIES.values() if f[BASE_NAMES[0]].format(layer=layer, expert=0) in names), None)
@@ -75,13 +75,13 @@ def _keys(file: Path) -> Iterable[str]:
     try:
         with safe_open(file, "pt") as opened:
             keys: list[str] = list(opened.keys())
-    except Exception as error:  # the library raises types of its own, and others
+    except Exception as error:  # the library raises exceptions of its own and others
         raise ValueError(f"{file} is no safetensors file: {error}") from None
     return keys
 
 
 def _of_layer(tensors: Mapping[str, Path], layer: int) -> dict[str, tuple[str, Path]]:
-    """Those of one layer, from "layers.N." on: short name -> (full name, file)."""
+    """The tensors of one layer: name from "layers.N." on -> (full name, file)."""
     found = {}
     for name, file in tensors.items():
         match = re.search(rf"(?:^|\.)(layers\.{layer}\..*)", name)
@@ -93,7 +93,7 @@ def _of_layer(tensors: Mapping[str, Path], layer: int) -> dict[str, tuple[str, P
 def _view(
     files: dict[Path, Any], names: Mapping[str, tuple[str, Path]], name: str, shape: tuple[int, int], weight_path: str
 ) -> torch.Tensor:
-    """A tensor that reads its pages from the file when they are needed."""
+    """A tensor that reads its pages from the file when they are used."""
     if name not in names:
         raise ValueError(f"weight_path {weight_path!r} has no {name}")
     full, file = names[name]

@@ -19,7 +19,7 @@ from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
 
 try:
     from ktverify import _native
-except ImportError as error:  # an installation without its compiled part
+except ImportError as error:  # an installation without the compiled module
     raise ImportError(
         f"ktverify's native engine is not installed ({error}); run `make setup` or `pip install .` in the repository"
     ) from error
@@ -36,17 +36,17 @@ def available_isas() -> list[str]:
 
 
 def chosen_isa() -> str:
-    """The instruction set of a layer that names none: that of the variable KTVERIFY_ISA, else the best."""
+    """The instruction set of a layer without `isa`: that of the variable KTVERIFY_ISA, else the best."""
     return os.environ.get(ISA_VARIABLE) or available_isas()[0]
 
 
 def amx_is_emulated() -> bool:
-    """True when tile instructions run in a trap handler: right for checking kernels, meaningless for speed."""
+    """True when tile instructions run in a trap handler: results are right, times mean nothing."""
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
 
 
 def _require(isa: str) -> None:
-    """RuntimeError where it cannot run here, which of AMX says how it can."""
+    """RuntimeError where `isa` cannot run here; for AMX, the error says how to emulate it."""
     try:
         _native.require_isa(isa)
     except RuntimeError as error:
@@ -59,15 +59,15 @@ def _gradients(
 ) -> tuple[list[torch.Tensor], bool]:
     """Tensors of these shapes in one block of memory, and whether they are zero.
 
-    written: experts at most that will write theirs. Where each of them touching a huge page of each tensor makes up the
-    block, it is the memory of gradients that were dropped, if there is such: clearing the idle experts' in it takes
-    less time than the system takes to clear fresh pages. Otherwise it is fresh pages, of which most are never there at
-    all. One block, because huge pages are for large blocks.
+    written: the most experts that will write a gradient. If they could touch every huge page of the block anyway, reuse
+    a freed gradient block when one exists: clearing the idle experts' part takes less time than the system takes to
+    clear fresh pages. Otherwise use fresh pages, most of which are never touched. One block, because huge pages need
+    large blocks.
     """
     sizes = [math.prod(shape) for shape in shapes]
     count = sum(sizes) * dtype.itemsize
-    again = written * len(shapes) * _native.HUGE_PAGE >= count
-    memory, zero = _native.gradient_memory(count) if again else (np.zeros(count, np.uint8), True)
+    reuse = written * len(shapes) * _native.HUGE_PAGE >= count
+    memory, zero = _native.gradient_memory(count) if reuse else (np.zeros(count, np.uint8), True)
     parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
@@ -79,15 +79,15 @@ class KTMoEWrapper:
         s = lora_alpha / lora_rank
         out[t] = Σ_j weights[t, j] · y of expert expert_ids[t, j]
 
-    Operands are bf16, sums fp32, and each result is rounded once. The same call gives the same bits whatever the
-    number of threads. An expert's weights are packed when its first token arrives: until all are, the tensors given
-    to `load_weights_from_tensors` are kept, and they must not change. Where the caller has dropped them, an expert's
-    part goes as soon as it is packed.
+    Operands are bf16, sums fp32, and each result is rounded once. The same call gives the same bits for any number of
+    threads. An expert's weights are packed when its first token arrives. Until all are packed, the tensors given to
+    `load_weights_from_tensors` are kept and must not change. If the caller has no reference to them any more, an
+    expert's part is released as soon as it is packed.
 
-    Arguments are those of the contract; beyond them:
-    isa: one of `available_isas()`; None takes the variable KTVERIFY_ISA, and without it the best. A name that cannot
-        run here is refused with RuntimeError, never replaced.
-    max_cache_depth: forwards with save_for_backward=True that may wait for their backward; backward takes the newest.
+    Arguments are those of the contract, and in addition:
+    isa: one of `available_isas()`; None takes the variable KTVERIFY_ISA, and without it the best. RuntimeError for a
+        name that cannot run here; it is never replaced.
+    max_cache_depth: most forwards with save_for_backward=True that wait for their backward; backward takes the newest.
     """
 
     def __init__(
@@ -166,12 +166,12 @@ class KTMoEWrapper:
 
     @property
     def threads(self) -> int:
-        """Workers that a call uses: cpuinfer_threads, or the processors this process may run on if those are fewer."""
+        """Workers of a call: cpuinfer_threads, but at most the processors that this process may use."""
         return int(self._native.threads)
 
     @property
     def packed_experts(self) -> int:
-        """Experts whose weights the engine holds: those that a token has reached."""
+        """Number of packed experts: those that a token has reached."""
         return int(self._native.packed_experts)
 
     @property
@@ -182,18 +182,21 @@ class KTMoEWrapper:
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
-        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: slot p holds logical
-        expert physical_map[p]. expert_ids, LoRA tensors and gradients are logical. Any strides."""
+        """Take base weights: gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot, of any strides.
+
+        physical_map int64 [E]: slot p contains logical expert physical_map[p]. expert_ids, LoRA tensors and gradients
+        are in logical order.
+        """
         base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = argument_checks.check_physical_map(self.spec, physical_map)
         self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots, mapped=False))
 
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
-        """The base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file, or a folder
-        of them; ktverify/engines/native/checkpoint.py tells which names are known.
+        """Take the base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file or a
+        folder of such files. checkpoint.py lists the known names.
 
-        The files are mapped: an expert's pages are read when its first token arrives, and given back once they are
-        packed. physical_map as above, the checkpoint's expert p being slot p; None: slots are logical experts.
+        The files are mapped: an expert's pages are read when its first token arrives, and released once packed.
+        physical_map as above, where the checkpoint's expert p is slot p; None: slots are logical experts.
         """
         from ktverify.engines.native import checkpoint
 
@@ -219,9 +222,9 @@ class KTMoEWrapper:
         down_lora_a: torch.Tensor,
         down_lora_b: torch.Tensor,
     ) -> None:
-        """gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b
-        [E, H, r], all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …;
-        a non-contiguous one is copied."""
+        """Take gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b
+        [E, H, r], all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …; a non-contiguous one is
+        copied."""
         given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         lora = argument_checks.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
         lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
@@ -246,8 +249,8 @@ class KTMoEWrapper:
             self._take(native, lora)
 
     def _take(self, native: _native.Layer, lora: dict[str, torch.Tensor]) -> None:
-        """`native` becomes the engine, with these as its parameters."""
-        # memory may end here: only what has its parameters takes the place of what was there
+        """Make `native` the engine, with `lora` as its parameters."""
+        # MemoryError is possible here, so the old engine is replaced only by one that has its parameters
         native.update_lora([t.data_ptr() for t in lora.values()])
         self._native = native
         self._lora_dtype = lora[LORA_NAMES[0]].dtype
@@ -255,8 +258,11 @@ class KTMoEWrapper:
             setattr(self, name, tensor)
 
     def update_lora_weights(self) -> None:
-        """Takes over the values of all six parameters at once. Until then the engine computes with the last ones, and
-        the backward of a forward that was saved before computes with those of its forward."""
+        """Give the engine the present values of all six parameters at once.
+
+        Until then it computes with the earlier ones. The backward of a forward that was saved before uses the values of
+        its forward.
+        """
         argument_checks.check_ready(True, self._lora_dtype is not None, "update_lora_weights")
         lora = argument_checks.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
         if lora[LORA_NAMES[0]].dtype != self._lora_dtype:
@@ -276,13 +282,13 @@ class KTMoEWrapper:
     ) -> torch.Tensor:
         """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32 -> output [T, H] bf16.
 
-        An id of -1 says that the slot is not this layer's: it contributes nothing. `last_ticket` then names what was
-        saved, for `backward` or `drop`; 0 without save_for_backward."""
+        A slot with id -1 contributes nothing. `last_ticket` names the saved forward, for `backward` or `drop`; 0
+        without save_for_backward."""
         argument_checks.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = argument_checks.check_forward(self.spec, hidden_states, expert_ids, weights)
         x, ids, slot_weights = (t.detach().contiguous() for t in (hidden_states, expert_ids, weights))
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        native, given_up = self._native_and_given_up() if tokens else (self._native, 0)
+        native, released = self._native_and_released() if tokens else (self._native, 0)
         self.last_ticket = native.forward(
             tokens,
             x.data_ptr(),
@@ -290,30 +296,30 @@ class KTMoEWrapper:
             slot_weights.data_ptr(),
             output.data_ptr(),
             save_for_backward,
-            given_up,
+            released,
         )
         if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
-            self._sources = None  # every expert is packed: the caller's tensors may go
+            self._sources = None  # every expert is packed, so the caller's tensors are no longer needed
         return output
 
-    def _native_and_given_up(self) -> tuple[_native.Layer, int]:
-        """The engine, and the name of the sources that it may let go as it packs them; 0 for none."""
+    def _native_and_released(self) -> tuple[_native.Layer, int]:
+        """The engine, and the name of the sources that it may release while it packs them; 0 for none."""
         sources = self._sources
         if sources is None:
             return self._native, 0
         with sources.lock:
-            sources.going = sources.given_up()
+            sources.going = sources.released()
             return self._native, sources.name if sources.going else 0
 
     def backward(
         self, grad_output: torch.Tensor, *, accumulate: bool = False, ticket: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """grad_output [T, H] bf16 of the newest saved forward -> grad_input [T, H] bf16 and the six LoRA gradients in
-        their parameters' shapes and dtype; `grad_weights` then holds that of the routing weights, fp32 [T, k].
+        """grad_output [T, H] bf16 of the newest saved forward -> grad_input [T, H] bf16 and the six LoRA gradients, in
+        their parameters' shapes and dtype. `grad_weights`, fp32 [T, k], is then the gradient of the routing weights.
 
-        accumulate: the LoRA gradients are the sum over the backward calls since update_lora_weights that had it set,
-        added in fp32 and rounded once.
-        ticket: that of another saved forward than the newest. RuntimeError for one that was used or dropped."""
+        accumulate: return the sum of the LoRA gradients of all backward calls with accumulate since
+        update_lora_weights, added in fp32 and rounded once.
+        ticket: names another saved forward than the newest. RuntimeError for one that was used or dropped."""
         rows = int(self._native.saved_rows)
         waiting = None if rows < 0 else rows
         if ticket and isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2:
@@ -342,16 +348,16 @@ class KTMoEWrapper:
         return grad_input, grads
 
     def drop(self, ticket: int) -> None:
-        """Frees what the forward of this ticket saved; nothing where it was used or dropped before."""
+        """Free the saved forward of this ticket; does nothing if it was used or dropped before."""
         self._native.drop(ticket)
 
     def record_stages(self, on: bool = True) -> None:
-        """From now on each forward and backward keeps where its time went; it costs a clock read a task."""
+        """Record from now on where each forward and backward spends its time; costs one clock read per task."""
         self._record_stages = on
         self._native.record_stages(on)
 
     def stage_times(self) -> StageTimes:
-        """Of the last forward or backward since `record_stages()`; RuntimeError without one."""
+        """The times of the last recorded forward or backward. RuntimeError without one."""
         found = self._native.stage_times()
         if not found["workers"]:
             raise RuntimeError("no call was recorded: call record_stages(), then forward_sft or backward")
@@ -359,6 +365,6 @@ class KTMoEWrapper:
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:
-        """Returns the working buffers that layers share, and the memory of LoRA gradients that nobody holds, to the
-        operating system. Saved forwards keep theirs."""
+        """Return to the operating system the working buffers that layers share, and the memory of freed LoRA gradients.
+        Saved forwards keep their memory."""
         _native.clear_buffer_cache()

@@ -1,7 +1,4 @@
-"""Where one call of the native engine spent its time.
-
-Comes in: what `_native.Layer.stage_times()` gives. Goes out: `StageTimes`. Standard library only.
-"""
+"""Where one call of the native engine spent its time. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ WAIT = "wait"
 
 @dataclass(frozen=True)
 class Phase:
-    """One kind of work. ns: time of each worker; flops, bytes: what the call's phase computes and at least reads,
-    without padding."""
+    """One kind of work. ns: time of each worker; flops, bytes: its operations and a lower bound of its reads, without
+    padding."""
 
     name: str
     ns: tuple[int, ...]
@@ -23,13 +20,13 @@ class Phase:
 
     @property
     def wall_ns(self) -> float:
-        """Its part of the call's wall time: the mean over the workers, for each worker's phases add up to it."""
+        """Its share of the call's wall time: the mean over the workers, whose phases each add up to the wall time."""
         return sum(self.ns) / len(self.ns)
 
 
 @dataclass(frozen=True)
 class Span:
-    """One worker in one parallel stage, ns since the call began; from work_end to end it waited at the barrier."""
+    """One worker in one parallel stage, ns since the call began; it waits at the barrier from work_end to end."""
 
     stage: int
     begin: int
@@ -39,7 +36,7 @@ class Span:
 
 @dataclass(frozen=True)
 class StageTimes:
-    """One call. rows: T; phases: in the order in which a call passes them, waiting last; spans: by worker."""
+    """One call. rows: T; phases: in the order of the call, waiting last; spans: by worker."""
 
     direction: Literal["forward", "backward"]
     rows: int
@@ -64,5 +61,5 @@ class StageTimes:
         )
 
     def busy_ns(self, worker: int) -> int:
-        """What a worker worked, waiting left out."""
+        """The time that a worker worked, without waiting."""
         return sum(phase.ns[worker] for phase in self.phases if phase.name != WAIT)
