@@ -10,7 +10,7 @@ from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, error, number, percent, ratio
+from ktverify.report.numbers import NOTHING, error, many, number, percent, ratio
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
 from ktverify.system.clock import Statistics
@@ -228,7 +228,7 @@ def stage_note(times: StageTimes) -> str:
     """The number of parallel stages, and how busy the idlest and the busiest worker are."""
     shares = [times.busy_ns(worker) / times.wall_ns for worker in range(times.workers)]
     busy = f"busy {percent(min(shares), 0)} to {percent(max(shares), 0)}"
-    return f"{times.stages} parallel stages, {times.workers} workers, {busy}"
+    return f"{many(times.stages, 'parallel stage')}, {many(times.workers, 'worker')}, {busy}"
 
 
 def stage_rows(times: StageTimes, multiply: float, read: float) -> list[tuple[str, ...]]:
@@ -264,7 +264,10 @@ def head_pairs(head: HeadLine) -> list[tuple[str, str]]:
     forced = f", all forced to {head.isa}" if head.isa else ""
     return [
         ("run", f"{head.stamp}, {head.commit or 'no checkout'}"),
-        ("machine", f"{head.machine.cpu}, {head.threads} threads, {format_bytes(head.machine.memory_bytes)}{forced}"),
+        (
+            "machine",
+            f"{head.machine.cpu}, {many(head.threads, 'thread')}, {format_bytes(head.machine.memory_bytes)}{forced}",
+        ),
         ("versions", versions),
         ("method", f"{head.rounds} interleaved rounds after {head.warmup} to warm up; medians, ratios round by round"),
         ("command", head.command),

@@ -47,7 +47,8 @@ def many(count: int, noun: str) -> str:
 
 
 def ratio(value: float) -> str:
-    return f"{value:.2f}"
+    """Two decimals, and three significant digits from 10 on."""
+    return f"{value:.2f}" if value < 10 else number(value)
 
 
 def percent(share: float, decimals: int = 1) -> str:
