@@ -15,7 +15,7 @@ from typing import Any
 from ktverify.errors import EngineDied
 from ktverify.isolation.host import module_at
 from ktverify.isolation.hosted import host_command
-from ktverify.isolation.process import JsonProcess, environment_of, own_environment
+from ktverify.isolation.process import AnsweringProgram, environment_of, own_environment
 from ktverify.system import optional_peers
 from ktverify.system.instruction_sets import INSTRUCTION_SETS
 
@@ -93,7 +93,7 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
         raise ValueError(f"{path} is no engine: {error}") from None
 
 
-class EngineProcess(JsonProcess):
+class EngineProcess(AnsweringProgram):
     """A process with a PeerHost of `engine`."""
 
     def __init__(self, engine: Engine, *, threads: int, isa: str = "", timeout_s: float = 900.0) -> None:

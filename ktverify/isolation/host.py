@@ -1,28 +1,28 @@
 """The process of a hosted engine: builds its layers and makes their calls on request.
 
 Run by path, under any Python from 3.10 on that has torch and the engine: it imports nothing of ktverify. Requests and
-answers are lines of JSON; tensors travel as memory: the sender copies them into a memfd of their own, which the
-receiver maps and keeps as long as one of them lives. Strides, the address modulo 64 and requires_grad are kept.
-hosted.py uses `Parcel` and `unpack` for the other end. `python host.py SERVER ARGUMENT PARENT REQUESTS ANSWERS` may
+answers are pickles. Tensors travel as memory: the sender copies them into a memfd, which the receiver maps and keeps as
+long as one of them lives. Strides, the address modulo 64 and requires_grad are kept.
+hosted.py uses `Parcel` and `unpack` for the other end. `python host.py SERVER ARGUMENT PARENT DESCRIPTOR` may
 serve another class than `Layers`: SERVER is its spec, "" for Layers; it is called with the object that ARGUMENT names
 and with `module_at`.
 """
 
 from __future__ import annotations
 
-import base64
 import builtins
 import contextlib
 import ctypes
 import importlib
 import importlib.util
-import json
+import io
 import mmap
 import os
 import pickle
 import signal
 import sys
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,51 +35,20 @@ PARAMETERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora
 
 
 class Parcel:
-    """A value to be sent: `description` is JSON; its tensors are in a memory file that is open until close()."""
+    """A value to be sent: `description` can be pickled; its tensors are in a memory file that is open until close()."""
 
     def __init__(self, value: Any) -> None:
-        self._tensors: list[tuple[Any, int, int]] = []  # span [n], its offset in bytes, n
-        self._size = 0
+        pickler = _Pickler()
+        pickler.dump(value)
+        self.description: dict[str, Any] = {"value": pickler.file.getvalue()}
         self._fd = -1
-        self.description: dict[str, Any] = {"value": self._describe(value)}
-        if self._size:
+        if pickler.size:
             self._fd = os.memfd_create("ktverify")
-            os.ftruncate(self._fd, self._size)
-            with _Mapped(self._fd, self._size) as memory:
-                for span, offset, count in self._tensors:
+            os.ftruncate(self._fd, pickler.size)
+            with _Mapped(self._fd, pickler.size) as memory:
+                for span, offset, count in pickler.spans:
                     memory.tensor(span.dtype, count, offset).copy_(span)
-            self.description["memory"] = [f"/proc/{os.getpid()}/fd/{self._fd}", self._size]
-        self._tensors.clear()
-
-    def _describe(self, value: Any) -> dict[str, Any]:
-        import torch
-
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.device.type in ("cpu", "meta"):
-            return self._tensor(value)
-        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-            return {type(value).__name__: [self._describe(item) for item in value]}
-        if type(value) is dict:
-            return {"dict": [[self._describe(key), self._describe(item)] for key, item in value.items()]}
-        if value is None or type(value) in (bool, int, float, str):
-            return {"plain": value}
-        return {"pickle": base64.b64encode(pickle.dumps(value)).decode("ascii")}
-
-    def _tensor(self, tensor: Any) -> dict[str, Any]:
-        import torch
-
-        found: dict[str, Any] = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        if tensor.device.type == "meta":
-            return {"meta": found}
-        found |= {"stride": list(tensor.stride()), "grad": bool(tensor.requires_grad)}
-        if tensor.numel():
-            # the memory from its first to its last element; a tensor of stride 0 stays as small as it is
-            count = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-            span = torch.as_strided(tensor.detach(), (count,), (1,))
-            start = -(-self._size // ALIGNMENT) * ALIGNMENT + tensor.data_ptr() % ALIGNMENT
-            found |= {"offset": start, "count": count}
-            self._tensors.append((span, start, count))
-            self._size = start + count * tensor.element_size()
-        return {"tensor": found}
+            self.description["memory"] = [f"/proc/{os.getpid()}/fd/{self._fd}", pickler.size]
 
     def opened(self) -> Any:
         """The value as the receiver gets it: its tensors share the same memory."""
@@ -89,6 +58,57 @@ class Parcel:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a value with descriptions in place of its tensors, and plans where each lies in the memory file."""
+
+    def __init__(self) -> None:
+        self.file = io.BytesIO()
+        self.size = 0
+        self.spans: list[tuple[Any, int, int]] = []  # span [n], its offset in bytes, n
+        super().__init__(self.file)
+
+    def persistent_id(self, value: Any) -> dict[str, Any] | None:
+        import torch
+
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return None
+        found: dict[str, Any] = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+        if value.device.type == "meta":
+            return {**found, "device": "meta", "grad": False}
+        if value.device.type != "cpu":
+            return None
+        found |= {"device": "cpu", "grad": bool(value.requires_grad)}
+        if value.numel():
+            # the memory from its first to its last element; a tensor of stride 0 stays as small as it is
+            count = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+            span = torch.as_strided(value.detach(), (count,), (1,))
+            offset = -(-self.size // ALIGNMENT) * ALIGNMENT + value.data_ptr() % ALIGNMENT
+            found |= {"stride": list(value.stride()), "offset": offset, "count": count}
+            self.spans.append((span, offset, count))
+            self.size = offset + count * value.element_size()
+        return found
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what _Pickler wrote; its tensors share the memory file."""
+
+    def __init__(self, data: bytes, memory: _Mapped | None) -> None:
+        super().__init__(io.BytesIO(data))
+        self.memory = memory
+
+    def persistent_load(self, found: dict[str, Any]) -> Any:
+        import torch
+
+        dtype = getattr(torch, found["dtype"])
+        if "offset" in found:
+            assert self.memory is not None
+            flat = self.memory.tensor(dtype, found["count"], found["offset"])
+            tensor = torch.as_strided(flat, found["shape"], found["stride"])
+        else:
+            tensor = torch.empty(found["shape"], dtype=dtype, device=found["device"])
+        return tensor.requires_grad_(found["grad"])
 
 
 class _Mapped:
@@ -121,32 +141,7 @@ def unpack(description: dict[str, Any]) -> Any:
             memory = _Mapped(fd, size)
         finally:
             os.close(fd)
-    return _value(description["value"], memory)
-
-
-def _value(described: dict[str, Any], memory: _Mapped | None) -> Any:
-    import torch
-
-    ((kind, found),) = described.items()
-    if kind == "plain":
-        return found
-    if kind == "pickle":
-        return pickle.loads(base64.b64decode(found))
-    if kind == "dict":
-        return {_value(key, memory): _value(item, memory) for key, item in found}
-    if kind in ("list", "tuple"):
-        items = [_value(item, memory) for item in found]
-        return items if kind == "list" else tuple(items)
-    dtype = getattr(torch, found["dtype"])
-    if kind == "meta":
-        return torch.empty(found["shape"], dtype=dtype, device="meta")
-    if "offset" in found:
-        assert memory is not None
-        flat = memory.tensor(dtype, found["count"], found["offset"])
-        tensor = torch.as_strided(flat, found["shape"], found["stride"])
-    else:
-        tensor = torch.empty(found["shape"], dtype=dtype)
-    return tensor.requires_grad_(found["grad"])
+    return _Unpickler(description["value"], memory).load()
 
 
 # ---- the process
@@ -244,25 +239,25 @@ class Layers:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """An exception as JSON: the name of its class, that of its nearest builtin class, and its text."""
+    """An exception in builtin values: the name of its class, that of its nearest builtin class, and its text."""
     builtin = next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return {"class": type(error).__name__, "builtin": builtin, "text": text}
 
 
-def serve(server: str, argument: str, requests: int, answers: int) -> None:
-    """Answer the lines of the descriptor `requests` until it closes. What cannot be imported is the first answer."""
+def serve(server: str, argument: str, connection: Connection) -> None:
+    """Answer requests until the connection closes. An error of an import is the first answer."""
     served: Any = None
-    with os.fdopen(requests, encoding="utf-8") as lines, os.fdopen(answers, "w", encoding="utf-8") as out:
-        for line in lines:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            request = connection.recv()
             try:
                 served = served or (find(server) if server else Layers)(find(argument), module_at)
-                reply = {"ok": True, "result": served.answer(json.loads(line))}
+                reply = {"ok": True, "result": served.answer(request)}
             except Exception as error:
                 traceback.print_exc()
                 reply = {"ok": False, "error": failure(error)}
-            out.write(json.dumps(reply) + "\n")
-            out.flush()
+            connection.send(reply)
 
 
 if __name__ == "__main__":
@@ -274,6 +269,6 @@ if __name__ == "__main__":
     # Python puts the folder of this file first on the path: nothing in it may shadow an installed package
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
-    server, argument, parent, *pipes = sys.argv[1:]
+    server, argument, parent, descriptor = sys.argv[1:]
     end_with_parent(parent != "0", parent=int(parent))
-    serve(server, argument, *map(int, pipes))
+    serve(server, argument, Connection(int(descriptor)))

@@ -22,7 +22,7 @@ from typing import Any
 
 from ktverify.errors import EngineDied
 from ktverify.isolation.host import Parcel, unpack
-from ktverify.isolation.process import JsonProcess, environment_of
+from ktverify.isolation.process import AnsweringProgram, environment_of
 from ktverify.spec.names import LORA_NAMES
 
 HOST = Path(__file__).with_name("host.py")
@@ -61,7 +61,7 @@ class _Host:
 
     def __init__(self, spec: str, python: str) -> None:
         # no time limit: the process that started this one limits it
-        self._process = JsonProcess(
+        self._process = AnsweringProgram(
             host_command(python, "", spec), environment_of(python), timeout_s=None, own_session=False
         )
         self._lock = threading.Lock()

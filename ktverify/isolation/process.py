@@ -1,24 +1,21 @@
 """The common core of all processes that the package starts: start, watch, end, last lines. Imports no torch.
 
-Running        a process: how it ended, how it is ended together with what it started
-Program        a Running command; its output goes to a Log
-JsonProcess    a Program that answers requests, each one line of JSON
-Channel        pickled values between two processes; `serve` is the answering end
+`Running` is a process, how it ended, and how it is ended together with what it started; `Program` is one that runs a
+command, with a `Log` of its output; `AnsweringProgram` also answers requests. channel.py is for Python functions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -238,10 +235,10 @@ class Program(Running):
         self.log.close()
 
 
-class JsonProcess(Program):
-    """A command that answers requests. Its last two arguments are the descriptors of requests and answers.
+class AnsweringProgram(Program):
+    """A command that answers requests over a connection, whose descriptor is its last argument; see host.py.
 
-    For one thread at a time. timeout_s: seconds for one answer, None for any.
+    For one thread at a time. timeout_s: seconds for one answer, None for no limit.
     """
 
     def __init__(
@@ -253,43 +250,23 @@ class JsonProcess(Program):
         own_session: bool = True,
     ) -> None:
         self.timeout_s = timeout_s
-        self._pending = b""
-        theirs_requests, self._requests = os.pipe()
-        self._answers, theirs_answers = os.pipe()
-        theirs = (theirs_requests, theirs_answers)
-        try:
-            super().__init__([*command, *map(str, theirs)], environment, pass_fds=theirs, own_session=own_session)
-        finally:
-            for descriptor in theirs:
-                os.close(descriptor)
+        self._connection, theirs = Pipe()
+        with theirs:
+            fd = theirs.fileno()
+            super().__init__([*command, str(fd)], environment, pass_fds=[fd], own_session=own_session)
 
     def exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request. EngineDied where the process ended, EngineTimeout where it did not answer."""
-        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-        view = memoryview(json.dumps(request).encode("utf-8") + b"\n")
         try:
-            while view:
-                view = view[os.write(self._requests, view) :]
-            answer: dict[str, Any] = json.loads(self._read_line(deadline))
-        except (EOFError, BrokenPipeError):
+            self._connection.send(request)
+            if self._connection.poll(self.timeout_s):
+                answer: dict[str, Any] = self._connection.recv()
+                return answer
+        except (EOFError, OSError):
             raise EngineDied(f"{self.how()}; last line: {self.log.last_line() or 'none'}") from None
-        except TimeoutError:
-            self.end()
-            text = f"no answer after {self.timeout_s:.0f} s, ended with SIGKILL"
-            raise EngineTimeout(f"{text}; last line: {self.log.last_line() or 'none'}") from None
-        return answer
-
-    def _read_line(self, deadline: float | None) -> bytes:
-        while b"\n" not in self._pending:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._answers], [], [], left)[0]:
-                raise TimeoutError
-            part = os.read(self._answers, 1 << 16)
-            if not part:
-                raise EOFError
-            self._pending += part
-        line, _, self._pending = self._pending.partition(b"\n")
-        return line
+        self.end()
+        text = f"no answer after {self.timeout_s:.0f} s, ended with SIGKILL"
+        raise EngineTimeout(f"{text}; last line: {self.log.last_line() or 'none'}")
 
     def cpu_ns(self) -> int:
         """Processor time of all its threads in nanoseconds; 0 where the system does not report it."""
@@ -300,7 +277,5 @@ class JsonProcess(Program):
         return total
 
     def close(self) -> None:
-        for descriptor in (self._requests, self._answers):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+        self._connection.close()
         super().close()
