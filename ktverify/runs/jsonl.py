@@ -57,14 +57,15 @@ class LineFile:
             raise FileExistsError(
                 f"{path} is there already: name another folder by --out, or look at this one by --show"
             ) from None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise BlockingIOError(
-                f"{path} is being written by another run: wait for it, or name another file"
-            ) from None
-        os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
+        if resume:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._descriptor)
+                raise BlockingIOError(
+                    f"{path} is being written by another run: wait for it, or name another file"
+                ) from None
+            os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
 
     def write(self, line: BaseModel) -> None:
         """Append one line. OSError where it could not be written whole; then nothing of it is in the file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from ktverify.system import timing
 from ktverify.system.clock import PERCENTILES, Clock, Statistics
 from tests.cli.test_cli import TINY, call, ends, refused
 from tests.support.records import MACHINE
+from tests.support.traces import nested, read_trace
 
 TP2 = TINY.replace("I=32", "I=64")
 MS = 1_000_000
@@ -201,53 +201,18 @@ def test_every_worker_is_accounted_for(lines: list[profile_record.Line]) -> None
             assert len({stage_name(times, stage) for stage in range(times.stages)}) == times.stages
 
 
-def validate(text: str, workers: int) -> list[dict[str, Any]]:
-    """Check the Trace Event Format, JSON object form, as Perfetto's importer reads it; returns the events."""
-    found = json.loads(text)
-    assert set(found) >= {"traceEvents"}
-    named: dict[int, str] = {}
-    lanes: dict[int, list[tuple[float, float]]] = {}
-    for event in found["traceEvents"]:
-        assert isinstance(event["pid"], int)
-        assert isinstance(event["tid"], int)
-        # thread 0 would share the lane of the thread that has the process's number
-        assert event["tid"] > 0
-        assert isinstance(event["name"], str)
-        if event["ph"] == "M":
-            assert event["name"] in ("process_name", "thread_name", "thread_sort_index")
-            if event["name"] == "thread_name":
-                named[event["tid"]] = event["args"]["name"]
-            continue
-        assert event["ph"] == "X"
-        assert event["ts"] >= 0
-        assert event["dur"] >= 0
-        lanes.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    assert named == {1: "Python", **{worker + 2: f"worker {worker}" for worker in range(workers)}}
-    assert set(lanes) == set(named), "every lane has events, and every event a lane with a name"
-    for lane in lanes.values():
-        nested(lane)
-    events: list[dict[str, Any]] = found["traceEvents"]
-    return events
-
-
-def nested(events: list[tuple[float, float]]) -> None:
-    """Events of one lane contain or follow each other; a viewer drops what overlaps. Microseconds, up to rounding."""
-    slack = 1e-3
-    open_: list[float] = []
-    for begin, end in sorted(events, key=lambda event: (event[0], -event[1])):
-        while open_ and open_[-1] <= begin + slack:
-            open_.pop()
-        assert not open_ or end <= open_[-1] + slack, f"{begin} to {end} overlaps an event that ends at {open_[-1]}"
-        open_.append(end)
+def lanes_of(workers: int) -> dict[int, str]:
+    return {1: "Python", **{worker + 2: f"worker {worker}" for worker in range(workers)}}
 
 
 def test_the_trace_is_one_that_perfetto_reads(lines: list[profile_record.Line]) -> None:
     head = lines[0]
     assert isinstance(head, ProfileLine)
-    events = validate(profile_trace.trace(lines), head.workers)
-    shown = [event for event in events if event.get("cat") == "engine"]
+    named, events = read_trace(profile_trace.trace(lines))
+    assert named == lanes_of(head.workers)
+    shown = [event for event in events if event["cat"] == "engine"]
     assert len(shown) == sum(len(one.stages) for one in calls_of(lines))
-    working = sum(event["dur"] for event in events if event.get("cat") == "work")
+    working = sum(event["dur"] for event in events if event["cat"] == "work")
     spans = [span for one in calls_of(lines) for times in one.stages for spans in times.spans for span in spans]
     assert working == pytest.approx(sum(span.work_end - span.begin for span in spans) / 1e3)
 
@@ -306,7 +271,7 @@ def test_profile_command(tmp_path: Path) -> None:
     assert {path.name for path in out.iterdir()} == names
     head = profile_record.read(out)[0]
     assert isinstance(head, ProfileLine)
-    validate((out / "trace.json").read_text(), head.workers)
+    assert read_trace((out / "trace.json").read_text())[0] == lanes_of(head.workers)
     assert ends(call("profile", "--show", str(out)), 0) == text, "the lines contain all that was shown"
     shown = ends(call("profile", "--show", str(out), "--json"), 0)
     assert shown == (out / profile_record.FILE).read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from ktverify.bench.c2c.stages import LANES
 from ktverify.bench.c2c.tables import COLUMNS, figure, short
 from tests.cli.test_cli import call, ends, refused
 from tests.support import c2c
+from tests.support.traces import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 Pair = tuple[Path, Path]
@@ -78,7 +80,7 @@ def test_single_writes_every_view(pair: Pair, tmp_path: Path) -> None:
     traced = json.loads((tmp_path / "one.operators.trace.json").read_text())["traceEvents"]
     assert LANES.keys() <= {event["name"] for event in traced}
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-    check_trace(json.loads((tmp_path / "one.trace.json").read_text()), timing)
+    check_trace((tmp_path / "one.trace.json").read_text(), timing)
     refused(call("bench", "c2c", "single", *given), "one.jsonl exists: remove it or name another --output")
 
 
@@ -95,19 +97,12 @@ def test_projectors_of_a_file_are_used_and_named(pair: Pair, sides: tuple[Side, 
     assert not (tmp_path / "plain.operators.tsv").exists()
 
 
-def check_trace(trace: dict[str, Any], timing: dict[str, Any]) -> None:
-    """The Trace Event Format, a named lane for each event, and the times of the record."""
-    events = trace["traceEvents"]
-    named = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+def check_trace(text: str, timing: dict[str, Any]) -> None:
+    """A named lane for each event, one call after the other, and the times of the record."""
+    named, calls = read_trace(text)
     assert list(named.values()) == list(dict.fromkeys(LANES.values()))
-    calls = [event for event in events if event["ph"] == "X"]
-    assert {event["ph"] for event in events} == {"M", "X"}
-    end = 0.0
-    for event in calls:
-        assert {"name", "cat", "pid", "tid", "ts", "dur"} <= event.keys()
-        assert named[event["tid"]] == LANES[event["name"]]
-        assert event["ts"] >= end
-        end = event["ts"] + event["dur"]
+    assert all(named[event["tid"]] == LANES[event["name"]] for event in calls)
+    assert all(before["ts"] + before["dur"] <= event["ts"] for before, event in itertools.pairwise(calls))
     for stage, field in (("decode_step", "decode_total_ms"), ("projector", "projector_total_ms")):
         assert sum(e["dur"] for e in calls if e["name"] == stage) / 1e3 == pytest.approx(timing[field])
 
