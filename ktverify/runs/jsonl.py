@@ -8,9 +8,12 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
+from ktverify.system.files import write_whole
 
 
 class JsonLine(BaseModel):
@@ -73,6 +76,11 @@ class LineFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def write_lines(path: Path, lines: Iterable[BaseModel]) -> Path:
+    """Write a whole file of lines in one step."""
+    return write_whole(path, "".join(line.model_dump_json() + "\n" for line in lines))
 
 
 def append_line(path: Path, text: str) -> None:

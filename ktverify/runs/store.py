@@ -13,9 +13,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ktverify.runs.jsonl import append_line
+from ktverify.runs.jsonl import append_line, write_lines
 from ktverify.runs.record import AccuracyRecord, CheckRecord, LatencyRecord, Result, RunRecord, parse_line
-from ktverify.system.files import write_whole
 from ktverify.system.paths import reports_dir
 
 MERGED = "records.jsonl"
@@ -87,8 +86,7 @@ class Recorder:
 
 def write_records(run: Run) -> None:
     """Write records.jsonl of `run` into its directory."""
-    lines = [record.model_dump_json() for record in ((run.head,) if run.head else ()) + run.records]
-    write_whole(run.directory / MERGED, "".join(line + "\n" for line in lines))
+    write_lines(run.directory / MERGED, ((run.head,) if run.head else ()) + run.records)
 
 
 def load(run_dir: str | os.PathLike[str]) -> Run:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ktverify.bench.c2c.record import IDENTITY, C2cSettings, PromptRecord, RunInfo, Sitting
 from ktverify.bench.timed_run import busy
-from ktverify.runs.jsonl import LineFile
+from ktverify.runs.jsonl import LineFile, write_lines
 from ktverify.system.files import write_whole
 
 SUFFIX = ".jsonl"
@@ -168,5 +168,5 @@ def merge(paths: Sequence[Path], output: Path) -> list[PromptRecord]:
     joined = [found[number] for number in span]
     whole = first.model_copy(update={"start": span.start, "count": len(span), "shard": (1, 1)})
     write_info(output, whole, [sitting for info in infos for sitting in info.sittings])
-    write_whole(output, "".join(record.model_dump_json() + "\n" for record in joined))
+    write_lines(output, joined)
     return joined
