@@ -25,11 +25,14 @@ def lock_dir() -> Path:
 
 
 @contextlib.contextmanager
-def _flock(name: str, operation: int) -> Iterator[int]:
+def _flock(name: str, operation: int) -> Iterator[None]:
+    if os.environ.get(HELD_BY_PARENT):
+        yield
+        return
     fd = os.open(lock_dir() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, operation)
-        yield fd
+        yield
     finally:
         os.close(fd)
 
@@ -41,9 +44,6 @@ def computing(*, alone: bool = False) -> Iterator[None]:
     Readers of a flock can starve its writer. The turnstile prevents that: a test that needs the lock alone keeps the
     turnstile locked until it is done, so that no other test begins while it waits for those that compute.
     """
-    if os.environ.get(HELD_BY_PARENT):
-        yield
-        return
     with contextlib.ExitStack() as held:
         if alone:
             held.enter_context(_flock("turnstile", fcntl.LOCK_EX))
@@ -54,14 +54,9 @@ def computing(*, alone: bool = False) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def big() -> Iterator[None]:
+def big() -> contextlib.AbstractContextManager[None]:
     """Take the lock of the tests that take gigabytes. Take it before `computing`, never inside it."""
-    if os.environ.get(HELD_BY_PARENT):
-        yield
-        return
-    with _flock("big", fcntl.LOCK_EX):
-        yield
+    return _flock("big", fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager
