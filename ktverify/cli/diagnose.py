@@ -158,7 +158,7 @@ def debug_gradients(
     isa: Annotated[str | None, _ISA] = None,
     tp: Annotated[int, _TP] = 1,
 ) -> None:
-    """Print per tensor: largest and mean differences, absolute and relative, norms, cosine, worst index.
+    """Print differences, norms, cosine and the worst index of each tensor.
 
     \b
     Example:  python -m ktverify debug gradients small --engine my_package.layer:make_layer
@@ -177,7 +177,7 @@ def debug_tp(
     intermediate_size: Annotated[int, typer.Option(help="moe_intermediate_size", min=1)],
     threadpool_count: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)],
 ) -> None:
-    """Report whether a tensor parallel degree divides an intermediate size, and which sizes it would divide.
+    """Report whether a TP degree divides an intermediate size, and which it would.
 
     \b
     Example:  python -m ktverify debug tp --intermediate-size 2049 --threadpool-count 4

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ktverify.cli.engine_calls import Found, Question, Step, run_steps
 from ktverify.cli.options import EngineName, Isa, Method, OwnProgram, Threads, TimeLimit, Tp
+from ktverify.spec.cases import Case
 
 
 def repro(
@@ -39,16 +41,15 @@ def repro(
                python -m ktverify repro small --fresh --dump small.safetensors
                python -m ktverify repro small --engine kt_kernel --stand-alone small
     """
+    # parsed first: a wrong name is refused before torch is imported
+    parsed = Case.parse(case)
     from ktverify.checks import accuracy as checking
     from ktverify.checks.problem import Problem, Result, source_of
     from ktverify.checks.target import Target
-    from ktverify.cli.engine_calls import Found, Question, Step, run_steps
     from ktverify.diagnose.hook import add_cause
     from ktverify.engines.run import METHOD
     from ktverify.reproducer import bundle
-    from ktverify.spec.cases import Case
 
-    parsed = Case.parse(case)
     wanted = checking.check_names(tensor, backward=True)
     kept: list[Result] = []
     target = Target(engine, isa, tp, threads, method)

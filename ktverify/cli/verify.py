@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ktverify.cli import engine_calls as calls
 from ktverify.cli.options import EngineName, Isa, Method, OwnProgram, Threads, TimeLimit, check_choice
+from ktverify.spec.cases import Case
 
 
 def verify(
@@ -33,15 +35,14 @@ def verify(
                python -m ktverify verify --mode all --tp all --case deepseek_v3_t4
                python -m ktverify verify --mode training --engine my_package.layer:make_layer
     """
-    from ktverify.checks import accuracy as checking
-    from ktverify.checks.target import Target
-    from ktverify.cli import engine_calls as calls
-    from ktverify.engines.run import METHOD
-    from ktverify.spec.cases import Case
-
+    # parsed first: a wrong name is refused before torch is imported
     check_choice("--mode", mode, calls.MODES)
-    check_choice("--method", method, checking.METHODS)
     parsed = Case.parse(case or calls.DEFAULT_CASE)
+    from ktverify.checks.accuracy import METHODS
+    from ktverify.checks.target import Target
+    from ktverify.engines.run import METHOD
+
+    check_choice("--method", method, METHODS)
     if fresh is not None:
         parsed = parsed.with_seed(fresh)
     degrees = calls.tp_degrees(parsed, tp)

@@ -31,6 +31,13 @@ from ktverify.training.loss_log import LossLog
 from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
 from ktverify.training.wrap import wrap_moe_layers
 
+# keys that the Trainer's arguments have under the same name
+_SAME_KEYS = (
+    *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps"),
+    *("logging_steps", "save_steps", "save_total_limit", "seed"),
+)
+
 
 @dataclass(frozen=True)
 class TrainingSummary:
@@ -161,20 +168,9 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
 
 def _trainer_arguments(config: TrainConfig) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=config.output_dir,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **{name: getattr(config, name) for name in _SAME_KEYS},
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
-        logging_steps=config.logging_steps,
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        seed=config.seed,
         report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,

@@ -20,7 +20,8 @@ from ktverify.isolation import fresh
 from ktverify.report.grid import delimited
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
-from tests.cli.test_cli import TINY, call, ends, refused
+from tests.cli.test_cli import TINY
+from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
 
 MS = 1_000_000

@@ -22,7 +22,8 @@ from ktverify.report import pages
 from ktverify.spec.cases import Case
 from ktverify.system import timing
 from ktverify.system.clock import PERCENTILES, Clock, Statistics
-from tests.cli.test_cli import TINY, call, ends, refused
+from tests.cli.test_cli import TINY
+from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
 from tests.support.traces import nested, read_trace
 

@@ -25,7 +25,7 @@ from ktverify.report.pages import view_markdown
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BACKWARD_TENSORS
 from ktverify.system.other_load import LoadReading
-from tests.cli.test_cli import call, ends, refused
+from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
 
 SHAPE = shapes.Shape("tiny", "small enough to wait for", Case.parse("E=4,k=2,H=64,I=32,T=17,r=8"))

@@ -13,7 +13,7 @@ from ktverify.bench.transformer.model import Rope, Transformer, batch_of
 from ktverify.bench.transformer.saved_tensors import saved_bytes
 from ktverify.bench.transformer.sizes import ModelSize, forward_flops, parameters, presets, resolve
 from ktverify.cli.bench_memory import TOLERANCE
-from tests.cli.test_cli import call, ends, refused
+from tests.support.command_line import call, ends, refused
 
 TINY = ModelSize(64, 160, 3, 4, vocab_size=97, context_length=24, batch_size=2)
 PARAMETERS = {

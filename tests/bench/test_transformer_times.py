@@ -18,7 +18,7 @@ from ktverify.bench.transformer.record import EndLine, ProcessLine, StepLine, Tr
 from ktverify.bench.transformer.sizes import presets
 from ktverify.isolation import fresh
 from tests.bench.test_transformer import TINY
-from tests.cli.test_cli import call, ends, refused
+from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
 
 SIZES = (

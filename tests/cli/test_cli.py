@@ -16,7 +16,7 @@ import pytest
 import torch
 import typer.main
 from safetensors import safe_open
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from ktverify.checks.accuracy import check_case
 from ktverify.checks.repro_commands import repro_command, verify_command
@@ -33,6 +33,7 @@ from ktverify.spec.cases import Case, catalogue
 from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, LORA_NAMES
 from ktverify.system import optional_peers
 from ktverify.system.machine import Amx, emulation_hint
+from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE, accuracy, check, latency, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,31 +41,11 @@ TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
 TRAINING = ("make-tiny", "train", "verify-training", "compare-curves", "export-merged", "memory", "throughput")
 
 
-def call(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def ends(result: Result, code: int) -> str:
-    """The output of a call that must have ended with `code`, and without a traceback."""
-    assert result.exit_code == code, result.output
-    assert "Traceback" not in result.output
-    return result.output
-
-
-def refused(result: Result, wanted: str) -> None:
-    """Exit code 2 and one line that says why."""
-    ends(result, 2)
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert re.search(wanted, lines[0]), lines[0]
-
-
 # ---- help and a light start
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["report", "--help"], ["list"]])
-def test_a_light_start_imports_no_torch(arguments: list[str]) -> None:
+def test_help_and_light_commands_import_no_torch(arguments: list[str]) -> None:
     program = (
         "import sys, runpy\n"
         f"sys.argv = ['ktverify', *{arguments!r}]\n"
@@ -80,7 +61,7 @@ def test_a_light_start_imports_no_torch(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("command", ["doctor", "list", "repro", "report", "gate", "verify", "profile", *TRAINING])
-def test_every_command_explains_itself_with_an_example(command: str) -> None:
+def test_every_help_has_an_example_and_explains_its_options(command: str) -> None:
     text = ends(call(command, "--help"), 0)
     assert re.search(r"Examples?:\s+python -m ktverify " + command, text)
     for line in text.partition("Options:")[2].splitlines():
@@ -88,24 +69,20 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
             assert re.search(r"\s{2,}[a-zA-Z(]", line.strip()), f"option without an explanation: {line}"
 
 
-def test_module_and_exit_code_through_a_real_process() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ktverify", "repro", "deepseek_v3_t5"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def test_a_refusal_of_a_real_process_imports_no_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "ktverify", "repro", "deepseek_v3_t5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
-    assert re.fullmatch(r"error: no case is called 'deepseek_v3_t5'; did you mean deepseek_v3_t4.*\n", done.stderr)
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
+    assert re.fullmatch(r"error: no case is called 'deepseek_v3_t5'; did you mean deepseek_v3_t4.*", "\n".join(lines))
     assert done.stdout == ""
 
 
 # ---- list
 
 
-def test_list_has_every_case_with_its_reason() -> None:
+def test_list_prints_every_case_with_its_reason() -> None:
     text = ends(call("list"), 0)
     for case in catalogue().values():
         assert case.name in text
@@ -147,7 +124,7 @@ def test_repro_fails_with_a_command_that_repeats_it() -> None:
     assert commands[0] == f"python -m ktverify repro '{case.id}' --engine {engine} --tensor output"
 
 
-def test_repro_says_what_is_unsupported() -> None:
+def test_repro_prints_the_reason_of_an_unsupported_call() -> None:
     text = ends(call("repro", TINY, "--engine", "tests.support.unruly:Nothing", "--tensor", "output"), 1)
     assert re.search(r"^UNSUPPORTED nothing is done here$", text, re.MULTILINE)
     text = ends(call("verify", "--engine", "tests.support.unruly:Nothing", "--case", TINY, "--mode", "training"), 1)
@@ -155,7 +132,7 @@ def test_repro_says_what_is_unsupported() -> None:
     assert "PASS" not in text
 
 
-def test_what_is_declared_unsupported_is_no_failure() -> None:
+def test_an_unsupported_call_is_no_failure() -> None:
     command = ("verify", "--engine", "tests.support.unruly:OneDegree", "--case", TINY, "--tp", "all", "--steps", "2")
     text = ends(call(*command), 0)
     count = len(ALL_TENSORS)
@@ -164,7 +141,7 @@ def test_what_is_declared_unsupported_is_no_failure() -> None:
         assert text.splitlines().count(f"{line}: UNSUPPORTED tensor parallelism") == 1
 
 
-def test_what_a_method_raises_is_a_crash_told_once() -> None:
+def test_an_exception_of_a_method_is_one_crash() -> None:
     engine = "tests.support.unruly:Raises"
     crash = re.compile(r"CRASH forward_sft: ValueError: this kernel is broken \(unruly\.py:\d+\)$", re.MULTILINE)
     text = ends(call("repro", TINY, "--engine", engine), 1)
@@ -174,7 +151,7 @@ def test_what_a_method_raises_is_a_crash_told_once() -> None:
     assert text.splitlines()[-1] == f"FAIL {2 * len(ALL_TENSORS)} of {2 * len(ALL_TENSORS)} comparisons"
 
 
-def test_an_output_is_judged_where_the_backward_gives_nothing() -> None:
+def test_an_output_is_judged_where_the_backward_fails() -> None:
     gradients = len(BACKWARD_TENSORS)
     command = ("verify", "--case", TINY, "--steps", "2", "--engine")
     text = ends(call(*command, "tests.support.unruly:Forwards"), 0)
@@ -189,12 +166,12 @@ def test_an_output_is_judged_where_the_backward_gives_nothing() -> None:
     assert text.splitlines()[-1] == f"FAIL {gradients + len(ALL_TENSORS)} of {2 * len(ALL_TENSORS)} comparisons"
 
 
-def test_an_engine_that_leaves_is_a_crash() -> None:
+def test_an_engine_that_calls_sys_exit_is_a_crash() -> None:
     text = ends(call("repro", TINY, "--engine", "tests.support.unruly:LeavesAtOnce"), 1)
     assert re.search(r"^CRASH constructor: SystemExit: no licence \(unruly\.py:\d+\)$", text, re.MULTILINE)
 
 
-def test_a_clean_up_that_raises_is_a_crash_and_hides_nothing() -> None:
+def test_a_clean_up_that_raises_is_a_crash_and_hides_no_result() -> None:
     text = ends(call("repro", TINY, "--engine", "tests.support.unruly:Unclean"), 1)
     assert re.search(r"^CRASH clear_sft_buffer_cache: ValueError: not now \(unruly\.py:\d+\)$", text, re.MULTILINE)
     assert len(re.findall("^PASS ", text, re.MULTILINE)) == len(ALL_TENSORS)
@@ -203,7 +180,7 @@ def test_a_clean_up_that_raises_is_a_crash_and_hides_nothing() -> None:
     assert "not now" not in text
 
 
-def test_a_case_stands_alone(tmp_path: Path) -> None:
+def test_a_stand_alone_case_needs_no_ktverify(tmp_path: Path) -> None:
     result = check_case(Target("torch_bf16"), Case.parse(TINY))
     script = write_result(result, Target("kt_kernel"), tmp_path / "case")
     assert not re.search(r"^\s*(import|from) ktverify", script.read_text(encoding="utf-8"), re.MULTILINE)
@@ -218,7 +195,7 @@ def test_a_case_stands_alone(tmp_path: Path) -> None:
     )
 
 
-def test_repro_ends_an_engine_that_hangs(tmp_path: Path) -> None:
+def test_repro_stops_an_engine_that_hangs(tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text("import time\n\n\ndef make(**sizes):\n    time.sleep(600)\n", encoding="utf-8")
     command = [sys.executable, "-m", "ktverify", "repro", "small", "--engine", "hanging:make", "--time-limit", "1"]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -231,7 +208,7 @@ def test_repro_ends_an_engine_that_hangs(tmp_path: Path) -> None:
     assert "in make" in done.stderr
 
 
-def test_repro_dumps_what_it_compared(tmp_path: Path) -> None:
+def test_repro_dumps_the_compared_tensors(tmp_path: Path) -> None:
     target = tmp_path / "case.safetensors"
     ends(call("repro", TINY, "--engine", "torch_bf16", "--dump", str(target)), 0)
     with safe_open(target, framework="pt") as stored:
@@ -271,7 +248,7 @@ def test_repro_refuses_in_one_line(arguments: list[str], wanted: str) -> None:
         ("1 / 0", r"ZeroDivisionError: .*mine\.py:1\)$"),
     ],
 )
-def test_an_engine_that_cannot_be_imported_tells_the_cause(text: str, wanted: str, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_be_imported_is_refused_with_the_cause(text: str, wanted: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     refused(call("repro", TINY, "--engine", f"{tmp_path}/mine.py:make"), wanted)
 
@@ -287,7 +264,7 @@ def test_an_engine_is_found_by_the_path_of_its_file() -> None:
     ("options", "wanted"),
     [({}, "by KTVERIFY_KT_PYTHON"), ({"kt_python": None}, "by --kt-python or KTVERIFY_KT_PYTHON")],
 )
-def test_a_command_names_no_option_that_it_lacks(
+def test_a_hint_names_only_options_of_its_command(
     options: dict[str, str | None], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -356,7 +333,7 @@ def test_verify_fails_a_wrong_engine(defect: str, mode: str) -> None:
 
 
 def test_verify_trains_an_integer_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    # after a step nothing is an integer any more: the native engine owes what it owes of any data, not exact bits
+    # after a step nothing is an integer any more, so the native engine is judged by the budgets, not by exact bits
     monkeypatch.setenv("KTVERIFY_ISA", "scalar")
     text = ends(call("verify", "--case", "exact_small", "--mode", "training", "--steps", "3"), 0)
     assert f"PASS {len(ALL_TENSORS)} comparisons" in text
@@ -444,7 +421,7 @@ def test_gate_exit_codes(reports: Path) -> None:
     assert "FAIL 20250101T000000Z: 1 broke of 1 checks, without a baseline" in text
 
 
-def test_gate_uses_the_baseline_that_lies_there(reports: Path) -> None:
+def test_gate_uses_the_baseline_of_the_reports_directory(reports: Path) -> None:
     ends(call("gate", "latest", "--write-baseline", "--reports", str(reports)), 0)
     assert "against 20250102T000000Z" in ends(call("gate", "latest", "--reports", str(reports)), 0)
     write(reports / "runs" / "20250104T000000Z", [accuracy(), latency()])
@@ -474,26 +451,15 @@ def test_report_and_gate_refuse_in_one_line(arguments: list[str], wanted: str, r
 # ---- doctor
 
 
-def test_doctor_says_what_runs_and_why_not() -> None:
+def test_doctor_reports_on_every_part() -> None:
     result = call("doctor")
     assert "Traceback" not in result.output
     lines = result.output.splitlines()
     assert all(re.match(r"(ok|no|note)\s", line) for line in lines)
-    for name in (
-        "CPU",
-        "amx_bf16",
-        "avx2",
-        "scalar",
-        "compiler",
-        "packages",
-        "native engine",
-        "training",
-        "peers of bench",
-        "memory",
-        "deepseek_v3_t4",
-    ):
+    names = "CPU,amx_bf16,avx2,scalar,compiler,packages,native engine,training,peers of bench,memory,deepseek_v3_t4"
+    for name in names.split(","):
         assert any(line[6:].startswith(name) for line in lines), name
-    # the states stand under one another, and so do the names
+    # states and names are aligned in columns
     assert len({line.index(line.split()[1]) for line in lines if line[6] != " "}) == 1
 
 
@@ -509,21 +475,30 @@ def lines_of(**changes: object) -> dict[str, doctor.Fact]:
         (Amx(cpu=True, kernel=False, permitted=False, emulated=False), "the kernel does not offer the tile state"),
     ],
 )
-def test_doctor_tells_why_there_is_no_amx(amx: Amx, wanted: str) -> None:
+def test_doctor_explains_why_amx_is_missing(amx: Amx, wanted: str) -> None:
     line = lines_of(amx=amx)["amx_bf16"]
     assert line.state == "no"
     assert wanted in line.text
 
 
-def test_doctor_finds_what_is_missing() -> None:
-    assert lines_of(memory_available_bytes=4 << 30)["deepseek_v3_t4"].state == "no"
-    assert lines_of(memory_available_bytes=20 << 30)["memory"].state == "ok"
-    assert lines_of(memory_available_bytes=1 << 30)["memory"].state == "no"
-    assert lines_of(versions={})["compiler"].state == "no"
-    assert lines_of(versions={"compiler": "g++ (Debian 10.2.1-6) 10.2.1"})["compiler"].state == "no"
-    assert lines_of(versions={"compiler": "g++ (Debian 12.2.0-14+deb12u1) 12.2.0"})["compiler"].state == "ok"
-    assert lines_of(huge_pages="never")["huge pages"].state == "note"
-    assert lines_of(threads=1)["threads"].state == "note"
+@pytest.mark.parametrize(
+    ("changes", "name", "state"),
+    [
+        ({"memory_available_bytes": 4 << 30}, "deepseek_v3_t4", "no"),
+        ({"memory_available_bytes": 20 << 30}, "memory", "ok"),
+        ({"memory_available_bytes": 1 << 30}, "memory", "no"),
+        ({"versions": {}}, "compiler", "no"),
+        ({"versions": {"compiler": "g++ (Debian 10.2.1-6) 10.2.1"}}, "compiler", "no"),
+        ({"versions": {"compiler": "g++ (Debian 12.2.0-14+deb12u1) 12.2.0"}}, "compiler", "ok"),
+        ({"huge_pages": "never"}, "huge pages", "note"),
+        ({"threads": 1}, "threads", "note"),
+    ],
+)
+def test_doctor_finds_what_is_missing(changes: dict[str, object], name: str, state: str) -> None:
+    assert lines_of(**changes)[name].state == state
+
+
+def test_doctor_names_the_missing_instructions() -> None:
     lacking = lines_of(isas=("scalar",), flags=())
     assert "this CPU lacks avx2, fma" in lacking["avx2"].text
 
@@ -534,7 +509,7 @@ def every_command(group: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tupl
         yield from every_command(command, (*name, below))
 
 
-def test_help_is_whole_and_names_nothing_twice() -> None:
+def test_no_help_is_cut_or_names_an_option_twice() -> None:
     looked_at = 0
     for name, command in every_command(typer.main.get_command(app)):
         for option in command.params:
@@ -546,7 +521,7 @@ def test_help_is_whole_and_names_nothing_twice() -> None:
     assert looked_at > 30
 
 
-def test_bench_takes_options_as_fields_and_shells_write_them() -> None:
+def test_bench_takes_options_with_hyphens_or_underscores() -> None:
     for option in ("--batch_sizes", "--batch-sizes"):
         refused(call("bench", "layer", option, "none"), "--batch_sizes is 'none'")
 

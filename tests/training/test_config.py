@@ -7,29 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from ktverify.cli.main import app
 from ktverify.training.config import read_config
 from ktverify.training.dataset import EXAMPLE, IGNORED, Exchange, encode, example_data, read_records
 from ktverify.training.pretrained import quiet
 from ktverify.training.tiny import make_tiny, make_tokenizer
+from tests.support.command_line import call, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MINIMAL = "model_name_or_path: nowhere\ndataset: alpaca_tiny\noutput_dir: out\n"
-
-
-def call(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def refused(result: Result, wanted: str) -> None:
-    """Exit code 2 and one line that says why."""
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    assert wanted in lines[0]
 
 
 @pytest.fixture

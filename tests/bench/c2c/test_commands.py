@@ -22,8 +22,8 @@ from ktverify.bench.c2c.prompts import BUILT_IN
 from ktverify.bench.c2c.record import C2cSettings, PromptRecord
 from ktverify.bench.c2c.stages import LANES
 from ktverify.bench.c2c.tables import COLUMNS, figure, short
-from tests.cli.test_cli import call, ends, refused
 from tests.support import c2c
+from tests.support.command_line import call, ends, refused
 from tests.support.traces import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from ktverify.bench.c2c import prompts
-from tests.cli.test_cli import call, ends, refused
 from tests.support import c2c
+from tests.support.command_line import call, ends, refused
 from tests.support.modules import loaded_modules
 
 # ---- data sets
