@@ -177,7 +177,7 @@ def debug_tp(
     intermediate_size: Annotated[int, typer.Option(help="moe_intermediate_size", min=1)],
     threadpool_count: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)],
 ) -> None:
-    """Report whether a TP degree divides an intermediate size, and which it would.
+    """Report whether a TP degree divides an intermediate size, and which sizes it divides.
 
     \b
     Example:  python -m ktverify debug tp --intermediate-size 2049 --threadpool-count 4
