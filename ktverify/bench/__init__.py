@@ -1,6 +1,6 @@
-"""The bench: the native engine and its peers side by side in one run, held against the machine's own ceilings.
+"""The benchmarks: engines side by side on the shapes of shapes.toml, and the parts layer/, transformer/ and c2c/.
 
-Comes in: shapes (shapes.toml), engines (one file each in peers/). Goes out: a table, JSON lines, a plot, in
-`reports/runs/<stamp>-bench/`. Each engine lives in a process of its own (host.py); the controller (measure.py) tells
-them in turn to compute. An engine may be added by adding a file to peers/: see peers/native.py for what it holds.
+Each engine of `bench shapes` runs in a process of its own (host.py). The controller (measure.py) asks them in turn, and
+writes a table, JSON lines and a plot to `reports/runs/<stamp>-bench/`. A new engine is one file in peers/: see
+peers/native.py for its contents.
 """

@@ -8,13 +8,13 @@ not compute this).
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
-from ktverify.bench.timed_run import CeilingLine, OtherLoadLine, RunLine
+from ktverify.bench.timed_run import CeilingLine, OtherLoadLine, RunLine, read_lines
 from ktverify.engines.native.phase_times import StageTimes
-from ktverify.runs.jsonl import JsonLine, LineFile, whole_lines
+from ktverify.runs.jsonl import JsonLine, LineFile
 from ktverify.runs.record import VerdictName
 
 FILE = "bench.jsonl"
@@ -118,8 +118,6 @@ class GroupOtherLoadLine(OtherLoadLine):
 
 Line = HeadLine | ShapeLine | EngineLine | TurnLine | RoundCeilingLine | StagesLine | GroupOtherLoadLine
 
-_ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
-
 
 class BenchJournal(LineFile):
     """Keeps the lines of a run and appends each to its file."""
@@ -136,4 +134,4 @@ class BenchJournal(LineFile):
 
 def read(directory: Path) -> list[Line]:
     """The lines of a run, without a last line that was cut off. FileNotFoundError without a file."""
-    return [_ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]
+    return read_lines(directory / FILE, Line)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter
 
 from ktverify.errors import NothingMeasured
+from ktverify.isolation import fresh
 from ktverify.isolation.interrupt import INTERRUPTED
-from ktverify.runs.jsonl import JsonLine, LineFile, new_directory
+from ktverify.runs.jsonl import JsonLine, LineFile, new_directory, whole_lines
 from ktverify.system import machine
 from ktverify.system.machine import Machine
 
@@ -55,6 +58,26 @@ class CeilingLine(JsonLine):
     kind: Literal["ceiling"] = "ceiling"
     read: float
     multiply: float
+
+
+def read_lines(path: Path, line: Any) -> list[Any]:
+    """The lines of a run's file, without a last line that was cut off. line: the union of all kinds of lines.
+
+    FileNotFoundError without the file.
+    """
+    adapter = _adapter(line)
+    return [adapter.validate_json(text) for text in whole_lines(path)]
+
+
+def lines_of_processes(module: str, requests: Iterable[BaseModel], line: Any) -> Iterator[Any]:
+    """The lines that `python -m module REQUEST` prints in one new process for each request, one after the other."""
+    adapter = _adapter(line)
+    for request in requests:
+        yield from map(adapter.validate_json, fresh.lines_of(module, request))
+
+
+def _adapter(line: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(Annotated[line, Field(discriminator="kind")])
 
 
 def run_pairs(head: RunLine) -> list[tuple[str, str]]:

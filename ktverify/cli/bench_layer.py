@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 DEFAULT_CASE = "E=16,k=4,H=2048,I=768,T=128,r=16"
 
-_Warmup = Annotated[int, typer.Option(help="repeats that don't count", min=0)]
+_Warmup = Annotated[int, typer.Option(help="repeats that do not count", min=0)]
 _Repeats = Annotated[int, typer.Option(help="repeats that do", min=1)]
-_Steps = Annotated[int, typer.Option(help="training steps behind them, for memory; 0: none", min=0)]
+_Steps = Annotated[int, typer.Option(help="training steps after them, for memory; 0: none", min=0)]
 
 
 def layer(
@@ -174,7 +174,8 @@ def _measure(kind: str, case: Case, spots: list[Spot], out: Path | None, as_json
 
     measure.check_fits(spots)
     head = partial(record.LayerLine, case=case.id, spots=tuple(spots))
-    measured, count = measure.measured(spots), measure.line_count(spots)
+    measured = timed_run.lines_of_processes(measure.__name__, spots, record.Line)
+    count = measure.line_count(spots)
     code = timed_run.measure(kind, record.FILE, head, measured, count, partial(_conclude, as_json=as_json), out)
     raise typer.Exit(code)
 

@@ -77,11 +77,12 @@ def transformer(
     )
     measure.check_fits(settings)
     warmups = STUDY if warmup_study else (warmup_steps,)
+    processes = [settings.model_copy(update={"warmup_steps": warmup}) for warmup in warmups]
     code = timed_run.measure(
         "transformer",
         record.FILE,
         partial(record.TransformerLine, settings=settings, warmups=warmups),
-        measure.measured(settings, warmups),
+        timed_run.lines_of_processes(measure.__name__, processes, record.Line),
         measure.line_count(settings, warmups),
         partial(_conclude, as_json=as_json),
         out,

@@ -1,8 +1,8 @@
 """torch_bf16: the whole contract in plain torch, a bf16 loop over experts. Slow, readable, and right.
 
-Comes in: KTMoEWrapper's keyword arguments. Goes out: a layer with its methods. It is the engine to compare others with,
-to try the suites on a machine without AMX, and to build wrong engines upon. What one expert computes stands in
-reference.plain_expert, what is refused in ktverify.contract; here stand the calls and their order.
+It is the engine to compare others with, to try the suites on a machine without AMX, and the base of the mutants; the
+bench times it as "torch loop". reference.plain_expert computes one expert, argument_checks.py refuses wrong arguments;
+this file has the calls and their order.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class TorchBf16:
         argument_checks.check_expert_ids(expert_ids, self.spec.num_experts)
         if save_for_backward:
             argument_checks.check_room(len(self._saved), self.spec.max_cache_depth)
-        with _memory_told():
+        with _memory_error():
             return self._forward(hidden_states.detach(), expert_ids, weights.detach(), save_for_backward)
 
     def _forward(
@@ -166,7 +166,7 @@ class TorchBf16:
         Where the method leaves LoRA out, its gradients are zero and grad_input has the base's part only.
         """
         argument_checks.check_backward(self.spec, grad_output, self._saved[-1].rows if self._saved else None)
-        with _memory_told():
+        with _memory_error():
             return self._backward(self._saved.pop(), grad_output.detach())
 
     def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -190,7 +190,7 @@ class TorchBf16:
 
 
 @contextlib.contextmanager
-def _memory_told() -> Iterator[None]:
+def _memory_error() -> Iterator[None]:
     """MemoryError with how much was needed and how much there is, instead of torch's RuntimeError."""
     try:
         yield

@@ -1,8 +1,7 @@
 """torch_grouped_mm: the layer as torch.nn.functional.grouped_mm computes it, all experts in one call; autograd.
 
-Comes in: KTMoEWrapper's keyword arguments. Goes out: a layer with its methods. Calls, refusals and their order are
-torch_bf16's; here stands the arithmetic. grouped_mm wants rows of a multiple of 16 bytes: a rank that is none is padded
-with zeros, other sizes are refused with NotImplementedError.
+Calls, refusals and their order are those of torch_bf16; this file has the arithmetic. grouped_mm requires rows of a
+multiple of 16 bytes: another rank is padded with zeros, other sizes are refused with NotImplementedError.
 """
 
 from __future__ import annotations

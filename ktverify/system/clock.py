@@ -1,8 +1,7 @@
-"""The clock of everything that is timed in this process, and what a row of times comes to.
+"""The clock of everything that is timed in this process, and the statistics of times.
 
-Comes in: calls. Goes out: integer nanoseconds, and `Statistics`. On the CPU time.perf_counter_ns; on CUDA two events of
-the stream, synchronised on both sides. The bench's engine processes keep the same rule in host.py, which imports
-nothing of ktverify.
+Times are integer nanoseconds: of time.perf_counter_ns on the CPU, of two events of the stream on CUDA, synchronised
+before and after. bench/host.py times the engines of `bench shapes` by the same rule, but imports nothing of ktverify.
 """
 
 from __future__ import annotations

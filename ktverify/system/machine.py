@@ -1,8 +1,7 @@
-"""What this machine is: the facts that a report's header and `doctor` print.
+"""The facts about this machine that the header of a report and `doctor` print.
 
-Comes in: /proc, /sys, one system call, `git` and the compiler's version line. Goes out: `Machine`, plain data. Nothing
-here imports torch or the engine: the list of instruction sets is read from the CPU's flags, so that a report can tell
-when an engine leaves one out.
+Read from /proc, /sys, one system call, `git` and the compiler's version line. Nothing here imports torch or the
+engine: the list of instruction sets is read from the CPU's flags, so that a report shows when an engine leaves one out.
 """
 
 from __future__ import annotations
@@ -182,9 +181,9 @@ def compiler_version() -> str:
 
 
 def git_commit() -> str:
-    """The commit this package was taken from, "+changes" behind it if tracked files differ; "" outside a checkout."""
+    """The commit of this package, with "+changes" if tracked files differ; "" outside a checkout."""
     here = Path(__file__).resolve().parent
-    # an installed copy may lie inside some other project's checkout: only a tracked file tells of our own
+    # an installed copy may lie in another project's checkout; a tracked file proves that the checkout is ours
     if not _output(["git", "-C", str(here), "ls-files", "--error-unmatch", Path(__file__).name]):
         return ""
     commit = _output(["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]).strip()

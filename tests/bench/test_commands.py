@@ -20,14 +20,12 @@ from ktverify.system import machine
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("cpu", []), ("cuda", []), ("cuda:1", [1])])
-def test_the_gpu_that_was_named_is_the_one_that_is_timed(
-    device: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_given_gpu_is_timed(device: str, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
 
     def stop(settings: TransformerSettings) -> None:
-        raise KeyboardInterrupt  # what comes next needs that device
+        raise KeyboardInterrupt  # the next statement needs that device
 
     monkeypatch.setattr(measure, "Stepper", stop)
     settings = TransformerSettings(size=resolve("small", {}), device=device, warmup_steps=0, num_steps=1)
@@ -37,7 +35,7 @@ def test_the_gpu_that_was_named_is_the_one_that_is_timed(
 
 
 @pytest.mark.parametrize("forward_only", [False, True])
-def test_the_loop_beside_the_steps_uses_nothing_of_them(forward_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_independent_loop_calls_nothing_of_the_stepper(forward_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"d_model": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 32, "context_length": 4}
     size = resolve("small", {**sizes, "batch_size": 1})
     stepper = measure.Stepper(TransformerSettings(size=size, forward_only=forward_only))
@@ -65,7 +63,7 @@ def test_an_earlier_run_is_printed_as_lines(tmp_path: Path) -> None:
     assert [record.HeadLine.model_validate_json(line) for line in done.stdout.splitlines()] == [head]
 
 
-def test_another_commands_run_is_told_apart(tmp_path: Path) -> None:
+def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
     (tmp_path / "profile.jsonl").touch()
     done = CliRunner().invoke(app, ["bench", "layer", "--show", str(tmp_path)])
     assert done.exit_code == 2

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,15 @@ import pytest
 
 from ktverify.bench.layer import profile, profile_record, profile_tables, profile_trace
 from ktverify.bench.layer.profile_record import RANGES, CallLine, CallPart, Pass, ProfileLine
-from ktverify.bench.layer.profile_summary import Imbalance, ProfileSummary, Worker, imbalances, stage_name, worker_of
+from ktverify.bench.layer.profile_summary import (
+    Imbalance,
+    ProfileSummary,
+    Worker,
+    imbalances,
+    stage_name,
+    unexplained_ns,
+    worker_of,
+)
 from ktverify.bench.timed_run import CeilingLine, OtherLoadLine
 from ktverify.engines.native.phase_times import Phase, Span, StageTimes
 from ktverify.report import pages
@@ -303,3 +312,50 @@ def test_a_stopped_profile_leaves_whole_lines(tmp_path: Path, monkeypatch: pytes
     assert len(profile_record.read(out)) == 7, "a line that was cut off is left out"
     os.truncate(out / profile_record.FILE, 0)
     refused(call("profile", "--show", str(out)), "no range that was measured")
+
+
+# ---- what a profile leaves unexplained
+
+# scalar code takes ten milliseconds or more on any machine, so that Python's checks are a small part of the call
+LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
+
+
+def test_waiting_that_belongs_to_no_stage_is_reported() -> None:
+    assert unexplained_ns(made_up(10 * MS)) == 1.5 * MS
+    assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "time between the stages belongs to none"
+    phases = profile_tables.view(summary_of(made_up_lines()), b"").grids[1]
+    assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_the_stages_explain_a_large_call() -> None:
+    profiler = profile.Profiler(Case.parse(LARGE), profile.ProfileSettings(isa=ISA, threads=2, warmup=1, repeats=2))
+    calls = [line for line in profiler.lines() if isinstance(line, CallLine) and line.which == "recorded"]
+    for name in (profile.FORWARD, profile.BACKWARD):
+        parts = [part for one in calls for part in one.parts if part.name == name and part.stages is not None]
+        assert len(parts) == 4
+        shares = [part.stages.wall_ns / part.ns for part in parts if part.stages is not None]
+        # another program may have had the processor around some of them
+        assert 0.95 <= max(shares) <= 1
+
+
+@pytest.mark.usefixtures("known_ceilings")
+def test_no_part_of_a_step_ends_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor is taken away just before the step's own time begins."""
+    profiler = profile.Profiler(Case.parse(TINY), profile.ProfileSettings(threads=1, warmup=0, repeats=1))
+    honest, inside = profiler.clock.time, [False]
+
+    def late(call: Callable[[], object]) -> int:
+        if inside[0]:
+            return honest(call)
+        inside[0] = True
+        time.sleep(2e-3)
+        try:
+            return honest(call)
+        finally:
+            inside[0] = False
+
+    monkeypatch.setattr(profiler.clock, "time", late)
+    for line in profiler.lines():
+        if isinstance(line, CallLine):
+            assert all(0 <= part.at <= part.at + part.ns <= line.ns for part in line.parts)

@@ -293,7 +293,7 @@ def test_engines_that_do_not_fit_together_run_in_pairs(
 # ---- the command
 
 
-def test_a_named_place_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_given_path_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KTVERIFY_KT_PYTHON", raising=False)
     (_, kt) = engines.find(["kt_kernel"], {})
@@ -359,7 +359,7 @@ def turn(round_: int, ns: int, others: float) -> TurnLine:
 
 
 @pytest.mark.parametrize(("quiet", "median"), [(6, 1.0), (4, 9.0)])
-def test_disturbed_turns_do_not_count_where_enough_others_are_there(quiet: int, median: float) -> None:
+def test_disturbed_turns_do_not_count_if_enough_others_remain(quiet: int, median: float) -> None:
     work: dict[str, Any] = {"forward_bytes": 1, "forward_flops": 1, "backward_bytes": 1, "backward_flops": 1}
     verdicts: dict[str, Any] = {"forward": "PASS", "backward": "UNSUPPORTED"}
     lines: list[record.Line] = [

@@ -33,20 +33,20 @@ def test_parameters_of_the_presets_are_those_of_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_activations_of_the_presets_are_what_autograd_keeps(name: str) -> None:
+def test_activations_of_the_presets_are_what_autograd_saves(name: str) -> None:
     size = presets()[name]
     assert saved_bytes(size, "meta") == pytest.approx(step_memory(size).all.activation_bytes, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["plain", "fused"])
-def test_activations_are_what_autograd_keeps_of_a_real_forward(dtype: str, attention: str) -> None:
-    # exact, not within the tolerance: whatever is forgotten shows
+def test_activations_are_what_autograd_saves_in_a_real_forward(dtype: str, attention: str) -> None:
+    # exact, not within the tolerance, so that nothing can be forgotten
     size = replace(TINY, dtype=dtype, attention=attention)
     assert saved_bytes(size, "cpu") == step_memory(size).all.activation_bytes
 
 
-def test_shapes_alone_keep_what_a_real_forward_keeps() -> None:
+def test_meta_tensors_save_what_a_real_forward_saves() -> None:
     assert saved_bytes(TINY, "meta") == saved_bytes(TINY, "cpu")
 
 
@@ -58,7 +58,7 @@ def test_published_figures_of_2_7b() -> None:
     assert one_layer_live(size) == 39_600_128
 
 
-def test_adamw_keeps_what_is_counted() -> None:
+def test_adamw_state_is_what_is_counted() -> None:
     model = Transformer(TINY)
     optimizer = torch.optim.AdamW(model.parameters())
     model(*batch_of(TINY)).backward()
@@ -123,7 +123,7 @@ def test_wrong_sizes_are_refused(preset: str, changes: dict[str, object], wanted
         resolve(preset, changes)
 
 
-def test_a_changed_preset_is_called_so() -> None:
+def test_a_changed_preset_has_another_name() -> None:
     assert resolve("small", {"num_layers": 2, "d_ff": None}).name == "small*"
     assert resolve("small", {"num_layers": 12, "context_length": 7}).name == "small"
 

@@ -71,7 +71,7 @@ def test_rates_are_those_of_the_median() -> None:
 
 
 @pytest.mark.parametrize(("loop", "word"), [(1.02, "PASS"), (1.05, "FAIL"), (0.95, "FAIL")])
-def test_an_independent_loop_that_disagrees_is_told(loop: float, word: str) -> None:
+def test_a_step_that_differs_from_the_independent_loop_fails(loop: float, word: str) -> None:
     ((name, text),) = transformer_views.check_pairs(transformer_views.arms(made_up(loop=loop)))
     assert (name, text.split()[0]) == ("check", word)
     ((_, busy),) = transformer_views.check_pairs(transformer_views.arms(made_up(loop=loop)), ("others were busy",))
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_refused_with_what_it_needs(monkeypatch: pytest.Mon
     transformer_measure.check_fits(TransformerSettings(size=presets()["small"], forward_only=forward_only))
 
 
-def test_the_least_memory_holds_what_a_step_keeps() -> None:
+def test_the_least_memory_contains_the_saved_tensors() -> None:
     for size in presets().values():
         whole = memory.step_memory(size).all
         kept = whole.parameter_bytes + whole.gradient_bytes + whole.activation_bytes
@@ -115,7 +115,7 @@ def test_the_least_memory_holds_what_a_step_keeps() -> None:
         assert memory.timing_bytes(size, forward_only=True) > whole.parameter_bytes
 
 
-def test_a_process_that_dies_says_so() -> None:
+def test_the_last_words_of_a_dead_process_are_reported() -> None:
     with pytest.raises(RuntimeError, match=r"the measuring process ended with 1: RuntimeError: .*device type.*: tpus"):
         list(fresh.lines_of(transformer_measure.__name__, TransformerSettings(size=TINY, device="tpus")))
 
@@ -146,7 +146,7 @@ def test_transformer_command(tmp_path: Path) -> None:
     refused(call("bench", "transformer", "tiny"), "no preset is called 'tiny'")
 
 
-def test_warmup_study_takes_fresh_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warmup_study_uses_new_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     lines = {warmup: [line for line in made_up() if getattr(line, "warmup", None) == warmup] for warmup in (0, 1)}
 

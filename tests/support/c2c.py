@@ -1,7 +1,4 @@
-"""A tiny base and a tiny teacher that differ in everything, and what tests ask of them.
-
-Comes in: a folder. Goes out: checkpoints, models side by side, arguments of the command line.
-"""
+"""A tiny base and a tiny teacher that differ in everything: models, checkpoints and command-line arguments."""
 
 from __future__ import annotations
 
@@ -47,7 +44,7 @@ def pipeline(base: Side, teacher: Side, *, teaching: bool = False, template: boo
 
 
 def alone(base: Side, ids: Sequence[int], tokens: int = NEW_TOKENS) -> list[int]:
-    """What transformers' own greedy generation of the base puts behind `ids`."""
+    """What transformers' own greedy generation of the base generates after `ids`."""
     given = torch.tensor([list(ids)])
     with torch.inference_mode():
         made = base.model.generate(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from ktverify.bench.c2c.models import load_side
 from ktverify.bench.c2c.pipeline import Pipeline, Response
 from ktverify.bench.c2c.projector import Projectors
 from ktverify.bench.c2c.record import C2cSettings, ModelPair, PromptRecord, PromptTiming, Sitting
+from ktverify.bench.timed_run import RunLine
 from ktverify.system import machine
 from ktverify.system.clock import use_device
 from ktverify.system.other_load import OtherLoad
@@ -71,10 +70,7 @@ def time_prompt(pipeline: Pipeline, settings: C2cSettings, number: int, prompt: 
 def sitting(from_id: int, warmup_ms: tuple[float, ...]) -> Sitting:
     """This run of the program."""
     return Sitting(
-        stamp=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()),
-        command=shlex.join(["python", "-m", "ktverify", *sys.argv[1:]]),
-        commit=machine.git_commit(),
-        machine=machine.read_machine(),
+        **{**RunLine.facts(Path()), "stamp": time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())},
         transformers=machine.package_version("transformers"),
         threads=torch.get_num_threads(),
         from_id=from_id,

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ktverify.bench.host import resident_bytes
-from ktverify.bench.layer.record import ADAPTER, Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotOtherLoadLine
+from ktverify.bench.layer.record import Line, MemoryLine, RepeatLine, Spot, SpotLine, SpotOtherLoadLine
 from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import weight_bytes
-from ktverify.isolation import fresh
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
 from ktverify.system.clock import Clock
@@ -38,15 +37,8 @@ def check_fits(spots: Sequence[Spot]) -> None:
         )
 
 
-def measured(spots: Sequence[Spot]) -> Iterator[Line]:
-    """The lines of one new process for each spot, one after the other."""
-    for spot in spots:
-        for line in fresh.lines_of(__name__, spot):
-            yield ADAPTER.validate_json(line)
-
-
 def line_count(spots: Sequence[Spot]) -> int:
-    """The number of lines that `measured` yields."""
+    """The number of lines of all processes."""
     return sum(spot.warmup + spot.repeats + 3 for spot in spots)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter
-
-from ktverify.bench.timed_run import CeilingLine, OtherLoadLine, RunLine
+from ktverify.bench.timed_run import CeilingLine, OtherLoadLine, RunLine, read_lines
 from ktverify.engines.native.phase_times import StageTimes
-from ktverify.runs.jsonl import JsonLine, whole_lines
+from ktverify.runs.jsonl import JsonLine
 
 FILE = "profile.jsonl"
 
@@ -61,9 +59,8 @@ class CallLine(JsonLine):
 
 
 Line = ProfileLine | CeilingLine | CallLine | OtherLoadLine
-_ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
 def read(directory: Path) -> list[Line]:
     """The lines of a profile, without a last line that was cut off. FileNotFoundError without a file."""
-    return [_ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]
+    return read_lines(directory / FILE, Line)

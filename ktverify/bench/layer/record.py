@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter
-
-from ktverify.bench.timed_run import OtherLoadLine, RunLine
-from ktverify.runs.jsonl import JsonLine, whole_lines
+from ktverify.bench.timed_run import OtherLoadLine, RunLine, read_lines
+from ktverify.runs.jsonl import JsonLine
 
 FILE = "layer.jsonl"
 
@@ -87,9 +85,8 @@ class SpotOtherLoadLine(OtherLoadLine):
 
 
 Line = LayerLine | SpotLine | RepeatLine | MemoryLine | SpotOtherLoadLine
-ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
 def read(directory: Path) -> list[Line]:
     """The lines of a run, without a last line that was cut off. FileNotFoundError without a file."""
-    return [ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]
+    return read_lines(directory / FILE, Line)

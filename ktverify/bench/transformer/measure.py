@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ktverify.bench.transformer.memory import step_memory, timing_bytes
-from ktverify.bench.transformer.record import ADAPTER, EndLine, Line, ProcessLine, StepLine, TransformerSettings
-from ktverify.isolation import fresh
+from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerSettings
 from ktverify.system.clock import Clock, use_device
 from ktverify.system.machine import format_bytes
 from ktverify.system.timing import time_rounds
@@ -60,16 +59,8 @@ def free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
-def measured(settings: TransformerSettings, warmups: tuple[int, ...]) -> Iterator[Line]:
-    """The lines of one new process for each number of warm-ups, one after the other."""
-    for warmup in warmups:
-        request = settings.model_copy(update={"warmup_steps": warmup})
-        for line in fresh.lines_of(__name__, request):
-            yield ADAPTER.validate_json(line)
-
-
 def line_count(settings: TransformerSettings, warmups: tuple[int, ...]) -> int:
-    """The number of lines that `measured` yields."""
+    """The number of lines of all processes."""
     return sum(warmup + settings.num_steps + 3 for warmup in warmups)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, TypeAdapter
-
-from ktverify.bench.timed_run import OtherLoadLine, RunLine
+from ktverify.bench.timed_run import OtherLoadLine, RunLine, read_lines
 from ktverify.bench.transformer.sizes import ModelSize
-from ktverify.runs.jsonl import JsonLine, whole_lines
+from ktverify.runs.jsonl import JsonLine
 
 FILE = "transformer.jsonl"
 
@@ -70,9 +68,8 @@ class EndLine(JsonLine):
 
 
 Line = TransformerLine | ProcessLine | StepLine | EndLine | OtherLoadLine
-ADAPTER: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
 def read(directory: Path) -> list[Line]:
     """The lines of a run, without a last line that was cut off. FileNotFoundError without a file."""
-    return [ADAPTER.validate_json(line) for line in whole_lines(directory / FILE)]
+    return read_lines(directory / FILE, Line)

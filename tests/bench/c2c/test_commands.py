@@ -142,7 +142,7 @@ def test_the_slowest_ten_are_ten(whole: Path, tmp_path: Path) -> None:
 # ---- going on after a kill
 
 
-def test_goes_on_behind_the_last_whole_record_after_a_kill(pair: Pair, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_after_the_last_whole_record(pair: Pair, tmp_path: Path) -> None:
     given, output = c2c.write_prompts(tmp_path / "p.jsonl", 40), tmp_path / "t.jsonl"
     command = dataset(pair, output, given)
     process = subprocess.Popen(
@@ -283,7 +283,7 @@ def refuse_merges(parts: list[Path], joined: Path, folder: Path) -> None:
     assert not (folder / "no.jsonl").exists()
 
 
-def test_busy_processors_are_told_first(whole: Path, tmp_path: Path) -> None:
+def test_other_load_is_the_first_note(whole: Path, tmp_path: Path) -> None:
     info, path = store.read_info(whole), tmp_path / "busy.jsonl"
     (sitting,) = info.sittings
 

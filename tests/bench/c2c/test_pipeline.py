@@ -56,7 +56,7 @@ def test_match_finds_the_largest_overlap(base: list[tuple[int, int]], teacher: l
 
 
 def words() -> Any:
-    """A tokenizer that has nothing in common with the tiny ones: whole words, a token before and behind the text."""
+    """A tokenizer that has nothing in common with the tiny ones: whole words, a token before and after the text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
@@ -66,7 +66,7 @@ def words() -> Any:
 
 
 def test_two_tokenizers_meet_by_characters(sides: tuple[Side, Side]) -> None:
-    """Every token of the prompt meets one of the other's that covers its characters; a template meets nobody."""
+    """Each token of the prompt is aligned with one that covers its characters; a template's tokens with none."""
     mine, theirs = sides[0].tokenizer, words()
     found = align_prompt(PROMPT, mine, theirs, template=True)
     base, teacher = found.base, found.teacher
@@ -143,8 +143,8 @@ def test_the_identity_keeps_every_bit_of_the_cache(sides: tuple[Side, Side], dty
         assert torch.equal(got.values, wanted.values)
 
 
-def test_projectors_change_the_rows_that_met_and_no_other(sides: tuple[Side, Side]) -> None:
-    # a teacher without the base's template: its rows meet nobody
+def test_projectors_change_only_aligned_rows(sides: tuple[Side, Side]) -> None:
+    # a teacher without the base's template: its rows have no partner
     other = Side(sides[1].model, words(), "words")
     aligned, fused, plain = caches(c2c.pipeline(sides[0], other, teaching=True), PROMPT)
     met = torch.tensor([place is not None for place in aligned.teacher_of[:-1]])
@@ -156,7 +156,7 @@ def test_projectors_change_the_rows_that_met_and_no_other(sides: tuple[Side, Sid
             assert torch.equal(now[:, :, ~met], before[:, :, ~met])
 
 
-def test_fused_rows_are_those_of_the_rows_that_met(sides: tuple[Side, Side]) -> None:
+def test_fused_rows_are_those_of_aligned_rows(sides: tuple[Side, Side]) -> None:
     """Layer by layer and row by row, against projectors called on what the two models alone keep."""
     pipeline = c2c.pipeline(*sides, teaching=True, template=False)
     aligned, fused, plain = caches(pipeline, BUILT_IN[1])
@@ -172,7 +172,7 @@ def test_fused_rows_are_those_of_the_rows_that_met(sides: tuple[Side, Side]) -> 
                 assert torch.allclose(fused.layers[to].values[:, :, row], values, rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_teacher_says_reaches_the_first_token(sides: tuple[Side, Side]) -> None:
+def test_the_teacher_changes_the_first_token(sides: tuple[Side, Side]) -> None:
     base, teacher = sides
     taught = c2c.pipeline(base, teacher, teaching=True)
     responses = [taught.run(prompt, 1, Timeline()).tokens for prompt in BUILT_IN]
@@ -187,7 +187,7 @@ def test_a_prompt_of_one_token_has_no_cache_to_fuse(sides: tuple[Side, Side]) ->
     assert PromptTiming.of(timeline).projector_calls == 0
 
 
-def test_decoding_ends_behind_an_end_token(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_ends_after_an_end_token(sides: tuple[Side, Side], monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = c2c.pipeline(*sides)
     tokens = pipeline.run(BUILT_IN[0], c2c.NEW_TOKENS, Timeline()).tokens
     third = next(token for token in tokens if tokens.index(token) >= 2)
@@ -212,7 +212,7 @@ def test_a_fuser_computes_its_formula() -> None:
     assert torch.allclose(fuser(base, teacher), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_layers_meet_from_the_last_down() -> None:
+def test_layers_are_paired_from_the_last_down() -> None:
     assert layer_pairs(2, 3) == ((0, 1), (1, 2))
     assert layer_pairs(3, 2) == ((1, 0), (2, 1))
 
@@ -244,7 +244,7 @@ def test_projectors_of_other_models_are_refused(sides: tuple[Side, Side], tmp_pa
         Projectors.load(tmp_path / "other", base, teacher)
 
 
-def test_a_cache_that_forgets_is_refused(sides: tuple[Side, Side]) -> None:
+def test_a_sliding_window_is_refused(sides: tuple[Side, Side]) -> None:
     config = Qwen3Config(
         vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
         num_key_value_heads=1, use_sliding_window=True, sliding_window=8, max_window_layers=0,
@@ -257,7 +257,7 @@ def test_a_cache_that_forgets_is_refused(sides: tuple[Side, Side]) -> None:
 # ---- clocks
 
 
-def test_a_timeline_tells_when_and_how_long() -> None:
+def test_a_timeline_has_begin_and_duration() -> None:
     timeline = Timeline()
     begin = time.perf_counter_ns()
 
