@@ -75,62 +75,25 @@ def check_case(
         factory = target.factory
     started = time.perf_counter()
     problem = problem or Problem.of(case, fresh=fresh, method=target.method)
-    skip_lora = target.method != METHOD
-    more = {"method": target.method} if skip_lora else {}
     result = Result(problem)
     raised = None
     try:
         with CallLog() as calls:
-            run_case(
-                factory,
-                case,
-                inputs=problem.inputs,
-                isa=target.isa,
-                tp=target.tp,
-                threads=target.threads,
-                backward=backward,
-                into=result.actual,
-                **more,
-            )
+            run_case(factory, case, inputs=problem.inputs, backward=backward, into=result.actual, **target.how)
     except ENGINE_EXCEPTIONS as error:
         raised = as_told(error, calls.failed)
     result.actual = {name: tensor.detach() for name, tensor in result.actual.items()}
     duration = time.perf_counter() - started
-    label = target.label
     for name in [name for name in wanted if name in result.actual]:
-        where: dict[str, Any] = {
-            "family": "forward" if name == OUTPUT else "backward",
-            "case": case,
-            "tensor": name,
-            "engine": target.engine,
-            "isa": label,
-            "threads": target.threads or 0,
-            "tp": target.tp,
-            "source": problem.source,
-            "duration_s": duration,
-            "repro": repro_command(
-                case,
-                engine=target.engine,
-                isa=label,
-                tensor=name,
-                tp=target.tp,
-                fresh=fresh,
-                method=target.method,
-            ),
-        }
-        if skip_lora and name in GRAD_NAMES:
+        repro = repro_command(target, case, tensor=name, fresh=fresh)
+        where = {**facts(target, name), "case": case, "source": problem.source, "duration_s": duration, "repro": repro}
+        if target.method != METHOD and name in GRAD_NAMES:
             result.records.append(_skipped_gradient(result.actual[name], where))
             continue
         difference = problem.expected.compare(name, result.actual[name])
-        judgement = judge(
-            case,
-            name,
-            difference,
-            problem.expected.peer[name],
-            own_engine=target.strict,
-            isa=isa_name(label),
-            gates_off=target.gates_off,
-        )
+        claims: dict[str, Any] = {"own_engine": target.strict, "isa": isa_name(target.label)}
+        peer = problem.expected.peer[name]
+        judgement = judge(case, name, difference, peer, gates_off=target.gates_off, **claims)
         result.records.append(accuracy_record(judgement, difference, **where))
     if raised is not None:
         missing = [name for name in wanted if name not in result.actual]
@@ -155,25 +118,23 @@ def lost(
     family: "training" for those of a training; else forward or backward, by the tensor.
     """
     verdict, message = verdict_of(error)
-    how: dict[str, Any] = {"engine": target.engine, "isa": target.label, "tp": target.tp}
-    if family == "training":
-        repro = verify_command(case, **how)
-    else:
-        repro = repro_command(case, fresh=source == "fresh", method=target.method, **how)
-    return [
-        AccuracyRecord(
-            family=family or ("forward" if name == OUTPUT else "backward"),
-            verdict=verdict,
-            message=message,
-            case=case.id,
-            why=case.why,
-            tensor=name,
-            source=source,
-            repro=repro,
-            **how,
-        )
-        for name in tensors
-    ]
+    training = family == "training"
+    repro = verify_command(target, case) if training else repro_command(target, case, fresh=source == "fresh")
+    about: dict[str, Any] = {"case": case.id, "why": case.why, "source": source, "repro": repro}
+    more = {"family": family} if family else {}
+    return [AccuracyRecord(verdict=verdict, message=message, **{**facts(target, n), **about, **more}) for n in tensors]
+
+
+def facts(target: Target, tensor: str) -> dict[str, Any]:
+    """The fields of a record that say what was judged: tensor, its family, and the target."""
+    return {
+        "family": "forward" if tensor == OUTPUT else "backward",
+        "tensor": tensor,
+        "engine": target.engine,
+        "isa": target.label,
+        "threads": target.threads or 0,
+        "tp": target.tp,
+    }
 
 
 def verdict_of(error: BaseException) -> tuple[VerdictName, str]:
@@ -232,14 +193,8 @@ def prepare(case: Case, fresh: bool) -> None:
 
 def check_family(target: Target, case: Case, family: str, fresh: bool) -> Result:
     """The Result of `case` with the tensors of `family`, "forward" or "backward"."""
-    return check_case(
-        target,
-        case,
-        fresh=fresh,
-        backward=family == "backward",
-        tensors=TENSORS[family],
-        problem=problem_of(case, fresh),
-    )
+    how: dict[str, Any] = {"backward": family == "backward", "tensors": TENSORS[family]}
+    return check_case(target, case, fresh=fresh, problem=problem_of(case, fresh), **how)
 
 
 def check_tensors(target: Target, case: Case, family: str) -> None:
@@ -247,13 +202,8 @@ def check_tensors(target: Target, case: Case, family: str) -> None:
     problem = problem_of(case, False)
     # an engine may write into its inputs; the next one must not get what it wrote
     inputs = replace(problem.inputs, **{name: getattr(problem.inputs, name).clone() for name in TOKENS})
-    result = check_case(
-        target,
-        case,
-        backward=family == "backward",
-        tensors=TENSORS[family],
-        problem=replace(problem, inputs=inputs),
-    )
+    own = replace(problem, inputs=inputs)
+    result = check_case(target, case, backward=family == "backward", tensors=TENSORS[family], problem=own)
     bad = [record for record in result.records if record.verdict != "PASS"]
     if bad:
         exceeded = tuple((g.gate, g.used) for record in bad for g in record.gates if g.verdict != "PASS")
@@ -273,17 +223,7 @@ def assert_passed(records: list[AccuracyRecord]) -> None:
         raise AssertionError("nothing was compared")
 
 
-enter(
-    Check(
-        f"{family}/{case.name}",
-        family,
-        check_tensors,
-        BUDGET,
-        NUMBERS,
-        case=case,
-        arguments={"family": family},
-        confirmable=True,
-    )
-    for case in cases.catalogue().values()
-    for family in TENSORS
-)
+for _case in cases.catalogue().values():
+    for _family in TENSORS:
+        _more: dict[str, Any] = {"case": _case, "arguments": {"family": _family}, "confirmable": True}
+        enter([Check(f"{_family}/{_case.name}", _family, check_tensors, BUDGET, NUMBERS, **_more)])

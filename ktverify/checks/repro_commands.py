@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.engines.run import METHOD
 from ktverify.spec.cases import Case
@@ -12,35 +13,22 @@ def isa_name(label: str) -> str:
     return label.partition(" ")[0]
 
 
-def repro_command(
-    case: Case,
-    *,
-    engine: str = registry.NATIVE,
-    isa: str = "",
-    tensor: str = "",
-    tp: int = 1,
-    fresh: bool = False,
-    method: str = METHOD,
-) -> str:
-    """The command line that repeats one comparison. `isa` may be a label; an emulated one sets the environment."""
-    words = [f"{_environment(isa)}python -m ktverify repro '{case.id}'{registry.option(engine)}"]
-    words += [f"--isa {isa_name(isa)}"] if isa else []
-    words += [f"--tp {tp}"] if tp != 1 else []
-    words += [f"--method {method}"] if method != METHOD else []
+def repro_command(target: Target, case: Case, *, tensor: str = "", fresh: bool = False) -> str:
+    """The command line that repeats one comparison; one on emulated tiles sets the environment."""
+    words = [*_command(target, f"repro '{case.id}'"), *([f"--tp {target.tp}"] if target.tp != 1 else [])]
+    words += [f"--method {target.method}"] if target.method != METHOD else []
     words += ["--fresh"] if fresh else []
     words += [f"--tensor {tensor}"] if tensor else []
     return " ".join(words)
 
 
-def verify_command(case: Case, *, engine: str = registry.NATIVE, isa: str = "", tp: int = 1) -> str:
+def verify_command(target: Target, case: Case) -> str:
     """The command line that repeats a training check."""
-    words = [
-        f"{_environment(isa)}python -m ktverify verify --mode training --case '{case.id}'{registry.option(engine)}"
-    ]
-    words += [f"--isa {isa_name(isa)}"] if isa else []
-    words += ["--tp tp"] if tp != 1 else []
-    return " ".join(words)
+    words = _command(target, f"verify --mode training --case '{case.id}'")
+    return " ".join([*words, *(["--tp tp"] if target.tp != 1 else [])])
 
 
-def _environment(isa: str) -> str:
-    return "KTVERIFY_EMULATE_AMX=1 " if isa.endswith("(emulated)") else ""
+def _command(target: Target, what: str) -> list[str]:
+    environment = "KTVERIFY_EMULATE_AMX=1 " if target.label.endswith("(emulated)") else ""
+    isa = [f"--isa {isa_name(target.label)}"] if target.label else []
+    return [f"{environment}python -m ktverify {what}{registry.option(target.engine)}", *isa]

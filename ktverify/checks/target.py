@@ -75,18 +75,20 @@ class Target:
 
     def bare(self, case: Case = SMALL, **more: Any) -> Any:
         """A layer without weights; `more` overrides constructor arguments."""
-        return self.factory(**{**layer_arguments(case, **self._how()), **more})
+        return self.factory(**{**layer_arguments(case, **self.how), **more})
 
     def layer(self, case: Case, inputs: Inputs, **more: Any) -> Any:
         """A layer with the base weights and LoRA of `inputs`; `more` overrides how it is built, also tp and threads."""
-        return build_layer(self.factory, case, inputs, **{**self._how(), **more})
+        return build_layer(self.factory, case, inputs, **{**self.how, **more})
 
     def run(self, case: Case, inputs: Inputs | None = None, **more: Any) -> dict[str, Tensor]:
         """ALL_TENSORS of one forward and backward of a new layer."""
         inputs = make_inputs(case) if inputs is None else inputs
         return run_layer(self.layer(case, inputs, **more), inputs)
 
-    def _how(self) -> dict[str, Any]:
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of build_layer and run_case that say how the engine is called."""
         return {"isa": self.isa, "tp": self.tp, "threads": self.threads, "method": self.method}
 
     def asks(self, gate: str) -> bool:

@@ -6,9 +6,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ktverify.checks.accuracy import facts
 from ktverify.checks.problem import LiveOracle
 from ktverify.checks.repro_commands import isa_name, verify_command
 from ktverify.checks.target import Target
@@ -38,7 +40,6 @@ def check_training(
     with call_of(IMPORT):
         factory = target.factory
     inputs = make_inputs(case)
-    label = target.label
     goal = inputs.grad_output.float()
     layer = build_layer(factory, case, inputs, isa=target.isa, tp=target.tp, threads=target.threads)
     with call_of("parameters"):
@@ -59,22 +60,10 @@ def check_training(
         records = []
         for name in ALL_TENSORS:
             difference = expected.compare(name, actual[name])
-            judgement = judge(case, name, difference, expected.peer[name], isa=isa_name(label))
-            record = accuracy_record(
-                judgement,
-                difference,
-                family="training",
-                case=case,
-                tensor=name,
-                engine=target.engine,
-                isa=label,
-                threads=target.threads or 0,
-                tp=target.tp,
-                source=f"step {step + 1}",
-                duration_s=time.perf_counter() - started,
-                repro=verify_command(case, engine=target.engine, isa=label, tp=target.tp),
-            )
-            records.append(record)
+            judgement = judge(case, name, difference, expected.peer[name], isa=isa_name(target.label))
+            about: dict[str, Any] = {**facts(target, name), "family": "training", "source": f"step {step + 1}"}
+            about |= {"duration_s": time.perf_counter() - started, "repro": verify_command(target, case)}
+            records.append(accuracy_record(judgement, difference, case=case, **about))
         yield loss, records
         for parameter, name in zip(parameters, GRAD_NAMES, strict=True):
             parameter.grad = actual[name].to(parameter.dtype)

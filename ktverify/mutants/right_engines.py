@@ -78,9 +78,9 @@ def judge(seed: int, wanted: list[RightEngine], glob: str | None = None, limit: 
         here = case.with_seed(seed)
         problem = Problem.of(here, fresh=True)
         for engine, run in zip(wanted, runs, strict=True):
-            command = repro_command(here, engine=engine.name, isa=engine.isa.label, fresh=True)
+            target = Target(engine.name, engine.isa.name, threads=None)
+            command = repro_command(target, here, fresh=True)
             try:
-                target = Target(engine.name, engine.isa.name, threads=None)
                 result = accuracy.check_case(target, here, fresh=True, problem=problem)
             except Exception as error:
                 run.failed.append(f"CRASH {here.id} {type(error).__name__}: {error}\n    {command}")

@@ -18,6 +18,7 @@ import typer.main
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+from ktverify.checks import target
 from ktverify.checks.accuracy import check_case
 from ktverify.checks.repro_commands import repro_command, verify_command
 from ktverify.checks.target import Target
@@ -364,8 +365,9 @@ def test_losses_must_be_finite_and_fall(losses: list[float], wanted: str) -> Non
     assert bool(problem) == bool(wanted)
 
 
-def test_the_repro_command_of_an_emulated_isa_sets_the_environment() -> None:
-    command = repro_command(Case.parse("small"), isa="amx_bf16 (emulated)", tp=2)
+def test_the_repro_command_of_an_emulated_isa_sets_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "amx_state", lambda: Amx(False, False, False, True))
+    command = repro_command(Target("native", "amx_bf16", 2), Case.parse("small"))
     assert command == "KTVERIFY_EMULATE_AMX=1 python -m ktverify repro 'small@seed=0' --isa amx_bf16 --tp 2"
 
 
@@ -380,8 +382,8 @@ def test_a_printed_command_names_an_engine_whose_path_has_a_space_in_it(
     engine = f"{folder}/mine.py:make"
     commands = [
         text.splitlines()[-1],
-        repro_command(Case.parse("small"), engine=engine),
-        verify_command(Case.parse("small"), engine=engine),
+        repro_command(Target(engine), Case.parse("small")),
+        verify_command(Target(engine), Case.parse("small")),
     ]
     assert [shlex.split(command)[-1] for command in commands] == [engine] * 3
 
