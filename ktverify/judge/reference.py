@@ -26,24 +26,17 @@ class LayerInputs(Protocol):
     """hidden_states, grad_output [T, H]; expert_ids [T, k] int64; weights [T, k]; gate_proj, up_proj [E, I, H];
     down_proj [E, H, I]; lora: six tensors by LORA_NAMES; all in logical order."""
 
+    hidden_states: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    grad_output: torch.Tensor
+    gate_proj: torch.Tensor
+    up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    lora: dict[str, torch.Tensor]
+
     @property
     def case(self) -> Scaled: ...
-    @property
-    def hidden_states(self) -> torch.Tensor: ...
-    @property
-    def expert_ids(self) -> torch.Tensor: ...
-    @property
-    def weights(self) -> torch.Tensor: ...
-    @property
-    def grad_output(self) -> torch.Tensor: ...
-    @property
-    def gate_proj(self) -> torch.Tensor: ...
-    @property
-    def up_proj(self) -> torch.Tensor: ...
-    @property
-    def down_proj(self) -> torch.Tensor: ...
-    @property
-    def lora(self) -> dict[str, torch.Tensor]: ...
 
 
 def forward_backward(

@@ -1,4 +1,4 @@
-"""Every gate is shown to fail, and to hold its tongue where all is right."""
+"""Every gate fails a defect and passes the right answer."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ EXACT = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16,data=integer@seed=3")
 Tensors = dict[str, torch.Tensor]
 
 
-class Setting:
-    """A case with its oracle, its peer, and what a right engine gives: the oracle rounded once."""
+class GatedCase:
+    """A case with its oracle, its bf16 peer, and the result of a right engine: the oracle rounded once."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -52,20 +52,20 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting() -> Setting:
-    return Setting(CASE)
+def setting() -> GatedCase:
+    return GatedCase(CASE)
 
 
 @pytest.fixture(scope="module")
-def exact() -> Setting:
-    return Setting(EXACT)
+def exact() -> GatedCase:
+    return GatedCase(EXACT)
 
 
 def broken_gates(judgement: Judgement) -> set[str]:
     return {gate.gate for gate in judgement.gates if gate.verdict is Verdict.FAIL}
 
 
-def test_the_right_answer_passes(setting: Setting, exact: Setting) -> None:
+def test_the_right_answer_passes(setting: GatedCase, exact: GatedCase) -> None:
     assert set(setting.verdicts(setting.right).values()) == {Verdict.PASS}
     assert set(exact.verdicts(exact.right).values()) == {Verdict.PASS}
 
@@ -77,20 +77,20 @@ PAIRS = [(kind, _ROUTINGS[(i + more) % len(_ROUTINGS)]) for i, kind in enumerate
 
 @pytest.mark.parametrize(("kind", "routing"), PAIRS)
 def test_plain_torch_passes_as_a_foreign_engine(kind: str, routing: str) -> None:
-    here = Setting(Case.parse(f"E=9,k=3,H=64,I=48,T=20,r=4,alpha=8,data={kind},routing={routing}"))
+    here = GatedCase(Case.parse(f"E=9,k=3,H=64,I=48,T=20,r=4,alpha=8,data={kind},routing={routing}"))
     actual = run_case(find("torch_bf16"), here.case, inputs=here.inputs)
     assert set(here.verdicts(actual, own=False).values()) == {Verdict.PASS}
 
 
-# ---- perturbations: (name, what is done to the right answer, tensors that must notice)
+# ---- perturbations: name -> (change of the right answer, tensors that must fail)
 
 
-def swap_experts(tensors: Tensors, _: Setting) -> Tensors:
+def swap_experts(tensors: Tensors, _: GatedCase) -> Tensors:
     swapped = {n: (v[[1, 0, *range(2, len(v))]] if n in GRAD_NAMES else v) for n, v in tensors.items()}
     return swapped
 
 
-def everywhere(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors, Setting], Tensors]:
+def everywhere(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors, GatedCase], Tensors]:
     return lambda tensors, _: {name: change(tensor.clone()) for name, tensor in tensors.items()}
 
 
@@ -108,10 +108,10 @@ def with_(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return put
 
 
-def rerun(**changes: object) -> Callable[[Tensors, Setting], Tensors]:
+def rerun(**changes: object) -> Callable[[Tensors, GatedCase], Tensors]:
     """The oracle of other inputs, rounded as a right engine would."""
 
-    def go(_: Tensors, setting: Setting) -> Tensors:
+    def go(_: Tensors, setting: GatedCase) -> Tensors:
         inputs = replace(setting.inputs)
         for name, change in changes.items():
             setattr(inputs, name, change(setting.inputs))  # type: ignore[operator]
@@ -122,7 +122,7 @@ def rerun(**changes: object) -> Callable[[Tensors, Setting], Tensors]:
 
 
 ALL = set(ALL_TENSORS)
-PERTURBATIONS: dict[str, tuple[Callable[[Tensors, Setting], Tensors], set[str]]] = {
+PERTURBATIONS: dict[str, tuple[Callable[[Tensors, GatedCase], Tensors], set[str]]] = {
     "one element, the largest, off by half": (everywhere(largest_off_by_half), ALL),
     "two experts swapped": (swap_experts, set(GRAD_NAMES)),
     "everything zero": (everywhere(torch.zeros_like), ALL),
@@ -158,20 +158,20 @@ PERTURBATIONS: dict[str, tuple[Callable[[Tensors, Setting], Tensors], set[str]]]
 
 @pytest.mark.parametrize("what", PERTURBATIONS)
 @pytest.mark.parametrize("own", [True, False], ids=["own", "foreign"])
-def test_a_defect_is_noticed(setting: Setting, what: str, own: bool) -> None:
+def test_a_defect_fails_the_tensors_that_it_reaches(setting: GatedCase, what: str, own: bool) -> None:
     change, touched = PERTURBATIONS[what]
     verdicts = setting.verdicts(change(setting.right, setting), own=own)
     passed = {name for name in touched if verdicts[name] is not Verdict.FAIL}
     assert not passed
-    # and no tensor is blamed that the defect does not reach
+    # and no tensor fails that the defect does not reach
     assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} <= touched
 
 
 # ---- gate by gate
 
 
-def test_outer_gate_is_the_contracts() -> None:
-    here = Setting(CASE)
+def test_the_ceiling_on_mean_rel_is_that_of_the_contract() -> None:
+    here = GatedCase(CASE)
     for name, limit in ((OUTPUT, 0.05), (GRAD_INPUT, 0.10)):
         for share, breaks in ((0.99, False), (1.01, True)):
             judgement = here.judge(name, here.expected[name] * (1 + limit * share))
@@ -205,7 +205,7 @@ def test_numbers_deciding_by_hand() -> None:
 
 
 def test_the_catalogue_is_judged_by_the_plain_factor() -> None:
-    """The allowance for few numbers is for cases that are about few numbers."""
+    """Only cases about few numbers get the allowance for few numbers."""
     few = {"one_token", "one_token_odd", "mostly_idle"}
     for case in catalogue().values():
         if case.name in few or case.exact or case.tier != "default" or case.qlen == 0:
@@ -215,7 +215,7 @@ def test_the_catalogue_is_judged_by_the_plain_factor() -> None:
                 assert numbers_deciding(case, name, 10**9) >= tolerances()["peer"]["few"], (case.name, name)
 
 
-def test_the_peer_budget_bites_between_peer_and_twice_the_peer(setting: Setting) -> None:
+def test_the_peer_budget_is_between_the_peer_and_twice_the_peer(setting: GatedCase) -> None:
     noise = torch.Generator().manual_seed(5)
     for name in ALL_TENSORS:
         right = setting.expected[name]
@@ -246,7 +246,7 @@ def test_own_limit_of_a_draw_that_few_elements_decide() -> None:
     assert own_limit(drawn, OUTPUT, "amx_bf16", 64.0) == pytest.approx(2.8e-3 * (1 + 3 / 8 - 3 / 16))
 
 
-def test_own_limit_bites_where_the_peer_is_content(setting: Setting) -> None:
+def test_the_own_limit_is_below_the_peer_budget(setting: GatedCase) -> None:
     noise = torch.Generator().manual_seed(6)
     for name in ALL_TENSORS:
         right = setting.expected[name]
@@ -258,7 +258,7 @@ def test_own_limit_bites_where_the_peer_is_content(setting: Setting) -> None:
         assert setting.judge(name, right + draw, own=False).verdict is Verdict.PASS
 
 
-def test_exact_gate_sees_one_bit(exact: Setting) -> None:
+def test_the_exact_gate_fails_one_wrong_bit(exact: GatedCase) -> None:
     for name in ALL_TENSORS:
         tensor = exact.right[name].clone()
         if tensor.dtype == torch.bfloat16:
@@ -273,13 +273,13 @@ def test_exact_gate_sees_one_bit(exact: Setting) -> None:
             assert "exact" not in {gate.gate for gate in exact.judge(name, tensor, own=False).gates}
 
 
-def test_exact_gate_does_not_pass_what_it_cannot_see(exact: Setting) -> None:
+def test_the_exact_gate_fails_without_the_full_tensor(exact: GatedCase) -> None:
     blind = replace(compare(exact.right[OUTPUT], exact.expected[OUTPUT]), mismatched=-1)
     assert broken_gates(judge(EXACT, OUTPUT, blind, 0.0, own_engine=True)) == {"exact"}
 
 
 def test_idle_experts_must_be_exactly_zero() -> None:
-    here = Setting(Case.parse("E=40,k=1,H=32,I=32,T=3,r=4,alpha=8"))
+    here = GatedCase(Case.parse("E=40,k=1,H=32,I=32,T=3,r=4,alpha=8"))
     idle = next(e for e in range(40) if e not in here.inputs.active)
     for name in GRAD_NAMES:
         tensor = here.right[name].clone()
@@ -288,7 +288,7 @@ def test_idle_experts_must_be_exactly_zero() -> None:
 
 
 def test_masked_tokens_rows_must_be_exactly_zero() -> None:
-    here = Setting(Case.parse("E=4,k=2,H=32,I=32,T=9,r=4,alpha=8,routing=masked"))
+    here = GatedCase(Case.parse("E=4,k=2,H=32,I=32,T=9,r=4,alpha=8,routing=masked"))
     for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
         tensor = here.right[name].clone()
         tensor[8, 1] = 1e-30
@@ -296,8 +296,8 @@ def test_masked_tokens_rows_must_be_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize("text", ["T=9,routing=all_masked", "T=0"])
-def test_what_must_be_zero_is_zero(text: str) -> None:
-    here = Setting(Case.parse(f"E=4,k=2,H=32,I=32,r=4,alpha=8,{text}"))
+def test_a_layer_without_tokens_has_zero_gradients(text: str) -> None:
+    here = GatedCase(Case.parse(f"E=4,k=2,H=32,I=32,r=4,alpha=8,{text}"))
     assert set(here.verdicts(here.right).values()) == {Verdict.PASS}
     for name in GRAD_NAMES:
         tensor = here.right[name].clone()
@@ -306,8 +306,8 @@ def test_what_must_be_zero_is_zero(text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nan_row", "inf_row"])
-def test_a_nan_stays_where_it_belongs(kind: str) -> None:
-    here = Setting(Case.parse(f"E=12,k=2,H=32,I=32,T=11,r=4,alpha=8,data={kind}"))
+def test_a_nan_must_stay_in_its_token_and_experts(kind: str) -> None:
+    here = GatedCase(Case.parse(f"E=12,k=2,H=32,I=32,T=11,r=4,alpha=8,data={kind}"))
     token = 5
     experts = here.inputs.expert_ids[token].tolist()
     assert set(here.verdicts(here.right).values()) == {Verdict.PASS}
@@ -319,7 +319,7 @@ def test_a_nan_stays_where_it_belongs(kind: str) -> None:
         hidden = here.right[name].clone()
         hidden[token, 0] = 0.0
         assert broken_gates(here.judge(name, hidden)) == {"hidden_non_finite"}
-        # the other tokens are judged as ever
+        # the other tokens are judged as usual
         wrong = here.right[name].clone()
         wrong[:token] *= 1.1
         assert "rel_l2" in broken_gates(here.judge(name, wrong))
@@ -336,7 +336,7 @@ def test_a_nan_stays_where_it_belongs(kind: str) -> None:
 
 
 def test_empty_inputs_are_mistrusted() -> None:
-    here = Setting(CASE)
+    here = GatedCase(CASE)
     zero = torch.zeros_like(here.expected[OUTPUT])
     judgement = judge(CASE, OUTPUT, compare(zero, zero), 0.0)
     assert judgement.verdict is Verdict.MISTRUSTED
@@ -349,8 +349,8 @@ def test_empty_inputs_are_mistrusted() -> None:
     assert judge(nothing, OUTPUT, compare(zero, zero), 0.0).verdict is Verdict.PASS
 
 
-def test_a_sum_that_cancels_is_mistrusted_and_never_passes(setting: Setting) -> None:
-    """Whatever the peer does: a sloppy one cannot buy a pass, a gross error stays a failure."""
+def test_a_sum_that_cancels_is_mistrusted_and_never_passes(setting: GatedCase) -> None:
+    """For any peer: a sloppy one cannot make a tensor pass, and a gross error still fails."""
     right = setting.expected[GRAD_WEIGHTS]
     for error, peer, verdict in (
         (0.0, 0.049, Verdict.PASS),
@@ -370,7 +370,7 @@ def test_a_failure_is_never_hidden_by_mistrust() -> None:
     assert judge(CASE, OUTPUT, compare(zero + 1, zero), 0.0).verdict is Verdict.FAIL
 
 
-def test_zero_b_is_trusted_for_a_only() -> None:
+def test_zero_is_trusted_only_for_gradients_of_a() -> None:
     fresh = Case.parse("E=6,k=2,H=96,I=80,T=40,r=8,alpha=16,data=zero_b")
     zero = torch.zeros(6, 8, 96)
     assert judge(fresh, "grad_gate_lora_a", compare(zero, zero), 0.0).verdict is Verdict.PASS
@@ -378,7 +378,7 @@ def test_zero_b_is_trusted_for_a_only() -> None:
     assert judge(fresh, "grad_gate_lora_b", compare(zero_b, zero_b), 0.0).verdict is Verdict.MISTRUSTED
 
 
-def test_the_line_is_the_houses(setting: Setting) -> None:
+def test_the_line_names_tensor_gate_budget_and_command(setting: GatedCase) -> None:
     wrong = setting.right["grad_up_lora_a"].clone()
     wrong[3, 5, 41] += 10 * wrong.abs().max()
     first, second = setting.judge("grad_up_lora_a", wrong, own=False).line.splitlines()
@@ -391,7 +391,7 @@ def test_the_line_is_the_houses(setting: Setting) -> None:
     assert "\n" not in passed
 
 
-def test_used_is_the_share_of_the_budget(setting: Setting) -> None:
+def test_used_is_the_share_of_the_budget(setting: GatedCase) -> None:
     for gate in setting.judge(OUTPUT, setting.right[OUTPUT]).gates:
         if gate.budget > 0 and gate.gate != "trust":
             assert gate.used == pytest.approx(gate.value / gate.budget)
@@ -406,4 +406,4 @@ def test_every_number_has_its_reason() -> None:
         elif not line.strip() or line.startswith("["):
             explained = False
         elif "=" in line:
-            assert explained, f"{line!r} stands without a reason"
+            assert explained, f"{line!r} has no reason"

@@ -1,4 +1,4 @@
-"""Differences: every number against one worked out by hand, and what happens at zero, nothing and NaN."""
+"""Differences: every number against one computed by hand, also for zeros, empty tensors and NaN."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def t(*values: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
 
 
-def test_by_hand() -> None:
+def test_every_number_by_hand() -> None:
     # a - b = (0, 3, -4), |b| = (3, 4, 0): ||a - b|| = 5, ||b|| = 5
     found = compare(t(3, 7, -4), t(3, 4, 0))
     assert found.rel_l2 == 1.0
@@ -37,7 +37,7 @@ def test_scale_and_sign() -> None:
     assert compare(torch.zeros_like(b), b).cosine == 0.0
 
 
-def test_the_worst_element_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_of_the_worst_element(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_CHUNK", 7)  # several chunks, the last not full
     b = torch.ones(3, 4, 5, dtype=torch.float64)
     a = b.clone()
@@ -50,7 +50,7 @@ def test_the_worst_element_is_found_where_it_is(monkeypatch: pytest.MonkeyPatch)
     assert found.mismatched == 2
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunk_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     b = torch.randn(5, 11, dtype=torch.float64, generator=generator)
     a = (b + 0.01 * torch.randn(5, 11, dtype=torch.float64, generator=generator)).to(torch.bfloat16)
@@ -62,7 +62,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (parts.worst_index, parts.mismatched) == (whole.worst_index, whole.mismatched)
 
 
-def test_expected_all_zero() -> None:
+def test_an_expected_tensor_of_zeros() -> None:
     same = compare(t(0, 0, -0.0), t(0, 0, 0))
     assert (same.rel_l2, same.mean_rel, same.cosine, same.stray, same.mismatched) == (0.0, 0.0, 1.0, 0, 0)
     other = compare(t(0, 1e-30, 0), t(0, 0, 0))
@@ -70,7 +70,7 @@ def test_expected_all_zero() -> None:
     assert other.mean_rel == pytest.approx(1e-30 / 3 / 1e-8)
 
 
-def test_nothing_differs_by_nothing() -> None:
+def test_empty_tensors_do_not_differ() -> None:
     empty = compare(torch.zeros(0, 7), torch.zeros(0, 7, dtype=torch.float64))
     assert empty == Difference(0.0, 0.0, 1.0, 0.0, (), 0.0, 0.0, 0, 0.0, 0.0, 0, mismatched=0)
 
@@ -84,7 +84,7 @@ def test_non_finite_elements_are_counted_and_left_out() -> None:
     assert (both.non_finite, both.missing_non_finite, both.rel_l2) == (0, 0, 0.0)
 
 
-def test_mismatched_means_not_rounded_once() -> None:
+def test_mismatched_counts_elements_not_rounded_once() -> None:
     b = t(1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, -0.0)  # the second and third are ties in bf16: to even
     right = t(1.0, 1.0, 1.0 + 2**-6, 0.0, dtype=torch.bfloat16)
     assert compare(right, b).mismatched == 0
@@ -92,7 +92,7 @@ def test_mismatched_means_not_rounded_once() -> None:
     assert compare(truncated, b).mismatched == 1
 
 
-def test_participation_counts_what_carries_the_norm() -> None:
+def test_participation_counts_the_elements_that_carry_the_norm() -> None:
     even = torch.full((4, 5), 3.0)
     assert compare(even, even).participation == pytest.approx(20)
     one = torch.tensor([1e3, 1.0, -1.0, 1.0])

@@ -1,4 +1,4 @@
-"""The oracle against torch's autograd in fp64, against finite differences, and the peer against what is known of it."""
+"""The oracle against torch's autograd and finite differences in fp64, and the error of the bf16 peer."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def by_autograd(inputs: Inputs) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_oracle_is_autograd_in_fp64(text: str) -> None:
+def test_the_oracle_agrees_with_autograd_in_fp64(text: str) -> None:
     inputs = make_inputs(Case.parse(text))
     found, wanted = forward_backward(inputs), by_autograd(inputs)
     assert tuple(found) == ALL_TENSORS
@@ -82,8 +82,8 @@ def test_oracle_is_autograd_in_fp64(text: str) -> None:
         assert difference.stray == 0, name
 
 
-def test_oracle_by_finite_differences() -> None:
-    """Of the loss <output, dO>, in fp64, without any derivative written down."""
+def test_the_oracle_agrees_with_finite_differences() -> None:
+    """Of the loss <output, dO>, in fp64, without a formula for any derivative."""
     inputs = make_inputs(Case.parse("E=3,k=2,H=6,I=5,T=4,r=2,alpha=4,routing=duplicate"))
     found = forward_backward(inputs)
     sources = {GRAD_INPUT: "x", GRAD_WEIGHTS: "w", **{f"grad_{name}": name for name in LORA_NAMES}}
@@ -106,7 +106,7 @@ def test_oracle_by_finite_differences() -> None:
             assert float(found[gradient].reshape(-1)[flat]) == pytest.approx(slope, rel=1e-6, abs=1e-7), gradient
 
 
-def test_fp32_oracle_is_close_to_fp64() -> None:
+def test_the_fp32_oracle_is_close_to_fp64() -> None:
     inputs = make_inputs(Case.parse("E=6,k=2,H=96,I=80,T=40,r=8"))
     exact, single = forward_backward(inputs), forward_backward(inputs, dtype=torch.float32)
     for name in ALL_TENSORS:
@@ -114,15 +114,15 @@ def test_fp32_oracle_is_close_to_fp64() -> None:
         assert compare(single[name], exact[name]).rel_l2 < 2e-6, name
 
 
-def test_forward_only_is_the_same_forward() -> None:
+def test_the_forward_is_the_same_without_a_backward() -> None:
     inputs = make_inputs(Case.parse("E=5,k=2,H=12,I=9,T=7,r=3"))
     found = forward_backward(inputs, backward=False)
     assert tuple(found) == (OUTPUT,)
     assert torch.equal(found[OUTPUT], forward_backward(inputs)[OUTPUT])
 
 
-def test_skip_lora_is_the_base_alone() -> None:
-    """grad_input is that of a layer whose g, u and h are LoRA's, but which passes gradients through the base only."""
+def test_skip_lora_passes_gradients_through_the_base_only() -> None:
+    """grad_input is that of a layer whose forward has LoRA, but whose gradients pass through the base only."""
     inputs = make_inputs(Case.parse("E=5,k=2,H=12,I=9,T=7,r=3,alpha=6"))
     skipped, whole = forward_backward(inputs, skip_lora=True), forward_backward(inputs)
     assert torch.equal(skipped[OUTPUT], whole[OUTPUT])
@@ -141,8 +141,8 @@ def test_skip_lora_is_the_base_alone() -> None:
     assert compare(skipped[GRAD_INPUT], expected).rel_l2 < 1e-12
 
 
-def test_duplicate_slots_count_both() -> None:
-    """A token that names an expert twice gets what one slot with the summed weight gives."""
+def test_duplicate_slots_add_their_weights() -> None:
+    """A token that names an expert twice gets the result of one slot with the summed weight."""
     case = Case.parse("E=4,k=2,H=12,I=9,T=6,r=3,alpha=6,routing=duplicate")
     twice = make_inputs(case)
     once = replace(twice, expert_ids=twice.expert_ids[:, :1], weights=twice.weights.double().sum(1, keepdim=True))
@@ -152,7 +152,7 @@ def test_duplicate_slots_count_both() -> None:
     assert torch.allclose(found[GRAD_WEIGHTS], wanted[GRAD_WEIGHTS].expand(-1, 2), rtol=1e-12)
 
 
-def test_masked_slots_are_as_if_they_were_not_there() -> None:
+def test_masked_slots_contribute_nothing() -> None:
     inputs = make_inputs(Case.parse("E=4,k=3,H=12,I=9,T=8,r=3,routing=masked"))
     masked = inputs.expert_ids < 0
     wild = replace(inputs, weights=torch.where(masked, torch.tensor(float("nan")), inputs.weights))
@@ -174,13 +174,13 @@ def test_a_nan_reaches_its_token_and_its_experts_only() -> None:
         assert torch.equal(found[name][rest], wanted[name][rest]), name
 
 
-def test_routed_skips_masked_and_sorts() -> None:
+def test_routed_skips_masked_slots_and_sorts_experts() -> None:
     ids = torch.tensor([[3, -1], [0, 3], [3, 3]])
     found = [(e, rows.tolist(), slots.tolist()) for e, rows, slots in routed(ids)]
     assert found == [(0, [1], [0]), (3, [0, 1, 2, 2], [0, 1, 0, 1])]
 
 
-def test_zeros() -> None:
+def test_zeros_have_the_dtype_and_shape_asked_for() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         made = zeros((3, 0, 2), dtype)
         assert (made.dtype, made.shape) == (dtype, (3, 0, 2))
@@ -190,14 +190,14 @@ def test_zeros() -> None:
 # ---- the peer
 
 
-def test_the_peer_is_where_plain_bf16_is_known_to_be() -> None:
+def test_the_bf16_peer_errs_by_the_known_amount() -> None:
     """4.5e-3 to 7e-3 on ordinary cases (docs/contract.md, "Numbers")."""
     inputs = make_inputs(Case.parse("E=8,k=2,H=512,I=256,T=64,r=16,alpha=32"))
     for name, error in peer_error(inputs, forward_backward(inputs)).items():
         assert 4e-3 < error < 8e-3, name
 
 
-def test_the_peer_has_the_contracts_dtypes() -> None:
+def test_the_bf16_peer_returns_the_dtypes_of_the_contract() -> None:
     for kind in ("bfloat16", "float32"):
         inputs = make_inputs(Case.parse(f"E=4,k=2,H=16,I=12,T=5,r=3,lora={kind}"))
         found = peer_bf16(inputs)
@@ -208,8 +208,8 @@ def test_the_peer_has_the_contracts_dtypes() -> None:
             assert found[name].dtype == getattr(torch, kind)
 
 
-def test_where_few_numbers_decide_the_peer_is_an_average() -> None:
-    """One lucky run of the peer would make a budget that no engine keeps."""
+def test_the_bf16_peer_is_an_average_where_few_numbers_decide() -> None:
+    """One lucky run of the peer would make a budget that no engine could keep."""
     case = Case.parse("E=4,k=1,H=32,I=24,T=1,r=1")
     single, averaged = [], []
     for seed in range(24):
@@ -221,7 +221,7 @@ def test_where_few_numbers_decide_the_peer_is_an_average() -> None:
     assert min(averaged) > 2e-3
 
 
-def test_neighbours_are_the_same_on_every_machine_and_near() -> None:
+def test_perturbed_copies_are_near_and_the_same_on_every_machine() -> None:
     from ktverify.judge.bf16_baseline import _neighbour
 
     inputs = make_inputs(Case.parse("E=4,k=2,H=64,I=24,T=9,r=1,data=inf_row"))
@@ -239,7 +239,7 @@ def test_neighbours_are_the_same_on_every_machine_and_near() -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in select(tier="default") if flops(c, backward=True) < 10**8], ids=str)
-def test_the_torch_engine_is_the_peer(case: Case) -> None:
+def test_the_torch_engine_computes_like_the_bf16_peer(case: Case) -> None:
     inputs = make_inputs(case)
     found, wanted = run_case(find("torch_bf16"), case, inputs=inputs), peer_bf16(inputs)
     for name in ALL_TENSORS:
@@ -265,7 +265,7 @@ def test_gradient_names_are_checked() -> None:
         (":x", "takes native, "),
     ],
 )
-def test_engines_that_are_none(name: str, says: str) -> None:
+def test_an_unknown_engine_is_refused(name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         find(name)
 

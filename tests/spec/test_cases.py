@@ -1,4 +1,4 @@
-"""Cases: what they print is what they parse, and the catalogue says why each is there."""
+"""Cases: a printed case parses back, and the catalogue gives a reason for each row."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def hand_written(draw: st.DrawFn) -> Case:
 
 @given(hand_written())
 @settings(max_examples=200, deadline=None)
-def test_what_a_case_prints_parses_back(case: Case) -> None:
+def test_a_printed_case_parses_back(case: Case) -> None:
     again = Case.parse(case.id)
     assert again.id == case.id
     assert {**vars(again), "tp": case.tp} == vars(case)
 
 
 @pytest.mark.parametrize("case", catalogue().values(), ids=lambda case: case.name)
-def test_rows_parse_back(case: Case) -> None:
+def test_every_row_parses_back(case: Case) -> None:
     assert Case.parse(case.id) == case
     assert Case.parse(case.name) == case
     assert case.id == f"{case.name}@seed=0"
     assert Case.parse(f"{case.name}@seed=5") == case.with_seed(5)
 
 
-def test_the_documents_configuration_is_there() -> None:
+def test_the_catalogue_has_the_case_of_the_specification() -> None:
     case = catalogue()["deepseek_v3_t4"]
     sizes = (case.num_experts, case.top_k, case.hidden, case.intermediate, case.qlen, case.rank, case.alpha)
     assert sizes == (256, 8, 7168, 2048, 4, 16, 32.0)
@@ -69,12 +69,12 @@ def test_the_documents_configuration_is_there() -> None:
     [(256, 7168, 2048, 8), (64, 2048, 1408, 6), (128, 2048, 768, 8), (8, 4096, 14336, 2)],
     ids=["DeepSeek-V3", "DeepSeek-V2-Lite", "Qwen3-30B-A3B", "Mixtral-8x7B"],
 )
-def test_real_models_are_there_whole(experts: int, hidden: int, intermediate: int, top_k: int) -> None:
+def test_the_catalogue_has_the_sizes_of_real_models(experts: int, hidden: int, intermediate: int, top_k: int) -> None:
     shapes = [(c.num_experts, c.hidden, c.intermediate, c.top_k) for c in catalogue().values()]
     assert (experts, hidden, intermediate, top_k) in shapes
 
 
-def test_the_awkward_ones_are_there() -> None:
+def test_the_catalogue_has_the_awkward_sizes() -> None:
     rows = catalogue().values()
     assert {c.data for c in rows} == set(DATA_KINDS)
     assert {c.routing for c in rows} == set(ROUTING_KINDS)
@@ -94,7 +94,7 @@ def test_the_awkward_ones_are_there() -> None:
     assert any(c.tp == (1, 2, 4) for c in integer)
 
 
-def test_a_forgotten_scale_would_show() -> None:
+def test_few_rows_have_a_lora_scale_of_one() -> None:
     odd = [c.name for c in catalogue().values() if c.scaling == 1]
     assert len(odd) <= 2, f"alpha / rank is 1, so a forgotten scale is not seen: {odd}"
 
@@ -105,12 +105,12 @@ def test_the_default_tier_is_cheap() -> None:
     assert sum(flops(c) for c in select(tier=("default", "big"))) / 2 < 5e9
 
 
-def test_reasons_differ() -> None:
+def test_every_row_has_its_own_reason() -> None:
     reasons = [case.why for case in catalogue().values()]
     assert len(set(reasons)) == len(reasons)
 
 
-def test_overrides() -> None:
+def test_a_row_with_changed_keys() -> None:
     case = Case.parse("deepseek_v3_t4,T=1@seed=3")
     assert (case.qlen, case.seed, case.num_experts) == (1, 3, 256)
     assert case.id == "deepseek_v3_t4,T=1@seed=3"
@@ -152,14 +152,14 @@ def test_overrides() -> None:
         ("E=8,k=2,H=64,I=96", "T, r missing"),
     ],
 )
-def test_what_is_no_case_is_refused_with_a_reason(text: str, says: str) -> None:
+def test_a_text_that_is_no_case_is_refused_with_a_reason(text: str, says: str) -> None:
     with pytest.raises(ValueError) as refusal:
         Case.parse(text)
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_select() -> None:
+def test_select_by_name_tier_and_case() -> None:
     assert [c.name for c in select("small")] == ["small"]
     assert {c.name for c in select("rank_*,small")} > {"rank_1", "small"}
     assert all(c.tier == "big" for c in select(tier="big"))
@@ -191,7 +191,7 @@ def test_a_bad_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tab
         cases._rows.__wrapped__()
 
 
-def test_zero_is_expected_only_where_it_is_meant() -> None:
+def test_zero_is_expected_only_where_a_case_makes_it() -> None:
     small = catalogue()["small"]
     assert not any(expects_zero(small, name) for name in ALL_TENSORS)
     assert all(expects_zero(catalogue()["all_masked"], name) for name in ALL_TENSORS)
@@ -207,7 +207,7 @@ def test_flops_by_hand() -> None:
     assert flops(case, backward=True) == 2 * base + 3 * lora
 
 
-def test_cases_need_no_torch() -> None:
+def test_cases_import_neither_torch_nor_numpy() -> None:
     code = "import sys, ktverify.spec.cases as c; c.catalogue(); sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -224,7 +224,7 @@ def test_cases_need_no_torch() -> None:
         ),
     ],
 )
-def test_a_brief_name_leaves_out_what_goes_without_saying(text: str, brief: str) -> None:
+def test_a_brief_name_leaves_out_defaults(text: str, brief: str) -> None:
     case = Case.parse(text)
     assert case.brief == brief
     assert Case.parse(brief) == case

@@ -1,4 +1,4 @@
-"""Inputs: the same bits for ever, the right distribution, and integers that are provably exact."""
+"""Inputs: pinned bits, the right distribution, and integers that are provably exact."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ktverify.spec.cases import Case, catalogue, select
 from ktverify.spec.inputs import Inputs, inputs_sha256, make_inputs
 from ktverify.spec.names import LORA_NAMES
 
-# These hold on every machine. They change with GENERATOR_VERSION only, and the goldens with them.
+# the same on every machine; they and the goldens change with GENERATOR_VERSION only
 PINNED = {
     "small": "3eba507bce120ab08075dbc97346f6872b35212c0668240c5dcdfad4c4a67003",
     "zipf": "70f29980810e7d1a9139166c4a7e1691c246cf59371f44308b177100f66991c7",
@@ -41,7 +41,7 @@ def test_bits_are_pinned(text: str) -> None:
     assert inputs_sha256(make_inputs(Case.parse(text))) == PINNED[text]
 
 
-def test_splitmix64_is_the_published_one() -> None:
+def test_the_hash_is_the_published_splitmix64() -> None:
     # the reference stream of seed 1234567 (Vigna's splitmix64.c): state + step, then the finaliser
     stream = generator.hashes(np.uint64(1234567), 3, start=1)
     assert [int(v) for v in stream] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
@@ -80,13 +80,13 @@ def test_streams_are_independent() -> None:
     assert float(correlation.abs().max()) < 5 / math.sqrt(stacked.shape[1])
 
 
-def test_neighbours_in_a_stream_are_uncorrelated() -> None:
+def test_consecutive_values_are_uncorrelated() -> None:
     x = make_inputs(Case.parse("E=1,k=1,H=4096,I=8,T=64,r=1")).hidden_states.float().reshape(-1)
     for lag in (1, 2, 3, 4, 5, 8, 4096):
         assert abs(float(torch.dot(x[:-lag], x[lag:])) / x.numel()) < 5 / math.sqrt(x.numel())
 
 
-def test_magnitudes_are_realistic() -> None:
+def test_base_and_lora_parts_have_realistic_magnitudes() -> None:
     case = Case.parse("E=2,k=1,H=512,I=384,T=64,r=16,alpha=32")
     inputs = make_inputs(case)
     assert float(inputs.hidden_states.float().std()) == pytest.approx(1, abs=0.02)
@@ -110,7 +110,7 @@ def test_a_case_has_the_magnitude_it_asks_for(magnitude: float, hidden: float) -
     assert torch.equal(inputs.gate_proj, make_inputs(plain).gate_proj)
 
 
-def test_a_wrong_scale_stands_far_above_the_budget() -> None:
+def test_a_wrong_lora_scale_exceeds_every_budget() -> None:
     case = catalogue()["small"]
     inputs = make_inputs(case)
     right = forward_backward(inputs)
@@ -119,7 +119,7 @@ def test_a_wrong_scale_stands_far_above_the_budget() -> None:
         assert float((wrong[name] - tensor).norm() / tensor.norm()) > 0.1, name
 
 
-def test_weights_are_like_a_softmax() -> None:
+def test_routing_weights_are_like_those_of_a_softmax() -> None:
     for case in (catalogue()["small"], catalogue()["wide_top_k"]):
         weights = make_inputs(case).weights
         assert weights.dtype == torch.float32
@@ -129,26 +129,26 @@ def test_weights_are_like_a_softmax() -> None:
 
 
 @pytest.mark.parametrize(("kind", "scale", "upstream"), [("large", 256, 4096), ("tiny", 2**-20, 2**-20)])
-def test_large_and_tiny(kind: str, scale: float, upstream: float) -> None:
+def test_magnitudes_of_large_and_tiny_data(kind: str, scale: float, upstream: float) -> None:
     inputs = make_inputs(Case.parse(f"E=2,k=1,H=512,I=32,T=64,r=4,data={kind}"))
     assert float(inputs.hidden_states.float().std()) == pytest.approx(scale, rel=0.02)
     assert float(inputs.grad_output.float().std()) == pytest.approx(upstream, rel=0.02)
 
 
-def test_one_row_is_broken() -> None:
+def test_nan_and_inf_are_in_one_row() -> None:
     for kind, is_it in (("nan_row", torch.isnan), ("inf_row", torch.isinf)):
         inputs = make_inputs(Case.parse(f"E=4,k=2,H=64,I=32,T=9,r=4,data={kind}"))
         assert is_it(inputs.hidden_states).nonzero()[:, 0].tolist() == [4]
         assert torch.isfinite(inputs.grad_output).all()
 
 
-def test_zero_b() -> None:
+def test_zero_b_has_only_a() -> None:
     lora = make_inputs(Case.parse("E=4,k=2,H=64,I=32,T=9,r=4,data=zero_b")).lora
     for name in LORA_NAMES:
         assert bool(lora[name].any()) is name.endswith("_a")
 
 
-def test_fp32_lora_uses_all_bits() -> None:
+def test_fp32_lora_uses_all_bits_of_the_significand() -> None:
     lora = make_inputs(catalogue()["fp32_lora"]).lora
     for tensor in lora.values():
         assert tensor.dtype == torch.float32
@@ -234,7 +234,7 @@ def test_idle_experts_take_no_memory() -> None:
     assert resident() - before < 50e6
 
 
-def test_no_token_and_one_row() -> None:
+def test_a_case_without_tokens_has_empty_inputs() -> None:
     empty = make_inputs(catalogue()["no_token"])
     assert empty.hidden_states.shape == (0, 64)
     assert empty.expert_ids.shape == empty.weights.shape == (0, 2)
@@ -242,7 +242,7 @@ def test_no_token_and_one_row() -> None:
     assert len(inputs_sha256(empty)) == 64
 
 
-def test_the_hash_sees_every_input() -> None:
+def test_the_sha256_depends_on_every_input() -> None:
     case = Case.parse("E=3,k=2,H=8,I=6,T=4,r=2")
     plain = inputs_sha256(make_inputs(case))
     changes: list[Callable[[Inputs], object]] = [
@@ -299,7 +299,7 @@ def test_any_integer_case_is_exact(
 
 
 def test_integer_results_need_rounding() -> None:
-    """Else the one rounding when a result is stored would never be looked at."""
+    """Otherwise no test would check the one rounding of a stored result."""
     found = forward_backward(make_inputs(catalogue()["exact_odd"]))
     for name in ("output", "grad_input", "grad_gate_lora_a", "grad_up_lora_a", "grad_down_lora_a"):
         assert bool((found[name].to(torch.bfloat16).double() != found[name]).any()), name
@@ -321,7 +321,7 @@ SPOILED: dict[str, tuple[Callable[[Inputs], object], str]] = {
 
 
 @pytest.mark.parametrize("what", SPOILED)
-def test_the_proof_can_fail(what: str) -> None:
+def test_the_proof_refuses_inexact_data(what: str) -> None:
     spoil, says = SPOILED[what]
     inputs = make_inputs(catalogue()["exact_odd"])
     spoil(inputs)

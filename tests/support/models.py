@@ -1,7 +1,4 @@
-"""Tiny models of every family, stock and with the engine, and how far one is from the other.
-
-Comes in: a family's name. Goes out: pairs of models with equal weights and adapters, and their logits and gradients.
-"""
+"""Tiny models of every family: pairs of stock and engine with equal weights and adapters, and their gradients."""
 
 from __future__ import annotations
 
@@ -39,12 +36,12 @@ def fill(model: Any, seed: int = 3, scale: float = 0.1) -> Any:
 
 
 def with_engine(model: Any, *, depth: int = 4, tp: int = 1, auto_update: bool = True) -> Any:
-    """`model` itself, its experts in the engine."""
+    """`model` itself, with its experts in the engine."""
     return wrap_moe_layers(model, init_cpu_infer(2, tp, max_cache_depth=depth), auto_update=auto_update)
 
 
 def with_peer(model: Any) -> Any:
-    """`model` with its experts in plain bf16 torch: the measure for what an engine may err."""
+    """`model` with its experts in plain bf16 torch, whose error the budgets are multiples of."""
     ALL_EXPERTS_FUNCTIONS.register(PEER, _plain_bf16)
     model.set_experts_implementation(PEER)
     return model
@@ -80,7 +77,7 @@ def forward_backward(model: Any, ids: Tensor) -> dict[str, Tensor]:
 
 
 def expect_within_budget(actual: dict[str, Tensor], expected: dict[str, Tensor], peer: dict[str, Tensor]) -> None:
-    """AssertionError unless every tensor's rel_l2 keeps the suites' budget for what the peer errs."""
+    """AssertionError unless every tensor's rel_l2 is within the budget that the peer's error gives."""
     assert actual.keys() == expected.keys()
     for name in expected:
         error, allowed = compare(actual[name], expected[name]).rel_l2, compare(peer[name], expected[name]).rel_l2
@@ -91,7 +88,7 @@ def expect_within_budget(actual: dict[str, Tensor], expected: dict[str, Tensor],
 
 @contextmanager
 def routing_of(model: Any, into: list[Tensor]) -> Iterator[None]:
-    """Collects expert_ids of every block of experts while it lasts."""
+    """Inside, append the expert_ids of every block of experts to `into`."""
     blocks = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
     hooks = [block.register_forward_pre_hook(_collector(into)) for block in blocks]
     try:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints and finished trainings that several tests look at; each is made once."""
+"""Tiny checkpoints that several tests use; each is made once."""
 
 from __future__ import annotations
 

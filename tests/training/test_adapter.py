@@ -46,7 +46,7 @@ def expect_adapter_matters(with_it: Tensor, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_SIZES)
-def test_both_ways(family: str, tmp_path: Path) -> None:
+def test_an_adapter_moves_between_engine_and_stock_peft(family: str, tmp_path: Path) -> None:
     engine = models.adapted(models.with_engine(build_model(family).float()))
     engine.save_pretrained(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -160,7 +160,7 @@ def test_an_adapter_of_another_depth_is_not_merged(layers: int, kind: str, tmp_p
         export_merged(tmp_path / "adapter", tmp_path / "merged", base="nowhere")
 
 
-def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     models.adapted(eager("mixtral")).save_pretrained(str(tmp_path))
     for other in (models.with_engine(build_model("qwen3_moe")), build_model("qwen3_moe")):
         with pytest.raises(ValueError, match="does not fit this base model"):
@@ -178,6 +178,6 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
         (["zzz"], "which this model has not; it takes all, all_attention or"),
     ],
 )
-def test_targets_that_do_not_exist(target: Any, wanted: str) -> None:
+def test_an_unknown_target_is_refused(target: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         lora_config(build_model("qwen3_moe"), target=target)

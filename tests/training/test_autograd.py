@@ -1,4 +1,4 @@
-"""Gradients whatever the order: accumulation, several waiting forwards, checkpointing, freed graphs, stale LoRA."""
+"""Gradients in any order: accumulation, several saved forwards, checkpointing, freed graphs, stale LoRA."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_freed_graph_frees_the_engines_memory() -> None:
     assert waiting(model) == 0
 
 
-# ---- the engine's LoRA is the optimizer's
+# ---- the engine computes with the optimizer's parameters
 
 
 def optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
@@ -141,7 +141,7 @@ def optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
 
 
 def expect_present_lora(model: Any) -> None:
-    """The model computes with the parameters that it has, as a fresh one with the same parameters does."""
+    """The model computes like a fresh one with the same parameters."""
     fresh = make()
     fresh.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" in n}, strict=False)
     with torch.no_grad():
@@ -149,7 +149,7 @@ def expect_present_lora(model: Any) -> None:
 
 
 @pytest.mark.parametrize("name", optimizers())
-def test_a_step_is_seen_without_a_call(name: str) -> None:
+def test_an_optimizer_step_needs_no_call(name: str) -> None:
     model = make()
     optimizer = optimizers()[name]([p for p in model.parameters() if p.requires_grad])
     before = model(input_ids=IDS).logits.detach()
@@ -159,7 +159,7 @@ def test_a_step_is_seen_without_a_call(name: str) -> None:
     assert not torch.equal(before, model(input_ids=IDS).logits)
 
 
-def test_writes_behind_autograds_back_are_seen() -> None:
+def test_writes_through_data_are_detected() -> None:
     model = make()
     model(input_ids=IDS)
     for parameter in model._kt_wrappers[0].lora_params.values():
@@ -180,7 +180,7 @@ def test_stale_lora_is_refused_where_updates_are_off() -> None:
     expect_present_lora(model)
 
 
-def test_switches_and_other_optimizers_are_no_change() -> None:
+def test_disabling_adapters_and_other_optimizers_are_no_change() -> None:
     model, plain = make(auto_update=False), make()
     for wrapper in model._kt_wrappers:
         wrapper.update_lora_pointers()  # before the first forward: nothing to do yet
@@ -214,7 +214,7 @@ def test_a_step_while_the_adapter_is_off_is_a_change() -> None:
         model(input_ids=IDS)
 
 
-def test_optimizers_of_tensors_without_memory_are_left_alone() -> None:
+def test_optimizers_of_fake_and_sparse_tensors_are_ignored() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -239,7 +239,7 @@ def test_backward_after_a_step_uses_the_lora_of_its_forward() -> None:
     assert torch.equal(models.gradients(model)[name], models.gradients(plain)[name])
 
 
-def test_a_repeated_forward_must_find_its_lora() -> None:
+def test_a_repeated_forward_needs_its_lora() -> None:
     model = make(depth=1)
     losses = [loss_of(model, rows) for rows in IDS.chunk(2)]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Configurations, data and commands: what is refused, each in one line."""
+"""Configurations, data and commands: every refusal is one line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
         ("", "model_name_or_path 'nowhere' is no directory"),
     ],
 )
-def test_wrong_configurations(line: str, wanted: str, config: Callable[..., Path]) -> None:
+def test_a_wrong_configuration_is_refused(line: str, wanted: str, config: Callable[..., Path]) -> None:
     text = MINIMAL.replace("dataset: alpaca_tiny\n", "") if line.startswith("dataset") else MINIMAL
     refused(call("train", config(line, text=text)), wanted)
 
@@ -77,7 +77,7 @@ def test_a_directory_in_use_is_not_overwritten(config: Callable[..., Path], tmp_
     assert (tmp_path / "out" / "precious").exists()
 
 
-def test_what_is_refused_later_leaves_the_earlier_run(config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_refused_training_leaves_the_earlier_run(config: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "out" / "loss.jsonl").write_text("")
     refused(call("train", config("overwrite_output_dir: true")), "is no directory")
@@ -98,14 +98,14 @@ def test_what_is_refused_later_leaves_the_earlier_run(config: Callable[..., Path
         ("number.jsonl", '{"instruction": "a", "output": 3}', "output is a int, it takes text"),
     ],
 )
-def test_wrong_data(name: str, text: str, wanted: str, config: Callable[..., Path], tmp_path: Path) -> None:
+def test_wrong_data_is_refused(name: str, text: str, wanted: str, config: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     # the path is also looked for beside the configuration
     path = config(text=MINIMAL.replace(EXAMPLE, name))
     refused(call("train", path), wanted)
 
 
-def test_values_over_the_file(config: Callable[..., Path]) -> None:
+def test_options_replace_keys_of_the_file(config: Callable[..., Path]) -> None:
     found = read_config(config("lora_rank: 4"), ["--lora_rank", "16", "--learning-rate=1e-3", "--use_kt", "false"])
     assert (found.lora_rank, found.learning_rate, found.use_kt) == (16, 1e-3, False)
     assert read_config(config("kt_tp_count: 2")).tp == 1
@@ -129,7 +129,7 @@ def test_labels_are_on_the_answer_only() -> None:
         encode(records, tokenizer, 3)
 
 
-def test_records_of_which_nothing_is_left_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_without_labels_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     records = [Exchange("a", "b"), Exchange("a " * 50, "b")]
     assert len(encode(records, make_tokenizer(), 24)) == 1
     assert capsys.readouterr().err.startswith("1 of 2 records are left out: cutoff_len 24 leaves nothing of")
@@ -141,12 +141,12 @@ def test_a_line_separator_in_a_text_is_no_new_line(tmp_path: Path) -> None:
     assert read_records(path) == [Exchange("a\u2028b", "c")]
 
 
-def test_templates_by_name_are_the_tokenizers_own(config: Callable[..., Path]) -> None:
+def test_a_named_template_gets_a_note(config: Callable[..., Path]) -> None:
     assert read_config(config("template: deepseek")).template_note.startswith("template 'deepseek' is not looked up")
     assert read_config(config("template: default")).template_note == ""
 
 
-def test_make_tiny_says_what_it_takes(tmp_path: Path) -> None:
+def test_make_tiny_refuses_unknown_families_and_used_directories(tmp_path: Path) -> None:
     refused(call("make-tiny", "deepseekv3", "--out", tmp_path / "a"), "did you mean deepseek_v3?")
     assert not (tmp_path / "a").exists()
     (tmp_path / "precious").write_text("")
@@ -166,7 +166,7 @@ def test_make_tiny_leaves_nothing_when_it_is_stopped(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_not_installed_is_named() -> None:
+def test_a_missing_package_is_named() -> None:
     with pytest.raises(ImportError, match=r"^training needs no_such_module: pip install -c .*\[training\]"):
         quiet("training", "no_such_module")
 

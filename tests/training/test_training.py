@@ -1,4 +1,4 @@
-"""Whole trainings from their configuration: the loss, stock peft beside the engine, resuming, acceptance, examples."""
+"""Whole trainings from their configuration: loss, stock peft beside the engine, resuming, acceptance, examples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FAMILIES = {"deepseek_v2": "deepseek2", "qwen3_moe": "qwen3_moe"}
 STEPS, HALF = 100, 50
-# of all but the experts: stock bf16 takes twice the time on a CPU without fast bf16, for the same curve within 2 %
+# of everything but the experts: stock bf16 takes twice the time on a CPU without fast bf16, for the same curve to 2 %
 DTYPE = "float32"
 
 
@@ -65,11 +65,11 @@ def test_the_loss_halves_and_stock_peft_has_the_same_curve(
     run_example(FAMILIES[family], tiny(family), tmp_path / "stock", use_kt="false", torch_dtype=DTYPE)
     found = curves.compare(curves.read_curve(tmp_path / "stock"), engine)
     assert found.passed, f"{found.largest:.2%} at step {found.largest_at}"
-    # the two runs are two programs; equal to the last digit, one of them was not what it is called
+    # two different programs: if they agree to the last digit, one of them did not run
     assert found.mean > 1e-6
 
 
-def test_curves_that_differ_are_told_apart(trained: Callable[[str], Path]) -> None:
+def test_different_curves_are_distinguished(trained: Callable[[str], Path]) -> None:
     curve = curves.read_curve(trained("deepseek_v2"))
     worse = curves.Curve(curve.steps, (*curve.losses[:40], curve.losses[40] * 1.051, *curve.losses[41:]))
     found = curves.compare(curve, worse)
@@ -133,17 +133,17 @@ def test_checkpointing_dropout_rslora_and_a_tokenizer_without_padding(
 # ---- stopping and going on
 
 
-def test_resuming_equals_not_stopping(
+def test_a_resumed_training_equals_an_unbroken_one(
     trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     whole = trained("qwen3_moe")
     stopped = tmp_path / "stopped"
     shutil.copytree(whole / f"checkpoint-{HALF}", stopped / f"checkpoint-{HALF}")
     rows = (whole / curves.LOSS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
-    # it went on for a while after its last checkpoint, and died while it wrote a loss
+    # the run continued after its last checkpoint and died while it wrote a loss
     (stopped / curves.LOSS_FILE).write_text("".join(rows[: HALF + 7]) + rows[HALF + 7][:9], encoding="utf-8")
     assert curves.read_curve(stopped).steps[-1] == HALF + 7
-    # and was killed while it wrote the next one
+    # a second run was killed while it wrote the next checkpoint
     torn = stopped / f"checkpoint-{HALF + 10}"
     shutil.copytree(whole / f"checkpoint-{HALF}", torn)
     (torn / "optimizer.pt").write_bytes((torn / "optimizer.pt").read_bytes()[:1000])
@@ -158,7 +158,7 @@ def test_resuming_equals_not_stopping(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_nothing_of_an_earlier_run_is_left(tmp_path: Path) -> None:
+def test_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     for name in ("checkpoint-10/optimizer.pt", "checkpoint-90/optimizer.pt", "mine/checkpoint-3/a", ".saving-x/a"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
@@ -188,9 +188,7 @@ def test_a_checkpoint_of_another_run_does_not_open_a_directory_in_use(
 
 
 @pytest.mark.parametrize("killed_at", range(len(checkpoints.NEEDED)))
-def test_a_checkpoint_that_was_being_written_is_passed_over(
-    killed_at: int, trained: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_incomplete_checkpoint_is_skipped(killed_at: int, trained: Callable[[str], Path], tmp_path: Path) -> None:
     older, newer = tmp_path / "checkpoint-50", tmp_path / "checkpoint-100"
     for path in (older, newer):
         shutil.copytree(trained("qwen3_moe") / path.name, path)
@@ -203,7 +201,7 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(
         torn.unlink()
     assert checkpoints.choose(True, tmp_path) == older
     for name in checkpoints.NEEDED[killed_at:]:
-        (newer / name).write_bytes(b"garbage")  # what a file system may leave of a file after a crash
+        (newer / name).write_bytes(b"garbage")  # as a file system may leave a file after a crash
     assert checkpoints.choose(True, tmp_path) == older
     shutil.rmtree(older)
     with pytest.raises(ValueError, match="no whole checkpoint to resume from; checkpoint-100: "):
@@ -253,7 +251,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("what", DAMAGES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_question_can_be_answered_with_no(
+def test_every_question_fails_for_its_damage(
     what: str, trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -263,7 +261,7 @@ def test_every_question_can_be_answered_with_no(
     assert found[what] is False, found
 
 
-def test_an_adapter_that_changes_nothing_generates_what_the_base_does(
+def test_an_adapter_without_effect_fails_the_generation(
     trained: Callable[[str], Path], tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
