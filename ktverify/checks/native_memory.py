@@ -1,22 +1,25 @@
-"""What the caller drops: base weights go expert by expert as they are packed, LoRA gradients' memory is used again."""
+"""The native engine's memory: what the caller drops is given back or used again; sentinels around results."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ktverify.checks.check import Function, Where, check
-from ktverify.checks.target import Target, expect
-from ktverify.engines.run import layer_arguments
+from ktverify.checks.target import ODD, Target, expect
+from ktverify.engines.run import layer_arguments, run_layer
 from ktverify.isolation.process import resident_of
 from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
 
 if TYPE_CHECKING:
     from ktverify.engines.native.layer import KTMoEWrapper
@@ -197,3 +200,59 @@ def check_gradient_memory_comes_back(_target: Target) -> None:
     layer.clear_sft_buffer_cache()
     gone, size = before - resident_of(os.getpid()), sum(tensor.nbytes for tensor in expected.values())
     expect(gone >= 2 * size, f"{gone} bytes were returned, two sets of gradients have {2 * size}", "resources")
+
+
+# ---- sentinels around what the engine writes: a byte too far in either direction shows
+
+GUARD = 4096  # bytes on either side, beyond any vector, tile or panel row
+PATTERN = 0xA5
+# remainders of every block, more rows than a group, parts of their own
+GUARDED = (ODD, Case.parse("E=4,k=2,H=130,I=92,T=37,r=5,alpha=8,lora=float32"), Case.parse("E=2,k=1,H=1,I=4,T=1,r=1"))
+
+
+class Guards:
+    """Memory with a pattern around each tensor that was asked for."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
+
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+        """Stands in for torch.empty: the pattern inside as well, so that what is not written shows."""
+        size = math.prod(shape) * dtype.itemsize
+        block = torch.full((GUARD + size + GUARD,), PATTERN, dtype=torch.uint8)
+        self.blocks.append(block)
+        return block[GUARD : GUARD + size].view(dtype).view(tuple(shape))
+
+    def gradients(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, written: int) -> Any:
+        """Stands in for the memory of dropped LoRA gradients, which is not zero."""
+        return [self.empty(shape, dtype=dtype) for shape in shapes], False
+
+    def broken(self) -> list[int]:
+        """The number of each block whose pattern has changed."""
+        around = [torch.cat((block[:GUARD], block[-GUARD:])) for block in self.blocks]
+        return [number for number, guard in enumerate(around) if bool((guard != PATTERN).any())]
+
+
+@check("native", "Results are written to their last byte, and nothing beside them.", native=True, internal=True)
+def check_sentinels(target: Target) -> None:
+    """AssertionError unless forward and backward write every byte of their results and none beside them."""
+    # importing it loads the compiled engine, which must not happen before a process is forked
+    from ktverify.engines.native import layer as native_layer
+
+    for case in GUARDED:
+        inputs = make_inputs(case)
+        for tp in (1, 4) if case.intermediate % 4 == 0 else (1,):
+            expected = run_layer(target.layer(case, inputs, tp=tp), inputs)
+            layer: Any = target.layer(case, inputs, tp=tp)
+            guards = Guards()
+            with (
+                mock.patch.object(torch, "empty", guards.empty),
+                mock.patch.object(native_layer, "_gradients", guards.gradients),
+            ):
+                found = run_layer(layer, inputs)
+            expect(len(guards.blocks) >= len(found), f"{len(guards.blocks)} guarded results of {len(found)}")
+            expect(not guards.broken(), f"{case.id}, TP {tp}: written beside results {guards.broken()}")
+            target.expect_same_bits(f"{case.id}, TP {tp}: with sentinels and without", expected, found)
+            # the sentinels do see a byte too far
+            guards.blocks[-1][GUARD - 1] ^= 1
+            expect(guards.broken() == [len(guards.blocks) - 1], "a byte before a result was changed, and not seen")

@@ -12,7 +12,6 @@ from ktverify.checks import (  # noqa: F401 - importing them enters their checks
     exact,
     native_isa,
     native_memory,
-    native_sentinels,
     processes,
     properties,
     refusals,
