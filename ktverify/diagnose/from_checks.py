@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from ktverify.checks.altered_inputs import with_case
 from ktverify.checks.check import Check
 from ktverify.checks.registry import find, of_any_engine, run
 from ktverify.checks.target import Target
@@ -101,7 +102,9 @@ def _explained(check: Check, failed: GateFailed, target: Target) -> Explanation:
     what, *lines = str(failed).splitlines()
     where = check.id if check.case is not None and check.case.id in what else f"{check.id}: {what}"
     if failed.result is not None:
-        inputs, tp = failed.result.problem.inputs, failed.result.tp
+        given, tp = failed.result.problem.inputs, failed.result.tp
+        # a check may judge some tokens of its case
+        inputs = with_case(given, qlen=len(given.hidden_states))
         best = explain(Evidence.of(inputs, failed.result.actual, replace(target, tp=tp))).first
         numbers = check.kind in _NUMBERS
         if best is not None and (numbers or best.cause is suggested or best.share > _CLEAR):

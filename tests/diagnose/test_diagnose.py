@@ -51,11 +51,11 @@ def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
         return explain(Evidence.of(inputs, actual, seconds=300.0))
 
 
-# ---- the share of the mutants
+# ---- mutants
 
 
 def test_causes_of_the_mutants_are_found() -> None:
-    # all of them take two minutes; `python -m ktverify diagnose --mutants` diagnoses all, and fails below LEAST
+    # a sample; `python -m ktverify diagnose --mutants` diagnoses all and fails below LEAST
     results = list(diagnosed(list(MUTANTS.values())[::13]))
     right = sum(result.right for result in results)
     table = "\n".join(result.line for result in results if not result.right)
@@ -67,7 +67,7 @@ def test_causes_of_the_mutants_are_found() -> None:
 
 
 @pytest.mark.parametrize("case", [SMALL, ODD], ids=["plain", "odd"])
-def test_stages_are_the_oracle(case: Case) -> None:
+def test_formulas_equal_the_oracle(case: Case) -> None:
     inputs = make_inputs(case)
     right = reference.forward_backward(inputs)
     found = LayerValues.of(inputs).tensors
@@ -75,7 +75,7 @@ def test_stages_are_the_oracle(case: Case) -> None:
         assert torch.allclose(found[name], right[name], rtol=1e-12, atol=1e-12 * float(right[name].abs().max())), name
 
 
-def test_changed_formula_reaches_what_depends_on_it_and_nothing_else(inputs: Inputs) -> None:
+def test_changed_formula_affects_only_its_dependents(inputs: Inputs) -> None:
     layer = LayerValues.of(inputs)
     found = layer.changed({"dsilu": lambda v: 2 * FORMULAS["dsilu"](v)})
     assert set(found) == {"grad_input", "grad_gate_lora_a", "grad_gate_lora_b"}
@@ -86,7 +86,7 @@ def test_changed_formula_reaches_what_depends_on_it_and_nothing_else(inputs: Inp
     assert set(LABELS) <= set(FORMULAS)
 
 
-# ---- nothing to explain, nothing that fits
+# ---- no cause
 
 
 def test_right_engine_has_nothing_to_explain() -> None:
@@ -96,7 +96,7 @@ def test_right_engine_has_nothing_to_explain() -> None:
 
 
 @pytest.mark.parametrize("name", [OUTPUT, "grad_up_lora_b"])
-def test_noise_of_random_sign_fits_nothing(inputs: Inputs, peer: Tensors, name: str) -> None:
+def test_random_noise_fits_no_hypothesis(inputs: Inputs, peer: Tensors, name: str) -> None:
     draw = torch.Generator().manual_seed(3)
     noise = 0.2 * peer[name].float().std() * torch.randn(peer[name].shape, generator=draw)
     found = explained(inputs, {**peer, name: (peer[name].float() + noise).to(peer[name].dtype)})
@@ -105,11 +105,11 @@ def test_noise_of_random_sign_fits_nothing(inputs: Inputs, peer: Tensors, name: 
     assert re.fullmatch(rf"cause: none of \d+ hypotheses fits \({name}\)", found.line)
 
 
-# ---- numbers that are found
+# ---- fitted numbers
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.7, 3.0])
-def test_factor_is_fitted_not_guessed(inputs: Inputs, factor: float) -> None:
+def test_factor_is_fitted(inputs: Inputs, factor: float) -> None:
     wrong = replace(inputs, case=replace(SMALL, alpha=SMALL.alpha * factor))
     found = explained(inputs, reference.peer_bf16(wrong)).first
     assert found is not None
@@ -138,7 +138,7 @@ def test_missing_expert_and_slot_are_named(inputs: Inputs) -> None:
         assert (found.cause, found.text) == (cause, said)
 
 
-def test_wrong_dtype_is_said(inputs: Inputs, peer: Tensors) -> None:
+def test_wrong_dtype_is_reported(inputs: Inputs, peer: Tensors) -> None:
     found = explained(inputs, {**peer, **{name: peer[name].float() for name in GRAD_NAMES}})
     assert "grad_gate_lora_a is float32, expected bfloat16, and 5 more" in found.line
 
@@ -149,7 +149,7 @@ def test_simpler_of_two_equal_hypotheses_comes_first() -> None:
     assert [each.text for each in search.ranked(found)] == ["1 10.5", "3 10.0", "1 20.0"]
 
 
-def test_large_cases_are_looked_at_in_part() -> None:
+def test_large_case_is_reduced() -> None:
     case = Case.parse("E=12,k=2,H=2048,I=768,T=8,r=4,alpha=8")
     inputs = make_inputs(case)
     small, note = reduced(inputs)
@@ -158,7 +158,7 @@ def test_large_cases_are_looked_at_in_part() -> None:
     assert str(len(inputs.active)) in note
 
 
-# ---- below a failing case
+# ---- the hook
 
 
 def test_failing_case_shows_its_cause_once() -> None:
@@ -229,7 +229,7 @@ def test_debug_gradients_lists_every_tensor() -> None:
     ("size", "degree", "code", "says"),
     [("2048", "4", 0, "4 parts of 512"), ("2049", "4", 1, "degrees that would work: 1, 3"), ("3", "4", 1, "be 4")],
 )
-def test_debug_tp_says_why_not(size: str, degree: str, code: int, says: str) -> None:
+def test_debug_tp_explains(size: str, degree: str, code: int, says: str) -> None:
     done = CliRunner().invoke(app, ["debug", "tp", "--intermediate-size", size, "--threadpool-count", degree])
     assert done.exit_code == code
     assert says in done.stdout

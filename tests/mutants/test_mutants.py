@@ -1,4 +1,4 @@
-"""Engines that are wrong on purpose are found by the check that is said to find them, and every gate is needed."""
+"""Every mutant is killed by the check that its decorator names, and every gate kills one that nothing else kills."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ktverify.spec.names import ALL_TENSORS, OUTPUT
 
 RIGHT = "ktverify.mutants.base:Plain"
 
-# gate -> a mutant that lives without it, and every check that kills it (`python -m ktverify mutants` finds them)
+# gate -> a mutant that survives without it, and all checks that kill it; `python -m ktverify mutants` lists them
 NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "non_finite": ("nan_spreads_in_whole_blocks", ("forward/nan_row", "forward/inf_row")),
     "hidden_non_finite": (
@@ -80,37 +80,37 @@ def _one_thread_and_little_garbage() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
-    # a layer's release collects garbage, and need not look through half a million objects of pytest and torch
+    # releasing a layer collects garbage; exclude the half million objects of pytest and torch
     gc.freeze()
     yield
     gc.unfreeze()
     torch.set_num_threads(before)
 
 
-def test_there_are_enough_of_every_kind() -> None:
+def test_every_cause_has_a_mutant() -> None:
     assert len(MUTANTS) >= 45
     assert {mutant.cause for mutant in MUTANTS.values()} == set(Cause)
     assert all(mutant.what.endswith(".") for mutant in MUTANTS.values())
 
 
 @pytest.mark.parametrize("name", [mutant.name for mutant in sorted(MUTANTS.values(), key=lambda mutant: mutant.check)])
-def test_a_mutant_dies_as_foretold(name: str) -> None:
+def test_mutant_is_killed_by_its_check(name: str) -> None:
     mutant = MUTANTS[name]
     found = ask(registry.find(mutant.check), mutant.engine)
     assert mutant.gate in {exceeded.gate for exceeded in found}, found
 
 
-def test_the_engine_that_they_are_made_of_is_right() -> None:
+def test_base_engine_passes_all_of_their_checks() -> None:
     for key in {mutant.check for mutant in MUTANTS.values()}:
         assert ask(registry.find(key), RIGHT) == [], key
 
 
-def test_every_gate_is_in_the_table() -> None:
+def test_needed_lists_every_gate() -> None:
     assert set(NEEDED) == set(GATES) - {NOT_OF_ENGINES}
 
 
 @pytest.mark.parametrize("gate", NEEDED)
-def test_without_a_gate_a_mutant_lives(gate: str) -> None:
+def test_mutant_survives_without_its_gate(gate: str) -> None:
     name, checks = NEEDED[gate]
     for key in checks:
         assert {exceeded.gate for exceeded in ask(registry.find(key), MUTANTS[name].engine)} == {gate}, key
@@ -118,7 +118,7 @@ def test_without_a_gate_a_mutant_lives(gate: str) -> None:
 
 
 def test_without_trust_an_emptied_case_passes_a_wrong_engine() -> None:
-    """trust judges what a case can tell. With an upstream gradient of zero no backward can be wrong."""
+    """trust judges the case: with a grad_output of zero, every backward is right."""
     case = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
     inputs = make_inputs(case)
     empty = replace(inputs, grad_output=torch.zeros_like(inputs.grad_output))
@@ -146,7 +146,7 @@ def test_a_target_leaves_out_only_the_gates_that_are_off() -> None:
         Target(RIGHT).expect(False, "applied", "bits")
 
 
-def test_what_is_expected_is_named_once() -> None:
+def test_gate_failed_has_its_text_and_gates() -> None:
     with pytest.raises(GateFailed) as failed:
         expect(False, "a sentence", "tp", 2.5)
     assert str(failed.value) == "a sentence"
@@ -162,7 +162,7 @@ def _result() -> KillTable:
     return KillTable(3, kills, {"refusal": ["ids_clamped"], "bits": []})
 
 
-def test_a_mutant_that_lives_is_told_first() -> None:
+def test_surviving_mutant_fails_the_verdict() -> None:
     result = _result()
     assert verdict_line(result) == "FAIL 2 of 3 mutants killed by 3 checks"
     assert result.alive == ["never_the_same"]
@@ -172,13 +172,13 @@ def test_a_mutant_that_lives_is_told_first() -> None:
     assert candidates(result.kills, "rel_l2") == []
 
 
-def test_the_written_table_is_whole() -> None:
+def test_json_has_kills_and_needed_gates() -> None:
     document = json.loads(as_json(_result()))
     assert document["mutants"]["ids_clamped"]["killed_by"] == {"refusals/expert id 6": [["refusal", None]]}
     assert document["killed_by_this_gate_only"] == {"refusal": ["ids_clamped"], "bits": []}
 
 
-def test_the_right_engine_keeps_the_strict_limits() -> None:
+def test_base_engine_keeps_the_strict_limits() -> None:
     assert Plain.fp32_sums
     case = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
     inputs = make_inputs(case)
