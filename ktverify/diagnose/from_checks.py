@@ -50,7 +50,7 @@ _NUMBERS = ("forward", "backward", "edge", "exact")
 
 
 def quick() -> list[Check]:
-    """The checks with small cases that any engine can be asked, in the order that tells causes apart."""
+    """The checks with small cases that any engine can be asked, in the order that distinguishes causes best."""
     small = [each for each in of_any_engine() if each.case is None or flops(each.case, backward=True) <= _SMALL]
     return sorted(small, key=_place)
 

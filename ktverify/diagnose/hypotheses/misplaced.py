@@ -34,7 +34,7 @@ def stray(evidence: Evidence) -> Iterator[Explanation]:
     row = evidence.actual[name][first].flatten()
     value = float(row[row.ne(0)][0])
     said = (
-        f"{name} of {axis} {first} is not zero ({value:.3g}): {int(left.sum())} of {int(idle.sum())} hold such values"
+        f"{name} of {axis} {first} is not zero ({value:.3g}): {int(left.sum())} of {int(idle.sum())} have such values"
     )
     yield certain(Cause.STALE_VALUES, said)
 
@@ -77,4 +77,4 @@ def tensors_exchanged(evidence: Evidence) -> Iterator[Explanation]:
             if not evidence.worth((name,)):
                 continue
             value = evidence.right[other].reshape(evidence.right[name].shape)
-            yield evidence.explanation(Cause.WRONG_PROJECTION, f"{name} holds {other}", {name: value})
+            yield evidence.explanation(Cause.WRONG_PROJECTION, f"{name} contains {other}", {name: value})

@@ -157,7 +157,7 @@ def _results(evidence: Evidence, right: dict[str, Tensor]) -> Iterator[Explanati
         if not evidence.worth(names):
             continue
         for how, make in _ROUNDINGS.items():
-            # an engine holds a result in fp32 at most
+            # an engine computes a result in fp32 at most
             predicted = {**right, **{name: make(right[name].float()).double() for name in names}}
             verb = "is" if len(names) == 1 or text.startswith("every") else "are"
             said = f"{text} {verb} {how}"
