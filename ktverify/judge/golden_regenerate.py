@@ -85,55 +85,30 @@ def regenerate(
     strangers = [case.id for case in cases if catalogue().get(case.name) != case]
     if strangers:
         raise ValueError(f"{strangers[0]} is no row of the catalogue; goldens are kept of rows only")
-    result = Regeneration()
-    if check:
-        _store_all(cases, only, where, None, result, force, full, progress)
-        return result
-    where.mkdir(parents=True, exist_ok=True)
-    with _lock(where), _staging(where) as staging:
-        entries = _store_all(cases, only, where, staging, result, force, full, progress)
-        _publish(where, staging, entries)
-    return result
-
-
-def _store_all(
-    cases: list[Case],
-    only: str | None,
-    where: Path,
-    staging: Path | None,
-    result: Regeneration,
-    force: bool,
-    full: bool,
-    progress: Progress,
-) -> dict[str, Entry]:
-    """Compute each case and compare it with its golden; returns the new entries of the manifest.
-
-    staging: where changed goldens are written; None writes nothing.
-    """
-    old = read_manifest(where, missing_ok=True)
-    entries = dict(old)
-    if only is None:
-        rows = {case.id for case in catalogue().values()}
-        entries = {key: entry for key, entry in old.items() if key in rows}
-        result.lines += [f"{key}: is no row of the catalogue any more" for key in old if key not in rows]
-    costs = [flops(case, backward=True) + 1e9 for case in cases]
-    done = 0.0
-    for case, cost in zip(cases, costs, strict=True):
-        progress(case.name, done / sum(costs))
-        golden, tensors = compute(case)
-        lines = _differs(case, old.get(case.id), golden, where)
-        result.lines += [f"{case.id}: {line}" for line in lines]
-        if lines or force:
-            result.written.append(case.id)
-            if staging is not None:
+    result, costs, done = Regeneration(), [flops(case, backward=True) + 1e9 for case in cases], 0.0
+    with contextlib.nullcontext() if check else _staging(where) as staging:
+        old = read_manifest(where, missing_ok=True)
+        entries = dict(old)
+        if only is None:
+            rows = {case.id for case in catalogue().values()}
+            entries = {key: entry for key, entry in old.items() if key in rows}
+            result.lines += [f"{key}: is no row of the catalogue any more" for key in old if key not in rows]
+        for case, cost in zip(cases, costs, strict=True):
+            progress(case.name, done / sum(costs))
+            golden, tensors = compute(case)
+            lines = _differs(case, old.get(case.id), golden, where)
+            result.lines += [f"{case.id}: {line}" for line in lines]
+            changed = bool(lines) or force
+            (result.written if changed else result.unchanged).append(case.id)
+            if changed and staging is not None:
                 entries[case.id] = write_golden(golden, staging)
-        else:
-            result.unchanged.append(case.id)
-        if full and staging is not None:
-            _write_full(case, tensors)
-        done += cost
-    progress("", 1.0)
-    return entries
+            if full and staging is not None:
+                _write_full(case, tensors)
+            done += cost
+        progress("", 1.0)
+        if staging is not None:
+            _publish(where, staging, entries)
+    return result
 
 
 def compute(case: Case) -> tuple[Golden, dict[str, torch.Tensor]]:
@@ -231,27 +206,28 @@ def _write_full(case: Case, tensors: dict[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def _staging(where: Path) -> Iterator[Path]:
-    """A directory in `where`, on the same file system; deletes what killed processes left of theirs."""
-    for left in where.glob(".staging-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=where))
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    """A directory in `where`, for one process at a time; deletes what killed processes left of theirs.
+
+    ValueError while another process has one.
+    """
+    where.mkdir(parents=True, exist_ok=True)
+    with _lock(where):
+        for left in where.glob(".staging-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=where))
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _lock(where: Path) -> Iterator[None]:
-    lock = FileLock(where / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(where / ".lock", timeout=0):
+            yield
     except Timeout:
         raise ValueError(f"another process regenerates the goldens in {where}") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _tensor_sha256(tensor: torch.Tensor) -> str:
