@@ -26,22 +26,75 @@ MODES = ("sft",)
 LARGEST = 1 << 24
 MOST_SLOTS = 1 << 30
 
+# the arguments that are positive integers
+_COUNTS = (
+    "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "cpuinfer_threads",
+    "threadpool_count", "chunked_prefill_size", "lora_rank", "max_cache_depth",
+)  # fmt: skip
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """The checked sizes of a layer. Field names are those of KTMoEWrapper; tp is its threadpool_count."""
+    """The checked arguments of a constructor, by the names and with the defaults of the contract.
 
+    TypeError, ValueError, or RuntimeError for a TP degree that does not divide.
+    """
+
+    layer_idx: int = 0
     num_experts: int
     num_experts_per_tok: int
     hidden_size: int
     moe_intermediate_size: int
+    num_gpu_experts: int = 0
     cpuinfer_threads: int
-    tp: int
-    chunked_prefill_size: int
-    method: str
-    lora_rank: int
-    lora_alpha: float
-    max_cache_depth: int
+    threadpool_count: int = 1
+    weight_path: str = ""
+    chunked_prefill_size: int = 25600
+    method: str = "AMXBF16_SFT"
+    mode: str = "sft"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    max_cache_depth: int = 1
+    isa: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (*_COUNTS, "layer_idx", "num_gpu_experts"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it takes an int")
+        for name in _COUNTS:
+            if not 0 < getattr(self, name) <= LARGEST:
+                raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number, at most {LARGEST}")
+        top_k, alpha, dropout = self.num_experts_per_tok, self.lora_alpha, self.lora_dropout
+        if self.chunked_prefill_size * top_k > MOST_SLOTS:
+            raise ValueError(
+                f"chunked_prefill_size is {self.chunked_prefill_size}; with num_experts_per_tok {top_k} it takes "
+                f"at most {MOST_SLOTS // top_k}"
+            )
+        if self.layer_idx < 0:
+            raise ValueError(f"layer_idx is {self.layer_idx}; it takes 0 or more")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; supported: {', '.join(MODES)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; supported: {', '.join(METHODS)}")
+        if top_k > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {top_k}, more than num_experts ({self.num_experts}); "
+                f"it takes 1 to {self.num_experts}"
+            )
+        if self.num_gpu_experts != 0:
+            raise ValueError(
+                f"num_gpu_experts is {self.num_gpu_experts}; it takes 0: this layer computes every expert on the CPU. "
+                "Give the slots of experts that another device computes the id -1"
+            )
+        if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"lora_alpha is {alpha!r}; it takes a positive number")
+        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+            raise ValueError(f"lora_dropout is {dropout!r}; it takes a number from 0 up to, not including, 1")
+        check_tp(self.moe_intermediate_size, self.threadpool_count)
+        if dropout > 0:
+            raise ValueError(f"lora_dropout is {dropout!r}; this engine computes without dropout: pass 0")
 
     @property
     def scaling(self) -> float:
@@ -81,74 +134,6 @@ def check_tp(intermediate: int, tp: int) -> None:
         )
 
 
-def check_spec(
-    *,
-    layer_idx: int,
-    num_experts: int,
-    num_experts_per_tok: int,
-    hidden_size: int,
-    moe_intermediate_size: int,
-    num_gpu_experts: int,
-    cpuinfer_threads: int,
-    threadpool_count: int,
-    chunked_prefill_size: int,
-    method: str,
-    mode: str,
-    lora_rank: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    max_cache_depth: int,
-) -> LayerSpec:
-    """Check a constructor's arguments. TypeError, ValueError, or RuntimeError for a TP degree that does not divide."""
-    counts = {
-        "num_experts": num_experts,
-        "num_experts_per_tok": num_experts_per_tok,
-        "hidden_size": hidden_size,
-        "moe_intermediate_size": moe_intermediate_size,
-        "cpuinfer_threads": cpuinfer_threads,
-        "threadpool_count": threadpool_count,
-        "chunked_prefill_size": chunked_prefill_size,
-        "lora_rank": lora_rank,
-        "max_cache_depth": max_cache_depth,
-    }
-    for name, value in {**counts, "layer_idx": layer_idx, "num_gpu_experts": num_gpu_experts}.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it takes an int")
-    for name, value in counts.items():
-        if not 0 < value <= LARGEST:
-            raise ValueError(f"{name} is {value}; it takes a positive number, at most {LARGEST}")
-    if chunked_prefill_size * num_experts_per_tok > MOST_SLOTS:
-        raise ValueError(
-            f"chunked_prefill_size is {chunked_prefill_size}; with num_experts_per_tok {num_experts_per_tok} it takes "
-            f"at most {MOST_SLOTS // num_experts_per_tok}"
-        )
-    if layer_idx < 0:
-        raise ValueError(f"layer_idx is {layer_idx}; it takes 0 or more")
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; supported: {', '.join(MODES)}")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; supported: {', '.join(METHODS)}")
-    if num_experts_per_tok > num_experts:
-        raise ValueError(
-            f"num_experts_per_tok is {num_experts_per_tok}, more than num_experts ({num_experts}); "
-            f"it takes 1 to {num_experts}"
-        )
-    if num_gpu_experts != 0:
-        raise ValueError(
-            f"num_gpu_experts is {num_gpu_experts}; it takes 0: this layer computes every expert on the CPU. Give the "
-            "slots of experts that another device computes the id -1"
-        )
-    if not (isinstance(lora_alpha, (int, float)) and math.isfinite(lora_alpha) and lora_alpha > 0):
-        raise ValueError(f"lora_alpha is {lora_alpha!r}; it takes a positive number")
-    if not (isinstance(lora_dropout, (int, float)) and 0 <= lora_dropout < 1):
-        raise ValueError(f"lora_dropout is {lora_dropout!r}; it takes a number from 0 up to, not including, 1")
-    check_tp(moe_intermediate_size, threadpool_count)
-    if lora_dropout > 0:
-        raise ValueError(f"lora_dropout is {lora_dropout!r}; this engine computes without dropout: pass 0")
-    tp = counts.pop("threadpool_count")
-    return LayerSpec(**counts, tp=tp, method=method, lora_alpha=float(lora_alpha))
-
-
 def check_tensor(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     """`value` itself, if it is a CPU tensor of this shape and one of these dtypes; else TypeError or ValueError."""
     import torch
@@ -173,14 +158,6 @@ def check_base_weights(spec: LayerSpec, gate_proj: Any, up_proj: Any, down_proj:
 
     given = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
     return {n: check_tensor(n, given[n], shape, (torch.bfloat16,)).detach() for n, shape in spec.base_shapes.items()}
-
-
-def check_no_weight_path(weight_path: str) -> None:
-    """For engines that read no files."""
-    if weight_path:
-        raise ValueError(
-            f"weight_path is {weight_path!r}; this engine takes its weights from load_weights_from_tensors: pass ''"
-        )
 
 
 def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:

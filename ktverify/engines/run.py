@@ -28,7 +28,10 @@ METHOD = "AMXBF16_SFT"
 def layer_arguments(
     case: Case, *, isa: str | None = None, tp: int = 1, threads: int | None = None, **more: Any
 ) -> dict[str, Any]:
-    """KTMoEWrapper's keyword arguments for `case`; `more` overrides them. isa is passed on only if it is not None."""
+    """KTMoEWrapper's keyword arguments for `case`; `more` overrides them. isa is passed on only if it is not None.
+
+    tp: tensor parallel degree. threads: most workers; None for all processors that this process may run on.
+    """
     arguments: dict[str, Any] = {
         "layer_idx": 0,
         "num_experts": case.num_experts,
@@ -50,19 +53,10 @@ def layer_arguments(
     return {**arguments, **more}
 
 
-def build_layer(
-    factory: EngineFactory,
-    case: Case,
-    inputs: Inputs,
-    *,
-    isa: str | None = None,
-    tp: int = 1,
-    threads: int | None = None,
-    **more: Any,
-) -> Any:
-    """A layer of `factory` with the case's base weights and LoRA loaded. It gets copies of the LoRA tensors."""
+def build_layer(factory: EngineFactory, case: Case, inputs: Inputs, **settings: Any) -> Any:
+    """A layer of `factory` with the case's base weights and copies of its LoRA; settings: as layer_arguments."""
     with call_of(CONSTRUCTOR):
-        layer = factory(**layer_arguments(case, isa=isa, tp=tp, threads=threads, **more))
+        layer = factory(**layer_arguments(case, **settings))
     with call_of("load_weights_from_tensors"):
         layer.load_weights_from_tensors(
             inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"), inputs.physical_map
@@ -117,21 +111,17 @@ def run_case(
     case: Case,
     *,
     inputs: Inputs | None = None,
-    isa: str | None = None,
-    tp: int = 1,
-    threads: int | None = None,
     backward: bool = True,
     into: dict[str, torch.Tensor] | None = None,
-    **more: Any,
+    **settings: Any,
 ) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of `case` as the engine computes them; only output without backward.
 
-    inputs: those of the case, if the caller has them. isa, tp, threads: instruction set, tensor parallel degree, most
-    workers (default: the processors this process may run on). into: as run_layer takes it. Exceptions of the engine
-    are not caught.
+    inputs: those of the case, if the caller has them. into: as run_layer takes it. settings: as layer_arguments.
+    Exceptions of the engine are not caught.
     """
     given = make_inputs(case) if inputs is None else inputs
-    layer = build_layer(factory, case, given, isa=isa, tp=tp, threads=threads, **more)
+    layer = build_layer(factory, case, given, **settings)
     unless_first: AbstractContextManager[None] = contextlib.suppress(*ENGINE_EXCEPTIONS)
     try:
         found = run_layer(layer, given, backward=backward, into=into)

@@ -11,6 +11,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
@@ -39,46 +40,14 @@ class TorchBf16:
     threadpool_count and cpuinfer_threads are checked but change nothing: torch has its own threads. isa is ignored.
     """
 
-    def __init__(
-        self,
-        *,
-        layer_idx: int = 0,
-        num_experts: int,
-        num_experts_per_tok: int,
-        hidden_size: int,
-        moe_intermediate_size: int,
-        num_gpu_experts: int = 0,
-        cpuinfer_threads: int,
-        threadpool_count: int = 1,
-        weight_path: str = "",
-        chunked_prefill_size: int = 25600,
-        method: str = "AMXBF16_SFT",
-        mode: str = "sft",
-        lora_rank: int = 16,
-        lora_alpha: float = 32.0,
-        lora_dropout: float = 0.0,
-        max_cache_depth: int = 1,
-        isa: str | None = None,
-    ) -> None:
-        self.spec = argument_checks.check_spec(
-            layer_idx=layer_idx,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            hidden_size=hidden_size,
-            moe_intermediate_size=moe_intermediate_size,
-            num_gpu_experts=num_gpu_experts,
-            cpuinfer_threads=cpuinfer_threads,
-            threadpool_count=threadpool_count,
-            chunked_prefill_size=chunked_prefill_size,
-            method=method,
-            mode=mode,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            max_cache_depth=max_cache_depth,
-        )
-        argument_checks.check_no_weight_path(weight_path)
-        self.layer_idx = layer_idx
+    def __init__(self, **arguments: Any) -> None:
+        self.spec = argument_checks.LayerSpec(**arguments)
+        if self.spec.weight_path:
+            raise ValueError(
+                f"weight_path is {self.spec.weight_path!r}; this engine takes its weights from "
+                "load_weights_from_tensors: pass ''"
+            )
+        self.layer_idx = self.spec.layer_idx
         self.isa = "torch"
         self.grad_weights: torch.Tensor | None = None
         self._base: tuple[torch.Tensor, ...] = ()

@@ -88,7 +88,7 @@ class Plain(TorchBf16):
 
     def over_parts(self, term: Callable[[slice], Tensor]) -> Tensor:
         """The sum of `term` over the tensor-parallel parts of I."""
-        size = self.spec.moe_intermediate_size // self.spec.tp
+        size = self.spec.moe_intermediate_size // self.spec.threadpool_count
         parts = [slice(begin, begin + size) for begin in range(0, self.spec.moe_intermediate_size, size)]
         return self.sum_of_parts([term(part) for part in parts])
 

@@ -270,7 +270,7 @@ class _Parts(Plain):
 
     @property
     def degree(self) -> int:
-        return self.spec.tp
+        return self.spec.threadpool_count
 
 
 @mutant(Cause.TP_PART, "tp/gaussian")

@@ -111,23 +111,8 @@ class KTMoEWrapper:
         max_cache_depth: int = 1,
         isa: str | None = None,
     ) -> None:
-        self.spec = argument_checks.check_spec(
-            layer_idx=layer_idx,
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            hidden_size=hidden_size,
-            moe_intermediate_size=moe_intermediate_size,
-            num_gpu_experts=num_gpu_experts,
-            cpuinfer_threads=cpuinfer_threads,
-            threadpool_count=threadpool_count,
-            chunked_prefill_size=chunked_prefill_size,
-            method=method,
-            mode=mode,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            max_cache_depth=max_cache_depth,
-        )
+        given = {name: value for name, value in locals().items() if name != "self"}
+        self.spec = argument_checks.LayerSpec(**given)
         self.layer_idx = layer_idx
         self.weight_path = weight_path
         self.isa: str = isa or chosen_isa()
@@ -155,7 +140,7 @@ class KTMoEWrapper:
             intermediate=spec.moe_intermediate_size,
             rank=spec.lora_rank,
             scaling=spec.scaling,
-            parts=spec.tp,
+            parts=spec.threadpool_count,
             threads=spec.cpuinfer_threads,
             max_rows=spec.chunked_prefill_size,
             max_cache_depth=spec.max_cache_depth,
