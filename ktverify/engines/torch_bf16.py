@@ -142,14 +142,18 @@ class TorchBf16:
         grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16)
         grad_weights = torch.zeros(saved.slots)
         grad_loras = {f"grad_{name}": zeros(shape, saved.lora_dtype) for name, shape in self.spec.lora_shapes.items()}
-        for expert, (rows, slots, y, leaves) in saved.graphs.items():
+        parts = []
+        # the last expert first: its weights are still in the caches after a forward
+        for expert, (rows, slots, y, leaves) in reversed(saved.graphs.items()):
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             dx, dw, *d_lora = torch.autograd.grad(y, wanted, grad_output[rows])
-            grad_input.index_add_(0, rows, dx)
+            parts.append((rows, dx))
             grad_weights[rows, slots] = dw.float()
             # without LoRA in the backward d_lora is empty, and the gradients stay zero
             for name, gradient in zip(LORA_NAMES, d_lora, strict=False):
                 grad_loras[f"grad_{name}"][expert] = gradient
+        for rows, dx in reversed(parts):
+            grad_input.index_add_(0, rows, dx)
         self.grad_weights = grad_weights
         return grad_input, grad_loras
 
