@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.cli import bench_options
+from ktverify.cli.options import Isa, SomeCase, Threads
 
 if TYPE_CHECKING:
     from ktverify.bench.layer.record import Line, Spot, Varied
@@ -25,14 +26,14 @@ _Steps = Annotated[int, typer.Option(help="training steps after them, for memory
 
 
 def layer(
-    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = DEFAULT_CASE,
+    case: SomeCase = DEFAULT_CASE,
     tp: Annotated[str, typer.Option(help="tensor-parallel degrees; 1 always comes first")] = "1,2",
     batch_sizes: Annotated[str, typer.Option("--batch_sizes", help="sequences at a time, for throughput")] = "1,4",
     sequence_lengths: Annotated[
         str, typer.Option("--sequence_lengths", help="tokens a sequence, for throughput")
     ] = "32,128",
-    isa: bench_options.Isa = None,
-    threads: bench_options.Threads = None,
+    isa: Isa = None,
+    threads: Threads = None,
     warmup: _Warmup = 3,
     repeats: _Repeats = 15,
     steps: _Steps = 5,
@@ -81,8 +82,8 @@ def sweep(
     ] = None,
     case: Annotated[str, typer.Option(help="what is varied, a case as repro takes it")] = DEFAULT_CASE,
     values: Annotated[str | None, typer.Option(help="of one WHAT: 1,2,4 (default: some that suit it)")] = None,
-    isa: bench_options.Isa = None,
-    threads: bench_options.Threads = None,
+    isa: Isa = None,
+    threads: Threads = None,
     warmup: _Warmup = 3,
     repeats: _Repeats = 9,
     steps: _Steps = 1,

@@ -14,8 +14,6 @@ def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
     return found
 
 
-Isa = Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")]
-Threads = Annotated[int | None, typer.Option(help="at most so many threads", min=1)]
 Out = Annotated[Path | None, typer.Option(help="the folder to write into (default: a new one in reports/runs)")]
 Show = Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")]
 Lines = Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ktverify.cli.options import ReportsDir, RunName
 
 if TYPE_CHECKING:
     from ktverify.reproducer.confirm import Confirmation
@@ -17,10 +18,8 @@ HEADINGS = ("confirmed", "case", "verdict", "tensor", "suite", "script")
 
 
 def confirm(
-    run: Annotated[
-        str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory")
-    ] = "latest",
-    reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")] = None,
+    run: RunName = "latest",
+    reports: ReportsDir = None,
     time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="for one case", min=1)] = 60.0,
 ) -> None:
     """Check the claims of a run against its engine again, without the suite.

@@ -10,23 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import EngineName
+from ktverify.cli.options import CaseText, EngineName, Isa, SomeCase, Tensors, Tp
 from ktverify.isolation.interrupt import importing, nothing_written
 
 if TYPE_CHECKING:
     from ktverify.diagnose.search import Diagnosis
 
-_CASE = typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")
-_ISA = typer.Option(help="force an instruction set; refused where it cannot run")
-_TP = typer.Option(help="tensor-parallel degree", min=1)
-
 
 def diagnose(
-    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = "small",
+    case: SomeCase = "small",
     engine: EngineName = "native",
-    isa: Annotated[str | None, _ISA] = None,
-    tp: Annotated[int, _TP] = 1,
-    tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
+    isa: Isa = None,
+    tp: Tp = 1,
+    tensor: Tensors = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
     mutants: Annotated[bool, typer.Option("--mutants", help="diagnose the engines that are wrong on purpose")] = False,
 ) -> None:
@@ -127,10 +123,10 @@ def _diagnose_mutants() -> None:
 
 
 def debug_nan(
-    case: Annotated[str, _CASE],
+    case: CaseText,
     engine: EngineName = "native",
-    isa: Annotated[str | None, _ISA] = None,
-    tp: Annotated[int, _TP] = 1,
+    isa: Isa = None,
+    tp: Tp = 1,
     save: Annotated[Path, typer.Option(help="where to write the tensors")] = Path(".cache/nan.safetensors"),
 ) -> None:
     """Find the first NaN or Inf: stage, expert, token, index; save the tensors to replay it.
@@ -153,10 +149,10 @@ def debug_nan(
 
 
 def debug_gradients(
-    case: Annotated[str, _CASE],
+    case: CaseText,
     engine: EngineName = "native",
-    isa: Annotated[str | None, _ISA] = None,
-    tp: Annotated[int, _TP] = 1,
+    isa: Isa = None,
+    tp: Tp = 1,
 ) -> None:
     """Print differences, norms, cosine and the worst index of each tensor.
 
@@ -175,7 +171,7 @@ def debug_gradients(
 
 def debug_tp(
     intermediate_size: Annotated[int, typer.Option(help="moe_intermediate_size", min=1)],
-    threadpool_count: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)],
+    threadpool_count: Tp,
 ) -> None:
     """Report whether a TP degree divides an intermediate size, and which sizes it divides.
 

@@ -12,6 +12,9 @@ from ktverify.engines import registry
 EngineName = Annotated[
     str, typer.Option(help=f"engine name, {registry.OWN}", callback=lambda name: registry.absolute(name))
 ]
+CaseText = Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")]
+SomeCase = Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")]
+Tensors = Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")]
 Isa = Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")]
 Tp = Annotated[int, typer.Option(help="tensor-parallel degree", min=1)]
 Threads = Annotated[int | None, typer.Option(help="at most so many threads", min=1)]

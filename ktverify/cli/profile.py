@@ -10,16 +10,17 @@ import typer
 
 from ktverify.cli import bench_options
 from ktverify.cli.bench_layer import DEFAULT_CASE
+from ktverify.cli.options import Isa, SomeCase, Threads, Tp
 
 if TYPE_CHECKING:
     from ktverify.bench.layer.profile_record import Line
 
 
 def profile(
-    case: Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")] = DEFAULT_CASE,
-    isa: bench_options.Isa = None,
-    tp: Annotated[int, typer.Option(help="tensor-parallel degree", min=1)] = 1,
-    threads: bench_options.Threads = None,
+    case: SomeCase = DEFAULT_CASE,
+    isa: Isa = None,
+    tp: Tp = 1,
+    threads: Threads = None,
     warmup: Annotated[int, typer.Option(help="calls of each range that don't count", min=0)] = 3,
     repeats: Annotated[int, typer.Option(help="calls of each range that do, recorded and plain each", min=1)] = 15,
     out: bench_options.Out = None,

@@ -8,16 +8,16 @@ from typing import Annotated
 import typer
 
 from ktverify.cli.engine_calls import Found, Question, Step, run_steps
-from ktverify.cli.options import EngineName, Isa, Method, OwnProgram, Threads, TimeLimit, Tp
+from ktverify.cli.options import CaseText, EngineName, Isa, Method, OwnProgram, Tensors, Threads, TimeLimit, Tp
 from ktverify.spec.cases import Case
 
 
 def repro(
     context: typer.Context,
-    case: Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")],
+    case: CaseText,
     engine: EngineName = "native",
     isa: Isa = None,
-    tensor: Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")] = None,
+    tensor: Tensors = None,
     tp: Tp = 1,
     threads: Threads = None,
     method: Method = "AMXBF16_SFT",
