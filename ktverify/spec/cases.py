@@ -14,8 +14,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from ktverify.spec.names import tensor_shapes
 from ktverify.spec.toml import read_toml
 
@@ -236,9 +234,8 @@ def _rows() -> tuple[Case, ...]:
     rows = []
     for name, table in document.items():
         try:
-            row = _Row.model_validate(table)
-            case = Case(name=name, seed=0, **row.fields())
-        except (ValidationError, ValueError) as error:
+            case = _from_table(name, table)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{CATALOGUE.name}, row {name}: {error}") from error
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == CUSTOM:
             raise ValueError(f"{CATALOGUE.name}, row {name}: a name is lower-case letters, digits and _, not {CUSTOM}")
@@ -269,32 +266,20 @@ def select(glob: str | None = None, tier: str | tuple[str, ...] | None = None, d
     ]
 
 
-class _Row(BaseModel):
-    """One table of catalogue.toml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    why: str
-    E: int
-    k: int
-    H: int
-    I: int  # noqa: E741 - the contract's name
-    T: int
-    r: int
-    alpha: float
-    data: str = "gaussian"
-    routing: str = "uniform"
-    lora: str = "bfloat16"
-    map: str = "identity"
-    magnitude: float = 1.0
-    tier: str = "default"
-    tp: tuple[int, ...] = (1,)
-
-    def fields(self) -> dict[str, Any]:
-        if len(self.why) < 20:
-            raise ValueError("why takes a sentence that says what the case is for")
-        found = {field: getattr(self, key) for key, field in _KEYS.items()}
-        return {**found, "why": self.why, "tier": self.tier, "tp": self.tp}
+def _from_table(name: str, table: dict[str, Any]) -> Case:
+    """The case of one table of catalogue.toml. ValueError for missing or unknown keys, and for what is no case."""
+    missing = [key for key in ("why", *_SIZES, "alpha") if key not in table]
+    known = ("why", *_KEYS, "tier", "tp")
+    unknown = [key for key in table if key not in known]
+    if missing or unknown:
+        raise ValueError(
+            f"missing keys: {missing}, unknown keys: {unknown}; it takes why, {', '.join(_KEYS)}, tier, tp"
+        )
+    if len(table["why"]) < 20:
+        raise ValueError("why takes a sentence that says what the case is for")
+    found: dict[str, Any] = {_KEYS.get(key, key): value for key, value in table.items()}
+    floats = {name: float(found[name]) for name in ("alpha", "magnitude") if name in found}
+    return Case(name=name, seed=0, **{**found, **floats, "tp": tuple(found.get("tp", (1,)))})
 
 
 def _split_seed(text: str) -> tuple[str, int | None]:

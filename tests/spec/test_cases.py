@@ -172,12 +172,12 @@ def test_select_by_name_tier_and_case() -> None:
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        ("[a_case]\nE = 1", "Field required"),
+        ("[a_case]\nE = 1", "missing keys: .*why"),
         ('[a_case]\nwhy = "short"\nE=1\nk=1\nH=1\nI=1\nT=1\nr=1\nalpha=2', "a sentence"),
         ('[Big]\nwhy = "a sentence of some length"\nE=1\nk=1\nH=1\nI=1\nT=1\nr=1\nalpha=2', "lower-case"),
         (
             '[a_case]\nwhy = "a sentence of some length"\nE=1\nk=1\nH=1\nI=1\nT=1\nr=1\nalpha=2\nn=3',
-            "Extra inputs",
+            "unknown keys: .*n",
         ),
         ('[a_case]\nwhy = "a sentence of some length"\nE=1\nk=1\nH=1\nI=3\nT=1\nr=1\nalpha=2\ntp=[2]', "degree 2"),
         ('[a_case]\nwhy = "a sentence of some length"\nE=1\nk=2\nH=1\nI=1\nT=1\nr=1\nalpha=2', "at most E = 1"),
