@@ -278,8 +278,10 @@ def _from_table(name: str, table: dict[str, Any]) -> Case:
     if len(table["why"]) < 20:
         raise ValueError("why takes a sentence that says what the case is for")
     found: dict[str, Any] = {_KEYS.get(key, key): value for key, value in table.items()}
-    floats = {name: float(found[name]) for name in ("alpha", "magnitude") if name in found}
-    return Case(name=name, seed=0, **{**found, **floats, "tp": tuple(found.get("tp", (1,)))})
+    found["tp"] = tuple(found.get("tp", (1,)))
+    for field in {"alpha", "magnitude"} & found.keys():
+        found[field] = float(found[field])
+    return Case(name=name, seed=0, **found)
 
 
 def _split_seed(text: str) -> tuple[str, int | None]:
