@@ -34,7 +34,7 @@ from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.errors import EngineDied
-from ktverify.isolation import fresh
+from ktverify.isolation import process
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
 from ktverify.system.other_load import OtherLoad
@@ -165,7 +165,7 @@ class Bench:
         input_files.check_space(shape.case, directory)
         request = InputRequest(case=shape.case.id, directory=str(directory), threads=self.settings.threads, plain=plain)
         try:
-            (line,) = fresh.lines_of(input_files.__name__, request)
+            (line,) = process.lines_of(input_files.__name__, request)
         except RuntimeError as error:
             raise RuntimeError(f"the inputs of {shape.name} could not be made: {error}") from None
         manifest: dict[str, Any] = json.loads(line)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from ktverify.errors import NothingMeasured
-from ktverify.isolation import fresh
+from ktverify.isolation import process
 from ktverify.isolation.interrupt import INTERRUPTED
 from ktverify.runs.jsonl import JsonLine, LineFile, new_directory, whole_lines
 from ktverify.system import machine
@@ -73,7 +73,7 @@ def lines_of_processes(module: str, requests: Iterable[BaseModel], line: Any) ->
     """The lines that `python -m module REQUEST` prints in one new process for each request, one after the other."""
     adapter = _adapter(line)
     for request in requests:
-        yield from map(adapter.validate_json, fresh.lines_of(module, request))
+        yield from map(adapter.validate_json, process.lines_of(module, request))
 
 
 def _adapter(line: Any) -> TypeAdapter[Any]:

@@ -1,25 +1,58 @@
-"""A Python process that calls functions for a test, so that a crash costs one test and not the run.
+"""Python processes that call functions for this one, so that a crash costs one test and not the run.
 
-`Child(env)` starts it; `child.call(function, ...)` returns the function's value or raises its exception here. A child
+`Child(env)` starts one; `child.call(function, ...)` returns the function's value or raises its exception here. A child
 that ends instead raises EngineDied with the signal and the last lines of its output.
+
+A run needs some fifty of them, and importing torch takes each one two seconds. So a test process keeps one fork server,
+which imports what all of them need and forks on request. No engine is imported before the fork, nor has torch used a
+thread, so a forked process is as fresh as any other. Each leads a session of its own: what it starts ends with it, also
+where it crashes. `python -m ktverify.isolation.child FD MODULE ...` is the server.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import faulthandler
+import functools
+import gc
+import importlib
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 from ktverify.errors import EngineDied, EngineOutOfMemory, EngineTimeout, RemoteError, Unsupported
 from ktverify.isolation import locks
-from ktverify.isolation.channel import exchange, serve, value_of
-from ktverify.isolation.fork_server import fork_server
-from ktverify.isolation.process import Log, resident_of
+from ktverify.isolation.host import end_with_parent
+from ktverify.isolation.interrupt import put_off
+from ktverify.isolation.process import (
+    WAIT_S,
+    Log,
+    Running,
+    end_group,
+    exchange,
+    own_environment,
+    reap,
+    resident_of,
+    serve,
+    value_of,
+)
+from ktverify.system.paths import ROOT
 
+# what every forked process needs, and what none may have yet
+_ALWAYS = ("torch",)
+_NOT_YET = ("ktverify.engines.native.layer", "ktverify._native")
 # several tests compute at once; torch's own threads, which spin for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}
 
@@ -182,3 +215,175 @@ def answer_calls(descriptor: int) -> None:
 def _call(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
     function, args, kwargs = request
     return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of `jobs` processes that judge engines in parallel.
+
+    They end with this process, however it ends, and at once where the body raises.
+    """
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
+    try:
+        # Ctrl-C reaches all processes of a terminal; this one ends the others, which would each show a traceback
+        with put_off():
+            for _ in range(jobs):
+                pool.submit(os.getpid)
+        yield pool
+    except BaseException:
+        # nothing uses their results any more
+        for process in multiprocessing.active_children():
+            process.kill()
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _prepare() -> None:
+    import torch
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it is spawned
+    end_with_parent(parent=parent.pid or 0)
+    torch.set_num_threads(1)
+    # a layer's release collects garbage, and need not look through modules
+    gc.collect()
+    gc.freeze()
+
+
+# ---- the fork server
+
+
+class ForkedProcess(Running):
+    """A process that the fork server started. The server reaps it, and ends what it started."""
+
+    def __init__(self, server: ForkServer, pid: int) -> None:
+        super().__init__(pid)
+        self._server = server
+
+    def _reap(self) -> int | None:
+        code: int | None = self._server.ask("poll", self.pid)
+        return code
+
+
+class ForkServer:
+    """The process that forks. For one thread at a time. preload: modules that it imports before."""
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
+        self._connection, other = Pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(other.fileno()), *preload],
+            # one thread: threads that torch had before the fork would be missing after it
+            env={**own_environment(), "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            pass_fds=[other.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        other.close()
+        atexit.register(self.close)
+
+    def fork(self, function: Callable[[int], None], fd: int, env: dict[str, str], log: int) -> ForkedProcess:
+        """A process that calls `function(fd)` in environment `env` and writes its output to the descriptor `log`.
+
+        Both descriptors are copied into it; the caller closes its own.
+        """
+        return ForkedProcess(self, self.ask("fork", function, env, fds=[fd, log]))
+
+    def ask(self, *request: object, fds: Sequence[int] = ()) -> Any:
+        """The server's answer. RuntimeError when it has ended: a preloaded module cannot be imported then."""
+        try:
+            self._connection.send(request)
+            for fd in fds:
+                send_handle(self._connection, fd, None)
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise RuntimeError(f"the fork server has ended with exit code {self._end()}") from None
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self._connection.close()
+        self._end()
+
+    def _end(self) -> int:
+        """The exit code once the connection is closed; the server is ended where it does not end by itself."""
+        try:
+            return self._process.wait(timeout=WAIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+@functools.cache
+def fork_server(preload: tuple[str, ...]) -> ForkServer:
+    """The fork server of this process for these modules, started on first use."""
+    return ForkServer(preload)
+
+
+def _become(function: Callable[[int], None], fd: int, env: dict[str, str], log: int) -> int:
+    """Run a forked process; its exit code."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        function(fd)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _serve_forks(connection: Connection) -> None:
+    """Answer until the other end closes; the processes that it left behind are ended then."""
+    alive: set[int] = set()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            what, *rest = connection.recv()
+            if what == "fork":
+                function, env = rest
+                fds = [recv_handle(connection) for _ in range(2)]
+                pid = os.fork()
+                if pid == 0:
+                    connection.close()
+                    os._exit(_become(function, fds[0], env, fds[1]))
+                for fd in fds:
+                    os.close(fd)
+                alive.add(pid)
+                connection.send(pid)
+            else:
+                code = reap(rest[0])
+                if code is not None:
+                    alive.discard(rest[0])
+                connection.send(code)
+    for pid in alive:
+        end_group(pid)
+
+
+def _main(fd: int, preload: Sequence[str]) -> None:
+    faulthandler.enable()
+    # Ctrl-C is for the other end, which then closes the connection; until then its children have to be ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+    for module in (*_ALWAYS, *preload):
+        importlib.import_module(module)
+    # from here on there may be children to be ended first
+    end_with_parent(False)
+    early = [module for module in _NOT_YET if module in sys.modules]
+    if early:
+        raise SystemExit(f"{early[0]} is imported by a preloaded module; engines belong into the forked processes")
+    # shared pages stay shared, and a child's collections need not look through torch's half a million objects
+    gc.collect()
+    gc.freeze()
+    _serve_forks(Connection(fd))
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), sys.argv[2:])

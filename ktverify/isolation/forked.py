@@ -24,10 +24,9 @@ from typing import Any, Generic, TypeVar
 
 from ktverify.errors import EngineDied, EngineTimeout, RemoteError
 from ktverify.isolation.calls import CallLog
-from ktverify.isolation.channel import exchange, serve, value_of
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
-from ktverify.isolation.process import Running
+from ktverify.isolation.process import Running, exchange, serve, value_of
 
 T = TypeVar("T")
 

@@ -1,33 +1,41 @@
 """The common core of all processes that the package starts: start, watch, end, last lines. Imports no torch.
 
 `Running` is a process, how it ended, and how it is ended together with what it started; `Program` is one that runs a
-command, with a `Log` of its output; `AnsweringProgram` also answers requests. channel.py is for Python functions.
+command, with a `Log` of its output; `AnsweringProgram` also answers requests. `exchange` and `serve` are for two
+processes of this package.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ktverify.errors import EngineDied, EngineTimeout
+from ktverify.errors import EngineDied, EngineTimeout, RemoteError
 from ktverify.system.paths import ROOT
 
 if TYPE_CHECKING:
     import psutil
+    from pydantic import BaseModel
 
 # seconds for a process that has no more to do
 WAIT_S = 10.0
 _POLL_S = 0.005
+# seconds between two looks of a process that waits for a reply at the one that it waits for
+_WATCH_S = 0.05
 _LAST_LINES = 12
 _TAIL = 1 << 15
 # all but the last two parts of a path in a traceback
@@ -279,3 +287,84 @@ class AnsweringProgram(Program):
     def close(self) -> None:
         self._connection.close()
         super().close()
+
+
+def lines_of(module: str, request: BaseModel) -> Generator[str, None, None]:
+    """The lines that `python -m module REQUEST` prints in a fresh process, as they come; REQUEST is JSON.
+
+    RuntimeError, with the last line of its stderr, where it ends with another code than 0. It ends with the caller.
+    """
+    command = [sys.executable, "-m", module, request.model_dump_json()]
+    program = Program(command, own_environment(), stdout=subprocess.PIPE)
+    try:
+        for line in program.stdout:
+            yield line.decode()
+        if code := program.wait():
+            last = program.log.lines()[-1:] or ["no output"]
+            raise RuntimeError(f"the measuring process ended with {code}: {last[0]}")
+    finally:
+        program.close()
+
+
+# ---- requests and replies, pickled, between two processes of this package
+
+
+def exchange(connection: Connection, request: object, watch: Callable[[], bool]) -> Any:
+    """The reply to a request, for `value_of`. EOFError where the other process has ended.
+
+    watch: called while there is no reply. False means that the process has ended: a process that it started may still
+    have the other end open.
+    """
+    try:
+        connection.send_bytes(pickle.dumps(request))
+        while not connection.poll(_WATCH_S):
+            if not watch() and not connection.poll():
+                raise EOFError
+        return pickle.loads(connection.recv_bytes())
+    except OSError:
+        raise EOFError from None
+
+
+def serve(connection: Connection, answer: Callable[[Any], Any]) -> None:
+    """Reply `answer(request)` to each request until the other end closes."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send_bytes(_reply(connection.recv_bytes(), answer))
+
+
+def _reply(data: bytes, answer: Callable[[Any], Any]) -> bytes:
+    loaded = len(sys.modules)
+    try:
+        # unpickling a function imports its module
+        request = pickle.loads(data)
+        if len(sys.modules) > loaded:
+            # modules live as long as the process: a layer's release collects garbage, and need not look there
+            gc.freeze()
+        return pickle.dumps((answer(request),))
+    except Exception as error:
+        return pickle.dumps((portable(error), traceback.format_exc()))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def value_of(reply: tuple[Any, ...]) -> Any:
+    """The value in a reply. An exception in it is raised, with a RemoteError as its cause that has the traceback.
+
+    Where the exception could not be pickled, that RemoteError is raised.
+    """
+    if len(reply) == 1:
+        return reply[0]
+    error, trace = reply
+    if error is None:
+        raise RemoteError(trace)
+    raise error from RemoteError(trace)
+
+
+def portable(error: BaseException) -> BaseException | None:
+    """`error` if it survives a pickle round trip with its text, else None."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        return None
+    return copy if type(copy) is type(error) and str(copy) == str(error) else None

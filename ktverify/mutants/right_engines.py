@@ -19,8 +19,7 @@ from ktverify.checks.registry import PRELOAD
 from ktverify.checks.repro_commands import repro_command
 from ktverify.checks.target import Target
 from ktverify.engines import registry
-from ktverify.isolation.child import ChildPool
-from ktverify.isolation.pool import workers
+from ktverify.isolation.child import ChildPool, workers
 from ktverify.judge.gates import Verdict
 from ktverify.runs.record import NOT_RUN
 from ktverify.spec import cases

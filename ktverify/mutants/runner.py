@@ -11,7 +11,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
 from ktverify.checks import registry
-from ktverify.isolation.pool import workers
+from ktverify.isolation.child import workers
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS, Mutant
 from ktverify.mutants.kills import Exceeded, ask

@@ -16,7 +16,7 @@ from ktverify.bench.layer.summary import BACKWARD, BOTH, DIFFERENCE, FORWARD, WH
 from ktverify.bench.shapes import weight_bytes
 from ktverify.cli.bench import COMMANDS, DEFAULT
 from ktverify.cli.bench_layer import _doubling
-from ktverify.isolation import fresh
+from ktverify.isolation import process
 from ktverify.report.grid import delimited
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
@@ -169,7 +169,7 @@ def test_every_degree_and_every_batch_has_a_process(tmp_path: Path, monkeypatch:
         asked.append(spot)
         yield from (line.model_dump_json() for line in made_up_spot(spot, 10))
 
-    monkeypatch.setattr(fresh, "lines_of", lines_of)
+    monkeypatch.setattr(process, "lines_of", lines_of)
     out = tmp_path / "run"
     arguments = ("bench", "layer", TINY, "--tp", "2,4", "--batch_sizes", "1,2", "--sequence-lengths", "8,16")
     text = ends(call(*arguments, "--out", str(out)), 0)

@@ -16,7 +16,7 @@ from ktverify.bench.transformer import views as transformer_views
 from ktverify.bench.transformer.measure import Stepper, agreement
 from ktverify.bench.transformer.record import EndLine, ProcessLine, StepLine, TransformerLine, TransformerSettings
 from ktverify.bench.transformer.sizes import presets
-from ktverify.isolation import fresh
+from ktverify.isolation import process
 from tests.bench.test_transformer import TINY
 from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
@@ -117,17 +117,17 @@ def test_the_least_memory_contains_the_saved_tensors() -> None:
 
 def test_the_last_words_of_a_dead_process_are_reported() -> None:
     with pytest.raises(RuntimeError, match=r"the measuring process ended with 1: RuntimeError: .*device type.*: tpus"):
-        list(fresh.lines_of(transformer_measure.__name__, TransformerSettings(size=TINY, device="tpus")))
+        list(process.lines_of(transformer_measure.__name__, TransformerSettings(size=TINY, device="tpus")))
 
 
 def test_a_process_ends_with_its_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(600)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    lines = fresh.lines_of("sleeper", ProcessLine(warmup=0, device="cpu", threads=1))
-    process = psutil.Process(int(next(lines)))
+    lines = process.lines_of("sleeper", ProcessLine(warmup=0, device="cpu", threads=1))
+    sleeper = psutil.Process(int(next(lines)))
     # as an interrupted run does
     lines.close()
-    assert not process.is_running()
+    assert not sleeper.is_running()
 
 
 def test_transformer_command(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_warmup_study_uses_new_processes(tmp_path: Path, monkeypatch: pytest.Mon
         found = lines[min(1, settings.warmup_steps)]
         return [line.model_copy(update={"warmup": settings.warmup_steps}).model_dump_json() for line in found]
 
-    monkeypatch.setattr(fresh, "lines_of", lines_of)
+    monkeypatch.setattr(process, "lines_of", lines_of)
     arguments = ("bench", "transformer", *SIZES, "--warmup-study", "--forward_only", "--out", str(tmp_path / "run"))
     text = ends(call(*arguments), 0)
     assert asked == [0, 1, 2, 5]
