@@ -25,7 +25,7 @@ __all__ = sorted(_ADDRESSES)
 
 
 def __getattr__(name: str) -> Any:
-    from ktverify.system.lazy import lazy_attribute
+    from ktverify.system import lazy_attribute
 
     return lazy_attribute(__name__, _ADDRESSES, name)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 from tests.support.modules import loaded_modules
 
 PACKAGE = ROOT / "ktverify"

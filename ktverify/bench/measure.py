@@ -37,7 +37,7 @@ from ktverify.errors import EngineDied
 from ktverify.isolation import process
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
-from ktverify.system.other_load import OtherLoad
+from ktverify.system.timing import OtherLoad
 
 # an interpreter with torch; the process that measures the ceilings; the share of free memory left to the system
 _PROCESS_BYTES = 500 << 20

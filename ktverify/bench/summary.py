@@ -24,8 +24,7 @@ from ktverify.bench.record import (
 from ktverify.bench.shapes import Work
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.record import VerdictName
-from ktverify.system.clock import Statistics
-from ktverify.system.other_load import BUSY
+from ktverify.system.timing import BUSY, Statistics
 
 # a round of a group: (group, round)
 Round = tuple[int, int]

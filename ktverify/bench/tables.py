@@ -13,9 +13,8 @@ from ktverify.report.grid import Grid
 from ktverify.report.numbers import NOTHING, error, many, number, percent, ratio
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
-from ktverify.system.clock import Statistics
 from ktverify.system.machine import format_bytes
-from ktverify.system.other_load import BUSY
+from ktverify.system.timing import BUSY, Statistics
 
 DIRECTIONS = ("forward", "backward")
 # the phases' names on pages; ktverify/engines/native/phase_times.py has the engine's own

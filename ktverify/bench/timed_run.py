@@ -98,7 +98,7 @@ def disturbed(lines: Iterable[object]) -> list[str]:
 
 def busy(shares: Iterable[float], where: str = "") -> list[str]:
     """The note for shares of the processors, 0 to 1; where: the times that they belong to, if not all."""
-    from ktverify.system.other_load import BUSY
+    from ktverify.system.timing import BUSY
 
     found = list(shares)
     most = max(found, default=0.0)

@@ -16,9 +16,9 @@ from typing import Literal
 import typer
 
 from ktverify.system import machine, optional_peers
+from ktverify.system.files import ROOT, reports_dir
 from ktverify.system.instruction_sets import ISA_FLAGS
 from ktverify.system.machine import EMULATION_VARIABLE, Machine, format_bytes
-from ktverify.system.paths import ROOT
 
 State = Literal["ok", "no", "note"]
 
@@ -258,8 +258,6 @@ def _threads(here: Machine) -> Iterator[Fact]:
 
 
 def _checkout() -> Iterator[Fact]:
-    from ktverify.system.paths import reports_dir
-
     root = reports_dir().parent
     if not (root / "suites").is_dir():
         yield Fact("note", "suites", "no checkout here: repro and verify run, `pytest suites/` does not")

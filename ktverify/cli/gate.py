@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ktverify.cli.options import ReportsDir, RunName
-from ktverify.system.paths import reports_dir
+from ktverify.system.files import reports_dir
 
 
 def gate(

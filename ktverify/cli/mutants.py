@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ktverify.isolation.interrupt import importing, nothing_written
-from ktverify.system.paths import reports_dir
+from ktverify.system.files import reports_dir
 
 
 def mutants(

@@ -48,7 +48,7 @@ from ktverify.isolation.process import (
     serve,
     value_of,
 )
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 
 # what every forked process needs, and what none may have yet
 _ALWAYS = ("torch",)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ktverify.errors import EngineDied, EngineTimeout, RemoteError
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 
 if TYPE_CHECKING:
     import psutil

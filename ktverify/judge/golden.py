@@ -28,8 +28,7 @@ from ktverify.judge.metrics import Difference, compare
 from ktverify.spec.cases import Case, tensors_of
 from ktverify.spec.generator import GENERATOR_VERSION
 from ktverify.spec.names import ALL_TENSORS
-from ktverify.system.files import write_whole
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1

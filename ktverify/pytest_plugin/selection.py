@@ -13,7 +13,7 @@ from ktverify.checks import isas, registry
 from ktverify.checks.isas import Isa
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 
 SUITES = ROOT / "suites"
 ACCURACY_FAMILIES = ("forward", "backward")

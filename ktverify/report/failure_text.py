@@ -5,7 +5,7 @@ from __future__ import annotations
 from ktverify.checks.accuracy import verdict_of
 from ktverify.errors import EngineFailed, GateFailed, NotPassed, PropertyFailed, RemoteError
 from ktverify.isolation.child import raised_by_the_engine
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 
 _FRAME = '  File "'
 # frames of the checks; an engine's own, also the native one's, are shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ktverify.system.clock import Statistics
+from ktverify.system.timing import Statistics
 
 # a cell that has no value
 NOTHING = "–"

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from ktverify.report import style
 from ktverify.report.grid import Grid, delimited, markdown, note_kind
-from ktverify.system.clock import PERCENTILES, Statistics
 from ktverify.system.files import write_whole
+from ktverify.system.timing import PERCENTILES, Statistics
 
 TEMPLATES = Path(__file__).with_name("templates")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ktverify.system.files import write_whole
+from ktverify.system.files import reports_dir, write_whole
 
 
 class JsonLine(BaseModel):
@@ -29,8 +29,6 @@ def new_directory(kind: str = "", reports: str | os.PathLike[str] | None = None)
     kind: bench, profile, transformer …; empty for a run of the suites. reports: the folder (default: that of the
     checkout).
     """
-    from ktverify.system.paths import reports_dir
-
     runs = (Path(reports) if reports is not None else reports_dir()) / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     name = "-".join(filter(None, (time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), kind)))

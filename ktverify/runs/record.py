@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ktverify.runs.jsonl import JsonLine
-from ktverify.system.clock import Statistics
 from ktverify.system.machine import Machine
+from ktverify.system.timing import Statistics
 
 if TYPE_CHECKING:
     from ktverify.judge.gates import Judgement

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ktverify.runs.jsonl import append_line, write_lines
 from ktverify.runs.record import AccuracyRecord, CheckRecord, LatencyRecord, Result, RunRecord, parse_line
-from ktverify.system.paths import reports_dir
+from ktverify.system.files import reports_dir
 
 MERGED = "records.jsonl"
 _PART = re.compile(r"records-.+\.jsonl$")

@@ -1,4 +1,4 @@
-"""Write a file so that it appears whole or not at all.
+"""Where files are, and writing a file so that it appears whole or not at all.
 
 Everything that ktverify writes for other programs to read (records, tables, pages, goldens) goes through `write_whole`:
 a process that is killed leaves either the old file or the new one.
@@ -9,6 +9,18 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+
+# the folder that contains `ktverify/`: a checkout, or site-packages
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def reports_dir() -> Path:
+    """`reports/` of the checkout that contains the current directory; `reports/` in the current directory otherwise."""
+    here = Path.cwd()
+    for directory in (here, *here.parents):
+        if (directory / "suites").is_dir() and (directory / "pyproject.toml").is_file():
+            return directory / "reports"
+    return here / "reports"
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktverify.system.paths import reports_dir
+from ktverify.system.files import reports_dir
 
 
 @dataclass(frozen=True)

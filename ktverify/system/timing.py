@@ -1,8 +1,8 @@
-"""Time calls in this process: calls with names on one time line, and the loop of warm-ups and repeats.
+"""Times in this process: the clock, statistics, the loop of warm-ups and repeats, and the load by other programs.
 
-Whatever is timed in this process is timed here: layers, profiles, transformers, pipelines, and the latency check. The
-module lies in `system`, next to the clock, because `checks` and `bench` both use it and `checks` may not import
-`bench`. The engines of `bench shapes` run in processes of their own, under any Python: bench/host.py reads their clock.
+Times are integer nanoseconds: of time.perf_counter_ns on the CPU, of two events of the stream on CUDA, synchronised
+before and after. The engines of `bench shapes` run in processes of their own, under any Python: bench/host.py times
+them by the same rule, but imports nothing of ktverify.
 """
 
 from __future__ import annotations
@@ -10,16 +10,97 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
+import os
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from ktverify.system.clock import Clock
+import psutil
 
 T = TypeVar("T")
+PERCENTILES = (5, 25, 75, 95)
+# share of the processors that other programs have, from which on a time counts as disturbed
+BUSY = 0.10
+
+# The kernel counts the time of all processors in hundredths of a second. A share measured over less than a tenth of a
+# second is therefore coarse; it is rounded down.
+_GRAIN_S = 0.02
+_LOOK_S = 0.05
+
+
+class Clock:
+    """Times calls on one device, "cpu" or "cuda…"."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.cuda = device.startswith("cuda")
+
+    def time(self, call: Callable[[], object]) -> int:
+        """Nanoseconds that `call` takes, everything that it started being finished."""
+        if self.cuda:
+            return self._events(call)
+        begin = time.perf_counter_ns()
+        call()
+        return time.perf_counter_ns() - begin
+
+    def _events(self, call: Callable[[], object]) -> int:
+        import torch
+
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return int(1e6 * begin.elapsed_time(end))
+
+
+def use_device(device: str) -> None:
+    """Make "cuda:N" the process's present device, whose events the clock takes; "cuda" alone is it already."""
+    index = device.partition(":")[2]
+    if index:
+        import torch
+
+        torch.cuda.set_device(int(index))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of some times, in their unit. std: of a sample (n - 1), 0 of one; percentiles: linear between neighbours."""
+
+    count: int
+    mean: float
+    std: float
+    median: float
+    min: float
+    max: float
+    percentiles: dict[int, float]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Statistics:
+        """ValueError without a value."""
+        if not values:
+            raise ValueError("no time was measured, so there are no statistics")
+        ordered = sorted(values)
+        return cls(
+            count=len(ordered),
+            mean=statistics.fmean(ordered),
+            std=statistics.stdev(ordered) if len(ordered) > 1 else 0.0,
+            median=statistics.median(ordered),
+            min=ordered[0],
+            max=ordered[-1],
+            percentiles={share: _percentile(ordered, share) for share in PERCENTILES},
+        )
+
+
+def _percentile(ordered: Sequence[float], share: float) -> float:
+    place = (len(ordered) - 1) * share / 100
+    low, high = math.floor(place), math.ceil(place)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 @functools.cache
@@ -104,3 +185,56 @@ def time_rounds(
                 with nvtx_range(name):
                     taken[name] = clock.time(call)
         yield number, taken
+
+
+# ---- other programs
+
+
+class Measured(Protocol):
+    """A process that belongs to the measurement."""
+
+    def cpu_ns(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LoadReading:
+    """A moment in seconds, and the processor seconds that other programs have used until then."""
+
+    at: float
+    others: float
+
+    def share_until(self, later: LoadReading) -> float:
+        """The share of all processors, 0 to 1, that other programs had from this moment to the later one."""
+        room = (later.at - self.at) * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, later.others - self.others - _GRAIN_S) / room) if room > 0 else 0.0
+
+
+class OtherLoad:
+    """Separates the processor time of other programs from that of this process and of the processes in `own`."""
+
+    def __init__(self, own: Callable[[], Iterable[Measured]] = tuple) -> None:
+        self.own = own
+        self.began = self.read()
+
+    def read(self) -> LoadReading:
+        own_s = time.process_time() + sum(process.cpu_ns() for process in self.own()) / 1e9
+        return LoadReading(time.monotonic(), busy_seconds() - own_s)
+
+    def share(self, since: LoadReading | None = None) -> float:
+        """The share of all processors that other programs had since `since`, by default since this object was made."""
+        return (since or self.began).share_until(self.read())
+
+    def wait(self, patience_s: float) -> None:
+        """Return once other programs leave the processors alone for a moment, at the latest after `patience_s`."""
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            before = self.read()
+            time.sleep(_LOOK_S)
+            if self.share(before) < BUSY:
+                return
+
+
+def busy_seconds() -> float:
+    """Processor seconds that the machine has spent on anything, all processors together."""
+    times = psutil.cpu_times()._asdict()
+    return float(sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice")))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktverify.system.lazy import lazy_attribute
+from ktverify.system import lazy_attribute
 
 _MODULES = {
     "MOEAMXFunction": "function",

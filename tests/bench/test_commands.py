@@ -45,7 +45,7 @@ def test_the_independent_loop_calls_nothing_of_the_stepper(forward_only: bool, m
 
     for name in ("forward", "backward", "timed"):
         monkeypatch.setattr(measure.Stepper, name, refuse)
-    monkeypatch.setattr("ktverify.system.clock.Clock.time", refuse)
+    monkeypatch.setattr("ktverify.system.timing.Clock.time", refuse)
     assert stepper.loop() > 0
     assert (stepper.model.embedding.weight.grad is None) == forward_only
 

@@ -30,7 +30,7 @@ from ktverify.engines.native.phase_times import Phase, Span, StageTimes
 from ktverify.report import pages
 from ktverify.spec.cases import Case
 from ktverify.system import timing
-from ktverify.system.clock import PERCENTILES, Clock, Statistics
+from ktverify.system.timing import PERCENTILES, Clock, Statistics
 from tests.cli.test_cli import TINY
 from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
@@ -91,7 +91,7 @@ def test_statistics_are_those_of_numpy() -> None:
 
 def test_the_clock_times_the_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([100, 350])
-    monkeypatch.setattr("ktverify.system.clock.time.perf_counter_ns", lambda: next(ticks))
+    monkeypatch.setattr("ktverify.system.timing.time.perf_counter_ns", lambda: next(ticks))
     assert Clock().time(lambda: None) == 250
 
 

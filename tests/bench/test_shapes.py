@@ -24,7 +24,7 @@ from ktverify.isolation.host import module_at
 from ktverify.report.pages import view_markdown
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BACKWARD_TENSORS
-from ktverify.system.other_load import LoadReading
+from ktverify.system.timing import LoadReading
 from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE
 

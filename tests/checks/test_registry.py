@@ -12,7 +12,7 @@ from ktverify.checks.check import ENTERED, Check, Where, check, enter
 from ktverify.checks.target import Target
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 
 CHECKS = registry.checks()
 

@@ -28,7 +28,7 @@ from ktverify.runs.store import load
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
 from ktverify.spec.names import LORA_NAMES
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 from tests.support import broken
 
 RIGHT = "torch_bf16"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ktverify import _native
+from ktverify.system.files import ROOT
 from ktverify.system.instruction_sets import INSTRUCTION_SETS
-from ktverify.system.paths import ROOT
 
 # what a new instruction set touches, as docs/engine.md describes it
 TOUCHED = {

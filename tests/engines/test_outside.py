@@ -17,7 +17,7 @@ from ktverify.checks import isas
 from ktverify.pytest_plugin.selection import judges_an_engine
 from ktverify.runs.record import AccuracyRecord, Result
 from ktverify.runs.store import load
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 from tests.support import unruly
 
 

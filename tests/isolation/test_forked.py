@@ -21,7 +21,7 @@ from ktverify.isolation.calls import call_of
 from ktverify.isolation.forked import Parts
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 from tests.support import unruly
 
 CASE = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"

@@ -21,7 +21,7 @@ from ktverify.cli.main import app
 from ktverify.isolation.interrupt import INTERRUPTED, USUAL
 from ktverify.isolation.process import processes_of
 from ktverify.judge import golden_regenerate
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 from tests.support import unruly
 
 SECONDS = 30.0  # time to end, on a busy machine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from ktverify.system.paths import ROOT
+from ktverify.system.files import ROOT
 
 
 def loaded_modules(statement: str) -> list[str]:

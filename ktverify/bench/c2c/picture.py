@@ -10,8 +10,7 @@ from ktverify.bench.c2c.record import PromptRecord
 from ktverify.bench.c2c.stages import LANES
 from ktverify.bench.c2c.tables import STEP, figure, short, step_times
 from ktverify.report.style import BLUE, GREEN, INK, LILAC, ORANGE, PURPLE, bare, label_x, png
-from ktverify.system.clock import Statistics
-from ktverify.system.timing import TimedCall
+from ktverify.system.timing import Statistics, TimedCall
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,9 +15,7 @@ from ktverify.bench.c2c.projector import Projectors
 from ktverify.bench.c2c.record import C2cSettings, ModelPair, PromptRecord, PromptTiming, Sitting
 from ktverify.bench.timed_run import RunLine
 from ktverify.system import machine
-from ktverify.system.clock import use_device
-from ktverify.system.other_load import OtherLoad
-from ktverify.system.timing import Timeline
+from ktverify.system.timing import OtherLoad, Timeline, use_device
 from ktverify.training.pretrained import DTYPES
 
 WARMUP_TOKENS = 4

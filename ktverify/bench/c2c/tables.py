@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ktverify.bench.c2c.record import STAGE_FIELDS, PromptRecord, PromptTiming
 from ktverify.report.grid import Grid, delimited
 from ktverify.report.numbers import many, number, percent
-from ktverify.system.clock import PERCENTILES, Statistics
+from ktverify.system.timing import PERCENTILES, Statistics
 
 STEP = "decode_step_times_ms"
 # the single numbers of a prompt: its total and all fields of its timing but the list of steps

@@ -15,10 +15,8 @@ from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import weight_bytes
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
-from ktverify.system.clock import Clock
 from ktverify.system.machine import format_bytes, read_machine
-from ktverify.system.other_load import OtherLoad
-from ktverify.system.timing import time_rounds
+from ktverify.system.timing import Clock, OtherLoad, time_rounds
 
 # number of rows that are compared with the oracle; each depends on its own token alone
 CHECKED_ROWS = 16

@@ -16,9 +16,7 @@ from ktverify.bench.timed_run import CeilingLine, OtherLoadLine
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.spec.cases import Case
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
-from ktverify.system.clock import Clock
-from ktverify.system.other_load import OtherLoad
-from ktverify.system.timing import Timeline, nvtx_range
+from ktverify.system.timing import Clock, OtherLoad, Timeline, nvtx_range
 
 # size of the memory that the bandwidth is measured on, well beyond any cache
 READ_BYTES = 1 << 28

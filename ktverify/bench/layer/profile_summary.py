@@ -9,7 +9,7 @@ from ktverify.bench.layer.profile_record import RANGES, CallLine, Line, ProfileL
 from ktverify.bench.shapes import Work
 from ktverify.bench.timed_run import CeilingLine, disturbed
 from ktverify.engines.native.phase_times import Phase, StageTimes
-from ktverify.system.clock import Statistics
+from ktverify.system.timing import Statistics
 
 # the parallel stages by direction, in the order in which a call passes them; without LoRA the last but one of a
 # backward is missing

@@ -16,7 +16,7 @@ from ktverify.bench.layer.record import (
     Varied,
 )
 from ktverify.spec.cases import Case
-from ktverify.system.clock import Statistics
+from ktverify.system.timing import Statistics
 
 FORWARD, BOTH, SAVING, BACKWARD, DIFFERENCE = (
     "forward",

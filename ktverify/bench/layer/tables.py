@@ -13,7 +13,7 @@ from ktverify.report.grid import Grid
 from ktverify.report.numbers import NOTHING, STATISTICS, count, error, number, ratio, statistics_cells
 from ktverify.report.pages import View, statistics_row
 from ktverify.system.machine import format_bytes
-from ktverify.system.other_load import BUSY
+from ktverify.system.timing import BUSY
 
 
 def view(lines: Sequence[Line]) -> View | None:

@@ -15,9 +15,8 @@ from typing import Any
 
 from ktverify.bench.transformer.memory import step_memory, timing_bytes
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerSettings
-from ktverify.system.clock import Clock, use_device
 from ktverify.system.machine import format_bytes
-from ktverify.system.timing import time_rounds
+from ktverify.system.timing import Clock, time_rounds, use_device
 
 
 def check_fits(settings: TransformerSettings) -> None:
@@ -131,7 +130,7 @@ def process_lines(settings: TransformerSettings) -> Iterator[Line]:
     import torch
 
     from ktverify.bench.timed_run import OtherLoadLine
-    from ktverify.system.other_load import OtherLoad
+    from ktverify.system.timing import OtherLoad
 
     use_device(settings.device)
     stepper, warmup = Stepper(settings), settings.warmup_steps
