@@ -8,23 +8,15 @@ import gc
 import torch
 from torch import Tensor
 
-from ktverify.checks.altered_inputs import TOKENS, changed, everywhere
+from ktverify.checks.altered_inputs import TOKENS, changed, everywhere, rows_of
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import check
 from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, judged, raise_for
-from ktverify.checks.target import (
-    MIDDLE,
-    ODD_MIDDLE,
-    SMALL,
-    WIDE,
-    Target,
-    expect,
-    same_bits,
-)
-from ktverify.engines.run import run_layer
+from ktverify.checks.target import MIDDLE, ODD_MIDDLE, SMALL, WIDE, Target, expect, same_bits
+from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.judge import gates, metrics, reference
 from ktverify.spec.cases import Case
-from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
 Tensors = dict[str, Tensor]
@@ -67,13 +59,13 @@ def check_threads(target: Target, case: Case = MIDDLE) -> None:
 def check_company(target: Target) -> None:
     """What a token gets does not depend on which other tokens are in the call.
 
-    Other tokens may change the order of a sum: engines that are `engines.strict` owe no more than that leaves, others
+    Other tokens may change the order of a sum: engines that claim fp32 sums owe no more than that leaves, others
     what the oracle asks of the few alone.
     """
     inputs = make_inputs(MIDDLE)
     whole = target.run(MIDDLE, inputs)
     part = slice(3, 20)
-    few = changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS})
+    few = rows_of(inputs, part)
     found = target.run(MIDDLE, few)
     if not target.strict:
         judged(target, "17 tokens out of 70, by themselves", MIDDLE, found, few)
@@ -81,12 +73,8 @@ def check_company(target: Target) -> None:
     for name in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS):
         apart = metrics.compare(found[name], whole[name][part].double())
         budget = float(gates.tolerances()["tp"]["rel_l2"])
-        target.expect(
-            apart.rel_l2 <= budget,
-            f"{name} of 17 tokens is {apart.rel_l2:.1e} from the same tokens among 70",
-            "tp",
-            apart.rel_l2 / budget,
-        )
+        what = f"{name} of 17 tokens is {apart.rel_l2:.1e} from the same tokens among 70"
+        target.expect(apart.rel_l2 <= budget, what, "tp", apart.rel_l2 / budget)
 
 
 @check(
@@ -126,15 +114,9 @@ def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
             places[tensor.data_ptr()] = where
     for what, buffer, before in guards:
         target.expect(bool(torch.equal(buffer, before)), f"an input was written to, or beside: {what}", "written")
-    for name, tensor in layer_parameters(layer).items():
-        target.expect(
-            same_bits(tensor, watched.lora[name]), f"{name}, the optimizer's, was changed by a call", "written"
-        )
-
-
-def layer_parameters(layer: object) -> Tensors:
-    """The tensors that an optimizer steps, by LORA_NAMES."""
-    return {name: getattr(layer, name).detach() for name in LORA_NAMES}
+    for name in LORA_NAMES:
+        what = f"{name}, the optimizer's, was changed by a call"
+        target.expect(same_bits(getattr(layer, name).detach(), watched.lora[name]), what, "written")
 
 
 @check("behaviour", SAME_BITS, cause=Cause.STALE_VALUES)
@@ -144,23 +126,14 @@ def check_two_layers(target: Target) -> None:
     alone = [target.run(inputs.case, inputs) for inputs in every]
     layers = [target.layer(inputs.case, inputs) for inputs in every]
     for _ in range(2):
-        outputs = [
-            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
-            for layer, inputs in zip(layers, every, strict=True)
-        ]
+        outputs = [forward(layer, inputs, save=True) for layer, inputs in zip(layers, every, strict=True)]
         for index in (1, 0, 2):
-            found = _backward(layers[index], every[index], outputs[index])
+            found = {OUTPUT: outputs[index], **backward_of(layers[index], every[index])}
             target.expect_same_bits(f"layer {index} of three, interleaved", alone[index], found)
     # the buffers of a layer that is gone must not be what another one still uses
     del layers[1]
     gc.collect()
     target.expect_same_bits("after another layer was deleted", alone[0], run_layer(layers[0], every[0]))
-
-
-def _backward(layer: object, inputs: Inputs, output: Tensor) -> Tensors:
-    grad_input, gradients = layer.backward(inputs.grad_output)  # type: ignore[attr-defined]
-    grad_weights: Tensor = layer.grad_weights  # type: ignore[attr-defined]
-    return {OUTPUT: output, GRAD_INPUT: grad_input, **gradients, GRAD_WEIGHTS: grad_weights}
 
 
 @check(
@@ -179,17 +152,15 @@ def check_outstanding_forwards(target: Target) -> None:
     alone = [target.run(MIDDLE, batch) for batch in batches]
     layer = target.layer(MIDDLE, inputs, max_cache_depth=depth)
 
-    def forward(index: int, save: bool = True) -> Tensor:
-        batch = batches[index]
-        output: Tensor = layer.forward_sft(batch.hidden_states, batch.expert_ids, batch.weights, save_for_backward=save)
+    def call(index: int, save: bool = True) -> None:
+        output = forward(layer, batches[index], save=save)
         what, cause = f"output of batch {index} is another with others outstanding", Cause.ORDER
         if not save:
             what, cause = f"{what}, without save_for_backward (is a dropout on?)", Cause.OTHER
         target.expect(same_bits(output, alone[index][OUTPUT]), what, "bits", cause=cause)
-        return output
 
     def backward(index: int) -> None:
-        found = _backward(layer, batches[index], alone[index][OUTPUT])
+        found = {OUTPUT: alone[index][OUTPUT], **backward_of(layer, batches[index])}
         gives = [i for i, other in enumerate(alone) if all(same_bits(other[name], found[name]) for name in GRAD_NAMES)]
         other = f" (it gives the gradients of batch {gives[0]})" if gives and index not in gives else ""
         target.expect_same_bits(f"backward of batch {index}, newest first{other}", alone[index], found)
@@ -197,20 +168,23 @@ def check_outstanding_forwards(target: Target) -> None:
     # 2 and 4 have as many rows: only their order distinguishes them
     for order in ((0, 1, 2), (2, 3, 0), (1, 1, 3), (2, 4, 3)):
         for index in order:
-            forward(index)
-            forward(3, save=False)
+            call(index)
+            call(3, save=False)
         for index in reversed(order):
-            forward(0, save=False)
+            call(0, save=False)
             backward(index)
     # up and down, not only all the way up
-    forward(0)
-    forward(1)
-    backward(1)
-    forward(2)
-    forward(3)
-    backward(3)
-    backward(2)
-    backward(0)
+    for step, index in (
+        (call, 0),
+        (call, 1),
+        (backward, 1),
+        (call, 2),
+        (call, 3),
+        (backward, 3),
+        (backward, 2),
+        (backward, 0),
+    ):
+        step(index)
 
 
 @check("behaviour", "gives memory back; changes no bit at any moment", cause=Cause.ORDER)
@@ -224,9 +198,10 @@ def check_clear_cache(target: Target) -> None:
     layer.clear_sft_buffer_cache()
     layer.clear_sft_buffer_cache()
     target.expect_same_bits("cleared twice between calls", expected, run_layer(layer, inputs))
-    output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    output = forward(layer, inputs, save=True)
     layer.clear_sft_buffer_cache()
-    target.expect_same_bits("cleared between forward and backward", expected, _backward(layer, inputs, output))
+    found = {OUTPUT: output, **backward_of(layer, inputs)}
+    target.expect_same_bits("cleared between forward and backward", expected, found)
 
 
 @check("behaviour", SAME_BITS, cause=Cause.STALE_VALUES, variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}})
@@ -235,7 +210,7 @@ def check_varying_tokens(target: Target, case: Case = MIDDLE) -> None:
     inputs = make_inputs(case)
     layer = target.layer(case, inputs)
     for rows in (70, 1, 0, 33, 2, 70, 16, 31):
-        batch = changed(inputs, **{name: getattr(inputs, name)[:rows] for name in TOKENS})
+        batch = rows_of(inputs, slice(rows))
         target.expect_same_bits(f"{rows} rows", target.run(case, batch), run_layer(layer, batch))
 
 
@@ -253,8 +228,7 @@ def check_gradient_accumulation(target: Target) -> None:
     layer = target.layer(case, inputs)
     total = {name: torch.zeros(inputs.lora[name].shape) for name in LORA_NAMES}
     for begin in range(0, case.qlen, 16):
-        part = slice(begin, begin + 16)
-        found = run_layer(layer, changed(inputs, **{name: getattr(inputs, name)[part] for name in TOKENS}))
+        found = run_layer(layer, rows_of(inputs, slice(begin, begin + 16)))
         for name in LORA_NAMES:
             total[name] += found[f"grad_{name}"].float()
     judged(target, "four micro-batches", case, {f"grad_{name}": tensor for name, tensor in total.items()}, inputs)
@@ -309,19 +283,16 @@ def check_skip_lora(target: Target) -> None:
     method = "AMXBF16_SFT_SkipLoRA"
     found = target.run(MIDDLE, inputs, method=method)
     full = target.run(MIDDLE, inputs)
-    target.expect(
-        same_bits(found[OUTPUT], full[OUTPUT]), f"{method}: the output is another than without SkipLoRA", "bits"
-    )
+    what = f"{method}: the output is another than without SkipLoRA"
+    target.expect(same_bits(found[OUTPUT], full[OUTPUT]), what, "bits")
     for name in GRAD_NAMES:
         target.expect(not bool(found[name].any()), f"{method}: {name} must be zero", "stray")
     oracle = reference.forward_backward(inputs, skip_lora=True)
     plain = Target("torch_bf16").run(MIDDLE, inputs, method=method)
     for name in (GRAD_INPUT, GRAD_WEIGHTS):
         peer = metrics.compare(plain[name], oracle[name]).rel_l2
-        raise_for(
-            method,
-            [gates.judge(MIDDLE, name, metrics.compare(found[name], oracle[name]), peer, gates_off=target.gates_off)],
-        )
+        difference = metrics.compare(found[name], oracle[name])
+        raise_for(method, [gates.judge(MIDDLE, name, difference, peer, gates_off=target.gates_off)])
     whole = reference.forward_backward(inputs)
     apart = metrics.compare(oracle[GRAD_INPUT], whole[GRAD_INPUT]).rel_l2
     expect(apart > gates.tolerances()["check"]["tells"], "the case cannot show whether the LoRA terms are there")

@@ -23,7 +23,7 @@ from torch import Tensor
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Function, Where, check
 from ktverify.checks.target import MIDDLE, SMALL, WIDE, Target, bits, expect, same_bits
-from ktverify.engines.run import run_layer
+from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.isolation.process import processes_of, resident_of
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
@@ -129,20 +129,13 @@ def check_threads_that_share_a_layer(target: Target) -> None:
     weights = batches[0]
     layer = target.layer(MIDDLE, weights)
 
-    def forward(index: int) -> Tensor:
-        batch = batches[index]
-        output: Tensor = layer.forward_sft(
-            batch.hidden_states, batch.expert_ids, batch.weights, save_for_backward=False
-        )
-        return output
-
-    expected = [forward(index) for index in range(4)]
+    expected = [forward(layer, batch, save=False) for batch in batches]
     failed: list[str] = []
 
     def work(index: int) -> None:
         try:
             for _ in range(10):
-                if not same_bits(forward(index), expected[index]):
+                if not same_bits(forward(layer, batches[index], save=False), expected[index]):
                     failed.append(f"thread {index} got other bits")
         except Exception as error:
             failed.append(f"thread {index}: {type(error).__name__}: {error}")
@@ -182,7 +175,7 @@ def check_interpreter_runs_on(target: Target) -> None:
         # a loaded machine may not give the other thread a turn in any single call
         for _ in range(200):
             begin = time.perf_counter()
-            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+            forward(layer, inputs, save=True)
             between = time.perf_counter()
             layer.backward(inputs.grad_output)
             windows += [(begin, between), (between, time.perf_counter())]
@@ -259,13 +252,12 @@ def check_update_while_forward_waits(target: Target) -> None:
     inputs = make_inputs(MIDDLE)
     expected = target.run(MIDDLE, inputs)
     layer = target.layer(MIDDLE, inputs)
-    output = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    output = forward(layer, inputs, save=True)
     with torch.no_grad():
         for name in LORA_NAMES:
             getattr(layer, name).mul_(-1.5)
     layer.update_lora_weights()
-    grad_input, gradients = layer.backward(inputs.grad_output)
-    found = {OUTPUT: output, "grad_input": grad_input, **gradients, "grad_weights": layer.grad_weights}
+    found = {OUTPUT: output, **backward_of(layer, inputs)}
     target.expect_same_bits("update_lora_weights between forward and backward", expected, found)
     changed = replace(inputs, lora={name: getattr(layer, name).detach().clone() for name in LORA_NAMES})
     target.expect_same_bits("the forward after the update", target.run(MIDDLE, changed), run_layer(layer, inputs))
@@ -281,7 +273,7 @@ def check_fork_during_a_call(target: Target) -> None:
 
     def compute() -> None:
         while not stop.is_set():
-            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+            forward(layer, inputs, save=False)
 
     busy = threading.Thread(target=compute)
     busy.start()
@@ -308,7 +300,7 @@ def check_reload_refused_while_forward_waits(target: Target) -> None:
     inputs = make_inputs(SMALL)
     expected = target.run(SMALL, inputs)
     layer = target.layer(SMALL, inputs)
-    layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    forward(layer, inputs, save=True)
     bases = (inputs.slotted("gate_proj"), inputs.slotted("up_proj"), inputs.slotted("down_proj"))
     try:
         layer.load_weights_from_tensors(*bases, inputs.physical_map)
@@ -333,12 +325,12 @@ def check_no_memory_half_way(target: Target) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + extra, hard))
         try:
-            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+            forward(layer, inputs, save=False)
         except MemoryError:
             refused += 1
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        found = layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
+        found = forward(layer, inputs, save=False)
         expect(torch.equal(found, expected), f"other bits after {extra >> 20} MiB were all there was")
     expect(refused > 0, "no limit was low enough: nothing was tried")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.target import SMALL, Target
-from ktverify.engines.run import run_layer
+from ktverify.engines.run import backward_of, run_layer
 from ktverify.errors import Unsupported
 from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES
@@ -181,8 +181,7 @@ def _order() -> Rows:
 
 def _outstanding_still_answers(setup: Setup) -> None:
     """The forward that was outstanding when something was refused has its gradients, and the same bits."""
-    grad_input, gradients = setup.backward()
-    found = {"grad_input": grad_input, **gradients, "grad_weights": setup.layer.grad_weights}
+    found = backward_of(setup.layer, setup.inputs)
     expected = setup.target.run(SMALL, setup.inputs)
     setup.target.expect_same_bits("backward after the refusal", expected, found, tuple(found))
 

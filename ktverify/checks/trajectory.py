@@ -18,7 +18,7 @@ from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, enter
 from ktverify.checks.judging import BUDGET, NUMBERS, judged
 from ktverify.checks.target import Target, expect
-from ktverify.engines.run import run_layer
+from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.errors import GateFailed
 from ktverify.judge import gates, reference
 from ktverify.spec.cases import Case
@@ -103,20 +103,17 @@ def engine_trajectory(target: Target, case: Case, goal: Tensor) -> Trajectory:
     inputs = make_inputs(case)
     layer = target.layer(case, inputs)
 
-    def forward() -> Tensor:
+    def output() -> Tensor:
         # the last loss of the trajectory needs no backward, so nothing may be left outstanding by this
-        output: Tensor = layer.forward_sft(
-            inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False
-        )
-        return output
+        return forward(layer, inputs, save=False)
 
     def backward(grad_output: Tensor) -> dict[str, Tensor]:
-        layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
-        gradients: dict[str, Tensor] = layer.backward(grad_output)[1]
-        return gradients
+        forward(layer, inputs, save=True)
+        inputs.grad_output = grad_output
+        return backward_of(layer, inputs)
 
     parameters = {name: getattr(layer, name) for name in LORA_NAMES}
-    return train(parameters, goal, forward, backward, layer.update_lora_weights)
+    return train(parameters, goal, output, backward, layer.update_lora_weights)
 
 
 def drift(found: Trajectory, oracle: Trajectory) -> Drift:
@@ -200,12 +197,11 @@ def check_update_between(target: Target, case: Case) -> None:
     inputs = make_inputs(case)
     expected = target.run(case, inputs)
     layer = target.layer(case, inputs)
-    layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=True)
+    forward(layer, inputs, save=True)
     with torch.no_grad():
         for name in LORA_NAMES:
             getattr(layer, name).mul_(-3)
-    grad_input, gradients = layer.backward(inputs.grad_output)
-    found = {"grad_input": grad_input, **gradients}
+    found = backward_of(layer, inputs)
     target.expect_same_bits("parameters changed between forward and backward", expected, found, tuple(found))
 
 

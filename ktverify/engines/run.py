@@ -87,13 +87,16 @@ def run_layer(
     result[OUTPUT] = forward(layer, inputs, save=backward)
     if not backward:
         return result
+    result.update(backward_of(layer, inputs))
+    return {name: result[name] for name in ALL_TENSORS}
+
+
+def backward_of(layer: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The gradients of the newest saved forward, by name. KeyError or ValueError unless the LoRA ones are the six."""
     with call_of("backward"):
         grad_input, grad_loras = layer.backward(inputs.grad_output)
         check_grad_names(grad_loras)
-        result[GRAD_INPUT] = grad_input
-        result.update({name: grad_loras[name] for name in GRAD_NAMES})
-        result[GRAD_WEIGHTS] = layer.grad_weights
-    return {name: result[name] for name in ALL_TENSORS}
+        return {GRAD_INPUT: grad_input, **grad_loras, GRAD_WEIGHTS: layer.grad_weights}
 
 
 def check_grad_names(grad_loras: Mapping[str, torch.Tensor]) -> None:
