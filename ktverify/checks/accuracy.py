@@ -38,10 +38,10 @@ TENSORS: dict[str, tuple[str, ...]] = {"forward": (OUTPUT,), "backward": BACKWAR
 MESSAGE = 4000
 
 
-def as_told(error: BaseException, method: str) -> Exception:
-    """What `lost` takes of an engine's exception. Raises what is none: the constructor's, and a lack of memory.
+def crash_or_raise(error: BaseException, method: str) -> Exception:
+    """The exception to record as UNSUPPORTED or CRASH, for what `method` of an engine raised.
 
-    The constructor refuses what it is not made for; sys.exit refuses nothing.
+    Raises it instead where it is not the engine's fault: a refusal by import or constructor, or too little memory.
     """
     if isinstance(error, NotImplementedError | EngineDied):
         return error
@@ -81,7 +81,7 @@ def check_case(
         with CallLog() as calls:
             run_case(factory, case, inputs=problem.inputs, backward=backward, into=result.actual, **target.how)
     except ENGINE_EXCEPTIONS as error:
-        raised = as_told(error, calls.failed)
+        raised = crash_or_raise(error, calls.failed)
     result.actual = {name: tensor.detach() for name, tensor in result.actual.items()}
     duration = time.perf_counter() - started
     for name in [name for name in wanted if name in result.actual]:
@@ -192,13 +192,13 @@ def prepare(case: Case, fresh: bool) -> None:
 
 
 def check_family(target: Target, case: Case, family: str, fresh: bool) -> Result:
-    """The Result of `case` with the tensors of `family`, "forward" or "backward"."""
+    """The Result of `case` with the tensors of `family`, "forward" or "backward": what pytest runs, for its records."""
     how: dict[str, Any] = {"backward": family == "backward", "tensors": TENSORS[family]}
     return check_case(target, case, fresh=fresh, problem=problem_of(case, fresh), **how)
 
 
 def check_tensors(target: Target, case: Case, family: str) -> None:
-    """GateFailed unless every tensor of `family` passes."""
+    """GateFailed unless every tensor of `family` passes: what the registry runs."""
     problem = problem_of(case, False)
     # an engine may write into its inputs; the next one must not get what it wrote
     inputs = replace(problem.inputs, **{name: getattr(problem.inputs, name).clone() for name in TOKENS})

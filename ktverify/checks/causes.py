@@ -30,7 +30,7 @@ class Cause(enum.Enum):
     NON_FINITE = "non_finite"  # an unexpected NaN or Inf, or one that was hidden
     IDS = "ids"  # expert ids of -1, above E - 1, or given twice
     THREADS = "threads"  # results depend on the number of threads or on timing
-    ORDER = "order"  # outstanding forwards are mixed up
+    ORDER = "order"  # a waiting forward is mixed up with another, lost or overwritten
     REFUSAL = "refusal"  # bad input is accepted, or changes the layer
     MEMORY_LAYOUT = "memory_layout"  # strides, addresses, interleaving, writes into the caller's memory
     OTHER = "other"

@@ -34,9 +34,10 @@ class Check:
     reference) that takes a Target, then `case` where there is one, then `arguments`; it raises GateFailed, or what the
     engine raises. contract: the sentence of docs/contract.md that it checks. gates: those of
     `gates.GATES` that it can find exceeded. cause: what its failure suggests; a function may name a better one.
-    confirmable: one forward and backward of `case` shows the failure, so a reproducer of it can be written.
+    confirmable: a reproducer can be written, because one forward and backward of `case` shows the failure.
     tp: the tensor parallel degrees that it runs at. fresh_process: what happened in the process before matters to it.
-    native: asked of the native engine alone. internal: it looks inside that engine, so no other can be asked.
+    native: the contract asks it of the native engine alone, so pytest skips it for others; mutants are asked it all the
+    same. internal: it looks inside the native engine, so no other can be asked.
     drawn: hypothesis draws its case.
     """
 

@@ -69,7 +69,7 @@ def find(id: str) -> Check:
 
 
 def of_any_engine() -> list[Check]:
-    """Those that can be asked of any engine in this process: of the default tier, with a case of their own."""
+    """Those that mutants and diagnose ask: not inside the native engine, no drawn case, default tier only."""
     return [
         one for one in checks() if not (one.internal or one.drawn) and (one.case is None or one.case.tier == "default")
     ]

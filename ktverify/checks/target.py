@@ -148,9 +148,8 @@ def expect_same_bits(
             continue
         places = (bits(a).view(*a.shape, -1) != bits(b).view(*b.shape, -1)).any(-1).nonzero()
         first = tuple(places[0].tolist())
-        wrong.append(
-            f"{name}: {len(places)} of {a.numel()} differ, first {list(first)}: {float(a[first])} {float(b[first])}"
-        )
+        values = f"expected {float(a[first])}, found {float(b[first])}"
+        wrong.append(f"{name}: {len(places)} of {a.numel()} differ, first {list(first)}: {values}")
     if wrong:
         raise GateFailed(f"{what}: the bits differ\n" + "\n".join(wrong), ((gate, math.inf),), cause=cause)
 

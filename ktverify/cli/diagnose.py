@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import CaseText, EngineName, Isa, SomeCase, Tensors, Tp
+from ktverify.cli.options import CaseText, EngineName, Isa, Tensors, Tp
 from ktverify.isolation.interrupt import importing, nothing_written
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def diagnose(
-    case: SomeCase = "small",
+    case: Annotated[
+        list[str] | None, typer.Argument(metavar="CASE", help="a case as repro takes it; with --mutants their names")
+    ] = None,
     engine: EngineName = "native",
     isa: Isa = None,
     tp: Tp = 1,
@@ -34,20 +36,23 @@ def diagnose(
     \b
     Examples:  python -m ktverify diagnose small --engine my_package.layer:make_layer
                python -m ktverify diagnose 'small,T=1' --tensor grad_up_lora_a --json
-               python -m ktverify diagnose --mutants
+               python -m ktverify diagnose --mutants lora_scale_one
 
     Exit code 0: nothing to explain; 1: there is something wrong.
     """
+    given = case or []
     if mutants:
-        _diagnose_mutants()
+        _diagnose_mutants(given)
         return
+    if len(given) > 1:
+        raise ValueError(f"CASE takes one case, got {len(given)}")
     from ktverify.checks.accuracy import check_names
     from ktverify.checks.target import Target
     from ktverify.diagnose.diagnose import diagnose as search
     from ktverify.report.console import make_console
     from ktverify.spec.cases import Case
 
-    parsed = Case.parse(case)
+    parsed = Case.parse(given[0] if given else "small")
     with make_console(stderr=True).status(f"{parsed.id} on {engine}"):
         target = Target(engine, isa, tp, threads=None)
         found = search(parsed, target, tensors=check_names(tensor, True), seconds=120.0)
@@ -63,7 +68,8 @@ def _print(found: Diagnosis, engine: str, tp: int) -> None:
     typer.echo(found.line)
     where = f"{found.case.id}, engine {engine}, TP {tp}"
     wrong = f"over budget: {', '.join(found.failing)}" if found.failing else "every tensor is within its budget"
-    typer.echo(f"{where}: {wrong}; {found.tried} tried")
+    kind = f"; kind of cause: {found.first.cause.value}" if found.first is not None else ""
+    typer.echo(f"{where}: {wrong}; {found.tried} tried{kind}")
     if found.note:
         typer.echo(found.note)
     for line in found.first.details if found.first is not None else ():
@@ -99,16 +105,20 @@ def _as_json(found: Diagnosis, engine: str) -> str:
     return json.dumps(document, indent=2)
 
 
-def _diagnose_mutants() -> None:
-    """Print the first-ranked cause of every mutant. Exit code 1 where fewer than LEAST are right."""
+def _diagnose_mutants(names: list[str]) -> None:
+    """Print the first-ranked cause of every mutant, or of those named. Exit code 1 where fewer than LEAST are right."""
     with importing():
         from ktverify.mutants import MUTANTS
         from ktverify.mutants.diagnosed import LEAST, diagnosed
 
+    unknown = [name for name in names if name not in MUTANTS]
+    if unknown:
+        raise ValueError(f"no mutant is called {unknown[0]}; it takes some of {', '.join(MUTANTS)}")
+    chosen = [MUTANTS[name] for name in names or MUTANTS]
     with nothing_written():
         results = []
-        for number, result in enumerate(diagnosed(MUTANTS.values()), start=1):
-            typer.echo(f"{number}/{len(MUTANTS)} {result.mutant.name}", err=True)
+        for number, result in enumerate(diagnosed(chosen), start=1):
+            typer.echo(f"{number}/{len(chosen)} {result.mutant.name}", err=True)
             typer.echo(result.line)
             results.append(result)
     right = sum(result.right for result in results)

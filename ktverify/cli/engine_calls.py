@@ -153,7 +153,7 @@ def _train(question: Question, tp: int, count: int) -> Found:
                 losses.append(loss)
                 typer.echo(f"TP {tp}, step {len(done):2d}: loss {loss:.6g}", err=True)
     except ENGINE_EXCEPTIONS as error:
-        failure = checking.as_told(error, calls.failed)
+        failure = checking.crash_or_raise(error, calls.failed)
         return checking.lost(failure, names.ALL_TENSORS, target, case, source=_TRAINING_SOURCE, family="training"), []
     problem = loss_problem(losses)
     return worst_of_steps(done), [f"FAIL training at TP {tp}: {problem}"] if problem else []

@@ -14,6 +14,9 @@ EngineName = Annotated[
 ]
 CaseText = Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")]
 SomeCase = Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")]
+CaseOrMutants = Annotated[
+    list[str] | None, typer.Argument(metavar="CASE", help="a case as repro takes it; with --mutants their names")
+]
 Tensors = Annotated[list[str] | None, typer.Option(help="only this tensor; may be given again")]
 Isa = Annotated[str | None, typer.Option(help="force an instruction set; refused where it cannot run")]
 Tp = Annotated[int, typer.Option(help="tensor-parallel degree", min=1)]

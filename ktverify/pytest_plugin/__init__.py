@@ -31,7 +31,7 @@ from ktverify.pytest_plugin.selection import (
     judges_an_engine,
     urgency,
 )
-from ktverify.runs.record import Result
+from ktverify.runs.record import AnyRecord
 from ktverify.spec.cases import Case
 
 __all__ = ["Ask", "each"]
@@ -149,10 +149,10 @@ def children(pytestconfig: pytest.Config) -> Iterator[ChildPool]:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[[Result], None]:
+def record(request: pytest.FixtureRequest) -> Callable[[AnyRecord], None]:
     """Add a record to the run; a test that calls it gets no check record besides."""
 
-    def add(result: Result) -> None:
+    def add(result: AnyRecord) -> None:
         request.node.stash[own_records_key] = True
         recorder = request.config.stash[recording_key].recorder
         assert recorder is not None
@@ -178,7 +178,7 @@ def ask(
     fresh: int | None,
     children: ChildPool,
     about: Callable[[Case | None, int], None],
-    record: Callable[[Result], None],
+    record: Callable[[AnyRecord], None],
 ) -> Ask:
     """Runs checks of the registry on the engine of this run: see Ask."""
 

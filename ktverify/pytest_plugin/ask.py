@@ -17,7 +17,7 @@ from ktverify.diagnose.hook import add_cause
 from ktverify.engines.registry import NATIVE
 from ktverify.errors import NotPassed, Unsupported
 from ktverify.isolation.child import ChildPool
-from ktverify.runs.record import AccuracyRecord, Result
+from ktverify.runs.record import AccuracyRecord, AnyRecord
 from ktverify.spec.cases import Case
 
 
@@ -39,7 +39,7 @@ class Ask:
     fresh: int | None
     children: ChildPool
     about: Callable[[Case | None, int], None]
-    record: Callable[[Result], None]
+    record: Callable[[AnyRecord], None]
     recorded: Callable[[BaseException], None]
 
     def __call__(self, check: Check, isa: Isa | None = None) -> None:

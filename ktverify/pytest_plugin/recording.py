@@ -122,7 +122,8 @@ class Recording:
             report.longrepr = text_of(raised, _repeat(item)) or report.longrepr
         # accuracy and latency tests write records of their own, one per tensor or timing; all others get one per test,
         # and so does a failure that those records do not report
-        recorded = item.stash.get(own_records_key, False) and raised is item.stash.get(recorded_key, None)
+        reported = raised is None or raised is item.stash.get(recorded_key, None)
+        recorded = item.stash.get(own_records_key, False) and reported
         if self.recorder is not None and (report.when == "call" or not report.passed) and not recorded:
             self.recorder.add(self._check_record(item, verdict, message, call.duration))
         return report

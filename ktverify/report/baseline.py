@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ktverify.report.numbers import error
 from ktverify.report.problems import problem_text
 from ktverify.report.tables import base_isa, run_verdict
-from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, Result, VerdictName, worst_first
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, VerdictName, worst_first
 from ktverify.runs.store import Run
 from ktverify.system.files import write_whole
 from ktverify.system.instruction_sets import ISA_FLAGS
@@ -79,7 +79,7 @@ def growth() -> Growth:
     return Growth(factor=float(table["rel_l2_growth"]), floor=float(table["rel_l2_floor"]))
 
 
-def key_of(record: Result) -> str:
+def key_of(record: AnyRecord) -> str:
     """The key of a check: two records with the same key differ in numbers, seed, engine and threads alone."""
     # an emulated instruction set computes the numbers of the real one
     isa = base_isa(record.isa)
@@ -129,7 +129,7 @@ def judge_run(run: Run, baseline: Baseline | None, allowed: Growth | None) -> Ga
 
 
 def _compare(
-    checks: dict[str, Result], baseline: Baseline, allowed: Growth, run: Run, breaks: list[str], notes: list[str]
+    checks: dict[str, AnyRecord], baseline: Baseline, allowed: Growth, run: Run, breaks: list[str], notes: list[str]
 ) -> None:
     """Add to `breaks` and `notes` the checks that the run lacks and the errors that grew."""
     elsewhere: dict[str, int] = {}
@@ -170,9 +170,9 @@ def _beyond_this_machine(isa: str, run: Run) -> bool:
     return base_isa(isa) not in runs
 
 
-def _by_key(run: Run) -> dict[str, Result]:
+def _by_key(run: Run) -> dict[str, AnyRecord]:
     """Records by key; of two records of one check (two seeds), the worse one."""
-    checks: dict[str, Result] = {}
+    checks: dict[str, AnyRecord] = {}
     for record in worst_first(run.records):
         checks.setdefault(key_of(record), record)
     return checks

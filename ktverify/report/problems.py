@@ -12,7 +12,15 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, LatencyRecord, Result, VerdictName, worst_first
+from ktverify.runs.record import (
+    NOT_RUN,
+    AccuracyRecord,
+    AnyRecord,
+    CheckRecord,
+    LatencyRecord,
+    VerdictName,
+    worst_first,
+)
 from ktverify.runs.store import Run
 
 WIDTH = 110
@@ -40,7 +48,7 @@ class FailureGroup:
 
 def problems(run: Run) -> list[FailureGroup]:
     """What did not pass, worst first."""
-    groups: dict[tuple[str, ...], list[Result]] = {}
+    groups: dict[tuple[str, ...], list[AnyRecord]] = {}
     for record in worst_first(run.records):
         if record.verdict not in (*NOT_RUN, "PASS"):
             groups.setdefault(_key(record), []).append(record)
@@ -55,7 +63,7 @@ def group_text(problem: FailureGroup, most: int | None = None) -> str:
     return "\n".join([*lines, f"    {problem.repro}"] if problem.repro else lines)
 
 
-def problem_text(record: Result) -> str:
+def problem_text(record: AnyRecord) -> str:
     """A record that did not pass as one or two lines: what it was, what was found, how to repeat it."""
     what = _name(record)
     found = next((line for line in record.message.splitlines() if line.strip()), "")
@@ -68,14 +76,14 @@ def problem_text(record: Result) -> str:
     return "\n".join(lines)
 
 
-def _name(record: Result) -> str:
+def _name(record: AnyRecord) -> str:
     """What was checked: a case, what was timed of it, or a check's name."""
     if isinstance(record, CheckRecord):
         return record.name
     return f"{record.case} {record.what}" if isinstance(record, LatencyRecord) else record.case
 
 
-def _key(record: Result) -> tuple[str, ...]:
+def _key(record: AnyRecord) -> tuple[str, ...]:
     if record.verdict in ENDED:
         return (record.verdict, record.isa, _NUMBER.sub("#", _cause(record)[0]))
     if isinstance(record, CheckRecord):
@@ -85,7 +93,7 @@ def _key(record: Result) -> tuple[str, ...]:
     return (record.verdict, record.isa, "tensors", record.case, str(record.tp), record.source)
 
 
-def _group(members: list[Result]) -> FailureGroup:
+def _group(members: list[AnyRecord]) -> FailureGroup:
     first = members[0]
     repro = next((record.repro for record in members if record.repro), "")
     if first.verdict in ENDED:
@@ -107,7 +115,7 @@ def _joined(*parts: str) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _cause(record: Result) -> tuple[str, list[str]]:
+def _cause(record: AnyRecord) -> tuple[str, list[str]]:
     """(how it ended, the last words) of a record whose engine returned nothing."""
     lines = [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
     at = next((number for number, line in enumerate(lines) if _LAST_WORDS in line), 0)
@@ -116,7 +124,7 @@ def _cause(record: Result) -> tuple[str, list[str]]:
     return _CALLER.sub("", how.removeprefix("EngineDied: ")).partition(_LAST_WORDS)[0], lines[at + 1 :]
 
 
-def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:
+def _ended(members: Sequence[AnyRecord]) -> tuple[str, list[str]]:
     """(heading, lines) of records that ended in the same way: the last words once, then names by family."""
     how, words = _cause(members[0])
     words = [line for line in words if not line.startswith("pytest ")]
@@ -135,11 +143,11 @@ def _ended(members: Sequence[Result]) -> tuple[str, list[str]]:
     return _times(members) + _joined(members[0].isa, how), lines
 
 
-def _times(members: Sequence[Result]) -> str:
+def _times(members: Sequence[AnyRecord]) -> str:
     return f"× {len(members)} " if len(members) > 1 else ""
 
 
-def _checks(members: Iterable[Result]) -> list[str]:
+def _checks(members: Iterable[AnyRecord]) -> list[str]:
     """A line for each check, its name and what it found; those that found the same share one."""
     same: dict[tuple[str, ...], list[str]] = {}
     for record in members:
@@ -186,6 +194,6 @@ def _short(name: str) -> str:
     return found + "]" if found.count("[") > found.count("]") else found.removesuffix("[engine]")
 
 
-def _message_lines(record: Result) -> list[str]:
+def _message_lines(record: AnyRecord) -> list[str]:
     """The message without the repro command, which is printed below it."""
     return [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]

@@ -15,9 +15,9 @@ from ktverify.runs.record import (
     NOT_RUN,
     VERDICT_ORDER,
     AccuracyRecord,
+    AnyRecord,
     CheckRecord,
     LatencyRecord,
-    Result,
     RunRecord,
     VerdictName,
     worst_first,
@@ -131,9 +131,9 @@ class OverviewRow:
         return f"{used_budget(self.worst.used)} {self.worst.tensor} of {self.worst.case}"
 
 
-def overview(records: Iterable[Result]) -> list[OverviewRow]:
+def overview(records: Iterable[AnyRecord]) -> list[OverviewRow]:
     """One row per (family, ISA), families by name, each family's ISAs best first."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+    groups: dict[tuple[str, str], list[AnyRecord]] = {}
     for record in records:
         groups.setdefault((record.family, record.isa), []).append(record)
     rows = []
@@ -160,7 +160,7 @@ def overview_grid(rows: Sequence[OverviewRow]) -> Grid:
     return Grid.of(cells, "Overview", left=("ISA", NEAREST))
 
 
-def strict_grid(records: Iterable[Result]) -> Grid:
+def strict_grid(records: Iterable[AnyRecord]) -> Grid:
     """rel_l2 of each tensor over the cases on which an engine with fp32 sums has strict limits. No rows for an engine
     that does not claim fp32 sums."""
     gates = [

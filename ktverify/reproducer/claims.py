@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord, Result, VerdictName
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, LatencyRecord, VerdictName
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS
 
@@ -50,7 +50,7 @@ class Claim:
     message: str = field(default="", compare=False)
 
 
-def claims(records: Iterable[Result]) -> list[Claim]:
+def claims(records: Iterable[AnyRecord]) -> list[Claim]:
     """All claims in the order of the run; those of one case run together, first the one about no single tensor."""
     found: dict[tuple[CaseRun, str], Claim] = {}
     for record in records:
@@ -61,13 +61,13 @@ def claims(records: Iterable[Result]) -> list[Claim]:
     return [found[key] for key in keys if key in found]
 
 
-def without_claim(records: Iterable[Result]) -> int:
+def without_claim(records: Iterable[AnyRecord]) -> int:
     """Number of non-passing records that no claim covers."""
     bad = [record for record in records if record.verdict not in (*NOT_RUN, "PASS")]
     return sum(not any(True for _ in _of(record)) for record in bad)
 
 
-def _of(record: Result) -> Iterator[Claim]:
+def _of(record: AnyRecord) -> Iterator[Claim]:
     if record.verdict not in SHOWN or isinstance(record, LatencyRecord) or not record.case:
         return
     where = CaseRun(record.case, record.tp, record.isa)

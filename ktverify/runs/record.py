@@ -173,12 +173,14 @@ class RunRecord(TimedLine):
         return None if self.finished is None else self.finished - self.started
 
 
-Result = AccuracyRecord | LatencyRecord | CheckRecord
+AnyRecord = AccuracyRecord | LatencyRecord | CheckRecord
 
-_ADAPTER: TypeAdapter[RunRecord | Result] = TypeAdapter(Annotated[RunRecord | Result, Field(discriminator="kind")])
+_ADAPTER: TypeAdapter[RunRecord | AnyRecord] = TypeAdapter(
+    Annotated[RunRecord | AnyRecord, Field(discriminator="kind")]
+)
 
 
-def parse_line(text: str) -> RunRecord | Result:
+def parse_line(text: str) -> RunRecord | AnyRecord:
     """The record of one JSON line. Raises ValueError with the first thing that is wrong in it."""
     try:
         return _ADAPTER.validate_json(text)
@@ -211,10 +213,10 @@ def accuracy_record(
     )
 
 
-def worst_first(records: Iterable[Result]) -> list[Result]:
+def worst_first(records: Iterable[AnyRecord]) -> list[AnyRecord]:
     """Sort by verdict, what failed on top; then by how much of the budget was used."""
 
-    def severity(record: Result) -> tuple[int, float]:
+    def severity(record: AnyRecord) -> tuple[int, float]:
         used = record.used if isinstance(record, AccuracyRecord) else 0.0
         return (VERDICT_ORDER.index(record.verdict), -_nan_as_inf(used))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ktverify.runs.jsonl import append_line, write_lines
-from ktverify.runs.record import AccuracyRecord, CheckRecord, LatencyRecord, Result, RunRecord, parse_line
+from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, parse_line
 from ktverify.system.files import reports_dir
 
 MERGED = "records.jsonl"
@@ -30,7 +30,7 @@ class Run:
 
     directory: Path
     head: RunRecord | None
-    records: tuple[Result, ...]
+    records: tuple[AnyRecord, ...]
     torn_lines: int = 0
     parts_read: tuple[str, ...] = field(default=())
 
@@ -64,7 +64,7 @@ class Recorder:
             with self._part.open("ab") as stream:
                 stream.write(b"\n")
 
-    def add(self, record: RunRecord | Result) -> None:
+    def add(self, record: RunRecord | AnyRecord) -> None:
         """Append one record. When this returns the kernel has it, so the process may die right after."""
         if not record.worker and not isinstance(record, RunRecord):
             record = record.model_copy(update={"worker": self.worker})
@@ -101,7 +101,7 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
         raise FileNotFoundError(f"no run in {directory}: it has neither {MERGED} nor records-*.jsonl")
     heads: list[RunRecord] = []
     # a controller that is killed between merging and removing the parts leaves lines twice: equal lines are one record
-    results: dict[str, Result] = {}
+    results: dict[str, AnyRecord] = {}
     torn = 0
     for path in merged + parts:
         for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):

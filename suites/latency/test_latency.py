@@ -15,7 +15,7 @@ from ktverify.checks import isas, latency
 from ktverify.checks.target import Target
 from ktverify.errors import Unsupported
 from ktverify.pytest_plugin import Ask
-from ktverify.runs.record import Result
+from ktverify.runs.record import AnyRecord
 from ktverify.spec.cases import Case
 
 # DeepSeek-V2-Lite's layer, whole
@@ -25,7 +25,7 @@ DEGREES = (1, 2)
 
 @pytest.mark.latency
 @pytest.mark.slow
-def test_layer(ask: Ask, record: Callable[[Result], None]) -> None:
+def test_layer(ask: Ask, record: Callable[[AnyRecord], None]) -> None:
     isa = isas.planned(ask.engine, ask.chosen_isa)[0]
     if isa.emulated:
         pytest.skip("AMX is emulated here, its times mean nothing")

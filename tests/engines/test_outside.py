@@ -15,7 +15,7 @@ import pytest
 
 from ktverify.checks import isas
 from ktverify.pytest_plugin.selection import judges_an_engine
-from ktverify.runs.record import AccuracyRecord, Result
+from ktverify.runs.record import AccuracyRecord, AnyRecord
 from ktverify.runs.store import load
 from ktverify.system.files import ROOT
 from tests.support import unruly
@@ -29,7 +29,7 @@ def judge(run_dir: Path, *arguments: str, folder: Path = ROOT) -> subprocess.Com
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def what(record: Result) -> str:
+def what(record: AnyRecord) -> str:
     """A short name of what a record judges."""
     if isinstance(record, AccuracyRecord):
         return f"{record.family} {record.case.partition('@')[0]}"

@@ -164,7 +164,7 @@ def _result() -> KillTable:
 
 def test_surviving_mutant_fails_the_verdict() -> None:
     result = _result()
-    assert verdict_line(result) == "FAIL 2 of 3 mutants killed by 3 checks"
+    assert verdict_line(result) == "FAIL 2 of 3 mutants killed, 3 checks asked"
     assert result.alive == ["never_the_same"]
     assert result.idle_gates == ["bits"]
     assert worst(result.kills["lora_scale_one"]).used == 34.0

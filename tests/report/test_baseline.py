@@ -20,7 +20,7 @@ from ktverify.report.baseline import (
 )
 from ktverify.report.style import CONSOLE_STYLES
 from ktverify.runs import store
-from ktverify.runs.record import VERDICT_ORDER, Result, VerdictName
+from ktverify.runs.record import VERDICT_ORDER, AnyRecord, VerdictName
 from ktverify.system.machine import Machine
 from tests.support.records import MACHINE, accuracy, check, latency, write
 
@@ -43,7 +43,7 @@ def test_gates_records_and_pages_know_the_same_verdicts() -> None:
     assert names == set(VERDICT_ORDER) == set(tables.OVERVIEW_VERDICTS) == set(CONSOLE_STYLES) - {"WARNING"}
 
 
-BREAKS: dict[str, tuple[list[Result], int, str]] = {
+BREAKS: dict[str, tuple[list[AnyRecord], int, str]] = {
     **{
         verdict: (
             [accuracy(), check(), check(verdict, "test_broken")],
@@ -74,13 +74,13 @@ def test_what_breaks_a_run(name: str, tmp_path: Path) -> None:
     assert text in report.breaks[0]
 
 
-def baseline_of(tmp_path: Path, records: list[Result]) -> Baseline:
+def baseline_of(tmp_path: Path, records: list[AnyRecord]) -> Baseline:
     write_baseline(write(tmp_path / "base", records), tmp_path / "baseline.json")
     return read_baseline(tmp_path / "baseline.json")
 
 
 def test_a_run_passes_against_its_own_baseline(tmp_path: Path) -> None:
-    records: list[Result] = [accuracy(), accuracy(0.0, isa="scalar"), latency(), check(), check("SKIP", "test_tp")]
+    records: list[AnyRecord] = [accuracy(), accuracy(0.0, isa="scalar"), latency(), check(), check("SKIP", "test_tp")]
     baseline = baseline_of(tmp_path, records)
     assert len(baseline.checks) == 5
     assert gated(write(tmp_path / "run", records), baseline).passed
@@ -88,7 +88,7 @@ def test_a_run_passes_against_its_own_baseline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_a_check_missing_against_the_baseline_flips_the_gate(missing: int, tmp_path: Path) -> None:
-    records: list[Result] = [accuracy(), latency(), check()]
+    records: list[AnyRecord] = [accuracy(), latency(), check()]
     baseline = baseline_of(tmp_path, records)
     report = gated(write(tmp_path / "run", records[:missing] + records[missing + 1 :]), baseline)
     assert report.breaks == (f"missing: {key_of(records[missing])} (it was PASS in the baseline)",)
@@ -134,7 +134,7 @@ def test_skip_breaks_only_where_the_baseline_passed(tmp_path: Path) -> None:
 
 
 def test_an_isa_that_the_machine_lacks_is_noted_and_does_not_break(tmp_path: Path) -> None:
-    records: list[Result] = [accuracy(), accuracy(isa="avx512_bf16"), accuracy(isa="amx_bf16 (emulated)")]
+    records: list[AnyRecord] = [accuracy(), accuracy(isa="avx512_bf16"), accuracy(isa="amx_bf16 (emulated)")]
     baseline = baseline_of(tmp_path, records)
     run = write(tmp_path / "run", records[:1])
     assert len(gated(run, baseline).breaks) == 2  # this machine has AVX-512, and AMX can be emulated on it

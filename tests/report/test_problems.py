@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ktverify.report import problems, tables
-from ktverify.runs.record import AccuracyRecord, CheckRecord, Result
+from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord
 from ktverify.spec.names import ALL_TENSORS
 from tests.support.pages import markdown_rows
 from tests.support.records import accuracy, write
@@ -22,7 +22,7 @@ def dead(family: str, case: str, tensor: str, number: int) -> AccuracyRecord:
     )  # fmt: skip
 
 
-def dead_checks() -> list[Result]:
+def dead_checks() -> list[AnyRecord]:
     """Two checks that ended in the same way, reported by the suite's own processes, and one that ended in another."""
     words = LAST_WORDS.format(number=77)
     return [
@@ -40,7 +40,9 @@ def dead_checks() -> list[Result]:
 
 def test_what_ended_in_the_same_way_is_one_group(tmp_path: Path) -> None:
     cases = [f"tail_h{width}@seed=0" for width in range(31)]
-    records: list[Result] = [dead("backward", case, name, at) for at, case in enumerate(cases) for name in ALL_TENSORS]
+    records: list[AnyRecord] = [
+        dead("backward", case, name, at) for at, case in enumerate(cases) for name in ALL_TENSORS
+    ]
     records += [dead("forward", case, "output", at) for at, case in enumerate(cases)]
     run = write(tmp_path / "run", records + dead_checks())
     found, other = problems.problems(run)
@@ -63,7 +65,7 @@ def test_what_ended_in_the_same_way_is_one_group(tmp_path: Path) -> None:
 
 
 def test_failing_tensors_of_a_case_have_one_command(tmp_path: Path) -> None:
-    records: list[Result] = [
+    records: list[AnyRecord] = [
         accuracy(3e-2, tensor=tensor, family=family)
         for tensor, family in (("output", "forward"), ("grad_input", "backward"), ("grad_up_lora_a", "backward"))
     ]
@@ -77,7 +79,7 @@ def test_checks_that_found_the_same_share_a_line(tmp_path: Path) -> None:
     def failed(name: str, message: str) -> CheckRecord:
         return CheckRecord(family="contract", engine="native", name=name, verdict="FAIL", message=message)
 
-    records: list[Result] = [
+    records: list[AnyRecord] = [
         failed(f"test_refused[{name}]", f"{name}: was accepted") for name in ("gate_proj shape", "expert id 6")
     ]
     records += [failed("test_behaviour[engine-reload]", "the bits differ\n" + "\n".join("abcdef"))]

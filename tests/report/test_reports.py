@@ -16,7 +16,7 @@ import pytest
 
 from ktverify.report import baseline, console, plots, run_pages, tables
 from ktverify.runs import store
-from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, GateRecord, Result, parse_line, worst_first
+from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, AnyRecord, GateRecord, parse_line, worst_first
 from ktverify.spec.names import ALL_TENSORS
 from tests.support.pages import Page, markdown_rows
 from tests.support.records import accuracy, check, latency, write
@@ -52,7 +52,7 @@ def test_deciding_gate_is_the_failed_one_and_never_how_alive_the_inputs_are() ->
 
 
 def test_worst_first() -> None:
-    records: list[Result] = [
+    records: list[AnyRecord] = [
         accuracy(1e-3),
         accuracy(verdict="SKIP"),
         accuracy(3.9e-3),
@@ -174,7 +174,7 @@ def test_a_run_without_a_result_is_never_the_latest(tmp_path: Path) -> None:
 
 def some_run(directory: Path) -> store.Run:
     """A run that has something of everything; 40 tensors, so that the HTML page folds its long table."""
-    records: list[Result] = [accuracy(1e-3 + 6e-5 * i, tensor=t) for i, t in enumerate(ALL_TENSORS * 4)]
+    records: list[AnyRecord] = [accuracy(1e-3 + 6e-5 * i, tensor=t) for i, t in enumerate(ALL_TENSORS * 4)]
     records += [accuracy(0.0, tensor=t, family="exact") for t in ALL_TENSORS]
     records += [accuracy(3.1e-2, tensor="grad_up_lora_a", case="E=8,k=2,H=64,I=96,T=33,r=4,alpha=8@seed=7")]
     records += [accuracy(verdict="SKIP", isa="amx_bf16"), check(), check("CRASH", "test_refusal[a|b <i>]"), latency()]
@@ -311,7 +311,7 @@ def test_plots_show_every_record(tmp_path: Path) -> None:
     ],
     ids=["empty", "skip", "exact", "nan", "inf", "no samples", "one sample", "crash"],
 )
-def test_pages_of_runs_with_few_records(records: list[Result], tmp_path: Path) -> None:
+def test_pages_of_runs_with_few_records(records: list[AnyRecord], tmp_path: Path) -> None:
     run = write(tmp_path / "run", records)
     run_pages.write_run(run)
     for name in ("accuracy.md", "latency.md", "report.html"):

@@ -13,7 +13,7 @@ from ktverify.cli.main import app
 from ktverify.reproducer import confirm as confirming
 from ktverify.reproducer.bundle import script_of
 from ktverify.reproducer.claims import CaseRun, Claim, claims, without_claim
-from ktverify.runs.record import AccuracyRecord, CheckRecord, Result
+from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord
 from ktverify.runs.store import load, start_run
 from ktverify.spec.cases import Case
 from tests.support import doubling
@@ -39,7 +39,7 @@ def ended(tokens: int, verdict: str, message: str) -> CheckRecord:
     )  # fmt: skip
 
 
-def write(directory: Path, records: list[Result], engine: str = ENGINE) -> Path:
+def write(directory: Path, records: list[AnyRecord], engine: str = ENGINE) -> Path:
     recorder = start_run(directory, engine, "pytest")
     for record in records:
         recorder.add(record)

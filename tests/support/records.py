@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from ktverify.runs import store
-from ktverify.runs.record import AccuracyRecord, CheckRecord, GateRecord, LatencyRecord, Result, RunRecord, VerdictName
+from ktverify.runs.record import (
+    AccuracyRecord,
+    AnyRecord,
+    CheckRecord,
+    GateRecord,
+    LatencyRecord,
+    RunRecord,
+    VerdictName,
+)
 from ktverify.system.machine import Amx, Machine, NumaNode
 
 MACHINE = Machine(
@@ -82,7 +90,7 @@ def check(verdict: VerdictName = "PASS", name: str = "test_refusal[rank]") -> Ch
     return CheckRecord(family="contract", engine="native", name=name, verdict=verdict, message="the reason")
 
 
-def write(directory: Path, records: list[Result], exit_status: int = 0) -> store.Run:
+def write(directory: Path, records: list[AnyRecord], exit_status: int = 0) -> store.Run:
     """A finished run of `records` in `directory`, without its pages."""
     head = RunRecord(
         stamp=directory.name,
