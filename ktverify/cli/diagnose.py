@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import CaseText, EngineName, Isa, Tensors, Tp
+from ktverify.cli.options import CaseOrMutants, CaseText, EngineName, Isa, Tensors, Tp
 from ktverify.isolation.interrupt import importing, nothing_written
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 def diagnose(
-    case: Annotated[
-        list[str] | None, typer.Argument(metavar="CASE", help="a case as repro takes it; with --mutants their names")
-    ] = None,
+    case: CaseOrMutants = None,
     engine: EngineName = "native",
     isa: Isa = None,
     tp: Tp = 1,

@@ -15,10 +15,10 @@ COMMAND = "python -m ktverify mutants"
 
 
 def verdict_line(result: KillTable) -> str:
-    """`PASS 106 of 106 mutants killed by 407 checks`."""
+    """`PASS 106 of 106 mutants killed, 410 checks asked`."""
     killed = len(result.kills) - len(result.alive)
     word = "PASS" if not result.alive else "FAIL"
-    return f"{word} {killed} of {len(result.kills)} mutants killed by {result.checks} checks"
+    return f"{word} {killed} of {len(result.kills)} mutants killed, {result.checks} checks asked"
 
 
 def gates_line(result: KillTable) -> str:
