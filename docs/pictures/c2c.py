@@ -1,6 +1,6 @@
 """Remakes the pictures of docs/c2c.md: `python docs/pictures/c2c.py`.
 
-Comes in: nothing; it makes two tiny models and times them in a temporary folder. Goes out: c2c_*.png beside this file,
+Input: none; it makes two tiny models and times them in a temporary folder. Output: c2c_*.png beside this file,
 what the commands print as a terminal would show it. A few colours are enough for each: together they stay below 100 kB.
 """
 
