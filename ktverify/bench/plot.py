@@ -37,11 +37,8 @@ def draw(summaries: Sequence[ShapeSummary]) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    names: dict[str, str] = {}
-    for summary in summaries:
-        for engine in summary.engines:
-            if "forward" in engine.timings:
-                names.setdefault(engine.line.engine, engine_title(engine))
+    timed = [engine for summary in summaries for engine in summary.engines if "forward" in engine.timings]
+    names = {engine.line.engine: engine_title(engine) for engine in timed}
     rows = [s for s in summaries if "forward" in s.rooflines and any("forward" in e.timings for e in s.engines)]
     if not rows or not names:
         return None

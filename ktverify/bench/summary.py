@@ -46,20 +46,11 @@ class EngineTiming:
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """One engine at one shape. timings: of forward, forward_saving and backward, those that were measured; errors:
-    rel_l2, of the gradients the worst."""
+    """One engine at one shape. timings: of forward, forward_saving and backward, those that were measured."""
 
     line: EngineLine
     timings: dict[str, EngineTiming]
     backward_over_forward: Statistics | None
-
-    @property
-    def output_error(self) -> float | None:
-        return self.line.rel_l2.get("output")
-
-    @property
-    def gradient_error(self) -> float | None:
-        return max((value for name, value in self.line.rel_l2.items() if name != "output"), default=None)
 
     def verdict(self, what: str) -> VerdictName:
         found: VerdictName = getattr(self.line, what)
@@ -97,9 +88,6 @@ class ShapeSummary:
     def engine(self, name: str) -> EngineSummary | None:
         return next((engine for engine in self.engines if engine.line.engine == name), None)
 
-    def resident(self, engine: EngineSummary) -> float | None:
-        return engine.line.resident / self.shape.weight_bytes if engine.line.resident else None
-
 
 def spread(values: Iterable[float]) -> Statistics | None:
     """None without a value."""
@@ -112,7 +100,7 @@ def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
     head = next((line for line in lines if isinstance(line, HeadLine)), None)
     order = {name: place for place, name in enumerate(head.engines)} if head is not None else {}
     found = []
-    for shape in [line for line in lines if isinstance(line, ShapeLine)]:
+    for shape in (line for line in lines if isinstance(line, ShapeLine)):
         mine = [line for line in lines if not isinstance(line, HeadLine | ShapeLine) and line.shape == shape.shape]
         for run in sorted({line.run for line in mine}):
             found.append(_summary(shape, run, [line for line in mine if line.run == run], order))
@@ -146,9 +134,8 @@ def _summary(
     def timing(engine: str, what: str) -> EngineTiming | None:
         at = times[engine, what]
         ms = spread(at.values())
-        if ms is None or states[engine].forward != "PASS":
-            return None
-        if what != "forward" and states[engine].backward != "PASS":
+        state = states[engine]
+        if ms is None or state.forward != "PASS" or (what != "forward" and state.backward != "PASS"):
             return None
         own = times[OWN, what] if OWN in states and states[OWN].forward == "PASS" else {}
         return EngineTiming(ms, _ratio(at, own), _ratio(at, bounds[what]))

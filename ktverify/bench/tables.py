@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from ktverify.bench.engines import OWN
 from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary
+from ktverify.bench.timed_run import run_pairs
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.report.grid import Grid
 from ktverify.report.numbers import NOTHING, error, many, number, percent, ratio
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
+from ktverify.spec.names import OUTPUT
 from ktverify.system.machine import format_bytes
 from ktverify.system.timing import BUSY, Statistics
 
@@ -125,23 +127,19 @@ def _engine_row(summary: ShapeSummary, engine: EngineSummary) -> tuple[str, ...]
         if what == "forward":
             saving = engine.timings.get("forward_saving")
             cells.append(number(saving.ms.median) if saving is not None else NOTHING)
-    resident = summary.resident(engine)
-    return (
-        *cells,
-        _median(engine.backward_over_forward),
-        ratio(resident) if resident is not None else NOTHING,
-        *(NOTHING if found is None else error(found, 1) for found in (engine.output_error, engine.gradient_error)),
-    )
+    line = engine.line
+    resident = ratio(line.resident / summary.shape.weight_bytes) if line.resident else NOTHING
+    gradients = [value for name, value in line.rel_l2.items() if name != OUTPUT]
+    errors = (line.rel_l2.get(OUTPUT), max(gradients, default=None))
+    texts = (NOTHING if found is None else error(found, 1) for found in errors)
+    return (*cells, _median(engine.backward_over_forward), resident, *texts)
 
 
 def problems(summary: ShapeSummary) -> list[str]:
     """A line for each engine that was not timed, or only in part: which, and why."""
-    lines = []
-    for engine in summary.engines:
-        if engine.line.reason:
-            verdict = engine.line.forward if engine.line.forward != "PASS" else engine.line.backward
-            lines.append(f"{verdict} {engine.line.title}: {engine.line.reason}")
-    return lines
+    lines = [engine.line for engine in summary.engines if engine.line.reason]
+    verdicts = [line.forward if line.forward != "PASS" else line.backward for line in lines]
+    return [f"{word} {line.title}: {line.reason}" for word, line in zip(verdicts, lines, strict=True)]
 
 
 def warnings(summary: ShapeSummary) -> list[str]:
@@ -161,11 +159,8 @@ def warnings(summary: ShapeSummary) -> list[str]:
 
 def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
     """All shapes, forward or backward: the native engine's median, and how many times longer each peer takes."""
-    names: dict[str, str] = {}
-    for summary in summaries:
-        for engine in summary.engines:
-            names.setdefault(engine.line.engine, engine_title(engine))
-    peers = [name for name in names if name != OWN]
+    engines = [engine for summary in summaries for engine in summary.engines]
+    peers = {engine.line.engine: engine_title(engine) for engine in engines if engine.line.engine != OWN}
     cells = []
     for summary in summaries:
         own = summary.engine(OWN)
@@ -182,7 +177,7 @@ def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
             found = None if peer is None else peer.timings.get(what)
             row.append(_median(found.against_own) if found is not None else _word(peer, what))
         cells.append(tuple(row))
-    headings = ("shape", "roofline ms", "native ms", "x roofline", *(f"{names[name]} / native" for name in peers))
+    headings = ("shape", "roofline ms", "native ms", "x roofline", *(f"{title} / native" for title in peers.values()))
     return Grid(what, (), headings, tuple(cells))
 
 
@@ -232,26 +227,19 @@ def stage_note(times: StageTimes) -> str:
 
 def stage_rows(times: StageTimes, multiply: float, read: float) -> list[tuple[str, ...]]:
     """A row of STAGE_HEADINGS for each phase, and one for all. multiply, read: ceilings per second, 0 if not known."""
-    rows = [
-        _stage_row(PHASES[phase.name], phase.wall_ns, times.wall_ns, phase.flops, phase.bytes, multiply, read)
-        for phase in times.phases
-    ]
-    total = (sum(phase.flops for phase in times.phases), sum(phase.bytes for phase in times.phases))
-    rows.append(_stage_row("all", times.wall_ns, times.wall_ns, *total, multiply, read))
-    return rows
 
-
-def _stage_row(
-    name: str, ns: float, wall_ns: float, flops: float, bytes_: float, multiply: float, read: float
-) -> tuple[str, ...]:
-    """One phase: its part of the wall time, and its rates (operations and bytes per ns are GFLOP/s and GB/s)."""
-
-    def rate(amount: float, ceiling: float) -> tuple[str, str]:
+    def rate(amount: float, ns: float, ceiling: float) -> tuple[str, str]:
+        # operations and bytes per ns are GFLOP/s and GB/s
         if amount == 0 or ns == 0:
             return NOTHING, NOTHING
         return number(amount / ns), percent(1e9 * amount / ns / ceiling, 0) if ceiling else NOTHING
 
-    return (name, number(ns / 1e6), percent(ns / wall_ns), *rate(flops, multiply), *rate(bytes_, read))
+    works = [(PHASES[phase.name], phase.wall_ns, phase.flops, phase.bytes) for phase in times.phases]
+    works.append(("all", times.wall_ns, sum(work[2] for work in works), sum(work[3] for work in works)))
+    return [
+        (name, number(ns / 1e6), percent(ns / times.wall_ns), *rate(flops, ns, multiply), *rate(bytes_, ns, read))
+        for name, ns, flops, bytes_ in works
+    ]
 
 
 # ---- the run
@@ -259,29 +247,30 @@ def _stage_row(
 
 def head_pairs(head: HeadLine) -> list[tuple[str, str]]:
     """(name, value) lines about the run."""
-    versions = ", ".join(f"{name} {version}" for name, version in head.machine.versions.items() if name != "compiler")
     forced = f", all forced to {head.isa}" if head.isa else ""
-    return [
-        ("run", f"{head.stamp}, {head.commit or 'no checkout'}"),
-        (
-            "machine",
-            f"{head.machine.cpu}, {many(head.threads, 'thread')}, {format_bytes(head.machine.memory_bytes)}{forced}",
-        ),
-        ("versions", versions),
-        ("method", f"{head.rounds} interleaved rounds after {head.warmup} to warm up; medians, ratios round by round"),
-        ("command", head.command),
-    ]
+    memory = f"{format_bytes(head.machine.memory_bytes)}{forced}"
+    method = f"{head.rounds} interleaved rounds after {head.warmup} to warm up; medians, ratios round by round"
+    run, _, versions, command = run_pairs(head)
+    machine = f"{head.machine.cpu}, {many(head.threads, 'thread')}, {memory}"
+    return [run, ("machine", machine), versions, ("method", method), command]
 
 
 def rows(summaries: Sequence[ShapeSummary]) -> list[dict[str, object]]:
     """A row for each shape, engine and kind of call that was timed: milliseconds and ratios."""
-    found: list[dict[str, object]] = []
-    for summary in summaries:
-        for engine in summary.engines:
-            for what, timing in engine.timings.items():
-                over, against = timing.over_roofline, timing.against_own
-                row = {"shape": summary.shape.shape, "run": summary.run, "engine": engine.line.engine, "what": what}
-                spread = {"count": timing.ms.count, "median": timing.ms.median, "p25": timing.ms.percentiles[25]}
-                ratios = {"x_roofline": over.median if over else "", "x_native": against.median if against else ""}
-                found.append({**row, "unit": "ms", **spread, "p75": timing.ms.percentiles[75], **ratios})
-    return found
+    return [
+        {
+            "shape": summary.shape.shape,
+            "run": summary.run,
+            "engine": engine.line.engine,
+            "what": what,
+            "unit": "ms",
+            "count": timing.ms.count,
+            "median": timing.ms.median,
+            **{f"p{share}": timing.ms.percentiles[share] for share in (25, 75)},
+            "x_roofline": timing.over_roofline.median if timing.over_roofline else "",
+            "x_native": timing.against_own.median if timing.against_own else "",
+        }
+        for summary in summaries
+        for engine in summary.engines
+        for what, timing in engine.timings.items()
+    ]

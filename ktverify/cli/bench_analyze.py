@@ -27,7 +27,7 @@ def analyze(
     """
     from dataclasses import asdict
 
-    from ktverify.bench.c2c import picture, store, tables
+    from ktverify.bench.c2c import store, views
     from ktverify.report.console import make_console, print_grids
     from ktverify.report.grid import markdown
     from ktverify.system.files import write_whole
@@ -35,17 +35,17 @@ def analyze(
     records = [record for path in files for record in store.read_records(path)]
     if not records:
         raise ValueError(f"{', '.join(map(str, files))}: there is no whole record")
-    slowest = tables.slowest(records)
+    slowest = views.slowest(records)
     grids = [
-        tables.distribution_grid(records, store.notes(files)),
-        tables.prompts_grid(f"the slowest {len(slowest)}", slowest),
+        views.distribution_grid(records, store.notes(files)),
+        views.prompts_grid(f"the slowest {len(slowest)}", slowest),
     ]
     home = files[0].parent if out is None else out
     stem = home / files[0].name
     files_of: dict[str, str | bytes] = {
-        ".analysis.csv": tables.prompt_table(records, ","),
+        ".analysis.csv": views.prompt_table(records, ","),
         ".analysis.md": "\n\n".join(map(markdown, grids)) + "\n",
-        ".analysis.png": picture.draw_histogram(records),
+        ".analysis.png": views.draw_histogram(records),
     }
     written = [write_whole(store.beside(stem, ending), content) for ending, content in files_of.items()]
     if not as_json:
@@ -53,7 +53,7 @@ def analyze(
         return
     found = {
         "records": len(records),
-        "statistics": {name: asdict(statistics) for name, statistics in tables.distribution(records).items()},
+        "statistics": {name: asdict(statistics) for name, statistics in views.distribution(records).items()},
         "slowest": [{"id": record.id, "total_ms": record.timing.total_ms} for record in slowest],
         "written": [str(path) for path in written],
     }

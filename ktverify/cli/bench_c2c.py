@@ -60,7 +60,7 @@ def single(
     if path.exists():
         raise ValueError(f"{path} exists: remove it or name another --output")
     _quiet()
-    from ktverify.bench.c2c.one import run_single, show_single
+    from ktverify.bench.c2c.single import run_single, show_single
 
     with _status(f"{base_model} taught by {teacher_model}"):
         found = run_single(chosen, text, projectors, path, warmups=warmup_steps, profile_tokens=profile_tokens)
@@ -156,11 +156,11 @@ def merge(
     \b
     Example:  python -m ktverify bench c2c merge part1.jsonl part2.jsonl --output whole.jsonl
     """
-    from ktverify.bench.c2c import store, tables
+    from ktverify.bench.c2c import store, views
     from ktverify.system.files import write_whole
 
     joined = store.merge(files, output)
-    write_whole(store.beside(output, ".tsv"), tables.prompt_table(joined, "\t"))
+    write_whole(store.beside(output, ".tsv"), views.prompt_table(joined, "\t"))
     if as_json:
         typer.echo(json.dumps({"output": str(output), "records": len(joined)}))
     else:
@@ -233,7 +233,7 @@ def _run(
     """Time the prompts that are not yet in the file; print tables of the whole file."""
     _quiet()
     from ktverify.bench.c2c.run import PromptRun, check, load
-    from ktverify.bench.c2c.tables import progress_line, short
+    from ktverify.bench.c2c.views import progress_line, short
     from ktverify.report.console import ProgressBar
 
     check(settings)
@@ -266,18 +266,18 @@ def _run(
 def _conclude(records: Sequence[PromptRecord], path: Path, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from ktverify.bench.c2c import store, tables
+    from ktverify.bench.c2c import store, views
     from ktverify.report.console import make_console, print_grids
     from ktverify.system.files import write_whole
 
-    written = [path, write_whole(store.beside(path, ".tsv"), tables.prompt_table(records, "\t")), store.info_path(path)]
+    written = [path, write_whole(store.beside(path, ".tsv"), views.prompt_table(records, "\t")), store.info_path(path)]
     if as_json:
-        statistics = {name: asdict(found) for name, found in tables.distribution(records).items()}
+        statistics = {name: asdict(found) for name, found in views.distribution(records).items()}
         typer.echo(json.dumps({"output": str(path), "records": len(records), "statistics": statistics}))
         return
-    grids = [tables.distribution_grid(records, store.notes([path]))]
+    grids = [views.distribution_grid(records, store.notes([path]))]
     if len(records) <= _MANY:
-        grids.insert(0, tables.prompts_grid("prompt by prompt", records))
+        grids.insert(0, views.prompts_grid("prompt by prompt", records))
     print_grids(make_console(), grids, written)
 
 

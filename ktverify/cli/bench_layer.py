@@ -190,6 +190,6 @@ def _again(directory: Path, as_json: bool) -> None:
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     """Write the views, then print. NothingMeasured for a run without a repeat that counts."""
     from ktverify.bench import timed_run
-    from ktverify.bench.layer import record, tables
+    from ktverify.bench.layer import record, views
 
-    return timed_run.conclude(directory / record.FILE, lines, tables.view(lines), "no repeat that counts", as_json)
+    return timed_run.conclude(directory / record.FILE, lines, views.view(lines), "no repeat that counts", as_json)

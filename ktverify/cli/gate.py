@@ -49,7 +49,7 @@ def gate(
         if found.head is not None and kept.engine != found.head.engine:
             typer.echo(f"not compared with {usual}: it is of engine {kept.engine}, this run of {found.head.engine}")
             kept = None
-    finding = gating.judge_run(found, kept, gating.growth() if kept is not None else None)
+    finding = gating.judge_run(found, kept)
     against = f"against {kept.stamp}" if kept is not None else "without a baseline"
     broken = "" if finding.passed else f"{len(finding.breaks)} broke of "
     verdict = "PASS" if finding.passed else "FAIL"

@@ -67,13 +67,12 @@ def profile(
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     """Write the views and the trace, then print. NothingMeasured for a profile without a steady call."""
     from ktverify.bench import timed_run
-    from ktverify.bench.layer import profile_picture, profile_record, profile_tables, profile_trace
-    from ktverify.bench.layer.profile_summary import ProfileSummary
+    from ktverify.bench.layer import profile_picture, profile_record, profile_views
     from ktverify.system.files import write_whole
 
-    summary, view = ProfileSummary.of(lines), None
+    summary, view = profile_views.ProfileSummary.of(lines), None
     if summary is not None:
-        view = profile_tables.view(summary, profile_picture.draw(summary))
-        write_whole(directory / "trace.json", profile_trace.trace(lines))
+        view = profile_views.view(summary, profile_picture.draw(summary))
+        write_whole(directory / "trace.json", profile_views.trace(lines))
     missing = "no range that was measured to a steady call"
     return timed_run.conclude(directory / profile_record.FILE, lines, view, missing, as_json, ["trace.json"])

@@ -26,7 +26,7 @@ def report(
                python -m ktverify report path/to/run --write
     """
     from ktverify.report import console
-    from ktverify.report.run_pages import write_run
+    from ktverify.report.pages import write_run
     from ktverify.runs import store
 
     found = store.load(store.find_run(run, reports))

@@ -19,7 +19,7 @@ from ktverify.errors import EngineFailed, PropertyFailed, Unsupported
 from ktverify.isolation.child import raised_by_the_engine
 from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_of
 from ktverify.report.failure_text import text_of
-from ktverify.report.run_pages import write_run
+from ktverify.report.pages import write_run
 from ktverify.runs.jsonl import new_directory
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, VerdictName
 from ktverify.runs.store import Recorder, Run, load, start_run

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from ktverify.report.numbers import error
 from ktverify.report.problems import problem_text
 from ktverify.report.tables import base_isa, run_verdict
+from ktverify.runs.jsonl import JsonLine
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, VerdictName, worst_first
 from ktverify.runs.store import Run
 from ktverify.system.files import write_whole
@@ -26,10 +27,8 @@ from ktverify.system.instruction_sets import ISA_FLAGS
 FORMAT = 1
 
 
-class BaselineEntry(BaseModel):
+class BaselineEntry(JsonLine):
     """The result of a check when the baseline was written; `case` with its seed, `rel_l2` for accuracy only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     verdict: VerdictName
     isa: str = ""
@@ -37,10 +36,8 @@ class BaselineEntry(BaseModel):
     rel_l2: float | None = None
 
 
-class Baseline(BaseModel):
+class Baseline(JsonLine):
     """The checks of a good run, by key."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
     stamp: str
@@ -91,10 +88,9 @@ def key_of(record: AnyRecord) -> str:
     return " ".join(part for part in parts if part)
 
 
-def judge_run(run: Run, baseline: Baseline | None, allowed: Growth | None) -> GateReport:
+def judge_run(run: Run, baseline: Baseline | None = None, allowed: Growth | None = None) -> GateReport:
     """Judge a run. These break it: a verdict that is not a pass, no check that ran, a run that did not finish; against
-    `baseline`, a check that is missing or no longer runs, an error that grew by more than `allowed` (used with a
-    baseline only).
+    `baseline`, a check that is missing or no longer runs, an error that grew by more than `allowed`, else growth().
     """
     breaks: list[str] = []
     notes: list[str] = []
@@ -148,10 +144,8 @@ def _compare(
                 continue
             bound = max(before.rel_l2 * allowed.factor, allowed.floor)
             if not record.rel_l2 <= bound:
-                breaks.append(
-                    f"grown: {key} rel_l2 {error(record.rel_l2)}, baseline {error(before.rel_l2)}, "
-                    f"at most {error(bound)}"
-                )
+                now, then, most = map(error, (record.rel_l2, before.rel_l2, bound))
+                breaks.append(f"grown: {key} rel_l2 {now}, baseline {then}, at most {most}")
     for isa, count in elsewhere.items():
         notes.append(f"{count} checks of the baseline need {isa}, which this machine does not run")
     new = len(checks.keys() - baseline.checks.keys())
@@ -178,43 +172,34 @@ def _by_key(run: Run) -> dict[str, AnyRecord]:
     return checks
 
 
-def baseline_of(run: Run) -> Baseline:
-    """Make a baseline of `run`. Raises ValueError if the run has no head or did not finish."""
-    if run.head is None or not run.finished:
-        raise ValueError(f"{run.directory} did not finish; a baseline needs a whole run")
-    checks: dict[str, BaselineEntry] = {}
-    for key, record in sorted(_by_key(run).items()):
-        checks[key] = BaselineEntry(
-            verdict=record.verdict,
-            isa=record.isa,
-            case="" if isinstance(record, CheckRecord) else record.case,
-            rel_l2=_rounded(record.rel_l2) if isinstance(record, AccuracyRecord) else None,
-        )
-    head = run.head
-    return Baseline(stamp=head.stamp, engine=head.engine, commit=head.commit, cpu=head.machine.cpu, checks=checks)
-
-
 def write_baseline(run: Run, path: str | os.PathLike[str]) -> Baseline:
     """Write the baseline of `run`, one line per check so that a diff reads well.
 
     Raises ValueError if the run does not pass the gate without a baseline.
     """
-    found = judge_run(run, None, None)
-    if not found.passed:
-        raise ValueError(
-            f"{run.directory.name} does not pass and is no baseline: {found.breaks[0].splitlines()[0]}"
-            + (f" (and {len(found.breaks) - 1} more)" if len(found.breaks) > 1 else "")
-        )
-    baseline = baseline_of(run)
-    head = baseline.model_dump(mode="json", exclude={"checks"})
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    found, head = judge_run(run), run.head
+    if not found.passed or head is None:
+        more = f" (and {len(found.breaks) - 1} more)" if len(found.breaks) > 1 else ""
+        first = found.breaks[0].splitlines()[0]
+        raise ValueError(f"{run.directory.name} does not pass and is no baseline: {first}{more}")
+    checks = {key: _entry(record) for key, record in sorted(_by_key(run).items())}
+    baseline = Baseline(stamp=head.stamp, engine=head.engine, commit=head.commit, cpu=head.machine.cpu, checks=checks)
+    about = baseline.model_dump(mode="json", exclude={"checks"})
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in about.items()]
     entries = [
         f"  {json.dumps(key)}: {json.dumps(entry.model_dump(mode='json', exclude_defaults=True))}"
-        for key, entry in baseline.checks.items()
+        for key, entry in checks.items()
     ]
     lines.append(' "checks": {\n' + ",\n".join(entries) + "\n }")
     write_whole(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return baseline
+
+
+def _entry(record: AnyRecord) -> BaselineEntry:
+    case = "" if isinstance(record, CheckRecord) else record.case
+    # four significant digits: enough to see growth, few enough to read
+    rel_l2 = float(f"{record.rel_l2:.3e}") if isinstance(record, AccuracyRecord) else None
+    return BaselineEntry(verdict=record.verdict, isa=record.isa, case=case, rel_l2=rel_l2)
 
 
 def read_baseline(path: str | os.PathLike[str]) -> Baseline:
@@ -228,8 +213,3 @@ def read_baseline(path: str | os.PathLike[str]) -> Baseline:
         return Baseline.model_validate(raw)
     except (json.JSONDecodeError, ValidationError) as error:
         raise ValueError(f"{path} is no baseline: {str(error).splitlines()[0]}") from None
-
-
-def _rounded(value: float) -> float:
-    """Four significant digits: enough to see growth, few enough to read."""
-    return float(f"{value:.3e}") if math.isfinite(value) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -70,9 +69,8 @@ def print_grids(console: Console, grids: Iterable[Grid], written: Iterable[Path]
         console.print(Text(str(path)))
 
 
-def print_pairs(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
+def print_pairs(console: Console, pairs: Sequence[tuple[str, str]]) -> None:
     """Print (name, value) lines, values under one another."""
-    pairs = list(pairs)
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         console.print(Text.assemble((name.ljust(width + 2), "dim"), value))
@@ -138,9 +136,7 @@ class ProgressBar:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def begin(self, text: str, steps: int, done: int = 0, line: str | None = None) -> None:

@@ -12,10 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktverify.report.numbers import error, number
+from ktverify.report.numbers import error, many, number
 from ktverify.report.style import EDGE, FAIL, INK, QUIET, RULE, bare, isa_colour, legend
 from ktverify.report.tables import NO_ISA, isa_rank
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, LatencyRecord
+from ktverify.spec.names import ALL_TENSORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +37,9 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
         return ""
     budgets_of_all = [budget for r in shown if (budget := _rel_l2_budget(r)) > 0]
     least = min(budgets_of_all) / 20 if budgets_of_all else 0.0
-    on_axis = [r for r in shown if r.rel_l2 >= least]
-    tensors = _in_order([r.tensor for r in rows])
+    present = {r.tensor for r in rows}
+    # in the contract's order, then unknown ones by name
+    tensors = [t for t in ALL_TENSORS if t in present] + sorted(present - set(ALL_TENSORS))
     isas = sorted({r.isa for r in shown}, key=isa_rank)
     figure, axes = _figure(height=0.75 + (0.2 + 0.12 * len(isas)) * len(tensors))
     lane = 0.72 / len(isas)
@@ -71,7 +73,7 @@ def rel_l2_by_tensor(records: Sequence[AccuracyRecord]) -> str:
     axes.set_xscale("log")
     axes.set_yticks(range(len(tensors)), tensors)
     axes.set_ylim(len(tensors) - 0.5, -0.5)
-    ends = [r.rel_l2 for r in on_axis] + budgets_of_all
+    ends = [r.rel_l2 for r in shown if r.rel_l2 >= least] + budgets_of_all
     low, high = min(ends), max(ends)
     axes.set_xlim(low / 1.25, high * 1.25)
     # the narrower the axis, the more labels fit between two decades
@@ -91,7 +93,8 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
 
     Tensors without any error are left out: an exact case shows nothing about budgets, and there are many.
     """
-    rows = [r for r in records if r.verdict not in NOT_RUN and r.used > 0 and _deciding_budget(r) > 0]
+    ran = [r for r in records if r.verdict not in NOT_RUN]
+    rows = [r for r in ran if (gate := r.deciding_gate) and gate.used > 0 and gate.budget > 0]
     if not rows:
         return ""
     from matplotlib.ticker import MaxNLocator
@@ -143,7 +146,8 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
         if group != last_group:
             if ticks:  # a label has two lines, also beside a single bar
                 position += 0.55 if len(ticks[-1]) > 1 else 1.1
-            labels.append(_latency_label(r))
+            parallel = f", TP {r.tp}" if r.tp != 1 else ""
+            labels.append(f"{r.case}\n{r.what}{parallel}, {many(r.threads, 'thread')}")
             ticks.append([position])
         else:
             ticks[-1].append(position)
@@ -180,20 +184,10 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
     return _svg(figure, "latency")
 
 
-def _latency_label(r: LatencyRecord) -> str:
-    parallel = f", TP {r.tp}" if r.tp != 1 else ""
-    return f"{r.case}\n{r.what}{parallel}, {r.threads} thread{'s' if r.threads != 1 else ''}"
-
-
 def _rel_l2_budget(record: AccuracyRecord) -> float:
     """The tightest budget that its rel_l2 has; 0 where only other gates apply."""
     budgets = [g.budget for g in record.gates if g.gate.startswith("rel_l2") and math.isfinite(g.budget)]
     return min(budgets, default=0.0)
-
-
-def _deciding_budget(record: AccuracyRecord) -> float:
-    gate = record.deciding_gate
-    return gate.budget if gate is not None else 0.0
 
 
 def _bin(used: float, step: float) -> int:
@@ -202,14 +196,6 @@ def _bin(used: float, step: float) -> int:
         return 1 << 30
     index = math.floor(used / step + 1e-9)
     return index - 1 if used <= 1.0 and index * step >= 1.0 - 1e-9 else index
-
-
-def _in_order(tensors: Sequence[str]) -> list[str]:
-    """Tensors in the contract's order, then unknown ones by name."""
-    from ktverify.spec.names import ALL_TENSORS
-
-    present = set(tensors)
-    return [t for t in ALL_TENSORS if t in present] + sorted(present - set(ALL_TENSORS))
 
 
 def _jitter(index: int) -> float:

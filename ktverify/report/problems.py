@@ -65,15 +65,12 @@ def group_text(problem: FailureGroup, most: int | None = None) -> str:
 
 def problem_text(record: AnyRecord) -> str:
     """A record that did not pass as one or two lines: what it was, what was found, how to repeat it."""
-    what = _name(record)
     found = next((line for line in record.message.splitlines() if line.strip()), "")
     if not found.startswith(record.verdict):
         tensor = f" {record.tensor}" if isinstance(record, AccuracyRecord) else ""
         found = f"{record.verdict}{tensor} {found}".rstrip()
-    lines = [f"{record.family}/{record.isa or '-'} {what}: {found}"]
-    if record.repro:
-        lines.append(f"    {record.repro}")
-    return "\n".join(lines)
+    text = f"{record.family}/{record.isa or '-'} {_name(record)}: {found}"
+    return f"{text}\n    {record.repro}" if record.repro else text
 
 
 def _name(record: AnyRecord) -> str:
@@ -117,7 +114,7 @@ def _joined(*parts: str) -> str:
 
 def _cause(record: AnyRecord) -> tuple[str, list[str]]:
     """(how it ended, the last words) of a record whose engine returned nothing."""
-    lines = [line.rstrip() for line in record.message.splitlines() if line.strip() and line.strip() != record.repro]
+    lines = _message_lines(record)
     at = next((number for number, line in enumerate(lines) if _LAST_WORDS in line), 0)
     how = lines[at] if lines else ""
     # the message of a property begins with its sentence and its case; the error's class comes before how it ended
@@ -130,14 +127,14 @@ def _ended(members: Sequence[AnyRecord]) -> tuple[str, list[str]]:
     words = [line for line in words if not line.startswith("pytest ")]
     families: dict[str, list[str]] = {}
     for record in members:
-        name = _short(_name(record))
+        name = _short(record)
         if not isinstance(record, LatencyRecord) and record.tp != 1:
             name = f"{name.removesuffix(']')} at TP {record.tp}" + ("]" if name.endswith("]") else "")
         families.setdefault(name, []).append(record.family)
     cost: dict[tuple[str, ...], list[str]] = {}
     for name, found in families.items():
         cost.setdefault(tuple(dict.fromkeys(found)), []).append(name)
-    lines = [f"last words, of {_short(_name(members[0]))}:", *(f"  {line}" for line in words)] if words else []
+    lines = [f"last words, of {_short(members[0])}:", *(f"  {line}" for line in words)] if words else []
     for sharing, names in cost.items():
         lines += _wrapped(f"{', '.join(sharing)}: {_listed(names)}")
     return _times(members) + _joined(members[0].isa, how), lines
@@ -151,9 +148,11 @@ def _checks(members: Iterable[AnyRecord]) -> list[str]:
     """A line for each check, its name and what it found; those that found the same share one."""
     same: dict[tuple[str, ...], list[str]] = {}
     for record in members:
-        name = _short(_name(record))
+        name = _short(record)
         first, *others = _message_lines(record) or [""]
-        same.setdefault((_without_name(first, name), *others), []).append(name)
+        # a refusal's text begins with what was tried, as its name does
+        tried = name.partition("[")[2].removesuffix("]")
+        same.setdefault((first.removeprefix(f"{tried}: ") if tried else first, *others), []).append(name)
     width = min(WIDEST_NAME, max(len(names[0]) for names in same.values()))
     lines: list[str] = []
     for (first, *others), names in same.items():
@@ -166,12 +165,6 @@ def _checks(members: Iterable[AnyRecord]) -> list[str]:
         if len(others) > len(shown):
             lines.append(f"{'':{width}}    and {len(others) - len(shown)} more lines")
     return lines
-
-
-def _without_name(text: str, name: str) -> str:
-    """Remove the beginning of a refusal's text that its name repeats: what was tried."""
-    tried = name.partition("[")[2].removesuffix("]")
-    return text.removeprefix(f"{tried}: ") if tried else text
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -187,9 +180,9 @@ def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _short(name: str) -> str:
-    """A check's name without the parts that all names have: "test_refused[a shape]" -> "refused[a shape]"."""
-    found = name.removeprefix("test_").replace("[engine-", "[").replace("@seed=0", "")
+def _short(record: AnyRecord) -> str:
+    """Its name without the parts that all names have: "test_refused[a shape]" -> "refused[a shape]"."""
+    found = _name(record).removeprefix("test_").replace("[engine-", "[").replace("@seed=0", "")
     # the plugin cuts a name at a case's seed, and with it the bracket
     return found + "]" if found.count("[") > found.count("]") else found.removesuffix("[engine]")
 

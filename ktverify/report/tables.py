@@ -16,7 +16,6 @@ from ktverify.runs.record import (
     VERDICT_ORDER,
     AccuracyRecord,
     AnyRecord,
-    CheckRecord,
     LatencyRecord,
     RunRecord,
     VerdictName,
@@ -58,26 +57,25 @@ def run_verdict(run: Run) -> tuple[bool, str]:
     counts = Counter(record.verdict for record in run.records)
     ran = sum(count for name, count in counts.items() if name not in NOT_RUN)
     bad = [f"{counts[name]} {name}" for name in VERDICT_ORDER if counts[name] and name not in (*NOT_RUN, "PASS")]
-    not_run = [f"{counts[name]} {name}" for name in VERDICT_ORDER if counts[name] and name in NOT_RUN]
+    not_run = ", ".join(f"{counts[name]} {name}" for name in VERDICT_ORDER if counts[name] and name in NOT_RUN)
     if ran == 0:
-        return False, "Nothing was checked: " + (", ".join(not_run) if not_run else "the run has no records") + "."
-    aside = f" ({', '.join(not_run)})" if not_run else ""
+        return False, f"Nothing was checked: {not_run or 'the run has no records'}."
+    checks, aside = many(ran, "check"), f" ({not_run})" if not_run else ""
     if bad:
-        return False, f"{', '.join(bad)} of {many(ran, 'check')}{aside}."
+        return False, f"{', '.join(bad)} of {checks}{aside}."
     if not run.finished:
-        return False, f"The run did not finish: {many(ran, 'check')} passed so far{aside}."
+        return False, f"The run did not finish: {checks} passed so far{aside}."
     if run.head is not None and run.head.exit_status not in (0, None):
         how = "was interrupted" if run.head.exit_status == 2 else f"ended with exit status {run.head.exit_status}"
-        return False, f"{many(ran, 'check')} passed{aside}, but pytest {how}."
-    return True, f"{'All ' if ran > 1 else ''}{many(ran, 'check')} passed{aside}."
+        return False, f"{checks} passed{aside}, but pytest {how}."
+    return True, f"{'All ' if ran > 1 else ''}{checks} passed{aside}."
 
 
 def head_lines(run: Run) -> list[tuple[str, str]]:
     """The header of every report, as (name, value) pairs."""
-    lines = [("run", run.directory.name)]
     head = run.head
     if head is None:
-        return [*lines, ("machine", "not known: the run's head was lost")]
+        return [("run", run.directory.name), ("machine", "not known: the run's head was lost")]
     machine = head.machine
     used = sorted({r.isa for r in run.records if r.isa and r.verdict not in NOT_RUN}, key=isa_rank)
     nodes = [f"node {n.node}: CPUs {n.cpus}, {format_bytes(n.memory_bytes)}" for n in machine.numa]
@@ -87,7 +85,7 @@ def head_lines(run: Run) -> list[tuple[str, str]]:
     isas = f"{', '.join(used)} used" if used else "the engine reports none"
     amx = " (AMX emulated)" if machine.amx.emulated else ""
     return [
-        *lines,
+        ("run", run.directory.name),
         ("engine", head.engine),
         ("CPU", f"{machine.cpu} ({machine.architecture})"),
         ("ISA", f"{isas}; this machine runs {', '.join(machine.isas)}{amx}"),
@@ -139,8 +137,7 @@ def overview(records: Iterable[AnyRecord]) -> list[OverviewRow]:
     rows = []
     for (family, isa), members in groups.items():
         compared = [r for r in members if isinstance(r, AccuracyRecord) and r.gates and r.verdict not in NOT_RUN]
-        worst = worst_first(compared)[0] if compared else None
-        assert worst is None or isinstance(worst, AccuracyRecord)
+        worst = next(iter(worst_first(compared)), None)
         rows.append(OverviewRow(family, isa, Counter(record.verdict for record in members), worst))
     return sorted(rows, key=lambda row: (row.family, isa_rank(row.isa)))
 
@@ -172,9 +169,9 @@ def strict_grid(records: Iterable[AnyRecord]) -> Grid:
     ]
     rows = []
     for tensor in ALL_TENSORS:
-        values = [gate.value for name, gate in gates if name == tensor]
-        limits = [gate.budget for name, gate in gates if name == tensor]
-        if values:
+        mine = [gate for name, gate in gates if name == tensor]
+        if mine:
+            values, limits = [gate.value for gate in mine], [gate.budget for gate in mine]
             rows.append(
                 {
                     "rel-L2, strict cases": tensor,
@@ -191,7 +188,6 @@ def accuracy_rows(run: Run) -> list[AccuracyRecord]:
     """The records of the accuracy table, worst first. Tensors without a result (ended, not run) share one per case."""
     rows: dict[object, list[AccuracyRecord]] = {}
     for record in worst_first(run.accuracy):
-        assert isinstance(record, AccuracyRecord)
         silent = record.verdict in (*NOT_RUN, *ENDED)
         key = (record.verdict, record.family, record.isa, record.case, record.tp, record.source)
         rows.setdefault(key if silent else id(record), []).append(record)
@@ -266,7 +262,6 @@ def checks_grid(run: Run) -> Grid:
             "seconds": f"{record.duration_s:.2f}",
         }
         for record in worst_first(run.checks)
-        if isinstance(record, CheckRecord)
     ]
     return Grid.of(rows, "Other checks", left=("family", "check", "ISA", "message"))
 

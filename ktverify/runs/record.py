@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -174,13 +174,12 @@ class RunRecord(TimedLine):
 
 
 AnyRecord = AccuracyRecord | LatencyRecord | CheckRecord
+R = TypeVar("R", bound=AnyRecord)
+AnyLine = RunRecord | AnyRecord
+_ADAPTER: TypeAdapter[AnyLine] = TypeAdapter(Annotated[AnyLine, Field(discriminator="kind")])
 
-_ADAPTER: TypeAdapter[RunRecord | AnyRecord] = TypeAdapter(
-    Annotated[RunRecord | AnyRecord, Field(discriminator="kind")]
-)
 
-
-def parse_line(text: str) -> RunRecord | AnyRecord:
+def parse_line(text: str) -> AnyLine:
     """The record of one JSON line. Raises ValueError with the first thing that is wrong in it."""
     try:
         return _ADAPTER.validate_json(text)
@@ -213,10 +212,10 @@ def accuracy_record(
     )
 
 
-def worst_first(records: Iterable[AnyRecord]) -> list[AnyRecord]:
+def worst_first(records: Iterable[R]) -> list[R]:
     """Sort by verdict, what failed on top; then by how much of the budget was used."""
 
-    def severity(record: AnyRecord) -> tuple[int, float]:
+    def severity(record: R) -> tuple[int, float]:
         used = record.used if isinstance(record, AccuracyRecord) else 0.0
         return (VERDICT_ORDER.index(record.verdict), -_nan_as_inf(used))
 

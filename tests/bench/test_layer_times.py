@@ -1,7 +1,9 @@
-"""`bench layer` and `bench sweep`: which process measures what, and the tables of made-up times. No time is judged."""
+"""`bench layer` and `bench sweep`: which process measures what, the tables of made-up times, how a timed run ends. No
+time is judged."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from ktverify.bench.layer import measure, pictures, record, tables
+from ktverify.bench import timed_run
+from ktverify.bench.layer import measure, record, views
 from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, SpotOtherLoadLine, Varied
-from ktverify.bench.layer.summary import BACKWARD, BOTH, DIFFERENCE, FORWARD, WHATS, summarise
+from ktverify.bench.layer.views import BACKWARD, BOTH, DIFFERENCE, FORWARD, WHATS, summarise
 from ktverify.bench.shapes import weight_bytes
 from ktverify.cli.bench import COMMANDS, DEFAULT
 from ktverify.cli.bench_layer import _doubling
+from ktverify.errors import NothingMeasured
 from ktverify.isolation import process
+from ktverify.isolation.interrupt import INTERRUPTED
 from ktverify.report.grid import delimited
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
@@ -36,12 +41,8 @@ def made_up_spot(spot: Spot, both: int) -> list[record.Line]:
     )  # fmt: skip
     lines: list[record.Line] = [found]
     for repeat, forward in ((-1, 100), (0, 2), (1, 4)):
-        ns: dict[str, Any] = {
-            "forward_ns": forward * MS,
-            "both_ns": both * MS,
-            "saving_ns": 3 * MS,
-            "backward_ns": 5 * MS,
-        }
+        ms = {"forward": forward, "both": both, "saving": 3, "backward": 5}
+        ns: dict[str, Any] = {f"{name}_ns": value * MS for name, value in ms.items()}
         lines.append(RepeatLine(number=spot.number, repeat=repeat, **ns))
     memory = MemoryLine(number=spot.number, loaded=1 << 20, packed=2 << 20, first_step=3 << 20, last_step=3 << 20)
     return [*lines, memory]
@@ -53,7 +54,7 @@ def made_up(spots: list[Spot]) -> list[record.Line]:
 
 
 def view_of(lines: list[record.Line]) -> View:
-    view = tables.view(lines)
+    view = views.view(lines)
     assert view is not None
     return view
 
@@ -75,10 +76,10 @@ def test_backward_is_timed_and_found_by_subtraction() -> None:
 def test_a_sweep_names_what_it_varies_and_labels_have_a_background() -> None:
     summaries = summarise(made_up(spots_of(("rank", 4), ("rank", 8), ("tp", 1), ("tp", 2))))
     axes = Figure().subplots(1, 3)
-    pictures._cost(axes[0], summaries[:2])
+    views._cost(axes[0], summaries[:2])
     assert axes[0].get_xlabel() == "LoRA rank"
-    pictures._spread(axes[1], summaries[2])
-    pictures._degrees(axes[2], summaries[2:])
+    views._spread(axes[1], summaries[2])
+    views._degrees(axes[2], summaries[2:])
     for panel in axes[1:]:
         assert panel.texts
         assert all(text.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) for text in panel.texts)
@@ -130,7 +131,7 @@ def test_a_stopped_run_shows_the_spots_that_it_has() -> None:
     view = view_of(lines[:5])  # the head, and the first spot without its memory
     assert [row[0] for row in view.grids[0].rows] == ["1"]
     assert view.grids[0].rows[0][-1] == "–"
-    assert tables.view(lines[:3]) is None, "a warm-up is no time"
+    assert views.view(lines[:3]) is None, "a warm-up is no time"
 
 
 # ---- a real layer
@@ -210,6 +211,32 @@ def test_sweep_command_through_a_real_process(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_timed_is_refused(arguments: tuple[str, ...], wanted: str) -> None:
     refused(call("bench", *arguments), wanted)
+
+
+def test_a_run_of_another_command_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "profile.jsonl").touch()
+    wanted = "has no layer.jsonl, which this command wrote; it has profile.jsonl"
+    refused(call("bench", "layer", "--show", str(tmp_path)), wanted)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_only_a_stopped_run_may_have_no_result(stopped: bool, tmp_path: Path) -> None:
+    def lines() -> Iterator[timed_run.OtherLoadLine]:
+        yield timed_run.OtherLoadLine(others=0.0)
+        if stopped:
+            raise KeyboardInterrupt
+
+    def run(error: Exception) -> int:
+        def conclude(directory: Path, lines: list[object]) -> bool:
+            raise error
+
+        out = tmp_path / type(error).__name__
+        return timed_run.measure("layer", "lines.jsonl", timed_run.RunLine, lines(), 1, conclude, out)
+
+    with pytest.raises(ValueError, match="drawing"):
+        run(ValueError("drawing"))
+    with contextlib.nullcontext() if stopped else pytest.raises(NothingMeasured):
+        assert run(NothingMeasured("no repeat")) == INTERRUPTED
 
 
 def test_values_double_up_to_the_last() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ktverify.bench.layer import profile, profile_record, profile_tables, profile_trace
+from ktverify.bench.layer import profile, profile_record, profile_views
 from ktverify.bench.layer.profile_record import RANGES, CallLine, CallPart, Pass, ProfileLine
-from ktverify.bench.layer.profile_summary import (
+from ktverify.bench.layer.profile_views import (
     Imbalance,
     ProfileSummary,
     Worker,
@@ -130,7 +130,7 @@ def summary_of(lines: list[profile_record.Line]) -> ProfileSummary:
 def test_tables_of_a_made_up_profile() -> None:
     summary = summary_of(made_up_lines())
     assert (summary.read, summary.multiply) == (2e9, 2e9), "the best of the ceilings counts"
-    ranges_, phases, workers = profile_tables.view(summary, b"").grids
+    ranges_, phases, workers = profile_views.view(summary, b"").grids
     # 10 of 11 ms are the engine's
     assert ranges_.rows == (
         ("forward_only", "30.0", "10.0 ± 0.0", "10.0", "10.0", "10.0", "10.0", "1.100", "90.9 %", "1.00"),
@@ -140,18 +140,18 @@ def test_tables_of_a_made_up_profile() -> None:
     assert [row[3] for row in phases.rows] == ["45.0 %", "25.0 %", "30.0 %", "100.0 %"]
     assert workers.rows[0] == ("worker 0", "8.00", "1.00", "1.00", "80.0 %", "6.00", "2.00")
     assert "its last worker finishes 2.00 ms after its first, 20.0 % of the call" in workers.notes[1]
-    assert profile_tables.verdict(summary) == "forward 10.0 ms, most of it gate + up (+ LoRA B) (45.0 %)"
+    assert profile_views.verdict(summary) == "forward 10.0 ms, most of it gate + up (+ LoRA B) (45.0 %)"
 
 
 def test_a_busy_machine_is_reported() -> None:
     for others, wanted in ((0.3, "other programs had 30 %"), (0.01, "ceilings")):
         summary = summary_of([*made_up_lines(), OtherLoadLine(others=others)])
-        assert profile_tables.ranges_grid(summary).notes[0].startswith(wanted)
+        assert profile_views.ranges_grid(summary).notes[0].startswith(wanted)
 
 
 def test_all_views_have_the_same_table(tmp_path: Path) -> None:
     summary = summary_of(made_up_lines())
-    names = pages.write(profile_tables.view(summary, b"not empty"), tmp_path)
+    names = pages.write(profile_views.view(summary, b"not empty"), tmp_path)
     assert names == ["profile.md", "profile.html", "profile.tsv", "profile.png"]
     page, text = ((tmp_path / name).read_text() for name in names[:2][::-1])
     for cell in ("gate + up (+ LoRA B)", "90.9 %", "stamp, abc"):
@@ -218,7 +218,7 @@ def lanes_of(workers: int) -> dict[int, str]:
 def test_the_trace_is_one_that_perfetto_reads(lines: list[profile_record.Line]) -> None:
     head = lines[0]
     assert isinstance(head, ProfileLine)
-    named, events = read_trace(profile_trace.trace(lines))
+    named, events = read_trace(profile_views.trace(lines))
     assert named == lanes_of(head.workers)
     shown = [event for event in events if event["cat"] == "engine"]
     assert len(shown) == sum(len(one.stages) for one in calls_of(lines))
@@ -323,7 +323,7 @@ LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
 def test_waiting_that_belongs_to_no_stage_is_reported() -> None:
     assert unexplained_ns(made_up(10 * MS)) == 1.5 * MS
     assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "time between the stages belongs to none"
-    phases = profile_tables.view(summary_of(made_up_lines()), b"").grids[1]
+    phases = profile_views.view(summary_of(made_up_lines()), b"").grids[1]
     assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"
 
 

@@ -3,6 +3,7 @@ judged."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -291,6 +292,14 @@ def test_engines_that_do_not_fit_together_run_in_pairs(
 
 
 # ---- the command
+
+
+def test_an_earlier_run_is_printed_as_lines(tmp_path: Path) -> None:
+    with contextlib.closing(BenchJournal(tmp_path)) as journal:
+        journal.add(head([]))
+    # nothing was measured, so nothing was right
+    shown = ends(call("bench", "--show", str(tmp_path), "--json"), 1)
+    assert [HeadLine.model_validate_json(line) for line in shown.splitlines()] == journal.lines
 
 
 def test_a_given_path_is_never_replaced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.report import baseline, console, plots, run_pages, tables
+from ktverify.report import baseline, console, pages, plots, tables
 from ktverify.runs import store
 from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, AnyRecord, GateRecord, parse_line, worst_first
 from ktverify.spec.names import ALL_TENSORS
@@ -112,7 +112,7 @@ def test_the_part_of_a_killed_worker_is_still_read(tmp_path: Path) -> None:
     assert [record.name for record in run.checks] == list("01234")
     assert run.torn_lines == 1
     assert not run.finished
-    finding = baseline.judge_run(run, None, None)
+    finding = baseline.judge_run(run)
     assert any("did not finish" in line for line in finding.breaks)
     assert any("cut off" in line for line in finding.breaks)
     # xdist may start another worker under the same name
@@ -131,7 +131,7 @@ def test_a_broken_line_within_a_part_is_an_error(tmp_path: Path) -> None:
 def test_a_controller_killed_before_it_removed_the_parts_doubles_nothing(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     run = write(directory, [accuracy(), check()])
-    run_pages.write_run(run)
+    pages.write_run(run)
     assert (directory / "records-gw0.jsonl").exists()
     assert len(store.load(directory).records) == 2
 
@@ -207,14 +207,14 @@ def test_latency_table_shows_the_statistics_of_the_samples(tmp_path: Path) -> No
     rates = [float(row[name]) for name in ("tokens/s", "GFLOP/s", "GB/s")]
     assert rates == pytest.approx([128 / 11.5e-3, 2000, 200], rel=1e-3)
     assert row["n"] == "4"
-    assert Page(run_pages.page(run)).rows("median ms")[0]["GFLOP/s"] == row["GFLOP/s"]
+    assert Page(pages.page(run)).rows("median ms")[0]["GFLOP/s"] == row["GFLOP/s"]
 
 
 def test_every_row_of_the_overview_is_labelled(tmp_path: Path) -> None:
     run = write(tmp_path / "run", [accuracy(), accuracy(isa=""), check()])
     wanted = [("contract", tables.NO_ISA), ("forward", "avx2"), ("forward", tables.NO_ISA)]
     for rows in (
-        Page(run_pages.page(run)).rows("nearest to its budget"),
+        Page(pages.page(run)).rows("nearest to its budget"),
         markdown_rows(tables.accuracy_markdown(run), "nearest to its budget"),
     ):
         assert [(row["family"], row["ISA"]) for row in rows] == wanted
@@ -236,7 +236,7 @@ def test_overview_counts_every_record(tmp_path: Path) -> None:
 def test_every_printer_has_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = some_run(tmp_path / "run")
     console.print_run(run)
-    page = Page(run_pages.page(run))
+    page = Page(pages.page(run))
     for text in (tables.accuracy_markdown(run), tables.latency_markdown(run), page.text, capsys.readouterr().out):
         for fact in (
             "Imagined CPU 9000",
@@ -257,7 +257,7 @@ def test_every_printer_has_the_header(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
     run = some_run(tmp_path / "run")
-    page = Page(run_pages.page(run))
+    page = Page(pages.page(run))
     rows = page.rows("rel-L2", "used")
     assert len(rows) == len(run.accuracy)
     grid = tables.accuracy_grid(tables.accuracy_rows(run))
@@ -270,8 +270,8 @@ def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
 
 def test_html_needs_nothing_from_outside(tmp_path: Path) -> None:
     run = some_run(tmp_path / "run")
-    text = run_pages.page(run)
-    assert run_pages.page(run) == text, "the same run makes the same page"
+    text = pages.page(run)
+    assert pages.page(run) == text, "the same run makes the same page"
     page = Page(text)
     assert "<svg" in text
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", text, re.IGNORECASE)
@@ -313,7 +313,7 @@ def test_plots_show_every_record(tmp_path: Path) -> None:
 )
 def test_pages_of_runs_with_few_records(records: list[AnyRecord], tmp_path: Path) -> None:
     run = write(tmp_path / "run", records)
-    run_pages.write_run(run)
+    pages.write_run(run)
     for name in ("accuracy.md", "latency.md", "report.html"):
         assert "Imagined CPU 9000" in (tmp_path / "run" / name).read_text(encoding="utf-8")
     console.print_run(run)
@@ -323,5 +323,5 @@ def test_a_run_without_its_head_is_still_shown(tmp_path: Path) -> None:
     store.Recorder(tmp_path / "run", worker="gw0").add(accuracy())
     run = store.load(tmp_path / "run")
     assert "the run's head was lost" in tables.accuracy_markdown(run)
-    assert "small@seed=0" in run_pages.page(run)
-    assert not baseline.judge_run(run, None, None).passed
+    assert "small@seed=0" in pages.page(run)
+    assert not baseline.judge_run(run).passed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.profile import READING
-from ktverify.bench.layer.profile_summary import ProfileSummary, RangeSummary, stage_name
+from ktverify.bench.layer.profile_views import ProfileSummary, RangeSummary, stage_name
 from ktverify.bench.tables import PHASES
 from ktverify.engines.native.phase_times import WAIT, StageTimes
 from ktverify.report import style

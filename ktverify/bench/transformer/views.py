@@ -39,13 +39,14 @@ class Arm:
 
     def ms(self, what: str) -> Statistics | None:
         """Of the steps that count; None for the backward of a forward alone."""
-        values = [_ns(step, what) for step in self.steps]
-        found = [value / 1e6 for value in values if value is not None]
+        found = _ms(self.steps, what)
         return Statistics.of(found) if found else None
 
 
-def _ns(step: StepLine, what: str) -> int | None:
-    return {"forward": step.forward_ns, "backward": step.backward_ns, "step": step.ns}[what]
+def _ms(steps: Sequence[StepLine], what: str) -> list[float]:
+    """Milliseconds of one of WHATS in each step; no backward of a forward alone."""
+    times = [{"forward": step.forward_ns, "backward": step.backward_ns, "step": step.ns}[what] for step in steps]
+    return [ns / 1e6 for ns in times if ns is not None]
 
 
 def arms(lines: Sequence[Line]) -> list[Arm]:
@@ -118,12 +119,11 @@ def study_grids(head: TransformerLine, found: Sequence[Arm], notes: Sequence[str
         lines, most = [], last.ms(what)
         for arm in found:
             ms = arm.ms(what)
-            first = _ns(arm.steps[0], what)
-            if ms is None or first is None:
-                continue
-            over = f"{ms.mean / most.mean:.3f}" if most is not None else NOTHING
-            cells = (number(ms.mean), number(ms.std), number(ms.min), number(ms.max), number(ms.median))
-            lines.append((_title(arm), *cells, number(first / 1e6), over))
+            if ms is not None:
+                over = f"{ms.mean / most.mean:.3f}" if most is not None else NOTHING
+                first = _ms(arm.steps[:1], what)
+                cells = map(number, (ms.mean, ms.std, ms.min, ms.max, ms.median, *first))
+                lines.append((_title(arm), *cells, over))
         heading = f"mean over that of {last.warmup}"
         headings = ("", "mean ms", "std", "min", "max", "median", "first that counts", heading)
         note = (f"each in a fresh process, {len(last.steps)} steps that count",)
@@ -166,7 +166,7 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
     figure.subplots_adjust(left=0.62 / width, right=0.985, top=0.72, bottom=0.15, wspace=0.06)
     for axes, arm in zip(panels, found, strict=True):
         _panel(axes, arm)
-    most = max(ns for arm in found for step in (*arm.warmups, *arm.steps) for ns in _both(step)) / 1e6
+    most = max(ms for arm in found for what in _COLOURS for ms in _ms((*arm.warmups, *arm.steps), what))
     panels[0].set_ylim(-0.03 * most, 1.08 * most)
     panels[0].set_ylabel("ms", color=QUIET, fontsize=9)
     figure.text(0.62 / width, 0.955, head.settings.size.text, fontsize=9, color=INK, va="top")
@@ -174,10 +174,6 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
     place: dict[str, Any] = {"bbox_to_anchor": (0.5 / width, 0.92), "ncols": 3}
     legend(figure, list(shown.values()), list(shown), handletextpad=0.3, **place)
     return png(figure)
-
-
-def _both(step: StepLine) -> list[int]:
-    return [ns for ns in (step.forward_ns, step.backward_ns) if ns is not None]
 
 
 def _title(arm: Arm) -> str:
@@ -195,8 +191,7 @@ def _panel(axes: Axes, arm: Arm) -> None:
             continue
         for steps, face in ((arm.warmups, "none"), (arm.steps, colour)):
             label = f"{what}{'' if face == colour else ', warm-up'}"
-            values = [ns / 1e6 for step in steps if (ns := _ns(step, what)) is not None]
-            places = [step.step for step in steps]
+            values, places = _ms(steps, what), [step.step for step in steps]
             style: dict[str, Any] = {"s": 26, "linewidths": 1.3, "edgecolors": colour, "facecolors": face}
             axes.scatter(places, values, label=label if values else None, **style)
         axes.axhline(ms.median, color=colour, linewidth=0.9, alpha=0.6, zorder=0, label=f"{what}, median of the steps")

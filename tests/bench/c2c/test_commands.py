@@ -20,8 +20,7 @@ from ktverify.bench.c2c import run, store
 from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.prompts import BUILT_IN
 from ktverify.bench.c2c.record import C2cSettings, PromptRecord
-from ktverify.bench.c2c.stages import LANES
-from ktverify.bench.c2c.tables import COLUMNS, figure, short
+from ktverify.bench.c2c.views import COLUMNS, LANES, figure, short
 from tests.support import c2c
 from tests.support.command_line import call, ends, refused
 from tests.support.traces import read_trace
