@@ -66,9 +66,9 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     """
     chosen = _read_config(context, config)
     from ktverify.system.machine import format_bytes
-    from ktverify.training.run import train as run
+    from ktverify.training.run import run
 
-    done = run(chosen, config.resolve().parent)
+    done = run(chosen, config.resolve().parent).summary
     slope = "" if math.isnan(done.slope) else f", slope {done.slope:.2e} a step"  # one logged step has none
     typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f}{slope}")
     typer.echo(
@@ -141,7 +141,7 @@ def export_merged(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}, it takes {' or '.join(DTYPES)}")
     quiet("training", "peft", "yaml")
-    from ktverify.training.export import export_merged as merge
+    from ktverify.training.adapter import export_merged as merge
 
     with progress("merging"):
         written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code)
@@ -160,7 +160,7 @@ def memory(
     """
     chosen = _read_config(context, config)
     from ktverify.system.machine import format_bytes
-    from ktverify.training.measure import LEAK_BYTES, measure_memory
+    from ktverify.training.run import LEAK_BYTES, measure_memory
 
     found = measure_memory(chosen, config.resolve().parent, steps)
     typer.echo(f"loaded    {format_bytes(found.loaded):>10}")
@@ -180,7 +180,7 @@ def throughput(
     Example:  python -m ktverify throughput examples/minimal.yaml
     """
     chosen = _read_config(context, config)
-    from ktverify.training.measure import measure_throughput
+    from ktverify.training.run import measure_throughput
 
     typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")
 

@@ -11,7 +11,7 @@ from typing import Any
 from ktverify.system import lazy_attribute
 
 _MODULES = {
-    "MOEAMXFunction": "function",
+    "MOEAMXFunction": "layer",
     "MOELayerWrapper": "layer",
     "CpuInfer": "layer",
     "init_cpu_infer": "layer",

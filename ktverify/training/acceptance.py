@@ -12,8 +12,8 @@ import torch
 
 from ktverify.errors import AdapterMismatch
 from ktverify.training.curves import read_curve
+from ktverify.training.output_directory import ADAPTER_FILES
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PROMPT = "What is the capital of France?"
 _NEW_TOKENS = 12
 
@@ -32,11 +32,11 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
     trust: run the base model's own code.
 
     Stops at an answer that makes further questions impossible. ValueError where the base model cannot be loaded."""
-    missing = [name for name in FILES if not (directory / name).is_file()]
-    yield Answer("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(FILES))
+    missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
+    yield Answer("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(ADAPTER_FILES))
     if missing:
         return
-    tensors, problem = _read(directory / FILES[1])
+    tensors, problem = _read(directory / ADAPTER_FILES[1])
     yield Answer("readable", not problem, problem or f"{len(tensors)} tensors")
     if problem:
         return
@@ -75,9 +75,8 @@ def _loss(directory: Path) -> Answer:
 
 
 def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tensor], trust: bool) -> Iterator[Answer]:
-    from ktverify.training.adapter import load_adapter
+    from ktverify.training.adapter import base_of, load_adapter
     from ktverify.training.pretrained import load_pretrained
-    from ktverify.training.run import base_of
 
     path = base_of(directory, base)
     model, tokenizer = load_pretrained(path, option="--base", trust=trust)

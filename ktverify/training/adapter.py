@@ -1,4 +1,4 @@
-"""LoRA on attention and experts with stock peft: choose targets, attach, load.
+"""LoRA on attention and experts with stock peft: choose targets, attach, load, merge.
 
 The adapter is an ordinary one of peft, which also owns the parameters of the experts' LoRA. The engine only replaces
 peft's computation of the experts (W + B A, as large as W, at every call).
@@ -7,6 +7,7 @@ peft's computation of the experts (W + B A, as large as W, at every call).
 from __future__ import annotations
 
 import difflib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch import nn
 
 from ktverify.errors import AdapterMismatch
 from ktverify.training.layer import Factors, MOELayerWrapper
+from ktverify.training.output_directory import whole_directory
+from ktverify.training.pretrained import load_pretrained
 from ktverify.training.wrap import WEIGHTS, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
@@ -184,3 +187,36 @@ def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list
     if not modules and not parameters:
         raise ValueError(f"lora_target is empty; it takes {ALL}, {ALL_ATTENTION} or names")
     return modules, sorted(parameters)
+
+
+def base_of(adapter: Path, base: str | None) -> str:
+    """The base model's path: `base`, else the one that the adapter names. ValueError where neither is."""
+    config = adapter / "adapter_config.json"
+    if not config.is_file():
+        raise ValueError(f"{adapter} holds no adapter: adapter_config.json is missing")
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON: {error}") from None
+    path = base or named
+    if not path:
+        raise ValueError(f"{adapter} does not name its base model: give --base")
+    return str(path)
+
+
+def export_merged(
+    adapter: Path, out: Path, *, base: str | None = None, dtype: str = "bfloat16", trust: bool = False
+) -> Path:
+    """Write base + adapter to `out`, whole or not at all, and return `out`.
+
+    base: the base model's path, by default the one that the adapter names. dtype: of the written weights; bfloat16
+    rounds the sum once. ValueError where `out` exists or `adapter` is none.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name another directory")
+    model, tokenizer = load_pretrained(base_of(adapter, base), dtype, option="--base", trust=trust)
+    merged = load_adapter(model, adapter).merge_and_unload()
+    with whole_directory(out) as part:
+        merged.save_pretrained(str(part))
+        tokenizer.save_pretrained(str(part))
+    return out

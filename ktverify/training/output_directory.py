@@ -1,23 +1,26 @@
-"""The directory that a training or an export writes into: whether it may be used, and what is removed before.
+"""The directory that a training or an export writes into: what a run resumes from, what is removed before.
 
-`choose_start` decides, from output_dir, overwrite_output_dir and resume_from_checkpoint, and changes nothing.
-`remove_earlier_run` is called once nothing can be refused any more.
+The Trainer writes a checkpoint file by file, trainer_state.json last, and may be killed in between. A checkpoint is
+complete if all its files can be read; only such a checkpoint is resumed from.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ktverify.training import checkpoints
 from ktverify.training.curves import LOSS_FILE, STATE_FILE
 
 SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".saving-"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CHECKPOINT_FILES = (*ADAPTER_FILES, "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
 # files of an earlier run, which could be mistaken for files of this one; everything else in the directory stays
 _EARLIER = ("adapter_config.json", "adapter_model.*", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
 
@@ -28,7 +31,7 @@ def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Pa
     ValueError where `output` is a file, is not empty and not the directory of that checkpoint's run, or has none."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
-    start = checkpoints.choose(wanted, output) if wanted else None
+    start = choose_checkpoint(wanted, output) if wanted else None
     if start is not None and _is_of(start, output):
         return start
     if output.is_dir() and any(output.iterdir()) and not overwrite:
@@ -44,18 +47,18 @@ def remove_earlier_run(output: Path, start: Path | None) -> None:
     if start is not None and _is_of(start, output):
         # the step is read from the state, because a checkpoint given by its path may have any name
         reached = json.loads((start / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-        for path in checkpoints.checkpoints_in(output):
-            if checkpoints.step_of(path) > reached:
+        for path in checkpoints_in(output):
+            if step_of(path) > reached:
                 _remove(path)
         return
-    for path in [*checkpoints.checkpoints_in(output), *(path for name in _EARLIER for path in output.glob(name))]:
+    for path in [*checkpoints_in(output), *(path for name in _EARLIER for path in output.glob(name))]:
         _remove(path)
 
 
 def resume_hint(output: Path) -> str:
     """What a run that was stopped in `output` can resume from, and how."""
     try:
-        last = checkpoints.choose(True, output)
+        last = choose_checkpoint(True, output)
     except ValueError:
         again = "begin anew with --overwrite_output_dir true; a smaller --save_steps keeps more"
         return f"{output} has no checkpoint yet: {again}"
@@ -85,3 +88,61 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# ---- checkpoints
+
+
+def step_of(checkpoint: Path) -> int:
+    """50 for checkpoint-50; -1 for another name."""
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(found.group(1)) if found else -1
+
+
+def problem_of(checkpoint: Path) -> str:
+    """Why a run cannot be resumed from this checkpoint; "" if it can."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from transformers.trainer_pt_utils import safe_globals
+
+    for name in CHECKPOINT_FILES:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        for name in ("adapter_config.json", "trainer_state.json"):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        name = "adapter_model.safetensors"
+        with safe_open(checkpoint / name, framework="pt") as stored:
+            stored.keys()
+        with safe_globals():  # numpy's random state
+            for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+                torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except (ValueError, SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        return f"{name} cannot be read ({' '.join(str(error).split())[:80]})"
+    return ""
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """The checkpoints of a run, newest first, complete or not."""
+    found = [path for path in directory.glob("checkpoint-*") if step_of(path) >= 0]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def choose_checkpoint(wanted: bool | str, directory: Path) -> Path:
+    """The checkpoint to resume from: `wanted` if it is a path, else the newest complete one in `directory`.
+
+    ValueError, with the problem of each checkpoint, where there is none."""
+    if isinstance(wanted, str) and not Path(wanted).is_dir():
+        raise ValueError(
+            f"there is no checkpoint {wanted}: resume_from_checkpoint takes true, or a checkpoint's directory"
+        )
+    candidates = [Path(wanted)] if isinstance(wanted, str) else checkpoints_in(directory)
+    reasons = []
+    for path in candidates:
+        reason = problem_of(path)
+        if not reason:
+            return path
+        reasons.append(f"{path.name}: {reason}")
+    if not candidates:
+        raise ValueError(f"{directory} holds no checkpoint to resume from: begin anew with overwrite_output_dir: true")
+    raise ValueError(f"no whole checkpoint to resume from; {'; '.join(reasons)}")

@@ -1,33 +1,37 @@
-"""One training with transformers' own Trainer.
+"""One training with transformers' own Trainer; and a few steps of one, for the commands memory and throughput.
 
-It leaves an output directory with the adapter, checkpoints, loss.jsonl, loss.png and training.json.
+A training leaves an output directory with the adapter, checkpoints, loss.jsonl, loss.png and training.json.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
+from ktverify.runs.jsonl import append_line, whole_lines
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.layer import init_cpu_infer
-from ktverify.training.loss_log import LossLog
 from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
 from ktverify.training.wrap import wrap_moe_layers
 
@@ -37,6 +41,9 @@ _SAME_KEYS = (
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps"),
     *("logging_steps", "save_steps", "save_total_limit", "seed"),
 )
+# what allocators add per step until their size has settled; a leak of one token's activations is more
+LEAK_BYTES = 1 << 18
+WARMUP = 3  # steps that do not count for memory and throughput: pages are touched and experts packed in them
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,6 @@ class Trained:
     model: Any
 
 
-def train(config: TrainConfig, beside: Path) -> TrainingSummary:
-    """Run the training that `config` describes and return its summary; see `run`."""
-    return run(config, beside).summary
-
-
 def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Trained:
     """Run the training that `config` describes; relative data paths are also searched in the directory `beside`.
 
@@ -91,20 +93,17 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     if infer is not None:
         wrap_moe_layers(model, infer)
     torch.manual_seed(config.seed)
-    settings = lora_config(
-        model,
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        target=config.lora_target,
-        rslora=config.use_rslora,
-    )
+    rank, alpha, target = config.lora_rank, config.lora_alpha, config.lora_target
+    settings = lora_config(model, rank=rank, alpha=alpha, target=target, rslora=config.use_rslora)
     adapted = add_adapter(model, settings, dropout=config.lora_dropout)
     log = LossLog(output)
+    longest = max(len(row["input_ids"]) for row in rows)
+    padding = {"padding": "max_length", "max_length": longest} if one_length else {"padding": "longest"}
     trainer = Trainer(
         model=adapted,
         args=arguments,
         train_dataset=rows,
-        data_collator=_collator(tokenizer, max(len(row["input_ids"]) for row in rows) if one_length else None),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, **padding),
         processing_class=tokenizer,
         callbacks=[log],
     )
@@ -114,7 +113,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         seconds = time.perf_counter() - started
-        _save_whole((adapted, tokenizer), trainer.state, output)
+        _save_whole(trainer, output)
     except KeyboardInterrupt:
         for callback in trainer.callback_handler.callbacks:
             if bar := getattr(callback, "training_bar", None):
@@ -124,21 +123,6 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
         reached = f"at step {done} of {trainer.state.max_steps}" if done else "before the first step"
         raise KeyboardInterrupt(f"stopped {reached}; {output_directory.resume_hint(output)}") from None
     return Trained(_conclude(trainer, log, seconds, output), log, adapted)
-
-
-def base_of(adapter: Path, base: str | None) -> str:
-    """The base model's path: `base`, else the one that the adapter names. ValueError where neither is."""
-    config = adapter / "adapter_config.json"
-    if not config.is_file():
-        raise ValueError(f"{adapter} holds no adapter: adapter_config.json is missing")
-    try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ValueError(f"{config} is no JSON: {error}") from None
-    path = base or named
-    if not path:
-        raise ValueError(f"{adapter} does not name its base model: give --base")
-    return str(path)
 
 
 def _ensure_padding(tokenizer: Any) -> None:
@@ -157,17 +141,7 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     schedulers = [kind.value for kind in SchedulerType]
     if config.lr_scheduler_type not in schedulers:
         raise ValueError(f"lr_scheduler_type is {config.lr_scheduler_type!r}, it takes one of {', '.join(schedulers)}")
-    found = _trainer_arguments(config)
-    if found.n_gpu > 1:
-        raise ValueError(
-            f"{found.n_gpu} GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES, like "
-            "CUDA_VISIBLE_DEVICES=0"
-        )
-    return found
-
-
-def _trainer_arguments(config: TrainConfig) -> TrainingArguments:
-    return TrainingArguments(
+    found = TrainingArguments(
         **{name: getattr(config, name) for name in _SAME_KEYS},
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
@@ -178,33 +152,32 @@ def _trainer_arguments(config: TrainConfig) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
+    if found.n_gpu > 1:
+        raise ValueError(
+            f"{found.n_gpu} GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES, like "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+    return found
 
 
-def _save_whole(parts: tuple[Any, ...], state: Any, output: Path) -> None:
-    """`save_pretrained` of each of `parts` and the Trainer's state into `output`; every file appears whole, the
-    adapter's weights last."""
+def _save_whole(trainer: Trainer, output: Path) -> None:
+    """Write adapter, tokenizer and the Trainer's state into `output`; every file appears whole, the weights last."""
     with tempfile.TemporaryDirectory(prefix=output_directory.SAVING, dir=output) as saving:
-        for part in parts:
+        for part in (trainer.model, trainer.processing_class):
             part.save_pretrained(saving)
-        state.save_to_json(str(Path(saving) / curves.STATE_FILE))
+        trainer.state.save_to_json(str(Path(saving) / curves.STATE_FILE))
         files = sorted(Path(saving).iterdir(), key=lambda path: path.suffix == ".safetensors")
         for path in files:
             os.replace(path, output / path.name)
 
 
-def _collator(tokenizer: Any, length: int | None) -> DataCollatorForSeq2Seq:
-    padding = "longest" if length is None else "max_length"
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=padding, max_length=length)
-
-
 def _conclude(trainer: Trainer, log: LossLog, seconds: float, output: Path) -> TrainingSummary:
-    history = [(row["step"], row["loss"]) for row in log.rows]
-    curve = curves.Curve(tuple(step for step, _ in history), tuple(loss for _, loss in history))
+    curve = curves.Curve(tuple(row["step"] for row in log.rows), tuple(row["loss"] for row in log.rows))
     tokens = int(trainer.state.num_input_tokens_seen) - log.begun[1]
     summary = TrainingSummary(
         steps=int(trainer.state.global_step) - log.begun[0],
-        first_loss=curve.losses[0] if history else math.nan,
-        last_loss=curve.losses[-1] if history else math.nan,
+        first_loss=curve.losses[0] if curve.losses else math.nan,
+        last_loss=curve.losses[-1] if curve.losses else math.nan,
         slope=curve.slope,
         tokens=tokens,
         seconds=round(seconds, 2),
@@ -213,6 +186,112 @@ def _conclude(trainer: Trainer, log: LossLog, seconds: float, output: Path) -> T
     )
     known = {name: None if math.isnan(value) else value for name, value in asdict(summary).items()}  # JSON has no nan
     write_whole(output / output_directory.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
-    if history:
+    if curve.losses:
         curves.draw({"loss": curve}, output / output_directory.LOSS_PICTURE)
     return summary
+
+
+# ---- the loss
+
+
+class LossLog(TrainerCallback):  # type: ignore[misc]
+    """A callback of transformers' Trainer that writes loss.jsonl in `directory`, one line for each logged step.
+
+    rows: the lines; a resumed run removes those after its checkpoint's step. rss: resident bytes after every step,
+    rss_before: before the first; begun: the step and the tokens that a resumed run starts from.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / curves.LOSS_FILE
+        self.rows: list[dict[str, Any]] = []
+        self.rss: list[int] = []
+        self.rss_before = 0
+        self._process = psutil.Process()
+        self.begun = (0, 0)
+        self._since = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.path.is_file():
+            rows = [json.loads(line) for line in whole_lines(self.path)]
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.rss_before = self._process.memory_info().rss
+        self.begun = (int(state.global_step), int(state.num_input_tokens_seen))
+        self._since = (time.perf_counter(), self.begun[1])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:  # so that a run shorter than logging_steps also has a loss
+            control.should_log = True
+        self.rss.append(self._process.memory_info().rss)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
+        seconds = now - self._since[0]
+        row = {
+            "step": state.global_step,
+            "loss": float(logs["loss"]),
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": float(logs.get("grad_norm", 0.0)),
+            "tokens": tokens,
+            "tokens_per_s": round((tokens - self._since[1]) / seconds, 1) if seconds > 0 else None,
+            "rss": self._process.memory_info().rss,
+        }
+        self._since = (now, tokens)
+        self.rows.append(row)
+        if not sys.stderr.isatty():  # a terminal shows the Trainer's progress bar
+            speed = f"{row['tokens_per_s']} tokens/s"
+            print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
+        append_line(self.path, json.dumps(row))
+
+
+# ---- memory and throughput
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes after loading and after each step that counts; slope: their growth(); waiting: saved forwards that
+    wait for a backward in the engines at the end."""
+
+    loaded: int
+    steps: tuple[int, ...]
+    slope: float
+    waiting: int = 0
+
+    @property
+    def leaks(self) -> bool:
+        return self.slope > LEAK_BYTES or self.waiting > 0
+
+
+def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory:
+    """Train for `steps` steps after WARMUP and measure the resident memory after each."""
+    done = _few_steps(config, beside, steps, one_length=True)
+    rss = done.log.rss[WARMUP:]
+    waiting = sum(w.engine.saved_forwards for w in getattr(done.model, "_kt_wrappers", ()) if w.engine)
+    return Memory(done.log.rss_before, tuple(rss), growth(rss), waiting)
+
+
+def growth(rss: Sequence[int]) -> float:
+    """Bytes per step, fitted, without the largest single rise: an allocator may take more once, a leak repeats it."""
+    rises = [after - before for before, after in itertools.pairwise(rss)]
+    largest = max(range(len(rises)), key=rises.__getitem__, default=0)
+    spared = max(0, rises[largest]) if len(rises) > 1 else 0
+    return curves.slope(range(len(rss)), [r - spared if at > largest else r for at, r in enumerate(rss)])
+
+
+def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:
+    """Tokens per second, padding left out, over `steps` steps after WARMUP: the median step's."""
+    done = _few_steps(config, beside, steps)
+    return float(statistics.median(row["tokens_per_s"] for row in done.log.rows[WARMUP:]))
+
+
+def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False) -> Trained:
+    with tempfile.TemporaryDirectory(prefix="ktverify-") as directory:
+        count = steps + WARMUP
+        keys = {"max_steps": count, "logging_steps": 1, "save_steps": count + 1, "resume_from_checkpoint": None}
+        short = config.model_copy(update={**keys, "output_dir": f"{directory}/out"})
+        try:
+            return run(short, beside, one_length=one_length)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # without run's hint, which names a directory that is deleted

@@ -28,65 +28,46 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _GROUPED = {"num_key_value_heads": 2, "head_dim": 20}
-_MLA = {
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 40,
-    "intermediate_size": 96,
-    "n_routed_experts": 8,
-    "first_k_dense_replace": 1,
-}
+_WIDTHS = {"moe_intermediate_size": 40, "intermediate_size": 96}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3}
+_ROUTED = {"n_routed_experts": 8, "first_k_dense_replace": 1}
+_MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4}
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     # the form of DeepSeek-V2-Lite: no q_lora, greedy, two shared experts
     "deepseek_v2": {
         **_MLA,
-        "q_lora_rank": None,
-        "n_shared_experts": 2,
+        **_WIDTHS,
+        **_ROUTED,
         "num_experts_per_tok": 3,
+        "n_shared_experts": 2,
+        "head_dim": 8,
+        "q_lora_rank": None,
         "topk_method": "greedy",
         "routed_scaling_factor": 1.0,
-        "head_dim": 8,
     },
     "deepseek_v3": {
         **_MLA,
-        "q_lora_rank": 24,
-        "n_shared_experts": 1,
+        **_WIDTHS,
+        **_ROUTED,
         "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "q_lora_rank": 24,
         "n_group": 4,
         "topk_group": 2,
         "routed_scaling_factor": 2.5,
     },
-    "qwen2_moe": {
-        "num_key_value_heads": 2,
-        "moe_intermediate_size": 40,
-        "intermediate_size": 96,
-        "shared_expert_intermediate_size": 56,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-    },
-    "qwen3_moe": {
-        **_GROUPED,
-        "moe_intermediate_size": 40,
-        "intermediate_size": 96,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "norm_topk_prob": True,
-    },
+    "qwen2_moe": {**_WIDTHS, **_EXPERTS, "num_key_value_heads": 2, "shared_expert_intermediate_size": 56},
+    "qwen3_moe": {**_GROUPED, **_WIDTHS, **_EXPERTS, "norm_topk_prob": True},
     "mixtral": {**_GROUPED, "intermediate_size": 88, "num_local_experts": 6, "num_experts_per_tok": 2},
     "glm4_moe": {
         **_GROUPED,
-        "moe_intermediate_size": 40,
-        "intermediate_size": 96,
-        "n_routed_experts": 8,
+        **_WIDTHS,
+        **_ROUTED,
         "num_experts_per_tok": 3,
         "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
         "routed_scaling_factor": 1.5,
     },
-    "olmoe": {"num_key_value_heads": 2, "intermediate_size": 40, "num_experts": 8, "num_experts_per_tok": 3},
+    "olmoe": {**_EXPERTS, "num_key_value_heads": 2, "intermediate_size": 40},
 }
 # families without experts, to time or to pair with another model; the engine has no part in them
 DENSE_SIZES: dict[str, dict[str, Any]] = {"qwen3": {**_GROUPED, "intermediate_size": 96}}

@@ -139,7 +139,7 @@ def test_golden_regenerate_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_stopped_training_reports_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ktverify.training.loss_log import LossLog
+    from ktverify.training.run import LossLog
 
     def at_three(self: LossLog, args: object, state: object, control: object, **more: object) -> None:
         if getattr(state, "global_step", 0) == 3:

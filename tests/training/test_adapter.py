@@ -13,7 +13,7 @@ from torch import Tensor
 from ktverify.judge.gates import peer_budget
 from ktverify.judge.metrics import compare
 from ktverify.training import add_adapter, load_adapter, lora_config
-from ktverify.training.export import export_merged
+from ktverify.training.adapter import export_merged
 from ktverify.training.pretrained import load_pretrained
 from ktverify.training.tiny import FAMILY_SIZES, build_model, make_tiny
 from tests.support import models

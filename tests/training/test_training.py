@@ -15,13 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from ktverify.training import checkpoints, curves, measure, output_directory
+from ktverify.training import curves, output_directory, run
 from ktverify.training.acceptance import verify_training
 from ktverify.training.config import TrainConfig, read_config
 from ktverify.training.dataset import example_data, read_records
-from ktverify.training.measure import Memory, growth, measure_memory
 from ktverify.training.pretrained import load_tokenizer
-from ktverify.training.run import TrainingSummary, train
+from ktverify.training.run import Memory, TrainingSummary, growth, measure_memory, measure_throughput
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -35,7 +34,7 @@ def run_example(name: str, model: Path, output: Path, **more: Any) -> TrainingSu
     """The training of examples/<name>.yaml on the checkpoint `model`; `more` are keys over it."""
     keys = {"model_name_or_path": model, "output_dir": output, "kt_num_threads": 1, **more}
     words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
-    return train(read_config(EXAMPLES / f"{name}.yaml", words), EXAMPLES)
+    return run.run(read_config(EXAMPLES / f"{name}.yaml", words), EXAMPLES).summary
 
 
 @pytest.fixture(scope="module")
@@ -187,25 +186,25 @@ def test_a_checkpoint_of_another_run_does_not_open_a_directory_in_use(
         output_directory.choose_start(tmp_path, str(tmp_path / "checkpoint-7"), overwrite=True)
 
 
-@pytest.mark.parametrize("killed_at", range(len(checkpoints.NEEDED)))
+@pytest.mark.parametrize("killed_at", range(len(output_directory.CHECKPOINT_FILES)))
 def test_an_incomplete_checkpoint_is_skipped(killed_at: int, trained: Callable[[str], Path], tmp_path: Path) -> None:
     older, newer = tmp_path / "checkpoint-50", tmp_path / "checkpoint-100"
     for path in (older, newer):
         shutil.copytree(trained("qwen3_moe") / path.name, path)
-    assert checkpoints.choose(True, tmp_path) == newer
-    for name in checkpoints.NEEDED[killed_at + 1 :]:
+    assert output_directory.choose_checkpoint(True, tmp_path) == newer
+    for name in output_directory.CHECKPOINT_FILES[killed_at + 1 :]:
         (newer / name).unlink()
-    torn = newer / checkpoints.NEEDED[killed_at]
+    torn = newer / output_directory.CHECKPOINT_FILES[killed_at]
     torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
     if killed_at == 0:  # peft writes the weights before their configuration
         torn.unlink()
-    assert checkpoints.choose(True, tmp_path) == older
-    for name in checkpoints.NEEDED[killed_at:]:
+    assert output_directory.choose_checkpoint(True, tmp_path) == older
+    for name in output_directory.CHECKPOINT_FILES[killed_at:]:
         (newer / name).write_bytes(b"garbage")  # as a file system may leave a file after a crash
-    assert checkpoints.choose(True, tmp_path) == older
+    assert output_directory.choose_checkpoint(True, tmp_path) == older
     shutil.rmtree(older)
     with pytest.raises(ValueError, match="no whole checkpoint to resume from; checkpoint-100: "):
-        checkpoints.choose(True, tmp_path)
+        output_directory.choose_checkpoint(True, tmp_path)
 
 
 # ---- acceptance
@@ -306,14 +305,14 @@ def test_one_rise_is_no_leak(at: int) -> None:
 def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"tokens_per_s": rate} for rate in (1.0, 1.0, 1.0, 40.0, 10.0, 30.0, 20.0)]
 
-    def run(config: TrainConfig, beside: Path, *, one_length: bool) -> SimpleNamespace:
+    def few(config: TrainConfig, beside: Path, *, one_length: bool) -> SimpleNamespace:
         assert not one_length
         assert config.max_steps == len(rows)
         return SimpleNamespace(log=SimpleNamespace(rows=rows))
 
-    monkeypatch.setattr(measure, "run", run)
+    monkeypatch.setattr(run, "run", few)
     config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
-    assert measure.measure_throughput(config, EXAMPLES, steps=4) == 25.0
+    assert measure_throughput(config, EXAMPLES, steps=4) == 25.0
 
 
 # ---- the examples
