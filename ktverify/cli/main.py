@@ -16,19 +16,15 @@ import typer
 from typer.core import TyperGroup
 
 from ktverify.cli.bench import bench_app
-from ktverify.cli.clean import clean
-from ktverify.cli.confirm import confirm
+from ktverify.cli.bench_layer import profile
 from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
-from ktverify.cli.gate import gate
 from ktverify.cli.list import list_cases
-from ktverify.cli.mutants import mutants
+from ktverify.cli.mutants import clean, mutants
 from ktverify.cli.options import OwnProgram
-from ktverify.cli.profile import profile
-from ktverify.cli.report import report
-from ktverify.cli.repro import repro
+from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
-from ktverify.cli.verify import verify
+from ktverify.cli.verify import repro, verify
 from ktverify.isolation.interrupt import in_one_line
 
 # errors that users can cause: wrong arguments, missing files, an engine that refuses. Any other error is a bug, and its

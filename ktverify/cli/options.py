@@ -1,13 +1,20 @@
-"""Options that several commands take. Light: nothing heavy is imported."""
+"""Options that several commands take, and a spinner. Light: help needs no torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ktverify.engines import registry
+
+
+def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
+    """An option with underscores, like --max_new_tokens; `bench` takes --max-new-tokens for the same."""
+    found: typer.models.OptionInfo = typer.Option(f"--{name}", help=text, **more)
+    return found
+
 
 EngineName = Annotated[
     str, typer.Option(help=f"engine name, {registry.OWN}", callback=lambda name: registry.absolute(name))
@@ -28,6 +35,50 @@ TimeLimit = Annotated[
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory")]
 ReportsDir = Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")]
 
+# ---- of the commands that measure
+
+Out = Annotated[Path | None, typer.Option(help="the folder to write into (default: a new one in reports/runs)")]
+Show = Annotated[Path | None, typer.Option(help="measure nothing: print and draw this earlier run again")]
+Lines = Annotated[bool, typer.Option("--json", help="print the JSON lines instead of the tables")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object instead of tables")]
+
+# ---- of `bench transformer` and `bench memory`
+
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="small, medium, large, xl or 2.7b")]
+ContextLength = Annotated[int, named("context_length", "tokens of a sequence", min=1)]
+BatchSize = Annotated[int, named("batch_size", "sequences", min=1)]
+VocabSize = Annotated[int, named("vocab_size", "rows of the embedding and of the output head", min=1)]
+DModel = Annotated[int | None, named("d_model", "width (default: the preset's, as all sizes)", min=1)]
+DFf = Annotated[int | None, named("d_ff", "width inside SwiGLU", min=1)]
+NumLayers = Annotated[int | None, named("num_layers", "layers", min=1)]
+NumHeads = Annotated[int | None, named("num_heads", "attention heads", min=1)]
+ModelDtype = Annotated[str, named("dtype", "float32 or bfloat16")]
+Attention = Annotated[str, named("attention", "plain writes the scores out; fused is torch's own")]
+
+# the fields of ModelSize among them
+SIZES = (
+    "context_length", "batch_size", "d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "rope_theta", "dtype",
+    "attention",
+)  # fmt: skip
+
+# ---- of `bench c2c single`, `batch` and `dataset`
+
+# the pair of models that the pipeline was made for
+BASE, TEACHER = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B-Base"
+BaseModel = Annotated[str, named("base_model", "the model that answers: a directory or a hub's name")]
+TeacherModel = Annotated[str, named("teacher_model", "the model whose cache it receives")]
+ProjectorFile = Annotated[
+    Path | None, named("projectors", "a safetensors file of projectors (default: the identity on the base)")
+]
+MaxNewTokens = Annotated[int, named("max_new_tokens", "tokens of a response at most", min=1)]
+Warmup = Annotated[int, named("warmup_steps", "short runs of the first prompt, which do not count", min=0)]
+PairDtype = Annotated[str, named("dtype", "of both models: bfloat16 or float32")]
+Device = Annotated[str, named("device", "of both models: cpu or cuda")]
+Template = Annotated[bool, typer.Option("--template/--no-template", help="put prompts into the chat templates")]
+Output = Annotated[
+    Path | None, named("output", "the file of records, NAME.jsonl (default: reports/runs/<stamp>-c2c/timing.jsonl)")
+]
+
 
 class OwnProgram:
     """The context object of a command that is a program by itself, so that it may fork; see isolation/forked.py."""
@@ -37,3 +88,10 @@ def check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> No
     """ValueError where `value` is given and is not one of `allowed`."""
     if value is not None and value not in allowed:
         raise ValueError(f"{option} is {value!r}, it takes one of {', '.join(allowed)}")
+
+
+def progress(text: str) -> Any:
+    """A spinner on stderr while a long step runs; nothing where stderr is not a terminal."""
+    from ktverify.report.console import make_console
+
+    return make_console(stderr=True).status(text)

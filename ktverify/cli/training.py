@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.engine_calls import progress
+from ktverify.cli.options import progress
 from ktverify.training.pretrained import DTYPES, quiet
 
 if TYPE_CHECKING:

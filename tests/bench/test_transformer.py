@@ -20,7 +20,7 @@ from ktverify.bench.transformer.model import Rope, Transformer, batch_of
 from ktverify.bench.transformer.record import EndLine, ProcessLine, StepLine, TransformerLine, TransformerSettings
 from ktverify.bench.transformer.saved_tensors import saved_bytes
 from ktverify.bench.transformer.sizes import ModelSize, forward_flops, parameters, presets, resolve
-from ktverify.cli.bench_memory import TOLERANCE
+from ktverify.cli.bench_transformer import TOLERANCE
 from ktverify.isolation import process
 from tests.support.command_line import call, ends, refused
 from tests.support.records import MACHINE

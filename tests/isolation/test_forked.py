@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ktverify.checks.target import Target
-from ktverify.cli.engine_calls import Question, Step, run_steps
 from ktverify.cli.main import app
 from ktverify.cli.options import OwnProgram
+from ktverify.cli.verify import Question, Step, run_steps
 from ktverify.errors import EngineDied
 from ktverify.isolation.calls import call_of
 from ktverify.isolation.forked import Parts
@@ -151,8 +151,8 @@ def test_only_the_program_itself_forks(monkeypatch: pytest.MonkeyPatch) -> None:
         forks.append(question.forks)
         return [], []
 
-    monkeypatch.setattr("ktverify.cli.engine_calls.run_steps", run_steps)
-    monkeypatch.setattr("ktverify.cli.engine_calls.conclude", lambda records, problems: None)
+    monkeypatch.setattr("ktverify.cli.verify.run_steps", run_steps)
+    monkeypatch.setattr("ktverify.cli.verify.conclude", lambda records, problems: None)
     for program in (None, OwnProgram()):
         assert CliRunner().invoke(app, ["verify", "--case", CASE], obj=program).exit_code == 0
     assert forks == [False, True]
