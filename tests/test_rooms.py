@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ktverify.system.files import ROOT
-from tests.support.modules import loaded_modules
+from tests.support.command_line import loaded_modules
 
 PACKAGE = ROOT / "ktverify"
 NATIVE = ROOT / "native"

@@ -140,8 +140,7 @@ def confirm(
 def _text(run: Run, confirmations: Sequence[Confirmation]) -> str:
     """Verdict first, then the table, with the unconfirmed claims on top."""
     from ktverify.report.grid import Grid, markdown_table
-    from ktverify.reproducer.claims import without_claim
-    from ktverify.reproducer.confirm import FOLDER
+    from ktverify.reproducer.confirm import FOLDER, without_claim
 
     assert run.head is not None
     cases = len({each.claim.where for each in confirmations})

@@ -6,7 +6,7 @@ multiple of 16 bytes: another rank is padded with zeros, other sizes are refused
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,14 +21,14 @@ MULTIPLE = 8
 ENGINE = "TorchGroupedMm"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _SavedBatch(Saved):
     """An outstanding forward of n token slots: rows, slots [n], w y [n, H], and x, w and six LoRA tensors as leaves."""
 
-    row: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    slot: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    y: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    leaves: list[torch.Tensor] = field(default_factory=list)
+    row: torch.Tensor
+    slot: torch.Tensor
+    y: torch.Tensor
+    leaves: list[torch.Tensor]
 
 
 class TorchGroupedMm(TorchBf16):
@@ -70,9 +70,8 @@ class TorchGroupedMm(TorchBf16):
             y = self._experts(x, lora, torch.cumsum(counts, 0).int()) * w.unsqueeze(1)
         output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16).index_add_(0, row, y.detach())
         if save:
-            kept = _SavedBatch(len(hidden_states), expert_ids.shape, lora[0].dtype)
-            kept.row, kept.slot, kept.y, kept.leaves = row, slot, y, [x, w, *lora]
-            self._saved.append(kept)
+            sizes = (len(hidden_states), expert_ids.shape, lora[0].dtype)
+            self._saved.append(_SavedBatch(*sizes, row=row, slot=slot, y=y, leaves=[x, w, *lora]))
         return output
 
     def _experts(self, x: torch.Tensor, lora: list[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:

@@ -209,12 +209,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def answer_calls(descriptor: int) -> None:
     """The other end: make the calls that come over the connection."""
-    serve(Connection(descriptor), _call)
-
-
-def _call(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
-    function, args, kwargs = request
-    return function(*args, **kwargs)
+    serve(Connection(descriptor), lambda request: request[0](*request[1], **request[2]))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,8 @@ class _Host:
 
     def ask(self, do: str, *given: Any) -> Any:
         """The answer of the host. Raises the engine's exception, or EngineDied."""
-        parcel = Parcel(given)
-        try:
+        with closing(Parcel(given)) as parcel:
             return self.send(do, parcel, do if do != "call" else str(given[1]))
-        finally:
-            parcel.close()
 
     def send(self, do: str, parcel: Parcel, what: str) -> Any:
         """As ask, with packed arguments; `what` is the call's name in an error."""
@@ -94,9 +92,8 @@ class _Host:
             if answer["ok"]:
                 return unpack(answer["result"])
         error = answer["error"]
-        if error["class"] == error["builtin"]:
-            raise getattr(builtins, error["builtin"])(error["text"])
-        raise _subclass(error["class"], error["builtin"])(error["text"])
+        kind = getattr(builtins, error["builtin"])
+        raise (kind if error["class"] == error["builtin"] else type(error["class"], (kind,), {}))(error["text"])
 
     @property
     def idle(self) -> bool:
@@ -113,12 +110,6 @@ def host_command(python: str, server: str, argument: str) -> list[str]:
     """
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
     return [python, str(HOST), server, argument, str(parent)]
-
-
-def _subclass(name: str, builtin: str) -> type[Exception]:
-    """An exception class with that name and that builtin base."""
-    made: type[Exception] = type(name, (getattr(builtins, builtin),), {})
-    return made
 
 
 _hosts: dict[tuple[Any, ...], _Host] = {}
@@ -169,12 +160,9 @@ class HostedLayer:
 
     def init_lora_weights(self, *given: Any, **named: Any) -> None:
         """From now on the parameters are tensors in shared memory, so an optimizer's step needs no copy."""
-        parcel = Parcel((self._number, "init_lora_weights", given, named))
-        try:
+        with closing(Parcel((self._number, "init_lora_weights", given, named))) as parcel:
             self._host.send("call", parcel, "init_lora_weights")
-            _, _, given, named = parcel.opened()
-        finally:
-            parcel.close()
+            _, _, given, named = unpack(parcel.description)
         self._shared = dict(zip(LORA_NAMES, given, strict=False)) | named
         for name, tensor in self._shared.items():
             setattr(self, name, tensor)
@@ -193,12 +181,9 @@ class HostedLayer:
 
     def _on_tokens(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A call with small arguments: what the engine writes into them is copied to the caller's tensors."""
-        parcel = Parcel((self._number, method, given, named))
-        try:
+        with closing(Parcel((self._number, method, given, named))) as parcel:
             result = self._host.send("call", parcel, method)
-            _, _, after, named_after = parcel.opened()
-        finally:
-            parcel.close()
+            _, _, after, named_after = unpack(parcel.description)
         for mine, theirs in [*zip(given, after, strict=True), *((named[key], named_after[key]) for key in named)]:
             _copy_back(mine, theirs)
         return result

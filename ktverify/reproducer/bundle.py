@@ -105,14 +105,6 @@ def write_result(result: Result, target: Target, directory: str | os.PathLike[st
     return write(result.problem.inputs, _oracle_of(result), target, directory, suite)
 
 
-def load_actual(directory: Path) -> dict[str, torch.Tensor] | None:
-    """The results that the script in a folder saved, None where it saved none."""
-    from safetensors.torch import load
-
-    path = directory / ACTUAL_FILE
-    return load(path.read_bytes()) if path.is_file() else None
-
-
 def _oracle_of(result: Result) -> LiveOracle:
     """The fp64 answers, computed here if the comparison was with a golden."""
     expected = result.problem.expected

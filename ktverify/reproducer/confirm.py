@@ -1,7 +1,9 @@
 """Check every claim of a run again without the suite: the reproducer of each case in the engine's own interpreter.
 
-Input: a run. Output: a Confirmation for each claim, and below the run's directory a folder for each case, with the
-output of its script. The tensors that a script saves are judged here by the gates that failed in the suite.
+Input: a run. Its claims are what one forward and backward of a case can show: one for each tensor that failed, and one
+for each case that crashed the engine or got no answer, however many checks reported it. Output: a Confirmation for each
+claim, and below the run's directory a folder for each case, with the output of its script. The tensors that a script
+saves are judged here by the gates that failed in the suite.
 """
 
 from __future__ import annotations
@@ -9,8 +11,8 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import dropwhile, groupby
 from pathlib import Path
 
@@ -23,8 +25,8 @@ from ktverify.engines import registry
 from ktverify.isolation.hosted import Hosted
 from ktverify.isolation.process import Program, environment_of, how_it_ended
 from ktverify.judge.gates import Verdict, judge
-from ktverify.reproducer.bundle import ACTUAL_FILE, SCRIPT, load_actual, script_of, write
-from ktverify.reproducer.claims import CaseRun, Claim, claims, error_text
+from ktverify.reproducer.bundle import ACTUAL_FILE, SCRIPT, script_of, write
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, LatencyRecord, VerdictName
 from ktverify.runs.store import Run
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -38,6 +40,81 @@ TRIES = 3
 LINE = 60
 _TRACEBACK = "Traceback (most recent call last):\n"
 _CODE = re.compile(r"\b(?:ended with exit code|SystemExit:) (\d+)\b")
+# the same calls without the suite's limits and gates show nothing of the other verdicts (OOM, MISTRUSTED)
+SHOWN: tuple[VerdictName, ...] = ("FAIL", "CRASH", "TIMEOUT")
+# a line of a check that judged a case's tensors by itself, like "  TP 2: FAIL grad_input non_finite 96, budget 0"
+_LINE = re.compile(r"^\s*(?:TP (\d+): )?FAIL (\w+) (.*)$", re.MULTILINE)
+_NON_FINITE = re.compile(r"^non_finite (\d+)$")
+_SIGNAL = re.compile(r"\bSIG[A-Z]+\b|\bexit code \d+")
+
+
+@dataclass(frozen=True)
+class CaseRun:
+    """Where it happened: a case's id, the tensor parallel degree, the label of the instruction set."""
+
+    case: str
+    tp: int = 1
+    isa: str = ""
+
+    def __str__(self) -> str:
+        parts = (Case.parse(self.case).brief, f"TP {self.tp}" if self.tp != 1 else "", self.isa)
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim. tensor: "" where it is not about a single one. suite: what the suite found, in few words.
+
+    exact: the check accepts only the one right answer of integer data. message: the whole text of the suite.
+    """
+
+    where: CaseRun
+    verdict: VerdictName
+    tensor: str
+    suite: str
+    exact: bool = False
+    message: str = field(default="", compare=False)
+
+
+def claims(records: Iterable[AnyRecord]) -> list[Claim]:
+    """All claims in the order of the run; those of one case run together, first the one about no single tensor."""
+    found: dict[tuple[CaseRun, str], Claim] = {}
+    for record in records:
+        for claim in _of(record):
+            found.setdefault((claim.where, claim.tensor), claim)
+    runs = list(dict.fromkeys(where for where, _ in found))
+    keys = [(where, tensor) for where in runs for tensor in ("", *ALL_TENSORS)]
+    return [found[key] for key in keys if key in found]
+
+
+def without_claim(records: Iterable[AnyRecord]) -> int:
+    """Number of non-passing records that no claim covers."""
+    bad = [record for record in records if record.verdict not in (*NOT_RUN, "PASS")]
+    return sum(not any(True for _ in _of(record)) for record in bad)
+
+
+def _of(record: AnyRecord) -> Iterator[Claim]:
+    if record.verdict not in SHOWN or isinstance(record, LatencyRecord) or not record.case:
+        return
+    where = CaseRun(record.case, record.tp, record.isa)
+    if record.verdict != "FAIL":
+        ended = _SIGNAL.search(record.message)
+        yield Claim(where, record.verdict, "", ended.group() if ended else record.verdict, message=record.message)
+    elif isinstance(record, AccuracyRecord):
+        yield Claim(where, "FAIL", record.tensor, error_text(record.rel_l2, record.non_finite))
+    else:
+        exact = record.family == "exact"
+        lines = [match.groups() for match in _LINE.finditer(record.message) if match.group(2) in ALL_TENSORS]
+        for tp, tensor, text in lines:
+            there = CaseRun(record.case, int(tp), record.isa) if tp else where
+            yield Claim(there, "FAIL", tensor, _NON_FINITE.sub(r"\1 not finite", text.partition(", ")[0]), exact)
+        if not lines:
+            yield Claim(where, "FAIL", "", record.message.partition("\n")[0][:60], exact)
+
+
+def error_text(rel_l2: float, non_finite: int) -> str:
+    """An error in few words: "1.00e+00", or "8192 not finite"."""
+    return f"{non_finite} not finite" if non_finite else f"{rel_l2:.2e}"
 
 
 @dataclass(frozen=True)
@@ -65,12 +142,6 @@ class ScriptRun:
     actual: dict[str, torch.Tensor] | None = None
 
 
-def interpreter_of(engine: str) -> str:
-    """The engine's own interpreter. ValueError where there is none."""
-    factory = registry.find(engine)
-    return factory.check() if isinstance(factory, Hosted) else sys.executable
-
-
 def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) -> list[Confirmation]:
     """A confirmation for each claim of `run`. time_limit: seconds for one script; done(cases, of) after each.
 
@@ -83,7 +154,8 @@ def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) ->
     if not groups:
         return []
     script_of(engine)
-    python = interpreter_of(engine)
+    factory = registry.find(engine)
+    python = factory.check() if isinstance(factory, Hosted) else sys.executable
     found: list[Confirmation] = []
     for number, (where, members) in enumerate(groups):
         done(number, len(groups))
@@ -122,7 +194,10 @@ class _Reproducer:
         return best
 
     def _run(self, time_limit: float) -> ScriptRun:
-        (self.folder / ACTUAL_FILE).unlink(missing_ok=True)
+        from safetensors.torch import load
+
+        saved = self.folder / ACTUAL_FILE
+        saved.unlink(missing_ok=True)
         program = Program([self.python, str(self.folder / SCRIPT)], environment_of(self.python))
         try:
             code = program.wait(time_limit)
@@ -135,12 +210,11 @@ class _Reproducer:
             return ScriptRun("no answer")
         if code < 0:
             return ScriptRun(signal.Signals(-code).name)
-        actual = load_actual(self.folder)
-        if actual is None:
+        if not saved.is_file():
             how = f"it ended without {ACTUAL_FILE}" if code == 0 else how_it_ended(code)
             # 1 is Python's own code for every error: only the text says which
             return ScriptRun((_error_in(output) if code == 1 else "") or how, gave_up=True)
-        return ScriptRun("", actual=actual)
+        return ScriptRun("", actual=load(saved.read_bytes()))
 
     def _confirmation(self, claim: Claim, shown: ScriptRun) -> Confirmation:
         if shown.gave_up:

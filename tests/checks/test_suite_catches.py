@@ -29,7 +29,7 @@ from ktverify.spec import cases
 from ktverify.spec.cases import Case
 from ktverify.spec.names import LORA_NAMES
 from ktverify.system.files import ROOT
-from tests.support import broken
+from tests.support import unruly
 
 RIGHT = "torch_bf16"
 SMALL = Case.parse("E=6,k=2,H=96,I=64,T=24,r=8,alpha=16")
@@ -163,7 +163,7 @@ def test_defect_is_not_seen_where_it_does_no_harm(children: ChildPool, defect: s
 
 def test_crash_is_told_from_failure(children: ChildPool) -> None:
     with pytest.raises(EngineDied, match="SIGSEGV"):
-        forward(children.get(), "tests.support.broken:dies", SMALL)
+        forward(children.get(), "tests.support.unruly:Dies", SMALL)
     # and the next case gets a new process
     forward(children.get(), RIGHT, SMALL)
 
@@ -188,16 +188,17 @@ def test_what_an_engine_raises_is_a_crash(children: ChildPool, kind: str, verdic
     assert verdict_on(report, found.value)[0] == verdict
 
 
-@pytest.mark.parametrize("engine", ["leaves_a_process", "leaves_a_session"])
+@pytest.mark.parametrize("engine", ["LeavesAProcess", "LeavesASession"])
 def test_what_an_engine_leaves_behind_delays_nobody(engine: str, tmp_path: Path) -> None:
-    told = tmp_path / "number"
-    target = Target(f"tests.support.broken:{engine}")
-    with Child({broken.TOLD: str(told)}, limits=LIMITS) as child, pytest.raises(EngineDied, match="SIGSEGV") as found:
+    pid_file = tmp_path / "pid"
+    target = Target(f"tests.support.unruly:{engine}")
+    died = pytest.raises(EngineDied, match="SIGSEGV")
+    with Child({unruly.PID_FILE: str(pid_file)}, limits=LIMITS) as child, died as found:
         child.call(tensor_parallel.run_degree, target=target, case=SMALL)
     assert type(found.value) is EngineDied
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(int(told.read_text()))
-        if engine == "leaves_a_session":
+        process = psutil.Process(int(pid_file.read_text()))
+        if engine == "LeavesASession":
             process.kill()
         deadline = time.monotonic() + 5
         # a process that has ended waits until its new parent has collected its exit code
@@ -214,7 +215,7 @@ def test_a_child_that_computes_when_it_is_closed_is_ended(monkeypatch: pytest.Mo
     child = Child(limits=LIMITS)
     monkeypatch.setattr("ktverify.isolation.child.resident_of", _interrupted)
     with pytest.raises(KeyboardInterrupt):
-        child.call(broken.sleeps, seconds=60)
+        child.call(time.sleep, 60)
     child.close()
     assert not child.alive
 
@@ -264,7 +265,7 @@ def test_run_of_a_broken_engine_fails(tmp_path: Path) -> None:
 def test_run_of_a_dying_engine_fails(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = _pytest(
-        run_dir, "suites/forward", "--engine=tests.support.broken:dies", f"--cases={_small_golden()}", "-n", "2"
+        run_dir, "suites/forward", "--engine=tests.support.unruly:Dies", f"--cases={_small_golden()}", "-n", "2"
     )
     assert done.returncode == 1, done.stdout
     assert {record.verdict for record in load(run_dir).accuracy} == {"CRASH"}
@@ -292,7 +293,7 @@ def test_run_that_compared_nothing_fails(tmp_path: Path, workers: tuple[str, ...
         ("cases", "no_such_case"),
         ("isa", "no_such_isa"),
         ("engine", "no_such_engine"),
-        ("engine", "tests.support.broken:no_such_factory"),
+        ("engine", "tests.support.unruly:no_such_factory"),
     ],
 )
 def test_wrong_choice_is_refused(choice: str, wrong: str) -> None:

@@ -2,47 +2,114 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ktverify.checks.target import expect_same_bits
-from ktverify.engines.native.checkpoint import FAMILIES, INDEX
+from ktverify.checks.target import expect, expect_same_bits
+from ktverify.engines.native.base_weights import FAMILIES, INDEX
 from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import build_layer, layer_arguments, run_layer
 from ktverify.isolation.child import ChildPool
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
-from tests.support import checkpoints
+from ktverify.spec.names import BASE_NAMES, LORA_NAMES
 
 CASE = Case.parse("E=5,k=2,H=97,I=46,T=9,r=3,alpha=6")
 MEMORY = "E=16,k=2,H=2048,I=1024,T=64,r=1,alpha=2"
 
 
+def write(directory: Path, case: Case, *, family: str, files: int = 1, layer: int = 0) -> Path:
+    """The base weights of `case` as layer `layer` in `family`'s names; one file, or several and an index."""
+    inputs = make_inputs(case)
+    tensors = {
+        f"model.{pattern.format(layer=layer, expert=expert)}": getattr(inputs, name)[expert].contiguous()
+        for name, pattern in FAMILIES[family].items()
+        for expert in range(case.num_experts)
+    }
+    # the next layer, and a shared expert: neither is to be taken for a routed expert of this one
+    tensors[f"model.layers.{layer}0.mlp.experts.0.gate_proj.weight"] = torch.zeros(1, 1)
+    tensors[f"model.layers.{layer}.mlp.shared_experts.gate_proj.weight"] = torch.zeros(1, 1)
+    if files == 1:
+        save_file(tensors, directory / "model.safetensors")
+        return directory / "model.safetensors"
+    names, listed = sorted(tensors), {}
+    for number in range(files):
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = names[number::files]
+        save_file({name: tensors[name] for name in part}, directory / file)
+        listed.update(dict.fromkeys(part, file))
+    (directory / INDEX).write_text(json.dumps({"weight_map": listed}))
+    return directory
+
+
+def loaded(path: Path, case: Case, *, layer: int = 0) -> KTMoEWrapper:
+    """A layer with the checkpoint's base weights and the case's LoRA."""
+    made = KTMoEWrapper(**layer_arguments(case, threads=2, layer_idx=layer, weight_path=str(path)))
+    made.load_weights()
+    inputs = make_inputs(case)
+    made.init_lora_weights(*(inputs.lora[name] for name in LORA_NAMES))
+    return made
+
+
+def check_memory(directory: str, text: str) -> None:
+    """AssertionError unless a mapped checkpoint costs two experts for a token that reaches two, and at most 1.05 times
+    the weights when all are packed."""
+    case = Case.parse(text)
+    path = write(Path(directory), case, family=next(iter(FAMILIES)))
+    inputs = make_inputs(case)
+    lora = [inputs.lora[name] for name in LORA_NAMES]
+    x, ids, weights = inputs.hidden_states, inputs.expert_ids, inputs.weights
+    del inputs
+    one = sum(2 * case.hidden * case.intermediate for _ in BASE_NAMES)
+    layer = KTMoEWrapper(**layer_arguments(case, threads=2, weight_path=str(path)))
+    layer.init_lora_weights(*lora)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    layer.load_weights()
+    layer.forward_sft(x[:1], ids[:1], weights[:1], save_for_backward=False)
+    layer.clear_sft_buffer_cache()
+    reached = len(set(ids[0].tolist()))
+    grown = process.memory_info().rss - before
+    # an expert's pages of the file, its packed copy, and huge pages that are not full
+    expect(
+        reached * one < grown < (reached + 2) * one + (4 << 20),
+        f"{grown / one:.1f} experts' memory for {reached} reached",
+    )
+    layer.forward_sft(x, ids, weights, save_for_backward=False)
+    layer.clear_sft_buffer_cache()
+    expect(layer.packed_experts == case.num_experts, f"the tokens reach {layer.packed_experts} experts only")
+    grown = process.memory_info().rss - before
+    whole = case.num_experts * one
+    expect(grown <= 1.05 * whole, f"{grown / whole:.2f} times the weights")
+
+
 @pytest.mark.parametrize("files", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_same_bits_as_from_tensors(tmp_path: Path, family: str, files: int) -> None:
-    path = checkpoints.write(tmp_path, CASE, family=family, files=files, layer=3)
+    path = write(tmp_path, CASE, family=family, files=files, layer=3)
     inputs = make_inputs(CASE)
     expected = run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs)
-    expect_same_bits("tensors and checkpoint", expected, run_layer(checkpoints.loaded(path, CASE, layer=3), inputs))
+    expect_same_bits("tensors and checkpoint", expected, run_layer(loaded(path, CASE, layer=3), inputs))
 
 
 def test_folder_without_an_index(tmp_path: Path) -> None:
-    checkpoints.write(tmp_path, CASE, family="Mixtral", files=2)
+    write(tmp_path, CASE, family="Mixtral", files=2)
     (tmp_path / INDEX).unlink()
     inputs = make_inputs(CASE)
     expected = run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs)
-    expect_same_bits("tensors and checkpoint", expected, run_layer(checkpoints.loaded(tmp_path, CASE), inputs))
+    expect_same_bits("tensors and checkpoint", expected, run_layer(loaded(tmp_path, CASE), inputs))
 
 
 def test_physical_map_is_of_the_files_experts(tmp_path: Path) -> None:
-    path = checkpoints.write(tmp_path, CASE, family="Mixtral")
+    path = write(tmp_path, CASE, family="Mixtral")
     inputs = make_inputs(CASE)
     slots = torch.tensor([3, 0, 4, 1, 2])
-    layer = checkpoints.loaded(path, CASE)
+    layer = loaded(path, CASE)
     layer.load_weights(slots)
     other = build_layer(KTMoEWrapper, CASE, inputs)
     other.load_weights_from_tensors(inputs.gate_proj, inputs.up_proj, inputs.down_proj, slots)
@@ -50,7 +117,7 @@ def test_physical_map_is_of_the_files_experts(tmp_path: Path) -> None:
 
 
 def test_memory(tmp_path: Path) -> None:
-    ChildPool().call_fresh(checkpoints.check_memory, directory=str(tmp_path), text=MEMORY)
+    ChildPool().call_fresh(check_memory, directory=str(tmp_path), text=MEMORY)
 
 
 def _refused(path: Path | str, layer: int = 0, case: Case = CASE) -> str:
@@ -61,7 +128,7 @@ def _refused(path: Path | str, layer: int = 0, case: Case = CASE) -> str:
 
 
 def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:
-    path = checkpoints.write(tmp_path, CASE, family="Mixtral")
+    path = write(tmp_path, CASE, family="Mixtral")
     assert "''" in _refused("")
     assert "nowhere" in _refused(tmp_path / "nowhere")
     assert "layer 7" in _refused(path, layer=7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ktverify.engines.registry import built_in, load, names
-from tests.support.modules import loaded_modules
+from tests.support.command_line import loaded_modules
 
 
 def test_an_engine_is_one_file(tmp_path: Path) -> None:

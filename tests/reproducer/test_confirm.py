@@ -12,13 +12,13 @@ from ktverify.checks.target import Target
 from ktverify.cli.main import app
 from ktverify.reproducer import confirm as confirming
 from ktverify.reproducer.bundle import script_of
-from ktverify.reproducer.claims import CaseRun, Claim, claims, without_claim
+from ktverify.reproducer.confirm import CaseRun, Claim, claims, without_claim
 from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord
 from ktverify.runs.store import load, start_run
 from ktverify.spec.cases import Case
-from tests.support import doubling
+from tests.support.unruly import Doubling
 
-ENGINE = "tests.support.doubling:Doubling"
+ENGINE = "tests.support.unruly:Doubling"
 
 
 def case_of(tokens: int) -> Case:
@@ -109,7 +109,7 @@ def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
 ) -> None:
     path = tmp_path / "script.py"
     path.write_text(script, encoding="utf-8")
-    monkeypatch.setattr(doubling.Doubling, "stand_alone", str(path))
+    monkeypatch.setattr(Doubling, "stand_alone", str(path))
     monkeypatch.setattr(confirming, "TRIES", 1)
     died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
     silent = ended(14, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")
@@ -126,7 +126,7 @@ def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
 def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "script.py"
     path.write_text("import no_such_module\n", encoding="utf-8")
-    monkeypatch.setattr(doubling.Doubling, "stand_alone", str(path))
+    monkeypatch.setattr(Doubling, "stand_alone", str(path))
     same = ended(13, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'no_such_module' (engine.py:7)")
     other = ended(14, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'another' (engine.py:7)")
     code, text = confirm(write(tmp_path / "run", [same, other]))
@@ -191,7 +191,7 @@ def test_a_run_without_claims_needs_no_script(tmp_path: Path) -> None:
     ("engine", "says"),
     [
         ("torch_bf16", "error: engine 'torch_bf16' has no stand-alone script; it takes the attribute stand_alone"),
-        ("tests.support.doubling:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
+        ("tests.support.unruly:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
     ],
 )
 def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engine: str, says: str) -> None:

@@ -1,4 +1,4 @@
-"""The script of tests.support.doubling: right up to 11 tokens, doubled above; with 13 it dies, with 14 it gives up."""
+"""The script of unruly.Doubling: right up to 11 tokens, doubled above; with 13 it dies, with 14 it gives up."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""An engine that is right, and takes its process down in calls that its sizes choose: what a run has to survive."""
+"""Engines that end their process, raise or name a wrong script: what a run has to survive."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ DEADLY_TOKENS = (15, 16, 17, 31)
 # number of tokens for which a forward that is to be saved goes wrong otherwise
 HANGS, EATS, EXITS = 33, 100, 300
 EXIT_CODE = 3
+# the variable that names the file of LeavesAProcess
+PID_FILE = "KTVERIFY_TESTS_PID_FILE"
 
 
 class Unruly(TorchBf16):
@@ -31,11 +33,7 @@ class Unruly(TorchBf16):
         super().__init__(**arguments)
 
     def forward_sft(
-        self,
-        hidden_states: Tensor,
-        expert_ids: Tensor,
-        weights: Tensor,
-        save_for_backward: bool = True,
+        self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save_for_backward: bool = True
     ) -> Tensor:
         tokens = len(hidden_states)
         if tokens in DEADLY_TOKENS:
@@ -90,28 +88,28 @@ class Raises(TorchBf16):
             raise NotImplementedError("tensor parallelism")
         super().__init__(**arguments)
 
-    def forward_sft(self, *_: Any, **__: Any) -> torch.Tensor:
+    def forward_sft(self, *_: Any, **__: Any) -> Tensor:
         raise ValueError("this kernel is broken")
 
 
 class OneDegree(Raises):
     """Right, without tensor parallelism."""
 
-    def forward_sft(self, *arguments: Any, **more: Any) -> torch.Tensor:
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
         return TorchBf16.forward_sft(self, *arguments, **more)
 
 
 class Forwards(TorchBf16):
     """Right, and has no backward."""
 
-    def backward(self, grad_output: torch.Tensor) -> Any:
+    def backward(self, grad_output: Tensor) -> Any:
         raise NotImplementedError("no backward yet")
 
 
 class Leaves(TorchBf16):
     """Ends the program in the middle of a backward, as a script may."""
 
-    def backward(self, grad_output: torch.Tensor) -> Any:
+    def backward(self, grad_output: Tensor) -> Any:
         sys.exit(EXIT_CODE)
 
 
@@ -123,24 +121,35 @@ class Unclean(TorchBf16):
         raise ValueError("not now")
 
 
-class LeavesUnclean(Leaves):
+class LeavesUnclean(Unclean, Leaves):
     """Ends the program in a backward, and raises in the clean-up after it."""
 
-    @staticmethod
-    def clear_sft_buffer_cache() -> None:
-        raise ValueError("not now")
+
+class Doubling(TorchBf16):
+    """Its outputs are twice as large; its script doubles only those of more than 11 tokens."""
+
+    stand_alone = str(Path(__file__).with_name("doubling_script.py"))
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
+        return 2 * super().forward_sft(*arguments, **more)
+
+
+class NoFile(TorchBf16):
+    """Names a script that is not there."""
+
+    stand_alone = "/no/such/run.py"
 
 
 class DiesInParts(TorchBf16):
     """Right without tensor parallelism; with it, a backward ends the process."""
 
-    stand_alone = str(Path(__file__).with_name("doubling_script.py"))
+    stand_alone = Doubling.stand_alone
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._parts = arguments["threadpool_count"]
 
-    def backward(self, grad_output: torch.Tensor) -> Any:
+    def backward(self, grad_output: Tensor) -> Any:
         if self._parts > 1:
             _die()
         return super().backward(grad_output)
@@ -151,3 +160,33 @@ class LeavesAtOnce:
 
     def __init__(self, **_: Any) -> None:
         sys.exit("no licence")
+
+
+class Dies(TorchBf16):
+    """Every forward ends the process with a signal."""
+
+    def forward_sft(self, *_: Any, **__: Any) -> Tensor:
+        _die()
+        raise AssertionError("still alive")
+
+
+class LeavesAProcess(Dies):
+    """The same, and leaves a process that sleeps with all of its files open, and its number in the file PID_FILE."""
+
+    session = False
+
+    def forward_sft(self, *_: Any, **__: Any) -> Tensor:
+        left = os.fork()
+        if left == 0:
+            if self.session:
+                os.setsid()
+            time.sleep(60)
+            os._exit(0)
+        Path(os.environ[PID_FILE]).write_text(str(left))
+        return super().forward_sft()
+
+
+class LeavesASession(LeavesAProcess):
+    """The same, and the other leads a session of its own, which nothing finds."""
+
+    session = True

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ktverify.engines import argument_checks
-from ktverify.engines.native.base_weights import Sources, alias
+from ktverify.engines.native.base_weights import Sources, alias, expert_weights
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
 from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
@@ -178,19 +178,15 @@ class KTMoEWrapper:
 
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
         """Take the base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file or a
-        folder of such files. checkpoint.py lists the known names.
+        folder of such files. base_weights.py lists the known names.
 
         The files are mapped: an expert's pages are read when its first token arrives, and released once packed.
         physical_map as above, where the checkpoint's expert p is slot p; None: slots are logical experts.
         """
-        from ktverify.engines.native import checkpoint
-
         if physical_map is None:
             physical_map = torch.arange(self.spec.num_experts)
         slots = argument_checks.check_physical_map(self.spec, physical_map)
-        base = checkpoint.expert_weights(
-            self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts
-        )
+        base = expert_weights(self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts)
         self._load(Sources(list(base.values()), slots, mapped=True))
 
     def _load(self, sources: Sources) -> None:

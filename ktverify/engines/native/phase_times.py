@@ -49,16 +49,9 @@ class StageTimes:
     @classmethod
     def of(cls, found: dict[str, Any]) -> StageTimes:
         """From the engine's own dict, or from the JSON of `dataclasses.asdict`."""
-        phases = (Phase(row["name"], tuple(row["ns"]), row["flops"], row["bytes"]) for row in found["phases"])
-        return cls(
-            direction=found["direction"],
-            rows=found["rows"],
-            workers=found["workers"],
-            stages=found["stages"],
-            wall_ns=found["wall_ns"],
-            phases=tuple(phases),
-            spans=tuple(tuple(Span(**span) for span in worker) for worker in found["spans"]),
-        )
+        phases = tuple(Phase(**{**phase, "ns": tuple(phase["ns"])}) for phase in found["phases"])
+        spans = tuple(tuple(Span(**span) for span in worker) for worker in found["spans"])
+        return cls(**{**found, "phases": phases, "spans": spans})
 
     def busy_ns(self, worker: int) -> int:
         """The time that a worker worked, without waiting."""

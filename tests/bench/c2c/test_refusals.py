@@ -11,8 +11,7 @@ import pytest
 
 from ktverify.bench.c2c import prompts
 from tests.support import c2c
-from tests.support.command_line import call, ends, refused
-from tests.support.modules import loaded_modules
+from tests.support.command_line import call, ends, loaded_modules, refused
 
 # ---- data sets
 
