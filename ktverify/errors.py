@@ -30,7 +30,7 @@ class KtverifyError(Exception):
 
 
 class Unsupported(KtverifyError, NotImplementedError):
-    """The engine raised NotImplementedError in a call that should compute; the text is its reason. Never a pass."""
+    """NotImplementedError of an engine in a call that should compute; the text is its reason. Never a pass."""
 
 
 class EngineFailed(KtverifyError):
@@ -84,7 +84,7 @@ class GateFailed(CheckFailed):
         self, text: str, exceeded: tuple[tuple[str, float], ...], *, cause: Any = None, result: Any = None
     ) -> None:
         super().__init__(text, exceeded)
-        self.cause, self.result = cause, result
+        self.exceeded, self.cause, self.result = exceeded, cause, result
 
     def __reduce__(self) -> tuple[type[GateFailed], tuple[object, ...]]:
         return type(self), self.args
@@ -92,14 +92,9 @@ class GateFailed(CheckFailed):
     def __str__(self) -> str:
         return str(self.args[0])
 
-    @property
-    def exceeded(self) -> tuple[tuple[str, float], ...]:
-        found: tuple[tuple[str, float], ...] = self.args[1]
-        return found
-
 
 class NotPassed(CheckFailed):
-    """A tensor of an accuracy case did not pass; the records of the case contain it already."""
+    """A tensor did not pass; the records of its case contain it already."""
 
 
 class PropertyFailed(CheckFailed):

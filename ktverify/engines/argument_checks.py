@@ -105,14 +105,10 @@ class LayerSpec:
         return METHODS[self.method]
 
     @property
-    def base_shapes(self) -> dict[str, tuple[int, int, int]]:
-        e, h, i = self.num_experts, self.hidden_size, self.moe_intermediate_size
-        return {"gate_proj": (e, i, h), "up_proj": (e, i, h), "down_proj": (e, h, i)}
-
-    @property
     def expert_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes of one expert's base weights, by name."""
-        return {name: shape[1:] for name, shape in self.base_shapes.items()}
+        h, i = self.hidden_size, self.moe_intermediate_size
+        return {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
 
     @property
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
@@ -156,8 +152,9 @@ def check_base_weights(spec: LayerSpec, gate_proj: Any, up_proj: Any, down_proj:
     """gate_proj, up_proj [E, I, H], down_proj [E, H, I], bf16. Any strides."""
     import torch
 
-    given = {"gate_proj": gate_proj, "up_proj": up_proj, "down_proj": down_proj}
-    return {n: check_tensor(n, given[n], shape, (torch.bfloat16,)).detach() for n, shape in spec.base_shapes.items()}
+    given = zip(spec.expert_shapes.items(), (gate_proj, up_proj, down_proj), strict=True)
+    experts, dtypes = spec.num_experts, (torch.bfloat16,)
+    return {name: check_tensor(name, tensor, (experts, *shape), dtypes).detach() for (name, shape), tensor in given}
 
 
 def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:
@@ -179,9 +176,8 @@ def check_lora(spec: LayerSpec, given: Mapping[str, Any]) -> dict[str, torch.Ten
     """The six LoRA tensors, all bf16 or all fp32, in the shapes of `spec.lora_shapes`."""
     import torch
 
-    checked = {
-        n: check_tensor(n, given[n], shape, (torch.bfloat16, torch.float32)) for n, shape in spec.lora_shapes.items()
-    }
+    dtypes = (torch.bfloat16, torch.float32)
+    checked = {name: check_tensor(name, given[name], shape, dtypes) for name, shape in spec.lora_shapes.items()}
     first = checked[LORA_NAMES[0]].dtype
     for name, tensor in checked.items():
         if tensor.dtype != first:
@@ -204,11 +200,11 @@ def check_forward(spec: LayerSpec, hidden_states: Any, expert_ids: Any, weights:
     """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32. Returns T."""
     import torch
 
-    if not isinstance(hidden_states, torch.Tensor) or hidden_states.dim() != 2:
-        got = list(hidden_states.shape) if isinstance(hidden_states, torch.Tensor) else type(hidden_states).__name__
-        wants = f"bfloat16 [T, {spec.hidden_size}]"
-        error = ValueError if isinstance(hidden_states, torch.Tensor) else TypeError
-        raise error(f"hidden_states is {got}; it takes {wants}")
+    wants = f"it takes bfloat16 [T, {spec.hidden_size}]"
+    if not isinstance(hidden_states, torch.Tensor):
+        raise TypeError(f"hidden_states is {type(hidden_states).__name__}; {wants}")
+    if hidden_states.dim() != 2:
+        raise ValueError(f"hidden_states is {list(hidden_states.shape)}; {wants}")
     tokens = hidden_states.shape[0]
     check_tensor("hidden_states", hidden_states, (tokens, spec.hidden_size), (torch.bfloat16,))
     slots = (tokens, spec.num_experts_per_tok)
@@ -244,9 +240,7 @@ def check_room(outstanding: int, depth: int) -> None:
 
 def check_ready(weights: bool, lora: bool, call: str) -> None:
     """RuntimeError that names the missing call."""
-    for there, what, missing in (
-        (weights, "the base weights", "load_weights_from_tensors"),
-        (lora, "the LoRA weights", "init_lora_weights"),
-    ):
-        if not there:
-            raise RuntimeError(f"{call} before {what} are there: call {missing} first")
+    if not weights:
+        raise RuntimeError(f"{call} before the base weights are there: call load_weights_from_tensors first")
+    if not lora:
+        raise RuntimeError(f"{call} before the LoRA weights are there: call init_lora_weights first")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,10 +18,6 @@ from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, call_of
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from contextlib import AbstractContextManager
 
 METHOD = "AMXBF16_SFT"
 
@@ -125,7 +122,7 @@ def run_case(
     """
     given = make_inputs(case) if inputs is None else inputs
     layer = build_layer(factory, case, given, **settings)
-    unless_first: AbstractContextManager[None] = contextlib.suppress(*ENGINE_EXCEPTIONS)
+    unless_first: contextlib.AbstractContextManager[None] = contextlib.suppress(*ENGINE_EXCEPTIONS)
     try:
         found = run_layer(layer, given, backward=backward, into=into)
         unless_first = contextlib.nullcontext()

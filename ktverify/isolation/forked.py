@@ -1,9 +1,8 @@
 """Run engine calls in a disposable child process, so that a crash loses only the current part of a command's work.
 
-Input: parts, functions without arguments. Output: the value or the exception of each one; EngineDied where the engine
-ended its process, EngineTimeout where one of its calls took too long. The next part then gets a new process.
-The process is a fork, made before torch or an engine has computed anything here: it costs milliseconds and has this
-process's imports, environment and terminal. It leads a group, and what is started in that group ends with it.
+EngineDied where the engine ended its process, EngineTimeout where one of its calls took too long: the next part then
+gets a new process. It is a fork, made before torch or an engine has computed anything here: it costs milliseconds and
+has this process's imports, environment and terminal. It leads a group, and what is started in that group ends with it.
 """
 
 from __future__ import annotations

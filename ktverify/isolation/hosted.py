@@ -1,10 +1,8 @@
 """An engine in a process of its own, under any Python: its factory, and layers whose calls go to that process.
 
-One process serves one configuration of threads, because some engines allow only one: another number of threads, of
-thread pools or of processors gets another process. A process that dies raises EngineDied in the call that killed it and
-in every later call to its layers; the next layer gets a new process.
-What a hosted engine writes into the tensors of a call is copied back; what it writes after its answer is not. A fork of
-this process does not copy its threads.
+One process serves one configuration of threads and processors, because some engines allow only one. A process that dies
+raises EngineDied in the call that killed it and in every later call to its layers; the next layer gets a new process.
+What a hosted engine writes into the tensors of a call is copied back; what it writes after its answer is not.
 """
 
 from __future__ import annotations
@@ -152,20 +150,20 @@ class HostedLayer:
             raise AttributeError(name)
         return self._host.ask("attribute", self._number, name)
 
-    def _call(self, method: str, *given: Any, **named: Any) -> Any:
-        return self._host.ask("call", self._number, method, given, named)
-
     def load_weights_from_tensors(self, *given: Any, **named: Any) -> None:
-        self._call("load_weights_from_tensors", *given, **named)
+        self._host.ask("call", self._number, "load_weights_from_tensors", given, named)
 
     def init_lora_weights(self, *given: Any, **named: Any) -> None:
         """From now on the parameters are tensors in shared memory, so an optimizer's step needs no copy."""
-        with closing(Parcel((self._number, "init_lora_weights", given, named))) as parcel:
-            self._host.send("call", parcel, "init_lora_weights")
-            _, _, given, named = unpack(parcel.description)
+        _, given, named = self._shared_call("init_lora_weights", given, named)
         self._shared = dict(zip(LORA_NAMES, given, strict=False)) | named
         for name, tensor in self._shared.items():
             setattr(self, name, tensor)
+
+    def _shared_call(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """The answer of a call, and its arguments as tensors in memory that the engine shares."""
+        with closing(Parcel((self._number, method, given, named))) as parcel:
+            return self._host.send("call", parcel, method), *unpack(parcel.description)[2:]
 
     def update_lora_weights(self) -> None:
         present = {name: self.__dict__[name] for name in self._shared}
@@ -181,15 +179,13 @@ class HostedLayer:
 
     def _on_tokens(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """A call with small arguments: what the engine writes into them is copied to the caller's tensors."""
-        with closing(Parcel((self._number, method, given, named))) as parcel:
-            result = self._host.send("call", parcel, method)
-            _, _, after, named_after = unpack(parcel.description)
+        result, after, named_after = self._shared_call(method, given, named)
         for mine, theirs in [*zip(given, after, strict=True), *((named[key], named_after[key]) for key in named)]:
             _copy_back(mine, theirs)
         return result
 
     def clear_sft_buffer_cache(self) -> None:
-        self._call("clear_sft_buffer_cache")
+        self._host.ask("call", self._number, "clear_sft_buffer_cache", (), {})
 
 
 def _copy_back(mine: Any, theirs: Any) -> None:

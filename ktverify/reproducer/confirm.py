@@ -58,7 +58,7 @@ class CaseRun:
 
     def __str__(self) -> str:
         parts = (Case.parse(self.case).brief, f"TP {self.tp}" if self.tp != 1 else "", self.isa)
-        return ", ".join(part for part in parts if part)
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True)
@@ -159,24 +159,18 @@ def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) ->
     found: list[Confirmation] = []
     for number, (where, members) in enumerate(groups):
         done(number, len(groups))
-        reproducer = _Reproducer(where, engine, run.directory / FOLDER / folder_name(where), python)
-        found += reproducer.check(members, time_limit)
+        found += _Reproducer(where, engine, run.directory / FOLDER, python).check(members, time_limit)
     done(len(groups), len(groups))
     return found
 
 
-def folder_name(where: CaseRun) -> str:
-    """A file name: "large@seed=0" -> "large", "small@seed=1" at TP 2 -> "small@seed=1.tp2"."""
-    tp = f"tp{where.tp}" if where.tp != 1 else ""
-    parts = (Case.parse(where.case).brief, tp, isa_name(where.isa))
-    return ".".join(part for part in parts if part)
-
-
 class _Reproducer:
-    """The folder of one case run: written, and run there."""
+    """The folder of one case run below `directory`: written, and run there. Its name: "large", "small@seed=1.tp2"."""
 
-    def __init__(self, where: CaseRun, engine: str, folder: Path, python: str) -> None:
-        self.case, self.folder, self.python = Case.parse(where.case), folder, python
+    def __init__(self, where: CaseRun, engine: str, directory: Path, python: str) -> None:
+        self.case, self.python = Case.parse(where.case), python
+        parts = (self.case.brief, f"tp{where.tp}" if where.tp != 1 else "", isa_name(where.isa))
+        self.folder = directory / ".".join(filter(None, parts))
         self.target = Target(engine, isa_name(where.isa) or None, where.tp, threads=None)
 
     def check(self, members: list[Claim], time_limit: float) -> list[Confirmation]:

@@ -44,16 +44,13 @@ def test_phases_of_every_worker_add_up_to_the_call(tp: int) -> None:
         assert sum(phase.wall_ns for phase in times.phases) == pytest.approx(times.wall_ns)
 
 
-def test_every_kind_of_work_is_named() -> None:
+def test_stages_are_named_and_few_and_follow_each_other() -> None:
     forward, backward = _recorded()
     assert {phase.name for phase in forward.phases} >= FORWARD
     assert {phase.name for phase in backward.phases} >= BACKWARD
     assert (forward.direction, forward.rows, backward.direction) == ("forward", CASE.qlen, "backward")
     assert backward.phases[-1].name == WAIT
-
-
-def test_stages_are_few_and_follow_each_other() -> None:
-    for times in _recorded():
+    for times in (forward, backward):
         assert 0 < times.stages <= MOST_STAGES[times.direction]
         for spans in times.spans:
             assert [span.stage for span in spans] == list(range(times.stages))
@@ -87,15 +84,11 @@ def test_recording_changes_no_bit() -> None:
     assert layer.stage_times() == times, "calls that were not to be recorded were"
 
 
-def test_without_a_recording_there_is_none() -> None:
-    layer = build_layer(KTMoEWrapper, CASE, make_inputs(CASE), threads=2)
-    with pytest.raises(RuntimeError, match="record_stages"):
-        layer.stage_times()
-
-
-def test_weights_packed_on_the_way_are_told_apart() -> None:
+def test_only_a_recorded_call_has_times_and_packing_weights_is_a_phase() -> None:
     inputs = make_inputs(CASE)
     layer = build_layer(KTMoEWrapper, CASE, inputs, threads=2)
+    with pytest.raises(RuntimeError, match="record_stages"):
+        layer.stage_times()
     layer.record_stages()
     names = []
     for _ in range(2):

@@ -104,13 +104,9 @@ def test_a_part_without_tensors_that_ends_its_process_is_an_error() -> None:
 
 def test_an_error_in_the_forked_process_is_an_error_of_the_command() -> None:
     done = run("repro", CASE, "--engine", "torch_bf16", "--tp", "5")
+    case = CASE.replace("@", ",data=gaussian,routing=uniform,lora=bfloat16@")
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "error: TP 5 does not divide I = 32 of "
-        + CASE.replace("@", ",data=gaussian,routing=uniform,lora=bfloat16@")
-        + "\n"
-    )
+    assert done.stderr == f"error: TP 5 does not divide I = 32 of {case}\n"
     done = run("--traceback", "repro", CASE, "--engine", "torch_bf16", "--tp", "5")
     assert "in check_case" in done.stderr
 
@@ -123,11 +119,6 @@ def test_an_engine_that_leaves_when_imported_is_refused(tmp_path: Path, monkeypa
     assert done.stderr == (
         "error: engine 'a_script:make': a_script ends the program when it is imported: exit usage: a_script\n"
     )
-
-
-def test_without_a_fork_this_process_computes() -> None:
-    with closing(Parts([os.getpid], 60.0, forks=False)) as parts:
-        assert parts.value(0, nullcontext()) == os.getpid()
 
 
 def not_portable() -> None:
@@ -145,6 +136,8 @@ def test_an_exception_that_cannot_be_pickled_arrives_as_text() -> None:
 
 def test_only_the_program_itself_forks(monkeypatch: pytest.MonkeyPatch) -> None:
     # this process has threads, and has computed
+    with closing(Parts([os.getpid], 60.0, forks=False)) as parts:
+        assert parts.value(0, nullcontext()) == os.getpid()
     forks: list[bool] = []
 
     def run_steps(question: Question, steps: object) -> tuple[list[object], list[str]]:

@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 
 from ktverify.cli import doctor
 from ktverify.cli.golden import app as golden_app
-from ktverify.cli.main import app
 from ktverify.isolation.interrupt import INTERRUPTED, USUAL
 from ktverify.isolation.process import processes_of
 from ktverify.judge import golden_regenerate
 from ktverify.system.files import ROOT
 from tests.support import unruly
+from tests.support.command_line import call, ends
 
 SECONDS = 30.0  # time to end, on a busy machine
 
@@ -87,7 +87,7 @@ def test_ctrl_c_ends_every_process(command: str, when: Callable[[int], bool]) ->
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("arguments", [["clean"], ["diagnose", "--mutants"]], ids=["clean", "diagnose"])
+@pytest.mark.parametrize("arguments", [["clean"], ["diagnose", "--mutants"]], ids=" ".join)
 def test_ctrl_c_while_torch_is_imported(arguments: list[str]) -> None:
     assert stopped(arguments, imports_torch) == "stopped; nothing was written\n"
 
@@ -116,25 +116,21 @@ make = Hosted({f"{engine}:hang"!r})
     assert stopped(arguments, lambda pid: sign.exists()).splitlines()[-1] == USUAL
 
 
-def stop(*arguments: object, **more: object) -> None:
+def stop(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
 def stopped_line(result: Result) -> str:
     """The one line of a stopped command."""
-    assert result.exit_code == INTERRUPTED, result.output
+    ends(result, INTERRUPTED)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("stopped")]
-    assert "Traceback" not in result.output
     return line
 
 
 def test_every_command_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", stop)
-    assert stopped_line(CliRunner().invoke(app, ["doctor"])) == USUAL
-
-
-def test_golden_regenerate_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(golden_regenerate, "regenerate", stop)
+    assert stopped_line(call("doctor")) == USUAL
     assert stopped_line(CliRunner().invoke(golden_app, ["regenerate", "--check"])) == USUAL
 
 
@@ -146,7 +142,7 @@ def test_a_stopped_training_reports_what_is_kept(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
 
     tiny, output = tmp_path / "tiny", tmp_path / "out"
-    assert CliRunner().invoke(app, ["make-tiny", "qwen3_moe", "--out", str(tiny)]).exit_code == 0
+    ends(call("make-tiny", "qwen3_moe", "--out", tiny), 0)
     settings = {"model_name_or_path": tiny, "output_dir": output, "max_steps": 4, "save_steps": 2, "logging_steps": 1}
     command = [
         "train",
@@ -156,8 +152,8 @@ def test_a_stopped_training_reports_what_is_kept(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr(LossLog, "on_step_end", at_three)
-        line = stopped_line(CliRunner().invoke(app, command))
-        early = stopped_line(CliRunner().invoke(app, [*command, "--overwrite_output_dir", "true", "--save_steps", "9"]))
+        line = stopped_line(call(*command))
+        early = stopped_line(call(*command, "--overwrite_output_dir", "true", "--save_steps", "9"))
     again = "the same command with --resume_from_checkpoint true goes on from there"
     assert line == f"stopped at step 3 of 4; {output}/checkpoint-2 and loss.jsonl are kept: {again}"
     assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew with --")

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from ktverify.checks import accuracy
 from ktverify.checks.target import Target
-from ktverify.cli.main import app
 from ktverify.reproducer import confirm as confirming
 from ktverify.reproducer.bundle import script_of
 from ktverify.reproducer.confirm import CaseRun, Claim, claims, without_claim
 from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord
 from ktverify.runs.store import load, start_run
 from ktverify.spec.cases import Case
+from tests.support.command_line import call, ends, refused
 from tests.support.unruly import Doubling
 
 ENGINE = "tests.support.unruly:Doubling"
@@ -31,12 +30,8 @@ def failing(tokens: int) -> list[AccuracyRecord]:
 
 
 def ended(tokens: int, verdict: str, message: str) -> CheckRecord:
-    return CheckRecord.model_validate(
-        {
-            "family": "contract", "engine": ENGINE, "name": "test_edge", "verdict": verdict, "message": message,
-            "case": case_of(tokens).id,
-        }
-    )  # fmt: skip
+    record = {"family": "contract", "engine": ENGINE, "name": "test_edge", "verdict": verdict, "message": message}
+    return CheckRecord.model_validate({**record, "case": case_of(tokens).id})
 
 
 def write(directory: Path, records: list[AnyRecord], engine: str = ENGINE) -> Path:
@@ -46,10 +41,17 @@ def write(directory: Path, records: list[AnyRecord], engine: str = ENGINE) -> Pa
     return directory
 
 
-def confirm(directory: Path, *arguments: str) -> tuple[int, str]:
-    """Exit code and output of the command."""
-    done = CliRunner().invoke(app, ["confirm", str(directory), *arguments])
-    return done.exit_code, done.output
+def confirm(directory: Path, code: int) -> str:
+    """The output of the command, which must end with this exit code."""
+    return ends(call("confirm", directory), code)
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The script of ENGINE for one try, to be written."""
+    monkeypatch.setattr(Doubling, "stand_alone", str(tmp_path / "script.py"))
+    monkeypatch.setattr(confirming, "TRIES", 1)
+    return tmp_path / "script.py"
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -62,8 +64,7 @@ def test_a_failure_and_a_crash_are_confirmed(tmp_path: Path) -> None:
     died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
     raised = ended(14, "CRASH", "RuntimeError: no weights for fourteen")
     run = write(tmp_path / "run", [*failing(12), died, raised])
-    code, text = confirm(run)
-    assert code == 0, text
+    text = confirm(run, 0)
     assert text.startswith(f"CONFIRMED: all 3 claims, in 3 cases of {ENGINE}.")
     failed, crashed, refused = (rows(text)[case_of(tokens).brief] for tokens in (12, 13, 14))
     assert failed[0] == "yes"
@@ -86,8 +87,7 @@ def test_a_claim_that_the_script_does_not_show_is_not_confirmed(
     monkeypatch.setattr(confirming, "TRIES", 1)
     other = CheckRecord(family="contract", engine=ENGINE, name="test_refused[k]", verdict="FAIL", message="k: accepted")
     crash = ended(10, "CRASH", "the process died of SIGABRT")
-    code, text = confirm(write(tmp_path / "run", [*failing(11), crash, other]))
-    assert code == 1
+    text = confirm(write(tmp_path / "run", [*failing(11), crash, other]), 1)
     assert text.startswith("NOT CONFIRMED: 2 of 2 claims")
     assert rows(text)[case_of(11).brief][::5] == ["NO", "right"]
     assert rows(text)[case_of(10).brief][4:] == ["SIGABRT", "computed"]
@@ -95,7 +95,7 @@ def test_a_claim_that_the_script_does_not_show_is_not_confirmed(
 
 
 @pytest.mark.parametrize(
-    ("script", "says"),
+    ("code", "says"),
     [
         ("def f(:\n", "SyntaxError: invalid syntax"),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
@@ -105,16 +105,12 @@ def test_a_claim_that_the_script_does_not_show_is_not_confirmed(
     ],
 )
 def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str
+    tmp_path: Path, script: Path, code: str, says: str
 ) -> None:
-    path = tmp_path / "script.py"
-    path.write_text(script, encoding="utf-8")
-    monkeypatch.setattr(Doubling, "stand_alone", str(path))
-    monkeypatch.setattr(confirming, "TRIES", 1)
+    script.write_text(code, encoding="utf-8")
     died = ended(13, "CRASH", "forward_sft: the engine's process died of SIGSEGV; last words:\nFatal Python error")
     silent = ended(14, "TIMEOUT", "no answer after 60 s, ended with SIGKILL")
-    code, text = confirm(write(tmp_path / "run", [*failing(12), died, silent]))
-    assert code == 2
+    text = confirm(write(tmp_path / "run", [*failing(12), died, silent]), 2)
     assert text.startswith("NOT CONFIRMED: 3 of 3 claims")
     assert "Of 3 of them nothing is known: the engine's script could not be run." in text
     for tokens in (12, 13, 14):
@@ -123,14 +119,11 @@ def test_a_script_that_fails_by_itself_shows_nothing_of_the_engine(
         assert row[5].startswith(f"could not be run: {says}")
 
 
-def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "script.py"
-    path.write_text("import no_such_module\n", encoding="utf-8")
-    monkeypatch.setattr(Doubling, "stand_alone", str(path))
+def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, script: Path) -> None:
+    script.write_text("import no_such_module\n", encoding="utf-8")
     same = ended(13, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'no_such_module' (engine.py:7)")
     other = ended(14, "CRASH", "CRASH forward_sft: ModuleNotFoundError: No module named 'another' (engine.py:7)")
-    code, text = confirm(write(tmp_path / "run", [same, other]))
-    assert code == 2
+    text = confirm(write(tmp_path / "run", [same, other]), 2)
     assert [rows(text)[case_of(tokens).brief][0] for tokens in (13, 14)] == ["yes", "?"]
 
 
@@ -143,11 +136,7 @@ def test_the_same_error_in_the_script_confirms_a_crash(tmp_path: Path, monkeypat
         ("CRASH forward_sft: SystemExit: 3 (engine.py:7)", "ended with exit code 3", True),
         ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "AssertionError", False),
         ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "AssertionError: rows", False),
-        (
-            "CRASH forward_sft: AssertionError: rows differ (engine.py:7)",
-            "engine.Own.AssertionError: rows differ",
-            True,
-        ),
+        ("CRASH forward_sft: AssertionError: rows differ (engine.py:7)", "my.Own.AssertionError: rows differ", True),
         ("CRASH forward_sft: the engine's process is gone", "e", False),
         ("RuntimeError: no weights for fourteen", "fourteen", False),
         ("CRASH forward_sft: SystemExit: no weights (engine.py:7)", "no weights", True),
@@ -182,23 +171,18 @@ def test_no_answer_confirms_a_timeout(tmp_path: Path) -> None:
 
 def test_a_run_without_claims_needs_no_script(tmp_path: Path) -> None:
     for engine in (ENGINE, "torch_bf16"):
-        code, text = confirm(write(tmp_path / engine, [], engine))
-        assert code == 0
-        assert text.startswith("Nothing to confirm")
+        assert confirm(write(tmp_path / engine, [], engine), 0).startswith("Nothing to confirm")
 
 
 @pytest.mark.parametrize(
     ("engine", "says"),
     [
-        ("torch_bf16", "error: engine 'torch_bf16' has no stand-alone script; it takes the attribute stand_alone"),
+        ("torch_bf16", "engine 'torch_bf16' has no stand-alone script; it takes the attribute stand_alone"),
         ("tests.support.unruly:NoFile", "stand_alone is '/no/such/run.py', which is no file"),
     ],
 )
 def test_an_engine_without_a_script_is_refused_in_one_line(tmp_path: Path, engine: str, says: str) -> None:
-    code, text = confirm(write(tmp_path / "run", [ended(12, "CRASH", "it raised")], engine))
-    assert code == 2
-    assert says in text
-    assert len(text.splitlines()) == 1
+    refused(call("confirm", write(tmp_path / "run", [ended(12, "CRASH", "it raised")], engine)), says)
 
 
 def test_the_script_of_kt_kernel_imports_nothing_of_ktverify() -> None:
@@ -219,10 +203,8 @@ def test_each_claim_is_reported_once() -> None:
         Claim(CaseRun(case, 1), "FAIL", "grad_input", "96 not finite"),
         Claim(CaseRun(case, 2), "FAIL", "output", "3 of 8 elements differ"),
     ]
-    assert [(claim.where.tp, claim.tensor, claim.exact) for claim in claims([exact])] == [
-        (1, "output", True),
-        (1, "grad_input", True),
-    ]
+    found = [(claim.where.tp, claim.tensor, claim.exact) for claim in claims([exact])]
+    assert found == [(1, "output", True), (1, "grad_input", True)]
     nameless = degrees.model_copy(update={"case": ""})
     eaten = degrees.model_copy(update={"verdict": "OOM"})
     assert claims([nameless, eaten]) == []

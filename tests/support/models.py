@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,17 +89,17 @@ def expect_within_budget(actual: dict[str, Tensor], expected: dict[str, Tensor],
 @contextmanager
 def routing_of(model: Any, into: list[Tensor]) -> Iterator[None]:
     """Inside, append the expert_ids of every block of experts to `into`."""
+
+    def collect(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        into.append(inputs[1].sort(dim=-1).values)
+
     blocks = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
-    hooks = [block.register_forward_pre_hook(_collector(into)) for block in blocks]
+    hooks = [block.register_forward_pre_hook(collect) for block in blocks]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _collector(into: list[Tensor]) -> Callable[[Any, tuple[Tensor, ...]], None]:
-    return lambda module, inputs: into.append(inputs[1].sort(dim=-1).values)
 
 
 def _plain_bf16(block: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

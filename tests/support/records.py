@@ -46,11 +46,7 @@ def accuracy(
 ) -> AccuracyRecord:
     """A record whose only gate is rel_l2 against `budget`; it passes if that is kept."""
     verdict = verdict or ("PASS" if rel_l2 <= budget else "FAIL")
-    gates = (
-        ()
-        if verdict in ("SKIP", "UNSUPPORTED")
-        else (GateRecord(gate="rel_l2", value=rel_l2, budget=budget, used=rel_l2 / budget, verdict=verdict),)
-    )
+    gate = GateRecord(gate="rel_l2", value=rel_l2, budget=budget, used=rel_l2 / budget, verdict=verdict)
     return AccuracyRecord(
         family=family,
         engine="native",
@@ -64,7 +60,7 @@ def accuracy(
         cosine=0.99999712,
         max_abs=0.0123,
         worst_index=(3, 5),
-        gates=gates,
+        gates=() if verdict in ("SKIP", "UNSUPPORTED") else (gate,),
         repro=f"python -m ktverify repro '{case}' --isa {isa} --tensor {tensor}",
     )
 
@@ -104,7 +100,6 @@ def write(directory: Path, records: list[AnyRecord], exit_status: int = 0) -> st
         exit_status=exit_status,
     )
     recorder = store.Recorder(directory, worker="gw0")
-    recorder.add(head)
-    for record in records:
+    for record in (head, *records):
         recorder.add(record)
     return store.load(directory)

@@ -156,12 +156,8 @@ def _keys(file: Path) -> Iterable[str]:
 
 def _of_layer(tensors: Mapping[str, Path], layer: int) -> dict[str, tuple[str, Path]]:
     """The tensors of one layer: name from "layers.N." on -> (full name, file)."""
-    found = {}
-    for name, file in tensors.items():
-        match = re.search(rf"(?:^|\.)(layers\.{layer}\..*)", name)
-        if match:
-            found[match[1]] = (name, file)
-    return found
+    pattern = re.compile(rf"(?:^|\.)(layers\.{layer}\..*)")
+    return {match[1]: (name, file) for name, file in tensors.items() if (match := pattern.search(name))}
 
 
 def _view(

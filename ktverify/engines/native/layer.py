@@ -59,10 +59,9 @@ def _gradients(
 ) -> tuple[list[torch.Tensor], bool]:
     """Tensors of these shapes in one block of memory, and whether they are zero.
 
-    written: the most experts that will write a gradient. If they could touch every huge page of the block anyway, reuse
-    a freed gradient block when one exists: clearing the idle experts' part takes less time than the system takes to
-    clear fresh pages. Otherwise use fresh pages, most of which are never touched. One block, because huge pages need
-    large blocks.
+    One block, because huge pages need large blocks. written: the most experts that will write a gradient. If they could
+    touch every huge page of the block anyway, reuse a freed gradient block when one exists: clearing the idle experts'
+    part is faster than the system's fresh pages. Otherwise use those, because most are never touched.
     """
     sizes = [math.prod(shape) for shape in shapes]
     count = sum(sizes) * dtype.itemsize
@@ -270,15 +269,8 @@ class KTMoEWrapper:
         x, ids, slot_weights = (t.detach().contiguous() for t in (hidden_states, expert_ids, weights))
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
         native, released = self._native_and_released() if tokens else (self._native, 0)
-        self.last_ticket = native.forward(
-            tokens,
-            x.data_ptr(),
-            ids.data_ptr(),
-            slot_weights.data_ptr(),
-            output.data_ptr(),
-            save_for_backward,
-            released,
-        )
+        x_at, ids_at, weights_at, output_at = (tensor.data_ptr() for tensor in (x, ids, slot_weights, output))
+        self.last_ticket = native.forward(tokens, x_at, ids_at, weights_at, output_at, save_for_backward, released)
         if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
             self._sources = None  # every expert is packed, so the caller's tensors are no longer needed
         return output
@@ -312,21 +304,14 @@ class KTMoEWrapper:
         assert self._lora_dtype is not None  # a saved forward had its LoRA
         shapes = list(self.spec.lora_shapes.values())
         written = tokens * self.spec.num_experts_per_tok if self.spec.lora_backward else 0
-        tensors, zero = _gradients(shapes, self._lora_dtype, written=written)
-        grads = dict(zip(GRAD_NAMES, tensors, strict=True))
+        grads, zero = _gradients(shapes, self._lora_dtype, written=written)
         grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
+        to = [tensor.data_ptr() for tensor in grads]
         self._native.backward(
-            tokens,
-            upstream.data_ptr(),
-            grad_input.data_ptr(),
-            [g.data_ptr() for g in grads.values()],
-            zero,
-            grad_weights.data_ptr(),
-            accumulate,
-            ticket,
+            tokens, upstream.data_ptr(), grad_input.data_ptr(), to, zero, grad_weights.data_ptr(), accumulate, ticket
         )
         self.grad_weights = grad_weights
-        return grad_input, grads
+        return grad_input, dict(zip(GRAD_NAMES, grads, strict=True))
 
     def drop(self, ticket: int) -> None:
         """Free the saved forward of this ticket; does nothing if it was used or dropped before."""
