@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ktverify.bench.c2c import prompts
 from ktverify.cli import options
-from ktverify.cli.options import named
+from ktverify.cli.options import named, progress
 from ktverify.isolation.interrupt import INTERRUPTED
+from ktverify.training.pretrained import quiet
 
 if TYPE_CHECKING:
     from ktverify.bench.c2c.record import C2cSettings, PromptRecord
 
 _MANY = 12  # more prompts than this are printed as a distribution alone
-
-
-def c2c_app(settings: dict[str, object]) -> typer.Typer:
-    """The group of commands."""
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=HELP, context_settings=settings)
-    for command in (single, batch, dataset, merge):
-        group.command()(command)
-    return group
 
 
 def single(
@@ -60,10 +53,10 @@ def single(
     path = _output(output)
     if path.exists():
         raise ValueError(f"{path} exists: remove it or name another --output")
-    _quiet()
+    quiet("bench c2c")
     from ktverify.bench.c2c.single import run_single, show_single
 
-    with _status(f"{base_model} taught by {teacher_model}"):
+    with progress(f"{base_model} taught by {teacher_model}"):
         found = run_single(chosen, text, projectors, path, warmups=warmup_steps, profile_tokens=profile_tokens)
     if as_json:
         typer.echo(found.record.model_dump_json())
@@ -160,17 +153,6 @@ def merge(
         typer.echo(f"{output}: {len(joined)} records of {len(files)} files, ids {joined[0].id} to {joined[-1].id}")
 
 
-HELP = """Time a pipeline of two models: a base receives a teacher's KV cache, then decodes.
-
-\b
-python -m ktverify bench c2c single "…"        one prompt, with a trace and operator statistics
-python -m ktverify bench c2c batch             five built-in prompts
-python -m ktverify bench c2c dataset           a data set or a file of prompts; resumes a stopped run
-python -m ktverify bench c2c merge FILE...     joins what --shard or --start split
-python -m ktverify bench analyze FILE...       distribution, slowest prompts, histogram, CSV
-"""
-
-
 def analyze(
     files: Annotated[list[Path], typer.Argument(metavar="FILE", help="files of records, NAME.jsonl")],
     out: Annotated[Path | None, named("out", "the folder to write into (default: the first file's)")] = None,
@@ -218,6 +200,18 @@ def analyze(
         "written": [str(path) for path in written],
     }
     typer.echo(json.dumps(found))
+
+
+C2C: dict[str, Callable[..., None]] = {"single": single, "batch": batch, "dataset": dataset, "merge": merge}
+C2C_HELP = """Time a pipeline of two models: a base receives a teacher's KV cache, then decodes.
+
+\b
+python -m ktverify bench c2c single "…"        one prompt, with a trace and operator statistics
+python -m ktverify bench c2c batch             five built-in prompts
+python -m ktverify bench c2c dataset           a data set or a file of prompts; resumes a stopped run
+python -m ktverify bench c2c merge FILE...     joins what --shard or --start split
+python -m ktverify bench analyze FILE...       distribution, slowest prompts, histogram, CSV
+"""
 
 
 def _settings(
@@ -273,7 +267,7 @@ def _run(
     settings: C2cSettings, texts: Sequence[str], projectors: Path | None, path: Path, warmups: int, *, as_json: bool
 ) -> None:
     """Time the prompts that are not yet in the file; print tables of the whole file."""
-    _quiet()
+    quiet("bench c2c")
     from ktverify.bench.c2c.run import PromptRun, check, load
     from ktverify.bench.c2c.views import progress_line, short
     from ktverify.report.console import ProgressBar
@@ -321,15 +315,3 @@ def _conclude(records: Sequence[PromptRecord], path: Path, *, as_json: bool) -> 
     if len(records) <= _MANY:
         grids.insert(0, views.prompts_grid("prompt by prompt", records))
     print_grids(make_console(), grids, written)
-
-
-def _quiet() -> None:
-    from ktverify.training.pretrained import quiet
-
-    quiet("bench c2c")
-
-
-def _status(text: str) -> Any:
-    from ktverify.report.console import make_console
-
-    return make_console(stderr=True).status(text)

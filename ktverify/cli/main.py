@@ -15,13 +15,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ktverify.cli.bench import bench_app
-from ktverify.cli.bench_layer import profile
+from ktverify.cli.bench_c2c import C2C, C2C_HELP, analyze
+from ktverify.cli.bench_layer import layer, profile, sweep
+from ktverify.cli.bench_shapes import bench
+from ktverify.cli.bench_transformer import memory, transformer
 from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.list import list_cases
 from ktverify.cli.mutants import clean, mutants
-from ktverify.cli.options import OwnProgram
+from ktverify.cli.options import PROGRAM, OwnProgram
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.verify import repro, verify
@@ -53,15 +55,7 @@ class _OneLineErrors(TyperGroup):
             raise typer.Exit(2) from None
 
 
-app = typer.Typer(
-    name="ktverify",
-    cls=_OneLineErrors,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-)
+app = typer.Typer(name="ktverify", cls=_OneLineErrors, **PROGRAM)
 
 
 def _version(wanted: bool) -> None:
@@ -93,12 +87,40 @@ def _root(
     """
 
 
-def _group(help_text: str, commands: dict[str, Callable[..., None]]) -> typer.Typer:
-    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help_text)
+class DefaultGroup(TyperGroup):
+    """A group whose first argument is BENCH_DEFAULT if it is left out: `bench --list` means `bench shapes --list`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first not in self.commands and first not in ctx.help_option_names:
+            args = [BENCH_DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+def _group(help_text: str, commands: dict[str, Callable[..., None]], **settings: Any) -> typer.Typer:
+    group = typer.Typer(rich_markup_mode=None, help=help_text, **settings)
     for name, command in commands.items():
         group.command(name)(command)
     return group
 
+
+BENCH_DEFAULT = "shapes"
+BENCH: dict[str, Callable[..., None]] = {
+    BENCH_DEFAULT: bench,
+    **{command.__name__: command for command in (layer, sweep, transformer, memory, analyze)},
+}
+BENCH_HELP = """\
+Time a layer, a transformer or a pipeline, or count memory. docs/profile.md and docs/c2c.md show each view.
+
+\b
+python -m ktverify bench [SHAPE]...         the engine beside its peers; options: bench shapes --help
+python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor parallelism, memory
+python -m ktverify bench sweep [WHAT]...    its cost over qlen, rank, threads, experts
+python -m ktverify bench transformer small  forward and backward of a transformer
+python -m ktverify bench memory 2.7b        what a training step of a transformer takes
+python -m ktverify bench c2c single         a pipeline of two models: single, batch, dataset, merge
+python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution, slowest prompts, CSV
+"""
 
 _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "doctor": (doctor, {}),
@@ -109,8 +131,12 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
 }
 for _name, (_command, _settings) in _COMMANDS.items():
     app.command(_name, context_settings=_settings)(_command)
-app.add_typer(_group("Look at one thing closely: nan, gradients, tp.", DEBUG), name="debug")
-app.add_typer(bench_app(), name="bench")
+app.add_typer(_group("Look at one thing closely: nan, gradients, tp.", DEBUG, no_args_is_help=True), name="debug")
+# the commands below `bench` take --batch_sizes for --batch-sizes
+_hyphens = {**PROGRAM["context_settings"], "token_normalize_func": lambda name: name.replace("_", "-")}
+_bench = _group(BENCH_HELP, BENCH, cls=DefaultGroup, context_settings=_hyphens)
+_bench.add_typer(_group(C2C_HELP, C2C, no_args_is_help=True, context_settings=_hyphens), name="c2c")
+app.add_typer(_bench, name="bench")
 
 
 def main() -> None:

@@ -80,6 +80,16 @@ Output = Annotated[
 ]
 
 
+# of the two programs, `ktverify` and `ktverify.golden`
+PROGRAM: dict[str, Any] = {
+    "no_args_is_help": True,
+    "rich_markup_mode": None,
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110},
+}
+
+
 class OwnProgram:
     """The context object of a command that is a program by itself, so that it may fork; see isolation/forked.py."""
 

@@ -17,8 +17,8 @@ from ktverify.bench.layer import measure, record, views
 from ktverify.bench.layer.record import LayerLine, MemoryLine, RepeatLine, Spot, SpotLine, SpotOtherLoadLine, Varied
 from ktverify.bench.layer.views import BACKWARD, BOTH, DIFFERENCE, FORWARD, WHATS, summarise
 from ktverify.bench.shapes import weight_bytes
-from ktverify.cli.bench import COMMANDS, DEFAULT
 from ktverify.cli.bench_layer import _doubling
+from ktverify.cli.main import BENCH, BENCH_DEFAULT
 from ktverify.errors import NothingMeasured
 from ktverify.isolation import process
 from ktverify.isolation.interrupt import INTERRUPTED
@@ -245,11 +245,11 @@ def test_values_double_up_to_the_last() -> None:
     assert _doubling(3, 3) == [3]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", BENCH)
 def test_every_bench_command_explains_itself_with_an_example(command: str) -> None:
     text = ends(call("bench", command, "--help"), 0)
     # the default command is called without its name
-    name = "bench" if command == DEFAULT else f"bench {command}"
+    name = "bench" if command == BENCH_DEFAULT else f"bench {command}"
     assert re.search(rf"Examples?:\s+python -m ktverify {name}", text)
     # an explanation may begin on the line below
     for option in re.findall(r"^  --.*(?:\n {8,}.*)*", text.partition("Options:")[2], re.MULTILINE):

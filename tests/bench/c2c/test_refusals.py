@@ -104,7 +104,7 @@ def test_analyze_refuses_what_is_no_record(tmp_path: Path) -> None:
 
 
 def test_the_group_starts_light() -> None:
-    assert not {"torch", "transformers", "numpy", "matplotlib"} & set(loaded_modules("import ktverify.cli.bench"))
+    assert not {"torch", "transformers", "numpy", "matplotlib"} & set(loaded_modules("import ktverify.cli.main"))
     reading = "from ktverify.bench.c2c import prompts, store, views"
     assert not {"torch", "transformers"} & set(loaded_modules(reading))
 
