@@ -13,11 +13,7 @@
 namespace ktv {
 namespace {
 
-#include "avx512_stream.inl"
-#include "elementwise.inl"
-#include "prefetch_schedule.inl"
-
-#include "avx512_panels.inl"
+#include "avx512.inl"
 
 struct alignas(64) TileConfig {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};

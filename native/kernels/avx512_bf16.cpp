@@ -10,11 +10,7 @@
 namespace ktv {
 namespace {
 
-#include "avx512_stream.inl"
-#include "elementwise.inl"
-#include "prefetch_schedule.inl"
-
-#include "avx512_panels.inl"
+#include "avx512.inl"
 
 void nothing() {}
 
@@ -117,25 +113,17 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // k-blocks to the next. The sixteen lanes of a sum are added up after the last k-block.
 constexpr int few_rows = 11;
 static_assert(few_rows <= kGroup, "few tokens lie in one group");
-// Rows of W in a register block, and k-blocks in a chunk.
-constexpr int few_block(int tokens) {
-    return tokens <= 6 ? 4 : 2;
-}
-constexpr int few_chunk(int tokens) {
-    return tokens <= 4 ? 2 : 8;
-}
-// How often a line of W is prefetched, and how many k-blocks apart (see prefetch_schedule.inl).
-constexpr int few_times(int tokens) {
-    return tokens <= 4 ? 6 : 4;
-}
-constexpr int few_step(int tokens) {
-    return tokens <= 4 ? 2 : 4;
-}
+template <int T>  // tokens
+struct Few {
+    static constexpr int block = T <= 6 ? 4 : 2, chunk = T <= 4 ? 2 : 8;  // rows of W in a register block; k-blocks
+    // How often a line of W is prefetched, and how many k-blocks apart (see prefetch_schedule.inl).
+    static constexpr int times = T <= 4 ? 6 : 4, step = T <= 4 ? 2 : 4;
+};
 
 // One k-block of N rows of W. The upcoming lines are prefetched one by one between the products, because in a burst they
 // would find the miss buffers full. Up to two rows stay in registers, with more rows the tokens do.
 template <int T, int N>
-KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Upcoming<few_times(T)>& upcoming) {
+KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Upcoming<Few<T>::times>& upcoming) {
     const auto row = [&](int n) {
         prefetch_lines(upcoming + n * kBlock, 1);
         return _mm512_loadu_si512(w + n * kBlock);
@@ -158,9 +146,9 @@ KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Up
 }
 
 template <int T>
-KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Upcoming<few_times(T)>& upcoming,
+KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Upcoming<Few<T>::times>& upcoming,
                            float* sums, bool add) {
-    constexpr int N = few_block(T);
+    constexpr int N = Few<T>::block;
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
@@ -176,10 +164,10 @@ template <int T>
 void sum_chunks(const NtSegment* segments, int count, float* sums) {
     const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& upcoming, bool add) {
         const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * T * kBlock;
-        for (int n = 0; n < kBlock; n += few_block(T))
+        for (int n = 0; n < kBlock; n += Few<T>::block)
             dots_block<T>(w + n * kBlock, x, blocks, upcoming + n * blocks * kBlock, sums + n * T * 16, add);
     };
-    visit_chunks<few_times(T)>(segments, count, few_chunk(T), few_step(T), multiply);
+    visit_chunks<Few<T>::times>(segments, count, Few<T>::chunk, Few<T>::step, multiply);
 }
 
 // One token: all rows at once for all of k, which is nearest to a plain reading of W. The compiler keeps some of the 32
@@ -191,7 +179,7 @@ void sum_chunks<1>(const NtSegment* segments, int count, float* sums) {
     for (const NtSegment* seg = segments; seg != segments + count; ++seg) {
         for (int kb = 0; kb < seg->kblocks; ++kb) {
             dots(sum, seg->weights + kb * kBlockSize, seg->tokens + kb * kBlock,
-                 upcoming_after<few_times(1)>(*seg, kb, few_step(1), few_step(1), 1));
+                 upcoming_after<Few<1>::times>(*seg, kb, Few<1>::step, Few<1>::step, 1));
         }
     }
     for (int n = 0; n < kBlock; ++n) _mm512_store_ps(sums + n * 16, sum[n][0]);

@@ -1,6 +1,16 @@
-// Panels: blocks of W in the layout of the B operand, for the nn products of the AVX-512 and the AMX kernels. A block of
-// 32 rows x 32 columns becomes [2 halves of 16 columns][16 row pairs][16 columns][2], two neighbouring rows interleaved;
-// for AMX that is two tiles of 1 KB. Include it after prefetch_schedule.inl, inside the same unnamed namespace.
+// What the AVX-512 and the AMX kernels share. Include it inside an unnamed namespace, instead of elementwise.inl.
+
+#define KTV_STREAM(to, lanes) _mm512_stream_ps(to, (__m512)(lanes))
+// Makes streamed data visible to other threads that read it after the parallel region.
+inline void wait_for_streams() {
+    _mm_sfence();
+}
+
+#include "elementwise.inl"
+#include "prefetch_schedule.inl"
+
+// Panels: blocks of W in the layout of the B operand of nn. A block of 32 rows x 32 columns becomes [2 halves of 16
+// columns][16 row pairs][16 columns][2], two neighbouring rows interleaved; for AMX that is two tiles of 1 KB.
 
 inline constexpr std::size_t kHalf = 16 * 32;  // elements of one half
 inline constexpr int kNnBlocks = 8;            // most k-blocks of a panel: 16 KB, which stays in the first-level cache
