@@ -50,8 +50,7 @@ py::dict as_dict(const StageTimes& t) {
 
 using Six = std::array<std::uintptr_t, 6>;
 LoraPointers six(const Six& s) {
-    return {pointer<void>(s[0]), pointer<void>(s[1]), pointer<void>(s[2]),
-            pointer<void>(s[3]), pointer<void>(s[4]), pointer<void>(s[5])};
+    return std::apply([](auto... address) { return LoraPointers{pointer<void>(address)...}; }, s);
 }
 
 // The array's memory returns to the process's pool when its last view is deleted.
@@ -71,15 +70,13 @@ std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+    constexpr py::call_guard<py::gil_scoped_release> without_gil;
     m.doc() = "The engine behind ktverify.experts. Call it through KTMoEWrapper, which checks every argument.";
 
+    // The others are std::invalid_argument and std::runtime_error: pybind11 raises ValueError and RuntimeError for these.
     py::register_exception_translator([](std::exception_ptr error) {
         try {
             if (error) std::rethrow_exception(error);
-        } catch (const BadInput& e) {
-            py::set_error(PyExc_ValueError, e.what());
-        } catch (const BadState& e) {
-            py::set_error(PyExc_RuntimeError, e.what());
         } catch (const OutOfMemory& e) {
             py::set_error(PyExc_MemoryError, e.what());
         }
@@ -97,14 +94,12 @@ PYBIND11_MODULE(_native, m) {
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
     m.def("available_memory", &available_memory,
           "Bytes that can still be allocated: free memory, cgroup limit, RLIMIT_AS.");
-    m.def("clear_buffer_cache", &clear_buffer_cache, py::call_guard<py::gil_scoped_release>());
+    m.def("clear_buffer_cache", &clear_buffer_cache, without_gil);
     m.attr("HUGE_PAGE") = kHuge;
     m.def("gradient_memory", &gradient_memory, "(uint8 array of this size, whether it is zero).");
-    m.def("read_rate", &read_rate, py::arg("threads"), py::arg("bytes"), py::arg("passes"),
-          py::call_guard<py::gil_scoped_release>(),
+    m.def("read_rate", &read_rate, "threads"_a, "bytes"_a, "passes"_a, without_gil,
           "Bytes per second that the threads read together, in the best pass.");
-    m.def("multiply_rate", &multiply_rate, py::arg("isa"), py::arg("threads"), py::arg("seconds"),
-          py::call_guard<py::gil_scoped_release>(),
+    m.def("multiply_rate", &multiply_rate, "isa"_a, "threads"_a, "seconds"_a, without_gil,
           "Floating-point operations per second of an instruction set, on registers only.");
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 
@@ -112,36 +107,20 @@ PYBIND11_MODULE(_native, m) {
         .def(py::init([](int num_experts, int top_k, int hidden, int intermediate, int rank, float scaling, int parts,
                          int threads, int max_rows, int max_cache_depth, bool lora_fp32, bool lora_backward,
                          const std::string& isa) {
-                 LayerConfig c;
-                 c.num_experts = num_experts;
-                 c.top_k = top_k;
-                 c.hidden = hidden;
-                 c.intermediate = intermediate;
-                 c.rank = rank;
-                 c.scaling = scaling;
-                 c.parts = parts;
-                 c.threads = threads;
-                 c.max_rows = max_rows;
-                 c.max_cache_depth = max_cache_depth;
-                 c.lora_fp32 = lora_fp32;
-                 c.lora_backward = lora_backward;
-                 c.isa = isa;
-                 return std::make_unique<Layer>(c);
+                 return std::make_unique<Layer>(LayerConfig{num_experts, top_k, hidden, intermediate, rank, scaling,
+                                                            parts, threads, max_rows, max_cache_depth, lora_fp32,
+                                                            lora_backward, isa});
              }),
-             py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("hidden"), py::arg("intermediate"),
-             py::arg("rank"), py::arg("scaling"), py::arg("parts"), py::arg("threads"), py::arg("max_rows"),
-             py::arg("max_cache_depth"), py::arg("lora_fp32"), py::arg("lora_backward"), py::arg("isa"))
+             py::kw_only(), "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "rank"_a, "scaling"_a, "parts"_a,
+             "threads"_a, "max_rows"_a, "max_cache_depth"_a, "lora_fp32"_a, "lora_backward"_a, "isa"_a)
         .def("load_weights",
              [](Layer& layer, const Source& gate, const Source& up, const Source& down,
                 const std::vector<std::int64_t>& map) {
                  const py::gil_scoped_release release;
                  return layer.load_weights(source(gate), source(up), source(down), map);
              })
-        .def("update_lora",
-             [](Layer& layer, const Six& lora) {
-                 const py::gil_scoped_release release;
-                 layer.update_lora(six(lora));
-             })
+        .def(
+            "update_lora", [](Layer& layer, const Six& lora) { layer.update_lora(six(lora)); }, without_gil)
         .def("forward",
              [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
                 std::uintptr_t output, bool save, int given_up) {
@@ -156,8 +135,8 @@ PYBIND11_MODULE(_native, m) {
                  layer.backward(rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
                                 grads_zero, pointer<float>(grad_weights), accumulate, ticket);
              })
-        .def("drop", &Layer::drop, py::call_guard<py::gil_scoped_release>())
-        .def("record_stages", &Layer::record_stages, py::arg("on"), py::call_guard<py::gil_scoped_release>())
+        .def("drop", &Layer::drop, without_gil)
+        .def("record_stages", &Layer::record_stages, "on"_a, without_gil)
         .def("stage_times",
              [](const Layer& layer) {
                  StageTimes times;

@@ -66,35 +66,6 @@ void Layer::State::backward(const BackwardArguments& arguments, Layer::Ticket ti
     note_saved();
 }
 
-Backward::Backward(Layer::State& layer, const Saved& kept, const BackwardArguments& arguments, Watch caller)
-    : layer_(layer),
-      config_(layer.config),
-      size_(layer.size),
-      kernels_(layer.kernels),
-      kept_(kept),
-      routing_(kept.routing),
-      lora_(*kept.lora),
-      call_(arguments),
-      caller_(caller),
-      with_lora_(config_.lora_backward),
-      groups_(routing_.rows / kGroup),
-      active_(static_cast<int>(routing_.experts.size())),
-      i_panels_(panels_of(size_.ib)),
-      h_panels_(panels_of(size_.hb)),
-      // Without LoRA in the gradients, dw needs further partial sums for the LoRA of the forward.
-      dots_(with_lora_ ? i_panels_ : 2 * i_panels_),
-      T_(arguments.rows),
-      H_(size_.H),
-      I_(size_.I),
-      r_(size_.r),
-      hidden_(size_.hidden_ld()),
-      inter_(size_.inter_ld()),
-      rank_(size_.rank()),
-      rank2_(size_.rank2()),
-      parts_(config_.parts),
-      grad_sizes_(layer.grad_sizes()),
-      sums_(kernels_, config_.parts, active_, call_.rows, size_.H, kPanelCols, call_.grad_input) {}
-
 void Backward::carve(Carver& carver) {
     const std::size_t R = routing_.rows, K = routing_.k_rows;
     for (Part& part : parts_) {

@@ -54,7 +54,8 @@ class GradWriter {
 
 class Backward {
   public:
-    Backward(Layer::State& layer, const Saved& kept, const BackwardArguments& arguments, Watch caller);
+    Backward(Layer::State& layer, const Saved& kept, const BackwardArguments& arguments, Watch caller)
+        : layer_(layer), kept_(kept), call_(arguments), caller_(caller) {}
     // Takes working buffers, computes, and returns them.
     void run(Process& shared, Team& team, Recording& recording);
 
@@ -135,31 +136,36 @@ class Backward {
     void fill_idle(int expert) const;
 
     Layer::State& layer_;
-    const LayerConfig& config_;
-    const Sizes& size_;
-    const Kernels& kernels_;
     const Saved& kept_;
-    const Routing& routing_;
-    const LoraPack& lora_;
     const BackwardArguments& call_;
     Watch caller_;
 
-    const bool with_lora_;
-    const int groups_, active_, i_panels_, h_panels_;
-    const int dots_;  // partial sums of dw, a row
-    const std::size_t T_, H_, I_, r_, hidden_, inter_, rank_, rank2_;
+    const LayerConfig& config_ = layer_.config;
+    const Sizes& size_ = layer_.size;
+    const Kernels& kernels_ = layer_.kernels;
+    const Routing& routing_ = kept_.routing;
+    const LoraPack& lora_ = *kept_.lora;
+    const bool with_lora_ = config_.lora_backward;
+    const int groups_ = routing_.rows / kGroup, active_ = static_cast<int>(routing_.experts.size());
+    const int i_panels_ = panels_of(size_.ib), h_panels_ = panels_of(size_.hb);
+    // Partial sums of dw, a row. Without LoRA in the gradients, it needs further ones for the LoRA of the forward.
+    const int dots_ = with_lora_ ? i_panels_ : 2 * i_panels_;
+    const std::size_t T_ = call_.rows, H_ = size_.H, I_ = size_.I, r_ = size_.r;
+    const std::size_t hidden_ = size_.hidden_ld(), inter_ = size_.inter_ld(), rank_ = size_.rank(),
+                      rank2_ = size_.rank2();
 
-    std::vector<Part> parts_;
+    std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     bf16* zeros_ = nullptr;
     float* scratch_ = nullptr;
     // [worker][2 parts]. Workers allocate nothing, because no caller could catch what an allocation throws.
     NnSegment* segments_ = nullptr;
 
-    std::vector<std::size_t> grad_sizes_;
+    std::vector<std::size_t> grad_sizes_ = layer_.grad_sizes();
     std::vector<GradWriter> write_;    // in the order of LoraPointers
     std::vector<const bf16*> x_rows_;  // [k_rows]
     std::vector<int> idle_;            // experts without a token whose gradients are written
-    ExpertSums sums_;                  // of grad_input, in strips of 128 columns
+    // Of grad_input, in strips of 128 columns.
+    ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, kPanelCols, call_.grad_input};
 };
 
 }  // namespace ktv

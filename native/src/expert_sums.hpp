@@ -1,7 +1,9 @@
 // The output of a call as fp32 sums over experts.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -23,29 +25,43 @@ class ExpertSums {
           experts_(experts),
           columns_(columns),
           width_(width),
-          strips_((columns + width - 1) / width),
           tokens_(tokens),
-          out_(out),
-          turns_(parts, strips_),
-          parts_done_(strips_) {}
+          out_(out) {}
     // Takes the strips, and pointers for each of `workers`: workers allocate nothing, because no caller could catch what
     // an allocation throws.
-    void carve(Carver& carver, int workers);
+    void carve(Carver& carver, int workers) {
+        carver.take(sums_, parts_ * strips_ * tokens_ * width_);
+        carver.take(pointers_, workers * parts_);
+    }
     float* strip(int part, int column) const { return sums_ + (part * strips_ + column) * tokens_ * width_; }
     // Waits until the earlier experts have added to the task's strip, and clears it for the first one.
-    void begin(const Task& task, Watch& watch);
+    void begin(const Task& task, Watch& watch) {
+        turns_.wait(task);
+        watch.lap(Phase::wait);
+        if (task.row == 0) std::memset(strip(task.part, task.column), 0, tokens_ * width_ * sizeof(float));
+    }
     // Ends an expert's additions.
-    void end(const Task& task, int worker);
+    void end(const Task& task, int worker) {
+        turns_.pass(task);
+        if (task.row < experts_ - 1) return;
+        if (parts_done_[task.column].fetch_add(1, std::memory_order_acq_rel) < parts_ - 1) return;
+        const float** sums = pointers_ + worker * parts_;
+        const int first = task.column * width_, count = std::min(width_, columns_ - first);
+        for (std::size_t t = 0; t < tokens_; ++t) {
+            for (int part = 0; part < parts_; ++part) sums[part] = strip(part, task.column) + t * width_;
+            kernels_.round_sum(sums, parts_, count, out_ + t * columns_ + first);
+        }
+    }
 
   private:
     const Kernels& kernels_;
-    const int parts_, experts_, columns_, width_, strips_;
+    const int parts_, experts_, columns_, width_, strips_ = (columns_ + width_ - 1) / width_;
     const std::size_t tokens_;
     bf16* const out_;
     float* sums_ = nullptr;
     const float** pointers_ = nullptr;  // [worker][part]
-    Turns turns_;
-    std::vector<std::atomic<int>> parts_done_;  // [strip]
+    Turns turns_{parts_, strips_};
+    std::vector<std::atomic<int>> parts_done_ = std::vector<std::atomic<int>>(strips_);
 };
 
 }  // namespace ktv

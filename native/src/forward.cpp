@@ -83,27 +83,6 @@ Layer::Ticket Layer::State::forward(const ForwardArguments& arguments) {
     return last_ticket;
 }
 
-Forward::Forward(Layer::State& layer, Saved& kept, const ForwardArguments& arguments, Watch caller)
-    : layer_(layer),
-      config_(layer.config),
-      size_(layer.size),
-      kernels_(layer.kernels),
-      kept_(kept),
-      routing_(kept.routing),
-      lora_(*kept.lora),
-      strides_(layer.lora_strides()),
-      call_(arguments),
-      caller_(caller),
-      keep_lora_(arguments.save && config_.lora_backward),
-      groups_(routing_.rows / kGroup),
-      active_(static_cast<int>(routing_.experts.size())),
-      T_(arguments.rows),
-      x_stride_(size_.hb * kPackSize),
-      h_stride_(size_.ib * kPackSize),
-      r_stride_(size_.rb * kPackSize),
-      parts_(config_.parts),
-      sums_(kernels_, config_.parts, active_, call_.rows, size_.H, kBlock, call_.output) {}
-
 void Forward::carve_work(Carver& carver) {
     for (Part& part : parts_) {
         carver.take(part.x_pack, groups_ * x_stride_);

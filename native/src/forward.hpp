@@ -30,7 +30,8 @@ struct ForwardArguments {
 class Forward {
   public:
     // `kept` has its routing and its LoRA already; with save, run() fills in the rest.
-    Forward(Layer::State& layer, Saved& kept, const ForwardArguments& arguments, Watch caller);
+    Forward(Layer::State& layer, Saved& kept, const ForwardArguments& arguments, Watch caller)
+        : layer_(layer), kept_(kept), call_(arguments), caller_(caller) {}
     // Takes working buffers, packs experts that get their first token, computes, and returns the buffers.
     void run(Process& shared, Team& team, Recording& recording);
 
@@ -84,23 +85,27 @@ class Forward {
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 
     Layer::State& layer_;
-    const LayerConfig& config_;
-    const Sizes& size_;
-    const Kernels& kernels_;
     Saved& kept_;
-    const Routing& routing_;
-    const LoraPack& lora_;
-    const LoraStrides strides_;
     const ForwardArguments& call_;
     Watch caller_;
 
-    const bool keep_lora_;  // for backward's LoRA gradients
-    const int groups_, active_;
-    const std::size_t T_, x_stride_, h_stride_, r_stride_;  // strides: elements of a group in a token pack
+    const LayerConfig& config_ = layer_.config;
+    const Sizes& size_ = layer_.size;
+    const Kernels& kernels_ = layer_.kernels;
+    const Routing& routing_ = kept_.routing;
+    const LoraPack& lora_ = *kept_.lora;
+    const LoraStrides strides_ = layer_.lora_strides();
+    const bool keep_lora_ = call_.save && config_.lora_backward;  // for backward's LoRA gradients
+    const int groups_ = routing_.rows / kGroup, active_ = static_cast<int>(routing_.experts.size());
+    const std::size_t T_ = call_.rows;
+    // Elements of a group in a token pack.
+    const std::size_t x_stride_ = size_.hb * kPackSize, h_stride_ = size_.ib * kPackSize,
+                      r_stride_ = size_.rb * kPackSize;
 
-    std::vector<Part> parts_;
+    std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     float* scratch_ = nullptr;
-    ExpertSums sums_;  // of the output, in strips of 32 columns
+    // Of the output, in strips of 32 columns.
+    ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, kBlock, call_.output};
 };
 
 }  // namespace ktv

@@ -145,16 +145,15 @@ std::size_t Block::footprint(std::size_t bytes) {
 
 Block::Block(std::size_t bytes) : size_(bytes) {
     if (bytes == 0) return;
-    const bool huge = is_huge(bytes);
-    mapped_size_ = footprint(bytes);
-    mapped_ = mmap(nullptr, mapped_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped_ == MAP_FAILED) {
-        mapped_ = nullptr;
+    const std::size_t size = footprint(bytes);
+    void* const mapped =
+        mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED)
         throw OutOfMemory("a block of " + gib(bytes) + " could not be mapped, and " + gib(available_memory()) +
                           " are available");
-    }
-    auto address = reinterpret_cast<std::uintptr_t>(mapped_);
-    if (huge) {
+    mapped_ = {mapped, Unmap{size}};
+    auto address = reinterpret_cast<std::uintptr_t>(mapped);
+    if (is_huge(bytes)) {
         address = (address + kHuge - 1) / kHuge * kHuge;
         // Advice only: without huge pages, the block has small ones.
         (void)madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
@@ -162,8 +161,8 @@ Block::Block(std::size_t bytes) : size_(bytes) {
     data_ = reinterpret_cast<std::byte*>(address);
 }
 
-Block::~Block() {
-    if (mapped_) munmap(mapped_, mapped_size_);
+void Block::Unmap::operator()(void* mapped) const {
+    munmap(mapped, bytes);
 }
 
 Block BlockCache::take(std::size_t bytes, const std::string& what) {

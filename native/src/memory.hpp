@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,27 +29,18 @@ class Block {
     explicit Block(std::size_t bytes);
     // Address space that a block of `bytes` takes.
     static std::size_t footprint(std::size_t bytes);
-    ~Block();
-    Block(Block&& other) noexcept { swap(other); }
-    Block& operator=(Block&& other) noexcept {
-        Block(std::move(other)).swap(*this);
-        return *this;
-    }
     std::byte* data() const { return data_; }
     std::size_t size() const { return size_; }
-    explicit operator bool() const { return data_ != nullptr; }
+    explicit operator bool() const { return mapped_ != nullptr; }  // false after a move
 
   private:
-    void swap(Block& other) noexcept {
-        std::swap(data_, other.data_);
-        std::swap(size_, other.size_);
-        std::swap(mapped_, other.mapped_);
-        std::swap(mapped_size_, other.mapped_size_);
-    }
+    struct Unmap {
+        std::size_t bytes;
+        void operator()(void* mapped) const;
+    };
     std::byte* data_ = nullptr;
     std::size_t size_ = 0;
-    void* mapped_ = nullptr;
-    std::size_t mapped_size_ = 0;
+    std::unique_ptr<void, Unmap> mapped_;
 };
 
 // Cuts arrays out of one block. A first pass without a block measures the size, a second pass on the block cuts. One
