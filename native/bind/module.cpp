@@ -73,7 +73,7 @@ PYBIND11_MODULE(_native, m) {
     constexpr py::call_guard<py::gil_scoped_release> without_gil;
     m.doc() = "The engine behind ktverify.experts. Call it through KTMoEWrapper, which checks every argument.";
 
-    // The others are std::invalid_argument and std::runtime_error: pybind11 raises ValueError and RuntimeError for these.
+    // BadInput is a std::invalid_argument, BadState a std::runtime_error: pybind11 raises ValueError and RuntimeError.
     py::register_exception_translator([](std::exception_ptr error) {
         try {
             if (error) std::rethrow_exception(error);
@@ -125,15 +125,15 @@ PYBIND11_MODULE(_native, m) {
              [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
                 std::uintptr_t output, bool save, int given_up) {
                  const py::gil_scoped_release release;
-                 return layer.forward(rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
-                                      pointer<const float>(weights), pointer<bf16>(output), save, given_up);
+                 return layer.forward({rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
+                                       pointer<const float>(weights), pointer<bf16>(output), save, given_up});
              })
         .def("backward",
              [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,
-                bool grads_zero, std::uintptr_t grad_weights, bool accumulate, Layer::Ticket ticket) {
+                bool grads_zero, std::uintptr_t grad_weights, bool accumulate, Ticket ticket) {
                  const py::gil_scoped_release release;
-                 layer.backward(rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
-                                grads_zero, pointer<float>(grad_weights), accumulate, ticket);
+                 layer.backward({rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
+                                 grads_zero, pointer<float>(grad_weights), accumulate, ticket});
              })
         .def("drop", &Layer::drop, without_gil)
         .def("record_stages", &Layer::record_stages, "on"_a, without_gil)

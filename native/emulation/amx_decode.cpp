@@ -6,32 +6,11 @@ namespace ktv::emulation {
 namespace {
 
 constexpr Encoding kEncodings[] = {
-    {Op::ldtilecfg, "ldtilecfg", Form::config, 0x49, 0},
-    {Op::sttilecfg, "sttilecfg", Form::config, 0x49, 1},
-    {Op::tilerelease, "tilerelease", Form::nothing, 0x49, 0},
-    {Op::tilezero, "tilezero", Form::tile, 0x49, 3},
-    {Op::tileloadd, "tileloadd", Form::tile_and_memory, 0x4b, 3},
-    {Op::tileloaddt1, "tileloaddt1", Form::tile_and_memory, 0x4b, 1},
-    {Op::tilestored, "tilestored", Form::tile_and_memory, 0x4b, 2},
-    {Op::tdpbf16ps, "tdpbf16ps", Form::three_tiles, 0x5c, 2},
+    {Op::ldtilecfg, "ldtilecfg", 0x49, 0, true, 0x38, 0},      {Op::sttilecfg, "sttilecfg", 0x49, 1, true, 0x38, 0},
+    {Op::tilerelease, "tilerelease", 0x49, 0, false, 0x3f, 0}, {Op::tilezero, "tilezero", 0x49, 3, false, 0x07, 1},
+    {Op::tileloadd, "tileloadd", 0x4b, 3, true, 0, 1},         {Op::tileloaddt1, "tileloaddt1", 0x4b, 1, true, 0, 1},
+    {Op::tilestored, "tilestored", 0x4b, 2, true, 0, 1},       {Op::tdpbf16ps, "tdpbf16ps", 0x5c, 2, false, 0, 3},
 };
-
-bool has_form(Form form, unsigned modrm, unsigned vvvv) {
-    const unsigned mod = modrm >> 6, reg = modrm >> 3 & 7, rm = modrm & 7;
-    switch (form) {
-        case Form::config:
-            return mod != 3 && reg == 0 && vvvv == 0;
-        case Form::nothing:
-            return modrm == 0xc0 && vvvv == 0;
-        case Form::tile:
-            return mod == 3 && rm == 0 && vvvv == 0;
-        case Form::tile_and_memory:
-            return mod != 3 && vvvv == 0;
-        case Form::three_tiles:
-            return mod == 3;
-    }
-    return false;
-}
 
 // Decodes the memory operand behind a ModRM byte whose mod is not 3. Returns the address behind the operand.
 const std::uint8_t* decode_address(const std::uint8_t* at, unsigned modrm, unsigned extend_base, unsigned extend_index,
@@ -90,13 +69,14 @@ bool decode(const std::uint8_t* code, Instruction& out) {
     out.source1 = (modrm & 7) | extend_rm;
     out.source2 = vvvv;
     out.base = out.index = kNoRegister;
+    const bool memory = modrm >> 6 != 3;
     for (const Encoding& encoding : kEncodings) {
-        if (encoding.opcode == opcode && encoding.pp == (vex2 & 3) && has_form(encoding.form, modrm, vvvv)) {
+        if (encoding.opcode == opcode && encoding.pp == (vex2 & 3) && encoding.memory == memory &&
+            (modrm & encoding.zero_bits) == 0 && (vvvv == 0 || encoding.tiles == 3))
             out.encoding = &encoding;
-        }
     }
     if (out.encoding == nullptr) return false;
-    if (modrm >> 6 != 3) at = decode_address(at, modrm, extend_rm, extend_index, out);
+    if (memory) at = decode_address(at, modrm, extend_rm, extend_index, out);
     out.length = static_cast<unsigned>(at - code);
     return true;
 }

@@ -7,15 +7,15 @@ namespace ktv::emulation {
 
 enum class Op { ldtilecfg, sttilecfg, tilerelease, tilezero, tileloadd, tileloaddt1, tilestored, tdpbf16ps };
 
-enum class Form { config, nothing, tile, tile_and_memory, three_tiles };
-
 // All are VEX.128.0F38.W0; they differ in the opcode, the implied prefix (the VEX field pp) and the ModRM byte.
 struct Encoding {
     Op op;
     const char* name;
-    Form form;
     std::uint8_t opcode;
-    std::uint8_t pp;  // 0: none, 1: 66, 2: F3, 3: F2
+    std::uint8_t pp;         // 0: none, 1: 66, 2: F3, 3: F2
+    bool memory;             // has a memory operand: ModRM.mod is not 3
+    std::uint8_t zero_bits;  // of ModRM
+    int tiles;               // operands that are tiles; VEX.vvvv is 0 unless it names the third
 };
 
 constexpr unsigned kNoRegister = 16;

@@ -24,10 +24,7 @@ enum class Path { scalar, avx2, avx512 };
 bool path_available(Path path) noexcept;
 Path best_path() noexcept;
 
-// dest fp32, a and b bf16 pairs. Per element: the even and the odd products each summed over depth by fused
-// multiply-add from zero, the two sums added, the result added to dest. Rounds to nearest even; denormal inputs and
-// outputs are zero; the caller's MXCSR is not used and not changed. Elements outside [rows][columns] become zero. The
-// manual does not specify which NaN results; here it is always 0xffc00000.
+// dest fp32, a and b bf16 pairs; README.md specifies the bits. Elements outside [rows][columns] become zero.
 void tdpbf16ps(Tile& dest, const Tile& a, const Tile& b, Shape shape, Path path) noexcept;
 
 }  // namespace ktv::emulation

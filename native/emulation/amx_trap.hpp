@@ -1,8 +1,6 @@
 // Intel AMX in user space: machine code with tile instructions runs, and can be checked, on a CPU without AMX.
 //
-// A tile instruction raises SIGILL where the CPU lacks AMX. The handler decodes it at the faulting address, executes it as
-// Intel's manual (SDM volume 2, ch. 3 to 5) specifies, and continues with the next instruction. It is for correctness
-// only, about a thousand times slower than the hardware, and nothing installs it without a call.
+// README.md describes how, what it costs and its limits.
 #pragma once
 
 #include <cstdint>

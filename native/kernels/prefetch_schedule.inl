@@ -1,9 +1,4 @@
-// Which weights the AVX-512 and the AMX kernels prefetch, and when. Include it inside an unnamed namespace.
-//
-// A step of arithmetic prefetches a few lines into the second-level cache. All lines at once, or into the first level,
-// would fill the miss buffers, and every load behind them would wait. The CPU drops a prefetch that finds the buffers
-// full, so every line is prefetched several times, first long before it is needed, last shortly before: the less
-// arithmetic there is to hide a miss, the more often.
+// Which weights the AVX-512 and the AMX kernels prefetch, and when. docs/engine.md (Reading the weights) says why.
 
 // Prefetches the line at p into the first or the second cache level. It is asm because gcc treats a function that only
 // prefetches as one without effect, and removes calls to it.

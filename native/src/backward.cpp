@@ -46,10 +46,11 @@ Costs Layer::State::backward_costs(const Routing& routing) const {
     return costs;
 }
 
-void Layer::State::backward(const BackwardArguments& arguments, Layer::Ticket ticket) {
+void Layer::State::backward(const BackwardArguments& arguments) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
+    const Ticket ticket = arguments.ticket;
     const auto found = find_saved(ticket);
     if (found == saved.end())
         throw BadState(ticket == 0
@@ -100,9 +101,10 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
 
     const int parts = config_.parts, token_chunks = (call_.rows + kChunkRows - 1) / kChunkRows;
     TaskQueue gathering(parts, team, groups_), downing(parts, team, active_, i_panels_), ranking(parts, team, groups_),
-        inputs(parts, team, active_, h_panels_), loras(1, team, active_, lora_tasks()),
+        inputs(parts, team, active_, h_panels_), loras(1, team, active_, lora_tasks_),
         idles(1, team, static_cast<int>(idle_.size())), routings(1, team, token_chunks);
-    const std::function<void(int)> body = [&](int index) {
+    caller_.lap(Phase::allocation);
+    team.run([&](int index) {
         float* scratch = scratch_ + index * 2 * kScratch;
         Worker worker{index, scratch, scratch + kScratch, recording.watch(index)};
         kernels_.enter();
@@ -123,9 +125,7 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         kernels_.leave();
         worker.watch.tasks_done();
         worker.watch.stage_done();
-    };
-    caller_.lap(Phase::allocation);
-    team.run(body);
+    });
     if (active_ == 0 && T_ > 0) std::memset(call_.grad_input, 0, T_ * H_ * sizeof(bf16));
     shared.cache.give(std::move(work));
 }

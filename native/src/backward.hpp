@@ -6,8 +6,7 @@
 //   4 input   per (part, expert, 128 columns of H): dx with its LoRA, added in the order of the experts; and the six
 //             LoRA gradients (lora_grads.cpp), as products whose reduction runs over the tokens
 //
-// The wide products do not contain the routing weight w; it is applied in fp32 to their results. So w dO is not rounded,
-// and dw = <dO, y> = <dO Wd + s (dO Bd) Ad, h> needs no further product.
+// docs/engine.md (The numbers): why the wide products do not contain the routing weight w.
 #pragma once
 
 #include <vector>
@@ -21,17 +20,6 @@ inline constexpr int kPanelCols = kPanelBlocks * kBlock;  // columns of one nn t
 inline constexpr int panels_of(int blocks) {
     return (blocks + kPanelBlocks - 1) / kPanelBlocks;
 }
-
-// The caller's arguments.
-struct BackwardArguments {
-    int rows;
-    const bf16* grad_output;
-    bf16* grad_input;
-    LoraPointers grads;
-    bool grads_zero;
-    float* grad_weights;
-    bool accumulate;
-};
 
 // Writes one LoRA tensor's gradient in the parameter's dtype. With `sums` it first adds the gradient to them, in fp32.
 class GradWriter {
@@ -122,12 +110,7 @@ class Backward {
                     int columns, Small to) const;
 
     // lora_grads.cpp
-    int lora_tasks() const;  // of one expert
     void lora_grad(Worker& worker, const Task& task);
-    void grad_gate_up_a(Worker& worker, const Slice& slice);
-    void grad_down_b(Worker& worker, const Slice& slice);
-    void grad_down_a(Worker& worker, const Slice& slice, std::size_t p);
-    void grad_gate_up_b(Worker& worker, const Slice& slice, std::size_t p, int which);
     template <typename TermOf, typename Emit>
     void multiply(Worker& worker, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
                   const Emit& emit);
@@ -150,6 +133,8 @@ class Backward {
     const int i_panels_ = panels_of(size_.ib), h_panels_ = panels_of(size_.hb);
     // Partial sums of dw, a row. Without LoRA in the gradients, it needs further ones for the LoRA of the forward.
     const int dots_ = with_lora_ ? i_panels_ : 2 * i_panels_;
+    // Tasks of lora_grad, an expert: dA of gate and up, dB of down; for each part dB of gate, dB of up, dA of down.
+    const int lora_tasks_ = with_lora_ ? 2 * h_panels_ + 3 * config_.parts * i_panels_ : 0;
     const std::size_t T_ = call_.rows, H_ = size_.H, I_ = size_.I, r_ = size_.r;
     const std::size_t hidden_ = size_.hidden_ld(), inter_ = size_.inter_ld(), rank_ = size_.rank(),
                       rank2_ = size_.rank2();

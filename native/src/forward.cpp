@@ -57,7 +57,7 @@ Costs Layer::State::forward_costs(const Routing& routing) const {
     return costs;
 }
 
-Layer::Ticket Layer::State::forward(const ForwardArguments& arguments) {
+Ticket Layer::State::forward(const ForwardArguments& arguments) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
@@ -120,7 +120,8 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     const int parts = config_.parts, copies = call_.save ? groups_of(call_.rows + 1) : 0;
     TaskQueue copying(1, team, copies), packing(parts, team, groups_), upping(parts, team, active_, size_.ib),
         ranking(parts, team, groups_), downing(parts, team, active_, size_.hb);
-    const std::function<void(int)> body = [&](int index) {
+    caller_.lap(Phase::allocation);
+    team.run([&](int index) {
         Worker worker{index, scratch_ + index * kScratch, recording.watch(index)};
         kernels_.enter();
         packing.work(index, [&](const Task& task) { pack(worker, task.part, task.row); });
@@ -134,9 +135,7 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
         kernels_.leave();
         worker.watch.tasks_done();
         worker.watch.stage_done();
-    };
-    caller_.lap(Phase::allocation);
-    team.run(body);
+    });
     if (active_ == 0 && T_ > 0) std::memset(call_.output, 0, T_ * size_.H * sizeof(bf16));
     shared.cache.give(std::move(work));
 }

@@ -4,9 +4,6 @@
 //   2 up      per (part, expert, 32 rows of I):  g, u with their LoRA in one product each; h = silu(g) u, packed
 //   3 rank    per (part, group):                 h Adᵀ
 //   4 down    per (part, expert, 32 rows of H):  y with its LoRA, added to the output in the order of the experts
-//
-// A worker's tasks of one expert follow each other, so that its packed tokens stay in cache while its weights are read
-// once; see TaskQueue.
 #pragma once
 
 #include <vector>
@@ -15,17 +12,6 @@
 #include "state.hpp"
 
 namespace ktv {
-
-// The caller's arguments.
-struct ForwardArguments {
-    int rows;
-    const bf16* x;
-    const std::int64_t* ids;
-    const float* weights;
-    bf16* output;
-    bool save;
-    int given_up;
-};
 
 class Forward {
   public:

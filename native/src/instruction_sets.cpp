@@ -9,12 +9,14 @@
 #include "machine_limits/register_peaks.hpp"
 
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #define KTV_X86(pointer) pointer
+// The CPU has the feature, and the OS saves its registers on a context switch.
+#define KTV_CPU_HAS(feature) __builtin_cpu_supports(feature)
 #else
 #define KTV_X86(pointer) nullptr
+#define KTV_CPU_HAS(feature) false
 #endif
 
 namespace ktv {
@@ -23,34 +25,6 @@ extern const Kernels amx_bf16_kernels, avx512_bf16_kernels, avx2_kernels, scalar
 
 namespace {
 
-struct Registers {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-};
-// Zeros where the CPU has no such leaf, and on other processors than x86-64.
-Registers cpuid([[maybe_unused]] unsigned leaf, [[maybe_unused]] unsigned subleaf) {
-    Registers r;
-#if defined(__x86_64__)
-    if (!__get_cpuid_count(leaf, subleaf, &r.a, &r.b, &r.c, &r.d)) return {};
-#endif
-    return r;
-}
-bool bit(unsigned word, int index) {
-    return (word >> index) & 1u;
-}
-
-constexpr unsigned kAvxState = 0x6, kAvx512State = 0xe6, kTileState = 0x60000;
-
-// Whether the OS saves these parts of the register file on a context switch: XCR0.
-bool os_saves([[maybe_unused]] unsigned parts) {
-    if (!bit(cpuid(1, 0).c, 27)) return false;  // OSXSAVE
-#if defined(__x86_64__)
-    unsigned low, high;
-    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (low & parts) == parts;
-#else
-    return false;
-#endif
-}
 // Linux gives the 8 KB of tile state only to a process that asks for it: cpuid alone is not enough.
 bool os_permits_tiles() {
 #if defined(__x86_64__)
@@ -66,13 +40,11 @@ const char* missing_for_scalar() {
     return "";
 }
 const char* missing_for_avx2() {
-    const bool has = os_saves(kAvxState) && bit(cpuid(1, 0).c, 12) && bit(cpuid(7, 0).b, 5);  // FMA, AVX2
-    return has ? "" : "AVX2 with FMA not supported on this CPU";
+    return KTV_CPU_HAS("avx2") && KTV_CPU_HAS("fma") ? "" : "AVX2 with FMA not supported on this CPU";
 }
 const char* missing_for_avx512_bf16() {
-    const Registers r = cpuid(7, 0);
-    const bool has = os_saves(kAvx512State) && bit(r.b, 16) && bit(r.b, 17) && bit(r.b, 30) && bit(r.b, 31) &&
-                     bit(cpuid(7, 1).a, 5);  // F, DQ, BW, VL; BF16
+    const bool has = KTV_CPU_HAS("avx512f") && KTV_CPU_HAS("avx512dq") && KTV_CPU_HAS("avx512bw") &&
+                     KTV_CPU_HAS("avx512vl") && KTV_CPU_HAS("avx512bf16");
     return has ? "" : "AVX-512 BF16 not supported on this CPU";
 }
 
@@ -82,9 +54,7 @@ const char* missing_for_amx_bf16() {
     // The kernels around the tile instructions are AVX-512 code.
     if (*missing_for_avx512_bf16()) return "Intel AMX not supported on this CPU (its kernels also need AVX-512 BF16)";
     if (amx_is_emulated) return "";
-    const Registers r = cpuid(7, 0);
-    if (!bit(r.d, 22) || !bit(r.d, 24) || !os_saves(kTileState))  // AMX-BF16, AMX-TILE
-        return "Intel AMX not supported on this CPU";
+    if (!KTV_CPU_HAS("amx-bf16") || !KTV_CPU_HAS("amx-tile")) return "Intel AMX not supported on this CPU";
     return os_permits_tiles() ? "" : "the operating system does not permit Intel AMX to this process";
 }
 
@@ -133,10 +103,8 @@ std::vector<std::string> known_isas() {
 }
 
 std::vector<std::string> available_isas() {
-    std::vector<std::string> names;
-    for (const InstructionSet& row : kTable) {
-        if (row.runs_here()) names.emplace_back(row.name);
-    }
+    std::vector<std::string> names = known_isas();
+    std::erase_if(names, [](const std::string& name) { return !row_of(name).runs_here(); });
     return names;
 }
 

@@ -22,10 +22,6 @@ const LayerConfig& checked(const LayerConfig& c) {
     if (c.intermediate % c.parts != 0)
         throw BadInput("intermediate size " + std::to_string(c.intermediate) + " is not a multiple of " +
                        std::to_string(c.parts));
-    return c;
-}
-
-const LayerConfig& with_room(const LayerConfig& c) {
     require_memory(c.parts * wide(c.num_experts) * sizeof(PackedExpert),
                    "the table of " + std::to_string(c.num_experts) + " experts");
     return c;
@@ -34,7 +30,7 @@ const LayerConfig& with_room(const LayerConfig& c) {
 }  // namespace
 
 Layer::State::State(const LayerConfig& c)
-    : config(with_room(checked(c))),
+    : config(checked(c)),
       size(sizes_of(c)),
       kernels(*instruction_set(c.isa).kernels),
       workers(std::max(1, std::min(c.threads, allowed_processors()))),
@@ -91,21 +87,20 @@ void Layer::update_lora(const LoraPointers& lora) {
     state_->lora_loaded = true;
 }
 
-Layer::Ticket Layer::forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output,
-                             bool save, int given_up) {
+Ticket Layer::forward(const ForwardArguments& arguments) {
     State& s = *state_;
+    const int rows = arguments.rows;
     if (!s.weights_loaded) throw BadState("forward_sft before the base weights: call load_weights_from_tensors first");
     if (!s.lora_loaded) throw BadState("forward_sft before the LoRA weights: call init_lora_weights first");
     if (rows < 0 || rows > s.config.max_rows)
         throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
                        std::to_string(s.config.max_rows));
-    check_ids(ids, rows, s.config.top_k, s.config.num_experts);
-    return s.forward({rows, x, ids, weights, output, save, given_up});
+    check_ids(arguments.ids, rows, s.config.top_k, s.config.num_experts);
+    return s.forward(arguments);
 }
 
-void Layer::backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, bool grads_zero,
-                     float* grad_weights, bool accumulate, Ticket ticket) {
-    state_->backward({rows, grad_output, grad_input, grads, grads_zero, grad_weights, accumulate}, ticket);
+void Layer::backward(const BackwardArguments& arguments) {
+    state_->backward(arguments);
 }
 
 void Layer::drop(Ticket ticket) {

@@ -38,29 +38,6 @@ void Backward::fill_idle(int expert) const {
     }
 }
 
-// dA of gate and up together, dB of down; then for each part dB of gate, dB of up, dA of down.
-int Backward::lora_tasks() const {
-    return with_lora_ ? 2 * h_panels_ + 3 * config_.parts * i_panels_ : 0;
-}
-
-void Backward::lora_grad(Worker& worker, const Task& task) {
-    const Routing::Expert& expert = routing_.experts[task.row];
-    const auto slice = [&](int panel, int panels) {
-        const bool neighbour = task.next_row == task.row && task.next_column == task.column + 1;
-        return Slice{expert, panel, neighbour && panel + 1 < panels};
-    };
-    int left = task.column;
-    if (left < h_panels_) return grad_gate_up_a(worker, slice(left, h_panels_));
-    left -= h_panels_;
-    if (left < h_panels_) return grad_down_b(worker, slice(left, h_panels_));
-    left -= h_panels_;
-    const std::size_t p = left / (3 * i_panels_);
-    const int which = left / i_panels_ % 3;
-    const Slice of_inter = slice(left % i_panels_, i_panels_);
-    if (which == 2) return grad_down_a(worker, of_inter, p);
-    grad_gate_up_b(worker, of_inter, p, which);
-}
-
 // Computes the product into worker.c, in pieces of at most kChunkRows rows; emit(piece) stores each.
 template <typename TermOf, typename Emit>
 void Backward::multiply(Worker& worker, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
@@ -101,54 +78,55 @@ void Backward::put_columns(const Worker& worker, const GradWriter& writer, std::
         writer.put(to + (piece.col + j) * r_ + piece.n, worker.transposed + j * count, count);
 }
 
-// dA of gate above dA of up: (s dg Bg beside s du Bu)ᵀ x, summed over the parts.
-void Backward::grad_gate_up_a(Worker& worker, const Slice& slice) {
-    const Routing::Expert& expert = slice.expert;
-    const GradWriter &gate_a = write_[0], &up_a = write_[2];
-    const std::size_t to = expert.expert * r_ * H_, from = wide(expert.first_k) * size_.rank2_rows();
-    multiply(
-        worker, slice, {size_.rank2_rows(), 2 * size_.r, size_.hb, size_.H}, config_.parts,
-        [&](std::size_t p) { return Term{at(parts_[p].xa_t, from), x_rows_.data()}; },
-        [&](const Piece& piece) {
-            const int of_gate = std::clamp(size_.r - piece.n, 0, piece.count);
-            put_rows(worker.c, gate_a, to, H_, {piece.n, of_gate, piece.col, piece.width});
-            put_rows(worker.c + of_gate * kPanelCols, up_a, to, H_,
-                     {piece.n + of_gate - size_.r, piece.count - of_gate, piece.col, piece.width});
+void Backward::lora_grad(Worker& worker, const Task& task) {
+    const Routing::Expert& expert = routing_.experts[task.row];
+    const std::size_t e = expert.expert, first_k = expert.first_k, all_I = I_ * config_.parts;
+    const int rank_rows = size_.rank_rows(), rank2_rows = size_.rank2_rows();
+    const auto slice = [&](int panel, int panels) {
+        const bool neighbour = task.next_row == task.row && task.next_column == task.column + 1;
+        return Slice{expert, panel, neighbour && panel + 1 < panels};
+    };
+    int left = task.column;
+    if (left < h_panels_) {  // dA of gate above dA of up: (s dg Bg beside s du Bu)ᵀ x, summed over the parts
+        const std::size_t to = e * r_ * H_;
+        multiply(
+            worker, slice(left, h_panels_), {rank2_rows, 2 * size_.r, size_.hb, size_.H}, config_.parts,
+            [&](int p) { return Term{at(parts_[p].xa_t, first_k * rank2_rows), x_rows_.data()}; },
+            [&](const Piece& piece) {
+                const int of_gate = std::clamp(size_.r - piece.n, 0, piece.count);
+                put_rows(worker.c, write_[0], to, H_, {piece.n, of_gate, piece.col, piece.width});
+                put_rows(worker.c + of_gate * kPanelCols, write_[2], to, H_,
+                         {piece.n + of_gate - size_.r, piece.count - of_gate, piece.col, piece.width});
+            });
+        return worker.watch.lap(Phase::gate_up_lora_grad);
+    }
+    left -= h_panels_;
+    if (left < h_panels_) {  // dB of down, transposed: (w s h Adᵀ)ᵀ dO, summed over the parts
+        multiply(
+            worker, slice(left, h_panels_), {rank_rows, size_.r, size_.hb, size_.H}, config_.parts,
+            [&](int p) { return Term{at(kept_.parts[p].ha_t, first_k * rank_rows), parts_[p].out_rows}; },
+            [&](const Piece& piece) { put_columns(worker, write_[5], e * H_ * r_, piece); });
+        return worker.watch.lap(Phase::down_lora_grad);
+    }
+    left -= h_panels_;
+    const std::size_t p = left / (3 * i_panels_);
+    const int which = left / i_panels_ % 3;
+    const Part& part = parts_[p];
+    const auto multiply_part = [&](const Term& term, const auto& emit) {
+        const Product product{rank_rows, size_.r, size_.ib, size_.I};
+        multiply(worker, slice(left % i_panels_, i_panels_), product, 1, [&](int) { return term; }, emit);
+    };
+    if (which == 2) {  // dA of down, the part's columns: (w s dO Bd)ᵀ h
+        multiply_part({at(part.ob_t, first_k * rank_rows), part.h_rows}, [&](const Piece& piece) {
+            put_rows(worker.c, write_[4], e * r_ * all_I + p * I_, all_I, piece);
         });
-    worker.watch.lap(Phase::gate_up_lora_grad);
-}
-
-// dB of down, transposed: (w s h Adᵀ)ᵀ dO, summed over the parts.
-void Backward::grad_down_b(Worker& worker, const Slice& slice) {
-    const Routing::Expert& expert = slice.expert;
-    const std::size_t from = wide(expert.first_k) * size_.rank_rows();
-    multiply(
-        worker, slice, {size_.rank_rows(), size_.r, size_.hb, size_.H}, config_.parts,
-        [&](std::size_t p) { return Term{at(kept_.parts[p].ha_t, from), parts_[p].out_rows}; },
-        [&](const Piece& piece) { put_columns(worker, write_[5], expert.expert * H_ * r_, piece); });
-    worker.watch.lap(Phase::down_lora_grad);
-}
-
-// dA of down, the part's columns: (w s dO Bd)ᵀ h.
-void Backward::grad_down_a(Worker& worker, const Slice& slice, std::size_t p) {
-    const Routing::Expert& expert = slice.expert;
-    const std::size_t all_I = I_ * config_.parts, to = expert.expert * r_ * all_I + p * I_;
-    const Term term{at(parts_[p].ob_t, wide(expert.first_k) * size_.rank_rows()), parts_[p].h_rows};
-    multiply(
-        worker, slice, {size_.rank_rows(), size_.r, size_.ib, size_.I}, 1, [&](std::size_t) { return term; },
-        [&](const Piece& piece) { put_rows(worker.c, write_[4], to, all_I, piece); });
-    worker.watch.lap(Phase::down_lora_grad);
-}
-
-// dB of gate (which = 0) or up (1), the part's rows, transposed: (s x Aᵀ)ᵀ dg.
-void Backward::grad_gate_up_b(Worker& worker, const Slice& slice, std::size_t p, int which) {
-    const Routing::Expert& expert = slice.expert;
-    const std::size_t all_I = I_ * config_.parts, to = (expert.expert * all_I + p * I_) * r_;
-    const std::size_t from = (2 * wide(expert.first_k) + which * expert.kblocks * kBlock) * size_.rank_rows();
-    const Term term{at(kept_.xa_t, from), which == 0 ? parts_[p].g_rows : parts_[p].u_rows};
-    multiply(
-        worker, slice, {size_.rank_rows(), size_.r, size_.ib, size_.I}, 1, [&](std::size_t) { return term; },
-        [&](const Piece& piece) { put_columns(worker, write_[which == 0 ? 1 : 3], to, piece); });
+        return worker.watch.lap(Phase::down_lora_grad);
+    }
+    // dB of gate or up, the part's rows, transposed: (s x Aᵀ)ᵀ dg
+    const std::size_t from = (2 * first_k + which * expert.kblocks * kBlock) * rank_rows;
+    multiply_part({at(kept_.xa_t, from), which == 0 ? part.g_rows : part.u_rows}, [&](const Piece& piece) {
+        put_columns(worker, write_[which == 0 ? 1 : 3], (e * all_I + p * I_) * r_, piece);
+    });
     worker.watch.lap(Phase::gate_up_lora_grad);
 }
 

@@ -82,7 +82,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     }
     const int per_expert = 2 * size.ib + size.hb;  // rows of blocks
     TaskQueue queue(config.parts, team, static_cast<int>(wanted.size()), per_expert);
-    const std::function<void(int)> body = [&](int worker) {
+    team.run([&](int worker) {
         queue.work(worker, [&](const Task& task) {
             const int part = task.part, e = wanted[task.row], slot = slot_of[e];
             int row = task.column;
@@ -101,24 +101,21 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
                          to.down + row * panel(size.ib));
             }
         });
-    };
-    team.run(body);
+    });
     for (std::size_t part = 0; part < made.size(); ++part) {
         for (std::size_t i = 0; i < wanted.size(); ++i) experts[part][wanted[i]] = std::move(made[part][i]);
     }
     for (const int e : wanted) {
-        release(gate, e, config.intermediate, config.hidden);
-        release(up, e, config.intermediate, config.hidden);
-        release(down, e, config.hidden, config.intermediate);
+        for (const WeightSource* from : {&gate, &up, &down}) {
+            if (!from->disposable) continue;
+            const int rows = from == &down ? config.hidden : config.intermediate,
+                      cols = from == &down ? config.intermediate : config.hidden;
+            const std::ptrdiff_t last = (rows - 1) * from->row_stride + (cols - 1) * from->col_stride;
+            release_pages(from->experts[slot_of[e]], (last + 1) * sizeof(bf16));
+        }
     }
     // Last, because the caller frees the sources when all experts are packed.
     packed += static_cast<int>(wanted.size());
-}
-
-void Layer::State::release(const WeightSource& from, int expert, int rows, int cols) const {
-    if (!from.disposable) return;
-    const std::ptrdiff_t last = (rows - 1) * from.row_stride + (cols - 1) * from.col_stride;
-    release_pages(from.experts[slot_of[expert]], (last + 1) * sizeof(bf16));
 }
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
@@ -154,7 +151,7 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const std::size_t H = size.H, I = size.I, r = size.r, all_I = I * config.parts;
     const bool fp32 = config.lora_fp32, twice = size.side_by_side();
     TaskQueue queue(1, team, config.num_experts);
-    const std::function<void(int)> body = [&](int worker) {
+    team.run([&](int worker) {
         queue.work(worker, [&](const Task& task) {
             const std::size_t e = task.row;
             put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
@@ -167,8 +164,7 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
                 put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, at(to->down_a[p], e * da));
             }
         });
-    };
-    team.run(body);
+    });
     lora = std::move(to);
 }
 

@@ -9,28 +9,16 @@
 #include <new>
 
 namespace ktv {
-namespace {
 
 // Never destroyed, because at exit a worker may still be about to sleep.
-std::atomic<Process*> current{nullptr};
-
-// A fork waits until another thread's computation is complete, so that the child never gets an incomplete one.
-void before_fork() {
-    current.load()->mutex.lock();
-}
-void after_fork_in_parent() {
-    current.load()->mutex.unlock();
-}
-void after_fork_in_child() {
-    current.store(new Process);
-}
-
-}  // namespace
+static std::atomic<Process*> current{nullptr};
 
 Process& process() {
     static const bool ready = [] {
         current.store(new Process);
-        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+        // A fork waits until another thread's computation is complete, so that the child never gets an incomplete one.
+        pthread_atfork([] { current.load()->mutex.lock(); }, [] { current.load()->mutex.unlock(); },
+                       [] { current.store(new Process); });
         return true;
     }();
     (void)ready;

@@ -11,8 +11,7 @@ void check_ids(const std::int64_t* ids, int tokens, int slots, int num_experts) 
     const std::size_t count = tokens * static_cast<std::size_t>(slots);
     for (std::size_t i = 0; i < count; ++i) {
         if (ids[i] < -1 || ids[i] >= num_experts) {
-            const auto width = slots;
-            throw BadInput("expert_ids[" + std::to_string(i / width) + ", " + std::to_string(i % width) + "] is " +
+            throw BadInput("expert_ids[" + std::to_string(i / slots) + ", " + std::to_string(i % slots) + "] is " +
                            std::to_string(ids[i]) + "; it takes 0 to " + std::to_string(num_experts - 1) +
                            ", or -1 for a slot that is not this layer's");
         }

@@ -5,26 +5,14 @@
 namespace ktv {
 
 const char* name_of(Phase phase) {
-    static constexpr const char* names[kPhases] = {"routing",
-                                                   "allocation",
-                                                   "pack_weights",
-                                                   "pack_input",
-                                                   "gate_up_lora_a",
-                                                   "gate_up",
-                                                   "activation",
-                                                   "down_lora_a",
-                                                   "down",
-                                                   "merge",
-                                                   "scatter",
-                                                   "down_lora_b",
-                                                   "down_grad",
-                                                   "activation_grad",
-                                                   "gate_up_lora_b",
-                                                   "gate_up_grad",
-                                                   "gate_up_lora_grad",
-                                                   "down_lora_grad",
-                                                   "routing_grad",
-                                                   "wait"};
+    static constexpr const char* names[kPhases] = {
+        // any stage, or before the first
+        "routing", "allocation", "pack_weights",
+        // forward
+        "pack_input", "gate_up_lora_a", "gate_up", "activation", "down_lora_a", "down", "merge",
+        // backward
+        "scatter", "down_lora_b", "down_grad", "activation_grad", "gate_up_lora_b", "gate_up_grad", "gate_up_lora_grad",
+        "down_lora_grad", "routing_grad", "wait"};
     return names[static_cast<int>(phase)];
 }
 
@@ -36,11 +24,7 @@ Recording::Recording(bool on, int workers, int stages) {
 }
 
 StageTimes Recording::finish(bool backward, int rows, const Costs& costs) const {
-    StageTimes out;
-    out.backward = backward;
-    out.rows = rows;
-    out.workers = static_cast<int>(workers_.size());
-    out.wall_ns = now_ns() - began_;
+    StageTimes out{backward, rows, static_cast<int>(workers_.size()), 0, now_ns() - began_, {}, {}};
     for (int phase = 0; phase < kPhases; ++phase) {
         StageTimes::Row row{static_cast<Phase>(phase), {}, costs.flops[phase], costs.bytes[phase]};
         std::int64_t total = 0;

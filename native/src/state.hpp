@@ -92,7 +92,7 @@ struct LoraPack {
 
 // What a forward saves for its backward.
 struct Saved {
-    Layer::Ticket ticket = 0;
+    Ticket ticket = 0;
     Routing routing;
     std::shared_ptr<const LoraPack> lora;  // the snapshot that it used
     Block block;
@@ -110,9 +110,6 @@ struct Saved {
 struct LoraStrides {
     std::size_t gate_up_a, gate_b, down_a, down_b;
 };
-
-struct ForwardArguments;
-struct BackwardArguments;
 
 struct Layer::State {
     explicit State(const LayerConfig& config);
@@ -132,8 +129,8 @@ struct Layer::State {
     std::atomic<int> packed{0};                      // experts whose sources are not read any more
     std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
-    Layer::Ticket last_ticket = 0;
-    std::vector<Saved>::iterator find_saved(Layer::Ticket ticket) {  // 0: the newest
+    Ticket last_ticket = 0;
+    std::vector<Saved>::iterator find_saved(Ticket ticket) {  // 0: the newest
         if (ticket == 0 && !saved.empty()) return std::prev(saved.end());
         return std::find_if(saved.begin(), saved.end(), [&](const Saved& s) { return s.ticket == ticket; });
     }
@@ -162,10 +159,9 @@ struct Layer::State {
     }
 
     void pack_experts(Team& team, const std::vector<int>& wanted);
-    void release(const WeightSource& from, int expert, int rows, int cols) const;
     void pack_lora(Team& team, const LoraPointers& lora);
-    Layer::Ticket forward(const ForwardArguments& arguments);
-    void backward(const BackwardArguments& arguments, Layer::Ticket ticket);
+    Ticket forward(const ForwardArguments& arguments);
+    void backward(const BackwardArguments& arguments);
     std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
 };
 

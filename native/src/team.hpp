@@ -73,13 +73,7 @@ struct Task {
 class TaskQueue {
   public:
     TaskQueue(int parts, const Team& team, int rows, int columns = 1)
-        : helps_(team.helps() || parts == 1),
-          parts_(parts),
-          workers_(team.workers()),
-          lanes_(std::clamp(columns, 1, workers_of(0))),
-          rows_(rows),
-          columns_(columns),
-          taken_(parts * lanes_) {}
+        : helps_(team.helps() || parts == 1), parts_(parts), workers_(team.workers()), rows_(rows), columns_(columns) {}
     template <typename Do>  // do_task(const Task&)
     void work(int worker, const Do& do_task) {
         // Helpers go in both directions; otherwise all of them would meet in the same lane.
@@ -115,8 +109,8 @@ class TaskQueue {
     }
 
     bool helps_;
-    int parts_, workers_, lanes_, rows_, columns_;
-    std::vector<Counter> taken_;
+    int parts_, workers_, rows_, columns_, lanes_ = std::clamp(columns_, 1, workers_of(0));
+    std::vector<Counter> taken_ = std::vector<Counter>(parts_ * lanes_);
 };
 
 // Puts additions to one array into the order of a queue's rows, whichever workers compute them, so that fp32 sums have

@@ -10,24 +10,22 @@
 using namespace ktv::emulation;
 
 // Every register that an instruction could change. The assembly below uses the offsets.
-struct alignas(64) Context {
-    std::uint64_t gpr[16];              // 0, in the order of their numbers: rax rcx rdx rbx rsp rbp rsi rdi r8 ...
-    std::uint64_t flags;                // 128
-    std::uint64_t mxcsr;                // 136
-    alignas(64) std::uint64_t mask[8];  // 192, k0 to k7
-    std::uint8_t vector[32][64];        // 256
+struct Context {
+    std::uint64_t gpr[16];  // 0, in the order of their numbers: rax rcx rdx rbx rsp rbp rsi rdi r8 ...
+    std::uint64_t flags;    // 128
+    // 192, as XSAVE stores them: MXCSR at 24, xmm0 to xmm15 at 160, XSTATE_BV at 512, the others where CPUID says.
+    alignas(64) std::uint8_t vectors[4096];
 };
-static_assert(offsetof(Context, mask) == 192 && offsetof(Context, vector) == 256);
+static_assert(offsetof(Context, vectors) == 192);
 
 extern "C" {
-extern std::uint64_t vector_level;  // 0: xmm, 1: ymm, 2: zmm and masks
-extern Context* snippet_context;
 // Loads every register from the context, jumps to the code, and stores the registers when the code jumps to
 // snippet_return.
 void run_snippet(const void* code, Context* context);
+extern const char snippet_return[];
 extern const char load_forms[], store_forms[], absolute_forms[],
-    absolute_extended[];  // 32 bytes each, ending in jmp snippet_return
-extern const char config_load_forms[], config_store_forms[];
+    absolute_extended[];                                                   // 32 bytes each, ending in a jump
+extern const char config_load_forms[], config_store_forms[];               // to snippet_return
 extern const char load_tile[], load_t1_tile[], store_tile[], zero_tile[];  // 16 bytes each, ending in ret
 extern const char release_tiles[], padded_load[], load_rip_config[], store_rip_config[], illegal_ret[];
 extern const char product_bf16[];
@@ -35,16 +33,19 @@ extern const char no_sib[], malformed[], tmm_eight[], same_tile_twice[], run_of_
 extern std::uint8_t rip_config[64], rip_stored[64];
 }
 
+constexpr std::uint64_t kVectorStates = 0xe6;    // of XCR0: xmm, ymm, masks, zmm; as in run_snippet
 constexpr std::uint64_t kAbsolute = 0x20000000;  // as in absolute_forms
 constexpr std::array<std::int32_t, 5> kDisplacements = {0, 64, -64, 0x1240, -0x1240};
 constexpr unsigned kRsp = 4;
 
-asm(R"(
+asm(R"asm(
     .data
     .balign 64
 rip_config:      .zero 64
 rip_stored:      .zero 64
-vector_level:    .quad 0
+initial_vectors: .zero 24
+                 .long 0x1f80   # MXCSR
+                 .zero 548
 snippet_context: .quad 0
 snippet_target:  .quad 0
 snippet_stack:   .quad 0
@@ -52,15 +53,18 @@ snippet_rsi:     .quad 0
 snippet_rsp:     .quad 0
 
     .text
-    # Registers prefix0, prefix1, ... from or to the context, `size` bytes each from `base` on.
-    .macro get instruction, prefix, base, size, numbers:vararg
-        .irp n, \numbers
-            \instruction \base+\size*\n(%rsi), %\prefix\n
-        .endr
-    .endm
-    .macro put instruction, prefix, base, size, numbers:vararg
-        .irp n, \numbers
-            \instruction %\prefix\n, \base+\size*\n(%rsi)
+    # All general registers but rsi from or to the context at rsi.
+    .macro registers direction
+        .set at, 0
+        .irp register, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
+            .ifnc \register, rsi
+                .ifc \direction, load
+                    mov at(%rsi), %\register
+                .else
+                    mov %\register, at(%rsi)
+                .endif
+            .endif
+            .set at, at + 8
         .endr
     .endm
 
@@ -71,27 +75,12 @@ run_snippet:
     mov %rdi, snippet_target(%rip)
     mov %rsi, snippet_context(%rip)
     mov %rsp, snippet_stack(%rip)
-    ldmxcsr 136(%rsi)
-    cmpq $1, vector_level(%rip)
-    jb 1f
-    je 2f
-    get vmovups, zmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    get vmovups, zmm, 256, 64, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
-    get kmovq, k, 192, 8, 0,1,2,3,4,5,6,7
-    jmp 3f
-2:  get vmovups, ymm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    jmp 3f
-1:  get movups, xmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-3:  pushq 128(%rsi)
+    mov $0xe6, %eax
+    xor %edx, %edx
+    xrstor64 192(%rsi)
+    pushq 128(%rsi)
     popfq
-    mov 0(%rsi), %rax
-    mov 8(%rsi), %rcx
-    mov 16(%rsi), %rdx
-    mov 24(%rsi), %rbx
-    mov 32(%rsi), %rsp
-    mov 40(%rsi), %rbp
-    mov 56(%rsi), %rdi
-    get mov, r, 0, 8, 8,9,10,11,12,13,14,15
+    registers load
     mov 48(%rsi), %rsi
     jmp *snippet_target(%rip)
 
@@ -103,62 +92,33 @@ snippet_return:
     pushfq
     popq 128(%rsi)
     cld
-    mov %rax, 0(%rsi)
-    mov %rcx, 8(%rsi)
-    mov %rdx, 16(%rsi)
-    mov %rbx, 24(%rsi)
-    mov %rbp, 40(%rsi)
-    mov %rdi, 56(%rsi)
-    put mov, r, 0, 8, 8,9,10,11,12,13,14,15
+    registers store
     mov snippet_rsi(%rip), %rax
     mov %rax, 48(%rsi)
     mov snippet_rsp(%rip), %rax
     mov %rax, 32(%rsi)
-    stmxcsr 136(%rsi)
-    cmpq $1, vector_level(%rip)
-    jb 1f
-    je 2f
-    put kmovq, k, 192, 8, 0,1,2,3,4,5,6,7
-    put vmovups, zmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    put vmovups, zmm, 256, 64, 16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
-    vzeroupper
-    jmp 3f
-2:  put vmovups, ymm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    vzeroupper
-    jmp 3f
-1:  put movups, xmm, 256, 64, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-3:  pushq $0x1f80
-    ldmxcsr (%rsp)
-    add $8, %rsp
+    mov $0xe6, %eax
+    xor %edx, %edx
+    xsave64 192(%rsi)
+    xrstor64 initial_vectors(%rip)
     .irp register, r15, r14, r13, r12, rbp, rbx
         pop %\register
     .endr
     ret
 
     # [base 16][index 16, rsp for none][scale 4][displacement 5]
-    .macro address_form table, base, index, scale, displacement
-        .balign 32
-        .ifc \index, rsp
-            .ifc \table, load
-                tileloadd \displacement(%\base), %tmm5
-            .else
-                tilestored %tmm5, \displacement(%\base)
-            .endif
-        .else
-            .ifc \table, load
-                tileloadd \displacement(%\base,%\index,\scale), %tmm5
-            .else
-                tilestored %tmm5, \displacement(%\base,%\index,\scale)
-            .endif
-        .endif
-        jmp snippet_return
-    .endm
-    .macro address_forms table
+    .macro address_forms before, after
         .irp base, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
             .irp index, rax,rcx,rdx,rbx,rsp,rbp,rsi,rdi,r8,r9,r10,r11,r12,r13,r14,r15
                 .irp scale, 1,2,4,8
                     .irp displacement, 0, 64, -64, 0x1240, -0x1240
-                        address_form \table, \base, \index, \scale, \displacement
+                        .balign 32
+                        .ifc \index, rsp
+                            \before \displacement(%\base)\after
+                        .else
+                            \before \displacement(%\base,%\index,\scale)\after
+                        .endif
+                        jmp snippet_return
                     .endr
                 .endr
             .endr
@@ -166,10 +126,10 @@ snippet_return:
     .endm
     .balign 32
 load_forms:
-    address_forms load
+    address_forms "tileloadd", ", %tmm5"
     .balign 32
 store_forms:
-    address_forms store
+    address_forms "tilestored %tmm5,"
 
     # [index 16, rsp for none][scale 4]
     .balign 32
@@ -216,48 +176,34 @@ config_store_forms:
     config_forms sttilecfg
 
     # Called as functions: base in rdi, stride in rsi.
-    .macro per_tile text:vararg
+    .macro per_tile name, before, after
+        .balign 16
+    \name:
         .irp tile, 0,1,2,3,4,5,6,7
             .balign 16
-            \text\tile
+            \before\tile\after
             ret
         .endr
     .endm
-    .balign 16
-load_tile:
-    per_tile tileloadd (%rdi,%rsi), %tmm
-    .balign 16
-load_t1_tile:
-    per_tile tileloaddt1 (%rdi,%rsi), %tmm
-    .balign 16
-zero_tile:
-    per_tile tilezero %tmm
-    .balign 16
-store_tile:
-    .irp tile, 0,1,2,3,4,5,6,7
-        .balign 16
-        tilestored %tmm\tile, (%rdi,%rsi)
+    .macro function name, instruction:vararg
+    \name:
+        \instruction
         ret
-    .endr
-    .balign 16
-release_tiles:
-    tilerelease
-    ret
+    .endm
+    per_tile load_tile, "tileloadd (%rdi,%rsi), %tmm"
+    per_tile load_t1_tile, "tileloaddt1 (%rdi,%rsi), %tmm"
+    per_tile zero_tile, "tilezero %tmm"
+    per_tile store_tile, "tilestored %tmm", ", (%rdi,%rsi)"
+    function release_tiles, tilerelease
+    function load_rip_config, ldtilecfg rip_config(%rip)
+    function store_rip_config, sttilecfg rip_stored(%rip)
+    function illegal_ret, ud2
+    function no_sib, .byte 0xc4, 0xe2, 0x7b, 0x4b, 0x07           # tileloadd (%rdi), %tmm0 without its SIB byte
+    function tmm_eight, .byte 0xc4, 0x62, 0x7b, 0x4b, 0x04, 0x37  # tileloadd (%rdi,%rsi), %tmm8
+    function same_tile_twice, .byte 0xc4, 0xe2, 0x72, 0x5c, 0xc0  # tdpbf16ps tmm0, tmm0, tmm1: the assembler refuses it
 padded_load:
     .byte 0x2e, 0x3e
     tileloadd (%rdi,%rsi), %tmm0
-    ret
-load_rip_config:
-    ldtilecfg rip_config(%rip)
-    ret
-store_rip_config:
-    sttilecfg rip_stored(%rip)
-    ret
-illegal_ret:
-    ud2
-    ret
-no_sib:
-    .byte 0xc4, 0xe2, 0x7b, 0x4b, 0x07      # tileloadd (%rdi), %tmm0 without its SIB byte
     ret
     .balign 16
 malformed:                                  # tileloadd (%rdi,%rsi), %tmm0, but
@@ -270,13 +216,6 @@ malformed:                                  # tileloadd (%rdi,%rsi), %tmm0, but
     .byte 0xc4, 0xe1, 0x7b, 0x4b, 0x04, 0x37, 0xc3  # in another opcode map
     .balign 16
     .byte 0xc4, 0xe2, 0x7b, 0x4b, 0xc7, 0xc3        # from a register
-    .balign 16
-tmm_eight:
-    .byte 0xc4, 0x62, 0x7b, 0x4b, 0x04, 0x37  # tileloadd (%rdi,%rsi), %tmm8
-    ret
-same_tile_twice:
-    .byte 0xc4, 0xe2, 0x72, 0x5c, 0xc0      # tdpbf16ps tmm0, tmm0, tmm1: the assembler refuses it
-    ret
 run_of_eight:
     tileloadd (%rdi,%rsi), %tmm4
     tileloadd (%rdi,%rsi), %tmm5
@@ -302,7 +241,7 @@ product_bf16:
             .endr
         .endr
     .endr
-)");
+)asm");
 
 // The layout that ldtilecfg reads; a copy of its own, so that an error in the emulator's layout shows.
 struct alignas(64) Config {
@@ -352,21 +291,31 @@ void zero(unsigned tile) {
 void release() {
     entry(release_tiles)(nullptr, 0);
 }
-void multiply(const char* product, unsigned dest, unsigned a, unsigned b) {
-    entry(product, dest * 64 + a * 8 + b)(nullptr, 0);
+void multiply(unsigned dest, unsigned a, unsigned b) {
+    entry(product_bf16, dest * 64 + a * 8 + b)(nullptr, 0);
 }
 
-// dest += a * b with the instruction itself, in tiles c, l and r.
-void multiply_in_tiles(const char* product, Tile& dest, const Tile& a, const Tile& b, Shape shape, unsigned c = 0,
-                       unsigned l = 1, unsigned r = 2) {
+int nothing() {
+    return 0;
+}
+// dest += a * b with the instruction itself, in tiles c, l and r; zero outside the shape. Calls between() between two
+// instructions.
+void multiply_in_tiles(Tile& dest, const Tile& a, const Tile& b, Shape shape, unsigned c = 0, unsigned l = 1,
+                       unsigned r = 2, int (*between)() = nothing) {
     load_config(Config{}
                     .set(c, shape.rows, 4 * shape.columns)
                     .set(l, shape.rows, 4 * shape.depth)
                     .set(r, shape.depth, 4 * shape.columns));
+    between();
     load(c, &dest);
+    between();
     load(l, &a);
+    between();
     load(r, &b);
-    multiply(product, c, l, r);
+    between();
+    multiply(c, l, r);
+    between();
+    dest = Tile{};
     store(c, &dest);
     release();
 }

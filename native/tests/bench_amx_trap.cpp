@@ -4,12 +4,8 @@
 #include <algorithm>
 #include <chrono>
 #include <csignal>
-#include <cstdio>
-#include <functional>
-#include <string>
-#include <vector>
 
-#include "amx_trap_data.hpp"
+#include "amx_trap_testing.hpp"
 
 // Median of seven runs, in nanoseconds per call.
 double measure(unsigned calls, const std::function<void()>& body) {
@@ -27,9 +23,7 @@ double measure(unsigned calls, const std::function<void()>& body) {
 int main() {
     begin();
     Random random{7};
-    Tile a, b, c{};
-    fill(a, Data::gaussian, random);
-    fill(b, Data::gaussian, random);
+    auto [c, a, b] = Operands(Data::gaussian, random);
     const Shape shape{16, 16, 16};
     constexpr unsigned kCalls = 5000;
     std::printf("ns per instruction, 16 rows of 64 bytes, one trap each unless stated otherwise%s\n",
@@ -52,7 +46,7 @@ int main() {
     report("tilestored", measure(kCalls, [&] { store(0, &c); }));
     load(1, &a);
     load(2, &b);
-    report("tdpbf16ps", measure(kCalls, [] { multiply(product_bf16, 0, 1, 2); }));
+    report("tdpbf16ps", measure(kCalls, [] { multiply(0, 1, 2); }));
     report("4 tileloadd, 4 tdpbf16ps, 1 trap", measure(kCalls, [&] { entry(run_of_eight)(&a, 64); }) / 8);
     release();
     std::printf("arithmetic alone\n");

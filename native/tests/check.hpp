@@ -25,6 +25,16 @@ inline int passed = 0, failed = 0;
     return good;
 }
 
+template <typename Error, typename Call>
+bool throws(const Call& call) {
+    try {
+        call();
+    } catch (const Error&) {
+        return true;
+    }
+    return false;
+}
+
 // The exit code.
 inline int finish() {
     std::printf("%d passed, %d failed\n", passed, failed);

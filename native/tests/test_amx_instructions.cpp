@@ -1,34 +1,42 @@
-// Tile instructions in every form: configuration, addresses, moves. No instruction may change another register.
+// Tile instructions in every form: configuration, addresses, moves, products. None may change another register.
 // The checks are also valid on a CPU with AMX: there they test the oracle.
 #include <sys/mman.h>
 
-#include <array>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
+#include <algorithm>
+#include <cmath>
 
-#include "amx_trap_data.hpp"
+#include "amx_trap_testing.hpp"
 
 Context random_context(Random& random) {
-    Context context;
-    std::memset(static_cast<void*>(&context), 0, sizeof context);
+    Context context{};
     random.fill(context.gpr, sizeof context.gpr);
     // Of the flags: carry, parity, adjust, zero, sign, direction, overflow; interrupts are always on, bit 1 always set.
     context.flags = (random() & 0xcd5) | 0x202;
     // Any rounding mode, denormal mode and recorded exceptions; exceptions are masked, because loads would raise them.
-    context.mxcsr = 0x1f80 | (random() & 0xe07f);
-    const unsigned width = 16u << vector_level;
-    for (unsigned v = 0; v < (vector_level == 2 ? 32 : 16); ++v) random.fill(context.vector[v], width);
-    if (vector_level == 2) random.fill(context.mask, sizeof context.mask);
+    const std::uint32_t mxcsr = 0x1f80 | (static_cast<std::uint32_t>(random()) & 0xe07f);
+    std::memcpy(context.vectors + 24, &mxcsr, sizeof mxcsr);
+    random.fill(context.vectors + 160, 256);
+    std::uint32_t states, high;
+    asm("xgetbv" : "=a"(states), "=d"(high) : "c"(0));
+    states &= kVectorStates;
+    std::memcpy(context.vectors + 512, &states, sizeof states);
+    for (const unsigned state : {2u, 5u, 6u, 7u}) {
+        unsigned size, offset, c, d;
+        __cpuid_count(0xd, state, size, offset, c, d);
+        if (states >> state & 1) random.fill(context.vectors + offset, size);
+    }
+    run_snippet(snippet_return, &context);  // XSAVE also stores which bits of MXCSR exist
     return context;
+}
+std::uint64_t address_of(const void* memory) {
+    return reinterpret_cast<std::uint64_t>(memory);
 }
 
 // Whether every register is the same after the code ran.
 bool run_undisturbed(const void* code, const Context& context) {
     Context after = context;
     run_snippet(code, &after);
-    return std::memcmp(&after, &context, sizeof context) == 0;
+    return same_bytes(after, context);
 }
 
 struct Arena {
@@ -48,22 +56,17 @@ struct Arena {
 
 void check_configuration() {
     Random random{1};
-    Config config;
+    Config config, zeros, initial;
     for (unsigned tile = 0; tile < 8; ++tile) config.set(tile, 1 + 2 * tile, 64 - 4 * tile);
-    load_config(config);
-    Config stored = store_config();
-    check(std::memcmp(&stored, &config, 64) == 0, "sttilecfg stores what ldtilecfg loaded");
-    release();
-    stored = store_config();
-    const std::uint8_t zeros[64] = {};
-    check(std::memcmp(&stored, zeros, 64) == 0, "sttilecfg stores zeros after tilerelease");
-    load_config(config);
-    Config initial;
-    initial.palette = 0;
+    zeros.palette = initial.palette = 0;
     initial.rows[0] = 99;  // only the palette counts
+    load_config(config);
+    check(same_bytes(store_config(), config), "sttilecfg stores what ldtilecfg loaded");
+    release();
+    check(same_bytes(store_config(), zeros), "sttilecfg stores zeros after tilerelease");
+    load_config(config);
     load_config(initial);
-    stored = store_config();
-    check(std::memcmp(&stored, zeros, 64) == 0, "palette 0 is the initial state");
+    check(same_bytes(store_config(), zeros), "palette 0 is the initial state");
 
     std::memcpy(rip_config, &config, 64);
     entry(load_rip_config)(nullptr, 0);
@@ -77,7 +80,7 @@ void check_configuration() {
     load_config(Config::full());
     std::memset(&tile, 7, sizeof tile);
     store(4, &tile);
-    check(same_int(tile, Tile{}), "ldtilecfg zeroes the tiles");
+    check(same_bytes(tile, Tile{}), "ldtilecfg zeroes the tiles");
 
     // start_row, as an interrupted load leaves it: rows before it keep their values, and it ends at zero.
     config = Config::full();
@@ -88,14 +91,14 @@ void check_configuration() {
     store(2, &tile);
     Tile expected = ones;
     std::memset(&expected, 0, 5 * 64);
-    check(same_int(tile, expected), "tileloadd begins at start_row");
+    check(same_bytes(tile, expected), "tileloadd begins at start_row");
     config.start_row = 3;
     load_config(config);
     std::memset(&tile, 9, sizeof tile);
     store(0, &tile);
     expected = Tile{};
     std::memset(&expected, 9, 3 * 64);
-    check(same_int(tile, expected) && store_config().start_row == 0, "tilestored begins at start_row");
+    check(same_bytes(tile, expected) && store_config().start_row == 0, "tilestored begins at start_row");
     release();
 
     // Every base register, with each displacement and with an index.
@@ -106,16 +109,14 @@ void check_configuration() {
             if (base == kRsp && displacement < 0) continue;  // the signal frame is written below the stack pointer
             const unsigned slot = 32 * (6 * base + form);
             Context context = random_context(random);
-            context.gpr[kRsp] = reinterpret_cast<std::uint64_t>(stack.middle());
+            context.gpr[kRsp] = address_of(stack.middle());
             const std::uint64_t index = form < 5 ? 0 : 0x30;
             if (form == 5) context.gpr[base == 8 ? 9 : 8] = index;
             std::uint8_t* target = arena.middle();
-            context.gpr[base] =
-                reinterpret_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(displacement) - 4 * index;
+            context.gpr[base] = address_of(target) - static_cast<std::uint64_t>(displacement) - 4 * index;
             config = Config{};
-            for (unsigned tile_number = 0; tile_number < 8; ++tile_number) {
-                config.set(tile_number, 1 + random.below(16), 1 + random.below(64));
-            }
+            for (unsigned number = 0; number < 8; ++number)
+                config.set(number, 1 + random.below(16), 1 + random.below(64));
             std::memcpy(target, &config, 64);
             bool good = run_undisturbed(config_load_forms + slot, context);
             std::memset(target, 0x5a, 64);
@@ -136,7 +137,8 @@ void check_addressing() {
     Tile actual, expected;
 
     const auto run = [&](const char* code, unsigned base, unsigned index, unsigned scale, std::int32_t displacement,
-                         bool is_store, std::uint8_t* target, const char* what) {
+                         bool is_store) {
+        std::uint8_t* const target = arena.middle();
         const bool one_row = base == index;
         const unsigned rows = one_row ? 1 : 1 + random.below(16);
         const unsigned colsb = 4 * (1 + random.below(16));
@@ -144,35 +146,32 @@ void check_addressing() {
         if (base != kRsp && random.below(2)) stride = -stride;
         if (is_store && index != kRsp) stride = stride < 0 ? stride - 64 : stride + 64;  // rows apart
         Context context = random_context(random);
-        context.gpr[kRsp] = reinterpret_cast<std::uint64_t>(stack.middle());
+        context.gpr[kRsp] = address_of(stack.middle());
         if (index != kRsp) context.gpr[index] = static_cast<std::uint64_t>(stride) >> scale;
         if (index != kRsp && stride < 0) context.gpr[index] |= ~(~std::uint64_t{0} >> scale);
-        context.gpr[base] = reinterpret_cast<std::uint64_t>(target) - static_cast<std::uint64_t>(displacement);
+        context.gpr[base] = address_of(target) - static_cast<std::uint64_t>(displacement);
         if (one_row || index == kRsp) stride = 0;  // one register for both: only row 0 has a known address
 
         load_config(Config{}.set(kTile, rows, colsb));
-        std::memset(&actual, 0, sizeof actual);
-        std::memset(&expected, 0, sizeof expected);
-        bool good;
-        if (is_store) {
-            Tile content;
-            random.fill(&content, sizeof content);
-            load(kTile, &content);
-            good = run_undisturbed(code, context);
-            for (unsigned row = 0; row < rows; ++row) {
-                const unsigned kept = stride == 0 ? rows - 1 : row;  // the last row overwrites the others
-                std::memcpy(actual.bytes[row], target + row * stride, colsb);
-                std::memcpy(expected.bytes[row], content.bytes[kept], colsb);
-            }
-        } else {
-            good = run_undisturbed(code, context);
-            store(kTile, &actual);
-            for (unsigned row = 0; row < rows; ++row) std::memcpy(expected.bytes[row], target + row * stride, colsb);
+        Tile content, in_memory{}, expected{};
+        random.fill(&content, sizeof content);
+        if (is_store) load(kTile, &content);
+        const bool good = run_undisturbed(code, context);
+        if (!is_store) {
+            content = Tile{};
+            store(kTile, &content);
         }
+        for (unsigned row = 0; row < rows; ++row) {
+            // Of rows stored at one address, the last one is left.
+            const unsigned kept = is_store && stride == 0 ? rows - 1 : row;
+            std::memcpy(in_memory.bytes[row], target + row * stride, colsb);
+            std::memcpy(expected.bytes[row], content.bytes[kept], colsb);
+        }
+        const char* what = is_store ? "tilestored" : "tileloadd";
         check(good, "%s base %u index %u scale %u displacement %d: registers changed", what, base, index, 1 << scale,
               displacement);
-        check(same_int(actual, expected), "%s base %u index %u scale %u displacement %d: wrong rows", what, base, index,
-              1 << scale, displacement);
+        check(same_bytes(in_memory, expected), "%s base %u index %u scale %u displacement %d: wrong rows", what, base,
+              index, 1 << scale, displacement);
     };
 
     unsigned slot = 0;
@@ -181,31 +180,27 @@ void check_addressing() {
             for (unsigned scale = 0; scale < 4; ++scale) {
                 for (const std::int32_t displacement : kDisplacements) {
                     const unsigned at = 32 * slot++;
-                    if (base == kRsp && displacement < 0)
-                        continue;  // the signal frame is written below the stack pointer
-                    run(load_forms + at, base, index, scale, displacement, false, arena.middle(), "tileloadd");
-                    run(store_forms + at, base, index, scale, displacement, true, arena.middle(), "tilestored");
+                    if (base == kRsp && displacement < 0) continue;  // as in check_configuration
+                    run(load_forms + at, base, index, scale, displacement, false);
+                    run(store_forms + at, base, index, scale, displacement, true);
                 }
             }
         }
     }
     const auto run_absolute = [&](const char* code, unsigned index, unsigned scale) {
         Context context = random_context(random);
-        context.gpr[kRsp] = reinterpret_cast<std::uint64_t>(stack.middle());
+        context.gpr[kRsp] = address_of(stack.middle());
         if (index != kRsp) context.gpr[index] = 24;
         load_config(Config{}.set(kTile, 16, 64));
         const bool good = run_undisturbed(code, context);
         store(kTile, &actual);
         const unsigned stride = index == kRsp ? 0 : 24u << scale;
-        for (unsigned row = 0; row < 16; ++row) {
-            std::memcpy(expected.bytes[row], absolute.memory + row * stride, 64);
-        }
-        check(good && same_int(actual, expected), "tileloadd without base, index %u scale %u", index, 1 << scale);
+        for (unsigned row = 0; row < 16; ++row) std::memcpy(expected.bytes[row], absolute.memory + row * stride, 64);
+        check(good && same_bytes(actual, expected), "tileloadd without base, index %u scale %u", index, 1 << scale);
     };
     for (unsigned index = 0; index < 16; ++index) {
-        for (unsigned scale = 0; scale < 4; ++scale) {
+        for (unsigned scale = 0; scale < 4; ++scale)
             run_absolute(absolute_forms + 32 * (4 * index + scale), index, scale);
-        }
     }
     run_absolute(absolute_extended, 0, 0);
     load_config(Config::full());
@@ -229,9 +224,8 @@ void check_moves() {
                 target.assign(2 * kBefore + 16 * kStride, 0xee);
                 expected = target;
                 store(tile, target.data() + kBefore, kStride);
-                for (unsigned row = 0; row < rows; ++row) {
+                for (unsigned row = 0; row < rows; ++row)
                     std::memcpy(&expected[kBefore + row * kStride], &source[row * kStride], colsb);
-                }
                 check(target == expected, "tmm%u, %u rows of %u bytes", tile, rows, colsb);
             }
         }
@@ -242,7 +236,7 @@ void check_moves() {
             Tile content;
             store(each, &content);
             const bool good =
-                each == tile ? same_int(content, Tile{}) : std::memcmp(&content, source.data(), 1024) == 0;
+                each == tile ? same_bytes(content, Tile{}) : std::memcmp(&content, source.data(), 1024) == 0;
             check(good, "tilezero tmm%u, then tmm%u", tile, each);
         }
     }
@@ -255,29 +249,97 @@ void check_registers() {
     const Arena stack;
     const Shape shape{16, 16, 16};
     for (unsigned trial = 0; trial < 64; ++trial) {
-        Tile c, a, b, actual;
-        fill_dest(c, Data::tiny, random);
-        fill(a, Data::tiny, random);
-        fill(b, Data::tiny, random);
+        const Operands given(Data::tiny, random);
         load_config(Config::full());
-        load(0, &c);
-        load(1, &a);
-        load(2, &b);
+        load(0, &given.dest);
+        load(1, &given.a);
+        load(2, &given.b);
         Context context = random_context(random);
-        // The code ends in ret: the stack leads it to snippet_return.
-        extern const char snippet_return_address[] asm("snippet_return");
-        const auto back = reinterpret_cast<std::uint64_t>(snippet_return_address);
+        const std::uint64_t back = address_of(snippet_return);  // the code ends in ret
         std::memcpy(stack.middle(), &back, 8);
-        context.gpr[kRsp] = reinterpret_cast<std::uint64_t>(stack.middle());
+        context.gpr[kRsp] = address_of(stack.middle());
         Context after = context;
         run_snippet(product_bf16 + 16 * (1 * 8 + 2), &after);
         after.gpr[kRsp] -= 8;
-        check(std::memcmp(&after, &context, sizeof context) == 0, "tdpbf16ps changes a register");
+        check(same_bytes(after, context), "tdpbf16ps changes a register");
+        Tile actual;
         store(0, &actual);
-        check(same(actual, oracle_bf16(c, a, b, shape)), "tdpbf16ps depends on MXCSR 0x%x",
-              static_cast<unsigned>(context.mxcsr));
+        check(same(actual, oracle_bf16(given.dest, given.a, given.b, shape)), "tdpbf16ps depends on MXCSR");
     }
     release();
+}
+
+// tdpbf16ps, as a function and as an instruction, against the oracle.
+void check_products() {
+    Random random{4};
+    for (const Data data :
+         {Data::integer, Data::gaussian, Data::wide, Data::tiny, Data::huge, Data::special, Data::bits}) {
+        const char* name = kDataNames[static_cast<int>(data)];
+        for (unsigned trial = 0; trial < 40; ++trial) {
+            const Shape shape = trial % 2 ? random_shape(random) : Shape{16, 16, 16};
+            const auto [dest, a, b] = Operands(data, random);
+            const Tile expected = oracle_bf16(dest, a, b, shape);
+            for (const Path path : kPaths) {
+                if (!path_available(path)) continue;
+                Tile actual = dest;
+                const unsigned mxcsr = 0x1f80 | (static_cast<unsigned>(random()) & 0xe040);
+                _mm_setcsr(mxcsr);
+                tdpbf16ps(actual, a, b, shape, path);
+                const bool untouched = _mm_getcsr() == mxcsr;
+                _mm_setcsr(0x1f80);
+                check(untouched, "%s changes MXCSR", kPathNames[static_cast<int>(path)]);
+                check(same(actual, expected, false), "%s on %s, %u x %u x %u", kPathNames[static_cast<int>(path)], name,
+                      shape.rows, shape.depth, shape.columns);
+            }
+            Tile actual = dest;
+            _mm_setcsr(0x1f80 | (static_cast<unsigned>(random()) & 0xe040));
+            multiply_in_tiles(actual, a, b, shape);
+            _mm_setcsr(0x1f80);
+            for (unsigned i = 0; i < 256; ++i) {  // elements that the store did not write
+                if (i / 16 >= shape.rows || i % 16 >= shape.columns) set_element(actual, i / 16, i % 16, 0);
+            }
+            check(same(actual, expected), "tdpbf16ps on %s, %u x %u x %u", name, shape.rows, shape.depth,
+                  shape.columns);
+
+            if (data == Data::integer || data == Data::gaussian) {  // also the oracle against fp64
+                double worst = 0;
+                for (unsigned m = 0; m < shape.rows; ++m) {
+                    for (unsigned n = 0; n < shape.columns; ++n) {
+                        double sum = std::bit_cast<float>(element(dest, m, n)), size = std::fabs(sum);
+                        for (unsigned k = 0; k < shape.depth; ++k) {
+                            for (const unsigned half : {16u, 0u}) {
+                                const double product =
+                                    double{std::bit_cast<float>(element(a, m, k) << half & 0xffff0000)} *
+                                    std::bit_cast<float>(element(b, k, n) << half & 0xffff0000);
+                                sum += product;
+                                size += std::fabs(product);
+                            }
+                        }
+                        const double error = std::fabs(std::bit_cast<float>(element(expected, m, n)) - sum);
+                        worst = std::max(worst, error / (size + 1e-30));
+                    }
+                }
+                check(worst <= (data == Data::integer ? 0 : 19 * 0x1p-24), "the oracle on %s is %g off fp64", name,
+                      worst);
+            }
+        }
+    }
+
+    // Every tile as destination, left and right operand.
+    for (unsigned dest = 0; dest < 8; ++dest) {
+        for (unsigned left = 0; left < 8; ++left) {
+            for (unsigned right = 0; right < 8; ++right) {
+                if (dest == left || dest == right || left == right) continue;
+                const Shape shape = random_shape(random);
+                const auto [c, a, b] = Operands(Data::integer, random);
+                Tile actual = c;
+                multiply_in_tiles(actual, a, b, shape, dest, left, right);
+                check(same(actual, oracle_bf16(c, a, b, shape)), "tdpbf16ps tmm%u, tmm%u, tmm%u", dest, left, right);
+            }
+        }
+    }
+    for (unsigned trial = 0; trial < 20; ++trial)
+        check(matmul_is_right(random), "a 32 x 32 x 96 product by intrinsics");
 }
 
 int main() {
@@ -286,5 +348,6 @@ int main() {
     check_addressing();
     check_moves();
     check_registers();
+    check_products();
     return finish_amx();
 }

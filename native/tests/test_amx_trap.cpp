@@ -3,18 +3,15 @@
 #include <sched.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <csignal>
-#include <cstdint>
-#include <cstdio>
-#include <cstring>
-#include <functional>
-#include <string>
+#include <fstream>
+#include <optional>
 #include <thread>
-#include <vector>
 
-#include "amx_trap_data.hpp"
+#include "amx_trap_testing.hpp"
 
 // Run before this process installs the handler itself.
 void check_installation() {
@@ -29,10 +26,17 @@ void check_installation() {
         zero(3);
         return store_config().rows[3] == 16;
     };
+    // Makes it the handler of SIGILL.
+    const auto handle = [&] {
+        struct sigaction action{};
+        action.sa_sigaction = skip_two_bytes;
+        action.sa_flags = SA_SIGINFO;
+        sigaddset(&action.sa_mask, SIGUSR1);
+        sigaction(SIGILL, &action, nullptr);
+    };
     check(!amx_trap_installed(), "nothing is installed before the first request");
-    Outcome outcome = in_child([&] {
-        if (hardware) return 0;
-        zero(0);
+    Outcome outcome = in_child([] {
+        if (!hardware) zero(0);
         return 0;
     });
     check(outcome.killed_by(SIGILL) || hardware, "without the emulator a tile instruction ends the process");
@@ -44,7 +48,7 @@ void check_installation() {
     });
     check(outcome.killed_by(SIGILL) && outcome.errors.empty(), "ud2 still kills, without a message");
 
-    outcome = in_child([&] {
+    outcome = in_child([] {
         amx_trap_install();
         raise(SIGILL);
         return 2;
@@ -60,11 +64,7 @@ void check_installation() {
     check(outcome.exited_with(0), "a SIGILL that was sent and ignored stays ignored");
 
     outcome = in_child([&] {
-        struct sigaction action{};
-        action.sa_sigaction = skip_two_bytes;
-        action.sa_flags = SA_SIGINFO;
-        sigaddset(&action.sa_mask, SIGUSR1);
-        sigaction(SIGILL, &action, nullptr);
+        handle();
         if (!amx_trap_install() || !use_amx()) return 1;
         entry(illegal_ret)(nullptr, 0);
         entry(illegal_ret)(nullptr, 0);
@@ -77,22 +77,17 @@ void check_installation() {
 
     outcome = in_child([&] {
         amx_trap_install();
-        struct sigaction action{};
-        action.sa_sigaction = skip_two_bytes;
-        action.sa_flags = SA_SIGINFO;
-        sigaction(SIGILL, &action, nullptr);
+        handle();
         return !amx_trap_installed() && !amx_trap_install() ? 0 : 1;
     });
     check(outcome.exited_with(0), "a later handler is not replaced");
 
-    outcome = in_child([&] {
-        std::vector<std::thread> threads;
+    outcome = in_child([] {
         std::array<bool, 8> good{};
+        std::vector<std::jthread> threads;
         for (bool& result : good) threads.emplace_back([&result] { result = amx_trap_install(); });
-        for (std::thread& thread : threads) thread.join();
-        for (const bool result : good) {
-            if (!result) return 1;
-        }
+        threads.clear();
+        if (std::ranges::count(good, true) < 8) return 1;
         entry(illegal_ret)(nullptr, 0);
         return 2;
     });
@@ -101,54 +96,34 @@ void check_installation() {
 
 std::size_t virtual_pages() {
     std::size_t pages = 0;
-    if (std::FILE* file = std::fopen("/proc/self/statm", "r")) {
-        if (std::fscanf(file, "%zu", &pages) != 1) pages = 0;
-        std::fclose(file);
-    }
+    std::ifstream("/proc/self/statm") >> pages;
     return pages;
 }
 
 void check_threads() {
     constexpr unsigned kThreads = 4;
     std::array<unsigned, kThreads> wrong{};
-    std::vector<std::thread> threads;
+    std::vector<std::jthread> threads;
     for (unsigned number = 0; number < kThreads; ++number) {
         threads.emplace_back([number, &wrong] {
             Random random{100 + number};
             for (unsigned trial = 0; trial < 60; ++trial) {
-                const Shape shape{1 + random.below(16), 1 + random.below(16), 1 + random.below(16)};
-                Tile dest{}, a, b;
-                fill(a, Data::integer, random);
-                fill(b, Data::integer, random);
+                const Shape shape = random_shape(random);
+                auto [dest, a, b] = Operands(Data::integer, random);
                 const Tile expected = oracle_bf16(dest, a, b, shape);
-                load_config(Config{}
-                                .set(0, shape.rows, 4 * shape.columns)
-                                .set(1, shape.rows, 4 * shape.depth)
-                                .set(2, shape.depth, 4 * shape.columns));
-                sched_yield();
-                load(0, &dest);
-                sched_yield();
-                load(1, &a);
-                sched_yield();
-                load(2, &b);
-                sched_yield();
-                multiply(product_bf16, 0, 1, 2);
-                sched_yield();
-                store(0, &dest);
-                if (!same_int(dest, expected)) ++wrong[number];
+                // Between the steps another thread may run.
+                multiply_in_tiles(dest, a, b, shape, 0, 1, 2, sched_yield);
+                if (!same_bytes(dest, expected)) ++wrong[number];
                 if (!matmul_is_right(random)) ++wrong[number];
             }
         });
     }
-    for (std::thread& thread : threads) thread.join();
+    threads.clear();
     for (unsigned number = 0; number < kThreads; ++number)
         check(wrong[number] == 0, "thread %u: %u wrong", number, wrong[number]);
 
     load_config(Config::full());
-    std::thread([] {
-        const Config other = store_config();
-        check(other.palette == 0, "a new thread begins unconfigured");
-    }).join();
+    std::thread([] { check(store_config().palette == 0, "a new thread begins unconfigured"); }).join();
     check(store_config().palette == 1, "and does not change its parent's tiles");
     release();
 
@@ -175,8 +150,10 @@ void check_count() {
 
 void check_refusals() {
     static Tile tile{};
-    const auto refuses = [](const char* expected, const std::function<void()>& body) {
+    const auto refuses = [](
+                             const char* expected, const std::optional<Config>& config, void (*body)() = [] {}) {
         const Outcome outcome = in_child([&] {
+            if (config) load_config(*config);
             body();
             return 0;
         });
@@ -187,45 +164,36 @@ void check_refusals() {
         check(one_line && outcome.errors.find(expected) != std::string::npos, "expected '%s', got '%s'", expected,
               outcome.errors.c_str());
     };
-    const auto with = [](const Config& config, const std::function<void()>& body) {
-        return [config, body] {
-            load_config(config);
-            body();
-        };
-    };
-    const auto nothing = [] {};
-    const auto tdp = [] { multiply(product_bf16, 0, 1, 2); };
+    const auto tdp = [] { multiply(0, 1, 2); };
     Config config;
 
-    refuses("tilezero tmm3", [] { zero(3); });
-    refuses("#UD: no tile is configured, ldtilecfg must come first", [] { load(0, &tile); });
-    refuses("#UD: no tile is configured", tdp);
-    refuses("#UD: no tile is configured", with(Config::full(), [] {
-                release();
-                store(1, &tile);
-            }));
+    refuses("tilezero tmm3", {}, [] { zero(3); });
+    refuses("#UD: no tile is configured, ldtilecfg must come first", {}, [] { load(0, &tile); });
+    refuses("#UD: no tile is configured", {}, tdp);
+    refuses("#UD: no tile is configured", Config::full(), [] {
+        release();
+        store(1, &tile);
+    });
     config = Config::full();
     config.palette = 2;
-    refuses("ldtilecfg at 0x", with(config, nothing));
-    refuses("#GP: palette 2, there are 0 and 1", with(config, nothing));
+    refuses("ldtilecfg at 0x", config);
+    refuses("#GP: palette 2, there are 0 and 1", config);
     for (const unsigned byte : {2u, 15u, 32u, 47u, 56u, 63u}) {
         config = Config::full();
         reinterpret_cast<std::uint8_t*>(&config)[byte] = 1;
-        refuses("#GP: bytes 2-15, 32-47 and 56-63 of the configuration must be zero", with(config, nothing));
+        refuses("#GP: bytes 2-15, 32-47 and 56-63 of the configuration must be zero", config);
     }
-    refuses("#GP: tmm7 has 17 rows of 64 bytes", with(Config::full().set(7, 17, 64), nothing));
-    refuses("#GP: tmm0 has 16 rows of 65 bytes", with(Config::full().set(0, 16, 65), nothing));
-    refuses("#GP: tmm4 has 0 rows of 64 bytes: both must be zero, or neither",
-            with(Config::full().set(4, 0, 64), nothing));
-    refuses("#GP: tmm4 has 3 rows of 0 bytes", with(Config::full().set(4, 3, 0), nothing));
-    refuses("tileloadd tmm2 at 0x", with(Config::full().set(2, 0, 0), [] { load(2, &tile); }));
-    refuses("#UD: tmm2 has no rows", with(Config::full().set(2, 0, 0), [] { zero(2); }));
-    refuses("#UD: rows of tmm1 have 7 bytes, no multiple of 4",
-            with(Config::full().set(1, 5, 7), [] { store(1, &tile); }));
+    refuses("#GP: tmm7 has 17 rows of 64 bytes", Config::full().set(7, 17, 64));
+    refuses("#GP: tmm0 has 16 rows of 65 bytes", Config::full().set(0, 16, 65));
+    refuses("#GP: tmm4 has 0 rows of 64 bytes: both must be zero, or neither", Config::full().set(4, 0, 64));
+    refuses("#GP: tmm4 has 3 rows of 0 bytes", Config::full().set(4, 3, 0));
+    refuses("tileloadd tmm2 at 0x", Config::full().set(2, 0, 0), [] { load(2, &tile); });
+    refuses("#UD: tmm2 has no rows", Config::full().set(2, 0, 0), [] { zero(2); });
+    refuses("#UD: rows of tmm1 have 7 bytes, no multiple of 4", Config::full().set(1, 5, 7), [] { store(1, &tile); });
     config = Config::full();
     config.start_row = 16;
-    refuses("#UD: start_row is 16, tmm0 has 16 rows", with(config, [] { load(0, &tile); }));
-    refuses("#UD: the address must be encoded with a SIB byte", with(Config::full(), [] { entry(no_sib)(&tile, 0); }));
+    refuses("#UD: start_row is 16, tmm0 has 16 rows", config, [] { load(0, &tile); });
+    refuses("#UD: the address must be encoded with a SIB byte", Config::full(), [] { entry(no_sib)(&tile, 0); });
     for (unsigned number = 0; number < 5; ++number) {
         const Outcome outcome = in_child([number] {
             load_config(Config::full());
@@ -234,15 +202,14 @@ void check_refusals() {
         });
         check(outcome.killed_by(SIGILL) && outcome.errors.empty(), "malformed instruction %u is no AMX", number);
     }
-    refuses("#UD: there is no tmm8", with(Config::full(), [] { entry(tmm_eight)(&tile, 0); }));
-    refuses("tdpbf16ps tmm0, tmm0, tmm1 at 0x", with(Config::full(), [] { entry(same_tile_twice)(nullptr, 0); }));
-    refuses("#UD: its three tiles must differ", with(Config::full(), [] { entry(same_tile_twice)(nullptr, 0); }));
-    refuses("#UD: tmm0 has 16 rows, tmm1 has 8: they must be equal", with(Config::full().set(1, 8, 64), tdp));
-    refuses("#UD: rows of tmm1 have 8 4-byte elements, tmm2 has 16 rows", with(Config::full().set(1, 16, 32), tdp));
-    refuses("#UD: rows of tmm0 have 32 bytes, of tmm2 64", with(Config::full().set(0, 16, 32), tdp));
-    refuses("#UD: rows of tmm2 have 30 bytes, no multiple of 4", with(Config::full().set(2, 16, 30), tdp));
-    refuses("tdpbf16ps tmm5, tmm6, tmm7 at 0x",
-            with(Config::full().set(6, 1, 64), [] { multiply(product_bf16, 5, 6, 7); }));
+    refuses("#UD: there is no tmm8", Config::full(), [] { entry(tmm_eight)(&tile, 0); });
+    refuses("tdpbf16ps tmm0, tmm0, tmm1 at 0x", Config::full(), [] { entry(same_tile_twice)(nullptr, 0); });
+    refuses("#UD: its three tiles must differ", Config::full(), [] { entry(same_tile_twice)(nullptr, 0); });
+    refuses("#UD: tmm0 has 16 rows, tmm1 has 8: they must be equal", Config::full().set(1, 8, 64), tdp);
+    refuses("#UD: rows of tmm1 have 8 4-byte elements, tmm2 has 16 rows", Config::full().set(1, 16, 32), tdp);
+    refuses("#UD: rows of tmm0 have 32 bytes, of tmm2 64", Config::full().set(0, 16, 32), tdp);
+    refuses("#UD: rows of tmm2 have 30 bytes, no multiple of 4", Config::full().set(2, 16, 30), tdp);
+    refuses("tdpbf16ps tmm5, tmm6, tmm7 at 0x", Config::full().set(6, 1, 64), [] { multiply(5, 6, 7); });
 }
 
 int main() {

@@ -1,17 +1,63 @@
-// The products and silu of each instruction set against plain double loops, at many remainders of its register blocks.
+// The table of instruction sets is complete, and every row that runs here has a register peak. The products and silu of
+// each against plain double loops, at many remainders of its register blocks.
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <new>
-#include <utility>
+#include <set>
+#include <string>
 
 #include "check.hpp"
 #include "instruction_sets.hpp"
+#include "ktv/errors.hpp"
+#include "ktv/isa.hpp"
+#include "machine_limits/ceilings.hpp"
 
 using namespace ktv;
 
 namespace {
+
+void check_kernels(const char* name, const Kernels& k) {
+    check(k.enter && k.leave && k.nt && k.nn && k.pack_tokens && k.silu_mul && k.silu_mul_few && k.silu_mul_grad &&
+              k.add_transposed && k.add_rows && k.round_sum && k.transpose,
+          "%s: a kernel is missing", name);
+    check(k.few_rows >= 0 && k.few_rows <= kGroup && (k.few_rows > 0) == (k.nt_few != nullptr),
+          "%s: nt_few does not match few_rows", name);
+    k.enter();
+    k.leave();
+}
+
+void check_row(const InstructionSet& row) {
+    check(row.missing != nullptr, "%s: the requirement is missing", row.name);
+    check((row.kernels != nullptr) == (row.register_peak != nullptr), "%s: kernels without a register peak", row.name);
+    const std::string reason = row.why_not();
+    check(row.kernels || !reason.empty(), "%s: no kernels and no reason", row.name);
+    check(reason == why_not(row.name), "%s: why_not", row.name);
+    if (row.runs_here()) {
+        require_isa(row.name);
+        check_kernels(row.name, *row.kernels);
+        check(multiply_rate(row.name, 1, 1e-4) > 0, "%s: register peak", row.name);
+    } else {
+        check(throws<BadState>([&] { require_isa(row.name); }), "%s is accepted, but: %s", row.name, reason.c_str());
+    }
+}
+
+void check_table() {
+    std::set<std::string> names;
+    std::vector<std::string> known, available;
+    for (const InstructionSet& row : instruction_sets()) {
+        if (!check(row.name && *row.name && names.insert(row.name).second, "a row without a name of its own")) continue;
+        check_row(row);
+        known.push_back(row.name);
+        if (row.runs_here()) available.push_back(row.name);
+    }
+    check(known == known_isas() && available == available_isas(), "names in the order of the table");
+    check(!available.empty() && available.back() == "scalar" && known.back() == "scalar", "scalar is last and runs");
+    check(throws<BadInput>([] { require_isa("avx9"); }) && throws<BadInput>([] { (void)why_not("avx9"); }),
+          "an unknown name is refused");
+}
 
 constexpr float kGuard = 12345.0f;
 
@@ -23,25 +69,23 @@ class Fenced {
   public:
     explicit Fenced(const std::vector<bf16>& values) {
         const std::size_t bytes = values.size() * sizeof(bf16), page = 4096;
-        size_ = (bytes + page - 1) / page * page + page;
-        void* mapped = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        const std::size_t usable = (bytes + page - 1) / page * page;
+        void* mapped = mmap(nullptr, usable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (mapped == MAP_FAILED) throw std::bad_alloc();
-        base_ = static_cast<std::byte*>(mapped);
-        mprotect(base_ + size_ - page, page, PROT_NONE);
-        data_ = reinterpret_cast<bf16*>(base_ + size_ - page - bytes);
+        mapped_ = {static_cast<std::byte*>(mapped), Unmap{usable + page}};
+        mprotect(mapped_.get() + usable, page, PROT_NONE);
+        data_ = reinterpret_cast<bf16*>(mapped_.get() + usable - bytes);
         std::memcpy(data_, values.data(), bytes);
-    }
-    Fenced(Fenced&& other) noexcept
-        : base_(std::exchange(other.base_, nullptr)), size_(other.size_), data_(other.data_) {}
-    ~Fenced() {
-        if (base_) munmap(base_, size_);
     }
     const bf16* data() const { return data_; }
     float operator[](std::size_t i) const { return to_float(data_[i]); }
 
   private:
-    std::byte* base_ = nullptr;
-    std::size_t size_ = 0;
+    struct Unmap {
+        std::size_t bytes;
+        void operator()(std::byte* mapped) const { munmap(mapped, bytes); }
+    };
+    std::unique_ptr<std::byte, Unmap> mapped_;
     bf16* data_ = nullptr;
 };
 
@@ -304,8 +348,9 @@ void test(const InstructionSet& set) {
 }  // namespace
 
 int main() {
-    prefetched_weights();
     emulate_amx();
+    check_table();
+    prefetched_weights();
     for (const InstructionSet& set : instruction_sets()) {
         if (set.runs_here()) test(set);
     }

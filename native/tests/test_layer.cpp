@@ -57,18 +57,8 @@ struct Problem {
         return {six[0].data(), six[1].data(), six[2].data(), six[3].data(), six[4].data(), six[5].data()};
     }
     std::unique_ptr<Layer> layer(const std::string& isa, int threads) {
-        auto made = std::make_unique<Layer>(LayerConfig{.num_experts = s.E,
-                                                        .top_k = s.k,
-                                                        .hidden = s.H,
-                                                        .intermediate = s.I,
-                                                        .rank = s.r,
-                                                        .scaling = 2.0f,
-                                                        .parts = s.parts,
-                                                        .threads = threads,
-                                                        .max_rows = 4096,
-                                                        .max_cache_depth = 2,
-                                                        .lora_fp32 = s.fp32,
-                                                        .isa = isa});
+        auto made = std::make_unique<Layer>(
+            LayerConfig{s.E, s.k, s.H, s.I, s.r, 2.0f, s.parts, threads, 4096, 2, s.fp32, true, isa});
         std::vector<std::int64_t> map(s.E);
         std::iota(map.begin(), map.end(), 0);
         const auto source = [&](const std::vector<bf16>& all, int rows, int cols) {
@@ -82,7 +72,7 @@ struct Problem {
     }
     std::vector<bf16> forward(Layer& l) const {
         std::vector<bf16> output(x.size());
-        l.forward(s.T, x.data(), ids.data(), weights.data(), output.data(), false);
+        l.forward({s.T, x.data(), ids.data(), weights.data(), output.data()});
         return output;
     }
     // Output, grad_input, six LoRA gradients and dw, one after the other. Every buffer has the exact size, so that a
@@ -96,9 +86,9 @@ struct Problem {
             g16.emplace_back(size, bf16{0x7fc0});  // NaN shows what was not written
             g32.emplace_back(size, std::numeric_limits<float>::quiet_NaN());
         }
-        l.forward(s.T, x.data(), ids.data(), weights.data(), output.data(), true);
-        l.backward(s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), false, dw.data(),
-                   accumulate);
+        l.forward({s.T, x.data(), ids.data(), weights.data(), output.data(), true});
+        l.backward({s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), false,
+                    dw.data(), accumulate});
         std::vector<float> all;
         for (const auto* v : {&output, &grad_input}) {
             for (const bf16 b : *v) all.push_back(to_float(b));
@@ -184,14 +174,10 @@ void test_threads(Problem& small) {
     check(one_layer, "one layer from two threads");
     check(sane, "the counts of layers that compute");
 
-    bool refused = false;
-    try {
-        std::vector<std::int64_t> ids(small.s.T * 2, 4);
-        std::vector<bf16> out(small.x.size());
-        a->forward(small.s.T, small.x.data(), ids.data(), small.weights.data(), out.data(), false);
-    } catch (const BadInput&) {
-        refused = true;
-    }
+    const std::vector<std::int64_t> ids(small.s.T * 2, 4);
+    std::vector<bf16> out(small.x.size());
+    const bool refused = throws<BadInput>(
+        [&] { a->forward({small.s.T, small.x.data(), ids.data(), small.weights.data(), out.data()}); });
     check(refused && small.run(*a) == want_a, "an id out of range is refused and leaves the layer usable");
 }
 

@@ -53,6 +53,32 @@ struct LoraPointers {
     void* down_b = nullptr;
 };
 
+// Names one saved forward of a layer; never 0, never used twice.
+using Ticket = std::uint64_t;
+
+struct ForwardArguments {
+    int rows;                 // T
+    const bf16* x;            // [T, H]
+    const std::int64_t* ids;  // [T, k]
+    const float* weights;     // [T, k]
+    bf16* output;             // [T, H]
+    bool save = false;
+    int given_up = 0;  // the name of sources (load_weights) that are disposable from now on; 0 for none
+};
+
+struct BackwardArguments {
+    int rows;                 // T
+    const bf16* grad_output;  // [T, H]
+    bf16* grad_input;         // [T, H]
+    LoraPointers grads;       // in the parameters' dtype
+    // The memory of `grads` is zero already: the gradients of experts without a token are not written, and their fresh
+    // pages cost nothing.
+    bool grads_zero;
+    float* grad_weights;  // [T, k]
+    bool accumulate;      // adds to the LoRA gradients of earlier calls in fp32 and stores the rounded sum
+    Ticket ticket = 0;    // of the saved forward; 0: the newest
+};
+
 class Layer {
   public:
     struct State;  // src/state.hpp
@@ -71,19 +97,10 @@ class Layer {
     // Takes a snapshot of all six tensors; the caller may change them afterwards.
     void update_lora(const LoraPointers& lora);
 
-    // Names one saved forward of this layer; never 0, never used twice.
-    using Ticket = std::uint64_t;
-
-    // x [T, H] bf16, ids [T, k], weights [T, k] fp32 -> output [T, H] bf16. Returns the ticket of the saved forward; 0
-    // without `save`. given_up: the name of sources (load_weights) that are disposable from now on; 0 for none.
-    Ticket forward(int rows, const bf16* x, const std::int64_t* ids, const float* weights, bf16* output, bool save,
-                   int given_up = 0);
-    // grad_output [T, H] bf16 -> grad_input [T, H] bf16, six LoRA gradients in the parameters' dtype, grad_weights [T,
-    // k] fp32. Uses and drops the saved forward that `ticket` names; 0 names the newest. grads_zero: the memory of the
-    // LoRA gradients is zero already, so the gradients of experts without a token are not written, and their fresh
-    // pages cost nothing. accumulate: adds to the LoRA gradients of earlier calls in fp32 and stores the rounded sum.
-    void backward(int rows, const bf16* grad_output, bf16* grad_input, const LoraPointers& grads, bool grads_zero,
-                  float* grad_weights, bool accumulate, Ticket ticket = 0);
+    // Computes `output`. Returns the ticket of the saved forward; 0 without `save`.
+    Ticket forward(const ForwardArguments& arguments);
+    // Computes grad_input, `grads` and grad_weights. Uses and drops the saved forward.
+    void backward(const BackwardArguments& arguments);
     // Frees a saved forward without its backward. Does nothing when no saved forward has this ticket.
     void drop(Ticket ticket);
 
