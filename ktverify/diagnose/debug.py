@@ -10,7 +10,7 @@ import torch
 from ktverify.checks.target import Target
 from ktverify.diagnose.formulas import label, walk
 from ktverify.diagnose.hook import options
-from ktverify.diagnose.hypotheses.non_finite import first_in, first_of
+from ktverify.diagnose.hypotheses.results import first_in, first_of
 from ktverify.diagnose.hypotheses.tails import axis_words
 from ktverify.diagnose.search import reduced
 from ktverify.judge.metrics import compare
@@ -37,7 +37,7 @@ def walk_non_finite(case: Case, target: Target, save: Path) -> list[str]:
     if place is None and own is None:
         return [FINITE]
     lines = [note] if note else []
-    lines.append(f"oracle: {place.text}" if place is not None else "oracle: every stage is finite on these inputs")
+    lines.append(f"oracle: {place[1]}" if place is not None else "oracle: every stage is finite on these inputs")
     if own is not None:
         name, index, value = own
         lines.append(f"engine: {value} in {name}{list(index)} ({axis_words(name, index)}), where the oracle is finite")
@@ -47,7 +47,7 @@ def walk_non_finite(case: Case, target: Target, save: Path) -> list[str]:
         lines.append(f"engine: finite where the oracle is not, in {', '.join(hidden)}")
     tensors = {f"inputs.{n}": getattr(inputs, n) for n in ("hidden_states", "expert_ids", "weights", "grad_output")}
     tensors.update({f"actual.{name}": tensor for name, tensor in actual.items()})
-    expert = place.expert if place is not None else inputs.active[0]
+    expert = place[0] if place is not None else inputs.active[0]
     for v in walk(inputs):
         if v.expert == expert:
             tensors.update({f"stages.{name}": value for name, value in v.of.items()})

@@ -19,7 +19,7 @@ from ktverify.checks.causes import Cause
 from ktverify.checks.judging import wrong_forms
 from ktverify.checks.problem import live_oracle
 from ktverify.checks.target import Target
-from ktverify.diagnose.formulas import Change, ExpertValues, LayerValues, reached_tensors, recomputed
+from ktverify.diagnose.formulas import Change, LayerValues, reached_tensors, recomputed
 from ktverify.judge import gates, metrics
 from ktverify.judge.metrics import Difference
 from ktverify.spec.cases import Case
@@ -160,9 +160,8 @@ class Evidence:
 
     def left(self, predicted: Tensors) -> dict[str, float]:
         """The error of each tensor against `predicted`; against the oracle where `predicted` does not have it."""
-        return {
-            name: self.off(name, predicted[name]) if name in predicted else error for name, error in self.errors.items()
-        }
+        changed = {name: self.off(name, predicted[name]) for name in self.errors if name in predicted}
+        return {**self.errors, **changed}
 
     def explanation(
         self, cause: Cause, text: str, predicted: Tensors, *, rank: int = 1, details: tuple[str, ...] = ()
@@ -170,15 +169,8 @@ class Evidence:
         """How much of the error an engine explains that returns `predicted`."""
         left = self.left(predicted)
         total = sum(left.values())
-        return Explanation(
-            cause=cause,
-            text=text,
-            share=1 - total / self.error if self.error else 0.0,
-            left=total,
-            complete=all(value <= 1.0 for value in left.values()),
-            rank=rank,
-            details=details,
-        )
+        share = 1 - total / self.error if self.error else 0.0
+        return Explanation(cause, text, share, total, all(value <= 1.0 for value in left.values()), rank, details)
 
     def worth(self, names: Sequence[str] | frozenset[str], least: float = 0.5) -> bool:
         """False where a change of only these tensors cannot explain `least` of the error, or the time is up."""
@@ -189,19 +181,15 @@ class Evidence:
         if self.worth(reached_tensors(change)) and self._gains(change):
             yield self.explanation(cause, text, self.layer.changed(change), rank=rank)
 
-    @functools.cached_property
-    def _busiest(self) -> ExpertValues | None:
-        return max(self.layer.experts, key=lambda v: len(v.rows), default=None)
-
     def _gains(self, change: Change) -> bool:
         """False where `change`, evaluated for the busiest expert only, increases the error of its rows and gradients.
 
         With d the difference that the change makes, ||actual - right||^2 falls by 2 <actual - right, d> - ||d||^2.
         This rejects most hypotheses at the cost of one expert.
         """
-        v = self._busiest
-        if v is None:
+        if not self.layer.experts:
             return True
+        v = max(self.layer.experts, key=lambda each: len(each.rows))
         here, gain, moves = recomputed(v, change), 0.0, False
         for name in reached_tensors(change).intersection(self.errors):
             moved = here[name] - v[name]

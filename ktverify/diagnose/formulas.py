@@ -1,16 +1,10 @@
 """The layer as a table with one formula per stage, and a defect as a substitution in that table.
 
 FORMULAS maps each stage of docs/contract.md, "The layer", to a formula: a function from the values of one expert to
-one tensor. The table is evaluated from top to bottom, so a stage may use every value above it. A defect is a `Change`:
-a dict from stages (or leaves, which are the inputs) to other formulas. Example: an engine whose derivative of silu
-lacks a term is
-
-    {"dsilu": lambda v: v["sigma"]}
-
-`LayerValues.changed` then evaluates that stage and the stages that depend on it, and returns what an engine with this
-defect computes. The dependences are found by running each formula on a dict that records the names it asks for, so the
-table is the only description of the layer here. The judge is judge/reference.py, a plain loop without substitutions; a
-test compares both.
+one tensor. It is evaluated from top to bottom. A defect is a `Change`: a dict from stages (or leaves, which are the
+inputs) to other formulas. `{"dsilu": lambda v: v["sigma"]}` is an engine whose derivative of silu lacks a term;
+`LayerValues.changed` evaluates that stage and those that depend on it, and returns what such an engine computes. The
+dependences are found by running the formulas. The judge is judge/reference.py; a test compares both.
 
 Shapes per expert of n rows, all fp64: x, d_out [n, H]; w [n, 1]; gate, up [I, H]; down [H, I]; LoRA ga, ua [r, H],
 gb, ub [I, r], da [r, I], db [H, r]; s a scalar; g, u, h, dh, dg, du [n, I]; y, dy, dx [n, H].
@@ -20,18 +14,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ktverify.judge.reference import routed, zeros
+from ktverify.spec.cases import tensors_of
 from ktverify.spec.inputs import Inputs
-from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, TOKEN_TENSORS
+from ktverify.spec.names import ALL_TENSORS, BASE_NAMES, GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT, TOKEN_TENSORS
 
 DTYPE = torch.float64
-LEAVES = ("x", "w", "d_out", "gate", "up", "down", "ga", "gb", "ua", "ub", "da", "db", "s")
-_LORA_LEAVES = dict(zip(("ga", "gb", "ua", "ub", "da", "db"), LORA_NAMES, strict=True))
+# leaf -> name of the input
+MATRICES = dict(zip(("gate", "up", "down", "ga", "gb", "ua", "ub", "da", "db"), BASE_NAMES + LORA_NAMES, strict=True))
+LEAVES = ("x", "w", "d_out", *MATRICES, "s")
 
 
 @dataclass
@@ -45,9 +41,6 @@ class ExpertValues:
 
     def __getitem__(self, name: str) -> Tensor:
         return self.of[name]
-
-    def with_values(self, of: dict[str, Tensor]) -> ExpertValues:
-        return ExpertValues(self.expert, self.rows, self.slots, of)
 
 
 Formula = Callable[[ExpertValues], Tensor]
@@ -134,15 +127,10 @@ def label(name: str) -> str:
 
 
 class _Tracing(dict[str, Tensor]):
-    """Records the names that a formula asks for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
+    """Has a value for every name, and so records the names that a formula asks for."""
 
     def __missing__(self, name: str) -> Tensor:
-        self.asked.append(name)
-        return torch.ones(1, 1, dtype=DTYPE)
+        return self.setdefault(name, torch.ones(1, 1, dtype=DTYPE))
 
 
 @functools.cache
@@ -150,7 +138,7 @@ def operands(stage: str) -> tuple[str, ...]:
     """The names that the formula of `stage` uses, each once, in order of first use."""
     trace = _Tracing()
     FORMULAS[stage](ExpertValues(0, torch.zeros(1), torch.zeros(1), trace))
-    return tuple(dict.fromkeys(trace.asked))
+    return tuple(trace)
 
 
 @functools.cache
@@ -170,11 +158,12 @@ def reached_tensors(names: Iterable[str]) -> frozenset[str]:
 
 def with_operands(stage: str, **other: Formula) -> Formula:
     """The formula of `stage` with other operands in this stage only: operand name -> the formula used in its place."""
+    return lambda v: FORMULAS[stage](replace(v, of=v.of | {name: make(v) for name, make in other.items()}))
 
-    def formula(v: ExpertValues) -> Tensor:
-        return FORMULAS[stage](v.with_values({**v.of, **{name: make(v) for name, make in other.items()}}))
 
-    return formula
+def leaf(name: str) -> Formula:
+    """The formula that returns the value `name` unchanged."""
+    return lambda v: v[name]
 
 
 def leaves_of(inputs: Inputs, expert: int, rows: Tensor, slots: Tensor) -> ExpertValues:
@@ -183,12 +172,11 @@ def leaves_of(inputs: Inputs, expert: int, rows: Tensor, slots: Tensor) -> Exper
         "x": inputs.hidden_states[rows].to(DTYPE),
         "w": inputs.weights[rows, slots].to(DTYPE).unsqueeze(1),
         "d_out": inputs.grad_output[rows].to(DTYPE),
-        "gate": inputs.gate_proj[expert].to(DTYPE),
-        "up": inputs.up_proj[expert].to(DTYPE),
-        "down": inputs.down_proj[expert].to(DTYPE),
         "s": torch.tensor(inputs.case.scaling, dtype=DTYPE),
     }
-    of.update({leaf: inputs.lora[name][expert].to(DTYPE) for leaf, name in _LORA_LEAVES.items()})
+    for name, source in MATRICES.items():
+        tensor: Tensor = inputs.lora[source] if source in LORA_NAMES else getattr(inputs, source)
+        of[name] = tensor[expert].to(DTYPE)
     return ExpertValues(expert, rows, slots, of)
 
 
@@ -224,7 +212,7 @@ def walk(inputs: Inputs) -> Iterator[ExpertValues]:
 
 def recomputed(v: ExpertValues, change: Change) -> ExpertValues:
     """One expert's values with the formulas of `change`; only these stages and their dependents are evaluated again."""
-    here = v.with_values(dict(v.of))
+    here = replace(v, of=dict(v.of))
     touched = {name for name in change if name in LEAVES}
     for name in touched:
         here.of[name] = change[name](v)
@@ -237,15 +225,12 @@ def recomputed(v: ExpertValues, change: Change) -> ExpertValues:
 
 def add_up(inputs: Inputs, experts: Iterable[ExpertValues], name: str) -> Tensor:
     """One of ALL_TENSORS, fp64: the sum over experts of a per-token tensor, or the experts' gradients stacked."""
-    if name in TOKEN_TENSORS:
-        total = zeros(inputs.weights.shape if name == GRAD_WEIGHTS else inputs.hidden_states.shape, DTYPE)
-        for v in experts:
-            if name == GRAD_WEIGHTS:
-                total[v.rows, v.slots] = v[name]
-            else:
-                total.index_add_(0, v.rows, v[name])
-        return total
-    total = zeros(inputs.lora[LORA_NAMES[GRAD_NAMES.index(name)]].shape, DTYPE)
+    total = zeros(tensors_of(inputs.case)[name], DTYPE)
     for v in experts:
-        total[v.expert] = v[name]
+        if name == GRAD_WEIGHTS:
+            total[v.rows, v.slots] = v[name]
+        elif name in TOKEN_TENSORS:
+            total.index_add_(0, v.rows, v[name])
+        else:
+            total[v.expert] = v[name]
     return total

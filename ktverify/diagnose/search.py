@@ -12,18 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ktverify.diagnose.evidence import Evidence, Explanation
-from ktverify.diagnose.hypotheses import (
-    activation,
-    factors,
-    misplaced,
-    non_finite,
-    operands,
-    rounding,
-    routing,
-    stale_lora,
-    tails,
-    tensor_parallel,
-)
+from ktverify.diagnose.hypotheses import activation, factors, operands, results, rounding, routing, tails
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs
 
@@ -31,9 +20,9 @@ Family = Callable[[Evidence], Iterator[Explanation]]
 
 # a family yields an explanation per hypothesis; the search ends after a row in which one explains all of the error
 FAMILIES: tuple[tuple[Family, ...], ...] = (
-    (misplaced.forms, misplaced.stray, non_finite.unexpected, stale_lora.stale),
+    (results.forms, results.stray, results.unexpected, operands.stale),
     (
-        tensor_parallel.tp_parts,
+        factors.tp_parts,
         factors.lora_scale,
         factors.stage_factors,
         factors.routing_weight,
@@ -50,9 +39,9 @@ FAMILIES: tuple[tuple[Family, ...], ...] = (
     (
         routing.permuted,
         operands.interleaved,
-        misplaced.tensors_exchanged,
+        results.tensors_exchanged,
         operands.transposed,
-        misplaced.moved,
+        results.moved,
         tails.k_tail,
         tails.n_tail,
     ),

@@ -17,10 +17,9 @@ from ktverify.checks.target import Target
 from ktverify.cli.main import app
 from ktverify.diagnose import diagnose as diagnosing
 from ktverify.diagnose import hook, search
-from ktverify.diagnose.diagnose import diagnose
+from ktverify.diagnose.diagnose import diagnose, quick
 from ktverify.diagnose.evidence import Evidence, Explanation
 from ktverify.diagnose.formulas import FORMULAS, LABELS, LayerValues, downstream, operands
-from ktverify.diagnose.from_checks import quick
 from ktverify.diagnose.search import explain, one_thread, reduced
 from ktverify.judge import reference
 from ktverify.mutants import MUTANTS

@@ -66,21 +66,19 @@ def activation(evidence: Evidence) -> Iterator[Explanation]:
 
 def shifted(evidence: Evidence) -> Iterator[Explanation]:
     """silu uses sigmoid(g + b) (an exp with a constant relative error) or sigmoid(a g); silu' at another value."""
-    ways: dict[str, tuple[float, _Shift]] = {
-        "shifted": (0.0, lambda g, b: g * torch.sigmoid(g + b)),
-        "scaled": (1.0, lambda g, a: g * torch.sigmoid(a * g)),
-    }
-    for way, (right, shift) in ways.items():
+    ways: tuple[tuple[str, float, _Shift], ...] = (
+        ("g {:+.4f}", 0.0, lambda g, b: g * torch.sigmoid(g + b)),
+        ("{:.4f} g", 1.0, lambda g, a: g * torch.sigmoid(a * g)),
+    )
+    for way, right, shift in ways:
         for where, change in _places(shift):
             fitted = evidence.fit_factor(change, right)
             if fitted is None or abs(fitted[0] - right) < 1e-4:
                 continue
-            found = fitted[0]
-            said = f"silu takes sigmoid(g {found:+.4f})" if way == "shifted" else f"silu takes sigmoid({found:.4f} g)"
-            more = (
-                f", as an exp that is off by {100 * abs(math.expm1(-found)):.1f} % has it" if way == "shifted" else ""
-            )
-            yield evidence.explanation(Cause.ACTIVATION, f"{said}{where}, expected sigmoid(g){more}", fitted[1])
+            said = f"silu takes sigmoid({way.format(fitted[0])}){where}, expected sigmoid(g)"
+            if right == 0:
+                said += f", as an exp that is off by {100 * abs(math.expm1(-fitted[0])):.1f} % has it"
+            yield evidence.explanation(Cause.ACTIVATION, said, fitted[1])
     for other in ("silu", "u", "h", "g_base", "sigma"):
         at: dict[str, Formula] = {"dsilu": lambda v, n=other: _slope(functional.silu)(v[n])}  # type: ignore[misc]
         said = f"silu' is evaluated at {label(other)}, expected g"

@@ -1,23 +1,26 @@
-"""Hypotheses of a wrong factor: the LoRA scale, a term left out or counted twice, the routing weight."""
+"""Hypotheses of a wrong factor: LoRA scale, routing weight, a term or a TP part left out or counted twice."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Evidence, Explanation
+from ktverify.diagnose.evidence import NEAR, Evidence, Explanation
 from ktverify.diagnose.formulas import FORMULAS, LABELS, Change, ExpertValues, Formula, label, operands, with_operands
-from ktverify.spec.names import GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
+from ktverify.spec.names import BACKWARD_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
 _SCALED = tuple(stage for stage in FORMULAS if "s" in operands(stage))
 _FORWARD = ("g_lora", "u_lora", "y_lora")
 _BACKWARD = tuple(stage for stage in _SCALED if stage not in _FORWARD)
 _THROUGH = ("dh_lora", "dx_gate_lora", "dx_up_lora")
+# the cause of a wrong factor of a stage, where it is no WRONG_PROJECTION
+_CAUSES = dict.fromkeys(("dy", OUTPUT, GRAD_WEIGHTS), Cause.ROUTING_WEIGHT)
+_CAUSES |= dict.fromkeys(("dsilu", "silu"), Cause.ACTIVATION)
 
 # name of a group of stages that use the scale s -> these stages
 LORA_SITES: dict[str, tuple[str, ...]] = {
@@ -61,7 +64,7 @@ def _named(found: float, alpha: float, rank: int) -> str:
     """A formula of alpha and rank with this value, in parentheses; "" if there is none."""
     for text, value in (
         ("none", 0.0),
-        ("1", 1.0),
+        ("", 1.0),
         ("alpha", alpha),
         ("rank", float(rank)),
         ("1 / rank", 1 / rank),
@@ -70,35 +73,23 @@ def _named(found: float, alpha: float, rank: int) -> str:
         ("(alpha / rank)^2", (alpha / rank) ** 2),
     ):
         if abs(found - value) < 0.01 * max(abs(value), 0.05) and abs(alpha / rank - value) > 0.02 * abs(value):
-            return f" ({text})" if text not in ("1",) else ""
+            return f" ({text})" if text else ""
     return ""
 
 
 def stage_factors(evidence: Evidence) -> Iterator[Explanation]:
     """One stage has a constant factor: 0 if it was left out, 2 if it was added twice."""
     for stage in FORMULAS:
-        if stage in _SCALED or stage in ("sigma",):
-            continue
-        fitted = evidence.fit_factor(partial(_times, stage))
-        if fitted is None:
+        fitted = evidence.fit_factor(partial(_times, stage)) if stage not in (*_SCALED, "sigma") else None
+        if fitted is None or (stage == "h" and abs(fitted[0]) < 1e-3):
             continue
         factor, predicted = fitted
-        if stage == "h" and abs(factor) < 1e-3:
-            continue
         said = f"{label(stage)} is missing" if abs(factor) < 0.01 else f"{label(stage)} has the factor {_short(factor)}"
-        yield evidence.explanation(_cause_of_factor(stage), said, predicted)
+        yield evidence.explanation(_CAUSES.get(stage, Cause.WRONG_PROJECTION), said, predicted)
 
 
 def _times(stage: str, factor: float) -> Change:
     return {stage: lambda v: factor * FORMULAS[stage](v)}
-
-
-def _cause_of_factor(stage: str) -> Cause:
-    if stage in ("dy", OUTPUT, GRAD_WEIGHTS):
-        return Cause.ROUTING_WEIGHT
-    if stage in ("dsilu", "silu"):
-        return Cause.ACTIVATION
-    return Cause.WRONG_PROJECTION
 
 
 # ---- routing weights
@@ -124,16 +115,11 @@ def routing_weight(evidence: Evidence) -> Iterator[Explanation]:
         "is the slots' in reverse order": lambda w: w.flip(1),
         "is sorted": lambda w: w.sort(1, descending=True).values,
     }
-    sites: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("the routing weight", ("w",)),
-        ("the routing weight in the forward", (OUTPUT,)),
-        ("the routing weight in the backward", ("dy",)),
-    )
-    for site, stages in sites:
+    for where, stage in (("", "w"), (" in the forward", OUTPUT), (" in the backward", "dy")):
         for text, make in other.items():
             cause = Cause.SLOT_WRONG if "slot" in text else Cause.ROUTING_WEIGHT
-            change = {stage: _with_weight(stage, make(weights)) for stage in stages}
-            yield from evidence.test(cause, f"{site} {text}", change)
+            change = {stage: _with_weight(stage, make(weights))}
+            yield from evidence.test(cause, f"the routing weight{where} {text}", change)
     yield from _weight_in_gradients(evidence)
     yield from _weight_gradient(evidence)
 
@@ -141,13 +127,9 @@ def routing_weight(evidence: Evidence) -> Iterator[Explanation]:
 def _weight_in_gradients(evidence: Evidence) -> Iterator[Explanation]:
     """The LoRA gradients of one projection lack the routing weight, or have it twice."""
     for projection in ("gate", "up", "down"):
-        names = [name for name in GRAD_NAMES if projection in name]
-        for text, make in (
-            ("is left out", lambda value, w: value / w),
-            ("is used twice", lambda value, w: value * w),
-        ):
+        for text, make in (("is left out", torch.div), ("is used twice", torch.mul)):
             change: dict[str, Formula] = {}
-            for name in names:
+            for name in (name for name in GRAD_NAMES if projection in name):
                 rows = operands(name)[1]  # the operand that comes from dy
                 change[name] = with_operands(name, **{rows: lambda v, n=rows, f=make: f(v[n], v["w"])})
             said = f"the routing weight in the gradients of {projection}'s LoRA {text}"
@@ -163,9 +145,9 @@ def _with_weight(stage: str, weights: Tensor) -> Formula:
 
 def _weight_gradient(evidence: Evidence) -> Iterator[Explanation]:
     """grad_weights has the routing weight as a factor, uses another value, or is zero."""
-    if GRAD_WEIGHTS not in evidence.actual or not evidence.worth((GRAD_WEIGHTS,)):
+    if not evidence.worth((GRAD_WEIGHTS,)):
         return
-    other: dict[str, Callable[[ExpertValues], Tensor]] = {
+    other: dict[str, Formula] = {
         "has the weight in it": lambda v: (v["dy"] * v["y"]).sum(1),
         "is of y without LoRA": lambda v: (v["d_out"] * v["y_base"]).sum(1),
         "is divided by the weight": lambda v: (v["d_out"] * v["y"]).sum(1) / v["w"][:, 0],
@@ -178,6 +160,73 @@ def _weight_gradient(evidence: Evidence) -> Iterator[Explanation]:
     through_softmax = weights * (right - (weights * right).sum(1, keepdim=True))
     said = "grad_weights went through a softmax's backward"
     yield evidence.explanation(Cause.ROUTING_WEIGHT, said, {GRAD_WEIGHTS: through_softmax})
+
+
+# ---- tensor parallel parts
+
+# the values that are split by columns of I
+_SPLIT = ("h", "dg", "du")
+# where the share of a part may be lost: the stages of a sum over I
+_TP_SUMS: dict[str, tuple[str, ...]] = {
+    "the sum of the output": ("y_base", "h_da"),
+    "the base's sum of the output": ("y_base",),
+    "LoRA's sum of the output": ("h_da",),
+    "the sum of grad_input": ("dx_gate", "dx_up", "dg_gb", "du_ub"),
+    "the base's sum of grad_input": ("dx_gate", "dx_up"),
+    "LoRA's sum of grad_input": ("dg_gb", "du_ub"),
+}
+
+
+def tp_parts(evidence: Evidence) -> Iterator[Explanation]:
+    """Each part's share of every tensor with a factor of its own: 0 where it is missing, 2 where it is added twice."""
+    degree, size = evidence.tp, evidence.case.intermediate
+    if degree < 2:
+        return
+    # [I] per part: 1 in its columns, 0 elsewhere
+    masks = [(torch.arange(size) // (size // degree) == part).double() for part in range(degree)]
+    for part, mine in enumerate(masks):
+        yield from _one_part(evidence, f"TP part {part} of {degree}", mine)
+    parts = [evidence.layer.changed(_weighted(FORMULAS, 1 - mine)(0.0)) for mine in masks]
+    for where, names in (
+        ("", tuple(evidence.actual)),
+        (" of output", (OUTPUT,)),
+        (" of the gradients", BACKWARD_TENSORS),
+        *((f" of {name}", (name,)) for name in BACKWARD_TENSORS),
+    ):
+        fitted = evidence.fit_shares(parts, names)
+        if fitted is not None:
+            said = ", ".join(f"TP part {i} of {degree}{where} {_word(factor)}" for i, factor in fitted[0].items())
+            yield evidence.explanation(Cause.TP_PART, said, fitted[1])
+
+
+def _one_part(evidence: Evidence, what: str, mine: Tensor) -> Iterator[Explanation]:
+    """One part's factor in one of the sums over I, or in its columns of down_proj in forward and backward."""
+    changes = {text: _weighted(stages, mine) for text, stages in _TP_SUMS.items()}
+    changes["down_proj's product"] = lambda factor: {"down": lambda v: v["down"] * (1 + (factor - 1) * mine)}
+    for text, change in changes.items():
+        fitted = evidence.fit_factor(change)
+        if fitted is not None and abs(fitted[0] - 1) >= NEAR:
+            yield evidence.explanation(Cause.TP_PART, f"{what} in {text} {_word(fitted[0])}", fitted[1])
+
+
+def _weighted(stages: Iterable[str], mine: Tensor) -> Callable[[float], Change]:
+    """The columns `mine` [I] of what is split get a factor, in these stages."""
+
+    def operand(name: str, factor: float) -> Formula:
+        return lambda v: v[name] * (1 + (factor - 1) * mine)
+
+    used = {stage: [name for name in _SPLIT if name in operands(stage)] for stage in stages}
+    return lambda factor: {
+        stage: with_operands(stage, **{name: operand(name, factor) for name in names})
+        for stage, names in used.items()
+        if names
+    }
+
+
+def _word(factor: float) -> str:
+    if abs(factor) < NEAR:
+        return "is missing"
+    return "is added twice" if abs(factor - 2) < NEAR else f"has the factor {factor:.2f}"
 
 
 def _short(value: float) -> str:

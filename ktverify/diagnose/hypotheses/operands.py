@@ -1,8 +1,9 @@
-"""Hypotheses of a wrong operand: matrices exchanged, transposed or interleaved, or any operand replaced by another."""
+"""Hypotheses of a wrong operand: matrices exchanged, transposed, interleaved, outdated; or any operand replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,42 +14,27 @@ from ktverify.diagnose.formulas import (
     FORMULAS,
     FORWARD,
     LEAVES,
-    Change,
+    MATRICES,
     ExpertValues,
     Formula,
+    LayerValues,
     label,
+    leaf,
     operands,
     with_operands,
 )
-from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, OUTPUT
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
 
-_MATRICES = {
-    "gate": "gate_proj",
-    "up": "up_proj",
-    "down": "down_proj",
-    "ga": "gate_lora_a",
-    "gb": "gate_lora_b",
-    "ua": "up_lora_a",
-    "ub": "up_lora_b",
-    "da": "down_lora_a",
-    "db": "down_lora_b",
-}
 _TWINS = {
     "gate": "up", "ga": "ua", "gb": "ub", "x_ga": "x_ua", "g_base": "u_base", "g_lora": "u_lora", "g": "u",
     "dg": "du", "dg_gb": "du_ub", "dx_gate": "dx_up", "dx_gate_lora": "dx_up_lora",
 }  # fmt: skip
-
-
 _HALVES = (
     ("", tuple(FORMULAS)),
     (" in the forward", FORWARD),
     (" in the backward", tuple(stage for stage in FORMULAS if stage not in FORWARD)),
 )
-
-
-def leaf(name: str) -> Formula:
-    """The formula that returns the value `name` unchanged."""
-    return lambda v: v[name]
 
 
 def exchanged_matrices(evidence: Evidence) -> Iterator[Explanation]:
@@ -68,8 +54,7 @@ def exchanged_matrices(evidence: Evidence) -> Iterator[Explanation]:
                 used |= {_TWINS[n]: leaf(n) for n in names if _TWINS[n] in operands(stage)}
                 if used:
                     change[stage] = with_operands(stage, **used)
-            said = f"{text} are exchanged{where}"
-            yield from evidence.test(Cause.EXCHANGED_PROJECTION, said, change)
+            yield from evidence.test(Cause.EXCHANGED_PROJECTION, f"{text} are exchanged{where}", change)
     pairs = [(f"grad_gate_{side}", f"grad_up_{side}") for side in ("lora_a", "lora_b")]
     for first, second in pairs:
         if first in evidence.actual and evidence.worth((first, second)):
@@ -82,24 +67,18 @@ def exchanged_matrices(evidence: Evidence) -> Iterator[Explanation]:
 
 def transposed(evidence: Evidence) -> Iterator[Explanation]:
     """A matrix is read, or a gradient written, with its axes exchanged."""
-    for name, tensor in _MATRICES.items():
+    for name, tensor in MATRICES.items():
         for text, turn in _TURNS:
-            for where, stages in (("", (name,)), *((f" in {label(s)}", (s,)) for s in _users(name))):
-                change = {
-                    stage: _turned(name, turn) if stage == name else with_operands(stage, **{name: _turned(name, turn)})
-                    for stage in stages
-                }
-                yield from evidence.test(Cause.TRANSPOSED, f"{tensor} is {text}{where}", change)
+            turned: Formula = lambda v, n=name, t=turn: t(v[n])  # type: ignore[misc]  # noqa: E731
+            yield from evidence.test(Cause.TRANSPOSED, f"{tensor} is {text}", {name: turned})
+            for stage in (stage for stage in FORMULAS if name in operands(stage)):
+                change = {stage: with_operands(stage, **{name: turned})}
+                yield from evidence.test(Cause.TRANSPOSED, f"{tensor} is {text} in {label(stage)}", change)
     for name, right in evidence.right.items():
         if not name.startswith("grad_") or name not in evidence.actual or not evidence.worth((name,), 0.05):
             continue
         for text, turn in _TURNS:
-            said = f"{name} is {text}"
-            yield evidence.explanation(Cause.TRANSPOSED, said, {name: turn(right)})
-
-
-def _users(name: str) -> tuple[str, ...]:
-    return tuple(stage for stage in FORMULAS if name in operands(stage))
+            yield evidence.explanation(Cause.TRANSPOSED, f"{name} is {text}", {name: turn(right)})
 
 
 def _written_transposed(value: Tensor) -> Tensor:
@@ -111,11 +90,10 @@ def _read_transposed(value: Tensor) -> Tensor:
     return value.reshape(*value.shape[:-2], columns, rows).transpose(-1, -2)
 
 
-_TURNS = (("transposed", _written_transposed), ("transposed (read column by column)", _read_transposed))
-
-
-def _turned(name: str, turn: Callable[[Tensor], Tensor]) -> Formula:
-    return lambda v: turn(v[name])
+_TURNS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    ("transposed", _written_transposed),
+    ("transposed (read column by column)", _read_transposed),
+)
 
 
 def substituted(evidence: Evidence) -> Iterator[Explanation]:
@@ -124,20 +102,16 @@ def substituted(evidence: Evidence) -> Iterator[Explanation]:
         return
     shapes = {name: tuple(value.shape) for name, value in evidence.layer.experts[0].of.items()}
     order = [*LEAVES, *FORMULAS]
+    results = (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS)
     for stage in FORMULAS:
-        for operand in operands(stage):
-            if operand == "s":
-                continue
+        for operand in (name for name in operands(stage) if name != "s"):
             for other in order[: order.index(stage)]:
-                if other not in (operand, "w") and shapes[other] == shapes[operand] and _differs(stage, operand, other):
-                    change: Change = {stage: with_operands(stage, **{operand: leaf(other)})}
+                # where H = I, values of different kinds have one shape
+                kind = other in MATRICES or (operand not in MATRICES and other not in results)
+                if kind and other not in (operand, "w") and shapes[other] == shapes[operand]:
+                    change = {stage: with_operands(stage, **{operand: leaf(other)})}
                     said = f"{label(stage)} is computed with {label(other)} instead of {label(operand)}"
                     yield from evidence.test(_cause_of_exchange(stage, operand, other), said, change, rank=2)
-
-
-def _differs(stage: str, operand: str, other: str) -> bool:
-    # where H = I, values of different kinds have one shape
-    return not (operand in _MATRICES and other not in _MATRICES) and other not in (OUTPUT, GRAD_INPUT, GRAD_WEIGHTS)
 
 
 def _cause_of_exchange(stage: str, operand: str, other: str) -> Cause:
@@ -152,14 +126,13 @@ def rolled(evidence: Evidence) -> Iterator[Explanation]:
     """An operand of one formula is taken from the row before or after: another token of the expert."""
     for stage in FORMULAS:
         for operand in operands(stage):
-            if operand in _MATRICES or operand == "s":
+            if operand in MATRICES or operand == "s":
                 continue
             for text, shift in (("the row before", 1), ("the next row", -1)):
                 turned: Formula = lambda v, n=operand, d=shift: v[n].roll(d, 0)  # type: ignore[misc]  # noqa: E731
                 said = f"{label(stage)} takes {label(operand)} from {text}"
-                yield from evidence.test(
-                    Cause.SLOT_WRONG, said, {stage: with_operands(stage, **{operand: turned})}, rank=2
-                )
+                change = {stage: with_operands(stage, **{operand: turned})}
+                yield from evidence.test(Cause.SLOT_WRONG, said, change, rank=2)
 
 
 def interleaved(evidence: Evidence) -> Iterator[Explanation]:
@@ -171,24 +144,52 @@ def interleaved(evidence: Evidence) -> Iterator[Explanation]:
     def by_halves(v: ExpertValues) -> Tensor:
         return torch.cat([v["gate"], v["up"]])
 
-    ways: dict[str, tuple[Formula, Formula]] = {
-        "fused row by row and taken apart by halves": (
-            lambda v: by_rows(v)[: len(v["gate"])],
-            lambda v: by_rows(v)[len(v["gate"]) :],
-        ),
-        "fused one after the other and taken apart row by row": (
-            lambda v: by_halves(v)[0::2],
-            lambda v: by_halves(v)[1::2],
-        ),
+    ways: dict[str, dict[str, Formula]] = {
+        "row by row and taken apart by halves": {
+            "gate": lambda v: by_rows(v)[: len(v["gate"])],
+            "up": lambda v: by_rows(v)[len(v["gate"]) :],
+        },
+        "one after the other and taken apart row by row": {
+            "gate": lambda v: by_halves(v)[0::2],
+            "up": lambda v: by_halves(v)[1::2],
+        },
     }
-    for text, (gate, up) in ways.items():
-        yield from evidence.test(Cause.MEMORY_LAYOUT, f"gate_proj and up_proj are {text}", {"gate": gate, "up": up})
+    for text, change in ways.items():
+        yield from evidence.test(Cause.MEMORY_LAYOUT, f"gate_proj and up_proj are fused {text}", change)
 
 
 def two_sided(evidence: Evidence) -> Iterator[Explanation]:
     """silu is applied to the up projection in the forward."""
+    change: dict[str, Formula] = {"h": lambda v: v["g"] * v["u"].sigmoid() * v["u"]}
+    yield from evidence.test(Cause.EXCHANGED_PROJECTION, "silu is applied to up, not to gate", change)
 
-    def forward(v: ExpertValues) -> Tensor:
-        return v["g"] * v["u"].sigmoid() * v["u"]
 
-    yield from evidence.test(Cause.EXCHANGED_PROJECTION, "silu is applied to up, not to gate", {"h": forward})
+# ---- LoRA of before an update
+
+# all six, one projection, A or B; then single tensors
+_GROUPS = (LORA_NAMES, LORA_NAMES[4:], LORA_NAMES[2:4], LORA_NAMES[:2], LORA_NAMES[::2], LORA_NAMES[1::2])
+
+
+def stale(evidence: Evidence) -> Iterator[Explanation]:
+    """Some LoRA tensors have the values of the case as drawn, where the caller has changed LoRA since."""
+    drawn = make_inputs(evidence.case).lora
+    if any(not torch.equal(drawn[name], tensor) for name, tensor in evidence.inputs.lora.items()):
+        yield from stale_since(evidence, drawn)
+
+
+def stale_since(evidence: Evidence, before: Mapping[str, Tensor]) -> Iterator[Explanation]:
+    """Which of the six have the values `before`: group by group, each is put back if that lowers the error."""
+    lora, error = dict(evidence.inputs.lora), evidence.error
+    found: list[str] = []
+    predicted = evidence.right
+    for names in (*_GROUPS, *((name,) for name in LORA_NAMES)):
+        tried = {**lora, **{name: before[name] for name in names}}
+        tensors = LayerValues.of(replace(evidence.inputs, lora=tried)).tensors
+        left = sum(evidence.left(tensors).values())
+        if left < 0.9 * error:
+            lora, error, predicted = tried, left, tensors
+            found += [n for n in names if n not in found and not torch.equal(before[n], evidence.inputs.lora[n])]
+    if found:
+        which = "all six LoRA tensors" if len(found) == len(LORA_NAMES) else ", ".join(found)
+        said = f"{which} are those of before the last update_lora_weights"
+        yield evidence.explanation(Cause.STALE_LORA, said, predicted)

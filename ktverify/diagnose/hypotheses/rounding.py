@@ -5,7 +5,7 @@ Each is tested with and without the roundings that every engine may have (docs/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from ktverify.diagnose.formulas import (
     label,
     operands,
     recomputed,
+    with_operands,
 )
 from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
@@ -44,9 +45,8 @@ def rounded(value: Tensor, dtype: torch.dtype = LOW) -> Tensor:
 
 def types(evidence: Evidence) -> Iterator[Explanation]:
     """Sums kept in bf16, values rounded on their way, results rounded in another way."""
-    plain: Change = {}
-    for base in (_OPERANDS, plain):
-        experts = [recomputed(v, base) for v in evidence.layer.experts] if base else evidence.layer.experts
+    for base in (_OPERANDS, {}):
+        experts = [recomputed(v, base) for v in evidence.layer.experts]
         right = {name: add_up(evidence.inputs, experts, name) for name in evidence.actual}
         yield from _sums(evidence, experts, right)
         yield from _blocks(evidence, base)
@@ -54,11 +54,13 @@ def types(evidence: Evidence) -> Iterator[Explanation]:
         yield from _greedy(evidence, base, right)
 
 
+def _rounded_value(name: str) -> Formula:
+    return lambda v: rounded(v[name])
+
+
 def _stage(name: str) -> Formula:
     """The formula of a leaf or stage, rounded to bf16."""
-    if name in LEAVES:
-        return lambda v: rounded(v[name])
-    return lambda v: rounded(FORMULAS[name](v))
+    return _rounded_value(name) if name in LEAVES else lambda v: rounded(FORMULAS[name](v))
 
 
 _OPERANDS: dict[str, Formula] = {name: _stage(name) for name in ("h", "dy", "dg", "du")}
@@ -113,11 +115,10 @@ def _over_tokens(experts: list[ExpertValues], right: Tensor, name: str, block: i
 def _blocks(evidence: Evidence, base: Change) -> Iterator[Explanation]:
     """Sums over H, I and r are rounded to bf16 after every block."""
     for block in BLOCKS:
-        for where, stages in (("", tuple(_PRODUCTS)), *((f" in {label(name)}", (name,)) for name in _PRODUCTS)):
+        for where, stages in (("", _PRODUCTS), *((f" in {label(name)}", (name,)) for name in _PRODUCTS)):
             change = {**base, **{name: _blocked(name, block) for name in stages}}
             said = f"sums over H, I and r{where} are kept in bf16 from one block of {block} to the next, expected fp32"
-            rank = 1 if len(stages) > 1 else 2
-            yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change, rank=rank)
+            yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change, rank=1 if len(stages) > 1 else 2)
         said = f"all sums over H, I and r are kept in bf16 from one block of {block} to the next, expected fp32"
         change = {**base, **{name: _blocked(name, block) for name in (*_PRODUCTS, *_LORA_PRODUCTS)}}
         yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change)
@@ -146,12 +147,12 @@ def _product(a: Tensor, b: Tensor, block: int) -> Tensor:
 
 def _results(evidence: Evidence, right: dict[str, Tensor]) -> Iterator[Explanation]:
     """A result is cut off, rounded twice, rounded to a coarser type, or rounded with other ties."""
-    single = {name: (name,) for name in ALL_TENSORS if name in evidence.actual}
-    groups: Mapping[str, tuple[str, ...]] = {
-        "every result": tuple(evidence.actual),
-        "every result but grad_weights": tuple(name for name in evidence.actual if name != GRAD_WEIGHTS),
-        "the LoRA gradients": tuple(name for name in GRAD_NAMES if name in evidence.actual),
-        **single,
+    present = tuple(name for name in ALL_TENSORS if name in evidence.actual)
+    groups = {
+        "every result": present,
+        "every result but grad_weights": tuple(name for name in present if name != GRAD_WEIGHTS),
+        "the LoRA gradients": tuple(name for name in present if name in GRAD_NAMES),
+        **{name: (name,) for name in present},
     }
     for text, names in groups.items():
         if not evidence.worth(names):
@@ -159,24 +160,19 @@ def _results(evidence: Evidence, right: dict[str, Tensor]) -> Iterator[Explanati
         for how, make in _ROUNDINGS.items():
             # an engine computes a result in fp32 at most
             predicted = {**right, **{name: make(right[name].float()).double() for name in names}}
-            verb = "is" if len(names) == 1 or text.startswith("every") else "are"
-            said = f"{text} {verb} {how}"
+            said = f"{text} {'are' if text == 'the LoRA gradients' and len(names) > 1 else 'is'} {how}"
             yield evidence.explanation(Cause.ACCUMULATION_TYPE, said, predicted, rank=1 if len(names) > 1 else 2)
 
 
-def cut_off(value: Tensor) -> Tensor:
-    """[any] fp32 cut off to bf16, that is, rounded toward zero; NaN and Inf stay."""
-    return _upper_half(value, 0)
+def cut_off(value: Tensor, added: int = 0) -> Tensor:
+    """[any] fp32 cut off to bf16 after `added` was added to its bits; NaN and Inf stay."""
+    kept = (value.contiguous().view(torch.int32) + added) & -(1 << 16)
+    return torch.where(torch.isfinite(value), kept.view(torch.float32), value)
 
 
 def ties_away(value: Tensor) -> Tensor:
     """[any] fp32 rounded to the nearest bf16 number, ties away from zero; NaN and Inf stay."""
-    return _upper_half(value, 1 << 15)
-
-
-def _upper_half(value: Tensor, added: int) -> Tensor:
-    kept = (value.contiguous().view(torch.int32) + added) & -(1 << 16)
-    return torch.where(torch.isfinite(value), kept.view(torch.float32), value)
+    return cut_off(value, 1 << 15)
 
 
 def to_bits(value: Tensor, bits: int) -> Tensor:
@@ -208,7 +204,10 @@ def _greedy(evidence: Evidence, base: Change, right: dict[str, Tensor]) -> Itera
     }
     for stage in (OUTPUT, GRAD_WEIGHTS, *GRAD_NAMES):
         for operand in operands(stage)[-2:]:
-            candidates[f"{label(operand)} in {stage}"] = (stage, _rounded_operand(stage, operand))
+            candidates[f"{label(operand)} in {stage}"] = (
+                stage,
+                with_operands(stage, **{operand: _rounded_value(operand)}),
+            )
     chosen: dict[str, Formula] = {}
     said: list[str] = []
     left = sum(evidence.left(right).values())
@@ -231,10 +230,3 @@ def _greedy(evidence: Evidence, base: Change, right: dict[str, Tensor]) -> Itera
         chosen[stage] = formula
         text = f"{', '.join(said)} {'is' if len(said) == 1 else 'are'} rounded to bf16 on the way"
         yield evidence.explanation(Cause.ACCUMULATION_TYPE, text, best[2], rank=2)
-
-
-def _rounded_operand(stage: str, operand: str) -> Formula:
-    def formula(v: ExpertValues) -> Tensor:
-        return FORMULAS[stage](v.with_values({**v.of, operand: rounded(v[operand])}))
-
-    return formula

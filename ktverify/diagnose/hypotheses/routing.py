@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ktverify.checks.causes import Cause
 from ktverify.diagnose.evidence import NEAR, Evidence, Explanation, Tensors
-from ktverify.diagnose.formulas import Change, ExpertValues, LayerValues, add_up, recomputed
+from ktverify.diagnose.formulas import MATRICES, Change, ExpertValues, LayerValues, add_up, recomputed
 from ktverify.spec.inputs import Inputs
-from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
+from ktverify.spec.names import BACKWARD_TENSORS, BASE_NAMES, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
 
 _MANY = 16  # up to this many experts, every pair is tried
 
@@ -31,7 +31,6 @@ def _other_ids(inputs: Inputs) -> Iterator[tuple[Cause, str, Tensor]]:
     """(cause, text, ids [T, k]) of every hypothesis about ids."""
     ids, count = inputs.expert_ids, inputs.case.num_experts
     taken = ids >= 0
-    none = torch.full_like(ids, -1)
     for text, moved in (
         ("expert e + 1 is used for expert e", (ids + 1) % count),
         ("expert e - 1 is used for expert e", (ids - 1) % count),
@@ -46,23 +45,16 @@ def _other_ids(inputs: Inputs) -> Iterator[tuple[Cause, str, Tensor]]:
     yield Cause.IDS, f"id -1 is taken for expert {count - 1}", torch.where(taken, ids, count - 1)
     yield Cause.IDS, "id -1 is taken for expert 0", torch.where(taken, ids, 0)
     first = _first_naming(ids)
-    yield Cause.IDS, "an expert that a token names twice counts once, the first time", torch.where(first, ids, none)
+    yield Cause.IDS, "an expert that a token names twice counts once, the first time", torch.where(first, ids, -1)
     last = _first_naming(ids.flip(1)).flip(1)
-    yield Cause.IDS, "an expert that a token names twice counts once, the last time", torch.where(last, ids, none)
+    yield Cause.IDS, "an expert that a token names twice counts once, the last time", torch.where(last, ids, -1)
     for expert in (0, count - 1):
-        without = torch.where(ids == expert, none, ids)
-        yield Cause.EXPERT_WRONG, f"expert {expert} of {count} is left out", without
-    for text, moved in (
-        ("the ids of the next token are used", ids.roll(-1, 0)),
-        ("the ids of the token before are used", ids.roll(1, 0)),
-    ):
-        yield Cause.IDS, text, moved
-    for text, moved in (
-        ("slots have the weights of the next slot's expert", ids.roll(1, 1)),
-        ("slots have the weights of the expert in the slot before", ids.roll(-1, 1)),
-        ("the experts of a token are in reverse order", ids.flip(1)),
-    ):
-        yield Cause.SLOT_WRONG, text, moved
+        yield Cause.EXPERT_WRONG, f"expert {expert} of {count} is left out", torch.where(ids == expert, -1, ids)
+    yield Cause.IDS, "the ids of the next token are used", ids.roll(-1, 0)
+    yield Cause.IDS, "the ids of the token before are used", ids.roll(1, 0)
+    yield Cause.SLOT_WRONG, "slots have the weights of the next slot's expert", ids.roll(1, 1)
+    yield Cause.SLOT_WRONG, "slots have the weights of the expert in the slot before", ids.roll(-1, 1)
+    yield Cause.SLOT_WRONG, "the experts of a token are in reverse order", ids.flip(1)
 
 
 def _first_naming(ids: Tensor) -> Tensor:
@@ -93,21 +85,19 @@ def permuted(evidence: Evidence) -> Iterator[Explanation]:
         "expert e has the weights of e + 1": (identity + 1) % count,
         "expert e has the weights of e - 1": (identity - 1) % count,
     }
+    found = _matched(evidence)
+    moved = ", ".join(f"{e} has {o}'s" for e, o in enumerate(found.tolist()) if e != o)
+    orders[f"experts are permuted: {moved}"] = found
     seen: list[Tensor] = [identity]
     for text, order in orders.items():
-        if any(torch.equal(order, other) for other in seen):
-            continue
-        seen.append(order)
-        yield from _with_order(evidence, text, order)
-    found = _matched(evidence)
-    if found is not None and not any(torch.equal(found, other) for other in seen):
-        moved = ", ".join(f"{e} has {int(o)}'s" for e, o in enumerate(found) if e != int(o))
-        yield from _with_order(evidence, f"experts are permuted: {moved}", found)
+        if not any(torch.equal(order, other) for other in seen):
+            seen.append(order)
+            yield from _with_order(evidence, text, order)
 
 
 def _with_order(evidence: Evidence, text: str, order: Tensor) -> Iterator[Explanation]:
     inputs = evidence.inputs
-    base = {name: getattr(inputs, name)[order] for name in ("gate_proj", "up_proj", "down_proj")}
+    base = {name: getattr(inputs, name)[order] for name in BASE_NAMES}
     lora = {name: tensor[order] for name, tensor in inputs.lora.items()}
     for what, changed in (
         ("base and LoRA", replace(inputs, **base, lora=lora)),
@@ -117,40 +107,28 @@ def _with_order(evidence: Evidence, text: str, order: Tensor) -> Iterator[Explan
         if evidence.worth(tuple(evidence.actual)):
             predicted = LayerValues.of(changed).tensors
             yield from _both_halves(evidence, Cause.EXPERT_PERMUTATION, f"{text} ({what})", predicted)
-    scattered = {
-        name: evidence.right[name][order] for name in evidence.actual if name.startswith("grad_") and "lora" in name
-    }
+    scattered = {name: evidence.right[name][order] for name in GRAD_NAMES if name in evidence.actual}
     said = f"LoRA gradients are stored at other experts: {text}"
     yield evidence.explanation(Cause.EXPERT_PERMUTATION, said, scattered)
 
 
-def _matched(evidence: Evidence) -> Tensor | None:
-    """[E] for each expert, the expert whose weights explain its rows of the output best; None if that is itself."""
-    inputs = evidence.inputs
+def _matched(evidence: Evidence) -> Tensor:
+    """[E] for each expert, the expert whose weights explain its rows of the output best."""
     experts = evidence.layer.experts
+    order = torch.arange(evidence.case.num_experts)
     if not 2 <= len(experts) <= _MANY or not evidence.worth((OUTPUT,), 0.05):
-        return None
+        return order
     apart = evidence.actual[OUTPUT] - evidence.right[OUTPUT]
-    order = torch.arange(inputs.case.num_experts)
     for v in experts:
         gains = []
         for other in experts:
-            swapped = _with_weights_of(v, other)
-            moved = swapped[OUTPUT] - v[OUTPUT]
-            target = apart[v.rows]
-            gains.append(float(2 * (moved * target).sum() - moved.square().sum()))
+            change: Change = {name: lambda _, n=name, o=other: o[n] for name in MATRICES}  # type: ignore[misc]
+            moved = recomputed(v, change)[OUTPUT] - v[OUTPUT]
+            gains.append(float(2 * (moved * apart[v.rows]).sum() - moved.square().sum()))
         best = max(range(len(experts)), key=gains.__getitem__)
         if gains[best] > 0.3 * float(apart[v.rows].square().sum()):
             order[v.expert] = experts[best].expert
-    return order if not torch.equal(order, torch.arange(len(order))) else None
-
-
-def _with_weights_of(v: ExpertValues, other: ExpertValues) -> ExpertValues:
-    change: Change = {
-        name: (lambda _, n=name: other[n])  # type: ignore[misc]
-        for name in ("gate", "up", "down", "ga", "gb", "ua", "ub", "da", "db")
-    }
-    return recomputed(v, change)
+    return order
 
 
 # ---- one expert, one slot, one token
@@ -186,11 +164,9 @@ def _factors(
     parts = []
     for place in places:
         change: Change = {"w": lambda v, p=place: v["w"] * mine(v, p).unsqueeze(1)}  # type: ignore[misc]
-        part = evidence.layer.changed(change)
-        part["grad_weights"] = add_up(
-            evidence.inputs, [_cut(v, mine(v, place)) for v in evidence.layer.experts], "grad_weights"
-        )
-        parts.append(part)
+        cut = [replace(v, of={GRAD_WEIGHTS: v[GRAD_WEIGHTS] * mine(v, place)}) for v in evidence.layer.experts]
+        mine_only = {GRAD_WEIGHTS: add_up(evidence.inputs, cut, GRAD_WEIGHTS)}
+        parts.append({**evidence.layer.changed(change), **mine_only})
     halves = (("", tuple(evidence.actual)), (" of the output", (OUTPUT,)), (" of the gradients", BACKWARD_TENSORS))
     for where, names in halves:
         fitted = evidence.fit_shares(parts, names)
@@ -201,10 +177,6 @@ def _factors(
             for i, f in fitted[0].items()
         )
         yield evidence.explanation(cause, said, fitted[1], rank=1 if len(fitted[0]) == 1 else 3)
-
-
-def _cut(v: ExpertValues, mine: Tensor) -> ExpertValues:
-    return v.with_values({**v.of, "grad_weights": v["grad_weights"] * mine})
 
 
 def rows_cut(evidence: Evidence) -> Iterator[Explanation]:
@@ -224,9 +196,8 @@ def rows_cut(evidence: Evidence) -> Iterator[Explanation]:
         }
         yield from evidence.test(Cause.TOKEN_TAIL, f"rows of an expert beyond {said} are left out", dropped)
         again: Change = {"x": lambda v, n=room: v["x"][torch.arange(len(v.rows)) % n]}  # type: ignore[misc]
-        yield from evidence.test(
-            Cause.TOKEN_TAIL, f"rows of an expert beyond {said} compute with the first ones", again
-        )
+        said = f"rows of an expert beyond {said} compute with the first ones"
+        yield from evidence.test(Cause.TOKEN_TAIL, said, again)
 
 
 def _below(v: ExpertValues, room: int) -> Tensor:
@@ -242,12 +213,6 @@ def where_it_is(evidence: Evidence) -> Iterator[Explanation]:
         worst = int(apart.argmax())
         share = float(apart[worst] / apart.sum()) if float(apart.sum()) > 0 else 0.0
         if share > 0.9 and len(evidence.layer.experts) > 2:
-            left = (1 - 0.9 * share) * evidence.error
-            yield Explanation(
-                Cause.EXPERT_WRONG,
-                f"expert {worst} alone is wrong ({share:.0%} of the error of {name})",
-                0.9 * share,
-                left,
-                rank=4,
-            )
+            said = f"expert {worst} alone is wrong ({share:.0%} of the error of {name})"
+            yield Explanation(Cause.EXPERT_WRONG, said, 0.9 * share, (1 - 0.9 * share) * evidence.error, rank=4)
             return

@@ -81,11 +81,7 @@ def _cuts(size: int) -> list[int]:
 
 
 def _without(name: str, first: int, size: int) -> Formula:
-    def formula(v: ExpertValues) -> Tensor:
-        keep = (torch.arange(size) < first).double()
-        return v[name] * keep
-
-    return formula
+    return lambda v: v[name] * (torch.arange(size) < first).double()
 
 
 def _rows_left_out(evidence: Evidence) -> Iterator[Explanation]:
@@ -126,23 +122,19 @@ def n_tail(evidence: Evidence) -> Iterator[Explanation]:
     for name, error in evidence.errors.items():
         if error < 0.02 * evidence.error:
             continue
-        apart = _squares(evidence, name)
+        apart = (evidence.actual[name] - evidence.right[name]).square()
+        apart = torch.where(torch.isfinite(apart), apart, 0.0)
         for axis in range(apart.dim()):
             along = apart.sum(tuple(other for other in range(apart.dim()) if other != axis))
             place = _end_of(along)
             if place is not None:
-                places.append((error, name, f"{_axis(name, axis)} {place}"))
+                places.append((error, name, f"{axis_name(name, axis)} {place}"))
                 break
     share = sum(error for error, _, _ in places) / evidence.error if evidence.error else 0.0
     if share < 0.5:
         return
     said = "; ".join(f"{name}: all of the error is at {place}" for _, name, place in sorted(places, reverse=True)[:3])
     yield Explanation(Cause.N_TAIL, said, 0.95 * share, (1 - 0.95 * share) * evidence.error, rank=4)
-
-
-def _squares(evidence: Evidence, name: str) -> Tensor:
-    apart = (evidence.actual[name] - evidence.right[name]).square()
-    return torch.where(torch.isfinite(apart), apart, 0.0)
 
 
 def _end_of(along: Tensor) -> str | None:
@@ -159,7 +151,8 @@ def _end_of(along: Tensor) -> str | None:
     return None
 
 
-def _axis(name: str, axis: int) -> str:
+def axis_name(name: str, axis: int) -> str:
+    """`expert`, `row`, `column`, `token` or `slot`: what an axis of a result counts."""
     if name in TOKEN_TENSORS:
         return ("token", "slot" if name == "grad_weights" else "column")[axis]
     return ("expert", "row", "column")[axis]
@@ -167,4 +160,4 @@ def _axis(name: str, axis: int) -> str:
 
 def axis_words(name: str, index: Iterable[int]) -> str:
     """`expert 3, row 5, column 41`."""
-    return ", ".join(f"{_axis(name, axis)} {place}" for axis, place in enumerate(index))
+    return ", ".join(f"{axis_name(name, axis)} {place}" for axis, place in enumerate(index))
