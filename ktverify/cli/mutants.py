@@ -29,9 +29,7 @@ def mutants(
     with importing():
         from rich.progress import Progress
 
-        from ktverify.mutants import MUTANTS
-        from ktverify.mutants.results import as_json, gate_rows, gates_line, mutant_rows, verdict_line
-        from ktverify.mutants.runner import NOT_OF_ENGINES, run
+        from ktverify.mutants import MUTANTS, kills
         from ktverify.report.console import make_console, print_grid
         from ktverify.report.grid import Grid
         from ktverify.system.files import write_whole
@@ -46,16 +44,18 @@ def mutants(
             def step(kind: str, done: int, of: int, what: str) -> None:
                 progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
 
-            result = run([MUTANTS[name] for name in names or MUTANTS], jobs, step)
+            result = kills.run([MUTANTS[name] for name in names or MUTANTS], jobs, step)
         console = make_console()
-        console.print(verdict_line(result))
-        console.print(gates_line(result))
-        print_grid(console, Grid.of(mutant_rows(result), left=("cause", "killed by", "worst gate, times its budget")))
-        print_grid(console, Grid.of(gate_rows(result), left=("what exceeds it", "mutants that live without it")))
-        console.print(f"{NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")
+        console.print(kills.verdict_line(result))
+        console.print(kills.gates_line(result))
+        print_grid(
+            console, Grid.of(kills.mutant_rows(result), left=("cause", "killed by", "worst gate, times its budget"))
+        )
+        print_grid(console, Grid.of(kills.gate_rows(result), left=("what exceeds it", "mutants that live without it")))
+        console.print(f"{kills.NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")
     path = json if json is not None or names else reports_dir() / "mutants.json"
     if path is not None:
-        write_whole(path, as_json(result))
+        write_whole(path, kills.as_json(result))
     # a few mutants cannot need every gate
     if result.alive or (not names and result.idle_gates):
         raise typer.Exit(1)

@@ -1,11 +1,12 @@
-"""Plain, the right engine that all mutants derive from: the calls of torch_bf16, with its own arithmetic.
+"""Plain, the right engine that all mutants derive from, and the list of mutants.
 
-It keeps the strict limits of the native engine: bf16 operands, fp32 sums, one rounding of each result. Each step of the
-layer is a method, so a mutant overrides only the step that it gets wrong.
+Plain has the calls of torch_bf16 and keeps the strict limits of the native engine: bf16 operands, fp32 sums, one
+rounding of each result. Each step of the layer is a method; a mutant overrides only the step that it gets wrong.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ktverify.checks.causes import Cause
 from ktverify.engines.torch_bf16 import TorchBf16
 from ktverify.judge.reference import routed, zeros
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
@@ -93,10 +95,7 @@ class Plain(TorchBf16):
         return self.sum_of_parts([term(part) for part in parts])
 
     def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total
+        return functools.reduce(torch.add, parts)
 
     # ---- routing and weights
 
@@ -112,18 +111,11 @@ class Plain(TorchBf16):
         return {name: self._lora[name][expert].float() for name in LORA_NAMES}
 
     def groups(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor) -> list[Group]:
-        return [
-            Group(
-                expert,
-                rows,
-                slots,
-                hidden_states[rows].float(),
-                weights[rows, slots].unsqueeze(1),
-                self.base_of(expert),
-                self.lora_of(expert),
-            )
-            for expert, rows, slots in self.routes(expert_ids)
-        ]
+        groups = []
+        for expert, rows, slots in self.routes(expert_ids):
+            x, w = hidden_states[rows].float(), weights[rows, slots].unsqueeze(1)
+            groups.append(Group(expert, rows, slots, x, w, self.base_of(expert), self.lora_of(expert)))
+        return groups
 
     # ---- forward
 
@@ -220,7 +212,11 @@ class Plain(TorchBf16):
         """dx [n, H] and the six gradients of one expert."""
         dh, found = self.down_gradients(at, self.weighted(at, d_out))
         dx, more = self.gate_up_gradients(at, *self.through_activation(at, dh))
-        return dx, {**found, **more}
+        return dx, self.lora_gradients({**found, **more}) if found else {}
+
+    def lora_gradients(self, found: Gradients) -> Gradients:
+        """The six gradients of one expert, fp32, before they are stored."""
+        return found
 
     def collect(self, grad_input: Tensor, at: Group, dx: Tensor) -> None:
         """grad_input [T, H] fp32 += dx."""
@@ -249,3 +245,43 @@ class Plain(TorchBf16):
             self.keep(gradients, at, found)
         self.finish(gradients, grad_weights)
         return self.stored(grad_input, torch.bfloat16), {name: gradients[name] for name in GRAD_NAMES}
+
+
+# ---- the list of mutants
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """An engine that is wrong in one way.
+
+    what: one sentence on it. check: the id of the check that must find it, like forward/small, and gate: the gate that
+    it exceeds there.
+    """
+
+    name: str
+    what: str
+    cause: Cause
+    check: str
+    gate: str
+    factory: type[Plain]
+
+    @property
+    def engine(self) -> str:
+        """The name that `--engine` takes."""
+        return f"{self.factory.__module__}:{self.name}"
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def mutant(cause: Cause, check: str, gate: str = "rel_l2") -> Callable[[type[Plain]], type[Plain]]:
+    """Enter a class into MUTANTS. ValueError for a name that is taken, or a class without a docstring."""
+
+    def enter(factory: type[Plain]) -> type[Plain]:
+        name, what = factory.__name__, " ".join((factory.__doc__ or "").split())
+        if name in MUTANTS or not what:
+            raise ValueError(f"mutant {name}: it takes a name of its own and a docstring that says what is wrong")
+        MUTANTS[name] = Mutant(name, what, cause, check, gate, factory)
+        return factory
+
+    return enter

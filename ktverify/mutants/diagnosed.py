@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ktverify.checks.target import Target
 from ktverify.diagnose.diagnose import diagnose
 from ktverify.diagnose.search import Diagnosis, one_thread
-from ktverify.mutants.registry import Mutant
+from ktverify.mutants.base import Mutant
 from ktverify.spec.cases import Case, catalogue
 
 LEAST = 0.8  # share of the mutants whose first-ranked cause must be right

@@ -11,8 +11,7 @@ from torch import Tensor
 from ktverify.checks.causes import Cause
 from ktverify.diagnose.hypotheses.rounding import cut_off
 from ktverify.engines import argument_checks
-from ktverify.mutants.base import Gradients, Group, Plain
-from ktverify.mutants.registry import mutant
+from ktverify.mutants.base import Gradients, Group, Plain, mutant
 from ktverify.spec.names import LORA_NAMES
 
 # ---- scale
@@ -46,18 +45,16 @@ class lora_scale_of_padded_rank(Plain):
 class lora_b_gradient_unscaled(Plain):
     """The gradients of the three LoRA B lack the factor s."""
 
-    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
-        found = {name: value / self.s if name.endswith("_b") else value for name, value in found.items()}
-        super().keep(gradients, at, found)
+    def lora_gradients(self, found: Gradients) -> Gradients:
+        return {name: value / self.s if name.endswith("_b") else value for name, value in found.items()}
 
 
 @mutant(Cause.LORA_SCALE, "backward/small")
 class lora_a_gradient_scaled_twice(Plain):
     """The gradients of the three LoRA A have the factor s twice."""
 
-    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
-        found = {name: value * self.s if name.endswith("_a") else value for name, value in found.items()}
-        super().keep(gradients, at, found)
+    def lora_gradients(self, found: Gradients) -> Gradients:
+        return {name: value * self.s if name.endswith("_a") else value for name, value in found.items()}
 
 
 @mutant(Cause.LORA_SCALE, "backward/small")
@@ -153,19 +150,15 @@ class failed_update_takes_some(Plain):
     """update_lora_weights takes one tensor after the other, and keeps those before the one that it refuses."""
 
     def _take_over(self) -> None:
-        present = {name: getattr(self, name) for name in LORA_NAMES}
-        for name, tensor in present.items():
-            argument_checks.check_lora(
-                self.spec, {**{each: tensor_of(self, each) for each in LORA_NAMES}, name: tensor}
-            )
-            self._lora[name] = tensor.detach().clone()
+        for name in LORA_NAMES:
+            given = {**{each: self._valid(each) for each in LORA_NAMES}, name: getattr(self, name)}
+            self._lora[name] = argument_checks.check_lora(self.spec, given)[name].detach().clone()
 
-
-def tensor_of(layer: Plain, name: str) -> Tensor:
-    """The parameter `name` if it is valid, otherwise the layer's present value of it."""
-    tensor: Tensor = getattr(layer, name)
-    fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == layer.spec.lora_shapes[name]
-    return tensor if fits and tensor.dtype in (torch.bfloat16, torch.float32) else layer._lora.get(name, tensor)
+    def _valid(self, name: str) -> Tensor:
+        """The parameter `name` if it is valid, otherwise the layer's present value of it."""
+        tensor: Tensor = getattr(self, name)
+        fits = isinstance(tensor, Tensor) and tuple(tensor.shape) == self.spec.lora_shapes[name]
+        return tensor if fits and tensor.dtype in (torch.bfloat16, torch.float32) else self._lora.get(name, tensor)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "training/fp32_parameters", "loss")
@@ -254,6 +247,5 @@ class skip_lora_ignored(Plain):
     """The method SkipLoRA computes the LoRA gradients."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(
-            **{**arguments, "method": str(arguments.get("method", "AMXBF16_SFT")).removesuffix("_SkipLoRA")}
-        )
+        method = str(arguments.get("method", "AMXBF16_SFT")).removesuffix("_SkipLoRA")
+        super().__init__(**{**arguments, "method": method})

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.hypotheses.rounding import cut_off, rounded, ties_away, to_bits
-from ktverify.mutants.base import Gradients, Group, Plain
-from ktverify.mutants.registry import mutant
+from ktverify.diagnose.hypotheses.rounding import cut_off, in_blocks, rounded, ties_away, to_bits
+from ktverify.mutants.base import Gradients, Group, Plain, mutant
 
 # ---- types of sums
 
@@ -39,10 +38,7 @@ class rows_summed_in_bf16(Plain):
     """LoRA gradients are summed over tokens in bf16, sixteen rows at a time."""
 
     def over_rows(self, a: Tensor, b: Tensor) -> Tensor:
-        total = torch.zeros(a.shape[1], b.shape[1])
-        for begin in range(0, len(a), 16):
-            total = rounded(total + a[begin : begin + 16].T @ b[begin : begin + 16])
-        return total
+        return in_blocks(a.T, b, 16)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "forward/k_tail_wide", "rel_l2_own")
@@ -50,10 +46,7 @@ class reduction_in_bf16(Plain):
     """Sums over H, I and r are kept in bf16 from one block of 128 to the next."""
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        total = torch.zeros(len(a), b.shape[1])
-        for begin in range(0, a.shape[1], 128):
-            total = rounded(total + a[:, begin : begin + 128] @ b[begin : begin + 128])
-        return total
+        return in_blocks(a, b, 128)
 
 
 @mutant(Cause.ACCUMULATION_TYPE, "exact/exact_fp32_lora", "exact")
@@ -234,12 +227,10 @@ class last_column_of_hidden_skipped(Plain):
 class intermediate_remainder_skipped(Plain):
     """Sums over I stop at the last whole block of 16, where there is one."""
 
-    def expert(self, at: Group) -> None:
-        self.gate_and_up(at)
-        at.h = self.operand(self.activation(at.g, at.u))
-        whole = at.h.shape[1] // 16 * 16
-        at.h[:, whole or at.h.shape[1] :] = 0
-        self.down(at)
+    def activation(self, g: Tensor, u: Tensor) -> Tensor:
+        h, size = super().activation(g, u), g.shape[1]
+        h[:, size // 16 * 16 or size :] = 0
+        return h
 
 
 @mutant(Cause.N_TAIL, "forward/odd_sizes")
@@ -265,16 +256,8 @@ class gate_b_gradient_remainder_not_written(Plain):
 # ---- tensor parallelism
 
 
-class _Parts(Plain):
-    """Has its tensor parallel degree as `degree`."""
-
-    @property
-    def degree(self) -> int:
-        return self.spec.threadpool_count
-
-
 @mutant(Cause.TP_PART, "tp/gaussian")
-class tp_part_lost(_Parts):
+class tp_part_lost(Plain):
     """The last part's share of every sum over tensor-parallel parts is missing."""
 
     def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
@@ -282,7 +265,7 @@ class tp_part_lost(_Parts):
 
 
 @mutant(Cause.TP_PART, "tp/gaussian")
-class tp_part_twice(_Parts):
+class tp_part_twice(Plain):
     """The first part's share of every sum over tensor-parallel parts is added twice."""
 
     def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
@@ -290,36 +273,35 @@ class tp_part_twice(_Parts):
 
 
 @mutant(Cause.TP_PART, "tp/gaussian")
-class tp_lora_in_every_part(_Parts):
+class tp_lora_in_every_part(Plain):
     """Each part adds the whole LoRA term of down, so it counts once per part."""
 
     def down_lora(self, at: Group, b: Tensor) -> Tensor:
-        return self.degree * super().down_lora(at, b)
+        return self.spec.threadpool_count * super().down_lora(at, b)
 
 
 @mutant(Cause.TP_PART, "tp/gaussian")
-class tp_gradient_parts_exchanged(_Parts):
+class tp_gradient_parts_exchanged(Plain):
     """The parts of up_lora_b's gradient are stored in reverse order."""
 
-    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
-        if found:
-            value = found["grad_up_lora_b"]
-            parts = value.view(self.degree, -1, value.shape[1]).flip(0)
-            found = {**found, "grad_up_lora_b": parts.reshape(value.shape)}
-        super().keep(gradients, at, found)
+    def lora_gradients(self, found: Gradients) -> Gradients:
+        value = found["grad_up_lora_b"]
+        parts = value.view(self.spec.threadpool_count, -1, value.shape[1]).flip(0)
+        return {**found, "grad_up_lora_b": parts.reshape(value.shape)}
 
 
 @mutant(Cause.TP_PART, "tp/gaussian", "tp")
-class tp_parts_with_a_coarse_exp(_Parts):
+class tp_parts_with_a_coarse_exp(Plain):
     """At a degree above 1, sigma uses an exp that is off by 0.4 %."""
 
     def activation(self, g: Tensor, u: Tensor) -> Tensor:
-        return g / (1 + torch.exp(-g) * 1.004) * u if self.degree > 1 else super().activation(g, u)
+        coarse = self.spec.threadpool_count > 1
+        return g / (1 + torch.exp(-g) * 1.004) * u if coarse else super().activation(g, u)
 
 
 @mutant(Cause.TP_PART, "tp/gaussian", "tp")
-class tp_parts_summed_in_bf16(_Parts):
+class tp_parts_summed_in_bf16(Plain):
     """The parts' shares are rounded to bf16 before they are added."""
 
     def over_parts(self, term: Callable[[slice], Tensor]) -> Tensor:
-        return super().over_parts(lambda part: rounded(term(part)) if self.degree > 1 else term(part))
+        return super().over_parts(lambda part: rounded(term(part)) if self.spec.threadpool_count > 1 else term(part))

@@ -11,8 +11,7 @@ from torch import Tensor
 from ktverify.checks.causes import Cause
 from ktverify.engines import argument_checks
 from ktverify.judge.reference import routed
-from ktverify.mutants.base import Gradients, Group, Plain
-from ktverify.mutants.registry import mutant
+from ktverify.mutants.base import Gradients, Group, Plain, mutant
 
 Routes = Iterator[tuple[int, Tensor, Tensor]]
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.mutants.base import Gradients, Group, Matrices, Outstanding, Plain
-from ktverify.mutants.registry import mutant
+from ktverify.mutants.base import Gradients, Group, Matrices, Outstanding, Plain, mutant
 
 # ---- stale values
 
@@ -141,9 +140,9 @@ class unsaved_forward_overwrites(Plain):
         if not save:
             mine: Any = self._saved.pop()
             for at in before[-1].groups if before else ():  # type: ignore[attr-defined]
-                for other in mine.groups:
+                for other in (each for each in mine.groups if each.expert == at.expert):
                     rows = min(len(at.h), len(other.h))
-                    at.h[:rows] = other.h[:rows] if at.expert == other.expert else at.h[:rows]
+                    at.h[:rows] = other.h[:rows]
         return output
 
 
@@ -269,8 +268,7 @@ class cache_depth_ignored(Plain):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        deep = {**arguments, "max_cache_depth": 1 << 20}
-        super().__init__(**deep)
+        super().__init__(**{**arguments, "max_cache_depth": 1 << 20})
 
 
 # ---- resources

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.mutants.base import Gradients, Group, Matrices, Plain
-from ktverify.mutants.registry import mutant
+from ktverify.mutants.base import Gradients, Group, Matrices, Plain, mutant
 
 
 def misread(matrix: Tensor) -> Tensor:
@@ -37,11 +36,9 @@ class gate_up_lora_a_exchanged(Plain):
 class gate_up_gradients_exchanged(Plain):
     """The gradients of gate_lora_a and up_lora_a are exchanged; their shapes are equal."""
 
-    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
-        if found:
-            gate, up = found["grad_gate_lora_a"], found["grad_up_lora_a"]
-            found = {**found, "grad_gate_lora_a": up, "grad_up_lora_a": gate}
-        super().keep(gradients, at, found)
+    def lora_gradients(self, found: Gradients) -> Gradients:
+        gate, up = found["grad_gate_lora_a"], found["grad_up_lora_a"]
+        return {**found, "grad_gate_lora_a": up, "grad_up_lora_a": gate}
 
 
 @mutant(Cause.TRANSPOSED, "forward/small")
@@ -66,11 +63,9 @@ class down_misread(Plain):
 class down_b_gradient_transposed(Plain):
     """The gradient of down_lora_b is written as [r, H] into a tensor of [H, r]."""
 
-    def keep(self, gradients: Gradients, at: Group, found: Gradients) -> None:
-        if found:
-            value = found["grad_down_lora_b"]
-            found = {**found, "grad_down_lora_b": value.T.contiguous().view(value.shape)}
-        super().keep(gradients, at, found)
+    def lora_gradients(self, found: Gradients) -> Gradients:
+        value = found["grad_down_lora_b"]
+        return {**found, "grad_down_lora_b": value.T.contiguous().view(value.shape)}
 
 
 @mutant(Cause.MEMORY_LAYOUT, "forward/small")

@@ -19,9 +19,7 @@ from ktverify.errors import GateFailed
 from ktverify.judge import gates
 from ktverify.judge.gates import GATES, Verdict, gates_off
 from ktverify.mutants import MUTANTS, Plain
-from ktverify.mutants.kills import Exceeded, ask
-from ktverify.mutants.results import as_json, verdict_line
-from ktverify.mutants.runner import NOT_OF_ENGINES, KillTable, candidates, worst
+from ktverify.mutants.kills import NOT_OF_ENGINES, Exceeded, KillTable, as_json, ask, candidates, verdict_line, worst
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import ALL_TENSORS, OUTPUT

@@ -104,11 +104,7 @@ def _over_tokens(experts: list[ExpertValues], right: Tensor, name: str, block: i
     total = torch.zeros_like(right)
     _, left, other = operands(name)
     for v in experts:
-        a, b = v[left], v[other]
-        part = torch.zeros_like(total[v.expert])
-        for i in range(0, len(a), block):
-            part = rounded(part + a[i : i + block].T @ b[i : i + block])
-        total[v.expert] = v["s"] * part
+        total[v.expert] = v["s"] * in_blocks(v[left].T, v[other], block)
     return total
 
 
@@ -129,13 +125,14 @@ def _blocked(stage: str, block: int) -> Formula:
     left, right = operands(stage)[-2:]
 
     def formula(v: ExpertValues) -> Tensor:
-        product = _product(v[left], v[right].T if stage in FORWARD else v[right], block)
+        product = in_blocks(v[left], v[right].T if stage in FORWARD else v[right], block)
         return v["s"] * product if "s" in operands(stage) else product
 
     return formula
 
 
-def _product(a: Tensor, b: Tensor, block: int) -> Tensor:
+def in_blocks(a: Tensor, b: Tensor, block: int) -> Tensor:
+    """a [n, K] times b [K, m], rounded to bf16 after every `block` terms of the sum."""
     total = torch.zeros(len(a), b.shape[1], dtype=a.dtype)
     for i in range(0, a.shape[1], block):
         total = rounded(total + a[:, i : i + block] @ b[i : i + block])
