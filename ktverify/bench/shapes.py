@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ktverify.spec import cases
-from ktverify.spec.cases import Case
-from ktverify.spec.toml import read_toml
+from ktverify.spec.cases import Case, read_toml
 
 TABLE = Path(__file__).with_name("shapes.toml")
 

@@ -13,7 +13,7 @@ import torch
 
 from ktverify.engines.run import METHOD
 from ktverify.judge import golden, reference
-from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge.gates import peer_error
 from ktverify.judge.metrics import Difference, compare
 from ktverify.runs.record import AccuracyRecord
 from ktverify.spec.cases import Case, catalogue

@@ -18,7 +18,7 @@ from torch import Tensor
 from ktverify.checks.target import Target, expect_same_bits
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics, reference
-from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge.gates import peer_error
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 

@@ -1,21 +1,26 @@
 """From a difference and its budgets to a verdict. All numbers are in tolerances.toml.
 
-`judge` takes a case, a tensor's name, its `Difference` and the plain bf16 peer's error, and returns a `Judgement`.
+`peer_error` is the error of plain torch in bf16, of which every budget is a multiple. `judge` takes a case, a tensor's
+name, its `Difference` and that error, and returns a `Judgement`.
 """
 
 from __future__ import annotations
 
 import enum
 import functools
+import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ktverify.judge.metrics import Difference
-from ktverify.spec.cases import Case, catalogue, expects_zero
+import torch
+
+from ktverify.judge.metrics import Difference, compare
+from ktverify.judge.reference import forward_backward, peer_bf16
+from ktverify.spec.cases import Case, catalogue, expects_zero, read_toml
+from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import BACKWARD_TENSORS, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT, TOKEN_TENSORS
-from ktverify.spec.toml import read_toml
 from ktverify.system.instruction_sets import AMX
 
 TOLERANCES = Path(__file__).with_name("tolerances.toml")
@@ -99,6 +104,45 @@ def tolerances() -> dict[str, Any]:
     return read_toml(TOLERANCES)
 
 
+# ---- budgets
+
+
+def peer_error(inputs: Inputs, expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """rel_l2 of reference.peer_bf16 by tensor; expected: forward_backward of `inputs`.
+
+    For a case with few token slots, the root mean square over the case and its perturbed copies. Their number is in
+    tolerances.toml because it affects the budgets.
+    """
+    squares = {name: [compare(tensor, expected[name]).rel_l2 ** 2] for name, tensor in peer_bf16(inputs).items()}
+    case, numbers = inputs.case, tolerances()["peer"]
+    weights = 3 * len(inputs.active) * case.hidden * case.intermediate
+    few = 0 < case.qlen * case.top_k < numbers["neighbour_slots"] and weights <= numbers["neighbour_weights"]
+    if few and not case.exact:
+        for number in range(numbers["neighbours"]):
+            near = _neighbour(inputs, number)
+            right = forward_backward(near)
+            for name, tensor in peer_bf16(near).items():
+                squares[name].append(compare(tensor, right[name]).rel_l2 ** 2)
+    return {name: math.sqrt(sum(found) / len(found)) for name, found in squares.items()}
+
+
+def _neighbour(inputs: Inputs, number: int) -> Inputs:
+    """A copy of the inputs with another last bit in half of the elements of hidden_states and grad_output."""
+    x, d_out = _flip(inputs.hidden_states, f"x {number}"), _flip(inputs.grad_output, f"dO {number}")
+    return replace(inputs, hidden_states=x, grad_output=d_out)
+
+
+def _flip(tensor: torch.Tensor, seed: str) -> torch.Tensor:
+    """[T, H] bf16 with the last bit of half of the elements flipped; 0, NaN and Inf stay."""
+    bits = tensor.contiguous().view(torch.int16)
+    count = bits.numel()
+    # bytes of a hash, so that the flipped elements do not depend on the machine
+    stream = hashlib.shake_256(f"ktverify neighbour {seed}".encode()).digest(max(1, count))
+    coin = torch.frombuffer(bytearray(stream), dtype=torch.uint8)[:count].reshape(bits.shape).to(torch.int16) & 1
+    alive = torch.isfinite(tensor) & (tensor != 0)
+    return (bits ^ torch.where(alive, coin, 0).to(torch.int16)).view(torch.bfloat16)
+
+
 def _allowance(numbers_deciding: float) -> float:
     """a = 1 + spread (1 / sqrt(n) - 1 / sqrt(few)) where n < few, else 1: how much more a draw of n numbers may err."""
     numbers = tolerances()["peer"]
@@ -139,11 +183,6 @@ def numbers_deciding(case: Case, tensor: str, nonzero: int) -> int:
     return found
 
 
-def _is_a_draw(case: Case) -> bool:
-    """Whether the inputs differ from the catalogue's, for which every limit holds without an allowance."""
-    return catalogue().get(case.name) != case
-
-
 def own_limit(case: Case, tensor: str, isa: str, participation: float = math.inf) -> float | None:
     """The rel_l2 limit of an engine with fp32 sums on this case; None where only the peer's budget applies.
 
@@ -156,7 +195,10 @@ def own_limit(case: Case, tensor: str, isa: str, participation: float = math.inf
         return None
     direction = "forward" if tensor == OUTPUT else "backward"
     limit = float(numbers[direction if isa in ("", AMX) else f"{direction}_other_isa"])
-    return limit * _allowance(participation) if _is_a_draw(case) else limit
+    return limit if catalogue().get(case.name) == case else limit * _allowance(participation)
+
+
+# ---- verdict
 
 
 def judge(
@@ -176,11 +218,8 @@ def judge(
     bits. isa: the engine's instruction set; "" gets the limits of AMX. searched: the case came from a property search,
     so cap the number of independent numbers at the tensor's participation. gates_off: gates to leave out.
     """
-    gates = [
-        _gate(name, value, budget, reason)
-        for name, value, budget, reason in _applied(case, tensor, difference, peer, own_engine, isa, searched)
-        if name not in gates_off
-    ]
+    applied = _applied(case, tensor, difference, peer, own_engine, isa, searched)
+    gates = [_gate(*each) for each in applied if each[0] not in gates_off]
     if any(gate.verdict is Verdict.FAIL for gate in gates):
         verdict = Verdict.FAIL
     elif "trust" not in gates_off:
@@ -199,9 +238,8 @@ def _applied(
     deciding: float = numbers_deciding(case, tensor, difference.nonzero)
     if searched:
         deciding = min(deciding, difference.participation)
-    found = [
-        ("non_finite", float(difference.non_finite), float(numbers["non_finite"]["unexpected"]), "NaN or Inf"),
-    ]
+    limit = float(numbers["non_finite"]["unexpected"])
+    found = [("non_finite", float(difference.non_finite), limit, "NaN or Inf")]
     # experts that a broken token reached may or may not show its NaN; the token's own rows must show it
     if tensor in TOKEN_TENSORS:
         limit = float(numbers["non_finite"]["missing"])
@@ -248,13 +286,9 @@ def _trust(case: Case, tensor: str, difference: Difference, peer: float) -> Gate
         reason = f"plain bf16 itself errs by {peer:.1e}: the sum cancels, and its relative error tells nothing"
         return GateResult("trust", peer, limit, peer / limit, Verdict.MISTRUSTED, reason)
     believed = difference.nonzero >= numbers["min_nonzero"] and difference.density >= least
-    reason = (
-        "expected values are alive"
-        if believed
-        else (f"only {difference.nonzero} of {difference.numel} expected elements are other than 0")
-    )
+    few = f"only {difference.nonzero} of {difference.numel} expected elements are other than 0"
+    reason, verdict = ("expected values are alive", Verdict.PASS) if believed else (few, Verdict.MISTRUSTED)
     used = least / difference.density if difference.density > 0 else math.inf
-    verdict = Verdict.PASS if believed else Verdict.MISTRUSTED
     return GateResult("trust", difference.density, least, used, verdict, reason)
 
 

@@ -1,9 +1,7 @@
 """Goldens on disk: the fp64 oracle's answers to the rows of the catalogue.
 
-golden/manifest.json has one entry per case: its sizes, the generator's version, torch's version, the SHA-256 of the
-inputs, and per tensor the shape, how it is stored, the SHA-256 of the oracle's values and the plain bf16 peer's error.
-golden/NAME.HASH.safetensors contains the values. HASH is of the file's own content, so a new golden never overwrites an
-old one.
+golden/manifest.json has one entry per case (see write_golden), golden/NAME.HASH.safetensors the values. HASH is of the
+file's own content, so a new golden never overwrites an old one.
 
 A tensor is stored as `full` (up to 16384 elements in fp32, or of any size in the output's own dtype where the case is
 exact), `sketch` (larger; see golden_sketch.py) or `zero` (all zero, or no element). golden_regenerate.py makes them.
@@ -11,6 +9,7 @@ exact), `sketch` (larger; see golden_sketch.py) or `zero` (all zero, or no eleme
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -32,7 +31,6 @@ from ktverify.system.files import ROOT, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_ENVIRONMENT = "KTVERIFY_GOLDEN_DIR"
 
 Entry = dict[str, Any]  # a case's entry in the manifest
 
@@ -73,7 +71,7 @@ class Golden:
 
 def golden_dir() -> Path:
     """The goldens' directory: KTVERIFY_GOLDEN_DIR, else golden/ beside the package (a checkout), else ./golden."""
-    named = os.environ.get(_ENVIRONMENT)
+    named = os.environ.get("KTVERIFY_GOLDEN_DIR")
     if named:
         return Path(named)
     beside = ROOT / "golden"
@@ -98,11 +96,9 @@ def load(case: Case, directory: Path | None = None) -> Golden:
 
 def has(case: Case) -> bool:
     """Whether the manifest has a golden for this case and seed."""
-    try:
-        _entry(case, golden_dir())
-    except NoGolden:
-        return False
-    return True
+    with contextlib.suppress(NoGolden):
+        return bool(_entry(case, golden_dir()))
+    return False
 
 
 def load_full(case: Case) -> dict[str, torch.Tensor]:
@@ -163,10 +159,8 @@ def read_entry(case: Case, entry: Entry, where: Path) -> Golden:
     tensors: dict[str, StoredTensor] = {}
     for name, row in entry["tensors"].items():
         shape = tuple(row["shape"])
-        value: torch.Tensor | Sketch | None = None
-        if row["kind"] == "full":
-            value = values[name]
-        elif row["kind"] == "sketch":
+        value: torch.Tensor | Sketch | None = values[name] if row["kind"] == "full" else None
+        if row["kind"] == "sketch":
             arrays: dict[str, Any] = {part: values[f"{name}.{part}"].numpy() for part in Sketch.ARRAYS}
             scalars: dict[str, Any] = {part: row[part] for part in Sketch.SCALARS}
             value = Sketch(shape=shape, seed=row["seed"], **arrays, **scalars)
@@ -184,12 +178,8 @@ def write_golden(golden: Golden, directory: Path) -> Entry:
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, Entry] = {}
     for name, stored in golden.tensors.items():
-        rows[name] = {
-            "shape": list(stored.shape),
-            "kind": stored.kind,
-            "sha256": stored.sha256,
-            "peer": golden.peer[name],
-        }
+        facts = {"kind": stored.kind, "sha256": stored.sha256, "peer": golden.peer[name]}
+        rows[name] = {"shape": list(stored.shape), **facts}
         if isinstance(stored.value, Sketch):
             for part in Sketch.ARRAYS:
                 values[f"{name}.{part}"] = torch.from_numpy(getattr(stored.value, part))

@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge.gates import peer_error
 from ktverify.judge.golden import (
     Entry,
     Golden,

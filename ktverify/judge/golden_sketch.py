@@ -38,8 +38,7 @@ class Sketch:
 
     buckets [1024]: the projection; slice_norms [shape[0]]: ||b[i]||, 0 where b[i] is all zero (such slices are dead);
     sample_index [256], largest_index [32]: flat indices, sample_value, largest_value: b there; norm = ||b||, sum_abs =
-    sum |b|, max_abs = max |b|, nonzero: number of elements other than 0. seed: text that
-    selects the signs and buckets.
+    sum |b|, nonzero: number of elements other than 0. seed: text that selects the signs and buckets.
     """
 
     shape: tuple[int, ...]
@@ -82,13 +81,11 @@ def make_sketch(expected: torch.Tensor, seed: str) -> Sketch:
         peaks += [(-abs(float(values[at])), place * size + int(at)) for at in few]
     live = np.flatnonzero(norms)
     flat = expected.reshape(-1)
-    draws = hashes(_key(f"{seed} samples"), SAMPLES)
-    picked = (
-        live[(draws % np.uint64(max(1, live.size))).astype(np.int64)] * size
-        + ((draws >> np.uint64(20)) % np.uint64(size)).astype(np.int64)
-        if live.size
-        else np.zeros(0, np.int64)
-    )
+    picked = np.zeros(0, np.int64)
+    if live.size:
+        draws = hashes(_key(f"{seed} samples"), SAMPLES)
+        within = (draws >> np.uint64(20)) % np.uint64(size)
+        picked = live[(draws % np.uint64(live.size)).astype(np.int64)] * size + within.astype(np.int64)
     largest = np.array([at for _, at in sorted(peaks)[:LARGEST]], np.int64)
     return Sketch(
         shape=tuple(expected.shape),
@@ -174,9 +171,8 @@ def compare_sketch(sketch: Sketch, actual: torch.Tensor) -> Difference:
 
 def same_sketch(one: Sketch, other: Sketch, tolerance: float) -> bool:
     """True where two sketches agree up to `tolerance`, relative to the norm."""
-    if one.shape != other.shape or one.seed != other.seed or one.nonzero != other.nonzero:
-        return False
-    if not np.array_equal(one.sample_index, other.sample_index):
+    same = (one.shape, one.seed, one.nonzero) == (other.shape, other.seed, other.nonzero)
+    if not same or not np.array_equal(one.sample_index, other.sample_index):
         return False
     limit = tolerance * max(other.norm, 1e-300)
     pairs = [(one.buckets, other.buckets), (one.slice_norms, other.slice_norms), (one.sample_value, other.sample_value)]

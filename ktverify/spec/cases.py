@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+import importlib
+import math
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ktverify.spec.names import tensor_shapes
-from ktverify.spec.toml import read_toml
 
 CATALOGUE = Path(__file__).with_name("catalogue.toml")
 CUSTOM = "custom"
@@ -66,7 +68,6 @@ _KEYS: dict[str, str] = {
 # keys that a hand-written case prints only where they differ from these defaults
 _OPTIONAL: dict[str, object] = {"map": "identity", "magnitude": 1.0}
 _SIZES = ("E", "k", "H", "I", "T", "r")
-_WHY_CUSTOM = "written by hand"
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,17 @@ class Case:
     magnitude: float = 1.0  # of hidden_states (2^8 at most) and grad_output, gaussian data only
 
     def __post_init__(self) -> None:
-        for key in _SIZES:
-            value = getattr(self, _KEYS[key])
-            least = 0 if key == "T" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{key} ({_KEYS[key]}) is {value!r}, it takes a whole number of {least} or more")
+        for label, name in (*((f"{key} ({_KEYS[key]})", _KEYS[key]) for key in _SIZES), ("seed", "seed")):
+            number, least = getattr(self, name), 0 if name in ("qlen", "seed") else 1
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{label} is {number!r}, it takes a whole number of {least} or more")
         if self.top_k > self.num_experts:
             raise ValueError(f"k is {self.top_k}, it takes at most E = {self.num_experts}")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha is {self.alpha!r}, it takes a positive finite number")
-        if not 0 < self.magnitude < float("inf"):
-            raise ValueError(f"magnitude is {self.magnitude!r}, it takes a positive finite number")
+        for label, number in (("alpha", self.alpha), ("magnitude", self.magnitude)):
+            if not 0 < number < math.inf:
+                raise ValueError(f"{label} is {number!r}, it takes a positive finite number")
         if self.magnitude != 1 and self.data != "gaussian":
             raise ValueError(f"magnitude is {self.magnitude:g}, data={self.data} has its own; it takes data=gaussian")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed is {self.seed!r}, it takes a whole number of 0 or more")
         for label, value, allowed in (
             ("data", self.data, tuple(DATA_KINDS)),
             ("routing", self.routing, tuple(ROUTING_KINDS)),
@@ -124,10 +121,9 @@ class Case:
         for degree in self.tp:
             if degree < 1 or self.intermediate % degree:
                 raise ValueError(f"tp degree {degree} does not divide I = {self.intermediate}")
-        if self.data == "integer" and not _power_of_two(self.scaling):
-            raise ValueError(
-                f"alpha / rank is {self.scaling:g}, data=integer takes a power of two: alpha = {2 * self.rank} would do"
-            )
+        if self.data == "integer" and math.frexp(self.scaling)[0] != 0.5:
+            power = f"data=integer takes a power of two: alpha = {2 * self.rank} would do"
+            raise ValueError(f"alpha / rank is {self.scaling:g}, {power}")
         if self.data in ("nan_row", "inf_row") and self.qlen < 2:
             raise ValueError(f"data={self.data} needs another token to be isolated from, T is {self.qlen}")
 
@@ -228,24 +224,26 @@ def flops(case: Case, *, backward: bool = False) -> int:
     return base + lora + (base + 2 * lora if backward else 0)
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The document at `path`. OSError where it cannot be read, ValueError for a file that is not TOML."""
+    # tomllib came with Python 3.11; tomli is the same code, and a dependency before that
+    parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    document: dict[str, Any] = parser.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
 @functools.cache
-def _rows() -> tuple[Case, ...]:
-    document = read_toml(CATALOGUE)
-    rows = []
-    for name, table in document.items():
+def catalogue() -> dict[str, Case]:
+    """All rows of catalogue.toml by name, in the file's order. ValueError names a bad row."""
+    rows = {}
+    for name, table in read_toml(CATALOGUE).items():
         try:
-            case = _from_table(name, table)
+            rows[name] = _from_table(name, table)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{CATALOGUE.name}, row {name}: {error}") from error
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name == CUSTOM:
             raise ValueError(f"{CATALOGUE.name}, row {name}: a name is lower-case letters, digits and _, not {CUSTOM}")
-        rows.append(case)
-    return tuple(rows)
-
-
-def catalogue() -> dict[str, Case]:
-    """All rows of catalogue.toml by name, in the file's order. ValueError names a bad row."""
-    return {case.name: case for case in _rows()}
+    return rows
 
 
 def select(glob: str | None = None, tier: str | tuple[str, ...] | None = None, data: str | None = None) -> list[Case]:
@@ -259,7 +257,7 @@ def select(glob: str | None = None, tier: str | tuple[str, ...] | None = None, d
     patterns = None if glob is None else [part.strip() for part in glob.split(",") if part.strip()]
     return [
         case
-        for case in _rows()
+        for case in catalogue().values()
         if case.tier in tiers
         and (data is None or case.data == data)
         and (patterns is None or any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns))
@@ -272,9 +270,8 @@ def _from_table(name: str, table: dict[str, Any]) -> Case:
     known = ("why", *_KEYS, "tier", "tp")
     unknown = [key for key in table if key not in known]
     if missing or unknown:
-        raise ValueError(
-            f"missing keys: {missing}, unknown keys: {unknown}; it takes why, {', '.join(_KEYS)}, tier, tp"
-        )
+        takes = f"it takes why, {', '.join(_KEYS)}, tier, tp"
+        raise ValueError(f"missing keys: {missing}, unknown keys: {unknown}; {takes}")
     if len(table["why"]) < 20:
         raise ValueError("why takes a sentence that says what the case is for")
     found: dict[str, Any] = {_KEYS.get(key, key): value for key, value in table.items()}
@@ -317,7 +314,7 @@ def _custom(text: str, pairs: dict[str, Any], seed: int) -> Case:
     if missing:
         raise ValueError(f"case {text!r}: {', '.join(missing)} missing; a hand-written case tells {', '.join(_SIZES)}")
     pairs.setdefault("alpha", 2.0 * pairs["rank"])
-    return Case(name=CUSTOM, why=_WHY_CUSTOM, seed=seed, tp=_degrees(pairs["intermediate"]), **pairs)
+    return Case(name=CUSTOM, why="written by hand", seed=seed, tp=_degrees(pairs["intermediate"]), **pairs)
 
 
 def _degrees(intermediate: int) -> tuple[int, ...]:
@@ -329,8 +326,3 @@ def _text(value: object) -> str:
         short = format(value, "g")
         return short if float(short) == value else repr(value)
     return str(value)
-
-
-def _power_of_two(value: float) -> bool:
-    mantissa = value.hex().lower().partition("p")[0]
-    return mantissa in ("0x1.0000000000000", "0x1")

@@ -48,8 +48,6 @@ def tensor_shapes(
     num_experts: int, top_k: int, hidden: int, intermediate: int, qlen: int, rank: int
 ) -> dict[str, tuple[int, ...]]:
     """Shape of each of ALL_TENSORS for sizes E, k, H, I, T, r."""
-    shapes: dict[str, tuple[int, ...]] = {OUTPUT: (qlen, hidden), GRAD_INPUT: (qlen, hidden)}
-    for name, shape in lora_shapes(num_experts, hidden, intermediate, rank).items():
-        shapes[f"grad_{name}"] = shape
-    shapes[GRAD_WEIGHTS] = (qlen, top_k)
-    return shapes
+    lora = lora_shapes(num_experts, hidden, intermediate, rank)
+    grads = {f"grad_{name}": shape for name, shape in lora.items()}
+    return {OUTPUT: (qlen, hidden), GRAD_INPUT: (qlen, hidden), **grads, GRAD_WEIGHTS: (qlen, top_k)}

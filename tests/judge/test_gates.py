@@ -11,7 +11,6 @@ import torch
 
 from ktverify.engines.registry import find
 from ktverify.engines.run import run_case
-from ktverify.judge.bf16_baseline import peer_error
 from ktverify.judge.gates import (
     TOLERANCES,
     Judgement,
@@ -20,6 +19,7 @@ from ktverify.judge.gates import (
     numbers_deciding,
     own_limit,
     peer_budget,
+    peer_error,
     tolerances,
 )
 from ktverify.judge.metrics import compare

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ktverify.engines.registry import find
 from ktverify.engines.run import check_grad_names, run_case
-from ktverify.judge.bf16_baseline import peer_error
+from ktverify.judge.gates import peer_error
 from ktverify.judge.metrics import compare
 from ktverify.judge.reference import forward_backward, peer_bf16, plain_expert, routed, zeros
 from ktverify.spec.cases import Case, flops, select
@@ -222,7 +222,7 @@ def test_the_bf16_peer_is_an_average_where_few_numbers_decide() -> None:
 
 
 def test_perturbed_copies_are_near_and_the_same_on_every_machine() -> None:
-    from ktverify.judge.bf16_baseline import _neighbour
+    from ktverify.judge.gates import _neighbour
 
     inputs = make_inputs(Case.parse("E=4,k=2,H=64,I=24,T=9,r=1,data=inf_row"))
     near = _neighbour(inputs, 0)

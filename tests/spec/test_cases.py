@@ -188,7 +188,7 @@ def test_a_bad_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tab
     monkeypatch.setattr(cases, "CATALOGUE", tmp_path / "catalogue.toml")
     name = table[1 : table.index("]")]
     with pytest.raises(ValueError, match=f"row {name}: (?s:.*){says}"):
-        cases._rows.__wrapped__()
+        cases.catalogue.__wrapped__()
 
 
 def test_zero_is_expected_only_where_a_case_makes_it() -> None:

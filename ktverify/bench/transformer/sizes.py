@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ktverify.spec.toml import read_toml
+from ktverify.spec.cases import read_toml
 
 TABLE = Path(__file__).with_name("presets.toml")
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
