@@ -48,9 +48,8 @@ def walk_non_finite(case: Case, target: Target, save: Path) -> list[str]:
     tensors = {f"inputs.{n}": getattr(inputs, n) for n in ("hidden_states", "expert_ids", "weights", "grad_output")}
     tensors.update({f"actual.{name}": tensor for name, tensor in actual.items()})
     expert = place[0] if place is not None else inputs.active[0]
-    for v in walk(inputs):
-        if v.expert == expert:
-            tensors.update({f"stages.{name}": value for name, value in v.of.items()})
+    stages = next(v.of for v in walk(inputs) if v.expert == expert)
+    tensors.update({f"stages.{name}": value for name, value in stages.items()})
     kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     write_whole(save, safetensors.torch.save(kept, metadata={"case": case.id}))
     lines.append(f"{len(tensors)} tensors in {save}: the inputs, the stages of expert {expert}, what the engine gave")

@@ -178,7 +178,6 @@ def _drift(target: Target) -> Explanation | None:
     run_layer(layer, inputs)
     draw = torch.Generator().manual_seed(7)
     apart: list[tuple[int, float]] = []
-    before = inputs.lora
     for step in range(1, _DRIFT_STEPS[-1] + 1):
         before = inputs.lora
         after = {n: t + 0.02 * t.std() * torch.randn(t.shape, generator=draw) for n, t in before.items()}

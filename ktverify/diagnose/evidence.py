@@ -154,10 +154,6 @@ class Evidence:
         """The sum of `errors`."""
         return sum(self.errors.values())
 
-    def reachable(self, names: Sequence[str] | frozenset[str]) -> float:
-        """The share of the error in these tensors: an upper bound on what a change of them can explain."""
-        return sum(self.errors.get(name, 0.0) for name in names) / self.error if self.error else 0.0
-
     def left(self, predicted: Tensors) -> dict[str, float]:
         """The error of each tensor against `predicted`; against the oracle where `predicted` does not have it."""
         changed = {name: self.off(name, predicted[name]) for name in self.errors if name in predicted}
@@ -174,7 +170,8 @@ class Evidence:
 
     def worth(self, names: Sequence[str] | frozenset[str], least: float = 0.5) -> bool:
         """False where a change of only these tensors cannot explain `least` of the error, or the time is up."""
-        return self.reachable(names) >= least and time.monotonic() < self.deadline
+        reachable = sum(self.errors.get(name, 0.0) for name in names) / self.error if self.error else 0.0
+        return reachable >= least and time.monotonic() < self.deadline
 
     def test(self, cause: Cause, text: str, change: Change, *, rank: int = 1) -> Iterator[Explanation]:
         """The explanation by a layer with other formulas; nothing where that cannot lower the error."""

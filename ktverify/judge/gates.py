@@ -247,7 +247,7 @@ def _applied(
     found.append(("stray", float(difference.stray), float(numbers["zero"]["stray"]), "must be exactly zero"))
     if difference.norm_expected == 0:
         pass  # every element is zero, idle or not finite, and the gates above have judged it
-    elif _cancels(peer):
+    elif peer > numbers["trust"]["max_peer"]:
         # no engine's relative error is small here: a pass is impossible (see _trust), a gross error still fails
         budget = peer_budget(peer, deciding, capped=False)
         found.append(("rel_l2", difference.rel_l2, budget, "the sum cancels"))
@@ -271,18 +271,14 @@ def _gate(name: str, value: float, budget: float, reason: str) -> GateResult:
     return GateResult(name, value, budget, used, Verdict.PASS if kept else Verdict.FAIL, reason)
 
 
-def _cancels(peer: float) -> bool:
-    return bool(peer > tolerances()["trust"]["max_peer"])
-
-
 def _trust(case: Case, tensor: str, difference: Difference, peer: float) -> GateResult:
     """MISTRUSTED where agreement proves nothing: the expected tensor is too empty or too badly conditioned."""
     numbers = tolerances()["trust"]
     least = float(numbers["min_density_exact" if case.exact else "min_density"])
     if expects_zero(case, tensor):
         return GateResult("trust", difference.density, 0.0, 0.0, Verdict.PASS, "zero by construction")
-    if difference.norm_expected > 0 and _cancels(peer):
-        limit = float(numbers["max_peer"])
+    limit = float(numbers["max_peer"])
+    if difference.norm_expected > 0 and peer > limit:
         reason = f"plain bf16 itself errs by {peer:.1e}: the sum cancels, and its relative error tells nothing"
         return GateResult("trust", peer, limit, peer / limit, Verdict.MISTRUSTED, reason)
     believed = difference.nonzero >= numbers["min_nonzero"] and difference.density >= least

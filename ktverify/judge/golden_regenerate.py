@@ -51,8 +51,6 @@ SAME_FP32 = 2.0**-23
 SAME_PEER = 0.25
 _PEER_FLOOR = 2.0**-9
 
-Progress = Callable[[str, float], None]
-
 
 @dataclass
 class Regeneration:
@@ -70,7 +68,7 @@ def regenerate(
     check: bool = False,
     force: bool = False,
     full: bool = False,
-    progress: Progress = lambda text, share: None,
+    progress: Callable[[str, float], None] = lambda text, share: None,
 ) -> Regeneration:
     """Compute the fp64 oracle of every row of the catalogue (or of those that the glob `only` names) and store it.
 
@@ -211,7 +209,11 @@ def _staging(where: Path) -> Iterator[Path]:
     ValueError while another process has one.
     """
     where.mkdir(parents=True, exist_ok=True)
-    with _lock(where):
+    try:
+        lock = FileLock(where / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process regenerates the goldens in {where}") from None
+    with lock:
         for left in where.glob(".staging-*"):
             shutil.rmtree(left, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=where))
@@ -219,15 +221,6 @@ def _staging(where: Path) -> Iterator[Path]:
             yield staging
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(where: Path) -> Iterator[None]:
-    try:
-        with FileLock(where / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ValueError(f"another process regenerates the goldens in {where}") from None
 
 
 def _tensor_sha256(tensor: torch.Tensor) -> str:

@@ -100,7 +100,6 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[str, int, int, str], N
     names = [mutant.name for mutant in mutants]
     table = [check.id for check in registry.of_any_engine()]
     result = KillTable(len(table), {name: {} for name in names})
-    order = {key: place for place, key in enumerate(table)}
     with workers(jobs) as pool:
         waiting = [pool.submit(_one_check, key, names) for key in table]
         for done, future in enumerate(as_completed(waiting), start=1):
@@ -110,7 +109,7 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[str, int, int, str], N
                     result.kills[name][key] = exceeded
             step("checks", done, len(waiting), key)
         for name, kills in result.kills.items():
-            result.kills[name] = dict(sorted(kills.items(), key=lambda item: order[item[0]]))
+            result.kills[name] = {key: kills[key] for key in table if key in kills}
         result.only = {gate: [] for gate in GATES if gate != NOT_OF_ENGINES}
         trials = [(gate, name) for gate in result.only for name in candidates(result.kills, gate)]
         turned_off = [pool.submit(_one_gate, gate, name, list(result.kills[name])) for gate, name in trials]

@@ -33,11 +33,6 @@ _GATE_ON, _GATE_OFF = 3, -16
 _UP_NONZEROS, _DOWN_NONZEROS, _LORA_A_NONZEROS, _GRAD_NONZEROS = 6, 4, 2, 4
 
 
-def data_kind(case: Case) -> Gaussian | Integer:
-    """What fills the tensors of `case`."""
-    return Integer(case) if case.exact else Gaussian(case)
-
-
 @functools.cache
 def quantiles() -> npt.NDArray[np.int64]:
     """[65536] int64: the middle of each 1/65536 of the Irwin-Hall distribution of 8 bytes, in 1/1024 of a unit.

@@ -12,7 +12,7 @@ import hashlib
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from ktverify.spec.cases import Case, broken_token
-from ktverify.spec.data_kinds import Array, data_kind
+from ktverify.spec.data_kinds import Array, Gaussian, Integer
 from ktverify.spec.generator import case_key, hashes
 from ktverify.spec.names import BASE_NAMES, lora_shapes
 
@@ -63,7 +63,7 @@ def make_inputs(case: Case) -> Inputs:
     """Inputs of `case`. Takes about 2 ns per element; idle experts take no time."""
     expert_ids = route(case)
     active = sorted(set(expert_ids[expert_ids >= 0].tolist()))
-    draw = data_kind(case)
+    draw = Integer(case) if case.exact else Gaussian(case)
     e, h, i = case.num_experts, case.hidden, case.intermediate
     base = {name: _lazy_zeros((e, h, i) if name == "down_proj" else (e, i, h)) for name in BASE_NAMES}
     lora_dtype = np.dtype(np.uint16 if case.lora_dtype == "bfloat16" else np.float32)
@@ -75,7 +75,9 @@ def make_inputs(case: Case) -> Inputs:
     ]
     tasks += [functools.partial(draw.lora, name, array) for name, array in lora.items()]
     tasks += [functools.partial(draw.tokens, name, array) for name, array in tokens.items()]
-    _run_all(tasks)
+    with ThreadPoolExecutor(max_workers=max(1, min(2, len(os.sched_getaffinity(0))))) as pool:
+        for done in [pool.submit(task) for task in tasks]:
+            done.result()
 
     token = broken_token(case)
     if token is not None:
@@ -181,12 +183,6 @@ def _lazy_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.uint16]:
     with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages is only slower
         pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, np.uint16, count).reshape(shape)
-
-
-def _run_all(tasks: Iterable[Callable[[], None]]) -> None:
-    with ThreadPoolExecutor(max_workers=max(1, min(2, len(os.sched_getaffinity(0))))) as pool:
-        for done in [pool.submit(task) for task in tasks]:
-            done.result()
 
 
 def _as_torch(array: Array) -> torch.Tensor:

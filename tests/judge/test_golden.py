@@ -283,7 +283,7 @@ def test_the_goldens_are_whole_after_a_kill_from_outside(copy: Path) -> None:
 
 
 def test_two_regenerations_at_once_are_refused(copy: Path) -> None:
-    with golden_regenerate._lock(copy), pytest.raises(ValueError, match="another process regenerates"):
+    with golden_regenerate._staging(copy), pytest.raises(ValueError, match="another process regenerates"):
         regenerate("small", directory=copy)
 
 

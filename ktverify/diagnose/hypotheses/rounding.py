@@ -110,14 +110,14 @@ def _over_tokens(experts: list[ExpertValues], right: Tensor, name: str, block: i
 
 def _blocks(evidence: Evidence, base: Change) -> Iterator[Explanation]:
     """Sums over H, I and r are rounded to bf16 after every block."""
+    groups: dict[str, tuple[str, ...]] = {"sums over H, I and r": _PRODUCTS}
+    groups |= {f"sums over H, I and r in {label(name)}": (name,) for name in _PRODUCTS}
+    groups["all sums over H, I and r"] = _PRODUCTS + _LORA_PRODUCTS
     for block in BLOCKS:
-        for where, stages in (("", _PRODUCTS), *((f" in {label(name)}", (name,)) for name in _PRODUCTS)):
+        for text, stages in groups.items():
             change = {**base, **{name: _blocked(name, block) for name in stages}}
-            said = f"sums over H, I and r{where} are kept in bf16 from one block of {block} to the next, expected fp32"
+            said = f"{text} are kept in bf16 from one block of {block} to the next, expected fp32"
             yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change, rank=1 if len(stages) > 1 else 2)
-        said = f"all sums over H, I and r are kept in bf16 from one block of {block} to the next, expected fp32"
-        change = {**base, **{name: _blocked(name, block) for name in (*_PRODUCTS, *_LORA_PRODUCTS)}}
-        yield from evidence.test(Cause.ACCUMULATION_TYPE, said, change)
 
 
 def _blocked(stage: str, block: int) -> Formula:

@@ -29,11 +29,8 @@ def k_tail(evidence: Evidence) -> Iterator[Explanation]:
     for size, (axis, names) in zip((case.hidden, case.intermediate, case.rank), _SUMS.items(), strict=True):
         for first in _cuts(size):
             for where, stages in _groups(names):
-                change: dict[str, Formula] = {}
-                for stage in stages:
-                    cut = {n: _without(n, first, size) for n in names if n in operands(stage)}
-                    if cut:
-                        change[stage] = with_operands(stage, **cut)
+                cut = {name: _without(name, first, size) for name in names}
+                change = {s: with_operands(s, **{n: cut[n] for n in operands(s) if n in cut}) for s in stages}
                 said = f"the sum over {axis}{where} stops at {first} of {size}"
                 yield from evidence.test(Cause.K_TAIL, said, change, rank=1 if len(stages) > 1 else 2)
     yield from _cut_inputs(evidence)
