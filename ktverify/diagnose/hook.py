@@ -1,7 +1,6 @@
 """Add the cause to a failing record: searched once per failing case, for a limited time, on the tensors only.
 
-The verdict never depends on it, and a failure of the search itself is reported in the same line. The pytest plugin and
-the command line call this; the checks do not.
+The verdict never depends on it. The pytest plugin and the command line call this; the checks do not.
 """
 
 from __future__ import annotations

@@ -75,8 +75,7 @@ def prove(inputs: Inputs) -> Proof:
     see, operand = proof.see, proof.operand
     s = inputs.case.scaling
     shape = inputs.hidden_states.shape
-    output = _Sum(zeros(shape, torch.float64), zeros(shape, torch.float64))
-    grad_input = _Sum(zeros(shape, torch.float64), zeros(shape, torch.float64))
+    output, grad_input = (_Sum(zeros(shape, torch.float64), zeros(shape, torch.float64)) for _ in range(2))
     for expert, rows, slots in routed(inputs.expert_ids):
         x = inputs.hidden_states[rows].double()
         d_out = inputs.grad_output[rows].double()

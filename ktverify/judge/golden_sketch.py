@@ -1,12 +1,9 @@
 """A large tensor in a few kilobytes: enough to estimate how far another tensor is from it.
 
-A `Sketch` contains a count sketch (each element, with a random sign, is added into one of 1024 sums), the norm, the
-largest and some random entries, and the norm of each slice of the first axis.
-
-The count sketch is linear, so sketch(a) - sketch(b) = sketch(a - b), and its squared norm is an unbiased estimate of
-||a - b||^2 with relative variance of at most 2 / 1024 (Charikar, Chen, Farach-Colton 2002): 2.2 % standard deviation of
-the norm for dense differences, and exact for a single element. Slices that are all zero are left out: there only zero
-is right, and every element is checked.
+In a count sketch, each element is added with a random sign into one of 1024 sums. It is linear: sketch(a) - sketch(b) =
+sketch(a - b), whose squared norm is an unbiased estimate of ||a - b||^2 with relative variance of at most 2 / 1024
+(Charikar, Chen, Farach-Colton 2002): 2.2 % standard deviation of the norm for dense differences, and exact for a single
+element. Slices that are all zero are left out: there only zero is right, and every element is checked.
 """
 
 from __future__ import annotations

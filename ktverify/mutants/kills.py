@@ -16,8 +16,7 @@ from ktverify.checks.check import Check
 from ktverify.checks.target import Target
 from ktverify.errors import GateFailed
 from ktverify.isolation.child import workers
-from ktverify.judge import gates
-from ktverify.judge.gates import GATES
+from ktverify.judge.gates import GATES, gates_off
 from ktverify.mutants import MUTANTS, Mutant
 
 # judges the case, not the engine; tests/mutants/test_mutants.py shows what it catches
@@ -35,7 +34,7 @@ class Exceeded:
 
 def ask(check: Check, engine: str, *off: str) -> list[Exceeded]:
     """What `check` finds wrong with `engine`, with the gates `off` left out; [] if nothing."""
-    target = Target(engine, gates_off=gates.gates_off(*off))
+    target = Target(engine, gates_off=gates_off(*off))
     try:
         registry.run(check, target)
     except GateFailed as failed:

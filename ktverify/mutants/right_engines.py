@@ -1,7 +1,7 @@
 """Right engines on new inputs: a FAIL here would be a false alarm of the checks.
 
-A run is one engine on one instruction set and one seed, over all small cases of the default tier: forward and backward,
-every tensor by every gate, against the oracle of these inputs. Emulated AMX runs only the tiny ones.
+A run is one engine on one instruction set and one seed, forward and backward of all small cases of the default tier.
+Emulated AMX runs only the tiny ones.
 """
 
 from __future__ import annotations

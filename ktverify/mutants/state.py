@@ -23,9 +23,8 @@ class idle_gradients_stale(Plain):
         grad_input, gradients = super()._backward(saved, grad_output)
         idle = torch.ones(self.spec.num_experts, dtype=torch.bool)
         idle[[at.expert for at in saved.groups]] = False
-        for name, gradient in gradients.items():
-            if self._last is not None:
-                gradient[idle] = self._last[name][idle]
+        for name, before in (self._last or {}).items():
+            gradients[name][idle] = before[idle]
         self._last = {name: gradient.clone() for name, gradient in gradients.items()}
         return grad_input, gradients
 
@@ -107,9 +106,8 @@ class gradients_accumulate_inside(Plain):
 
     def _backward(self, saved: Any, grad_output: Tensor) -> tuple[Tensor, Gradients]:
         grad_input, gradients = super()._backward(saved, grad_output)
-        for name, gradient in gradients.items():
-            if self._total is not None:
-                gradient += self._total[name]
+        for name, before in (self._total or {}).items():
+            gradients[name] += before
         self._total = {name: gradient.clone() for name, gradient in gradients.items()}
         return grad_input, gradients
 

@@ -120,9 +120,8 @@ class Gaussian:
 
 
 class Integer:
-    """Sparse integers for which the whole layer is exact; `exactness.prove` checks it tensor by tensor.
+    """Sparse integers for which the whole layer is exact; `exactness.prove` checks it. Methods as in Gaussian.
 
-    Methods as in Gaussian.
     hidden_states is in {-1, 0, 1} with one column of ones. A gate is 64 (c + v): c is 3 (open) or -16 (shut), v in
     [-2, 2] comes from one base and one LoRA entry, so silu(g) is g or 0. Up is an integer of at most 8, and
     grad_output has 4 entries of +-1 per token, so every operand that an engine rounds to bf16 has at most 8 bits.
