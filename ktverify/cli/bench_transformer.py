@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ktverify.bench.transformer.memory import PartMemory
     from ktverify.bench.transformer.record import Line
     from ktverify.bench.transformer.sizes import ModelSize
-    from ktverify.report.grid import Grid
 
 STUDY = (0, 1, 2, 5)  # warm-ups
 # largest relative difference between the count and what autograd saves
@@ -147,7 +146,7 @@ def memory(
         "total_bytes": step.all.total_bytes,
         "one_layer_live_elements": one_layer_live(size),
     }
-    measured = _measure(size) if check else None
+    measured = _measure(size, step.all) if check else None
     if measured is not None:
         found["measured_activation_bytes"] = measured
     if as_json:
@@ -158,19 +157,15 @@ def memory(
         raise typer.Exit(1)
 
 
-def _measure(size: ModelSize) -> int:
+def _measure(size: ModelSize, whole: PartMemory) -> int:
     """Bytes that autograd saves in the real model. Fused attention is computed: on shapes alone torch takes another."""
-    from ktverify.bench.transformer.memory import step_memory
     from ktverify.bench.transformer.saved_tensors import saved_bytes
     from ktverify.system import machine
 
     if size.attention == "plain":
         return saved_bytes(size, "meta")
-    whole = step_memory(size).all
-    needed, available = (
-        whole.parameter_bytes + 2 * whole.activation_bytes,
-        machine.read_machine().memory_available_bytes,
-    )
+    needed = whole.parameter_bytes + 2 * whole.activation_bytes
+    available = machine.read_machine().memory_available_bytes
     if needed > available:
         raise MemoryError(
             f"--check of fused attention computes: {size.name} takes {gib(needed)}, {gib(available)} are free"
@@ -183,8 +178,9 @@ def gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
 
 
-def grid(size: ModelSize, parts: tuple[PartMemory, ...]) -> Grid:
-    """A row for each part, all layers together, and their sum."""
+def _print(size: ModelSize, parts: tuple[PartMemory, ...], found: dict[str, Any]) -> None:
+    """Print a row for each part, all layers together, and their sum; then what was measured."""
+    from ktverify.report.console import make_console, print_grid, print_pairs
     from ktverify.report.grid import Grid
 
     rows = []
@@ -193,15 +189,9 @@ def grid(size: ModelSize, parts: tuple[PartMemory, ...]) -> Grid:
         cells = [f"{count / 2**30:.2f}" for count in (*sizes, part.total_bytes)]
         rows.append((part.part, f"{part.parameters:,}", *cells[:3], f"{part.activations:,}", *cells[3:]))
     headings = ("part", "parameters", "GiB", "gradients GiB", "AdamW GiB", "activations", "GiB", "all GiB")
-    return Grid(size.text, (), headings, tuple(rows))
-
-
-def _print(size: ModelSize, parts: tuple[PartMemory, ...], found: dict[str, Any]) -> None:
-    from ktverify.report.console import make_console, print_grid, print_pairs
-
     console, whole = make_console(), parts[-1]
     console.print(f"a training step holds {gib(whole.total_bytes)}", style="bold")
-    print_grid(console, grid(size, parts))
+    print_grid(console, Grid(size.text, (), headings, tuple(rows)))
     console.print()
     live = found["one_layer_live_elements"]
     pairs = [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import CaseOrMutants, CaseText, EngineName, Isa, Tensors, Tp
+from ktverify.cli.options import CaseOrMutants, CaseText, EngineName, Isa, Tensors, Tp, print_verdict
 from ktverify.isolation.interrupt import importing, nothing_written
 
 if TYPE_CHECKING:
@@ -120,11 +120,8 @@ def _diagnose_mutants(names: list[str]) -> None:
             typer.echo(result.line)
             results.append(result)
     right = sum(result.right for result in results)
-    passed = right >= LEAST * len(results)
     share = f"{right} of {len(results)} first-ranked causes are right ({100 * right / len(results):.0f} %)"
-    typer.echo(f"{'PASS' if passed else 'FAIL'} {share}, at least {100 * LEAST:.0f} % must be")
-    if not passed:
-        raise typer.Exit(1)
+    print_verdict(right >= LEAST * len(results), f"{share}, at least {100 * LEAST:.0f} % must be")
 
 
 # ---- debug

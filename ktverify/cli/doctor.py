@@ -71,16 +71,8 @@ class Fact:
 def examine(here: Machine | None = None) -> Iterator[Fact]:
     """All facts, one after another, so that a slow one does not delay the others."""
     here = here or machine.read_machine()
-    yield from _system(here)
-    yield from _amx(here)
-    yield from _isas(here)
-    yield from _compiler(here)
-    yield from _packages()
-    yield from _native(here)
-    yield from _extras()
-    yield from _memory(here)
-    yield from _threads(here)
-    yield from _checkout()
+    for look in (_system, _amx, _isas, _compiler, _packages, _native, _extras, _memory, _threads, _checkout):
+        yield from look(here)
 
 
 def _system(here: Machine) -> Iterator[Fact]:
@@ -91,15 +83,11 @@ def _system(here: Machine) -> Iterator[Fact]:
 
 
 def _isas(here: Machine) -> Iterator[Fact]:
-    have = set(here.flags)
     for isa, flags in ISA_FLAGS.items():
-        if isa == "amx_bf16":
-            continue
-        missing = [flag for flag in flags if flag not in have]
-        if isa in here.isas:
+        if isa in here.isas and isa != "amx_bf16":
             yield Fact("ok", isa, "kernels run" if flags else "portable kernels run on every CPU")
-        else:
-            yield Fact("no", isa, f"this CPU lacks {', '.join(missing)}")
+        elif isa != "amx_bf16":
+            yield Fact("no", isa, f"this CPU lacks {', '.join(flag for flag in flags if flag not in here.flags)}")
 
 
 def _amx(here: Machine) -> Iterator[Fact]:
@@ -131,7 +119,7 @@ def _compiler(here: Machine) -> Iterator[Fact]:
     yield Fact("no" if old else "ok", "compiler", f"{line}; g++ {MINIMUM_GCC} or newer is needed" if old else line)
 
 
-def _packages() -> Iterator[Fact]:
+def _packages(_: Machine) -> Iterator[Fact]:
     """The packages that ktverify declares: only pyproject.toml lists them."""
     found: list[str] = []
     missing: list[str] = []
@@ -172,15 +160,12 @@ def _declared_in_checkout() -> list[str]:
     return _names(re.findall(r'"([^"]+)"', block.group(1))) if block else []
 
 
-def _extras() -> Iterator[Fact]:
+def _extras(_: Machine) -> Iterator[Fact]:
     """What some commands need in addition, and how to get it."""
     runs = "train, make-tiny, verify-training and bench c2c"
     missing = [name for name in _declared("training") if not machine.package_version(name)]
-    if missing:
-        how = "`pip install -c constraints.txt -e '.[training]'`"
-        yield Fact("note", "training", f"{runs} need {', '.join(missing)}: {how}")
-    else:
-        yield Fact("ok", "training", f"{runs} run")
+    how = f"{runs} need {', '.join(missing)}: `pip install -c constraints.txt -e '.[training]'`"
+    yield Fact("note", "training", how) if missing else Fact("ok", "training", f"{runs} run")
     for need in optional_peers.INSTALLED:
         try:
             path, why = optional_peers.find(need, {})
@@ -211,13 +196,12 @@ def _native(here: Machine) -> Iterator[Fact]:
 
 def _memory(here: Machine) -> Iterator[Fact]:
     limited = here.memory_bytes < here.memory_total_bytes
-    total = f"{format_bytes(here.memory_bytes)}{' by the control group' if limited else ''}"
     free = here.memory_available_bytes
-    enough = free >= DEFAULT_TIER
-    text = f"{total}, {format_bytes(free)} free"
-    if not enough:
-        text += f"; the default cases need about {format_bytes(DEFAULT_TIER)}"
-    yield Fact("ok" if enough else "no", "memory", text)
+    text = f"{format_bytes(here.memory_bytes)}{' by the control group' if limited else ''}, {format_bytes(free)} free"
+    if free >= DEFAULT_TIER:
+        yield Fact("ok", "memory", text)
+    else:
+        yield Fact("no", "memory", f"{text}; the default cases need about {format_bytes(DEFAULT_TIER)}")
     yield _deepseek(free)
     pages = here.huge_pages
     if pages in ("always", "madvise"):
@@ -235,8 +219,7 @@ def _deepseek(free: int) -> Fact:
             "no", name, f"needs {need} of memory, {format_bytes(free)} are free; leave it out with --tier default"
         )
     declared = format_bytes(DEEPSEEK_VIRTUAL)
-    overcommit = _read("/proc/sys/vm/overcommit_memory")
-    if overcommit == "2":
+    if machine.read_text(Path("/proc/sys/vm/overcommit_memory")).strip() == "2":
         return Fact("no", name, f"reserves {declared} and touches a part of it; vm.overcommit_memory=2 forbids that")
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < DEEPSEEK_VIRTUAL + DEEPSEEK_RESIDENT:
@@ -249,15 +232,14 @@ def _threads(here: Machine) -> Iterator[Fact]:
         yield Fact("note", "threads", f"this process may use {here.threads} of {here.cpus_online} CPUs (affinity)")
     else:
         yield Fact("ok", "threads", f"{here.threads} CPUs")
-    nodes = len(here.numa)
     listing = "; ".join(f"node {n.node}: CPUs {n.cpus}, {format_bytes(n.memory_bytes)}" for n in here.numa)
-    if nodes > 1:
+    if len(here.numa) > 1:
         yield Fact("ok", "NUMA", f"{listing}: one tensor-parallel part per node")
     else:
         yield Fact("note", "NUMA", f"{listing or 'no nodes reported'}: tensor-parallel parts share one node")
 
 
-def _checkout() -> Iterator[Fact]:
+def _checkout(_: Machine) -> Iterator[Fact]:
     root = reports_dir().parent
     if not (root / "suites").is_dir():
         yield Fact("note", "suites", "no checkout here: repro and verify run, `pytest suites/` does not")
@@ -267,10 +249,3 @@ def _checkout() -> Iterator[Fact]:
         yield Fact("ok", "goldens", os.path.relpath(manifest.parent))
     else:
         yield Fact("note", "goldens", "none; `python -m ktverify.golden regenerate` makes them, --fresh does without")
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ktverify.isolation.interrupt import importing, nothing_written
-from ktverify.system.files import reports_dir
+from ktverify.system.files import reports_dir, write_whole
 
 
 def mutants(
@@ -32,7 +32,6 @@ def mutants(
         from ktverify.mutants import MUTANTS, kills
         from ktverify.report.console import make_console, print_grid
         from ktverify.report.grid import Grid
-        from ktverify.system.files import write_whole
 
     unknown = [name for name in names or [] if name not in MUTANTS]
     if unknown:

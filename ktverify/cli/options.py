@@ -105,3 +105,10 @@ def progress(text: str) -> Any:
     from ktverify.report.console import make_console
 
     return make_console(stderr=True).status(text)
+
+
+def print_verdict(passed: bool, text: str) -> None:
+    """Print PASS or FAIL and `text`; exit 1 unless `passed`."""
+    typer.echo(f"{'PASS' if passed else 'FAIL'} {text}")
+    if not passed:
+        raise typer.Exit(1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.cli.options import ReportsDir, RunName
-from ktverify.system.files import reports_dir
+from ktverify.system.files import reports_dir, write_whole
 
 if TYPE_CHECKING:
     from ktverify.reproducer.confirm import Confirmation
@@ -119,7 +119,6 @@ def confirm(
     from ktverify.reproducer.confirm import FOLDER
     from ktverify.reproducer.confirm import confirm as repeat
     from ktverify.runs import store
-    from ktverify.system.files import write_whole
 
     found = store.load(store.find_run(run, reports))
     console = make_console(stderr=True)
@@ -159,19 +158,13 @@ def _text(run: Run, confirmations: Sequence[Confirmation]) -> str:
         verdict = f"CONFIRMED: all {len(confirmations)} claims, in {cases} cases of {run.head.engine}."
     parts = [verdict]
     if confirmations:
-        rows = [_row(each) for each in sorted(confirmations, key=_order)]
+        rows = []
+        # wrong numbers before crashes and timeouts
+        for each in sorted(confirmations, key=lambda each: (each.confirmed, each.claim.verdict != "FAIL")):
+            word, claim = "yes" if each.confirmed else "NO" if each.ran else "?", each.claim
+            rows.append((word, str(claim.where), claim.verdict, claim.tensor, claim.suite, each.script))
         parts.append(markdown_table(Grid("", (), HEADINGS, tuple(rows), left=HEADINGS)))
         parts.append(f"To repeat one: the engine's Python, and {os.path.relpath(run.directory)}/{FOLDER}/CASE/run.py")
     if left:
         parts.append(f"Not of one case's forward and backward, and not repeated here: {left} checks.")
     return "\n\n".join(parts) + "\n"
-
-
-def _order(one: Confirmation) -> tuple[bool, bool]:
-    """Unconfirmed claims first, then wrong numbers, then crashes and timeouts."""
-    return one.confirmed, one.claim.verdict != "FAIL"
-
-
-def _row(one: Confirmation) -> tuple[str, ...]:
-    word = "yes" if one.confirmed else "NO" if one.ran else "?"
-    return (word, str(one.claim.where), one.claim.verdict, one.claim.tensor, one.claim.suite, one.script)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import progress
+from ktverify.cli.options import print_verdict, progress
 from ktverify.training.pretrained import DTYPES, quiet
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def verify_training(
         asked += 1
         bad += not answer.passed
         typer.echo(f"{'PASS' if answer.passed else 'FAIL'} {answer.name:11} {answer.text}")
-    _print_verdict(not bad, f"{directory}: {asked - bad} of {asked}")
+    print_verdict(not bad, f"{directory}: {asked - bad} of {asked}")
 
 
 def compare_curves(
@@ -123,7 +123,7 @@ def compare_curves(
     if plot is not None:
         curves.draw({str(old): first, str(new): second}, plot)
         typer.echo(str(plot))
-    _print_verdict(found.passed, f"largest difference {found.largest:.2%}, at most {curves.MAX_RELATIVE:.0%}")
+    print_verdict(found.passed, f"largest difference {found.largest:.2%}, at most {curves.MAX_RELATIVE:.0%}")
 
 
 def export_merged(
@@ -166,7 +166,7 @@ def memory(
     typer.echo(f"loaded    {format_bytes(found.loaded):>10}")
     for number, rss in enumerate(found.steps, start=1):
         typer.echo(f"step {number:3}  {format_bytes(rss):>10}")
-    _print_verdict(not found.leaks, f"slope {found.slope / 1024:.1f} KiB a step, at most {LEAK_BYTES // 1024}")
+    print_verdict(not found.leaks, f"slope {found.slope / 1024:.1f} KiB a step, at most {LEAK_BYTES // 1024}")
 
 
 def throughput(
@@ -202,9 +202,3 @@ def _read_config(context: typer.Context, path: Path) -> TrainConfig:
     from ktverify.training.config import read_config
 
     return read_config(path, context.args)
-
-
-def _print_verdict(passed: bool, text: str) -> None:
-    typer.echo(f"{'PASS' if passed else 'FAIL'} {text}")
-    if not passed:
-        raise typer.Exit(1)

@@ -97,7 +97,7 @@ def read_machine() -> Machine:
         isas=isas_of(flags, amx),
         flags=tuple(sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c")))),
         amx=amx,
-        threads=allowed_threads(),
+        threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         cpus_online=os.cpu_count() or 1,
         numa=_numa_nodes(),
         memory_total_bytes=memory.get("MemTotal", 0),
@@ -142,24 +142,11 @@ def emulation_hint(isas: Sequence[str]) -> str:
     return f"{EMULATION_VARIABLE}=1 emulates the tile instructions: right results, very slow"
 
 
-def allowed_threads() -> int:
-    """How many CPUs this process may run on (its affinity, not the machine's count)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def versions() -> dict[str, str]:
     """Versions of Python, ktverify, the reported packages and the C++ compiler; what is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for package in ("ktverify", *REPORTED_PACKAGES):
-        version = package_version(package)
-        if version:
-            found[package] = version
-    compiler = compiler_version()
-    if compiler:
-        found["compiler"] = compiler
-    return found
+    packages = {name: package_version(name) for name in ("ktverify", *REPORTED_PACKAGES)}
+    found = {"python": platform.python_version(), **packages, "compiler": compiler_version()}
+    return {name: version for name, version in found.items() if version}
 
 
 def package_version(name: str) -> str:
@@ -173,10 +160,8 @@ def package_version(name: str) -> str:
 def compiler_version() -> str:
     """The first line of `$CXX --version` (or of g++, c++, clang++), or "" where there is no compiler."""
     for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++"):
-        if name and shutil.which(name):
-            lines = _output([name, "--version"]).splitlines()
-            if lines:
-                return lines[0].strip()
+        if name and shutil.which(name) and (line := _output([name, "--version"]).partition("\n")[0]):
+            return line.strip()
     return ""
 
 
@@ -213,7 +198,7 @@ def _arch_prctl(code: int) -> int:
 
 def _cpuinfo() -> tuple[str, frozenset[str]]:
     model, flags = "", frozenset[str]()
-    for line in _text(Path("/proc/cpuinfo")).splitlines():
+    for line in read_text(Path("/proc/cpuinfo")).splitlines():
         key, _, value = line.partition(":")
         key = key.strip()
         if key in ("model name", "Processor", "CPU part") and not model:
@@ -226,7 +211,7 @@ def _cpuinfo() -> tuple[str, frozenset[str]]:
 def _meminfo() -> dict[str, int]:
     """/proc/meminfo in bytes; the HugePages_ counts are counts."""
     values: dict[str, int] = {}
-    for line in _text(Path("/proc/meminfo")).splitlines():
+    for line in read_text(Path("/proc/meminfo")).splitlines():
         key, _, rest = line.partition(":")
         words = rest.split()
         if words and words[0].isdigit():
@@ -241,7 +226,7 @@ def _cgroup_memory(root: Path | None = None, groups: str | None = None) -> tuple
     """
     root = root or Path("/sys/fs/cgroup")
     candidates: list[tuple[int, int]] = []
-    for line in (_text(Path("/proc/self/cgroup")) if groups is None else groups).splitlines():
+    for line in (read_text(Path("/proc/self/cgroup")) if groups is None else groups).splitlines():
         number, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if number == "0" and not controllers:
@@ -254,10 +239,10 @@ def _cgroup_memory(root: Path | None = None, groups: str | None = None) -> tuple
         inner = base / group.lstrip("/")
         # inside a container the path is the host's and does not exist; then the mount's root is the group itself
         for directory in (inner, *inner.parents):
-            limit = _text(directory / limit_name).strip()
+            limit = read_text(directory / limit_name).strip()
             # version 1 writes "no limit" as a number near 2**63
             if limit.isdigit() and int(limit) < 1 << 60:
-                use = _text(directory / use_name).strip()
+                use = read_text(directory / use_name).strip()
                 cached = _cached_files(directory / "memory.stat", prefix)
                 candidates.append((int(limit), max(0, int(use) - cached) if use.isdigit() else 0))
             if directory == base:
@@ -266,7 +251,7 @@ def _cgroup_memory(root: Path | None = None, groups: str | None = None) -> tuple
 
 
 def _cached_files(stat: Path, prefix: str) -> int:
-    words = (line.split() for line in _text(stat).splitlines())
+    words = (line.split() for line in read_text(stat).splitlines())
     wanted = (f"{prefix}inactive_file", f"{prefix}active_file")
     return sum(int(word[1]) for word in words if len(word) == 2 and word[0] in wanted)
 
@@ -274,22 +259,20 @@ def _cached_files(stat: Path, prefix: str) -> int:
 def _numa_nodes() -> tuple[NumaNode, ...]:
     nodes = []
     for directory in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
-        memory = 0
-        for line in _text(directory / "meminfo").splitlines():
-            words = line.split()
-            if "MemTotal:" in words:
-                memory = int(words[words.index("MemTotal:") + 1]) * 1024
-        nodes.append(NumaNode(int(directory.name[4:]), _text(directory / "cpulist").strip(), memory))
+        words = read_text(directory / "meminfo").partition("MemTotal:")[2].split()
+        memory = int(words[0]) * 1024 if words else 0
+        nodes.append(NumaNode(int(directory.name[4:]), read_text(directory / "cpulist").strip(), memory))
     return tuple(nodes)
 
 
 def _selected(path: Path) -> str:
     """The bracketed word of a sysfs choice: "always [madvise] never" -> "madvise"."""
-    text = _text(path)
+    text = read_text(path)
     return text.partition("[")[2].partition("]")[0] or text.strip()
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of the system, "" where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -34,11 +34,6 @@ LOCATIONS: dict[str, PeerLocation] = {
 INSTALLED = tuple(need for need, place in LOCATIONS.items() if place.pattern)  # by `make peers`
 
 
-def peers_dir() -> Path:
-    """`.peers/` of the checkout around the current directory; without one, `.peers/` in the current directory."""
-    return reports_dir().parent / ".peers"
-
-
 def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str]:
     """(path, "") of the file `need`, a key of LOCATIONS, or (None, the reason why there is none).
 
@@ -53,7 +48,7 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
                 raise ValueError(f"{source} is {given!r}, which is no file; it takes {place.what}")
             # not resolved: a virtual environment's python is a link, and Python finds the environment by the link
             return path.absolute(), ""
-    usual = peers_dir() / place.pattern
+    usual = reports_dir().parent / ".peers" / place.pattern
     if place.pattern and usual.is_file():
         return usual, ""
     if not place.option:

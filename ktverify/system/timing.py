@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
 import statistics
 import time
@@ -41,13 +40,10 @@ class Clock:
 
     def time(self, call: Callable[[], object]) -> int:
         """Nanoseconds that `call` takes, everything that it started being finished."""
-        if self.cuda:
-            return self._events(call)
-        begin = time.perf_counter_ns()
-        call()
-        return time.perf_counter_ns() - begin
-
-    def _events(self, call: Callable[[], object]) -> int:
+        if not self.cuda:
+            started = time.perf_counter_ns()
+            call()
+            return time.perf_counter_ns() - started
         import torch
 
         torch.cuda.synchronize()
@@ -86,6 +82,7 @@ class Statistics:
         if not values:
             raise ValueError("no time was measured, so there are no statistics")
         ordered = sorted(values)
+        cuts = statistics.quantiles(ordered, n=100, method="inclusive") if len(ordered) > 1 else ordered * 99
         return cls(
             count=len(ordered),
             mean=statistics.fmean(ordered),
@@ -93,14 +90,8 @@ class Statistics:
             median=statistics.median(ordered),
             min=ordered[0],
             max=ordered[-1],
-            percentiles={share: _percentile(ordered, share) for share in PERCENTILES},
+            percentiles={share: cuts[share - 1] for share in PERCENTILES},
         )
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    place = (len(ordered) - 1) * share / 100
-    low, high = math.floor(place), math.ceil(place)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 @functools.cache
@@ -218,10 +209,13 @@ class OtherLoad:
 
     def read(self) -> LoadReading:
         own_s = time.process_time() + sum(process.cpu_ns() for process in self.own()) / 1e9
-        return LoadReading(time.monotonic(), busy_seconds() - own_s)
+        times = psutil.cpu_times()._asdict()
+        idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted in user time
+        busy_s = sum(value for name, value in times.items() if name not in idle)
+        return LoadReading(time.monotonic(), busy_s - own_s)
 
     def share(self, since: LoadReading | None = None) -> float:
-        """The share of all processors that other programs had since `since`, by default since this object was made."""
+        """The share of all processors that other programs had since `since`; None: since this object was made."""
         return (since or self.began).share_until(self.read())
 
     def wait(self, patience_s: float) -> None:
@@ -232,9 +226,3 @@ class OtherLoad:
             time.sleep(_LOOK_S)
             if self.share(before) < BUSY:
                 return
-
-
-def busy_seconds() -> float:
-    """Processor seconds that the machine has spent on anything, all processors together."""
-    times = psutil.cpu_times()._asdict()
-    return float(sum(value for name, value in times.items() if name not in ("idle", "iowait", "guest", "guest_nice")))

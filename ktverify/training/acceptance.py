@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ktverify.errors import AdapterMismatch
+from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.curves import read_curve
 from ktverify.training.output_directory import ADAPTER_FILES
+from ktverify.training.pretrained import load_pretrained
 
 _PROMPT = "What is the capital of France?"
 _NEW_TOKENS = 12
@@ -36,10 +40,12 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
     yield Answer("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(ADAPTER_FILES))
     if missing:
         return
-    tensors, problem = _read(directory / ADAPTER_FILES[1])
-    yield Answer("readable", not problem, problem or f"{len(tensors)} tensors")
-    if problem:
+    try:
+        tensors = load_file(directory / ADAPTER_FILES[1])
+    except (SafetensorError, OSError) as error:
+        yield Answer("readable", False, f"{ADAPTER_FILES[1]}: {error}")
         return
+    yield Answer("readable", True, f"{len(tensors)} tensors")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     yield Answer("finite", not broken, f"NaN or Inf in {broken[0]}" if broken else "no NaN, no Inf")
     zero = [name for name, tensor in tensors.items() if "lora_B" in name and not bool(tensor.any())]
@@ -48,17 +54,7 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
         "trained", not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else f"{count} lora_B moved"
     )
     yield _loss(directory)
-    yield from _with_base(directory, base, tensors, trust)
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], str]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path), ""
-    except (SafetensorError, OSError) as error:
-        return {}, f"{path.name}: {error}"
+    yield from _with_base(directory, base, len(tensors), trust)
 
 
 def _loss(directory: Path) -> Answer:
@@ -74,10 +70,7 @@ def _loss(directory: Path) -> Answer:
     return Answer("loss", curve.slope < 0, text if curve.slope < 0 else f"does not fall: {text}")
 
 
-def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tensor], trust: bool) -> Iterator[Answer]:
-    from ktverify.training.adapter import base_of, load_adapter
-    from ktverify.training.pretrained import load_pretrained
-
+def _with_base(directory: Path, base: str | None, count: int, trust: bool) -> Iterator[Answer]:
     path = base_of(directory, base)
     model, tokenizer = load_pretrained(path, option="--base", trust=trust)
     model.eval()
@@ -90,7 +83,7 @@ def _with_base(directory: Path, base: str | None, tensors: dict[str, torch.Tenso
     except ValueError as error:
         yield Answer("loads", False, str(error))
         return
-    yield Answer("keys", True, f"{len(tensors)} keys and shapes")
+    yield Answer("keys", True, f"{count} keys and shapes")
     yield Answer("loads", True, f"in stock peft, on {path}")
     after = _generate(adapted, tokenizer)
     finite = bool(torch.isfinite(after[1]).all())

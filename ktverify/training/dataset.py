@@ -57,7 +57,13 @@ def find_dataset(name: str, beside: Path) -> Path:
 def read_records(path: Path) -> list[Exchange]:
     """The records of a JSON list or of JSON lines. ValueError, with the record's number, for other data or none."""
     text = path.read_text(encoding="utf-8")
-    rows = _json_lines(path, text) if path.suffix == ".jsonl" else _json(path, text)
+    rows: Any = []
+    if path.suffix == ".jsonl":
+        # split at "\n" only, because splitlines also splits at characters that JSON texts may contain
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    elif text.strip():
+        rows = _json(text, str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path} holds a {type(rows).__name__}; it takes a list of records, or JSON lines")
     if not rows:
@@ -65,23 +71,11 @@ def read_records(path: Path) -> list[Exchange]:
     return [_record(row, f"{path}, record {number}") for number, row in enumerate(rows, start=1)]
 
 
-def _json(path: Path, text: str) -> Any:
+def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text) if text.strip() else []
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-
-
-def _json_lines(path: Path, text: str) -> list[Any]:
-    found = []
-    # split at "\n" only, because splitlines also splits at characters that JSON texts may contain
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            if line.strip():
-                found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
-    return found
+        raise ValueError(f"{where} is no JSON: {error}") from None
 
 
 def _record(row: Any, where: str) -> Exchange:

@@ -47,17 +47,14 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
 
 
 def update_lora_pointers(model: nn.Module) -> None:
-    """Give the present LoRA values to every engine of a wrapped model. Only needed where auto_update is off."""
-    for wrapper in wrappers_of(model):
-        wrapper.update_lora_pointers()
+    """Give the present LoRA values to every engine of a wrapped model. Only needed where auto_update is off.
 
-
-def wrappers_of(model: nn.Module) -> list[MOELayerWrapper]:
-    """The wrappers of a model or of its PeftModel; ValueError where wrap_moe_layers was not called."""
-    found: list[MOELayerWrapper] | None = getattr(model, "_kt_wrappers", None)
-    if not found:
+    ValueError where wrap_moe_layers was not called."""
+    wrappers: list[MOELayerWrapper] | None = getattr(model, "_kt_wrappers", None)
+    if not wrappers:
         raise ValueError("this model has no engine: call wrap_moe_layers(model) first")
-    return found
+    for wrapper in wrappers:
+        wrapper.update_lora_pointers()
 
 
 def find_experts(model: nn.Module) -> list[nn.Module]:
