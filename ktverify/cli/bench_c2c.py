@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ from ktverify.bench.c2c import prompts
 from ktverify.cli import options
 from ktverify.cli.options import named, progress
 from ktverify.isolation.interrupt import INTERRUPTED
+from ktverify.system.files import write_whole
 from ktverify.training.pretrained import quiet
 
 if TYPE_CHECKING:
@@ -143,7 +145,6 @@ def merge(
     Example:  python -m ktverify bench c2c merge part1.jsonl part2.jsonl --output whole.jsonl
     """
     from ktverify.bench.c2c import store, views
-    from ktverify.system.files import write_whole
 
     joined = store.merge(files, output)
     write_whole(store.beside(output, ".tsv"), views.prompt_table(joined, "\t"))
@@ -167,23 +168,17 @@ def analyze(
     Examples:  python -m ktverify bench analyze timing.jsonl
                python -m ktverify bench analyze part1.jsonl part2.jsonl --out analysis
     """
-    from dataclasses import asdict
-
     from ktverify.bench.c2c import store, views
     from ktverify.report.console import make_console, print_grids
     from ktverify.report.grid import markdown
-    from ktverify.system.files import write_whole
 
     records = [record for path in files for record in store.read_records(path)]
     if not records:
         raise ValueError(f"{', '.join(map(str, files))}: there is no whole record")
     slowest = views.slowest(records)
-    grids = [
-        views.distribution_grid(records, store.notes(files)),
-        views.prompts_grid(f"the slowest {len(slowest)}", slowest),
-    ]
-    home = files[0].parent if out is None else out
-    stem = home / files[0].name
+    slowest_grid = views.prompts_grid(f"the slowest {len(slowest)}", slowest)
+    grids = [views.distribution_grid(records, store.notes(files)), slowest_grid]
+    stem = (files[0].parent if out is None else out) / files[0].name
     files_of: dict[str, str | bytes] = {
         ".analysis.csv": views.prompt_table(records, ","),
         ".analysis.md": "\n\n".join(map(markdown, grids)) + "\n",
@@ -214,25 +209,14 @@ python -m ktverify bench analyze FILE...       distribution, slowest prompts, hi
 """
 
 
-def _settings(
-    given: dict[str, object], *, source: str, start: int, count: int, shard: tuple[int, int] = (1, 1)
-) -> C2cSettings:
-    """The settings of a command's options and of where its prompts are from."""
+def _settings(given: dict[str, Any], **about: Any) -> C2cSettings:
+    """The settings of a command's options; about: where its prompts are from."""
     from ktverify.bench.c2c.record import C2cSettings
     from ktverify.bench.c2c.store import describe
 
     names = ("base_model", "teacher_model", "dtype", "device", "template", "max_new_tokens")
-    projectors = given["projectors"]
-    return C2cSettings.model_validate(
-        {
-            **{name: given[name] for name in names},
-            "projectors": describe(projectors if isinstance(projectors, Path) else None),
-            "source": source,
-            "start": start,
-            "count": count,
-            "shard": shard,
-        }
-    )
+    chosen = {name: given[name] for name in names}
+    return C2cSettings.model_validate({**chosen, "projectors": describe(given["projectors"]), **about})
 
 
 def _texts(
@@ -300,11 +284,8 @@ def _run(
 
 
 def _conclude(records: Sequence[PromptRecord], path: Path, *, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from ktverify.bench.c2c import store, views
     from ktverify.report.console import make_console, print_grids
-    from ktverify.system.files import write_whole
 
     written = [path, write_whole(store.beside(path, ".tsv"), views.prompt_table(records, "\t")), store.info_path(path)]
     if as_json:

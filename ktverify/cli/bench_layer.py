@@ -53,15 +53,15 @@ def layer(
                python -m ktverify bench layer E=64,k=6,H=2048,I=1408,T=512,r=16 --tp 1,2,4
                python -m ktverify bench layer --batch_sizes 1,2,4,8 --sequence_lengths 64,256,1024
     """
-    from ktverify.bench.layer.record import Spot
+    from ktverify.bench.layer import record
 
     if show is not None:
-        _again(show, as_json)
+        _conclude(show, record.read(show), as_json)
         return
     parsed = _timed(case)
     degrees = dict.fromkeys([1, *_numbers("--tp", tp)])
-    plain = Spot(case=parsed.id, isa=isa, threads=threads, warmup=warmup, repeats=repeats, steps=steps)
-    spots: list[Spot] = []
+    plain = record.Spot(case=parsed.id, isa=isa, threads=threads, warmup=warmup, repeats=repeats, steps=steps)
+    spots: list[record.Spot] = []
 
     def add(varied: Varied, value: int, chosen: Case, **more: int) -> None:
         # the case checks that the degree divides I
@@ -102,20 +102,20 @@ def sweep(
                python -m ktverify bench sweep qlen --values 1,4,16,64,256,1024
                python -m ktverify bench sweep rank experts --case E=64,k=6,H=2048,I=1408,T=512,r=16
     """
-    from ktverify.bench.layer.record import SWEEPS, Spot
+    from ktverify.bench.layer import record
 
     if show is not None:
-        _again(show, as_json)
+        _conclude(show, record.read(show), as_json)
         return
     parsed = _timed(case)
-    chosen = [name for name in SWEEPS if name in (what or SWEEPS)]
-    unknown = [name for name in what or () if name not in SWEEPS]
+    chosen = [name for name in record.SWEEPS if name in (what or record.SWEEPS)]
+    unknown = [name for name in what or () if name not in record.SWEEPS]
     if unknown:
-        raise ValueError(f"nothing that can be varied is called {unknown[0]!r}; there are {', '.join(SWEEPS)}")
+        raise ValueError(f"nothing that can be varied is called {unknown[0]!r}; there are {', '.join(record.SWEEPS)}")
     if values is not None and len(chosen) != 1:
-        raise ValueError(f"--values is for one of {', '.join(SWEEPS)}, {len(chosen)} are to be varied")
-    plain = Spot(case=parsed.id, isa=isa, threads=threads, warmup=warmup, repeats=repeats, steps=steps)
-    spots: list[Spot] = []
+        raise ValueError(f"--values is for one of {', '.join(record.SWEEPS)}, {len(chosen)} are to be varied")
+    plain = record.Spot(case=parsed.id, isa=isa, threads=threads, warmup=warmup, repeats=repeats, steps=steps)
+    spots: list[record.Spot] = []
     for varied in chosen:
         # the engine takes no more workers than there are processors, so a larger value would time the same again
         most = len(os.sched_getaffinity(0))
@@ -180,12 +180,6 @@ def _measure(kind: str, case: Case, spots: list[Spot], out: Path | None, as_json
     count = measure.line_count(spots)
     code = timed_run.measure(kind, record.FILE, head, measured, count, partial(_conclude, as_json=as_json), out)
     raise typer.Exit(code)
-
-
-def _again(directory: Path, as_json: bool) -> None:
-    from ktverify.bench.layer import record
-
-    _conclude(directory, record.read(directory), as_json)
 
 
 def _conclude(directory: Path, lines: list[Line], as_json: bool) -> bool:

@@ -222,9 +222,8 @@ class MOELayerWrapper(nn.Module):
         spec = self.engine.spec
         if scaling is None:
             return False
-        if spec.method != METHOD or lora[0].shape[1] != spec.lora_rank:
-            return True
-        return abs(spec.scaling - scaling) > 1e-6 * scaling
+        other_rank = spec.method != METHOD or lora[0].shape[1] != spec.lora_rank
+        return other_rank or abs(spec.scaling - scaling) > 1e-6 * scaling
 
     def _build(self, factors: dict[str, Factors], top_k: int) -> None:
         lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
