@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 import time
@@ -40,7 +41,7 @@ TP2 = TINY.replace("I=32", "I=64")
 MS = 1_000_000
 
 
-def made_up(wall: int, direction: str = "forward") -> StageTimes:
+def made_up(wall: int) -> StageTimes:
     """Two workers, two stages in 10 ms: one works 6 and 2 ms, the other comes 1 ms late and works 3 and 3 ms."""
     phases = (Phase("gate_up", (6 * MS, 3 * MS), 9e6, 0.0), Phase("down", (2 * MS, 3 * MS), 0.0, 4e6))
     wait = Phase("wait", (wall - 8 * MS, wall - 6 * MS), 0.0, 0.0)
@@ -48,17 +49,7 @@ def made_up(wall: int, direction: str = "forward") -> StageTimes:
         (Span(0, 0, 6 * MS, 6 * MS), Span(1, 6 * MS, 8 * MS, 9 * MS)),
         (Span(0, MS, 4 * MS, 6 * MS), Span(1, 6 * MS, 9 * MS, 9 * MS)),
     )
-    return StageTimes.of(
-        {
-            "direction": direction,
-            "rows": 7,
-            "workers": 2,
-            "stages": 2,
-            "wall_ns": wall,
-            "phases": [vars(phase) for phase in (*phases, wait)],
-            "spans": [[vars(span) for span in worker] for worker in spans],
-        }
-    )
+    return StageTimes("forward", 7, 2, 2, wall, (*phases, wait), spans)
 
 
 def made_up_lines() -> list[profile_record.Line]:
@@ -157,11 +148,17 @@ def test_all_views_have_the_same_table(tmp_path: Path) -> None:
     for cell in ("gate + up (+ LoRA B)", "90.9 %", "stamp, abc"):
         assert cell in page
         assert cell in text
-    heading, *rows = [line.split("\t") for line in (tmp_path / "profile.tsv").read_text().splitlines()]
-    assert [dict(zip(heading, row, strict=True))["median"] for row in rows] == ["10", "11"]
+    with (tmp_path / "profile.tsv").open(newline="") as file:
+        assert [row["median"] for row in csv.DictReader(file, delimiter="\t")] == ["10", "11"]
 
 
 # ---- real calls
+
+
+@pytest.fixture(autouse=True)
+def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ceilings that take no time to measure."""
+    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
@@ -178,13 +175,10 @@ def calls_of(lines: list[profile_record.Line]) -> list[CallLine]:
     return [line for line in lines if isinstance(line, CallLine)]
 
 
-def test_every_range_has_its_calls(lines: list[profile_record.Line]) -> None:
+def test_every_range_has_its_calls_and_their_parts_follow_each_other(lines: list[profile_record.Line]) -> None:
     for name in RANGES:
         passes = [one.which for one in calls_of(lines) if one.range == name]
         assert passes == ["first", "warmup", *["plain", "recorded"] * 2]
-
-
-def test_parts_follow_each_other_inside_their_call(lines: list[profile_record.Line]) -> None:
     for one in calls_of(lines):
         names = [part.name for part in one.parts if part.name != profile.READING]
         step = [profile.FORWARD, profile.BACKWARD, profile.OPTIMIZER, profile.UPDATE]
@@ -202,13 +196,12 @@ def test_parts_follow_each_other_inside_their_call(lines: list[profile_record.Li
 
 
 def test_every_worker_is_accounted_for(lines: list[profile_record.Line]) -> None:
-    for one in calls_of(lines):
-        for times in one.stages:
-            for worker in range(times.workers):
-                found = worker_of(times, worker)
-                assert min(found.busy, found.barrier) >= 0
-                assert found.busy + found.barrier + found.other == times.wall_ns
-            assert len({stage_name(times, stage) for stage in range(times.stages)}) == times.stages
+    for times in (times for one in calls_of(lines) for times in one.stages):
+        for worker in range(times.workers):
+            found = worker_of(times, worker)
+            assert min(found.busy, found.barrier) >= 0
+            assert found.busy + found.barrier + found.other == times.wall_ns
+        assert len({stage_name(times, stage) for stage in range(times.stages)}) == times.stages
 
 
 def lanes_of(workers: int) -> dict[int, str]:
@@ -245,32 +238,19 @@ def test_ranges_carry_their_names_to_nvtx(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "nvtx", SimpleNamespace(annotate=annotate, __spec__=object()))
     timing._annotate.cache_clear()
     try:
-        settings = profile.ProfileSettings(threads=1, warmup=0, repeats=1, read_bytes=1 << 20)
-        profiler = profile.Profiler(Case.parse(TINY), settings)
-        list(profiler.lines())
+        list(profile.Profiler(Case.parse(TINY), profile.ProfileSettings(threads=1, warmup=0, repeats=1)).lines())
     finally:
         timing._annotate.cache_clear()
     # the last step is recorded
-    step = [f"{sign}{part}" for part in STEP for sign in "+-"]
+    forward, backward = (profile.FORWARD, profile.READING), (profile.BACKWARD, profile.READING)
+    step = [f"{sign}{part}" for part in (*forward, *backward, profile.OPTIMIZER, profile.UPDATE) for sign in "+-"]
     assert calls[-len(step) - 2 :] == ["+full_train_loop", *step, "-full_train_loop"]
     assert [calls.count(f"+{name}") for name in RANGES] == [3, 3, 3]
-
-
-STEP = (
-    profile.FORWARD, profile.READING, profile.BACKWARD, profile.READING, profile.OPTIMIZER, profile.UPDATE,
-)  # fmt: skip
 
 
 # ---- the command
 
 
-@pytest.fixture
-def known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings that take no time to measure."""
-    monkeypatch.setattr("ktverify.bench.ceilings.measure", lambda *_: {"read": 1e10, "multiply": 1e11})
-
-
-@pytest.mark.usefixtures("known_ceilings")
 def test_profile_command(tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("profile", TINY, "--threads", "2", "--warmup", "1", "--repeats", "1")
@@ -289,7 +269,6 @@ def test_profile_command(tmp_path: Path) -> None:
     refused(call("profile", "small,T=0"), "T is 0, there is nothing to time")
 
 
-@pytest.mark.usefixtures("known_ceilings")
 def test_a_stopped_profile_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest, made = profile.Profiler._call, [0]
 
@@ -327,7 +306,6 @@ def test_waiting_that_belongs_to_no_stage_is_reported() -> None:
     assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"
 
 
-@pytest.mark.usefixtures("known_ceilings")
 def test_the_stages_explain_a_large_call() -> None:
     profiler = profile.Profiler(Case.parse(LARGE), profile.ProfileSettings(isa=ISA, threads=2, warmup=1, repeats=2))
     calls = [line for line in profiler.lines() if isinstance(line, CallLine) and line.which == "recorded"]
@@ -339,7 +317,6 @@ def test_the_stages_explain_a_large_call() -> None:
         assert 0.95 <= max(shares) <= 1
 
 
-@pytest.mark.usefixtures("known_ceilings")
 def test_no_part_of_a_step_ends_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the processor is taken away just before the step's own time begins."""
     profiler = profile.Profiler(Case.parse(TINY), profile.ProfileSettings(threads=1, warmup=0, repeats=1))

@@ -18,6 +18,7 @@ from ktverify.report import baseline, console, pages, plots, tables
 from ktverify.runs import store
 from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, AnyRecord, GateRecord, parse_line, worst_first
 from ktverify.spec.names import ALL_TENSORS
+from ktverify.system.files import ROOT
 from tests.support.pages import Page, markdown_rows
 from tests.support.records import accuracy, check, latency, write
 
@@ -52,15 +53,8 @@ def test_deciding_gate_is_the_failed_one_and_never_how_alive_the_inputs_are() ->
 
 
 def test_worst_first() -> None:
-    records: list[AnyRecord] = [
-        accuracy(1e-3),
-        accuracy(verdict="SKIP"),
-        accuracy(3.9e-3),
-        check("CRASH"),
-        accuracy(5e-3),
-        accuracy(9e-3),
-        accuracy(math.nan, verdict="FAIL"),
-    ]
+    errors = [accuracy(rel_l2) for rel_l2 in (1e-3, 3.9e-3, 5e-3, 9e-3)]
+    records: list[AnyRecord] = [accuracy(verdict="SKIP"), *errors, check("CRASH"), accuracy(math.nan, verdict="FAIL")]
     ordered = worst_first(records)
     assert [r.verdict for r in ordered] == ["CRASH", "FAIL", "FAIL", "FAIL", "PASS", "PASS", "SKIP"]
     shown = [r.rel_l2 for r in ordered if isinstance(r, AccuracyRecord)]
@@ -86,6 +80,8 @@ def test_parts_of_all_workers_are_merged(tmp_path: Path) -> None:
     again = store.load(directory)
     assert again.records == run.records
     assert again.head == run.head
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        store.start_run(directory, engine="native", command="pytest")
 
 
 def test_the_part_of_a_killed_worker_is_still_read(tmp_path: Path) -> None:
@@ -100,10 +96,8 @@ def test_the_part_of_a_killed_worker_is_still_read(tmp_path: Path) -> None:
             recorder.add(CheckRecord(family="contract", engine="native", name=str(number), verdict="PASS"))
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    root = Path(store.__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], env={**os.environ, "PYTHONPATH": str(root)}, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     part = directory / "records-gw1.jsonl"
     # and the line that it was writing when it died is half there
@@ -112,34 +106,23 @@ def test_the_part_of_a_killed_worker_is_still_read(tmp_path: Path) -> None:
     assert [record.name for record in run.checks] == list("01234")
     assert run.torn_lines == 1
     assert not run.finished
-    finding = baseline.judge_run(run)
-    assert any("did not finish" in line for line in finding.breaks)
-    assert any("cut off" in line for line in finding.breaks)
+    breaks = "\n".join(baseline.judge_run(run).breaks)
+    assert "did not finish" in breaks
+    assert "cut off" in breaks
     # xdist may start another worker under the same name
     store.Recorder(directory, worker="gw1").add(check(name="5"))
     assert [record.name for record in store.load(directory).checks] == list("012345")
 
 
-def test_a_broken_line_within_a_part_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path / "run", [check()])
-    part = tmp_path / "run" / "records-gw0.jsonl"
+def test_a_controller_killed_before_it_removed_the_parts_doubles_nothing(tmp_path: Path) -> None:
+    pages.write_run(write(tmp_path, [accuracy(), check()]))
+    part = tmp_path / "records-gw0.jsonl"
+    assert part.exists()
+    assert len(store.load(tmp_path).records) == 2
+    # but a broken line is an error
     part.write_text('{"kind": "check"}\n' + part.read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"records-gw0.jsonl, line 1: not a record"):
-        store.load(tmp_path / "run")
-
-
-def test_a_controller_killed_before_it_removed_the_parts_doubles_nothing(tmp_path: Path) -> None:
-    directory = tmp_path / "run"
-    run = write(directory, [accuracy(), check()])
-    pages.write_run(run)
-    assert (directory / "records-gw0.jsonl").exists()
-    assert len(store.load(directory).records) == 2
-
-
-def test_two_runs_cannot_share_a_directory(tmp_path: Path) -> None:
-    write(tmp_path / "run", [check()])
-    with pytest.raises(FileExistsError, match="already holds a run"):
-        store.start_run(tmp_path / "run", engine="native", command="pytest")
+        store.load(tmp_path)
 
 
 def test_latest_run_is_the_newest_stamp(tmp_path: Path) -> None:
@@ -172,17 +155,17 @@ def test_a_run_without_a_result_is_never_the_latest(tmp_path: Path) -> None:
 # ---- pages
 
 
-def some_run(directory: Path) -> store.Run:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
     """A run that has something of everything; 40 tensors, so that the HTML page folds its long table."""
     records: list[AnyRecord] = [accuracy(1e-3 + 6e-5 * i, tensor=t) for i, t in enumerate(ALL_TENSORS * 4)]
     records += [accuracy(0.0, tensor=t, family="exact") for t in ALL_TENSORS]
     records += [accuracy(3.1e-2, tensor="grad_up_lora_a", case="E=8,k=2,H=64,I=96,T=33,r=4,alpha=8@seed=7")]
     records += [accuracy(verdict="SKIP", isa="amx_bf16"), check(), check("CRASH", "test_refusal[a|b <i>]"), latency()]
-    return write(directory, records, exit_status=1)
+    return write(tmp_path_factory.mktemp("some") / "run", records, exit_status=1)
 
 
-def test_markdown_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
-    run = some_run(tmp_path / "run")
+def test_markdown_shows_the_numbers_of_the_records(run: store.Run) -> None:
     rows = markdown_rows(tables.accuracy_markdown(run), "rel-L2")
     assert len(rows) == len(run.accuracy)
     for row, record in zip(rows, tables.accuracy_rows(run), strict=True):
@@ -220,43 +203,33 @@ def test_every_row_of_the_overview_is_labelled(tmp_path: Path) -> None:
         assert [(row["family"], row["ISA"]) for row in rows] == wanted
 
 
-def test_overview_counts_every_record(tmp_path: Path) -> None:
-    run = some_run(tmp_path / "run")
+def test_overview_counts_every_record(run: store.Run) -> None:
     rows = markdown_rows(tables.accuracy_markdown(run), "nearest to its budget")
     counted = sum(int(row[name] or 0) for row in rows for name in VERDICT_ORDER if name in row)
     assert counted == len(run.records)
     by_family = {(row["family"], row["ISA"]): row for row in rows}
-    assert by_family["contract", tables.NO_ISA]["CRASH"] == "1"
-    assert by_family["forward", "avx2"]["FAIL"] == "1"
-    assert by_family["forward", "avx2"]["nearest to its budget"].startswith("775 % grad_up_lora_a of E=8,k=2")
-    assert by_family["forward", "amx_bf16"]["SKIP"] == "1"
+    forward = by_family["forward", "avx2"]
+    assert by_family["contract", tables.NO_ISA]["CRASH"] == by_family["forward", "amx_bf16"]["SKIP"] == "1"
+    assert forward["FAIL"] == "1"
+    assert forward["nearest to its budget"].startswith("775 % grad_up_lora_a of E=8,k=2")
     assert by_family["exact", "avx2"]["nearest to its budget"] == "every tensor exact"
 
 
-def test_every_printer_has_the_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = some_run(tmp_path / "run")
+FACTS = (
+    "Imagined CPU 9000", "avx2 used", "avx512_bf16, avx2, scalar", "2 allowed of 4", "node 1: CPUs 2-3, 12.0 GiB",
+    "control group allows 16.0 GiB", "torch 2.13.0", "ktverify 0.1.0", "g++ 12.2.0", "0123456789ab",
+    "pytest suites/ -n 4", "1 min 24 s",
+)  # fmt: skip
+
+
+def test_every_printer_has_the_header(run: store.Run, capsys: pytest.CaptureFixture[str]) -> None:
     console.print_run(run)
     page = Page(pages.page(run))
     for text in (tables.accuracy_markdown(run), tables.latency_markdown(run), page.text, capsys.readouterr().out):
-        for fact in (
-            "Imagined CPU 9000",
-            "avx2 used",
-            "avx512_bf16, avx2, scalar",
-            "2 allowed of 4",
-            "node 1: CPUs 2-3, 12.0 GiB",
-            "control group allows 16.0 GiB",
-            "torch 2.13.0",
-            "ktverify 0.1.0",
-            "g++ 12.2.0",
-            "0123456789ab",
-            "pytest suites/ -n 4",
-            "1 min 24 s",
-        ):
-            assert fact in text
+        assert not [fact for fact in FACTS if fact not in text]
 
 
-def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
-    run = some_run(tmp_path / "run")
+def test_html_shows_the_numbers_of_the_records(run: store.Run) -> None:
     page = Page(pages.page(run))
     rows = page.rows("rel-L2", "used")
     assert len(rows) == len(run.accuracy)
@@ -268,8 +241,7 @@ def test_html_shows_the_numbers_of_the_records(tmp_path: Path) -> None:
     assert ("table", "id", "accuracy") in page.attributes
 
 
-def test_html_needs_nothing_from_outside(tmp_path: Path) -> None:
-    run = some_run(tmp_path / "run")
+def test_html_needs_nothing_from_outside(run: store.Run) -> None:
     text = pages.page(run)
     assert pages.page(run) == text, "the same run makes the same page"
     page = Page(text)
@@ -283,15 +255,11 @@ def test_html_needs_nothing_from_outside(tmp_path: Path) -> None:
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_plots_show_every_record(tmp_path: Path) -> None:
-    run = some_run(tmp_path / "run")
+def test_plots_show_every_record(run: store.Run) -> None:
     text = plots.rel_l2_by_tensor(run.accuracy)
-    for tensor in ALL_TENSORS:
-        assert f">{tensor}<" in text
+    assert all(f">{tensor}<" in text for tensor in ALL_TENSORS)
     assert text.count(">1 exact<") == len(ALL_TENSORS)
-    drawn = len(re.findall(r"<use ", text))
-    shown = [r for r in run.accuracy if r.gates and r.rel_l2 > 0]
-    assert drawn >= len(shown)
+    assert text.count("<use ") >= len([r for r in run.accuracy if r.gates and r.rel_l2 > 0])
     assert "did not pass" in text
     assert ">11.50 ms<" in plots.latency_bars(run.latency)
     assert "last bar: 145 % and more" in plots.budget_used(run.accuracy)
