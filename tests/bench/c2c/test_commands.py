@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -25,7 +26,6 @@ from tests.support import c2c
 from tests.support.command_line import call, ends, refused
 from tests.support.traces import read_trace
 
-ROOT = Path(__file__).resolve().parents[2]
 Pair = tuple[Path, Path]
 TIMING = {
     "base_embedding_ms", "base_prefill_ms", "teacher_embedding_ms", "teacher_prefill_ms", "projector_total_ms",
@@ -41,6 +41,19 @@ def whole(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = c2c.write_prompts(folder / "prompts.jsonl", 7)
     ends(call(*dataset(pair, folder / "whole.jsonl", given)), 0)
     return folder / "whole.jsonl"
+
+
+def table(path: Path, delimiter: str = "\t") -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream, delimiter=delimiter))
+
+
+def cut(whole: Path, path: Path, first: int, last: int, **settings: object) -> Path:
+    """The records of `whole` from `first` to before `last`, with other settings, at `path`; for time's sake."""
+    info = store.read_info(whole)
+    path.write_bytes(b"".join(whole.read_bytes().splitlines(keepends=True)[first:last]))
+    store.write_info(path, info.settings.model_copy(update=settings), info.sittings)
+    return path
 
 
 def dataset(pair: Pair, output: Path, given: Path, *more: str) -> list[str]:
@@ -62,15 +75,13 @@ def test_single_writes_every_view(pair: Pair, tmp_path: Path) -> None:
     assert set(timing) == TIMING
     assert (record["prompt"], timing["num_generated_tokens"]) == (BUILT_IN[0], 3)
     assert "3 tokens in " in text.splitlines()[0]
-    info = store.read_info(output)
-    (sitting,) = info.sittings
+    (sitting,) = store.read_info(output).sittings
     assert len(sitting.warmup_ms) == 2
     assert sitting.others is not None
     assert 0 <= sitting.others <= 1
     assert sitting.machine.cpu
     assert sitting.machine.versions["torch"]
-    with (tmp_path / "one.operators.tsv").open(newline="") as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t"))
+    rows = table(tmp_path / "one.operators.tsv")
     assert "aten::mm" in {row["operator"] for row in rows}
     assert not LANES.keys() & {row["operator"] for row in rows}
     assert sum(float(row["share"]) for row in rows) == pytest.approx(1, abs=0.01)
@@ -112,12 +123,10 @@ def test_batch_and_what_analyze_makes_of_it(pair: Pair, tmp_path: Path) -> None:
     records = store.read_records(output)
     assert [record.prompt for record in records] == list(BUILT_IN)
     assert all(short(prompt) in text for prompt in BUILT_IN)
-    with (tmp_path / "five.tsv").open(newline="", encoding="utf-8") as stream:
-        table = list(csv.DictReader(stream, delimiter="\t"))
+    rows = table(tmp_path / "five.tsv")
     shown = ends(call("bench", "analyze", str(output)), 0)
-    with (tmp_path / "five.analysis.csv").open(newline="", encoding="utf-8") as stream:
-        assert list(csv.DictReader(stream)) == table
-    for row, record in zip(table, records, strict=True):
+    assert table(tmp_path / "five.analysis.csv", ",") == rows
+    for row, record in zip(rows, records, strict=True):
         assert (row["prompt"], row["response"]) == (record.prompt, record.response)
         assert [float(row[name]) for name in COLUMNS] == pytest.approx([getattr(record.timing, n) for n in COLUMNS])
     assert (tmp_path / "five.analysis.png").read_bytes().startswith(b"\x89PNG")
@@ -144,9 +153,8 @@ def test_the_slowest_ten_are_ten(whole: Path, tmp_path: Path) -> None:
 def test_a_killed_run_is_resumed_after_the_last_whole_record(pair: Pair, tmp_path: Path) -> None:
     given, output = c2c.write_prompts(tmp_path / "p.jsonl", 40), tmp_path / "t.jsonl"
     command = dataset(pair, output, given)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ktverify", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    silent: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, "-m", "ktverify", *command], **silent)
     try:
         until = time.monotonic() + 120
         while not output.is_file() or output.read_bytes().count(b"\n") < 2:
@@ -183,9 +191,8 @@ def test_a_torn_line_is_cut_off_wherever_it_was_torn(whole: Path, tmp_path: Path
 
 
 def test_a_torn_file_is_finished_and_equals_the_whole(pair: Pair, whole: Path, tmp_path: Path) -> None:
-    output = tmp_path / "whole.jsonl"
-    output.write_bytes(whole.read_bytes()[:-30])
-    store.info_path(output).write_bytes(store.info_path(whole).read_bytes())
+    output = cut(whole, tmp_path / "whole.jsonl", 0, 7)
+    os.truncate(output, output.stat().st_size - 30)
     ends(call(*dataset(pair, output, whole.parent / "prompts.jsonl")), 0)
     assert c2c.without_times(output) == c2c.without_times(whole)
 
@@ -204,27 +211,26 @@ def test_ctrl_c_leaves_whole_records(pair: Pair, whole: Path, tmp_path: Path, mo
     ends(stopped, 130)
     assert "stopped after 2 of 7; the same command with --output" in stopped.stderr
     assert [record.id for record in store.read_records(tmp_path / "t.jsonl")] == [0, 1]
-    with (tmp_path / "t.tsv").open(newline="", encoding="utf-8") as stream:
-        assert [row["id"] for row in csv.DictReader(stream, delimiter="\t")] == ["0", "1"]
+    assert [row["id"] for row in table(tmp_path / "t.tsv")] == ["0", "1"]
     monkeypatch.undo()
     ends(call(*command), 0)
     assert c2c.without_times(tmp_path / "t.jsonl") == c2c.without_times(whole)
 
 
-def test_a_file_of_other_settings_is_not_continued(pair: Pair, whole: Path) -> None:
+def test_a_file_of_another_run_is_not_continued(pair: Pair, whole: Path, tmp_path: Path) -> None:
     content, given = whole.read_bytes(), whole.parent / "prompts.jsonl"
-    refused(
-        call(*dataset(pair, whole, given, "--max_new_tokens", "4")), "other settings .max_new_tokens 3 and 4.; name"
-    )
+    other = call(*dataset(pair, whole, given, "--max_new_tokens", "4"))
+    refused(other, "other settings .max_new_tokens 3 and 4.; name")
     refused(call(*dataset(pair, whole, given, "--num_samples", "3")), "count 7 and 3")
+    # nor one of other prompts
+    first, second, *others = given.read_bytes().splitlines(keepends=True)
+    swapped = tmp_path / "prompts.jsonl"
+    swapped.write_bytes(b"".join([second, first, *others]))
+    refused(call(*dataset(pair, whole, swapped)), "the record of id 0 is not of prompt 0 of this data set")
+    # nor one that another process writes
+    with contextlib.closing(store.RecordFile(whole)):
+        refused(call(*dataset(pair, whole, given)), "is being written by another run")
     assert whole.read_bytes() == content
-
-
-def test_records_of_other_prompts_are_not_continued(pair: Pair, whole: Path, tmp_path: Path) -> None:
-    given = tmp_path / "prompts.jsonl"
-    lines = (whole.parent / "prompts.jsonl").read_bytes().splitlines(keepends=True)
-    given.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
-    refused(call(*dataset(pair, whole, given)), "the record of id 0 is not of prompt 0 of this data set")
 
 
 def test_a_full_disk_leaves_whole_records(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,14 +247,6 @@ def test_a_full_disk_leaves_whole_records(whole: Path, tmp_path: Path, monkeypat
     assert store.read_records(tmp_path / "t.jsonl") == [first, second]
 
 
-def test_two_runs_cannot_write_one_file(whole: Path, pair: Pair) -> None:
-    held = store.RecordFile(whole)
-    try:
-        refused(call(*dataset(pair, whole, whole.parent / "prompts.jsonl")), "is being written by another run")
-    finally:
-        held.close()
-
-
 # ---- shards
 
 
@@ -262,24 +260,19 @@ def test_merged_shards_equal_one_run(pair: Pair, whole: Path, tmp_path: Path) ->
     assert c2c.without_times(joined) == c2c.without_times(whole)
     assert store.read_info(joined).settings == store.read_info(whole).settings
     assert len(store.read_info(joined).sittings) == 2
-    refuse_merges(parts, joined, tmp_path)
 
-
-def refuse_merges(parts: list[Path], joined: Path, folder: Path) -> None:
-    def merge(*files: Path, output: Path = folder / "no.jsonl") -> Any:
+    def merge(*files: Path, output: Path = tmp_path / "no.jsonl") -> Any:
         return call("bench", "c2c", "merge", *map(str, files), "--output", str(output))
 
-    refused(merge(*parts, output=joined), "joined.jsonl exists")
-    refused(merge(parts[0]), "3 of 7 ids are in no file: 1, 3, 5; finish those shards or name them too")
-    refused(merge(parts[0], parts[1], parts[0]), r"part1\.jsonl: id 0 is in another of the files as well")
-    short_of_one = folder / "unfinished.jsonl"
-    short_of_one.write_bytes(b"".join(parts[1].read_bytes().splitlines(keepends=True)[:-1]))
-    store.info_path(short_of_one).write_bytes(store.info_path(parts[1]).read_bytes())
-    refused(merge(parts[0], short_of_one), "1 of 7 ids are in no file: 5")
-    other = store.read_info(parts[1])
-    store.write_info(short_of_one, other.settings.model_copy(update={"dtype": "float32"}), other.sittings)
-    refused(merge(parts[0], short_of_one), "are not of one run: dtype bfloat16 and float32")
-    assert not (folder / "no.jsonl").exists()
+    one, two = parts
+    refused(merge(one, two, output=joined), "joined.jsonl exists")
+    refused(merge(one), "3 of 7 ids are in no file: 1, 3, 5; finish those shards or name them too")
+    refused(merge(one, two, one), r"part1\.jsonl: id 0 is in another of the files as well")
+    short_of_one = tmp_path / "unfinished.jsonl"
+    refused(merge(one, cut(two, short_of_one, 0, 2)), "1 of 7 ids are in no file: 5")
+    other = cut(two, short_of_one, 0, 2, dtype="float32")
+    refused(merge(one, other), "are not of one run: dtype bfloat16 and float32")
+    assert not (tmp_path / "no.jsonl").exists()
 
 
 def test_other_load_is_the_first_note(whole: Path, tmp_path: Path) -> None:
@@ -290,41 +283,29 @@ def test_other_load_is_the_first_note(whole: Path, tmp_path: Path) -> None:
         store.write_info(path, info.settings, [sitting.model_copy(update={"others": share}) for share in others])
         return store.notes([path])
 
-    quiet = notes(None, 0.01)
-    assert len(quiet) == 1
-    assert "taught by" in quiet[0]
+    (about,) = notes(None, 0.01)
+    assert "taught by" in about
     busy = "other programs had up to 42 % of the processors: these times mean little"
-    assert notes(0.01, 0.42, None) == [busy, *quiet]
+    assert notes(0.01, 0.42, None) == [busy, about]
 
 
 def test_ranges_merge_as_shards_do(whole: Path, tmp_path: Path) -> None:
-    """--start 0 --num_samples 3 and --start 3: cut out of the whole run's records, for time's sake."""
-    info, lines = store.read_info(whole), whole.read_bytes().splitlines(keepends=True)
-    for name, start, count in (("a", 0, 3), ("b", 3, 4)):
-        path = tmp_path / f"{name}.jsonl"
-        path.write_bytes(b"".join(lines[start : start + count]))
-        store.write_info(path, info.settings.model_copy(update={"start": start, "count": count}), info.sittings)
-    joined = store.merge([tmp_path / "b.jsonl", tmp_path / "a.jsonl"], tmp_path / "joined.jsonl")
-    assert joined == store.read_records(whole)
-    assert store.read_info(tmp_path / "joined.jsonl").settings == info.settings
+    """--start 0 --num_samples 3 and --start 3."""
+    first = cut(whole, tmp_path / "a.jsonl", 0, 3, start=0, count=3)
+    second = cut(whole, tmp_path / "b.jsonl", 3, 7, start=3, count=4)
+    assert store.merge([second, first], tmp_path / "joined.jsonl") == store.read_records(whole)
+    assert store.read_info(tmp_path / "joined.jsonl").settings == store.read_info(whole).settings
 
 
 def test_the_last_shard_is_missed(whole: Path, tmp_path: Path) -> None:
     """Three prompts in three shards: the ids of the first two leave no gap."""
-    info, lines = store.read_info(whole), whole.read_bytes().splitlines(keepends=True)
-    parts = [tmp_path / f"{number}.jsonl" for number in (1, 2)]
-    for number, path in enumerate(parts, start=1):
-        path.write_bytes(lines[number - 1])
-        store.write_info(path, info.settings.model_copy(update={"count": 3, "shard": (number, 3)}), info.sittings)
+    parts = [cut(whole, tmp_path / f"{k}.jsonl", k - 1, k, count=3, shard=(k, 3)) for k in (1, 2)]
     with pytest.raises(ValueError, match="1 of 3 ids are in no file: 2; finish those shards"):
         store.merge(parts, tmp_path / "joined.jsonl")
 
 
-def test_shards_share_all_ids() -> None:
-    settings = C2cSettings(
-        base_model="b", teacher_model="t", projectors="identity", dtype="float32", device="cpu", template=True,
-        max_new_tokens=1, source="s", start=5, count=11,
-    )  # fmt: skip
+def test_shards_share_all_ids(whole: Path) -> None:
+    settings = store.read_info(whole).settings.model_copy(update={"start": 5, "count": 11})
     ids = [settings.model_copy(update={"shard": (number, 3)}).ids for number in (1, 2, 3)]
     assert sorted(number for part in ids for number in part) == list(range(5, 16)) == list(settings.ids)
 
