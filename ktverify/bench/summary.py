@@ -10,17 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ktverify.bench import record
 from ktverify.bench.engines import OWN
-from ktverify.bench.record import (
-    EngineLine,
-    GroupOtherLoadLine,
-    HeadLine,
-    Line,
-    RoundCeilingLine,
-    ShapeLine,
-    StagesLine,
-    TurnLine,
-)
+from ktverify.bench.record import EngineLine, Line, RoundCeilingLine, ShapeLine, StagesLine, TurnLine
 from ktverify.bench.shapes import Work
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.record import VerdictName
@@ -97,11 +89,11 @@ def spread(values: Iterable[float]) -> Statistics | None:
 
 def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
     """One summary per shape and run, in the order of measuring. A run without a full round has no times."""
-    head = next((line for line in lines if isinstance(line, HeadLine)), None)
+    head = next((line for line in lines if isinstance(line, record.HeadLine)), None)
     order = {name: place for place, name in enumerate(head.engines)} if head is not None else {}
-    found = []
+    measured, found = [line for line in lines if not isinstance(line, record.HeadLine | ShapeLine)], []
     for shape in (line for line in lines if isinstance(line, ShapeLine)):
-        mine = [line for line in lines if not isinstance(line, HeadLine | ShapeLine) and line.shape == shape.shape]
+        mine = [line for line in measured if line.shape == shape.shape]
         for run in sorted({line.run for line in mine}):
             found.append(_summary(shape, run, [line for line in mine if line.run == run], order))
     return found
@@ -110,7 +102,7 @@ def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
 def _summary(
     shape: ShapeLine,
     run: int,
-    lines: list[EngineLine | TurnLine | RoundCeilingLine | GroupOtherLoadLine | StagesLine],
+    lines: list[EngineLine | TurnLine | RoundCeilingLine | record.GroupOtherLoadLine | StagesLine],
     order: dict[str, int],
 ) -> ShapeSummary:
     every: dict[tuple[str, str], dict[Round, TurnLine]] = defaultdict(dict)
@@ -146,7 +138,7 @@ def _summary(
         both = {"forward", "backward"} <= timings.keys()
         over = _ratio(times[name, "backward"], times[name, "forward"]) if both else None
         summaries.append(EngineSummary(states[name], timings, over))
-    quiet = [line for line in lines if isinstance(line, GroupOtherLoadLine)]
+    quiet = [line for line in lines if isinstance(line, record.GroupOtherLoadLine)]
     return ShapeSummary(
         shape=shape,
         run=run,
@@ -173,7 +165,7 @@ def _typical(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:
     found = []
     for direction in ("forward", "backward"):
         calls = sorted((t for t in recorded if t.direction == direction), key=lambda times: times.wall_ns)
-        found += calls[len(calls) // 2 : len(calls) // 2 + 1]
+        found += calls[len(calls) // 2 :][:1]
     return tuple(found)
 
 

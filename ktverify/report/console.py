@@ -1,7 +1,4 @@
-"""The console: tables, a run of the suites (verdict first, then what did not pass, then the overview), progress bars.
-
-What is longer is in the run's files, whose paths are printed.
-"""
+"""The console: tables, a run of the suites (verdict, what did not pass, overview), progress bars."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ktverify.runs.record import VERDICT_ORDER
@@ -21,16 +21,11 @@ class Grid:
     notes: tuple[str, ...]
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    left: Collection[str] = ()
+    left: Sequence[str] = ()
 
     @classmethod
     def of(
-        cls,
-        rows: Sequence[Mapping[str, str]],
-        title: str = "",
-        *,
-        notes: Sequence[str] = (),
-        left: Collection[str] = (),
+        cls, rows: Sequence[Mapping[str, str]], title: str = "", *, notes: Sequence[str] = (), left: Sequence[str] = ()
     ) -> Grid:
         """A grid of rows that each map the same headings to cells."""
         headings = tuple(rows[0]) if rows else ()

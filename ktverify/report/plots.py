@@ -1,8 +1,4 @@
-"""Plots of a run of the suites as inline SVG, made with matplotlib.
-
-Each returns `<svg>…</svg>` text that needs nothing from outside the page and takes the page's font; "" where there is
-nothing to plot.
-"""
+"""Plots of a run of the suites as inline SVG that needs nothing from outside the page; "" where there are no values."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ktverify.report.numbers import error, many, number
@@ -130,31 +127,24 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
 
 def latency_bars(records: Sequence[LatencyRecord]) -> str:
     """One bar per measurement at its median, a line from the fastest to the slowest, every sample as a dot; ms."""
-    rows = sorted(
-        ((r, r.ms) for r in records if r.ms is not None),
-        key=lambda row: (row[0].case, row[0].what, row[0].tp, row[0].threads, isa_rank(row[0].isa)),
-    )
+
+    def group(r: LatencyRecord) -> tuple[str, str, int, int]:
+        return (r.case, r.what, r.tp, r.threads)
+
+    timed = ((r, r.ms) for r in records if r.ms is not None)
+    rows = sorted(timed, key=lambda row: (group(row[0]), isa_rank(row[0].isa)))
     if not rows:
         return ""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    positions, labels = [], []
-    ticks: list[list[float]] = []
-    position, last_group = 0.0, None
-    for r, _ in rows:
-        group = (r.case, r.what, r.tp, r.threads)
-        if group != last_group:
-            if ticks:  # a label has two lines, also beside a single bar
-                position += 0.55 if len(ticks[-1]) > 1 else 1.1
-            parallel = f", TP {r.tp}" if r.tp != 1 else ""
-            labels.append(f"{r.case}\n{r.what}{parallel}, {many(r.threads, 'thread')}")
-            ticks.append([position])
-        else:
-            ticks[-1].append(position)
-        positions.append(position)
-        position += 1.0
-        last_group = group
-    figure, axes = _figure(height=0.7 + 0.21 * position)
+    labels, ticks, position = [], [], 0.0
+    for (case, what, tp, threads), members in groupby(rows, lambda row: group(row[0])):
+        labels.append(f"{case}\n{what}{f', TP {tp}' if tp != 1 else ''}, {many(threads, 'thread')}")
+        ticks.append([position + place for place, _ in enumerate(members)])
+        # a label has two lines, also beside a single bar
+        position = ticks[-1][-1] + (1.55 if len(ticks[-1]) > 1 else 2.1)
+    positions = [place for bars in ticks for place in bars]
+    figure, axes = _figure(height=0.91 + 0.21 * positions[-1])
     low = min(ms.min for _, ms in rows)
     high = max(ms.max for _, ms in rows)
     wide = high / low > 20
@@ -167,7 +157,7 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
         axes.scatter(r.samples_ms, jittered, s=5, color=colour, linewidths=0, zorder=3)
         text = f"{number(ms.median, 4)} ms"
         axes.annotate(text, (ms.max, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK)
-    axes.set_yticks([sum(group) / len(group) for group in ticks], labels)
+    axes.set_yticks([sum(bars) / len(bars) for bars in ticks], labels)
     axes.set_ylim(max(positions) + 0.7, -0.7)
     if wide:
         axes.set_xscale("log")

@@ -1,8 +1,7 @@
 """Group what did not pass by its cause, so that a defect that costs a hundred checks is reported once.
 
-Each group is a block of lines that every printer shows as it is, worst first. All records that ended the engine in the
-same way are one group, with the last words once; the failing tensors of a case are one; the failing checks of a family
-are one, a line each. records.jsonl has what is left out here.
+One group each, worst first: all records that ended the engine in the same way; the failing tensors of a case; the
+failing checks of a family. records.jsonl has what is left out here.
 """
 
 from __future__ import annotations
@@ -12,15 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ktverify.runs.record import (
-    NOT_RUN,
-    AccuracyRecord,
-    AnyRecord,
-    CheckRecord,
-    LatencyRecord,
-    VerdictName,
-    worst_first,
-)
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, worst_first
 from ktverify.runs.store import Run
 
 WIDTH = 110
@@ -40,7 +31,7 @@ _NUMBER = re.compile(r"0x[0-9a-f]+|\d+(?:\.\d+)?")
 class FailureGroup:
     """The verdict, a heading after it, lines, and the command that repeats one of them ("" where there is none)."""
 
-    verdict: VerdictName
+    verdict: str
     where: str
     lines: tuple[str, ...]
     repro: str

@@ -1,8 +1,7 @@
 """Runs on disk: `reports/runs/<stamp>/records.jsonl`.
 
-Every process appends its records to a part file of its own, one line per write, so that no lock is needed and a killed
-process loses at most the line that it was writing. The controller merges the parts at the end. `load` reads merged runs
-and unfinished ones.
+Every process appends to a part file of its own, so that no lock is needed and a killed one loses at most one line. The
+controller merges the parts at the end. `load` reads merged runs and unfinished ones.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ktverify.runs.jsonl import append_line, write_lines
 from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, parse_line
@@ -138,10 +138,8 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
             raise FileNotFoundError(f"no run at {name}: there is no such directory")
         return Path(name)
     runs = (Path(reports) if reports is not None else reports_dir()) / "runs"
-    known = sorted(
-        (path for path in runs.glob("*") if _STAMP.fullmatch(path.name) and any(path.glob("records*.jsonl"))),
-        key=lambda path: path.name,
-    )
+    stamped = sorted(path for path in runs.glob("*") if _STAMP.fullmatch(path.name))
+    known = [path for path in stamped if any(path.glob("records*.jsonl"))]
     if not known:
         raise FileNotFoundError(f"no run in {runs}: make one with `pytest suites/ -n 4`")
     if name == "latest":
@@ -175,14 +173,6 @@ def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, worker
     if any(Path(run_dir).glob("records*.jsonl")):
         raise FileExistsError(f"{run_dir} already holds a run; name a directory of its own for this one")
     recorder = Recorder(run_dir, worker="controller")
-    recorder.add(
-        RunRecord(
-            stamp=Path(run_dir).name,
-            engine=engine,
-            command=command,
-            commit=machine.git_commit(),
-            machine=machine.read_machine(),
-            workers=workers,
-        )
-    )
+    facts: dict[str, Any] = {"commit": machine.git_commit(), "machine": machine.read_machine(), "workers": workers}
+    recorder.add(RunRecord(stamp=Path(run_dir).name, engine=engine, command=command, **facts))
     return recorder
