@@ -61,9 +61,9 @@ def single(
     with progress(f"{base_model} taught by {teacher_model}"):
         found = run_single(chosen, text, projectors, path, warmups=warmup_steps, profile_tokens=profile_tokens)
     if as_json:
-        typer.echo(found.record.model_dump_json())
+        typer.echo(found[0].model_dump_json())
     else:
-        show_single(found)
+        show_single(*found)
 
 
 def batch(

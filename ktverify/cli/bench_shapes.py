@@ -84,8 +84,8 @@ def bench(
         raise ValueError(f"--peers {absent[0].name}: {absent[0].missing}")
     from ktverify.bench.measure import Bench, ShapeBenchSettings
     from ktverify.bench.summary import summarise
-    from ktverify.bench.tables import shown_grids
     from ktverify.bench.timed_run import RunLine
+    from ktverify.bench.views import shown_grids
     from ktverify.report.console import ProgressBar, make_console, print_grids
     from ktverify.system import machine
 
@@ -140,7 +140,7 @@ def _conclude(
     directory: Path, lines: list[Line], *, shapes_shown: bool = False, stages: bool = False, as_json: bool = False
 ) -> bool:
     """Write the pages and print what is not yet printed; True if the native engine was right throughout."""
-    from ktverify.bench import plot, tables
+    from ktverify.bench import views
     from ktverify.bench.engines import OWN
     from ktverify.bench.record import FILE, HeadLine
     from ktverify.bench.summary import summarise
@@ -148,9 +148,9 @@ def _conclude(
 
     head: HeadLine | None = next((line for line in lines if isinstance(line, HeadLine)), None)
     summaries = summarise(lines)
-    view = tables.view(head, summaries, plot.draw(summaries))
-    shapes = [] if shapes_shown else [grid for one in summaries for grid in tables.shown_grids(one, stages=stages)]
-    overviews = [tables.overview_grid(summaries, what) for what in tables.DIRECTIONS] if summaries else []
+    view = views.view(head, summaries)
+    shapes = [] if shapes_shown else [grid for one in summaries for grid in views.shown_grids(one, stages=stages)]
+    overviews = [views.overview_grid(summaries, what) for what in views.DIRECTIONS] if summaries else []
     pages.conclude(view, lines, directory / FILE, as_json, shown=[*shapes, *overviews])
     own = [summary.engine(OWN) for summary in summaries]
     return bool(own) and all(e is not None and e.line.forward == e.line.backward == "PASS" for e in own)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ktverify import _native
-from ktverify.bench import engines, input_files, plot, record, shapes, summary, tables
+from ktverify.bench import engines, input_files, record, shapes, summary, views
 from ktverify.bench.engines import Engine
 from ktverify.bench.host import BenchInputs
 from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
@@ -152,7 +152,7 @@ def test_a_defect_costs_only_the_time_that_it_makes_worthless(
     assert set(engine.timings) == (timed or set())
     (found,) = summary.summarise(journal.lines)
     word = verdicts[0] if verdicts[0] != "PASS" else verdicts[1]
-    assert [line for line in tables.problems(found) if line.startswith(f"{word} {engine.line.title}: {reason}")]
+    assert [line for line in views.problems(found) if line.startswith(f"{word} {engine.line.title}: {reason}")]
 
 
 @pytest.mark.parametrize("name", ["native", "torch_loop"])
@@ -176,8 +176,8 @@ def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal) -> N
     found = summary.summarise(journal.lines)
     first = journal.lines[0]
     assert isinstance(first, HeadLine)
-    assert plot.draw([]) is None
-    view = tables.view(first, found, plot.draw(found))
+    assert views.draw([]) is None
+    view = views.view(first, found)
     assert (view.picture or b"").startswith(b"\x89PNG")
     page = view_markdown(view)
     for text in ("| native ", "| torch loop ", "CRASH the one that dies: in round 2", " SKIP |", "## forward"):

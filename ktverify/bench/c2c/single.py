@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,19 +48,13 @@ class OperatorProfile:
     trace: bytes
 
 
-@dataclass(frozen=True)
-class Single:
-    """What was measured, and the paths of the files that have it."""
-
-    record: PromptRecord
-    profile: OperatorProfile | None
-    written: tuple[Path, ...]
-
-
 def run_single(
     settings: C2cSettings, prompt: str, projectors: Path | None, path: Path, *, warmups: int, profile_tokens: int
-) -> Single:
-    """Time `prompt`, write all files, profile it where profile_tokens is above 0. ValueError: see PromptRun, load."""
+) -> tuple[PromptRecord, OperatorProfile | None, list[Path]]:
+    """Time `prompt`, write all files, profile it where profile_tokens is above 0; returns the paths of the files last.
+
+    ValueError: see PromptRun, load.
+    """
     check(settings)
     run = PromptRun(settings, [prompt], path)
     try:
@@ -80,7 +75,7 @@ def run_single(
         found = profile(pipeline, prompt, profile_tokens, settings.device)
         add(".operators.tsv", delimited([asdict(row) for row in found.operators]))
         add(".operators.trace.json", found.trace)
-    return Single(record, found, tuple(written))
+    return record, found, written
 
 
 def profile(pipeline: Pipeline, prompt: str, tokens: int, device: str) -> OperatorProfile:
@@ -112,18 +107,18 @@ def _operators(averages: list[Any], device: str) -> tuple[Operator, ...]:
     return tuple(sorted(rows, key=lambda row: (-row.self_ms, row.operator)))
 
 
-def show_single(found: Single) -> None:
+def show_single(record: PromptRecord, found: OperatorProfile | None, written: Sequence[Path]) -> None:
     """The verdict, the response, where the time went, which operators it went to."""
-    console, timing = make_console(), found.record.timing
+    console, timing = make_console(), record.timing
     head = f"{timing.num_generated_tokens} tokens in {views.figure(timing.total_ms)} ms"
     speed = f"{views.figure(timing.tokens_per_second)} tokens/s in decoding"
     console.print(Text(f"{head}, {speed}", style="bold"))
-    console.print(Text(views.short(found.record.response, 160) or "(an empty response)"))
+    console.print(Text(views.short(record.response, 160) or "(an empty response)"))
     console.print()
-    grids = [views.stage_grid(timing, store.busy_notes(found.written[:1]))]
-    if found.profile is not None:
-        grids.append(operators_grid(found.profile))
-    print_grids(console, grids, found.written)
+    grids = [views.stage_grid(timing, store.busy_notes(written[:1]))]
+    if found is not None:
+        grids.append(operators_grid(found))
+    print_grids(console, grids, written)
 
 
 def operators_grid(found: OperatorProfile) -> Grid:

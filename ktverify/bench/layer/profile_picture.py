@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.profile import READING
 from ktverify.bench.layer.profile_views import ProfileSummary, RangeSummary, stage_name
-from ktverify.bench.tables import PHASES
+from ktverify.bench.views import PHASES
 from ktverify.engines.native.phase_times import WAIT, StageTimes
 from ktverify.report import style
 from ktverify.report.numbers import number, percent

@@ -10,8 +10,8 @@ from typing import Any
 from ktverify.bench.layer.profile import READING
 from ktverify.bench.layer.profile_record import RANGES, CallLine, Line, ProfileLine, Range
 from ktverify.bench.shapes import Work
-from ktverify.bench.tables import PHASES, STAGE_HEADINGS, stage_note, stage_rows
 from ktverify.bench.timed_run import CeilingLine, disturbed, run_pairs
+from ktverify.bench.views import PHASES, STAGE_HEADINGS, stage_note, stage_rows
 from ktverify.engines.native.phase_times import Phase, StageTimes
 from ktverify.report import trace_events
 from ktverify.report.grid import Grid
