@@ -27,7 +27,7 @@ from ktverify.report.pages import View
 from ktverify.spec.cases import Case
 from tests.cli.test_cli import TINY
 from tests.support.command_line import call, ends, refused
-from tests.support.records import MACHINE
+from tests.support.records import HEAD
 
 MS = 1_000_000
 CASE = Case.parse(TINY)
@@ -49,7 +49,7 @@ def made_up_spot(spot: Spot, both: int) -> list[record.Line]:
 
 
 def made_up(spots: list[Spot]) -> list[record.Line]:
-    head = LayerLine(stamp="stamp", command="c", commit="abc", machine=MACHINE, case=TINY, spots=tuple(spots))
+    head = LayerLine(**HEAD, case=TINY, spots=tuple(spots))
     return [head, *(line for spot in spots for line in made_up_spot(spot, 10 * spot.value))]
 
 

@@ -34,7 +34,7 @@ from ktverify.system import timing
 from ktverify.system.timing import PERCENTILES, Clock, Statistics
 from tests.cli.test_cli import TINY
 from tests.support.command_line import call, ends, refused
-from tests.support.records import MACHINE
+from tests.support.records import HEAD
 from tests.support.traces import nested, read_trace
 
 TP2 = TINY.replace("I=32", "I=64")
@@ -53,10 +53,7 @@ def made_up(wall: int) -> StageTimes:
 
 
 def made_up_lines() -> list[profile_record.Line]:
-    head = ProfileLine(
-        stamp="stamp", command="python -m ktverify profile", commit="abc", machine=MACHINE, case=TINY, why="w",
-        isa="scalar", tp=1, workers=2,
-    )  # fmt: skip
+    head = ProfileLine(**HEAD, case=TINY, why="w", isa="scalar", tp=1, workers=2)
     lines: list[profile_record.Line] = [head, CeilingLine(read=1e9, multiply=2e9), CeilingLine(read=2e9, multiply=1e9)]
     passes: tuple[tuple[Pass, int], ...] = (("first", 30), ("plain", 10), ("recorded", 11))
     for at, (which, ms) in enumerate(passes):

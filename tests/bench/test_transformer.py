@@ -23,7 +23,7 @@ from ktverify.bench.transformer.sizes import ModelSize, forward_flops, parameter
 from ktverify.cli.bench_transformer import TOLERANCE
 from ktverify.isolation import process
 from tests.support.command_line import call, ends, refused
-from tests.support.records import MACHINE
+from tests.support.records import HEAD
 
 TINY = ModelSize(64, 160, 3, 4, vocab_size=97, context_length=24, batch_size=2)
 PARAMETERS = {
@@ -152,8 +152,7 @@ def test_a_wrong_count_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def made_up(*, loop: float | None = None) -> list[record.Line]:
     """Two processes: without warm-ups steps of 30 and 20 ms, with one warm-up of 25 ms steps of 10 and 20 ms."""
     settings = TransformerSettings(size=TINY)
-    about: dict[str, Any] = {"stamp": "stamp", "command": "c", "commit": "abc", "machine": MACHINE}
-    found: list[record.Line] = [TransformerLine(**about, settings=settings, warmups=(0, 1))]
+    found: list[record.Line] = [TransformerLine(**HEAD, settings=settings, warmups=(0, 1))]
     for warmup, steps in ((0, (30, 20)), (1, (25, 10, 20))):
         found.append(ProcessLine(warmup=warmup, device="cpu", threads=1))
         for place, ms in enumerate(steps):

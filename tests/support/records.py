@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ktverify.runs import store
 from ktverify.runs.record import (
@@ -33,6 +34,9 @@ MACHINE = Machine(
     system="Linux 6.1",
     versions={"python": "3.11.7", "torch": "2.13.0", "ktverify": "0.1.0", "compiler": "g++ 12.2.0"},
 )
+
+# of the first line of a timed run
+HEAD: dict[str, Any] = {"stamp": "stamp", "command": "python -m ktverify", "commit": "abc", "machine": MACHINE}
 
 
 def accuracy(

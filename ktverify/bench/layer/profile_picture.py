@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.profile import READING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _STAGES, _MORE = (style.PURPLE, style.BLUE, style.GREEN, style.ORANGE), (style.RED, style.BROWN)
 _LANE, _BAR, _GAP = 0.3, 0.24, 1.05  # inches
 _MOST_LANES = 64
+Bar = tuple[int, int, str]  # begin and length in ns, colour
 
 
 def draw(summary: ProfileSummary) -> bytes:
@@ -52,52 +53,48 @@ def draw(summary: ProfileSummary) -> bytes:
 
 
 def _lanes(axes: Axes, found: RangeSummary) -> None:
-    """What each worker did: time from left to right in milliseconds."""
-    from matplotlib.patches import Patch
-
+    """What each worker did."""
     times = found.typical.stages[0]
-    shown = times.spans[:_MOST_LANES]
-    for worker, spans in enumerate(shown):
-        axes.barh(worker, times.wall_ns / 1e6, height=0.72, color=style.BAND)
+    stages = [_STAGES[stage % len(_STAGES)] for stage in range(times.stages)]
+    lanes: dict[str, list[Bar]] = {}
+    for worker, spans in enumerate(times.spans[:_MOST_LANES]):
+        bars = lanes[f"worker {worker}"] = []
         for span in spans:
-            work = (span.work_end - span.begin) / 1e6
-            axes.barh(worker, work, left=span.begin / 1e6, height=0.72, color=_STAGES[span.stage % len(_STAGES)])
-            axes.barh(
-                worker, (span.end - span.work_end) / 1e6, left=span.work_end / 1e6, height=0.72, color=style.WAITING
-            )
-    bare(axes, f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine", pad=18)
-    axes.set_ylim(len(shown) - 0.45, -0.55)
-    axes.set_xlim(0, times.wall_ns / 1e6)
-    axes.set_yticks(range(len(shown)), [f"worker {worker}" for worker in range(len(shown))], color=INK)
-    label_x(axes, "ms since the engine's call began")
-    handles: list[Any] = [
-        Patch(color=_STAGES[stage % len(_STAGES)], label=stage_name(times, stage)) for stage in range(times.stages)
-    ]
-    handles += [Patch(color=style.WAITING, label="waiting"), Patch(color=style.BAND, label="outside the stages")]
-    _legend(axes, handles)
-
-
-def _legend(axes: Axes, handles: Sequence[Any]) -> None:
-    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.006, 0.985), "borderaxespad": 0.1}
-    legend(axes, handles, ncols=len(handles), handlelength=1.0, **place)
+            bars.append((span.begin, span.work_end - span.begin, stages[span.stage]))
+            bars.append((span.work_end, span.end - span.work_end, style.WAITING))
+    colours = {stage_name(times, stage): colour for stage, colour in enumerate(stages)}
+    colours |= {"waiting": style.WAITING, "outside the stages": style.BAND}
+    title = f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine"
+    _timeline(axes, title, "ms since the engine's call began", times.wall_ns, lanes, colours)
 
 
 def _parts(axes: Axes, found: RangeSummary) -> None:
     """A training step: its parts one after the other."""
+    call = found.typical
+    names = dict.fromkeys(part.name for part in call.parts)
+    colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: style.WAITING}
+    bars = [(part.at, part.ns, colours[part.name]) for part in call.parts]
+    title = f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms"
+    _timeline(axes, title, "ms since the step began", call.ns, {"Python": bars}, colours)
+
+
+def _timeline(
+    axes: Axes, title: str, below: str, ns: int, lanes: dict[str, list[Bar]], colours: dict[str, str]
+) -> None:
+    """A lane for each name, time from left to right until `ns`; colours: what each means."""
     from matplotlib.patches import Patch
 
-    call = found.typical
-    axes.barh(0, call.ns / 1e6, height=0.72, color=style.BAND)
-    names = list(dict.fromkeys(part.name for part in call.parts))
-    colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: style.WAITING}
-    for part in call.parts:
-        axes.barh(0, part.ns / 1e6, left=part.at / 1e6, height=0.72, color=colours[part.name])
-    bare(axes, f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms", pad=18)
-    axes.set_ylim(0.45, -0.55)
-    axes.set_xlim(0, call.ns / 1e6)
-    axes.set_yticks([0], ["Python"], color=INK)
-    label_x(axes, "ms since the step began")
-    _legend(axes, [Patch(color=colours[name], label=name) for name in names])
+    for row, bars in enumerate(lanes.values()):
+        for begin, length, colour in ((0, ns, style.BAND), *bars):
+            axes.barh(row, length / 1e6, left=begin / 1e6, height=0.72, color=colour)
+    bare(axes, title, pad=18)
+    axes.set_ylim(len(lanes) - 0.45, -0.55)
+    axes.set_xlim(0, ns / 1e6)
+    axes.set_yticks(range(len(lanes)), list(lanes), color=INK)
+    label_x(axes, below)
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.006, 0.985), "borderaxespad": 0.1}
+    legend(axes, handles, ncols=len(handles), handlelength=1.0, **place)
 
 
 def _bars(axes: Axes, summary: ProfileSummary, times: StageTimes) -> None:
