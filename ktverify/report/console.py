@@ -93,7 +93,7 @@ def print_run(run: Run, console: Console | None = None, *, header: bool = True) 
     times = tables.latency_grid(run.latency).only(
         "case", "what", "ISA", "TP", "mean ± std ms", "median ms", "tokens/s", "GFLOP/s", "GB/s"
     )
-    for grid in (tables.overview_grid(tables.overview(run.records)), tables.strict_grid(run.records), times):
+    for grid in (tables.overview_grid(tables.overview(run)), tables.strict_grid(run.accuracy), times):
         if grid.rows:
             print_grids(console, [replace(grid, title="", notes=())])
     for name in ("report.html", "accuracy.md", "latency.md"):

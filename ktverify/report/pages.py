@@ -124,7 +124,7 @@ def page(run: Run) -> str:
     """report.html as text: the verdict first, every number on demand. Plots are inline SVG; a small script filters the
     long tables."""
     passed, sentence = tables.run_verdict(run)
-    overview = tables.overview(run.records)
+    overview = tables.overview(run)
     return render(
         "report.html.j2",
         name=run.directory.name,

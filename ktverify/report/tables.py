@@ -11,16 +11,7 @@ from typing import get_args
 from ktverify.report.grid import Grid, markdown_table
 from ktverify.report.numbers import error, many, mean_and_std, number, used_budget
 from ktverify.report.problems import ENDED, group_text, problems
-from ktverify.runs.record import (
-    NOT_RUN,
-    VERDICT_ORDER,
-    AccuracyRecord,
-    AnyRecord,
-    LatencyRecord,
-    RunRecord,
-    VerdictName,
-    worst_first,
-)
+from ktverify.runs.record import NOT_RUN, VERDICT_ORDER, AccuracyRecord, LatencyRecord, VerdictName, worst_first
 from ktverify.runs.store import Run
 from ktverify.spec.names import ALL_TENSORS
 from ktverify.system.instruction_sets import ISA_FLAGS
@@ -96,15 +87,15 @@ def head_lines(run: Run) -> list[tuple[str, str]]:
         ("system", machine.system),
         ("commit", head.commit or "no checkout"),
         ("command", head.command or "not recorded"),
-        ("time", _time_text(head)),
+        ("time", _time_text(head.duration_s)),
     ]
 
 
-def _time_text(head: RunRecord) -> str:
-    if head.duration_s is None:
+def _time_text(duration_s: float | None) -> str:
+    if duration_s is None:
         return "not finished"
-    minutes, seconds = divmod(round(head.duration_s), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{head.duration_s:.1f} s"
+    minutes, seconds = divmod(round(duration_s), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{duration_s:.1f} s"
 
 
 # ---- tables
@@ -116,7 +107,7 @@ class OverviewRow:
 
     family: str
     isa: str
-    counts: dict[VerdictName, int]
+    counts: Counter[VerdictName]
     worst: AccuracyRecord | None
 
     @property
@@ -129,17 +120,15 @@ class OverviewRow:
         return f"{used_budget(self.worst.used)} {self.worst.tensor} of {self.worst.case}"
 
 
-def overview(records: Iterable[AnyRecord]) -> list[OverviewRow]:
+def overview(run: Run) -> list[OverviewRow]:
     """One row per (family, ISA), families by name, each family's ISAs best first."""
-    groups: dict[tuple[str, str], list[AnyRecord]] = {}
-    for record in records:
-        groups.setdefault((record.family, record.isa), []).append(record)
     rows = []
-    for (family, isa), members in groups.items():
+    for family, isa in sorted({(r.family, r.isa) for r in run.records}, key=lambda key: (key[0], isa_rank(key[1]))):
+        members = [r for r in run.records if (r.family, r.isa) == (family, isa)]
         compared = [r for r in members if isinstance(r, AccuracyRecord) and r.gates and r.verdict not in NOT_RUN]
         worst = next(iter(worst_first(compared)), None)
         rows.append(OverviewRow(family, isa, Counter(record.verdict for record in members), worst))
-    return sorted(rows, key=lambda row: (row.family, isa_rank(row.isa)))
+    return rows
 
 
 def overview_grid(rows: Sequence[OverviewRow]) -> Grid:
@@ -157,16 +146,10 @@ def overview_grid(rows: Sequence[OverviewRow]) -> Grid:
     return Grid.of(cells, "Overview", left=("ISA", NEAREST))
 
 
-def strict_grid(records: Iterable[AnyRecord]) -> Grid:
+def strict_grid(records: Iterable[AccuracyRecord]) -> Grid:
     """rel_l2 of each tensor over the cases on which an engine with fp32 sums has strict limits. No rows for an engine
     that does not claim fp32 sums."""
-    gates = [
-        (record.tensor, gate)
-        for record in records
-        if isinstance(record, AccuracyRecord)
-        for gate in record.gates
-        if gate.gate == "rel_l2_own"
-    ]
+    gates = [(record.tensor, gate) for record in records for gate in record.gates if gate.gate == "rel_l2_own"]
     rows = []
     for tensor in ALL_TENSORS:
         mine = [gate for name, gate in gates if name == tensor]
@@ -285,14 +268,9 @@ def accuracy_markdown(run: Run) -> str:
     """accuracy.md: verdict, header, overview by family and ISA, what did not pass, then every tensor, worst first."""
     found = problems(run)
     failures = "## What did not pass\n\n```\n" + "\n\n".join(map(group_text, found)) + "\n```" if found else ""
-    return _page(
-        "Accuracy",
-        run,
-        _section(overview_grid(overview(run.records))),
-        _section(strict_grid(run.records)),
-        failures,
-        _section(accuracy_grid(accuracy_rows(run))),
-    )
+    grids = (overview_grid(overview(run)), strict_grid(run.accuracy), accuracy_grid(accuracy_rows(run)))
+    *summary, every_tensor = map(_section, grids)
+    return _page("Accuracy", run, *summary, failures, every_tensor)
 
 
 def latency_markdown(run: Run) -> str:

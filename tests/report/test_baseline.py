@@ -25,7 +25,7 @@ from ktverify.system.machine import Machine
 from tests.support.records import MACHINE, accuracy, check, latency, write
 
 GROWTH = Growth(factor=1.25, floor=1e-4)
-FAILED: tuple[VerdictName, ...] = ("FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED")
+BAD: tuple[VerdictName, ...] = ("FAIL", "CRASH", "TIMEOUT", "OOM", "MISTRUSTED")
 
 
 def gated(run: store.Run, baseline: Baseline | None = None) -> GateReport:
@@ -44,14 +44,7 @@ def test_gates_records_and_pages_know_the_same_verdicts() -> None:
 
 
 BREAKS: dict[str, tuple[list[AnyRecord], int, str]] = {
-    **{
-        verdict: (
-            [accuracy(), check(), check(verdict, "test_broken")],
-            0,
-            f"contract/- test_broken: {verdict} the reason",
-        )
-        for verdict in FAILED
-    },
+    **{name: ([check(), check(name, "test_broken")], 0, f"contract/- test_broken: {name} the reason") for name in BAD},
     "a tensor, with its repro": (
         [accuracy(), accuracy(3.1e-2, tensor="grad_input")],
         0,
