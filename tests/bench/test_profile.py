@@ -17,15 +17,7 @@ import pytest
 
 from ktverify.bench.layer import profile, profile_record, profile_views
 from ktverify.bench.layer.profile_record import RANGES, CallLine, CallPart, Pass, ProfileLine
-from ktverify.bench.layer.profile_views import (
-    Imbalance,
-    ProfileSummary,
-    Worker,
-    imbalances,
-    stage_name,
-    unexplained_ns,
-    worker_of,
-)
+from ktverify.bench.layer.profile_views import Imbalance, ProfileSummary, Worker, imbalances, stage_name, worker_of
 from ktverify.bench.timed_run import CeilingLine, OtherLoadLine
 from ktverify.engines.native.phase_times import Phase, Span, StageTimes
 from ktverify.report import pages
@@ -297,8 +289,8 @@ LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
 
 
 def test_waiting_that_belongs_to_no_stage_is_reported() -> None:
-    assert unexplained_ns(made_up(10 * MS)) == 1.5 * MS
-    assert unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "time between the stages belongs to none"
+    assert profile_views.unexplained_ns(made_up(10 * MS)) == 1.5 * MS
+    assert profile_views.unexplained_ns(made_up(12 * MS)) == 3.5 * MS, "time between the stages belongs to none"
     phases = profile_views.view(summary_of(made_up_lines()), b"").grids[1]
     assert phases.notes[1] == "other waiting: 1.50 ms, 15.0 % of the call, at no stage's barrier"
 

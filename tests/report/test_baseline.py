@@ -7,17 +7,9 @@ from pathlib import Path
 import pytest
 
 from ktverify.judge.gates import Verdict
+from ktverify.report import baseline as gating
 from ktverify.report import tables
-from ktverify.report.baseline import (
-    Baseline,
-    GateReport,
-    Growth,
-    growth,
-    judge_run,
-    key_of,
-    read_baseline,
-    write_baseline,
-)
+from ktverify.report.baseline import Baseline, GateReport, Growth, judge_run, key_of, read_baseline, write_baseline
 from ktverify.report.style import CONSOLE_STYLES
 from ktverify.runs import store
 from ktverify.runs.record import VERDICT_ORDER, AnyRecord, VerdictName
@@ -109,7 +101,7 @@ def test_an_error_may_grow_by_a_factor_from_a_floor_on(
 
 
 def test_the_allowed_growth_is_in_the_tolerances() -> None:
-    allowed = growth()
+    allowed = gating.growth()
     assert 1 < allowed.factor < 2
     assert 0 < allowed.floor < 1e-3
 
