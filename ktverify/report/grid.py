@@ -49,9 +49,8 @@ def note_kind(note: str) -> str:
 
 def markdown(grid: Grid) -> str:
     """Title as a heading, notes as a list, the table."""
-    parts = [f"## {grid.title}"] if grid.title else []
-    parts += ["\n".join(f"- {note}" for note in grid.notes)] if grid.notes else []
-    return "\n\n".join([*parts, markdown_table(grid) if grid.rows else "nothing was measured"])
+    title, notes = f"## {grid.title}" if grid.title else "", "\n".join(f"- {note}" for note in grid.notes)
+    return "\n\n".join(filter(None, [title, notes, markdown_table(grid) if grid.rows else "nothing was measured"]))
 
 
 def markdown_table(grid: Grid) -> str:

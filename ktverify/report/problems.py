@@ -82,12 +82,12 @@ def _key(record: AnyRecord) -> tuple[str, ...]:
 
 
 def _group(members: list[AnyRecord]) -> FailureGroup:
-    first = members[0]
+    first, times = members[0], f"× {len(members)} " if len(members) > 1 else ""
     repro = next((record.repro for record in members if record.repro), "")
     if first.verdict in ENDED:
-        where, lines = _ended(members)
+        where, lines = times + _joined(first.isa, _cause(first)[0]), _ended(members)
     elif isinstance(first, CheckRecord):
-        where, lines = _times(members) + _joined(first.family, first.isa), _checks(members)
+        where, lines = times + _joined(first.family, first.isa), _checks(members)
     else:
         families = ", ".join(dict.fromkeys(record.family for record in members))
         tp = f"TP {first.tp}" if first.tp != 1 else ""
@@ -112,10 +112,9 @@ def _cause(record: AnyRecord) -> tuple[str, list[str]]:
     return _CALLER.sub("", how.removeprefix("EngineDied: ")).partition(_LAST_WORDS)[0], lines[at + 1 :]
 
 
-def _ended(members: Sequence[AnyRecord]) -> tuple[str, list[str]]:
-    """(heading, lines) of records that ended in the same way: the last words once, then names by family."""
-    how, words = _cause(members[0])
-    words = [line for line in words if not line.startswith("pytest ")]
+def _ended(members: Sequence[AnyRecord]) -> list[str]:
+    """The lines of records that ended in the same way: the last words once, then names by family."""
+    words = [line for line in _cause(members[0])[1] if not line.startswith("pytest ")]
     families: dict[str, list[str]] = {}
     for record in members:
         name = _short(record)
@@ -128,11 +127,7 @@ def _ended(members: Sequence[AnyRecord]) -> tuple[str, list[str]]:
     lines = [f"last words, of {_short(members[0])}:", *(f"  {line}" for line in words)] if words else []
     for sharing, names in cost.items():
         lines += _wrapped(f"{', '.join(sharing)}: {_listed(names)}")
-    return _times(members) + _joined(members[0].isa, how), lines
-
-
-def _times(members: Sequence[AnyRecord]) -> str:
-    return f"× {len(members)} " if len(members) > 1 else ""
+    return lines
 
 
 def _checks(members: Iterable[AnyRecord]) -> list[str]:

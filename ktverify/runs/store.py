@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, Latency
 from ktverify.system.files import reports_dir
 
 MERGED = "records.jsonl"
-_PART = re.compile(r"records-.+\.jsonl$")
 _HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head contains this
 _STAMP = re.compile(r"\d{8}T\d{6}Z(-\d+)?$")
 
@@ -32,7 +31,7 @@ class Run:
     head: RunRecord | None
     records: tuple[AnyRecord, ...]
     torn_lines: int = 0
-    parts_read: tuple[str, ...] = field(default=())
+    parts_read: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> list[AccuracyRecord]:
@@ -96,7 +95,7 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
     """
     directory = Path(run_dir)
     merged = [directory / MERGED] if (directory / MERGED).is_file() else []
-    parts = sorted(path for path in directory.glob("records-*.jsonl") if _PART.search(path.name))
+    parts = sorted(directory.glob("records-*.jsonl"))
     if not merged and not parts:
         raise FileNotFoundError(f"no run in {directory}: it has neither {MERGED} nor records-*.jsonl")
     heads: list[RunRecord] = []

@@ -155,10 +155,8 @@ def tp_grid(group: Sequence[SpotSummary]) -> Grid:
     """A row for each degree, with its speed-up over the first."""
     lines, base = [], group[0]
     for one in group:
-        cells = []
-        for what in (FORWARD, BOTH):
-            ms = one.ms[what].median
-            cells += [number(ms), ratio(base.ms[what].median / ms)]
+        medians = [(one.ms[what].median, base.ms[what].median) for what in (FORWARD, BOTH)]
+        cells = [cell for ms, first in medians for cell in (number(ms), ratio(first / ms))]
         lines.append((one.name, str(one.found.workers), *cells))
     over = f"x TP {base.spot.tp}"
     headings = ("degree", "workers", f"{FORWARD} ms", over, f"{BOTH} ms", over)
