@@ -1,4 +1,4 @@
-"""A tiny base and a tiny teacher that differ in everything: models, checkpoints and command-line arguments."""
+"""Pipelines of a tiny base and a tiny teacher, command-line arguments for them, and their records."""
 
 from __future__ import annotations
 
@@ -11,26 +11,8 @@ import torch
 from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.pipeline import Pipeline
 from ktverify.bench.c2c.projector import Projectors
-from ktverify.training.tiny import build_model, make_tiny, make_tokenizer
 
-# widths, layers, heads, head_dim and tokenizer other than the family's own, which the base has
-TEACHER = {
-    "hidden_size": 104,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 24,
-    "vocab_size": 448,
-}
 NEW_TOKENS = 8
-
-
-def sides() -> tuple[Side, Side]:
-    """Base and teacher in fp32."""
-    rest = {name: size for name, size in TEACHER.items() if name != "vocab_size"}
-    mine, theirs = make_tokenizer(), make_tokenizer(TEACHER["vocab_size"])
-    teacher = build_model("qwen3", len(theirs), seed=1, sizes=rest).float()
-    return Side(build_model("qwen3", len(mine)).float(), mine, "base"), Side(teacher, theirs, "teacher")
 
 
 def pipeline(base: Side, teacher: Side, *, teaching: bool = False, template: bool = True) -> Pipeline:
@@ -52,11 +34,6 @@ def alone(base: Side, ids: Sequence[int], tokens: int = NEW_TOKENS) -> list[int]
         )
     found: list[int] = made[0, len(ids) :].tolist()
     return found
-
-
-def checkpoints(folder: Path) -> tuple[Path, Path]:
-    """Directories of the same two models in bf16."""
-    return make_tiny("qwen3", folder / "base"), make_tiny("qwen3", folder / "teacher", seed=1, sizes=TEACHER)
 
 
 def options(pair: tuple[Path, Path], output: Path, tokens: int = 3) -> list[str]:
