@@ -1,8 +1,7 @@
 """torch_bf16: the whole contract in plain torch, a bf16 loop over experts. Slow, readable, and right.
 
 It is the engine to compare others with, to try the suites on a machine without AMX, and the base of the mutants; the
-bench times it as "torch loop". reference.plain_expert computes one expert, argument_checks.py refuses wrong arguments;
-this file has the calls and their order.
+bench times it as "torch loop". This file has the calls and their order.
 """
 
 from __future__ import annotations
@@ -58,10 +57,7 @@ class TorchBf16:
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
-        """gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: a slot's expert.
-
-        The tensors are kept, not copied.
-        """
+        """Keep gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: their experts."""
         base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = argument_checks.check_physical_map(self.spec, physical_map)
         self._base = tuple(base.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 
 # parts of an engine's life that are no method of a layer
 IMPORT, CONSTRUCTOR = "import", "constructor"
@@ -13,24 +13,21 @@ ENGINE_EXCEPTIONS = (Exception, SystemExit)
 
 
 class CallLog:
-    """The calls that are made while it is open: `with CallLog() as calls`.
+    """The calls made while it is open. on_call gets the name of a method when it is called, and "" when it returns.
 
-    on_call: gets the name of a method when it is called, and "" when it returns. failed: the first method that raised
-    an exception, "" while there is none.
+    failed: the first method that raised an exception, "" while there is none.
     """
 
     def __init__(self, on_call: Callable[[str], None] = lambda method: None) -> None:
         self.on_call = on_call
         self.failed = ""
-        self._token: Token[tuple[CallLog, ...]] | None = None
 
     def __enter__(self) -> CallLog:
-        self._token = _open.set((*_open.get(), self))
+        _open.set((*_open.get(), self))
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._token is not None  # it was entered
-        _open.reset(self._token)
+        _open.set(tuple(log for log in _open.get() if log is not self))
 
 
 _open: ContextVar[tuple[CallLog, ...]] = ContextVar("open call logs", default=())

@@ -75,16 +75,12 @@ DEFAULT, BIG = Limits(300.0, 3 << 30), Limits(900.0, 7 << 30)
 
 
 def raised_by_the_engine(error: BaseException) -> bool:
-    """True for an exception from `Child.call` that was raised over there where nothing should be refused: a crash.
-
-    A check reports what it finds wrong as an AssertionError.
-    """
-    if isinstance(error, RemoteError):
-        return True
-    return isinstance(error.__cause__, RemoteError) and not isinstance(error, AssertionError)
+    """True for an exception from `Child.call` that is a crash: a check reports what it finds as an AssertionError."""
+    remote = isinstance(error.__cause__, RemoteError) and not isinstance(error, AssertionError)
+    return remote or isinstance(error, RemoteError)
 
 
-class Child:
+class Child(contextlib.AbstractContextManager["Child"]):
     """One process that answers calls until it is closed. For one thread at a time.
 
     env: variables that it has besides this process's. preload: modules that its fork server imports beforehand.
@@ -100,9 +96,6 @@ class Child:
         environment = {**os.environ, **_SHARED_CPU, locks.HELD_BY_PARENT: "1", **(env or {})}
         self._process = fork_server(preload).fork(answer_calls, there.fileno(), environment, self._log.fileno())
         there.close()
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -120,7 +113,8 @@ class Child:
         name = name_of(function)
         self._busy = True
         try:
-            reply = exchange(self._connection, (function, args, kwargs), self._watch(name))
+            watch = functools.partial(self._watch, name, time.monotonic() + self.limits.time_s)
+            reply = exchange(self._connection, (function, args, kwargs), watch)
         except EOFError:
             raise EngineDied(f"{name}: the process {self._process.how()}{self._last_words()}") from None
         self._busy = False
@@ -129,25 +123,18 @@ class Child:
         except NotImplementedError as error:
             raise Unsupported(str(error)) from error.__cause__
 
-    def _watch(self, called: str) -> Callable[[], bool]:
+    def _watch(self, called: str, deadline: float) -> bool:
         """False once the child has ended. Ends it where it exceeds its limits, and raises which one."""
-        limits, deadline = self.limits, time.monotonic() + self.limits.time_s
-
-        def watch() -> bool:
-            used = resident_of(self._process.pid)
-            if used > limits.memory:
-                self._process.end()
-                text = f"{called}: {used / 2**30:.1f} GiB were resident, the limit is {limits.memory / 2**30:.1f} GiB"
-                raise EngineOutOfMemory(text + self._last_words())
-            if not self.alive:
-                return False
-            if time.monotonic() > deadline:
-                self._process.end()
-                text = f"{called}: no answer after {limits.time_s:g} s, ended with SIGKILL"
-                raise EngineTimeout(text + self._last_words())
-            return True
-
-        return watch
+        used, limit = resident_of(self._process.pid), self.limits.memory
+        if used > limit:
+            self._process.end()
+            text = f"{called}: {used / 2**30:.1f} GiB were resident, the limit is {limit / 2**30:.1f} GiB"
+            raise EngineOutOfMemory(text + self._last_words())
+        if self.alive and time.monotonic() > deadline:
+            self._process.end()
+            text = f"{called}: no answer after {self.limits.time_s:g} s, ended with SIGKILL"
+            raise EngineTimeout(text + self._last_words())
+        return self.alive
 
     def _last_words(self) -> str:
         return f"; last words:\n{self._log.last_words()}"
@@ -161,7 +148,7 @@ class Child:
         self._log.close()
 
 
-class ChildPool:
+class ChildPool(contextlib.AbstractContextManager["ChildPool"]):
     """Children by their environment, one alive at a time: four test processes and their children fit into 16 GiB."""
 
     def __init__(self, limits: Limits = DEFAULT, big: Limits = BIG, preload: tuple[str, ...] = ()) -> None:
@@ -169,9 +156,6 @@ class ChildPool:
         self._preload = preload
         self._child: Child | None = None
         self._kind: tuple[dict[str, str], bool] = ({}, False)
-
-    def __enter__(self) -> ChildPool:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -214,10 +198,7 @@ def answer_calls(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of `jobs` processes that judge engines in parallel.
-
-    They end with this process, however it ends, and at once where the body raises.
-    """
+    """A pool of `jobs` processes. They end with this process, however it ends, and at once where the body raises."""
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare)
     try:
         # Ctrl-C reaches all processes of a terminal; this one ends the others, which would each show a traceback

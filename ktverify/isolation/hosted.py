@@ -102,10 +102,8 @@ class _Host:
 
 
 def host_command(python: str, server: str, argument: str) -> list[str]:
-    """The command of host.py, which ends with the thread that starts it if that is the main thread.
-
-    Another thread, as one of a pool, may end before the layers that it made.
-    """
+    """The command of host.py, which ends with the thread that starts it if that is the main thread."""
+    # another thread, as one of a pool, may end before the layers that it made
     parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
     return [python, str(HOST), server, argument, str(parent)]
 

@@ -46,10 +46,7 @@ _FOLDERS = re.compile(r'File "/(?:[^"/]+/)*(?=[^"/]+/[^"/]+")')
 
 
 def environment_of(python: str = sys.executable) -> dict[str, str]:
-    """This process's variables for a process under `python`.
-
-    For another interpreter without PYTHONPATH and PYTHONHOME, because they lead to packages of this one.
-    """
+    """This process's variables, for another `python` without those that lead to packages of this one."""
     foreign = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
     return {name: value for name, value in os.environ.items() if name not in foreign}
 
@@ -349,10 +346,7 @@ def _reply(data: bytes, answer: Callable[[Any], Any]) -> bytes:
 
 
 def value_of(reply: tuple[Any, ...]) -> Any:
-    """The value in a reply. An exception in it is raised, with a RemoteError as its cause that has the traceback.
-
-    Where the exception could not be pickled, that RemoteError is raised.
-    """
+    """The value in a reply. Raises the exception in it from a RemoteError; that itself where it cannot be pickled."""
     if len(reply) == 1:
         return reply[0]
     error, trace = reply

@@ -112,10 +112,7 @@ def _oracle_of(result: Result) -> LiveOracle:
 
 
 def _budgets(inputs: Inputs, oracle: LiveOracle) -> dict[str, float]:
-    """The suite's budgets of rel_l2, by tensor; a tensor without such a gate has to be exact.
-
-    They are those of the right answer rounded once, so that no engine need have run.
-    """
+    """The suite's budgets of rel_l2, by tensor, for the right answer rounded once; a tensor without one is exact."""
     found: dict[str, float] = {}
     for name in ALL_TENSORS:
         right = oracle.compare(name, oracle.tensors[name].to(torch.bfloat16))

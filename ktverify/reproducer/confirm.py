@@ -1,9 +1,8 @@
 """Check every claim of a run again without the suite: the reproducer of each case in the engine's own interpreter.
 
-Input: a run. Its claims are what one forward and backward of a case can show: one for each tensor that failed, and one
-for each case that crashed the engine or got no answer, however many checks reported it. Output: a Confirmation for each
-claim, and below the run's directory a folder for each case, with the output of its script. The tensors that a script
-saves are judged here by the gates that failed in the suite.
+A run's claims are what one forward and backward of a case can show: one for each tensor that failed, and one for each
+case that crashed the engine or got no answer, however many checks reported it. Below the run's directory each case gets
+a folder. The tensors that its script saves there are judged here by the gates that failed in the suite.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ def _of(record: AnyRecord) -> Iterator[Claim]:
         ended = _SIGNAL.search(record.message)
         yield Claim(where, record.verdict, "", ended.group() if ended else record.verdict, message=record.message)
     elif isinstance(record, AccuracyRecord):
-        yield Claim(where, "FAIL", record.tensor, error_text(record.rel_l2, record.non_finite))
+        yield Claim(where, "FAIL", record.tensor, _error_text(record.rel_l2, record.non_finite))
     else:
         exact = record.family == "exact"
         lines = [match.groups() for match in _LINE.finditer(record.message) if match.group(2) in ALL_TENSORS]
@@ -112,7 +111,7 @@ def _of(record: AnyRecord) -> Iterator[Claim]:
             yield Claim(where, "FAIL", "", record.message.partition("\n")[0][:60], exact)
 
 
-def error_text(rel_l2: float, non_finite: int) -> str:
+def _error_text(rel_l2: float, non_finite: int) -> str:
     """An error in few words: "1.00e+00", or "8192 not finite"."""
     return f"{non_finite} not finite" if non_finite else f"{rel_l2:.2e}"
 
@@ -238,7 +237,7 @@ class _Reproducer:
             if exact and difference.mismatched:
                 yield name, f"{difference.mismatched} of {difference.numel} elements differ"
             elif not exact and judgement.verdict is Verdict.FAIL:
-                yield name, error_text(difference.rel_l2, difference.non_finite)
+                yield name, _error_text(difference.rel_l2, difference.non_finite)
 
 
 def _error_in(output: str) -> str:

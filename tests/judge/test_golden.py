@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,6 @@ from ktverify.judge.reference import forward_backward
 from ktverify.spec.cases import Case, catalogue, select
 from ktverify.spec.inputs import inputs_sha256, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_WEIGHTS
-from tests.support.golden_kill import MOMENTS, regenerate_until
 
 ROOT = Path(__file__).resolve().parents[2]
 ONLY = "one_token_odd,odd_sizes,exact_masked,nan_row,no_token,fresh_adapter,small"
@@ -247,7 +248,34 @@ def test_a_glob_changes_only_what_it_names(copy: Path) -> None:
     assert content(copy) == before
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+def regenerate_until(moment: str, directory: str) -> None:
+    """In a child: regenerate odd_sizes and small in `directory`; SIGKILL once the step named by `moment` is done."""
+
+    def die(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    compute, write_manifest = golden_regenerate.compute, golden.write_manifest
+    seen: list[object] = []
+
+    def compute_once(case: Any) -> Any:
+        seen.append(case)
+        return compute(case) if len(seen) < 2 else die()
+
+    def write_and_die(*arguments: Any) -> None:
+        write_manifest(*arguments)
+        die()
+
+    steps = {
+        "computing": ("compute", compute_once),
+        "staged": ("_publish", die),
+        "files moved": ("write_manifest", die),
+        "manifest replaced": ("write_manifest", write_and_die),
+    }
+    setattr(golden_regenerate, *steps[moment])
+    regenerate("odd_sizes,small", directory=Path(directory), force=True)
+
+
+@pytest.mark.parametrize("moment", ["computing", "staged", "files moved", "manifest replaced"])
 def test_the_goldens_are_whole_after_a_kill_at_any_moment(copy: Path, moment: str) -> None:
     edit(copy, lambda entries: [entries[key].update(inputs_sha256="1" * 64) for key in (ODD, SMALL)])
     before = content(copy)

@@ -109,8 +109,7 @@ def expert_weights(
 ) -> dict[str, list[torch.Tensor]]:
     """gate_proj, up_proj [I, H], down_proj [H, I] bf16 of each expert, by BASE_NAMES; shapes: the expected ones.
 
-    ValueError for a missing path or tensor, another shape, or a checkpoint with more experts; TypeError for another
-    dtype.
+    ValueError for a missing path or tensor, another shape, or more experts; TypeError for another dtype.
     """
     names = _of_layer(_tensors(weight_path), layer)
     family = next((f for f in FAMILIES.values() if f[BASE_NAMES[0]].format(layer=layer, expert=0) in names), None)

@@ -238,11 +238,7 @@ class KTMoEWrapper:
             setattr(self, name, tensor)
 
     def update_lora_weights(self) -> None:
-        """Give the engine the present values of all six parameters at once.
-
-        Until then it computes with the earlier ones. The backward of a forward that was saved before uses the values of
-        its forward.
-        """
+        """Give the engine the present values of all six parameters at once. A saved forward's backward uses its own."""
         argument_checks.check_ready(True, self._lora_dtype is not None, "update_lora_weights")
         lora = argument_checks.check_lora(self.spec, {name: getattr(self, name) for name in LORA_NAMES})
         if lora[LORA_NAMES[0]].dtype != self._lora_dtype:
