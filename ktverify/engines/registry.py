@@ -114,11 +114,9 @@ def _raised_at(error: Exception) -> str:
 
 
 def strict(engine: str | EngineFactory) -> bool:
-    """True for an engine that must keep the limits of fp32 sums with one rounding: the project's own, and any whose
-    factory has `fp32_sums = True`. Others need only be as accurate as plain torch in bf16.
+    """True for an engine, by name or factory, that must keep the limits of fp32 sums with one rounding.
 
-    engine: a name, or the factory itself.
+    They are the project's own and those with `fp32_sums = True`. Others need only be as accurate as torch in bf16.
     """
-    if engine == NATIVE:
-        return True
-    return bool(getattr(find(engine) if isinstance(engine, str) else engine, "fp32_sums", False))
+    factory = find(engine) if isinstance(engine, str) and engine != NATIVE else engine
+    return factory == NATIVE or bool(getattr(factory, "fp32_sums", False))

@@ -57,7 +57,7 @@ class TorchBf16:
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
-        """Keep gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: their experts."""
+        """Keep gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot; physical_map int64 [E]: its experts."""
         base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = argument_checks.check_physical_map(self.spec, physical_map)
         self._base = tuple(base.values())

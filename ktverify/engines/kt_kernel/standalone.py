@@ -2,10 +2,9 @@
 
     python run.py [case.safetensors]      # exit code 1: a tensor is beyond its budget
 
-It needs a Python that has torch, safetensors and kt-kernel.
-The file contains the inputs (as inputs.*), the fp64 oracle's answers (expected.*), and as metadata the sizes, the
-suite's budgets (relative L2; a tensor without one has one right answer) and the errors that the suite found. The
-results of kt-kernel are saved beside it as actual.safetensors.
+It needs a Python that has torch, safetensors and kt-kernel. The file contains inputs.*, the fp64 oracle's answers as
+expected.*, and as metadata the sizes, the suite's budgets (relative L2; a tensor without one has one right answer) and
+the errors that the suite found. The results of kt-kernel are saved beside it as actual.safetensors.
 """
 
 import json
