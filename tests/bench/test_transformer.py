@@ -165,8 +165,8 @@ def made_up(*, loop: float | None = None) -> list[record.Line]:
 
 def test_warm_ups_do_not_count() -> None:
     without, with_one = views.arms(made_up())
-    steps = [arm.ms("step") for arm in (without, with_one)]
-    assert [(ms.count, ms.mean, ms.max) for ms in steps if ms is not None] == [(2, 25.0, 30.0), (2, 15.0, 20.0)]
+    steps = [arm.ms["step"] for arm in (without, with_one)]
+    assert [(ms.count, ms.mean, ms.max) for ms in steps] == [(2, 25.0, 30.0), (2, 15.0, 20.0)]
     view = views.view(made_up())
     assert view is not None
     assert view.verdict.endswith("with 0 warm-ups the mean step is 1.67 times that with 1")

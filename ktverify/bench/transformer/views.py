@@ -11,7 +11,7 @@ from ktverify.bench.transformer.measure import agreement
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerLine
 from ktverify.bench.transformer.sizes import forward_flops, parameters
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, STATISTICS, count, many, mean_and_std, number, ratio, statistics_cells
+from ktverify.report.numbers import STATISTICS, count, many, mean_and_std, number, ratio, statistics_cells
 from ktverify.report.pages import View, statistics_row
 from ktverify.report.style import BLUE, INK, ORANGE, QUIET, RULE, bare, label_x, legend, png
 from ktverify.system.machine import format_bytes
@@ -30,35 +30,33 @@ _COLOURS = {"forward": BLUE, "backward": ORANGE}
 
 @dataclass(frozen=True)
 class Arm:
-    """One process: its steps that count and, before them, its warm-ups."""
+    """One process: its steps that count and, before them, its warm-ups. ms: of the steps that count, by WHATS."""
 
     warmup: int
     warmups: tuple[StepLine, ...]
     steps: tuple[StepLine, ...]
     peak: int
-
-    def ms(self, what: str) -> Statistics | None:
-        """Of the steps that count; None for the backward of a forward alone."""
-        found = _ms(self.steps, what)
-        return Statistics.of(found) if found else None
+    ms: dict[str, Statistics]
 
 
 def _ms(steps: Sequence[StepLine], what: str) -> list[float]:
-    """Milliseconds of one of WHATS in each step; no backward of a forward alone."""
-    times = [{"forward": step.forward_ns, "backward": step.backward_ns, "step": step.ns}[what] for step in steps]
-    return [ns / 1e6 for ns in times if ns is not None]
+    """Milliseconds of one of WHATS in each step."""
+    times = [{"forward": step.forward_ns, "backward": step.backward_ns or 0, "step": step.ns}[what] for step in steps]
+    return [ns / 1e6 for ns in times]
 
 
 def arms(lines: Sequence[Line]) -> list[Arm]:
     """One for each process that has a step that counts, in their order."""
     found = []
+    forward_only = any(line.settings.forward_only for line in lines if isinstance(line, TransformerLine))
     for process in (line for line in lines if isinstance(line, ProcessLine)):
         steps = [line for line in lines if isinstance(line, StepLine) and line.warmup == process.warmup]
         ends = [line.peak for line in lines if isinstance(line, EndLine) and line.warmup == process.warmup]
         counted = tuple(step for step in steps if step.step >= 0)
         if counted:
             warm = tuple(step for step in steps if step.step < 0)
-            found.append(Arm(process.warmup, warm, counted, ends[0] if ends else 0))
+            ms = {what: Statistics.of(_ms(counted, what)) for what in (WHATS[:1] if forward_only else WHATS)}
+            found.append(Arm(process.warmup, warm, counted, ends[0] if ends else 0, ms))
     return found
 
 
@@ -70,7 +68,7 @@ def view(lines: Sequence[Line]) -> View | None:
         return None
     process = next(line for line in lines if isinstance(line, ProcessLine))
     notes = disturbed(lines)
-    grids = [times_grid(head, found[-1], notes)] if len(head.warmups) == 1 else study_grids(head, found, notes)
+    grids = [times_grid(head, found[-1], notes)] if len(head.warmups) == 1 else study_grids(found, notes)
     facts = [
         ("model", head.settings.size.text),
         ("parameters", count(sum(parameters(head.settings.size).values()))),
@@ -83,22 +81,19 @@ def view(lines: Sequence[Line]) -> View | None:
 
 def verdict(head: TransformerLine, found: Sequence[Arm]) -> str:
     last = found[-1]
-    texts = [f"{what} {mean_and_std(ms)} ms" for what in WHATS[:2] if (ms := last.ms(what))]
+    texts = [f"{what} {mean_and_std(ms)} ms" for what in WHATS[:2] if (ms := last.ms.get(what))]
     text = f"{head.settings.size.name}: {', '.join(texts)}"
-    first, end = found[0].ms("step"), last.ms("step")
-    if len(found) > 1 and first is not None and end is not None:
-        growth = first.mean / end.mean
-        text += f"; with {found[0].warmup} warm-ups the mean step is {ratio(growth)} times that with {last.warmup}"
+    if len(found) > 1:
+        # a forward alone is the whole step
+        first, end = (list(arm.ms.values())[-1].mean for arm in (found[0], last))
+        text += f"; with {found[0].warmup} warm-ups the mean step is {ratio(first / end)} times that with {last.warmup}"
     return text
 
 
 def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
     """A row for forward, backward and both; rates at the median."""
     size, lines = head.settings.size, []
-    for what in WHATS:
-        ms = arm.ms(what)
-        if ms is None or (what == "step" and head.settings.forward_only):
-            continue
+    for what, ms in arm.ms.items():
         seconds = ms.median / 1e3
         flops = _WORK[what] * forward_flops(size)
         lines.append((what, *statistics_cells(ms), count(size.tokens / seconds), number(flops / seconds / 1e9)))
@@ -109,21 +104,16 @@ def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
     return Grid(size.name, (*notes, warm + peak), ("", *STATISTICS, "tokens/s", "GFLOP/s"), tuple(lines))
 
 
-def study_grids(head: TransformerLine, found: Sequence[Arm], notes: Sequence[str]) -> list[Grid]:
+def study_grids(found: Sequence[Arm], notes: Sequence[str]) -> list[Grid]:
     """For forward, backward and both: a row for each number of warm-ups."""
     grids: list[Grid] = []
     last = found[-1]
-    for what in WHATS:
-        if head.settings.forward_only and what != "forward":
-            continue
-        lines, most = [], last.ms(what)
+    for what, most in last.ms.items():
+        lines = []
         for arm in found:
-            ms = arm.ms(what)
-            if ms is not None:
-                over = f"{ms.mean / most.mean:.3f}" if most is not None else NOTHING
-                first = _ms(arm.steps[:1], what)
-                cells = map(number, (ms.mean, ms.std, ms.min, ms.max, ms.median, *first))
-                lines.append((_title(arm), *cells, over))
+            ms, first = arm.ms[what], _ms(arm.steps[:1], what)
+            cells = map(number, (ms.mean, ms.std, ms.min, ms.max, ms.median, *first))
+            lines.append((_title(arm), *cells, f"{ms.mean / most.mean:.3f}"))
         heading = f"mean over that of {last.warmup}"
         headings = ("", "mean ms", "std", "min", "max", "median", "first that counts", heading)
         note = (f"each in a fresh process, {len(last.steps)} steps that count",)
@@ -151,8 +141,7 @@ def rows(head: TransformerLine, found: Sequence[Arm]) -> list[dict[str, object]]
     return [
         {**about, "warmup_steps": arm.warmup, "what": what, "unit": "ms", **statistics_row(ms)}
         for arm in found
-        for what in (WHATS[:1] if head.settings.forward_only else WHATS)
-        if (ms := arm.ms(what)) is not None
+        for what, ms in arm.ms.items()
     ]
 
 
@@ -186,7 +175,7 @@ def _panel(axes: Axes, arm: Arm) -> None:
     bare(axes, _title(arm), "y")
     label_x(axes, "step")
     for what, colour in _COLOURS.items():
-        ms = arm.ms(what)
+        ms = arm.ms.get(what)
         if ms is None:
             continue
         for steps, face in ((arm.warmups, "none"), (arm.steps, colour)):
