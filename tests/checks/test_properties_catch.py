@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,19 +73,22 @@ VIOLATED = {
 }
 # those whose smallest case is also looked for here: it takes hundreds of runs of an engine
 SHRUNK = ("zero_lora_b", "idle_experts")
-SMALL = property_search.Sizes(experts=3, slots=2, tokens=4, width=36, rank=3)
 
 
-def _search(name: str, engine: str, examples: int) -> None:
-    property_search.search(
-        name,
-        PROPERTIES[name],
-        lambda case: properties.check_property(Target(engine), name, case),
-        examples=examples,
-        sizes=SMALL,
-        options=f" --engine {engine}",
-        shrink=name in SHRUNK,
-    )
+def search(name: str, run: Callable[[Case], tuple[int, int]], **options: Any) -> None:
+    property_search.search(name, PROPERTIES[name], run, **{"examples": 30, **options})
+
+
+def drawn(name: str = "within_budget", **options: Any) -> list[Case]:
+    """The cases of a search in which nothing is wrong."""
+    seen: list[Case] = []
+
+    def run(case: Case) -> tuple[int, int]:
+        seen.append(case)
+        return 1, 1
+
+    search(name, run, **options)
+    return seen
 
 
 def test_every_property_has_a_wrong_engine() -> None:
@@ -93,18 +97,26 @@ def test_every_property_has_a_wrong_engine() -> None:
 
 @pytest.mark.parametrize("name", VIOLATED)
 def test_wrong_engine_violates_it(name: str) -> None:
+    engine = VIOLATED[name]
     with pytest.raises(PropertyFailed) as found:
-        _search(name, VIOLATED[name], examples=20)
+        search(
+            name,
+            lambda case: properties.check_property(Target(engine), name, case),
+            examples=20,
+            sizes=property_search.Sizes(experts=3, slots=2, tokens=4, width=36, rank=3),
+            options=f" --engine {engine}",
+            shrink=name in SHRUNK,
+        )
     title, text, *said, repeat = str(found.value).splitlines()
     assert title.startswith(name)
     assert said
     case = Case.parse(text)
     if name in SHRUNK:
         assert (case.num_experts, case.hidden, case.rank) == (1, 1, 1), "the case was not made small"
-    assert repeat == f"pytest suites/properties -k {name} --case '{case.id}' --engine {VIOLATED[name]}"
+    assert repeat == f"pytest suites/properties -k {name} --case '{case.id}' --engine {engine}"
     # the case alone repeats it
     with pytest.raises((AssertionError, RuntimeError)):
-        properties.check_property(Target(VIOLATED[name]), name, case)
+        properties.check_property(Target(engine), name, case)
 
 
 def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:
@@ -117,21 +129,14 @@ def test_a_case_that_ends_the_engine_is_not_tried_again() -> None:
         return 1, 1
 
     with pytest.raises(PropertyFailed, match="died of SIGSEGV") as found:
-        property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
+        search("within_budget", run)
     assert found.value.verdict == "CRASH"
     assert tried[-1].id in str(found.value)
     assert [bool(case.hidden % 32) for case in tried].count(True) == 1
 
 
 def test_sizes_are_multiples_of_what_is_asked_for() -> None:
-    seen: list[Case] = []
-
-    def run(case: Case) -> tuple[int, int]:
-        seen.append(case)
-        return 1, 1
-
-    sizes = property_search.Sizes(step=32)
-    property_search.search("tensor_parallel", PROPERTIES["tensor_parallel"], run, examples=20, sizes=sizes)
+    seen = drawn("tensor_parallel", examples=20, sizes=property_search.Sizes(step=32))
     assert {(case.hidden % 32, case.intermediate % 128) for case in seen} == {(0, 0)}
     assert {case.hidden for case in seen} == {32, 64, 96}
 
@@ -142,36 +147,24 @@ def test_what_an_engine_cannot_do_violates_nothing() -> None:
             raise NotImplementedError("LoRA in float32")
         return 1, 1
 
-    property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30)
-
     def nothing(case: Case) -> tuple[int, int]:
         raise NotImplementedError("tensor parallelism")
 
+    search("within_budget", run)
     with pytest.raises(Unsupported, match="tensor parallelism"):
-        property_search.search("tensor_parallel", PROPERTIES["tensor_parallel"], nothing, examples=3)
+        search("tensor_parallel", nothing, examples=3)
 
 
 def test_comparisons_that_prove_nothing_do_not_pass() -> None:
     with pytest.raises(PropertyFailed, match="0 of 0"):
-        property_search.search("within_budget", PROPERTIES["within_budget"], lambda case: (0, 0), examples=2)
+        search("within_budget", lambda case: (0, 0), examples=2)
     with pytest.raises(PropertyFailed, match="only 4 of 10"):
         property_search.believe("within_budget", compared=10, believed=4)
     property_search.believe("within_budget", compared=10, believed=5)
 
 
 def test_draws_repeat_themselves() -> None:
-    def drawn_cases(fresh: int) -> list[str]:
-        seen: list[str] = []
-
-        def run(case: Case) -> tuple[int, int]:
-            seen.append(case.id)
-            assert Case.parse(case.id) == case
-            return 1, 1
-
-        property_search.search("within_budget", PROPERTIES["within_budget"], run, examples=30, fresh=fresh)
-        return seen
-
-    first = drawn_cases(0)
-    assert first == drawn_cases(0)
-    assert first != drawn_cases(1)
-    assert len(set(first)) >= 25
+    first = drawn()
+    assert first == drawn() == [Case.parse(case.id) for case in first]
+    assert first != drawn(fresh=1)
+    assert len({case.id for case in first}) >= 25

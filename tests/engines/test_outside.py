@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +16,7 @@ from ktverify.runs.record import AccuracyRecord, AnyRecord
 from ktverify.runs.store import load
 from ktverify.system.files import ROOT
 from tests.support import unruly
-
-
-def judge(run_dir: Path, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A pytest run started in `folder`, which is also on PYTHONPATH."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(folder)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--run-dir", str(run_dir), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+from tests.support.command_line import run_pytest
 
 
 def what(record: AnyRecord) -> str:
@@ -39,7 +29,7 @@ def what(record: AnyRecord) -> str:
 def test_misbehaviour_costs_its_own_cases(tmp_path: Path) -> None:
     families = ("suites/forward", "suites/backward", "suites/tp_constraint")
     limits = ("--cases=tokens_*", "--time-limit=10", "--memory-limit=1")
-    done = judge(tmp_path / "run", *families, "--engine=tests.support.unruly:Unruly", *limits)
+    done = run_pytest(tmp_path / "run", *families, "--engine=tests.support.unruly:Unruly", *limits)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     records = load(tmp_path / "run").records
     found = {what(record): record for record in records}
@@ -66,7 +56,7 @@ def test_misbehaviour_costs_its_own_cases(tmp_path: Path) -> None:
 
 
 def test_a_run_without_any_pass_fails(tmp_path: Path) -> None:
-    done = judge(
+    done = run_pytest(
         tmp_path / "run", "suites/tp_constraint", "suites/forward", "--engine=tests.support.unruly:Nothing",
         "--cases=tiny",
     )  # fmt: skip
@@ -86,9 +76,9 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_example_is_judged_from_its_own_folder(tmp_path: Path, folder: Path) -> None:
     families = [str(ROOT / "suites" / family) for family in ("forward", "backward", "tp_consistency")]
-    done = judge(
+    done = run_pytest(
         tmp_path / "run", *families, f"--rootdir={ROOT}", "--engine=my_engine:Engine", "--cases=small",
-        "-k=small or gaussian", folder=folder,
+        "-k=small or gaussian", folder=folder, path=folder,
     )  # fmt: skip
     verdicts = Counter((record.family, record.verdict) for record in load(tmp_path / "run").records)
     assert verdicts["forward", "PASS"] == 1, done.stdout + done.stderr
@@ -101,7 +91,7 @@ def test_the_example_is_judged_from_its_own_folder(tmp_path: Path, folder: Path)
 
 def test_a_relative_path_is_one_from_where_the_run_was_started(tmp_path: Path, folder: Path) -> None:
     suite = [str(ROOT / "suites" / "forward"), f"--rootdir={ROOT}", "--cases=tiny"]
-    done = judge(tmp_path / "run", *suite, "--engine=my_engine.py:Engine", folder=folder)
+    done = run_pytest(tmp_path / "run", *suite, "--engine=my_engine.py:Engine", folder=folder, path=folder)
     assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
     head = load(tmp_path / "run").head
     assert head is not None

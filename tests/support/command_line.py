@@ -1,10 +1,12 @@
-"""Call the command line in this process and check how it ended; which modules a statement imports in a new one."""
+"""Call the command line, in this process or in a new one, and check how it ended."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
@@ -15,6 +17,28 @@ from ktverify.system.files import ROOT
 def call(*arguments: object) -> Result:
     """`python -m ktverify` with `arguments`."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def python(*arguments: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A new interpreter with `arguments`, in `folder`, `environment` added to this one's; no worker of xdist."""
+    command = [sys.executable, *map(str, arguments)]
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | environment
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_pytest(
+    run_dir: Path, *arguments: str, folder: Path = ROOT, path: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """A pytest run started in `folder`, with its records in `run_dir` and `path` on PYTHONPATH."""
+    options = ("-p", "no:cacheprovider", "--run-dir", run_dir, *arguments)
+    return python("-m", "pytest", *options, folder=folder, PYTHONPATH=str(path))
+
+
+def loaded_modules(statement: str) -> list[str]:
+    """Top-level modules that a new interpreter has loaded after `statement`."""
+    done = python("-c", f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
 
 
 def ends(result: Result, code: int) -> str:
@@ -31,10 +55,3 @@ def refused(result: Result, pattern: str) -> None:
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     assert re.search(pattern, lines[0]), lines[0]
-
-
-def loaded_modules(statement: str) -> list[str]:
-    """Top-level modules that a new interpreter has loaded after `statement`."""
-    code = f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
