@@ -162,10 +162,8 @@ def test_what_an_engine_raises_is_a_crash(children: ChildPool, kind: str, verdic
 def test_what_an_engine_leaves_behind_delays_no_caller(engine: str, tmp_path: Path) -> None:
     pid = tmp_path / "number"
     target = Target(f"tests.support.unruly:{engine}")
-    with (
-        Child({unruly.PID_FILE: str(pid)}, limits=LIMITS) as child,
-        pytest.raises(EngineDied, match="SIGSEGV") as found,
-    ):
+    died = pytest.raises(EngineDied, match="SIGSEGV")
+    with Child({unruly.PID_FILE: str(pid)}, limits=LIMITS) as child, died as found:
         child.call(tensor_parallel.run_degree, target=target, case=SMALL)
     assert type(found.value) is EngineDied
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from safetensors.torch import load_file
 
 from ktverify.checks import accuracy
 from ktverify.checks.causes import Cause
 from ktverify.checks.target import Target
-from ktverify.cli.main import app
 from ktverify.diagnose import diagnose as diagnosing
 from ktverify.diagnose import hook, search
 from ktverify.diagnose.diagnose import diagnose, quick
@@ -26,7 +25,8 @@ from ktverify.mutants import MUTANTS
 from ktverify.mutants.diagnosed import LEAST, diagnosed
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
-from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, GRAD_NAMES, OUTPUT
+from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, BASE_NAMES, GRAD_NAMES, OUTPUT
+from tests.support.command_line import call, ends
 
 SMALL = Case.parse("E=5,k=2,H=72,I=40,T=20,r=8,alpha=16")
 ODD = Case.parse("E=5,k=3,H=33,I=21,T=9,r=3,alpha=5,routing=masked")
@@ -48,6 +48,13 @@ def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
     """The diagnosis from the tensors only."""
     with one_thread():
         return explain(Evidence.of(inputs, actual, seconds=300.0))
+
+
+def cause_of(inputs: Inputs, **wrong: object) -> Explanation:
+    """The first explanation of the tensors of other inputs."""
+    found = explained(inputs, reference.peer_bf16(replace(inputs, **wrong))).first  # type: ignore[arg-type]
+    assert found is not None
+    return found
 
 
 # ---- mutants
@@ -109,9 +116,7 @@ def test_random_noise_fits_no_hypothesis(inputs: Inputs, peer: Tensors, name: st
 
 @pytest.mark.parametrize("factor", [0.25, 1.7, 3.0])
 def test_factor_is_fitted(inputs: Inputs, factor: float) -> None:
-    wrong = replace(inputs, case=replace(SMALL, alpha=SMALL.alpha * factor))
-    found = explained(inputs, reference.peer_bf16(wrong)).first
-    assert found is not None
+    found = cause_of(inputs, case=replace(SMALL, alpha=SMALL.alpha * factor))
     assert found.cause is Cause.LORA_SCALE
     number = re.search(r"found ([\d.]+)", found.text)
     assert number is not None
@@ -120,21 +125,17 @@ def test_factor_is_fitted(inputs: Inputs, factor: float) -> None:
 
 def test_permutation_is_matched(inputs: Inputs) -> None:
     order = torch.tensor([0, 3, 2, 4, 1])
-    wrong = replace(inputs, **{name: getattr(inputs, name)[order] for name in ("gate_proj", "up_proj", "down_proj")})
-    found = explained(inputs, reference.peer_bf16(wrong)).first
-    assert found is not None
+    found = cause_of(inputs, **{name: getattr(inputs, name)[order] for name in BASE_NAMES})
     assert found.cause is Cause.EXPERT_PERMUTATION
     assert "1 has 3's, 3 has 4's, 4 has 1's (base weights)" in found.text
 
 
 def test_missing_expert_and_slot_are_named(inputs: Inputs) -> None:
-    for cause, ids, said in (
-        (Cause.EXPERT_WRONG, torch.where(inputs.expert_ids == 3, -1, inputs.expert_ids), "expert 3's share is missing"),
-        (Cause.SLOT_WRONG, torch.where(torch.arange(2) == 1, -1, inputs.expert_ids), "slot 1's share is missing"),
-    ):
-        found = explained(inputs, reference.peer_bf16(replace(inputs, expert_ids=ids))).first
-        assert found is not None
-        assert (found.cause, found.text) == (cause, said)
+    ids = inputs.expert_ids
+    found = cause_of(inputs, expert_ids=torch.where(ids == 3, -1, ids))
+    assert (found.cause, found.text) == (Cause.EXPERT_WRONG, "expert 3's share is missing")
+    found = cause_of(inputs, expert_ids=torch.where(torch.arange(2) == 1, -1, ids))
+    assert (found.cause, found.text) == (Cause.SLOT_WRONG, "slot 1's share is missing")
 
 
 def test_wrong_dtype_is_reported(inputs: Inputs, peer: Tensors) -> None:
@@ -160,10 +161,12 @@ def test_large_case_is_reduced() -> None:
 # ---- the hook
 
 
+UNSCALED = Target(MUTANT + "lora:lora_b_gradient_unscaled")
+
+
 def test_failing_case_shows_its_cause_once() -> None:
-    target = Target(MUTANT + "lora:lora_b_gradient_unscaled")
-    result = accuracy.check_case(target, SMALL, fresh=True, tensors=BACKWARD_TENSORS)
-    hook.add_cause(result, target)
+    result = accuracy.check_case(UNSCALED, SMALL, fresh=True, tensors=BACKWARD_TENSORS)
+    hook.add_cause(result, UNSCALED)
     cause = r"\ncause: LoRA scaling in the gradients of B: found 1.0, expected"
     with pytest.raises(AssertionError, match=cause) as said:
         accuracy.assert_passed(result.records)
@@ -174,11 +177,10 @@ def test_broken_diagnosis_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("in a hypothesis")
 
-    target = Target(MUTANT + "lora:lora_b_gradient_unscaled")
-    result = accuracy.check_case(target, SMALL, fresh=True)
+    result = accuracy.check_case(UNSCALED, SMALL, fresh=True)
     before = [record.verdict for record in result.records]
     monkeypatch.setattr(diagnosing, "diagnose", broken)
-    hook.add_cause(result, target)
+    hook.add_cause(result, UNSCALED)
     assert [record.verdict for record in result.records] == before
     said = "\n".join(record.message for record in result.records)
     assert "cause: not found, the diagnosis itself failed: ZeroDivisionError: in a hypothesis" in said
@@ -195,33 +197,28 @@ def test_passing_case_gets_no_cause() -> None:
 
 
 def test_command_names_the_cause() -> None:
-    done = CliRunner().invoke(
-        app, ["diagnose", SMALL.id, "--engine", MUTANT + "routes:no_routing_weight", "--tensor", OUTPUT, "--json"]
-    )
-    assert done.exit_code == 1, done.output
+    done = call("diagnose", SMALL.id, "--engine", MUTANT + "routes:no_routing_weight", "--tensor", OUTPUT, "--json")
+    ends(done, 1)
     findings = json.loads(done.stdout)["findings"]
     assert findings[0]["cause"] == "routing_weight"
     assert findings[0]["explains"] > 0.99
 
 
 def test_debug_nan_finds_the_input_and_saves_a_replay(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     path = tmp_path / "nan.safetensors"
-    done = CliRunner().invoke(app, ["debug", "nan", "nan_row", "--engine", "torch_bf16", "--save", str(path)])
-    assert done.exit_code == 1, done.output
-    assert re.search(r"oracle: nan in x, expert \d+, token 12, index \[\d+, \d+\]", done.stdout)
+    options = ("--engine", "torch_bf16", "--save", path)
+    text = ends(call("debug", "nan", "nan_row", *options), 1)
+    assert re.search(r"oracle: nan in x, expert \d+, token 12, index \[\d+, \d+\]", text)
     kept = load_file(path)
     assert not torch.isfinite(kept["inputs.hidden_states"][12]).all()
     assert "stages.h" in kept
-    clean = CliRunner().invoke(app, ["debug", "nan", SMALL.id, "--engine", "torch_bf16", "--save", str(path)])
-    assert (clean.exit_code, clean.stdout.strip()) == (0, "every stage and every tensor is finite")
+    assert ends(call("debug", "nan", SMALL.id, *options), 0).strip() == "every stage and every tensor is finite"
 
 
-def test_debug_gradients_lists_every_tensor() -> None:
-    done = CliRunner().invoke(app, ["debug", "gradients", SMALL.id, "--engine", "torch_bf16"], env={"COLUMNS": "200"})
-    assert done.exit_code == 0, done.output
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == list(ALL_TENSORS)
+def test_debug_gradients_lists_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    text = ends(call("debug", "gradients", SMALL.id, "--engine", "torch_bf16"), 0)
+    assert [line.split()[0] for line in text.splitlines()[1:]] == list(ALL_TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +226,4 @@ def test_debug_gradients_lists_every_tensor() -> None:
     [("2048", "4", 0, "4 parts of 512"), ("2049", "4", 1, "degrees that would work: 1, 3"), ("3", "4", 1, "be 4")],
 )
 def test_debug_tp_explains(size: str, degree: str, code: int, says: str) -> None:
-    done = CliRunner().invoke(app, ["debug", "tp", "--intermediate-size", size, "--threadpool-count", degree])
-    assert done.exit_code == code
-    assert says in done.stdout
+    assert says in ends(call("debug", "tp", "--intermediate-size", size, "--threadpool-count", degree), code)
