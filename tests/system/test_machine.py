@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ktverify.checks.target import SMALL
-from ktverify.engines import argument_checks
+from ktverify.engines.argument_checks import LARGEST, LayerSpec
 from ktverify.engines.run import layer_arguments
 from ktverify.system import machine
 from ktverify.system.machine import Amx, isas_of, read_machine
@@ -42,27 +42,24 @@ def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
     assert machine._cgroup_memory(tmp_path, "5:cpuset:/a") == (0, 0)
 
 
-def spec(**changed: Any) -> argument_checks.LayerSpec:
-    return argument_checks.LayerSpec(**{**layer_arguments(SMALL, threads=1), **changed})
+def spec(**changed: Any) -> LayerSpec:
+    return LayerSpec(**{**layer_arguments(SMALL, threads=1), **changed})
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        (
-            {"hidden_size": argument_checks.LARGEST + 1},
-            f"hidden_size is {argument_checks.LARGEST + 1}; it takes .* {argument_checks.LARGEST}",
-        ),
+        ({"hidden_size": LARGEST + 1}, f"hidden_size is {LARGEST + 1}; it takes .* {LARGEST}"),
         ({"num_experts": 2**31 - 1}, "num_experts is 2147483647; it takes a positive number, at most 16777216"),
         (
-            {"chunked_prefill_size": argument_checks.LARGEST, "num_experts": 128, "num_experts_per_tok": 128},
+            {"chunked_prefill_size": LARGEST, "num_experts": 128, "num_experts_per_tok": 128},
             "chunked_prefill_size is 16777216; with num_experts_per_tok 128 it takes at most 8388608",
         ),
         ({"num_gpu_experts": 1}, "num_gpu_experts is 1; it takes 0"),
     ],
 )
 def test_what_would_not_be_computed_is_refused(changed: dict[str, Any], says: str) -> None:
-    assert spec(moe_intermediate_size=argument_checks.LARGEST).moe_intermediate_size == argument_checks.LARGEST
+    assert spec(moe_intermediate_size=LARGEST).moe_intermediate_size == LARGEST
     with pytest.raises(ValueError, match=says):
         spec(**changed)
 
