@@ -52,12 +52,19 @@ def adapted(model: Any, *, seed: int = 3, **settings: Any) -> Any:
     return fill(add_adapter(model, lora_config(model, **{"rank": RANK, **settings})), seed)
 
 
-def pair(family: str, **settings: Any) -> tuple[Any, Any]:
-    """(stock in fp32, the same with the engine), filled adapters on both."""
-    stock = build_model(family).float()
-    stock.set_experts_implementation("eager")
-    engine = with_engine(copy.deepcopy(stock))
-    return adapted(stock, **settings), adapted(engine, **settings)
+def eager(family: str) -> Any:
+    """The stock model in fp32, its experts one after the other."""
+    model = build_model(family).float()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def trio(family: str) -> tuple[Any, Any, Any]:
+    """(stock in fp32, the same with the engine, the same with plain bf16 experts), filled adapters on all."""
+    stock = eager(family)
+    engine = adapted(with_engine(copy.deepcopy(stock)))
+    stock = adapted(stock)
+    return stock, engine, with_peer(copy.deepcopy(stock))
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

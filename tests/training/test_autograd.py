@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +30,21 @@ def waiting(model: Any) -> int:
     return sum(int(wrapper.engine.saved_forwards) for wrapper in model._kt_wrappers)
 
 
+def gradients_of(model: Any, *losses: Tensor) -> dict[str, Tensor]:
+    """All gradients of the model after one backward of each loss."""
+    for loss in losses:
+        torch.autograd.backward(loss)
+    return models.gradients(model)
+
+
+def one_by_one(*batches: Tensor) -> dict[str, Tensor]:
+    """All gradients of a new model after a forward and backward of each batch."""
+    model = make()
+    for ids in batches:
+        torch.autograd.backward(loss_of(model, ids))
+    return models.gradients(model)
+
+
 def expect_close(actual: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
     assert actual.keys() == expected.keys()
     for name in expected:
@@ -45,9 +59,7 @@ def expect_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Tensor]:
     """Gradients of all eight rows in one backward."""
-    model = make()
-    torch.autograd.backward(loss_of(model, IDS))
-    return models.gradients(model)
+    return one_by_one(IDS)
 
 
 @pytest.mark.parametrize("parts", [4, 8])
@@ -61,45 +73,35 @@ def test_accumulation(parts: int, expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_forwards_before_their_backwards(order: tuple[int, int]) -> None:
-    one_by_one, together = make(), make()
-    halves = IDS.chunk(2)
-    for place in order:
-        torch.autograd.backward(loss_of(one_by_one, halves[place]))
-    losses = [loss_of(together, half) for half in halves]
-    assert waiting(together) == 4
-    for place in order:
-        torch.autograd.backward(losses[place])
-    expect_same(models.gradients(together), models.gradients(one_by_one))
-    assert waiting(together) == 0
+    model, halves = make(), IDS.chunk(2)
+    losses = [loss_of(model, half) for half in halves]
+    assert waiting(model) == 4
+    found = gradients_of(model, *(losses[place] for place in order))
+    expect_same(found, one_by_one(*(halves[place] for place in order)))
+    assert waiting(model) == 0
 
 
 def test_one_backward_of_two_forwards() -> None:
-    one_by_one, together = make(), make()
-    halves = IDS.chunk(2)
-    for half in halves:
-        torch.autograd.backward(loss_of(one_by_one, half))
-    torch.autograd.backward(loss_of(together, halves[0]) + loss_of(together, halves[1]))
-    expect_close(models.gradients(together), models.gradients(one_by_one), 1e-6)
+    model, halves = make(), IDS.chunk(2)
+    found = gradients_of(model, loss_of(model, halves[0]) + loss_of(model, halves[1]))
+    expect_close(found, one_by_one(*halves), 1e-6)
 
 
 def test_more_forwards_than_the_engine_keeps() -> None:
-    roomy, tight = make(depth=8), make(depth=1)
-    for model in (roomy, tight):
+    found = []
+    for depth, kept in ((8, 8), (1, 2)):
+        model = make(depth=depth)
         losses = [loss_of(model, rows) for rows in IDS.chunk(4)]
-        assert waiting(model) == (8 if model is roomy else 2)
-        for loss in losses:
-            torch.autograd.backward(loss)
-    expect_same(models.gradients(tight), models.gradients(roomy))
+        assert waiting(model) == kept
+        found.append(gradients_of(model, *losses))
+    expect_same(*found)
 
 
 def test_a_graph_that_is_used_twice() -> None:
-    once, twice = make(), make()
-    for _ in range(2):
-        torch.autograd.backward(loss_of(once, IDS))
-    loss = loss_of(twice, IDS)
+    model = make()
+    loss = loss_of(model, IDS)
     torch.autograd.backward(loss, retain_graph=True)
-    torch.autograd.backward(loss)
-    expect_same(models.gradients(twice), models.gradients(once))
+    expect_same(gradients_of(model, loss), one_by_one(IDS, IDS))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -110,8 +112,7 @@ def test_gradient_checkpointing(reentrant: bool, expected: dict[str, Tensor]) ->
     model.train()
     loss = loss_of(model, IDS)
     assert waiting(model) == 0, "a checkpointed forward keeps nothing in the engine"
-    torch.autograd.backward(loss)
-    expect_same(models.gradients(model), expected)
+    expect_same(gradients_of(model, loss), expected)
     assert waiting(model) == 0
 
 
@@ -130,14 +131,11 @@ def test_a_freed_graph_frees_the_engines_memory() -> None:
 # ---- the engine computes with the optimizer's parameters
 
 
-def optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
-    return {
-        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
-        "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
-        # moves no version counter
-        "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
-        "sgd": lambda p: torch.optim.SGD(p, lr=1e-1),
-    }
+def step(model: Any, kind: str = "AdamW", **options: Any) -> None:
+    """A backward, and a step of a new optimizer."""
+    torch.autograd.backward(loss_of(model, IDS))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    getattr(torch.optim, kind)(parameters, lr=1e-2, **options).step()
 
 
 def expect_present_lora(model: Any) -> None:
@@ -148,13 +146,15 @@ def expect_present_lora(model: Any) -> None:
         assert torch.equal(model(input_ids=IDS).logits, fresh(input_ids=IDS).logits)
 
 
-@pytest.mark.parametrize("name", optimizers())
-def test_an_optimizer_step_needs_no_call(name: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    # fused moves no version counter
+    [("AdamW", {"foreach": False}), ("AdamW", {"foreach": True}), ("AdamW", {"fused": True}), ("SGD", {})],
+)
+def test_an_optimizer_step_needs_no_call(kind: str, options: dict[str, Any]) -> None:
     model = make()
-    optimizer = optimizers()[name]([p for p in model.parameters() if p.requires_grad])
     before = model(input_ids=IDS).logits.detach()
-    torch.autograd.backward(loss_of(model, IDS))
-    optimizer.step()
+    step(model, kind, **options)
     expect_present_lora(model)
     assert not torch.equal(before, model(input_ids=IDS).logits)
 
@@ -170,9 +170,7 @@ def test_writes_through_data_are_detected() -> None:
 def test_stale_lora_is_refused_where_updates_are_off() -> None:
     model = make(auto_update=False)
     model(input_ids=IDS)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=True)
-    torch.autograd.backward(loss_of(model, IDS))
-    optimizer.step()
+    step(model, fused=True)
     with pytest.raises(RuntimeError, match=r"changed since the engine took them over.*update_lora_pointers\(\)"):
         model(input_ids=IDS)
     for wrapper in model._kt_wrappers:
@@ -225,26 +223,27 @@ def test_optimizers_of_fake_and_sparse_tensors_are_ignored() -> None:
     torch.optim.SGD([sparse], lr=0.1, foreach=False).step()
 
 
-def test_backward_after_a_step_uses_the_lora_of_its_forward() -> None:
-    model, plain = make(), make()
-    torch.autograd.backward(loss_of(plain, IDS))
-    loss = loss_of(model, IDS)
+def double_lora(model: Any, *names: str) -> None:
+    """Change the parameters of those names, or all, and let the engine take the new values over."""
     with torch.no_grad():
         for wrapper in model._kt_wrappers:
-            for parameter in wrapper.lora_params.values():
-                parameter.data.mul_(2)
-        model(input_ids=IDS)  # the engine takes the new values over
-    torch.autograd.backward(loss)
-    name = next(n for n, _ in model.named_parameters() if "layers.1.mlp.experts.lora_B" in n)
-    assert torch.equal(models.gradients(model)[name], models.gradients(plain)[name])
+            for name in names or wrapper.lora_params:
+                wrapper.lora_params[name].data.mul_(2)
+        model(input_ids=IDS)
+
+
+def test_backward_after_a_step_uses_the_lora_of_its_forward(expected: dict[str, Tensor]) -> None:
+    model = make()
+    loss = loss_of(model, IDS)
+    double_lora(model)
+    found = gradients_of(model, loss)
+    name = next(name for name in found if "layers.1.mlp.experts.lora_B" in name)
+    assert torch.equal(found[name], expected[name])
 
 
 def test_a_repeated_forward_needs_its_lora() -> None:
     model = make(depth=1)
     losses = [loss_of(model, rows) for rows in IDS.chunk(2)]
-    with torch.no_grad():
-        for wrapper in model._kt_wrappers:
-            wrapper.lora_params["down_lora_b"].data.mul_(2)
-        model(input_ids=IDS)
+    double_lora(model, "down_lora_b")
     with pytest.raises(RuntimeError, match="the LoRA weights have changed since; raise max_cache_depth"):
         torch.autograd.backward(losses[1])

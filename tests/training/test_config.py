@@ -12,7 +12,7 @@ from ktverify.training.config import read_config
 from ktverify.training.dataset import EXAMPLE, IGNORED, Exchange, encode, example_data, read_records
 from ktverify.training.pretrained import quiet
 from ktverify.training.tiny import make_tiny, make_tokenizer
-from tests.support.command_line import call, refused
+from tests.support.command_line import call, ends, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 MINIMAL = "model_name_or_path: nowhere\ndataset: alpaca_tiny\noutput_dir: out\n"
@@ -70,17 +70,15 @@ def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> 
     refused(call("train", config(), "--max_stps", "3"), "did you mean max_steps?")
 
 
-def test_a_directory_in_use_is_not_overwritten(config: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("")
-    refused(call("train", config()), "exists and is not empty")
-    assert (tmp_path / "out" / "precious").exists()
-
-
-def test_a_refused_training_leaves_the_earlier_run(config: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "wanted"), [("", "exists and is not empty"), ("overwrite_output_dir: true", "is no directory")]
+)
+def test_a_refused_training_leaves_what_is_there(
+    line: str, wanted: str, config: Callable[..., Path], tmp_path: Path
+) -> None:
     (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "out" / "loss.jsonl").write_text("")
-    refused(call("train", config("overwrite_output_dir: true")), "is no directory")
+    refused(call("train", config(line)), wanted)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-5", "loss.jsonl"}
 
 
@@ -105,11 +103,13 @@ def test_wrong_data_is_refused(name: str, text: str, wanted: str, config: Callab
     refused(call("train", path), wanted)
 
 
-def test_options_replace_keys_of_the_file(config: Callable[..., Path]) -> None:
+def test_what_a_configuration_means(config: Callable[..., Path]) -> None:
     found = read_config(config("lora_rank: 4"), ["--lora_rank", "16", "--learning-rate=1e-3", "--use_kt", "false"])
     assert (found.lora_rank, found.learning_rate, found.use_kt) == (16, 1e-3, False)
     assert read_config(config("kt_tp_count: 2")).tp == 1
     assert read_config(config("kt_tp_count: 2", "kt_tp_enabled: true")).tp == 2
+    assert read_config(config("template: deepseek")).template_note.startswith("template 'deepseek' is not looked up")
+    assert read_config(config("template: default")).template_note == ""
 
 
 def test_labels_are_on_the_answer_only() -> None:
@@ -141,18 +141,12 @@ def test_a_line_separator_in_a_text_is_no_new_line(tmp_path: Path) -> None:
     assert read_records(path) == [Exchange("a\u2028b", "c")]
 
 
-def test_a_named_template_gets_a_note(config: Callable[..., Path]) -> None:
-    assert read_config(config("template: deepseek")).template_note.startswith("template 'deepseek' is not looked up")
-    assert read_config(config("template: default")).template_note == ""
-
-
 def test_make_tiny_refuses_unknown_families_and_used_directories(tmp_path: Path) -> None:
     refused(call("make-tiny", "deepseekv3", "--out", tmp_path / "a"), "did you mean deepseek_v3?")
     assert not (tmp_path / "a").exists()
     (tmp_path / "precious").write_text("")
     refused(call("make-tiny", "mixtral", "--out", tmp_path), "exists and is not empty")
-    made = call("make-tiny", "mixtral", "--out", tmp_path / "b")
-    assert made.exit_code == 0, made.output
+    ends(call("make-tiny", "mixtral", "--out", tmp_path / "b"), 0)
     assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "mixtral"
 
 
@@ -179,8 +173,7 @@ def test_compare_curves(factor: float, code: int, tmp_path: Path) -> None:
         return path
 
     drawn = tmp_path / "curves.png"
-    done = call("compare-curves", write("old", 1.0), write("new", factor), "--plot", drawn)
-    assert done.exit_code == code, done.output
-    assert done.output.splitlines()[-1].startswith("PASS" if code == 0 else "FAIL")
+    text = ends(call("compare-curves", write("old", 1.0), write("new", factor), "--plot", drawn), code)
+    assert text.splitlines()[-1].startswith("PASS" if code == 0 else "FAIL")
     assert drawn.read_bytes().startswith(b"\x89PNG")
     refused(call("compare-curves", tmp_path / "nothing", tmp_path / "new.jsonl"), "has no loss history")

@@ -1,44 +1,62 @@
-"""Every family with the engine against the stock model in fp32: logits and all gradients."""
+"""Every family with the engine against the stock model in fp32: logits, gradients, adapters saved and merged."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ktverify.training import add_adapter, lora_config, update_lora_pointers, wrap_moe_layers
-from ktverify.training.tiny import FAMILY_SIZES, build_model
+from ktverify.judge.gates import peer_budget
+from ktverify.judge.metrics import compare
+from ktverify.training import add_adapter, load_adapter, lora_config, update_lora_pointers, wrap_moe_layers
+from ktverify.training.adapter import export_merged
+from ktverify.training.pretrained import load_pretrained
+from ktverify.training.tiny import FAMILY_SIZES, build_model, make_tiny
 from ktverify.training.wrap import FAMILIES
 from tests.support import models
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*target_parameters.*:UserWarning")
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing to move hidden states from")
 
 
 def test_every_supported_family_is_checked() -> None:
     assert set(FAMILY_SIZES) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients(family: str) -> None:
-    stock, engine = models.pair(family)
-    peer = models.with_peer(copy.deepcopy(stock))
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        found: Tensor = model(input_ids=models.token_ids()).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "device"),
+    [*((family, "cpu") for family in FAMILIES), pytest.param("deepseek_v3", "cuda", marks=GPU)],
+)
+def test_logits_and_gradients(family: str, device: str) -> None:
+    stock, engine, peer = models.trio(family)
+    engine.to(device)
+    assert {p.device.type for n, p in engine.named_parameters() if "lora" in n} == {device}
     ids = models.token_ids()
     routes: dict[str, list[Tensor]] = {"stock": [], "engine": []}
     with models.routing_of(stock, routes["stock"]):
         expected = models.forward_backward(stock, ids)
     with models.routing_of(engine, routes["engine"]):
-        actual = models.forward_backward(engine, ids)
+        actual = models.forward_backward(engine, ids.to(device))
     # another expert for a token is another function; then the errors below would say nothing about the engine
-    assert all(torch.equal(a, b) for a, b in zip(routes["stock"], routes["engine"], strict=True))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(routes["stock"], routes["engine"], strict=True))
     assert sum("experts" in name for name in expected) >= 4
+    actual = {name: tensor.cpu() for name, tensor in actual.items()}
     models.expect_within_budget(actual, expected, models.forward_backward(peer, ids))
 
 
 def test_a_trainable_router_gets_its_gradient() -> None:
-    stock, engine = models.pair("qwen3_moe")
-    peer = models.with_peer(copy.deepcopy(stock))
+    stock, engine, peer = models.trio("qwen3_moe")
     found = []
     for model in (engine, stock, peer):
         for name, parameter in model.named_parameters():
@@ -51,8 +69,7 @@ def test_a_trainable_router_gets_its_gradient() -> None:
 def test_tensor_parallelism_in_a_model() -> None:
     stock = build_model("deepseek_v3").float()
     one, two = (models.adapted(models.with_engine(copy.deepcopy(stock), tp=tp)) for tp in (1, 2))
-    with torch.no_grad():
-        single, split = (model(input_ids=models.token_ids()).logits for model in (one, two))
+    single, split = logits(one), logits(two)
     assert not torch.equal(single, torch.zeros_like(single))
     assert float((single - split).norm() / single.norm()) <= 1e-3
 
@@ -72,21 +89,17 @@ def test_wrapping_changes_nothing_but_the_experts() -> None:
 
 
 def test_the_engine_works_without_an_adapter_and_with_a_disabled_one() -> None:
-    stock, engine = models.pair("mixtral")
-    ids = models.token_ids()
-    with torch.no_grad(), stock.disable_adapter(), engine.disable_adapter():
-        plain, off = stock(input_ids=ids).logits, engine(input_ids=ids).logits
-    with torch.no_grad():
-        on = engine(input_ids=ids).logits
-        bare = models.with_engine(build_model("mixtral").float())(input_ids=ids).logits
+    stock, engine, _ = models.trio("mixtral")
+    with stock.disable_adapter(), engine.disable_adapter():
+        plain, off = logits(stock), logits(engine)
+    on, bare = logits(engine), logits(models.with_engine(build_model("mixtral").float()))
     assert float((off - plain).norm() / plain.norm()) < 5e-3
     assert float((bare - plain).norm() / plain.norm()) < 5e-3
     assert float((on - off).norm() / off.norm()) > 1e-2
 
 
 def test_long_inputs_are_computed_in_pieces() -> None:
-    whole = models.adapted(models.with_engine(build_model("olmoe").float()))
-    pieces = models.adapted(models.with_engine(build_model("olmoe").float()))
+    whole, pieces = (models.adapted(models.with_engine(build_model("olmoe").float())) for _ in range(2))
     for wrapper in pieces._kt_wrappers:
         wrapper.infer = type(wrapper.infer)(2, chunked_prefill_size=16)
     ids = models.token_ids()
@@ -95,34 +108,16 @@ def test_long_inputs_are_computed_in_pieces() -> None:
         assert float((actual[name] - expected[name]).norm() / expected[name].norm()) < 1e-2, name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: nothing to move hidden states from")
-def test_hidden_states_on_a_gpu() -> None:
-    stock, engine = models.pair("deepseek_v3")
-    peer = models.with_peer(copy.deepcopy(stock))
-    ids = models.token_ids()
-    engine.to("cuda")
-    assert {p.device.type for n, p in engine.named_parameters() if "lora" in n} == {"cuda"}
-    actual = {name: tensor.cpu() for name, tensor in models.forward_backward(engine, ids.cuda()).items()}
-    models.expect_within_budget(actual, models.forward_backward(stock, ids), models.forward_backward(peer, ids))
-
-
 # ---- what is refused
 
 
-class Plain(nn.Module):
-    """No experts."""
-
-
 def test_models_that_are_not_supported() -> None:
-    with pytest.raises(
-        ValueError, match=r"^Model architecture Plain not supported for KTransformers: it has no routed"
-    ):
-        wrap_moe_layers(Plain())
+    refused = "Model architecture {} not supported for KTransformers: {}"
+    with pytest.raises(ValueError, match="^" + refused.format("Linear", "it has no routed")):
+        wrap_moe_layers(nn.Linear(1, 1))
     model = build_model("mixtral")
     model.model.layers[1].mlp.experts.act_fn = nn.GELU()
-    with pytest.raises(
-        ValueError, match=r"Model architecture MixtralForCausalLM not supported for KTransformers: .*GELU"
-    ):
+    with pytest.raises(ValueError, match=refused.format("MixtralForCausalLM", ".*GELU")):
         wrap_moe_layers(model)
     assert not hasattr(model, "_kt_wrappers")
 
@@ -154,3 +149,156 @@ def test_an_adapter_of_another_rank_comes_too_late() -> None:
     late = add_adapter(model, lora_config(model, rank=2))
     with pytest.raises(RuntimeError, match="attach the adapter before the first forward"):
         late(input_ids=ids)
+
+
+# ---- adapters
+
+
+def with_engine(family: str) -> Any:
+    return models.with_engine(build_model(family).float())
+
+
+def expect_same_model(actual: Tensor, expected: Tensor, peer: Any) -> None:
+    """Equal up to what plain bf16 experts err; `peer` is the stock model with the same adapter."""
+    allowed = compare(logits(models.with_peer(peer)), expected).rel_l2
+    assert compare(actual, expected).rel_l2 <= peer_budget(allowed)
+
+
+def expect_adapter_of(family: str, folder: Path, engine: Any) -> None:
+    """Stock peft and the engine compute the same with the adapter in `folder`, and another result than without."""
+    stock = load_adapter(models.eager(family), folder)
+    assert "ktverify" not in {type(module).__module__.partition(".")[0] for module in stock.modules()}
+    expected = logits(stock)
+    assert compare(expected, logits(models.eager(family))).rel_l2 > 0.05
+    expect_same_model(logits(engine), expected, load_adapter(models.eager(family), folder))
+
+
+@pytest.mark.parametrize("family", FAMILY_SIZES)
+def test_an_adapter_moves_between_engine_and_stock_peft(family: str, tmp_path: Path) -> None:
+    engine = models.adapted(with_engine(family))
+    engine.save_pretrained(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    expect_adapter_of(family, tmp_path, engine)
+    again = load_adapter(with_engine(family), tmp_path)
+    assert torch.equal(logits(again), logits(engine))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rslora": True},
+        {"alpha": 3.0},
+        {"target": "all_attention"},
+        {"target": "q_proj,experts"},
+        {"target": ["gate_proj", "up_proj"]},
+        {"target": "down_proj"},
+    ],
+    ids=str,
+)
+def test_settings_of_stock_peft(settings: dict[str, Any], tmp_path: Path) -> None:
+    models.adapted(models.eager("qwen3_moe"), **settings).save_pretrained(str(tmp_path))
+    expect_adapter_of("qwen3_moe", tmp_path, load_adapter(with_engine("qwen3_moe"), tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*_pattern keys did not match.*:RuntimeWarning")
+def test_other_ranks_and_scalings_for_single_parameters() -> None:
+    """As peft makes them of older checkpoints, where gate and up had an adapter each: twice the rank when stacked."""
+    stock = models.eager("deepseek_v2")
+    engine = models.with_engine(copy.deepcopy(stock))
+    pair = []
+    for model in (engine, stock):
+        config = lora_config(model, rank=4)
+        config.rank_pattern, config.alpha_pattern = {r".*\.gate_up_proj": 8}, {r".*\.gate_up_proj": 12}
+        pair.append(models.fill(add_adapter(model, config)))
+    peer = models.with_peer(copy.deepcopy(pair[1]))
+    found = [models.forward_backward(model, models.token_ids()) for model in (*pair, peer)]
+    assert found[0].keys() == found[1].keys()
+    assert pair[0]._kt_wrappers[0].engine.spec.lora_rank == 8
+    models.expect_within_budget(*found)
+
+
+def test_dropout_acts_in_training_only_and_is_seeded(tmp_path: Path) -> None:
+    model = with_engine("qwen3_moe")
+    adapted: Any = models.fill(add_adapter(model, lora_config(model), dropout=0.5))
+
+    def trained(seed: int, checkpointing: bool = False) -> dict[str, Tensor]:
+        adapted.train()
+        if checkpointing:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        torch.manual_seed(seed)
+        return models.forward_backward(adapted, models.token_ids())
+
+    first, again, other = trained(1), trained(1), trained(2)
+    assert torch.equal(logits(adapted), logits(adapted))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["logits"], other["logits"])
+    # a recomputed forward draws the same mask, or its gradients would belong to another function
+    recomputed = trained(1, checkpointing=True)
+    assert all(torch.equal(first[name], recomputed[name]) for name in first)
+    adapted.save_pretrained(str(tmp_path))
+    stock = load_adapter(models.eager("qwen3_moe"), tmp_path, trainable=True)  # as a training does, and without dropout
+    expect_same_model(logits(adapted), logits(stock), load_adapter(models.eager("qwen3_moe"), tmp_path))
+
+
+def test_merged_weights_give_the_same_logits(tmp_path: Path) -> None:
+    base, adapter, merged = (tmp_path / name for name in ("base", "adapter", "merged"))
+    make_tiny("deepseek_v2", base)
+    engine, tokenizer = load_pretrained(str(base), "float32")
+    engine = models.adapted(models.with_engine(engine))
+    engine.save_pretrained(str(adapter))
+    export_merged(adapter, merged, base=str(base), dtype="float32")
+    expected, merged_tokenizer = load_pretrained(str(merged), "float32")
+    assert merged_tokenizer.chat_template == tokenizer.chat_template
+    expected.set_experts_implementation("eager")
+    peer, _ = load_pretrained(str(base), "float32")
+    expect_same_model(logits(engine), logits(expected), load_adapter(peer, adapter))
+    with pytest.raises(ValueError, match="exists: name another directory"):
+        export_merged(adapter, merged, base=str(base))
+    export_merged(adapter, tmp_path / "rounded", base=str(base))
+    rounded, _ = load_pretrained(str(tmp_path / "rounded"), "float32")
+    weights = dict(rounded.named_parameters())
+    for name, weight in expected.named_parameters():
+        assert torch.equal(weights[name], weights[name].bfloat16().float()), name
+        # the adapter, the base and their sum are each rounded to bf16 once
+        assert compare(weights[name], weight).rel_l2 <= 2**-8, name
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_merging_into_the_engine_is_refused() -> None:
+    model = models.adapted(models.with_engine(build_model("mixtral")))
+    with pytest.raises(RuntimeError, match="python -m ktverify export-merged"):
+        model.merge_and_unload()
+
+
+@pytest.mark.parametrize(("layers", "kind"), [(3, "lacks"), (1, "has, beyond it,")])
+def test_an_adapter_of_another_depth_is_not_merged(layers: int, kind: str, tmp_path: Path) -> None:
+    models.adapted(models.eager("qwen3_moe")).save_pretrained(str(tmp_path / "adapter"))
+    base = make_tiny("qwen3_moe", tmp_path / "base", sizes={"num_hidden_layers": layers})
+    with pytest.raises(ValueError, match=rf"does not fit this base model: it {kind} \d+ tensors, first \S*lora_"):
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+    with pytest.raises(ValueError, match=r"^--base 'nowhere' is no directory"):
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base="nowhere")
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    models.adapted(models.eager("mixtral")).save_pretrained(str(tmp_path))
+    for other in (models.with_engine(build_model("qwen3_moe")), build_model("qwen3_moe")):
+        with pytest.raises(ValueError, match="does not fit this base model"):
+            load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match=r"holds no adapter: adapter_config\.json is missing"):
+        load_adapter(models.eager("mixtral"), tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    [
+        ("q_prj", "did you mean q_proj"),
+        (["gate_proj"], "one stacked parameter, name both"),
+        ("", "lora_target is empty"),
+        (["zzz"], "which this model has not; it takes all, all_attention or"),
+    ],
+)
+def test_an_unknown_target_is_refused(target: Any, wanted: str) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        lora_config(build_model("qwen3_moe"), target=target)
