@@ -40,9 +40,7 @@ Layer::State::State(const LayerConfig& c)
 
 Layer::Layer(const LayerConfig& config) : state_(std::make_unique<State>(config)) {}
 
-Layer::~Layer() {
-    // The blocks of saved forwards without a backward go back to the kernel, not to the cache.
-}
+Layer::~Layer() = default;  // blocks of saved forwards without a backward go back to the kernel, not to the cache
 
 int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
                         const std::vector<std::int64_t>& physical_map) {

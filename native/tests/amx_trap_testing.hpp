@@ -46,9 +46,8 @@ Outcome in_child(const std::function<int()>& body) {
     close(ends[1]);
     Outcome outcome{};
     char buffer[512];
-    for (ssize_t size; (size = read(ends[0], buffer, sizeof buffer)) > 0;) {
+    for (ssize_t size; (size = read(ends[0], buffer, sizeof buffer)) > 0;)
         outcome.errors.append(buffer, static_cast<std::size_t>(size));
-    }
     close(ends[0]);
     waitpid(child, &outcome.status, 0);
     return outcome;
