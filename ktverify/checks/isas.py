@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ktverify.engines import registry
-from ktverify.system.instruction_sets import AMX, AVX512_BF16, ISA_FLAGS
+from ktverify.system.instruction_sets import AMX, AVX512_BF16, ISA_FLAGS, SCALAR
 
 EMULATION_ENV = "KTVERIFY_EMULATE_AMX"
 # every id that an Isa can have: test ids contain one of them
@@ -61,9 +62,22 @@ def _declared(engine: str) -> list[Isa]:
 def _native() -> list[Isa]:
     from ktverify.engines.native.layer import amx_is_emulated, available_isas
 
-    trapped = amx_is_emulated()
-    isas = [Isa(name, emulated=trapped and name == AMX) for name in available_isas()]
+    return native_on(available_isas(), amx_is_emulated())
+
+
+def native_on(available: Sequence[str], trapped: bool) -> list[Isa]:
+    """The instruction sets of the native engine on a machine that runs `available`; trapped: AMX is emulated there."""
+    isas = [Isa(name, emulated=trapped and name == AMX) for name in available]
     # the trap handler emulates the tile instructions only; the kernels around them are AVX-512 BF16
-    if AVX512_BF16 in [isa.name for isa in isas] and AMX not in [isa.name for isa in isas]:
+    if AVX512_BF16 in available and AMX not in available:
         isas.append(Isa(AMX, emulated=True))
     return isas
+
+
+def of_tier(tier: str, planned: list[Isa]) -> list[Isa]:
+    """Those of `planned` that run the cases of a tier.
+
+    Big cases leave out kernels that take minutes and show nothing that small cases do not: portable and emulated ones.
+    """
+    fast = [isa for isa in planned if not (isa.emulated or isa.name == SCALAR)]
+    return planned if tier == "default" else fast or planned[:1]

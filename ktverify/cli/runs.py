@@ -49,41 +49,45 @@ def report(
 def gate(
     run: RunName,
     baseline: Annotated[
-        Path | None, typer.Option(help="compare with this baseline (default: reports/baseline.json, if it fits)")
+        Path | None, typer.Option(help="compare with this baseline (default: the engine's own in reports/)")
     ] = None,
     write_baseline: Annotated[bool, typer.Option("--write-baseline", help="make this run the baseline")] = False,
+    force: Annotated[bool, typer.Option("--force", help="also in place of one with more checks")] = False,
     reports: ReportsDir = None,
 ) -> None:
     """Say what broke in a run, and exit 1 if anything did.
 
     Breaks: a verdict that is not PASS (SKIP and UNSUPPORTED only where the baseline passed), a run that checked nothing
     or did not finish, a check of the baseline that is missing, rel_l2 grown beyond the baseline by more than the factor
-    in tolerances.toml. Times are never gated.
+    in tolerances.toml. Checks that this machine or the run's command line leaves out are counted, no more. Times are
+    never gated.
+
+    The native engine's baseline is reports/baseline.json, another engine's reports/baseline-ENGINE.json.
 
     \b
     Examples:  python -m ktverify gate latest
                python -m ktverify gate latest --baseline reports/baseline.json
                python -m ktverify gate latest --write-baseline
     """
-    from ktverify.report import baseline as gating
+    from ktverify.report import baseline as files
+    from ktverify.report import gate as gating
     from ktverify.runs import store
 
     home = reports if reports is not None else reports_dir()
     found = store.load(store.find_run(run, home))
-    usual = home / "baseline.json"
+    usual = files.path_for(found.head.engine if found.head is not None else "", home)
     if write_baseline:
         target = baseline if baseline is not None else usual
-        written = gating.write_baseline(found, target)
+        written = gating.write_baseline(found, target, force=force)
         typer.echo(f"{target}: {len(written.checks)} checks of {found.directory.name}")
         return
     kept = None
     if baseline is not None:
-        kept = gating.read_baseline(baseline)
+        kept = files.read(baseline)
     elif usual.is_file():
-        kept = gating.read_baseline(usual)
-        if found.head is not None and kept.engine != found.head.engine:
-            typer.echo(f"not compared with {usual}: it is of engine {kept.engine}, this run of {found.head.engine}")
-            kept = None
+        kept = files.read(usual)
+    if kept is not None and found.head is not None and kept.engine != found.head.engine:
+        typer.echo(f"note: the baseline is of engine {kept.engine}, this run of {found.head.engine}")
     finding = gating.judge_run(found, kept)
     against = f"against {kept.stamp}" if kept is not None else "without a baseline"
     broken = "" if finding.passed else f"{len(finding.breaks)} broke of "

@@ -17,7 +17,7 @@ from ktverify.checks.isas import Isa
 from ktverify.engines import registry
 from ktverify.errors import EngineFailed, PropertyFailed, Unsupported
 from ktverify.isolation.child import raised_by_the_engine
-from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_of
+from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_of, selection_of
 from ktverify.report.failure_text import text_of
 from ktverify.report.pages import write_run
 from ktverify.runs.jsonl import new_directory
@@ -61,7 +61,7 @@ class Recording:
         workers = getattr(config.option, "numprocesses", None) or 1
         command = shlex.join(["pytest", *config.invocation_params.args])
         try:
-            self.recorder = start_run(run_dir.resolve(), config.option.engine, command, workers)
+            self.recorder = start_run(run_dir.resolve(), config.option.engine, command, workers, selection_of(config))
         except FileExistsError as error:
             raise pytest.UsageError(f"--run-dir: {error}") from None
 

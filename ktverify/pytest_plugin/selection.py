@@ -10,13 +10,26 @@ from typing import Any
 import pytest
 
 from ktverify.checks import isas, registry
-from ktverify.checks.isas import Isa
+from ktverify.runs.record import Selection
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
 from ktverify.system.files import ROOT
 
 SUITES = ROOT / "suites"
+FAMILIES = frozenset(path.parent.name for path in SUITES.glob("*/test_*.py"))
 ACCURACY_FAMILIES = ("forward", "backward")
+# options of pytest and of this plug-in that leave tests out: as they are typed -> where pytest keeps them
+_FILTERS = {
+    "-k": "keyword",
+    "-m": "markexpr",
+    "--deselect": "deselect",
+    "--ignore": "ignore",
+    "--ignore-glob": "ignore_glob",
+    "--last-failed": "lf",
+    "--stepwise": "stepwise",
+    "--maxfail": "maxfail",
+    "--case": "case",
+}
 
 
 def family_of(item: pytest.Item | pytest.Function) -> str:
@@ -34,7 +47,7 @@ def judges_an_engine(config: pytest.Config) -> bool:
 def chosen_cases(config: pytest.Config) -> list[Case]:
     """The cases that --cases and --tier select. ValueError where there are none."""
     option = config.option
-    tiers = (option.tier,) if option.tier else ("default", "big")
+    tiers = (option.tier,) if option.tier else cases.USUAL_TIERS
     chosen = [case for case in cases.select(option.cases) if case.tier in tiers]
     if not chosen:
         where = f"--cases {option.cases or '*'} in tier {' or '.join(tiers)}"
@@ -42,10 +55,25 @@ def chosen_cases(config: pytest.Config) -> list[Case]:
     return chosen
 
 
-def _isas_of(case: Case, planned: list[Isa]) -> list[Isa]:
-    """Big cases skip kernels that would take minutes and show nothing that small cases do not: portable, emulated."""
-    fast = [isa for isa in planned if not (isa.emulated or isa.name == "scalar")]
-    return planned if case.tier == "default" else fast or planned[:1]
+def selection_of(config: pytest.Config) -> Selection:
+    """What the command line asks for, so that the gate does not miss a check that nobody asked for."""
+    option, start = config.option, config.invocation_params.dir
+    folders, rest = set[str](), list[str]()
+    for argument in config.args:
+        path = (start / argument.partition("::")[0]).resolve()
+        if path.is_relative_to(SUITES) and path != SUITES:
+            folders.add(path.relative_to(SUITES).parts[0])
+            rest += [argument] if "::" in argument or path.is_file() else []
+        elif SUITES.is_relative_to(path):
+            folders.update(FAMILIES)
+    rest += [f"{flag} {value}" for flag, name in _FILTERS.items() if (value := getattr(option, name, None))]
+    return Selection(
+        folders=tuple(sorted(folders)) if folders < FAMILIES else (),
+        isa=option.isa,
+        cases=option.cases,
+        tier=option.tier,
+        rest=tuple(rest),
+    )
 
 
 def accuracy_parameters(config: pytest.Config, family: str) -> Iterator[Any]:
@@ -53,7 +81,7 @@ def accuracy_parameters(config: pytest.Config, family: str) -> Iterator[Any]:
     planned = isas.planned(config.option.engine, config.option.isa)
     for case in chosen_cases(config):
         big = case.tier != "default"
-        for isa in _isas_of(case, planned):
+        for isa in isas.of_tier(case.tier, planned):
             group, marks = ("big-", [pytest.mark.big]) if big else ("", [])
             check = registry.find(f"{family}/{case.name}")
             yield pytest.param(check, isa, id=f"{group}{isa.id}-{case.name}", marks=marks)

@@ -154,6 +154,20 @@ class CheckRecord(CheckedLine):
     tp: int = 1
 
 
+class Selection(JsonLine):
+    """Which tests the command line of a run asked for; the defaults are all of them.
+
+    folders: of suites/; isa, cases, tier: the options of these names; rest: the other words that leave tests out, as
+    `-k` or a single test's id.
+    """
+
+    folders: tuple[str, ...] = ()
+    isa: str = "all"
+    cases: str | None = None
+    tier: str | None = None
+    rest: tuple[str, ...] = ()
+
+
 class RunRecord(TimedLine):
     """The head of a run: where, with what, by which command. `finished` is None while it runs or if it was killed."""
 
@@ -167,6 +181,7 @@ class RunRecord(TimedLine):
     started: float = Field(default_factory=time.time)
     finished: float | None = None
     exit_status: int | None = None
+    selection: Selection = Selection()
 
     @property
     def duration_s(self) -> float | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.runs.jsonl import append_line, write_lines
-from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, parse_line
+from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, Selection, parse_line
 from ktverify.system.files import reports_dir
 
 MERGED = "records.jsonl"
@@ -162,7 +162,9 @@ def _has_a_result(directory: Path) -> bool:
     return False
 
 
-def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1) -> Recorder:
+def start_run(
+    run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1, selection: Selection | None = None
+) -> Recorder:
     """Start a run and return the controller's recorder. The head, with the facts of this machine, is written at once.
 
     Raises FileExistsError if `run_dir` already has a run: two runs in one directory would be read as one.
@@ -173,5 +175,6 @@ def start_run(run_dir: str | os.PathLike[str], engine: str, command: str, worker
         raise FileExistsError(f"{run_dir} already holds a run; name a directory of its own for this one")
     recorder = Recorder(run_dir, worker="controller")
     facts: dict[str, Any] = {"commit": machine.git_commit(), "machine": machine.read_machine(), "workers": workers}
+    facts["selection"] = selection or Selection()
     recorder.add(RunRecord(stamp=Path(run_dir).name, engine=engine, command=command, **facts))
     return recorder

@@ -48,6 +48,7 @@ ROUTING_KINDS: dict[str, str] = {
 }
 LORA_DTYPES = ("bfloat16", "float32")
 TIERS = ("default", "big", "full")
+USUAL_TIERS = ("default", "big")  # those of a run that names none
 MAPS = ("identity", "permuted")
 
 # name in the text of a case -> field of Case

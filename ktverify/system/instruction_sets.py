@@ -21,6 +21,7 @@ class InstructionSet:
 
 AMX = "amx_bf16"
 AVX512_BF16 = "avx512_bf16"
+SCALAR = "scalar"
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
 
 INSTRUCTION_SETS = (
@@ -33,6 +34,6 @@ INSTRUCTION_SETS = (
         ("avx2", "fma"),
         {"ONEDNN_MAX_CPU_ISA": "AVX2", "KT_KERNEL_CPU_VARIANT": "avx2", "ATEN_CPU_CAPABILITY": "avx2"},
     ),
-    InstructionSet("scalar"),
+    InstructionSet(SCALAR),
 )
 ISA_FLAGS = {isa.name: isa.cpu_flags for isa in INSTRUCTION_SETS}

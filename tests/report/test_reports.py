@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.report import baseline, console, pages, plots, tables
+from ktverify.report import console, gate, pages, plots, tables
 from ktverify.runs import store
 from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, AnyRecord, GateRecord, parse_line, worst_first
 from ktverify.spec.names import ALL_TENSORS
@@ -106,7 +106,7 @@ def test_the_part_of_a_killed_worker_is_still_read(tmp_path: Path) -> None:
     assert [record.name for record in run.checks] == list("01234")
     assert run.torn_lines == 1
     assert not run.finished
-    breaks = "\n".join(baseline.judge_run(run).breaks)
+    breaks = "\n".join(gate.judge_run(run).breaks)
     assert "did not finish" in breaks
     assert "cut off" in breaks
     # xdist may start another worker under the same name
@@ -292,4 +292,4 @@ def test_a_run_without_its_head_is_still_shown(tmp_path: Path) -> None:
     run = store.load(tmp_path / "run")
     assert "the run's head was lost" in tables.accuracy_markdown(run)
     assert "small@seed=0" in pages.page(run)
-    assert not baseline.judge_run(run).passed
+    assert not gate.judge_run(run).passed
