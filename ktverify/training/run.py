@@ -33,7 +33,7 @@ from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
-from ktverify.training.wrap import wrap_moe_layers
+from ktverify.training.wrap import require_one_process, wrap_moe_layers
 
 # keys that the Trainer's arguments have under the same name
 _SAME_KEYS = (
@@ -76,6 +76,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     one_length pads every batch to the longest example, because torch keeps memory for each shape that it has seen.
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
     """
+    require_one_process()
     output = Path(config.output_dir)
     start = output_directory.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
     arguments = _arguments(config)

@@ -6,16 +6,19 @@ experts leave the model: router, scaling, grouping, normalisation and shared exp
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.activations import SiLUActivation
+from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from ktverify.training.layer import CpuInfer, MOELayerWrapper, init_cpu_infer
 
 IMPLEMENTATION = "ktverify"
+# in which torchrun, accelerate and MPI tell a process how many there are
+_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 WEIGHTS = ("gate_up_proj", "down_proj")
 # families whose parity with the stock model is tested; others are accepted if their experts have the same form
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe")
@@ -26,8 +29,9 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
 
     The engine gets the base weights gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as bf16, and the model keeps no
     copy. Attach LoRA afterwards, with `add_adapter` or `load_adapter`. auto_update: see MOELayerWrapper. ValueError,
-    before anything is changed, for a model that is not supported.
+    before anything is changed, for a model that is not supported, and for one of several processes.
     """
+    require_one_process()
     chosen = infer or init_cpu_infer()
     if getattr(model, "_kt_wrappers", None):
         raise ValueError("this model is wrapped already: wrap_moe_layers takes a freshly loaded one")
@@ -55,6 +59,24 @@ def update_lora_pointers(model: nn.Module) -> None:
         raise ValueError("this model has no engine: call wrap_moe_layers(model) first")
     for wrapper in wrappers:
         wrapper.update_lora_pointers()
+
+
+def require_one_process() -> None:
+    """ValueError where this process is one of several of one training: DistributedDataParallel and the like would copy
+    the placeholders of the experts' weights."""
+    counts = [_count_of(name) for name in _PROCESS_COUNTS]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        counts.append(torch.distributed.get_world_size())
+    if max(counts) > 1:
+        raise ValueError(
+            f"this is one of {max(counts)} processes, a training takes one: start it without torchrun, accelerate "
+            "launch or mpirun; the engine uses all processors by threads (kt_num_threads)"
+        )
+
+
+def _count_of(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else 1
 
 
 def find_experts(model: nn.Module) -> list[nn.Module]:
@@ -88,8 +110,10 @@ def _why_not(block: Any) -> str:
             return f"{kind}.{flag} is {not wanted}"
     if type(block)._apply_gate is not _default_apply_gate:
         return f"{kind} has a gate function of its own"
-    if not isinstance(getattr(block, "act_fn", None), (nn.SiLU, SiLUActivation)):
-        return f"{kind} has the activation {type(getattr(block, 'act_fn', None)).__name__}, not SiLU"
+    activation = getattr(block, "act_fn", None)
+    if not _is_silu(activation):
+        name = getattr(activation, "__name__", type(activation).__name__)
+        return f"{kind} has the activation {name}, not SiLU"
     for name in WEIGHTS:
         weight = getattr(block, name, None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
@@ -97,6 +121,21 @@ def _why_not(block: Any) -> str:
         if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.device.type == "meta":
             return f"{kind}.{name} is {weight.dtype} on {weight.device}"
     return ""
+
+
+def _is_silu(activation: Any) -> bool:
+    """Whether `activation` computes x sigmoid(x), by its values: families name it in many ways, F.silu among them."""
+    if not callable(activation):
+        return False
+    # sizes from 0.0001 to 10,000, so that a clamped one is another function too
+    sizes = torch.logspace(-4, 4, 161, device="cpu")
+    x = torch.cat([-sizes, sizes.new_zeros(1), sizes])
+    try:
+        with torch.no_grad():
+            found = activation(x)
+    except Exception:  # a function of other arguments
+        return False
+    return isinstance(found, torch.Tensor) and torch.allclose(found, functional.silu(x), rtol=1e-5, atol=1e-6)
 
 
 def _hand_over(block: nn.Module, wrapper: MOELayerWrapper) -> None:

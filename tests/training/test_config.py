@@ -63,6 +63,14 @@ def test_several_gpus_are_refused(config: Callable[..., Path], monkeypatch: pyte
     refused(call("train", config()), "2 GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES")
 
 
+def test_one_of_several_processes_is_refused_before_anything_is_read(
+    config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("train", "memory", "throughput"):
+        refused(call(command, config()), "this is one of 2 processes, a training takes one")
+
+
 def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:
     refused(call("train", tmp_path / "nothing.yaml"), "there is no configuration")
     refused(call("train", config(text="dataset: alpaca_tiny\n")), "model_name_or_path got nothing")

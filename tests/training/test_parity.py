@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 from ktverify.judge.gates import peer_budget
 from ktverify.judge.metrics import compare
@@ -16,7 +20,7 @@ from ktverify.training import add_adapter, load_adapter, lora_config, update_lor
 from ktverify.training.adapter import export_merged
 from ktverify.training.pretrained import load_pretrained
 from ktverify.training.tiny import FAMILY_SIZES, build_model, make_tiny
-from ktverify.training.wrap import FAMILIES
+from ktverify.training.wrap import FAMILIES, find_experts
 from tests.support import models
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*target_parameters.*:UserWarning")
@@ -120,6 +124,73 @@ def test_models_that_are_not_supported() -> None:
     with pytest.raises(ValueError, match=refused.format("MixtralForCausalLM", ".*GELU")):
         wrap_moe_layers(model)
     assert not hasattr(model, "_kt_wrappers")
+
+
+class Renamed(nn.SiLU):
+    """A family's own name for SiLU."""
+
+
+class NotSilu(nn.SiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-7, 7)
+
+
+ACTIVATIONS: list[tuple[Any, bool]] = [
+    *((one, True) for one in (nn.SiLU(), functional.silu, ACT2FN["silu"], ACT2FN["swish"], Renamed())),
+    *((one, True) for one in (lambda x: x * torch.sigmoid(x), partial(functional.silu, inplace=False))),
+    *((ACT2FN[name], False) for name in ("gelu", "quick_gelu", "gelu_new", "relu", "relu2", "mish", "linear")),
+    *((one, False) for one in (functional.gelu, nn.GELU(), NotSilu(), functional.hardswish, torch.sigmoid)),
+    *((one, False) for one in (None, "silu", lambda: 1, functional.glu, lambda x: x.tolist())),
+]
+
+
+@pytest.mark.parametrize(("activation", "taken"), ACTIVATIONS, ids=str)
+def test_an_activation_is_judged_by_what_it_computes(activation: Any, taken: bool) -> None:
+    model = build_model("mixtral")
+    for layer in model.model.layers:
+        object.__setattr__(layer.mlp.experts, "act_fn", activation)
+        layer.mlp.experts._modules.pop("act_fn", None)
+    if taken:
+        assert len(find_experts(model)) == 2
+    else:
+        with pytest.raises(ValueError, match=r"MixtralExperts has the activation .*, not SiLU"):
+            find_experts(model)
+
+
+def test_a_family_that_names_silu_as_a_function() -> None:
+    settings = AutoConfig.for_model(
+        "lfm2_moe",
+        vocab_size=320,
+        hidden_size=72,
+        intermediate_size=96,
+        moe_intermediate_size=40,
+        num_hidden_layers=2,
+        num_dense_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=3,
+        layer_types=["conv", "full_attention"],
+    )
+    torch.manual_seed(3)
+    stock = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+    for name, parameter in stock.named_parameters():
+        if "experts." in name or "gate." in name:
+            nn.init.normal_(parameter, std=0.15)
+    stock.set_experts_implementation("eager")
+    expected = logits(stock)
+    assert compare(logits(models.with_engine(copy.deepcopy(stock))), expected).rel_l2 <= peer_budget(
+        compare(logits(models.with_peer(stock)), expected).rel_l2
+    )
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_one_of_several_processes_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    wrap_moe_layers(build_model("mixtral"))
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(ValueError, match="this is one of 2 processes, a training takes one: start it without torchrun"):
+        wrap_moe_layers(build_model("mixtral"))
 
 
 def test_wrapping_twice_and_degrees_that_do_not_divide() -> None:
