@@ -31,6 +31,7 @@ from ktverify.system.files import ROOT, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+SUFFIX = ".safetensors"
 
 Entry = dict[str, Any]  # a case's entry in the manifest
 
@@ -85,7 +86,7 @@ def cache_dir() -> Path:
 
 def full_path(case: Case) -> Path:
     """The file of the full fp64 tensors of `case` in the cache."""
-    return cache_dir() / f"{_file_stem(case)}.safetensors"
+    return cache_dir() / f"{_file_stem(case)}{SUFFIX}"
 
 
 def load(case: Case, directory: Path | None = None) -> Golden:
@@ -125,6 +126,10 @@ def read_manifest(where: Path, *, missing_ok: bool = False) -> dict[str, Entry]:
     if document.get("format") != FORMAT:
         raise ValueError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}")
     cases: dict[str, Entry] = document["cases"]
+    for key, entry in cases.items():
+        # such a file is read, and deleted when its row is gone: never one of another folder
+        if Path(entry["file"]).name != entry["file"] or not entry["file"].endswith(SUFFIX):
+            raise ValueError(f"{path}: the file of {key} is {entry['file']!r}; it takes the name of a {SUFFIX} file")
     return cases
 
 
@@ -188,7 +193,7 @@ def write_golden(golden: Golden, directory: Path) -> Entry:
             values[name] = stored.value.contiguous()
     content = save_safetensors(values)
     digest = hashlib.sha256(content).hexdigest()
-    path = f"{_file_stem(golden.case)}.{digest[:12]}.safetensors"
+    path = f"{_file_stem(golden.case)}.{digest[:12]}{SUFFIX}"
     write_whole(directory / path, content)
     return {
         "case": golden.case.spec,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from ktverify.spec.cases import Case, catalogue, flops, select
 from ktverify.spec.generator import GENERATOR_VERSION
 from ktverify.spec.inputs import inputs_sha256, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_WEIGHTS
+from ktverify.system.files import write_whole
 
 FULL_LIMIT = 16384
 
@@ -50,6 +52,9 @@ SAME_FP32 = 2.0**-23
 # the peer's error is a measurement: bf16 products of another CPU round a few elements the other way
 SAME_PEER = 0.25
 _PEER_FLOOR = 2.0**-9
+# its folders are deleted, so nothing else may have such a name
+_STAGING = ".ktverify-golden-staging-"
+_OURS = "ours.json"  # names of files beside the folder that a regeneration made or replaces
 
 
 @dataclass
@@ -105,7 +110,7 @@ def regenerate(
             done += cost
         progress("", 1.0)
         if staging is not None:
-            _publish(where, staging, entries)
+            _publish(where, staging, old, entries)
     return result
 
 
@@ -177,17 +182,27 @@ def _tensor_differs(old: StoredTensor, new: StoredTensor) -> str:
     return ""
 
 
-def _publish(where: Path, staging: Path, entries: dict[str, Entry]) -> None:
-    """Move the new files, replace the manifest in one step, then delete files that it no longer names."""
-    for path in sorted(staging.iterdir()):
+def _publish(where: Path, staging: Path, old: dict[str, Entry], entries: dict[str, Entry]) -> None:
+    """Move the new files, replace the manifest in one step, then delete the files that it leaves out: of the old
+    manifest's, and of this regeneration's. Any other file in `where` stays, whatever its name.
+    """
+    new = sorted(staging.iterdir())
+    ours = {entry["file"] for entry in old.values()} | {path.name for path in new}
+    # for the next regeneration, should this process be killed before the last deletion
+    write_whole(staging / _OURS, json.dumps(sorted(ours)))
+    for path in new:
         os.replace(path, where / path.name)
     order = [case.id for case in catalogue().values()]
     known = [key for key in order if key in entries] + sorted(set(entries) - set(order))
     write_manifest(where, {key: entries[key] for key in known})
-    named = {entry["file"] for entry in entries.values()}
-    for path in where.glob("*.safetensors"):
-        if path.name not in named:
-            path.unlink()
+    _delete_unnamed(where, ours)
+
+
+def _delete_unnamed(where: Path, ours: Iterable[str]) -> None:
+    """Delete those files among `ours` that the manifest in `where` does not name."""
+    named = {entry["file"] for entry in read_manifest(where, missing_ok=True).values()}
+    for name in set(ours) - named:
+        (where / name).unlink(missing_ok=True)
 
 
 def _write_full(case: Case, tensors: dict[str, torch.Tensor]) -> None:
@@ -214,9 +229,11 @@ def _staging(where: Path) -> Iterator[Path]:
     except Timeout:
         raise ValueError(f"another process regenerates the goldens in {where}") from None
     with lock:
-        for left in where.glob(".staging-*"):
+        for left in where.glob(f"{_STAGING}*"):
+            if (left / _OURS).is_file():
+                _delete_unnamed(where, json.loads((left / _OURS).read_text(encoding="utf-8")))
             shutil.rmtree(left, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=where))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=where))
         try:
             yield staging
         finally:

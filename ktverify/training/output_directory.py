@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,11 +19,11 @@ from pathlib import Path
 
 from ktverify.training.curves import LOSS_FILE, STATE_FILE
 
-SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".saving-"
+SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".ktverify-saving-"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CHECKPOINT_FILES = (*ADAPTER_FILES, "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
 # files of an earlier run, which could be mistaken for files of this one; everything else in the directory stays
-_EARLIER = ("adapter_config.json", "adapter_model.*", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
+_EARLIER = (*ADAPTER_FILES, "adapter_model.bin", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
 
 
 def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Path | None:
@@ -52,6 +53,14 @@ def remove_earlier_run(output: Path, start: Path | None) -> None:
                 _remove(path)
         return
     for path in [*checkpoints_in(output), *(path for name in _EARLIER for path in output.glob(name))]:
+        _remove(path)
+
+
+def remove_old_checkpoints(output: Path, keep: int | None) -> None:
+    """Remove all checkpoints but the `keep` newest; None keeps all.
+
+    Not left to the Trainer, which also removes folders like checkpoint-best or checkpoint-50-mine."""
+    for path in checkpoints_in(output)[keep or sys.maxsize :]:
         _remove(path)
 
 

@@ -39,7 +39,7 @@ from ktverify.training.wrap import require_one_process, wrap_moe_layers
 _SAME_KEYS = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps"),
-    *("logging_steps", "save_steps", "save_total_limit", "seed"),
+    *("logging_steps", "save_steps", "seed"),
 )
 # what allocators add per step until their size has settled; a leak of one token's activations is more
 LEAK_BYTES = 1 << 18
@@ -106,7 +106,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, **padding),
         processing_class=tokenizer,
-        callbacks=[log],
+        callbacks=[log, Rotation(output, config.save_total_limit)],
     )
     trainer.remove_callback(PrinterCallback)  # the loss log prints a shorter line
     output_directory.remove_earlier_run(output, start)
@@ -190,6 +190,16 @@ def _conclude(trainer: Trainer, log: LossLog, seconds: float, output: Path) -> T
     if curve.losses:
         curves.draw({"loss": curve}, output / output_directory.LOSS_PICTURE)
     return summary
+
+
+class Rotation(TrainerCallback):  # type: ignore[misc]
+    """A callback of transformers' Trainer that keeps the `limit` newest checkpoints in `directory`; None keeps all."""
+
+    def __init__(self, directory: Path, limit: int | None) -> None:
+        self.directory, self.limit = directory, limit
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        output_directory.remove_old_checkpoints(self.directory, self.limit)
 
 
 # ---- the loss

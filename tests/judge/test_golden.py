@@ -231,6 +231,33 @@ def test_goldens_of_deleted_rows_are_deleted(copy: Path, monkeypatch: pytest.Mon
     assert sorted(path.name.split(".")[0] for path in copy.glob("*.safetensors")) == ["odd_sizes", "small"]
 
 
+STRANGERS = ("model.safetensors", "small.0123456789ab.safetensors", ".staging-mine/a.safetensors", "notes.txt")
+
+
+def test_files_that_no_manifest_named_stay(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder may be any: only the files that the old manifest named may go."""
+    for name in STRANGERS:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("of somebody else")
+    link = copy / "linked.safetensors"
+    link.symlink_to(copy / STRANGERS[0])
+    left = {name: catalogue()[name] for name in ("small", "odd_sizes")}
+    monkeypatch.setattr(golden_regenerate, "catalogue", lambda: left)
+    monkeypatch.setattr(golden_regenerate, "select", lambda only: list(left.values()))
+    regenerate(directory=copy, force=True)
+    assert all((copy / name).read_text() == "of somebody else" for name in STRANGERS)
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/outside.safetensors", "a/b.safetensors", "notes.txt", ""])
+def test_a_manifest_that_names_no_golden_is_refused(copy: Path, file: str) -> None:
+    edit(copy, lambda entries: entries[ODD].update(file=file))
+    before = content(copy)
+    with pytest.raises(ValueError, match=r"the file of odd_sizes@seed=0 is .*; it takes the name of a .safetensors"):
+        regenerate("odd_sizes", directory=copy)
+    assert content(copy) == before
+
+
 def regenerate_until(moment: str, directory: Path) -> None:
     """Regenerate small and odd_sizes; SIGKILL to this process once the step named by `moment` is done."""
     compute, write_manifest = golden_regenerate.compute, golden.write_manifest
@@ -242,24 +269,36 @@ def regenerate_until(moment: str, directory: Path) -> None:
         write_manifest(*arguments)
         die()
 
+    def doubled(inputs: Inputs) -> dict[str, torch.Tensor]:
+        return {name: 2 * value for name, value in forward_backward(inputs).items()}
+
     steps = {
         "computing": ("compute", lambda case: compute(case) if case.name == "small" else die()),
         "staged": ("_publish", die),
         "files moved": ("write_manifest", die),
         "manifest replaced": ("write_manifest", write_and_die),
+        "other files moved": ("write_manifest", die),
+        "other manifest replaced": ("write_manifest", write_and_die),
     }
-    setattr(golden_regenerate, *steps[moment])
+    patches = [steps[moment]]
+    if moment.startswith("other"):  # other content, and so other names: the old files or the new ones must go
+        patches.append(("forward_backward", doubled))
+    for name, function in patches:
+        setattr(golden_regenerate, name, function)
     regenerate("odd_sizes,small", directory=directory, force=True)
 
 
-@pytest.mark.parametrize("moment", ["computing", "staged", "files moved", "manifest replaced"])
+@pytest.mark.parametrize(
+    "moment",
+    ["computing", "staged", "files moved", "manifest replaced", "other files moved", "other manifest replaced"],
+)
 def test_the_goldens_are_whole_after_a_kill_at_any_moment(copy: Path, moment: str) -> None:
     edit(copy, lambda entries: [entries[key].update(inputs_sha256="1" * 64) for key in (ODD, SMALL)])
     before = content(copy)
     with pytest.raises(EngineDied, match="died of SIGKILL"):
         ChildPool().call_fresh(regenerate_until, moment, copy)
     after = content(copy)
-    if moment != "manifest replaced":
+    if "manifest replaced" not in moment:
         assert {name: after[name] for name in before} == before
     for name in FEW:
         golden.load(catalogue()[name], copy)

@@ -166,10 +166,17 @@ def test_a_resumed_training_equals_an_unbroken_one(made: Made, tmp_path: Path) -
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+# what a user keeps in an output directory: no run may remove it
+STRANGERS = ("mine/checkpoint-3/a", "checkpoint-best/a", "checkpoint-90-mine/a", ".saving-x/a")
+
+
 def test_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
-    for name in ("checkpoint-10/optimizer.pt", "checkpoint-90/optimizer.pt", "mine/checkpoint-3/a", ".saving-x/a"):
+    saving = f"{output_directory.SAVING}x/a"
+    for name in ("checkpoint-10/optimizer.pt", "checkpoint-90/optimizer.pt", saving, *STRANGERS):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
+    (tmp_path / "adapter_model.backup").touch()
+    (tmp_path / "checkpoint-7").symlink_to(tmp_path / "mine")
     for name in ("adapter_model.safetensors", curves.LOSS_FILE, "loss.png", "training.json", "notes.txt"):
         (tmp_path / name).touch()
     reached = tmp_path / "checkpoint-10"
@@ -179,7 +186,20 @@ def test_files_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     assert (tmp_path / curves.LOSS_FILE).exists()
     assert reached.exists()
     output_directory.remove_earlier_run(tmp_path, None)
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "notes.txt"}
+    left = {Path(name).parts[0] for name in STRANGERS}
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "notes.txt", "adapter_model.backup"}
+    assert all((tmp_path / name).is_file() for name in STRANGERS)
+
+
+def test_only_checkpoints_are_rotated(tmp_path: Path) -> None:
+    for name in ("checkpoint-9/a", "checkpoint-10/a", "checkpoint-11/a", *STRANGERS):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    output_directory.remove_old_checkpoints(tmp_path, None)
+    assert len(output_directory.checkpoints_in(tmp_path)) == 3
+    output_directory.remove_old_checkpoints(tmp_path, 2)
+    assert [path.name for path in output_directory.checkpoints_in(tmp_path)] == ["checkpoint-11", "checkpoint-10"]
+    assert all((tmp_path / name).is_file() for name in STRANGERS)
 
 
 def test_a_checkpoint_of_another_run_does_not_open_a_directory_in_use(made: Made, tmp_path: Path) -> None:

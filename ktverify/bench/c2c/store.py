@@ -38,6 +38,7 @@ class RecordFile(LineFile):
     """
 
     def __init__(self, path: Path) -> None:
+        self._made = not path.exists()
         super().__init__(path, resume=True)
         try:
             self.done = read_records(path)
@@ -46,8 +47,8 @@ class RecordFile(LineFile):
             raise
 
     def close(self) -> None:
-        """Close the file, and remove it if it is empty."""
-        if self.path.stat().st_size == 0:
+        """Close the file, and remove it if this object made it and it is empty."""
+        if self._made and self.path.stat().st_size == 0:
             self.path.unlink(missing_ok=True)
         super().close()
 
