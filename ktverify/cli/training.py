@@ -68,7 +68,11 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     from ktverify.system.machine import format_bytes
     from ktverify.training.run import run
 
-    done = run(chosen, config.resolve().parent).summary
+    trained = run(chosen, config.resolve().parent)
+    if trained.note:
+        typer.echo(trained.note)
+        return
+    done = trained.summary
     slope = "" if math.isnan(done.slope) else f", slope {done.slope:.2e} a step"  # one logged step has none
     typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f}{slope}")
     typer.echo(

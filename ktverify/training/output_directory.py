@@ -6,6 +6,7 @@ complete if all its files can be read; only such a checkpoint is resumed from.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import pickle
@@ -22,6 +23,8 @@ from ktverify.training.curves import LOSS_FILE, STATE_FILE
 SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".ktverify-saving-"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CHECKPOINT_FILES = (*ADAPTER_FILES, "optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
+# files of a checkpoint that a finished training does not have
+_FOR_RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin")
 # files of an earlier run, which could be mistaken for files of this one; everything else in the directory stays
 _EARLIER = (*ADAPTER_FILES, "adapter_model.bin", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
 
@@ -44,13 +47,14 @@ def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Pa
 
 
 def remove_earlier_run(output: Path, start: Path | None) -> None:
-    """Remove the files of an earlier run in `output`; of the run that is resumed, only checkpoints after `start`."""
+    """Remove the files of an earlier run in `output`; of the run that is resumed, only checkpoints after `start`, what
+    a stopped save left and the summary."""
     if start is not None and _is_of(start, output):
-        # the step is read from the state, because a checkpoint given by its path may have any name
-        reached = json.loads((start / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
-        for path in checkpoints_in(output):
-            if step_of(path) > reached:
-                _remove(path)
+        reached = step_reached(start)
+        later = [path for path in checkpoints_in(output) if step_of(path) > reached]
+        # without its summary this is no finished run, until it ends again
+        for path in [*later, output / SUMMARY_FILE, *output.glob(f"{SAVING}*")]:
+            _remove(path)
         return
     for path in [*checkpoints_in(output), *(path for name in _EARLIER for path in output.glob(name))]:
         _remove(path)
@@ -72,6 +76,33 @@ def resume_hint(output: Path) -> str:
         again = "begin anew with --overwrite_output_dir true; a smaller --save_steps keeps more"
         return f"{output} has no checkpoint yet: {again}"
     return f"{last} and {LOSS_FILE} are kept: the same command with --resume_from_checkpoint true goes on from there"
+
+
+def is_finished(output: Path, start: Path) -> bool:
+    """Whether a training ended in `output` with the weights of the checkpoint `start`, and wrote all of its files."""
+    files = (*ADAPTER_FILES, STATE_FILE, LOSS_FILE, SUMMARY_FILE)
+    weights = ADAPTER_FILES[1]
+    return all((output / name).is_file() for name in files) and filecmp.cmp(
+        output / weights, start / weights, shallow=False
+    )
+
+
+def adopt(start: Path, output: Path) -> None:
+    """Put adapter, tokenizer and state of the checkpoint `start` into `output`, as the end of a training does."""
+    with files_together(output) as saving:
+        for path in start.iterdir():
+            if path.is_file() and path.name not in _FOR_RESUMING:
+                shutil.copyfile(path, saving / path.name)
+
+
+@contextmanager
+def files_together(output: Path) -> Iterator[Path]:
+    """A directory to fill, whose files are then moved into `output`; each appears whole, the weights last."""
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=SAVING, dir=output) as name:
+        yield Path(name)
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, output / path.name)
 
 
 @contextmanager
@@ -106,6 +137,11 @@ def step_of(checkpoint: Path) -> int:
     """50 for checkpoint-50; -1 for another name."""
     found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(found.group(1)) if found else -1
+
+
+def step_reached(checkpoint: Path) -> int:
+    """The step of a whole checkpoint, from its state: one that is given by its path may have any name."""
+    return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
 
 
 def problem_of(checkpoint: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import resource
 import statistics
 import sys
@@ -19,13 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import SchedulerType
 
-from ktverify.runs.jsonl import append_line, whole_lines
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory
 from ktverify.training.adapter import add_adapter, lora_config
@@ -33,6 +30,7 @@ from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
+from ktverify.training.trainer import LossLog, Rotation
 from ktverify.training.wrap import require_one_process, wrap_moe_layers
 
 # keys that the Trainer's arguments have under the same name
@@ -63,11 +61,14 @@ class TrainingSummary:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: its summary, its loss log and the model with the adapter."""
+    """A finished training: its summary, its loss log and the model with the adapter.
+
+    note: why nothing was trained, "" for a training; without a training there is no model."""
 
     summary: TrainingSummary
     log: LossLog
     model: Any
+    note: str = ""
 
 
 def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Trained:
@@ -90,6 +91,9 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
     _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
+    total = total_steps(config, len(rows))
+    if start is not None and output_directory.step_reached(start) >= total:
+        return _nothing_to_train(output, start, total)
     model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust)
     if infer is not None:
         wrap_moe_layers(model, infer)
@@ -113,8 +117,11 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     started = time.perf_counter()
     try:
         trainer.train(resume_from_checkpoint=str(start) if start else None)
-        seconds = time.perf_counter() - started
-        _save_whole(trainer, output)
+        seconds, done = time.perf_counter() - started, int(trainer.state.global_step)
+        with output_directory.files_together(output) as saving:
+            for part in (trainer.model, trainer.processing_class):
+                part.save_pretrained(str(saving))
+            trainer.state.save_to_json(str(saving / curves.STATE_FILE))
     except KeyboardInterrupt:
         for callback in trainer.callback_handler.callbacks:
             if bar := getattr(callback, "training_bar", None):
@@ -123,7 +130,10 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
         done = trainer.state.global_step
         reached = f"at step {done} of {trainer.state.max_steps}" if done else "before the first step"
         raise KeyboardInterrupt(f"stopped {reached}; {output_directory.resume_hint(output)}") from None
-    return Trained(_conclude(trainer, log, seconds, output), log, adapted)
+    tokens = int(trainer.state.num_input_tokens_seen) - log.begun[1]
+    summary = _summary(log, done - log.begun[0], tokens, seconds)
+    _write_summary(summary, log, output)
+    return Trained(summary, log, adapted)
 
 
 def _ensure_padding(tokenizer: Any) -> None:
@@ -161,100 +171,54 @@ def _arguments(config: TrainConfig) -> TrainingArguments:
     return found
 
 
-def _save_whole(trainer: Trainer, output: Path) -> None:
-    """Write adapter, tokenizer and the Trainer's state into `output`; every file appears whole, the weights last."""
-    with tempfile.TemporaryDirectory(prefix=output_directory.SAVING, dir=output) as saving:
-        for part in (trainer.model, trainer.processing_class):
-            part.save_pretrained(saving)
-        trainer.state.save_to_json(str(Path(saving) / curves.STATE_FILE))
-        files = sorted(Path(saving).iterdir(), key=lambda path: path.suffix == ".safetensors")
-        for path in files:
-            os.replace(path, output / path.name)
+def total_steps(config: TrainConfig, examples: int) -> int:
+    """The steps of a whole training on so many examples, as the Trainer counts them; also resumed, from its start."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = math.ceil(examples / config.per_device_train_batch_size)
+    return math.ceil(config.num_train_epochs * math.ceil(batches / config.gradient_accumulation_steps))
 
 
-def _conclude(trainer: Trainer, log: LossLog, seconds: float, output: Path) -> TrainingSummary:
-    curve = curves.Curve(tuple(row["step"] for row in log.rows), tuple(row["loss"] for row in log.rows))
-    tokens = int(trainer.state.num_input_tokens_seen) - log.begun[1]
-    summary = TrainingSummary(
-        steps=int(trainer.state.global_step) - log.begun[0],
+def _nothing_to_train(output: Path, start: Path, total: int) -> Trained:
+    """What is left to do where the checkpoint `start` is at the last step or beyond it: nothing, or the files that a
+    run which was stopped at its end had not written yet."""
+    step = output_directory.step_reached(start)
+    log = LossLog(output)
+    log.read(step)
+    summary = _summary(log, 0, 0, 0.0)
+    if step > total:
+        note = f"{start} is at step {step}, this configuration ends at step {total}; no file is changed"
+    elif output_directory.is_finished(output, start):
+        note = f"{output} is finished, at step {step} of {total}; no file is changed"
+    else:
+        output_directory.remove_earlier_run(output, start)
+        log.write()
+        output_directory.adopt(start, output)
+        _write_summary(summary, log, output)
+        note = f"{start} is at the last step, {total}; its adapter is now in {output}"
+    return Trained(summary, log, None, f"nothing to train: {note}")
+
+
+def _summary(log: LossLog, steps: int, tokens: int, seconds: float) -> TrainingSummary:
+    curve = log.curve
+    return TrainingSummary(
+        steps=steps,
         first_loss=curve.losses[0] if curve.losses else math.nan,
         last_loss=curve.losses[-1] if curve.losses else math.nan,
         slope=curve.slope,
         tokens=tokens,
         seconds=round(seconds, 2),
-        tokens_per_s=round(tokens / seconds, 1),
+        tokens_per_s=round(tokens / seconds, 1) if seconds else 0.0,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _write_summary(summary: TrainingSummary, log: LossLog, output: Path) -> None:
+    """The picture, and last the file that makes this a finished training."""
+    if log.rows:
+        curves.draw({"loss": log.curve}, output / output_directory.LOSS_PICTURE)
     known = {name: None if math.isnan(value) else value for name, value in asdict(summary).items()}  # JSON has no nan
     write_whole(output / output_directory.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
-    if curve.losses:
-        curves.draw({"loss": curve}, output / output_directory.LOSS_PICTURE)
-    return summary
-
-
-class Rotation(TrainerCallback):  # type: ignore[misc]
-    """A callback of transformers' Trainer that keeps the `limit` newest checkpoints in `directory`; None keeps all."""
-
-    def __init__(self, directory: Path, limit: int | None) -> None:
-        self.directory, self.limit = directory, limit
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        output_directory.remove_old_checkpoints(self.directory, self.limit)
-
-
-# ---- the loss
-
-
-class LossLog(TrainerCallback):  # type: ignore[misc]
-    """A callback of transformers' Trainer that writes loss.jsonl in `directory`, one line for each logged step.
-
-    rows: the lines; a resumed run removes those after its checkpoint's step. rss: resident bytes after every step,
-    rss_before: before the first; begun: the step and the tokens that a resumed run starts from.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / curves.LOSS_FILE
-        self.rows: list[dict[str, Any]] = []
-        self.rss: list[int] = []
-        self.rss_before = 0
-        self._process = psutil.Process()
-        self.begun = (0, 0)
-        self._since = (0.0, 0)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.path.is_file():
-            rows = [json.loads(line) for line in whole_lines(self.path)]
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.rss_before = self._process.memory_info().rss
-        self.begun = (int(state.global_step), int(state.num_input_tokens_seen))
-        self._since = (time.perf_counter(), self.begun[1])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # so that a run shorter than logging_steps also has a loss
-            control.should_log = True
-        self.rss.append(self._process.memory_info().rss)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
-        now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
-        seconds = now - self._since[0]
-        row = {
-            "step": state.global_step,
-            "loss": float(logs["loss"]),
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": float(logs.get("grad_norm", 0.0)),
-            "tokens": tokens,
-            "tokens_per_s": round((tokens - self._since[1]) / seconds, 1) if seconds > 0 else None,
-            "rss": self._process.memory_info().rss,
-        }
-        self._since = (now, tokens)
-        self.rows.append(row)
-        if not sys.stderr.isatty():  # a terminal shows the Trainer's progress bar
-            speed = f"{row['tokens_per_s']} tokens/s"
-            print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
-        append_line(self.path, json.dumps(row))
 
 
 # ---- memory and throughput

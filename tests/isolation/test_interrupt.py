@@ -126,7 +126,7 @@ def test_every_command_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_stopped_training_reports_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ktverify.training.run import LossLog
+    from ktverify.training.trainer import LossLog
 
     def at_three(self: LossLog, args: object, state: object, control: object, **more: object) -> None:
         if getattr(state, "global_step", 0) == 3:
