@@ -6,6 +6,7 @@ Input: a Target and a Case. Output: a Result, whose accuracy records every print
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from ktverify.checks.altered_inputs import TOKENS
 from ktverify.checks.causes import cause_of
 from ktverify.checks.check import Check, enter
-from ktverify.checks.judging import BUDGET, NUMBERS
+from ktverify.checks.judging import BUDGET, NUMBERS, arguments_of, wrong_forms
 from ktverify.checks.problem import Problem, Result
 from ktverify.checks.repro_commands import isa_name, repro_command, verify_command
 from ktverify.checks.target import Target
@@ -26,7 +27,7 @@ from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, IMPORT, Cal
 from ktverify.judge import golden
 from ktverify.judge.gates import GateResult, Judgement, Verdict, judge
 from ktverify.judge.metrics import compare
-from ktverify.runs.record import AccuracyRecord, VerdictName, accuracy_record
+from ktverify.runs.record import AccuracyRecord, GateRecord, VerdictName, accuracy_record
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, GRAD_NAMES, OUTPUT
@@ -84,9 +85,14 @@ def check_case(
         raised = crash_or_raise(error, calls.failed)
     result.actual = {name: tensor.detach() for name, tensor in result.actual.items()}
     duration = time.perf_counter() - started
+    asked = "form" not in target.gates_off
+    forms = wrong_forms(case, result.actual, arguments_of(problem.inputs)) if asked else {}
     for name in [name for name in wanted if name in result.actual]:
         repro = repro_command(target, case, tensor=name, fresh=fresh)
         where = {**facts(target, name), "case": case, "source": problem.source, "duration_s": duration, "repro": repro}
+        if name in forms:
+            result.records.append(wrong_form(name, forms[name], where))
+            continue
         if target.method != METHOD and name in GRAD_NAMES:
             result.records.append(_skipped_gradient(result.actual[name], where))
             continue
@@ -161,6 +167,16 @@ def check_names(tensors: Sequence[str] | None, backward: bool) -> tuple[str, ...
     return tuple(name for name in ALL_TENSORS if name in tensors)
 
 
+def wrong_form(name: str, text: str, where: dict[str, Any]) -> AccuracyRecord:
+    """The record of a tensor whose numbers are not judged, because it has another form than the contract's.
+
+    where: the other fields of the record.
+    """
+    gate = GateRecord(gate="form", value=1.0, budget=0.0, used=math.inf, verdict="FAIL", reason=text)
+    about = {**where, "case": where["case"].id, "why": where["case"].why}
+    return AccuracyRecord(verdict="FAIL", message=f"FAIL {text}", gates=(gate,), **about)
+
+
 def _skipped_gradient(actual: torch.Tensor, where: dict[str, Any]) -> AccuracyRecord:
     """The record of a LoRA gradient under SkipLoRA: it must be exactly zero."""
     difference = compare(actual, torch.zeros_like(actual))
@@ -226,4 +242,4 @@ def assert_passed(records: list[AccuracyRecord]) -> None:
 for _case in cases.catalogue().values():
     for _family in TENSORS:
         _more: dict[str, Any] = {"case": _case, "arguments": {"family": _family}, "confirmable": True}
-        enter([Check(f"{_family}/{_case.name}", _family, check_tensors, BUDGET, NUMBERS, **_more)])
+        enter([Check(f"{_family}/{_case.name}", _family, check_tensors, BUDGET, (*NUMBERS, "form"), **_more)])

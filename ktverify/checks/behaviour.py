@@ -11,7 +11,7 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import TOKENS, changed, everywhere, rows_of
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import check
-from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, judged, raise_for
+from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, expect_forms, judged, raise_for, share_memory
 from ktverify.checks.target import MIDDLE, ODD_MIDDLE, SMALL, WIDE, Target, expect, same_bits
 from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.judge import gates, metrics, reference
@@ -105,13 +105,13 @@ def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
     third = run_layer(layer, watched)
     stale = Cause.STALE_VALUES
     target.expect_same_bits("the first results after later calls", kept, first, gate="written", cause=stale)
-    places: dict[int, str] = {}
+    places: dict[str, Tensor] = {}
     for call, results in enumerate((first, second, third)):
         for name, tensor in results.items():
             where = f"{name} of call {call}"
-            shared = f"{where} lies where {places.get(tensor.data_ptr())} lies"
-            target.expect(tensor.data_ptr() not in places, shared, "written", cause=stale)
-            places[tensor.data_ptr()] = where
+            shared = next((what for what, place in places.items() if share_memory(tensor, place)), "")
+            target.expect(not shared, f"{where} lies where {shared} lies", "written", cause=stale)
+            places[where] = tensor
     for what, buffer, before in guards:
         target.expect(bool(torch.equal(buffer, before)), f"an input was written to, or beside: {what}", "written")
     for name in LORA_NAMES:
@@ -283,6 +283,7 @@ def check_skip_lora(target: Target) -> None:
     method = "AMXBF16_SFT_SkipLoRA"
     found = target.run(MIDDLE, inputs, method=method)
     full = target.run(MIDDLE, inputs)
+    expect_forms(target, method, found, inputs)
     what = f"{method}: the output is another than without SkipLoRA"
     target.expect(same_bits(found[OUTPUT], full[OUTPUT]), what, "bits")
     for name in GRAD_NAMES:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from ktverify.checks.check import Check, enter
-from ktverify.checks.judging import NUMBERS, raise_for
+from ktverify.checks.judging import NUMBERS, expect_forms, raise_for
 from ktverify.checks.problem import Problem, Result, live_oracle
 from ktverify.checks.target import Target
 from ktverify.errors import GateFailed
@@ -28,6 +28,7 @@ def check_exact(target: Target, case: Case) -> dict[str, Tensor]:
     inputs = make_inputs(case)
     oracle = live_oracle(inputs)
     actual = target.run(case, inputs)
+    expect_forms(target, case.id, actual, inputs)
     found = {name: oracle.compare(name, actual[name]) for name in ALL_TENSORS}
     what, result = (
         f"{case.id} with TP {target.tp}",

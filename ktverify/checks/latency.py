@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.altered_inputs import changed, rows_of
+from ktverify.checks.judging import expect_forms
 from ktverify.checks.problem import LiveOracle
 from ktverify.checks.target import Target, expect
 from ktverify.engines.run import run_layer
@@ -82,6 +83,8 @@ def _measure_degree(target: Target, inputs: Inputs, spots: list[_Spot], weights:
     for number, taken in time_rounds(dict(zip(WHATS, (forward, both), strict=True)), warmup=WARMUP, repeats=ITERATIONS):
         for what, ns in taken.items() if number >= 0 else ():
             samples[what].append(ns * 1e-6)
+    for results in ({OUTPUT: output[0]}, found):
+        expect_forms(target, "the timed calls", results, inputs)
     for spot in spots:
         spot.judge(inputs.case, {OUTPUT: output[0]})
         spot.judge(inputs.case, found)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import changed, rows_of, with_case
 from ktverify.checks.check import Check
 from ktverify.checks.check import enter as enter_checks
-from ktverify.checks.judging import BUDGET, NUMBERS
+from ktverify.checks.judging import BUDGET, NUMBERS, expect_forms
 from ktverify.checks.property_trial import Right, Tensors, Trial
 from ktverify.checks.target import Target, expect
 from ktverify.judge import gates, metrics, reference
@@ -170,7 +170,9 @@ def accumulated_gradients(trial: Trial) -> None:
             # the sum so far, kept in fp32 and rounded once: the budget is that of one call
             total = dict(layer.backward(part.grad_output, accumulate=True)[1])
         else:
-            for name, gradient in layer.backward(part.grad_output)[1].items():
+            found = layer.backward(part.grad_output)[1]
+            expect_forms(trial.target, "accumulated over three calls", found, part)
+            for name, gradient in found.items():
                 total[name] += gradient.double()
     right = trial.right if built_in else Right.total([Right.of(part) for part in parts], GRAD_NAMES)
     trial.keeps("accumulated over three calls", total, right, exact=built_in)

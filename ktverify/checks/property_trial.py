@@ -15,6 +15,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ktverify.checks.judging import expect_forms
 from ktverify.checks.target import Target, expect_same_bits
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics, reference
@@ -62,6 +63,7 @@ class Trial:
         self.inputs = make_inputs(case)
         self.own = registry.strict(target.engine)
         self.compared = self.believed = 0
+        self._before: Tensors = {}
 
     @cached_property
     def right(self) -> Right:
@@ -75,6 +77,8 @@ class Trial:
     def run(self, inputs: Inputs, *, tp: int = 1) -> Tensors:
         """ALL_TENSORS of a new layer with `inputs`, whose case has the sizes and the scale."""
         found = self.target.run(inputs.case, inputs, tp=tp)
+        expect_forms(self.target, self.case.id, found, inputs, self._before)
+        self._before = found
         return {name: tensor.detach() for name, tensor in found.items()}
 
     def keeps(self, what: str, found: Mapping[str, Tensor], right: Right | None = None, *, exact: bool = True) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, Where, enter
-from ktverify.checks.judging import NUMBERS
+from ktverify.checks.judging import NUMBERS, expect_forms
 from ktverify.checks.problem import Problem, Result, live_oracle
 from ktverify.checks.target import SMALL, Target
 from ktverify.errors import GateFailed
@@ -74,8 +74,11 @@ DEGREES = (1, 2, 4)
 
 
 def run_degree(target: Target, case: Case) -> dict[str, Tensor]:
-    """ALL_TENSORS of a case at the target's tensor parallel degree."""
-    return target.run(case)
+    """ALL_TENSORS of a case at the target's tensor parallel degree. GateFailed where one has another form."""
+    inputs = make_inputs(case)
+    found = target.run(case, inputs)
+    expect_forms(target, f"{case.id} with TP {target.tp}", found, inputs)
+    return found
 
 
 def check_degrees(target: Target, case: Case) -> None:

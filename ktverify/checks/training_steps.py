@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ktverify.checks.accuracy import facts
+from ktverify.checks.accuracy import facts, wrong_form
+from ktverify.checks.judging import arguments_of, wrong_forms
 from ktverify.checks.problem import LiveOracle
 from ktverify.checks.repro_commands import isa_name, verify_command
 from ktverify.checks.target import Target
@@ -45,6 +46,7 @@ def check_training(
     with call_of("parameters"):
         parameters = [getattr(layer, name) for name in LORA_NAMES]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+    earlier: dict[str, torch.Tensor] = {}
     for step in range(steps):
         started = time.perf_counter()
         with call_of("parameters"):
@@ -55,14 +57,21 @@ def check_training(
         loss = 0.5 * float(distance.square().mean())
         upstream = distance.to(torch.bfloat16)
         here = replace(inputs, lora=lora, grad_output=upstream)
-        actual = {name: tensor.detach().clone() for name, tensor in run_layer(layer, here).items()}
+        found = run_layer(layer, here)
+        own = {name: getattr(layer, name).detach() for name in LORA_NAMES}
+        before = {f"the step before's {name}": tensor for name, tensor in earlier.items()}
+        forms = wrong_forms(case, found, {**arguments_of(here), **own, **before})
+        earlier, actual = found, {name: tensor.detach().clone() for name, tensor in found.items()}
         expected = LiveOracle.of(here)
         records = []
         for name in ALL_TENSORS:
-            difference = expected.compare(name, actual[name])
-            judgement = judge(case, name, difference, expected.peer[name], isa=isa_name(target.label))
             about: dict[str, Any] = {**facts(target, name), "family": "training", "source": f"step {step + 1}"}
             about |= {"duration_s": time.perf_counter() - started, "repro": verify_command(target, case)}
+            if name in forms:
+                records.append(wrong_form(name, forms[name], {"case": case, **about}))
+                continue
+            difference = expected.compare(name, actual[name])
+            judgement = judge(case, name, difference, expected.peer[name], isa=isa_name(target.label))
             records.append(accuracy_record(judgement, difference, case=case, **about))
         yield loss, records
         for parameter, name in zip(parameters, GRAD_NAMES, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, enter
-from ktverify.checks.judging import BUDGET, NUMBERS, judged
+from ktverify.checks.judging import BUDGET, NUMBERS, expect_forms, judged
 from ktverify.checks.target import Target, expect
 from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.errors import GateFailed
@@ -107,10 +107,17 @@ def engine_trajectory(target: Target, case: Case, goal: Tensor) -> Trajectory:
         # the last loss of the trajectory needs no backward, so nothing may be left outstanding by this
         return forward(layer, inputs, save=False)
 
+    earlier: dict[str, Tensor] = {}
+
     def backward(grad_output: Tensor) -> dict[str, Tensor]:
-        forward(layer, inputs, save=True)
+        nonlocal earlier
+        saved = forward(layer, inputs, save=True)
         inputs.grad_output = grad_output
-        return backward_of(layer, inputs)
+        found = {OUTPUT: saved, **backward_of(layer, inputs)}
+        before = earlier | {name: getattr(layer, name).detach() for name in LORA_NAMES}
+        expect_forms(target, f"{case.id}, a step of {STEPS}", found, inputs, before)
+        earlier = found
+        return found
 
     parameters = {name: getattr(layer, name) for name in LORA_NAMES}
     return train(parameters, goal, output, backward, layer.update_lora_weights)
@@ -226,9 +233,9 @@ def _check(
 
 enter(
     [
-        *(_check(name, check_trajectory, BUDGET, ("loss",), Case.parse(text)) for name, text in TRAINED.items()),
-        _check("tp", check_trajectory, BUDGET, ("loss",), _FP32, tp=(2,)),
-        _check("update", check_update, UPDATE, (*NUMBERS, "bits"), _UPDATED),
+        *(_check(name, check_trajectory, BUDGET, ("loss", "form"), Case.parse(text)) for name, text in TRAINED.items()),
+        _check("tp", check_trajectory, BUDGET, ("loss", "form"), _FP32, tp=(2,)),
+        _check("update", check_update, UPDATE, (*NUMBERS, "bits", "form"), _UPDATED),
         _check("update_between", check_update_between, UPDATE, ("bits",), _UPDATED),
     ]
 )

@@ -39,7 +39,7 @@ GATES: dict[str, str] = {
     "loss": "ten steps' losses, and the parameters after them, beside the oracle's",
     "tp": "more than the order of one sum between tensor-parallel degrees or batches",
     "bits": "other bits from what has to be the same computation",
-    "form": "another shape or dtype than the contract's",
+    "form": "a result of another shape, dtype or layout than the contract's, or in memory that something else uses",
     "written": "an input or an earlier result that was written to",
     "refusal": "bad input that was accepted, or refused in other words than the contract's",
     "resources": "more threads or memory than the contract allows",

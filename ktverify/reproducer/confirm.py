@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ktverify.checks.judging import wrong_forms
 from ktverify.checks.problem import LiveOracle
 from ktverify.checks.repro_commands import isa_name
 from ktverify.checks.target import Target
@@ -227,9 +228,10 @@ class _Reproducer:
 
     def _wrong(self, actual: dict[str, torch.Tensor], exact: bool) -> Iterator[tuple[str, str]]:
         """(name, what is wrong) of each tensor that does not pass."""
+        forms = wrong_forms(self.case, {name: actual[name] for name in ALL_TENSORS if name in actual})
         for name in ALL_TENSORS:
-            if name not in actual:
-                yield name, "missing"
+            if name not in actual or name in forms:
+                yield name, forms.get(name, "missing")
                 continue
             difference = self.oracle.compare(name, actual[name])
             own, isa = self.target.strict, self.target.isa or ""

@@ -55,6 +55,13 @@ print(f"{about['case']}, kt-kernel against the fp64 oracle, relative L2")
 print(f"{'tensor':18}{'here':>10}{'suite':>10}{'budget':>10}{'not finite':>12}{'differ':>10}{'of':>10}")
 beyond = 0
 for name, tensor in actual.items():
+    # what the contract says of the result's form
+    parameter = given.get(name.removeprefix("grad_"), given["hidden_states"])
+    form, wanted_form = (tensor.dtype, tensor.shape), (parameter.dtype, tensors[f"expected.{name}"].shape)
+    if form != wanted_form:
+        print(f"{name:18} is {form}, expected {wanted_form}")
+        beyond += 1
+        continue
     wanted, found = tensors[f"expected.{name}"].double(), tensor.double()
     # a tensor with one right answer: the exact one, rounded once to the tensor's type
     rounded = wanted.to(tensor.dtype).double()
