@@ -57,7 +57,7 @@ class Recording:
             self.recorder = Recorder(config.workerinput[_RUN_DIR])  # type: ignore[attr-defined]
             return
         self.check_choices()
-        run_dir = config.option.run_dir or new_directory(reports=config.rootpath / "reports")
+        run_dir = config.option.run_dir or new_directory()
         workers = getattr(config.option, "numprocesses", None) or 1
         command = shlex.join(["pytest", *config.invocation_params.args])
         try:

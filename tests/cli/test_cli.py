@@ -6,14 +6,12 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer.main
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -34,7 +32,7 @@ from ktverify.spec.names import ALL_TENSORS, LORA_NAMES
 from ktverify.system import optional_peers
 from ktverify.system.files import ROOT
 from ktverify.system.machine import Amx, emulation_hint
-from tests.support.command_line import call, ends, python, refused
+from tests.support.command_line import call, ends, every_command, python, refused
 from tests.support.records import MACHINE, accuracy, check, latency, write
 
 TORCH = "--engine torch_bf16"
@@ -422,15 +420,9 @@ def test_doctor_finds_what_is_missing(changes: dict[str, Any], name: str, state:
     assert text in facts[name].text
 
 
-def every_command(group: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    yield name, group
-    for below, command in getattr(group, "commands", {}).items():
-        yield from every_command(command, (*name, below))
-
-
 def test_no_help_is_cut_or_names_an_option_twice() -> None:
     looked_at = 0
-    for name, command in every_command(typer.main.get_command(app)):
+    for name, command in every_command():
         for option in command.params:
             assert len({text.replace("_", "-") for text in option.opts}) == len(option.opts), name
         lines = ends(CliRunner().invoke(app, [*name, "--help"], terminal_width=110), 0).splitlines()

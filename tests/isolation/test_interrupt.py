@@ -57,7 +57,9 @@ def stopped(arguments: list[str], when: Callable[[int], bool]) -> str:
             assert awaited(lambda: when(started.pid), 120)
             family = processes_of(started.pid)
             os.killpg(started.pid, signal.SIGINT)
-            assert started.wait(timeout=SECONDS) == INTERRUPTED
+            code = started.wait(timeout=SECONDS)
+            log.seek(0)
+            assert code == INTERRUPTED, log.read()
         finally:
             started.kill()
         assert awaited(lambda: not any(map(_lives, family)), SECONDS)

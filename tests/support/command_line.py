@@ -6,8 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import typer
 from typer.testing import CliRunner, Result
 
 from ktverify.cli.main import app
@@ -17,6 +20,14 @@ from ktverify.system.files import ROOT
 def call(*arguments: object) -> Result:
     """`python -m ktverify` with `arguments`."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def every_command(group: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The words of each command and group of commands, () for the program itself, with click's object."""
+    group = typer.main.get_command(app) if group is None else group
+    yield words, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from every_command(command, (*words, name))
 
 
 def python(*arguments: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
