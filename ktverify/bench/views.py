@@ -18,7 +18,7 @@ from ktverify.report.pages import View
 from ktverify.report.style import INK, bare, beside, label_x, legend, png
 from ktverify.spec.cases import Case
 from ktverify.spec.names import OUTPUT
-from ktverify.system.machine import format_bytes
+from ktverify.system.limits import format_bytes
 from ktverify.system.timing import BUSY, Statistics
 
 if TYPE_CHECKING:

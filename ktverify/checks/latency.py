@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from ktverify.runs.record import LatencyRecord
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
+from ktverify.system.limits import processors
 from ktverify.system.timing import time_rounds
 
 WARMUP, ITERATIONS = 5, 20
@@ -34,11 +34,6 @@ class LatencySamples:
     tp: int
     samples_ms: tuple[float, ...]
     bytes: int
-
-
-def processors() -> int:
-    """How many processors this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def environment() -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,6 +12,7 @@ import typer
 
 from ktverify.cli import options
 from ktverify.cli.options import Isa, SomeCase, Threads, Tp
+from ktverify.system.limits import processors
 
 if TYPE_CHECKING:
     from ktverify.bench.layer import profile_record
@@ -118,7 +118,7 @@ def sweep(
     spots: list[record.Spot] = []
     for varied in chosen:
         # the engine takes no more workers than there are processors, so a larger value would time the same again
-        most = len(os.sched_getaffinity(0))
+        most = processors()
         for value in _numbers("--values", values) if values is not None else _DEFAULTS[varied](parsed):
             fields = {"number": len(spots), "varied": varied, "value": value}
             if varied == "threads" and value > most:
@@ -138,7 +138,7 @@ _CHANGES: dict[str, Callable[[Case, int], Case]] = {
 _DEFAULTS: dict[str, Callable[[Case], list[int]]] = {
     "qlen": lambda case: [1, 4, 16, 64, 256],
     "rank": lambda case: [4, 8, 16, 32, 64],
-    "threads": lambda case: _doubling(1, len(os.sched_getaffinity(0))),
+    "threads": lambda case: _doubling(1, processors()),
     "experts": lambda case: _doubling(case.top_k, 4 * case.num_experts),
 }
 

@@ -15,10 +15,11 @@ from typing import Literal
 
 import typer
 
-from ktverify.system import machine, optional_peers
+from ktverify.system import limits, machine, optional_peers
 from ktverify.system.files import ROOT, reports_dir
 from ktverify.system.instruction_sets import ISA_FLAGS
-from ktverify.system.machine import EMULATION_VARIABLE, Machine, format_bytes
+from ktverify.system.limits import format_bytes
+from ktverify.system.machine import EMULATION_VARIABLE, Machine
 
 State = Literal["ok", "no", "note"]
 
@@ -219,7 +220,7 @@ def _deepseek(free: int) -> Fact:
             "no", name, f"needs {need} of memory, {format_bytes(free)} are free; leave it out with --tier default"
         )
     declared = format_bytes(DEEPSEEK_VIRTUAL)
-    if machine.read_text(Path("/proc/sys/vm/overcommit_memory")).strip() == "2":
+    if limits.read_text(Path("/proc/sys/vm/overcommit_memory")).strip() == "2":
         return Fact("no", name, f"reserves {declared} and touches a part of it; vm.overcommit_memory=2 forbids that")
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < DEEPSEEK_VIRTUAL + DEEPSEEK_RESIDENT:
@@ -228,7 +229,10 @@ def _deepseek(free: int) -> Fact:
 
 
 def _threads(here: Machine) -> Iterator[Fact]:
-    if here.threads < here.cpus_online:
+    if here.cpu_quota and here.cpu_quota < limits.affinity():
+        text = f"a control group's quota gives this process the time of {here.cpu_quota:g} of {here.cpus_online} CPUs"
+        yield Fact("note", "threads", f"{text}; at most {here.threads} of its threads compute at a time")
+    elif here.threads < here.cpus_online:
         yield Fact("note", "threads", f"this process may use {here.threads} of {here.cpus_online} CPUs (affinity)")
     else:
         yield Fact("ok", "threads", f"{here.threads} CPUs")

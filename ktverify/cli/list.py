@@ -9,7 +9,7 @@ import typer
 
 from ktverify.cli.options import check_choice
 from ktverify.spec.cases import DATA_KINDS, TIERS, Case, flops, select
-from ktverify.system.machine import format_bytes
+from ktverify.system.limits import format_bytes
 
 _SIZES = ("E", "k", "H", "I", "T", "r", "alpha")
 _TEXTS = ("data", "LoRA", "routing", "TP")

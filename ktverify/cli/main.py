@@ -28,6 +28,7 @@ from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.verify import repro, verify
 from ktverify.isolation.interrupt import in_one_line
+from ktverify.system import limits
 
 # errors that users can cause: wrong arguments, missing files, an engine that refuses. Any other error is a bug, and its
 # traceback is shown
@@ -85,6 +86,7 @@ def _root(
 
     Exit codes: 0 passed, 1 something did not pass, 2 the command could not be carried out.
     """
+    limits.limit_libraries()
 
 
 class DefaultGroup(TyperGroup):

@@ -65,7 +65,7 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
                python -m ktverify train examples/minimal.yaml --resume_from_checkpoint true
     """
     chosen = _read_config(context, config)
-    from ktverify.system.machine import format_bytes
+    from ktverify.system.limits import format_bytes
     from ktverify.training.run import run
 
     trained = run(chosen, config.resolve().parent)
@@ -163,7 +163,7 @@ def memory(
     Example:  python -m ktverify memory examples/minimal.yaml
     """
     chosen = _read_config(context, config)
-    from ktverify.system.machine import format_bytes
+    from ktverify.system.limits import format_bytes
     from ktverify.training.run import LEAK_BYTES, measure_memory
 
     found = measure_memory(chosen, config.resolve().parent, steps)

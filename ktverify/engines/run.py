@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, call_of
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
+from ktverify.system.limits import processors
 
 METHOD = "AMXBF16_SFT"
 
@@ -36,7 +36,7 @@ def layer_arguments(
         "hidden_size": case.hidden,
         "moe_intermediate_size": case.intermediate,
         "num_gpu_experts": 0,
-        "cpuinfer_threads": threads or len(os.sched_getaffinity(0)),
+        "cpuinfer_threads": threads or processors(),
         "threadpool_count": tp,
         "weight_path": "",
         "chunked_prefill_size": max(512, case.qlen),

@@ -23,6 +23,7 @@ from ktverify.errors import EngineDied
 from ktverify.isolation.host import Parcel, unpack
 from ktverify.isolation.process import AnsweringProgram, environment_of
 from ktverify.spec.names import LORA_NAMES
+from ktverify.system.limits import processors
 
 HOST = Path(__file__).with_name("host.py")
 # idle processes that are kept for the next layer, because a start takes seconds
@@ -51,7 +52,7 @@ class Hosted:
 
     def __call__(self, **arguments: Any) -> HostedLayer:
         threads = (arguments.get("cpuinfer_threads"), arguments.get("threadpool_count"))
-        key = (self.spec, self.check(), repr(threads), tuple(sorted(os.sched_getaffinity(0))))
+        key = (self.spec, self.check(), repr(threads), (*sorted(os.sched_getaffinity(0)), processors()))
         return HostedLayer(_host_of(key), arguments)
 
 

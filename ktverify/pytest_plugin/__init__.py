@@ -33,6 +33,7 @@ from ktverify.pytest_plugin.selection import (
 )
 from ktverify.runs.record import AnyRecord
 from ktverify.spec.cases import Case
+from ktverify.system import limits
 
 __all__ = ["Ask", "each"]
 
@@ -67,6 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.engine = registry.absolute(config.option.engine, config.invocation_params.dir)
     if path := os.environ.get("PYTHONPATH"):
         os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in path.split(os.pathsep))
+    limits.limit_libraries()
     if is_worker(config):
         # workers share the processors; torch's own threads, here and in processes that tests start, would spin for
         # one that another worker has

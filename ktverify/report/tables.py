@@ -15,7 +15,7 @@ from ktverify.runs.record import NOT_RUN, VERDICT_ORDER, AccuracyRecord, Latency
 from ktverify.runs.store import Run
 from ktverify.spec.names import ALL_TENSORS
 from ktverify.system.instruction_sets import ISA_FLAGS
-from ktverify.system.machine import format_bytes
+from ktverify.system.limits import format_bytes
 
 NO_ISA = "no ISA"
 NEAREST = "nearest to its budget"

@@ -24,6 +24,7 @@ from ktverify.judge.gates import judge
 from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import ALL_TENSORS, BASE_NAMES
 from ktverify.system.files import write_whole
+from ktverify.system.limits import processors
 
 SCRIPT = "run.py"
 CASE_FILE = "case.safetensors"
@@ -87,7 +88,7 @@ def write(
     tensors = {f"inputs.{name}": getattr(inputs, name) for name in BASE_NAMES}
     tensors |= {f"expected.{name}": oracle.tensors[name] for name in ALL_TENSORS}
     sizes = {"E": case.num_experts, "k": case.top_k, "H": case.hidden, "I": case.intermediate, "T": case.qlen}
-    sizes |= {"r": case.rank, "tp": target.tp, "threads": target.threads or len(os.sched_getaffinity(0))}
+    sizes |= {"r": case.rank, "tp": target.tp, "threads": target.threads or processors()}
     save_case(
         folder / CASE_FILE,
         tensors,

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import math
 import mmap
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from ktverify.spec.cases import Case, broken_token
 from ktverify.spec.data_kinds import Array, Gaussian, Integer
 from ktverify.spec.generator import case_key, hashes
 from ktverify.spec.names import BASE_NAMES, lora_shapes
+from ktverify.system.limits import processors
 
 
 @dataclass
@@ -75,7 +75,7 @@ def make_inputs(case: Case) -> Inputs:
     ]
     tasks += [functools.partial(draw.lora, name, array) for name, array in lora.items()]
     tasks += [functools.partial(draw.tokens, name, array) for name, array in tokens.items()]
-    with ThreadPoolExecutor(max_workers=max(1, min(2, len(os.sched_getaffinity(0))))) as pool:
+    with ThreadPoolExecutor(max_workers=min(2, processors())) as pool:
         for done in [pool.submit(task) for task in tasks]:
             done.result()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -16,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ktverify.system import limits
 from ktverify.system.instruction_sets import AMX, AVX512_BF16, ISA_FLAGS
+from ktverify.system.limits import read_text
 
 # arch/x86/include/uapi/asm/prctl.h and the XSAVE feature number of the tile data
 ARCH_GET_XCOMP_SUPP = 0x1021
@@ -54,7 +57,8 @@ class Amx:
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts of a machine. Sizes in bytes; `threads` is how many CPUs this process may run on."""
+    """The facts of a machine. Sizes in bytes; `threads` is how many CPUs this process may use at a time, cpu_quota what
+    its control groups give it (0 without a quota)."""
 
     cpu: str
     architecture: str
@@ -71,6 +75,7 @@ class Machine:
     huge_pages_free: int
     system: str
     versions: dict[str, str] = field(default_factory=dict)
+    cpu_quota: float = 0.0
 
     @property
     def memory_bytes(self) -> int:
@@ -86,8 +91,9 @@ def read_machine() -> Machine:
     """The machine this process runs on. Facts that the system does not tell are empty or 0; nothing is raised."""
     model, flags = _cpuinfo()
     amx = amx_state(flags)
-    memory = _meminfo()
-    limit, in_use = _cgroup_memory()
+    memory = limits.meminfo()
+    limit, in_use = limits.cgroup_memory()
+    quota = limits.cpu_quota()
     available = memory.get("MemAvailable", 0)
     if limit:
         available = min(available, max(0, limit - in_use))
@@ -97,7 +103,7 @@ def read_machine() -> Machine:
         isas=isas_of(flags, amx),
         flags=tuple(sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c")))),
         amx=amx,
-        threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        threads=limits.processors(),
         cpus_online=os.cpu_count() or 1,
         numa=_numa_nodes(),
         memory_total_bytes=memory.get("MemTotal", 0),
@@ -107,6 +113,7 @@ def read_machine() -> Machine:
         huge_pages_free=memory.get("HugePages_Free", 0),
         system=f"{platform.system()} {platform.release()}",
         versions=versions(),
+        cpu_quota=0.0 if math.isinf(quota) else quota,
     )
 
 
@@ -176,15 +183,6 @@ def git_commit() -> str:
     return f"{commit}+changes" if commit and changed else commit
 
 
-def format_bytes(count: float) -> str:
-    """1536 -> "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def _arch_prctl(code: int) -> int:
     """The bit mask that arch_prctl(code) fills in; 0 where the kernel or the architecture does not know it."""
     if platform.machine() != "x86_64" or platform.system() != "Linux":
@@ -208,54 +206,6 @@ def _cpuinfo() -> tuple[str, frozenset[str]]:
     return model or platform.processor() or platform.machine(), flags
 
 
-def _meminfo() -> dict[str, int]:
-    """/proc/meminfo in bytes; the HugePages_ counts are counts."""
-    values: dict[str, int] = {}
-    for line in read_text(Path("/proc/meminfo")).splitlines():
-        key, _, rest = line.partition(":")
-        words = rest.split()
-        if words and words[0].isdigit():
-            values[key] = int(words[0]) * (1024 if words[-1] == "kB" else 1)
-    return values
-
-
-def _cgroup_memory(root: Path | None = None, groups: str | None = None) -> tuple[int, int]:
-    """(limit, use) of the narrowest control group above this process that limits memory; (0, 0) without a limit.
-
-    Use without cached files, which a group gives up when memory is asked for: native/src/memory.cpp goes by the same.
-    """
-    root = root or Path("/sys/fs/cgroup")
-    candidates: list[tuple[int, int]] = []
-    for line in (read_text(Path("/proc/self/cgroup")) if groups is None else groups).splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, group = rest.partition(":")
-        if number == "0" and not controllers:
-            base, limit_name, use_name, prefix = root, "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            base, limit_name, use_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            prefix = "total_"
-        else:
-            continue
-        inner = base / group.lstrip("/")
-        # inside a container the path is the host's and does not exist; then the mount's root is the group itself
-        for directory in (inner, *inner.parents):
-            limit = read_text(directory / limit_name).strip()
-            # version 1 writes "no limit" as a number near 2**63
-            if limit.isdigit() and int(limit) < 1 << 60:
-                use = read_text(directory / use_name).strip()
-                cached = _cached_files(directory / "memory.stat", prefix)
-                candidates.append((int(limit), max(0, int(use) - cached) if use.isdigit() else 0))
-            if directory == base:
-                break
-    return min(candidates, key=lambda pair: pair[0] - pair[1], default=(0, 0))
-
-
-def _cached_files(stat: Path, prefix: str) -> int:
-    words = (line.split() for line in read_text(stat).splitlines())
-    wanted = (f"{prefix}inactive_file", f"{prefix}active_file")
-    return sum(int(word[1]) for word in words if len(word) == 2 and word[0] in wanted)
-
-
 def _numa_nodes() -> tuple[NumaNode, ...]:
     nodes = []
     for directory in sorted(Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda p: int(p.name[4:])):
@@ -269,14 +219,6 @@ def _selected(path: Path) -> str:
     """The bracketed word of a sysfs choice: "always [madvise] never" -> "madvise"."""
     text = read_text(path)
     return text.partition("[")[2].partition("]")[0] or text.strip()
-
-
-def read_text(path: Path) -> str:
-    """The text of a file of the system, "" where it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _output(command: list[str]) -> str:

@@ -7,7 +7,6 @@ its graph or by a checkpoint that keeps nothing, the engine frees the saved forw
 from __future__ import annotations
 
 import itertools
-import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+from ktverify.system.limits import processors
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
@@ -82,9 +82,7 @@ def init_cpu_infer(
         from ktverify import _native
 
         _native.require_isa(isa)
-    return CpuInfer(
-        threads or len(os.sched_getaffinity(0)), threadpool_count, isa, max_cache_depth, chunked_prefill_size
-    )
+    return CpuInfer(threads or processors(), threadpool_count, isa, max_cache_depth, chunked_prefill_size)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,35 +10,7 @@ import pytest
 from ktverify.checks.target import SMALL
 from ktverify.engines.argument_checks import LARGEST, LayerSpec
 from ktverify.engines.run import layer_arguments
-from ktverify.system import machine
 from ktverify.system.machine import Amx, isas_of, read_machine
-
-
-def write(folder: Path, **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(f"{text}\n")
-
-
-def test_cached_files_do_not_count_as_used(tmp_path: Path) -> None:
-    write(tmp_path, memory__max=1000, memory__current=900)
-    write(tmp_path / "a", memory__max="max", memory__current=1)
-    stat = "anon 5\ninactive_file 300\nactive_file 100\nslab_reclaimable 7"
-    write(tmp_path / "a" / "b", memory__max=700, memory__current=600, memory__stat=stat)
-    assert machine._cgroup_memory(tmp_path, "0::/a/b") == (1000, 900)
-    assert machine._cgroup_memory(tmp_path, "0::/a/b\n1:cpu:/") == (1000, 900)
-    write(tmp_path, memory__max=1000, memory__current=900, memory__stat="inactive_file 700\nactive_file 100")
-    assert machine._cgroup_memory(tmp_path, "0::/a/b") == (700, 200)
-    assert machine._cgroup_memory(tmp_path, "0::/no/such") == (1000, 100)
-
-
-def test_the_first_version_of_control_groups(tmp_path: Path) -> None:
-    stat = "inactive_file 1\ntotal_inactive_file 20\ntotal_active_file 30"
-    folder = tmp_path / "memory" / "a"
-    write(folder, memory__limit_in_bytes=500, memory__usage_in_bytes=400, memory__stat=stat)
-    write(folder.parent, memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=400)
-    assert machine._cgroup_memory(tmp_path, "4:cpu,memory:/a\n5:cpuset:/a") == (500, 350)
-    assert machine._cgroup_memory(tmp_path, "5:cpuset:/a") == (0, 0)
 
 
 def spec(**changed: Any) -> LayerSpec:

@@ -15,7 +15,8 @@ from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import weight_bytes
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, LORA_NAMES, OUTPUT
-from ktverify.system.machine import format_bytes, read_machine
+from ktverify.system.limits import format_bytes
+from ktverify.system.machine import read_machine
 from ktverify.system.timing import Clock, OtherLoad, time_rounds
 
 # number of rows that are compared with the oracle; each depends on its own token alone

@@ -15,7 +15,7 @@ from ktverify.report.numbers import NOTHING, STATISTICS, count, error, number, r
 from ktverify.report.pages import View, statistics_row
 from ktverify.report.style import INK, bare, beside, label_x, legend, png
 from ktverify.spec.cases import Case
-from ktverify.system.machine import format_bytes
+from ktverify.system.limits import format_bytes
 from ktverify.system.timing import BUSY, Statistics
 
 if TYPE_CHECKING:

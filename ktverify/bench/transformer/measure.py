@@ -15,7 +15,7 @@ from typing import Any
 
 from ktverify.bench.transformer.memory import step_memory, timing_bytes
 from ktverify.bench.transformer.record import EndLine, Line, ProcessLine, StepLine, TransformerSettings
-from ktverify.system.machine import format_bytes
+from ktverify.system.limits import format_bytes
 from ktverify.system.timing import Clock, time_rounds, use_device
 
 

@@ -14,7 +14,7 @@ from ktverify.report.grid import Grid
 from ktverify.report.numbers import STATISTICS, count, many, mean_and_std, number, ratio, statistics_cells
 from ktverify.report.pages import View, statistics_row
 from ktverify.report.style import BLUE, INK, ORANGE, QUIET, RULE, bare, label_x, legend, png
-from ktverify.system.machine import format_bytes
+from ktverify.system.limits import format_bytes
 from ktverify.system.timing import Statistics
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from ktverify.engines import argument_checks
 from ktverify.engines.native.base_weights import Sources, alias, expert_weights
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+from ktverify.system.limits import processors
 from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
 
 try:
@@ -140,7 +141,7 @@ class KTMoEWrapper:
             rank=spec.lora_rank,
             scaling=spec.scaling,
             parts=spec.threadpool_count,
-            threads=spec.cpuinfer_threads,
+            threads=min(spec.cpuinfer_threads, processors()),
             max_rows=spec.chunked_prefill_size,
             max_cache_depth=spec.max_cache_depth,
             lora_fp32=lora_fp32,
