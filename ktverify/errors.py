@@ -20,8 +20,6 @@ KtverifyError
 
 from __future__ import annotations
 
-import traceback
-from pathlib import Path
 from typing import Any
 
 
@@ -42,19 +40,15 @@ class EngineFailed(KtverifyError):
 class EngineRaised(EngineFailed):
     """A method of the engine raised an exception: "CRASH forward_sft: ValueError: … (my_engine.py:7)"."""
 
-    @classmethod
-    def of(cls, error: BaseException, method: str) -> EngineRaised:
-        """The exception for `error`, which must have a traceback, raised by `method` of an engine."""
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        text = " ".join(str(error).split())
-        return cls(f"CRASH {method}: {type(error).__name__}: {text} ({Path(where.filename).name}:{where.lineno})")
-
 
 class EngineDied(EngineFailed):
     """The engine's process ended, or gave no answer. The text says how, and may contain its last lines of output.
 
     Not a RuntimeError, so that a check which expects the engine to refuse something does not accept its death.
+    call: the method of the engine that it was in, "" where that is not known.
     """
+
+    call = ""
 
 
 class EngineTimeout(EngineDied):

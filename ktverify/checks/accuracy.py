@@ -24,6 +24,7 @@ from ktverify.checks.target import Target
 from ktverify.engines.run import METHOD, run_case
 from ktverify.errors import EngineDied, EngineRaised, GateFailed, NotPassed, Unsupported
 from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of
+from ktverify.isolation.origin import told
 from ktverify.judge import golden
 from ktverify.judge.gates import GateResult, Judgement, Verdict, judge
 from ktverify.judge.metrics import compare
@@ -49,7 +50,7 @@ def crash_or_raise(error: BaseException, method: str) -> Exception:
     refusal = method in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
     if isinstance(error, MemoryError) or refusal:
         raise error
-    return EngineRaised.of(error, method)
+    return EngineRaised(f"CRASH {told(error, method)}")
 
 
 def check_case(
@@ -152,8 +153,7 @@ def verdict_of(error: BaseException) -> tuple[VerdictName, str]:
         reason = " ".join(str(error).split()) or "the engine gave no reason"
         return "UNSUPPORTED", f"UNSUPPORTED {reason}"[:MESSAGE]
     verdict: VerdictName = getattr(error, "verdict", "CRASH")
-    name = "" if hasattr(error, "verdict") else f"{type(error).__name__}: "
-    return verdict, f"{name}{error}"[:MESSAGE]
+    return verdict, (str(error) if hasattr(error, "verdict") else told(error))[:MESSAGE]
 
 
 def check_names(tensors: Sequence[str] | None, backward: bool) -> tuple[str, ...]:

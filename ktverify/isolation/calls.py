@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 # parts of an engine's life that are no method of a layer
 IMPORT, CONSTRUCTOR = "import", "constructor"
+# functions of an engine -> the call that they are
+METHODS = {
+    "__init__": CONSTRUCTOR,
+    **{
+        name: name
+        for name in (
+            "load_weights_from_tensors", "load_weights", "init_lora_weights", "update_lora_weights", "forward_sft",
+            "backward", "clear_sft_buffer_cache",
+        )
+    },
+}  # fmt: skip
 # what counts as raised by an engine: it may not end the program that calls it, so sys.exit is one more exception
 ENGINE_EXCEPTIONS = (Exception, SystemExit)
 
@@ -48,3 +60,51 @@ def call_of(method: str) -> Iterator[None]:
     finally:
         for log in logs:
             log.on_call("")
+
+
+# ---- the call that another process is in
+
+_SIZE = 128
+_NOTE = "KTVERIFY_CALL_NOTE"  # the variable that leads a process to its note
+
+
+class CallNote:
+    """Memory in which another process notes the engine's method that it is in; it is there also after a crash."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("ktverify-call")
+        os.ftruncate(self._fd, _SIZE)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the other process needs in its environment, for `noted`."""
+        return {_NOTE: f"/proc/{os.getpid()}/fd/{self._fd}"}
+
+    def call(self) -> str:
+        """The method, "" for none."""
+        return os.pread(self._fd, _SIZE, 0).rstrip(b"\0").decode(errors="replace")
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def method_in(dump: str) -> str:
+    """The engine's method in a fault handler's dump of where threads are; "" where there is none."""
+    functions = (line.rpartition(" in ")[2] for line in dump.splitlines() if line.startswith("  File "))
+    return next((METHODS[name] for name in functions if name in METHODS), "")
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Calls of an engine in the body are written into the note of this process, if it has one."""
+    path = os.environ.pop(_NOTE, "")
+    if not path:
+        yield
+        return
+    with open(path, "r+b", buffering=0) as note:
+
+        def write(method: str) -> None:
+            os.pwrite(note.fileno(), method.encode()[:_SIZE].ljust(_SIZE, b"\0"), 0)
+
+        with CallLog(write):
+            yield

@@ -32,10 +32,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-from ktverify.errors import EngineDied, EngineOutOfMemory, EngineTimeout, RemoteError, Unsupported
+from ktverify.errors import EngineDied, EngineOutOfMemory, EngineRaised, EngineTimeout, RemoteError, Unsupported
 from ktverify.isolation import locks
+from ktverify.isolation.calls import CallNote, method_in, noted
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
+from ktverify.isolation.origin import keep_origin, told
 from ktverify.isolation.process import (
     WAIT_S,
     Log,
@@ -55,6 +57,8 @@ _ALWAYS = ("torch",)
 _NOT_YET = ("ktverify.engines.native.layer", "ktverify._native")
 # several tests compute at once; torch's own threads, which spin for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}
+# makes a process write where its threads are; seconds that it may take for that
+_TRACE, _TRACE_S = signal.SIGUSR2, 1.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Child(contextlib.AbstractContextManager["Child"]):
         self.limits = limits
         self._log = Log()
         self._connection, there = Pipe()
-        environment = {**os.environ, **_SHARED_CPU, locks.HELD_BY_PARENT: "1", **(env or {})}
+        self._note = CallNote()
+        environment = {**os.environ, **_SHARED_CPU, locks.HELD_BY_PARENT: "1", **self._note.environment, **(env or {})}
         self._process = fork_server(preload).fork(answer_calls, there.fileno(), environment, self._log.fileno())
         there.close()
 
@@ -110,34 +115,47 @@ class Child(contextlib.AbstractContextManager["Child"]):
         Raises its exception (RemoteError where that cannot be pickled), Unsupported for NotImplementedError, or
         EngineDied, EngineTimeout, EngineOutOfMemory.
         """
-        name = name_of(function)
+        self._called = name_of(function)
         self._busy = True
         try:
-            watch = functools.partial(self._watch, name, time.monotonic() + self.limits.time_s)
+            watch = functools.partial(self._watch, time.monotonic() + self.limits.time_s)
             reply = exchange(self._connection, (function, args, kwargs), watch)
         except EOFError:
-            raise EngineDied(f"{name}: the process {self._process.how()}{self._last_words()}") from None
+            raise self._died(EngineDied, f"the process {self._process.how()}") from None
         self._busy = False
         try:
             return value_of(reply)
         except NotImplementedError as error:
             raise Unsupported(str(error)) from error.__cause__
 
-    def _watch(self, called: str, deadline: float) -> bool:
+    def _watch(self, deadline: float) -> bool:
         """False once the child has ended. Ends it where it exceeds its limits, and raises which one."""
         used, limit = resident_of(self._process.pid), self.limits.memory
         if used > limit:
-            self._process.end()
-            text = f"{called}: {used / 2**30:.1f} GiB were resident, the limit is {limit / 2**30:.1f} GiB"
-            raise EngineOutOfMemory(text + self._last_words())
+            text = f"{used / 2**30:.1f} GiB were resident, the limit is {limit / 2**30:.1f} GiB"
+            raise self._ended(EngineOutOfMemory, text)
         if self.alive and time.monotonic() > deadline:
-            self._process.end()
-            text = f"{called}: no answer after {self.limits.time_s:g} s, ended with SIGKILL"
-            raise EngineTimeout(text + self._last_words())
+            raise self._ended(EngineTimeout, f"no answer after {self.limits.time_s:g} s, ended with SIGKILL")
         return self.alive
 
-    def _last_words(self) -> str:
-        return f"; last words:\n{self._log.last_words()}"
+    def _ended(self, kind: type[EngineDied], text: str) -> EngineDied:
+        """End the process, once it has written where its threads are."""
+        size = len(self._log.text())
+        os.kill(self._process.pid, _TRACE)
+        give_up = time.monotonic() + _TRACE_S
+        while len(self._log.text()) == size and self.alive and time.monotonic() < give_up:
+            time.sleep(0.01)
+        self._process.end()
+        return self._died(kind, text)
+
+    def _died(self, kind: type[EngineDied], text: str) -> EngineDied:
+        """The exception: the function that was called, the engine's method that it was in, what happened."""
+        words = self._log.last_words()
+        call = self._note.call() or method_in(words)
+        where = f"{self._called}, in {call}" if call else self._called
+        error = kind(f"{where}: {text}; last words:\n{words or '(none)'}")
+        error.call = call
+        return error
 
     def close(self) -> None:
         self._connection.close()
@@ -146,6 +164,7 @@ class Child(contextlib.AbstractContextManager["Child"]):
             self._process.end()
         self._process.how()
         self._log.close()
+        self._note.close()
 
 
 class ChildPool(contextlib.AbstractContextManager["ChildPool"]):
@@ -193,7 +212,20 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def answer_calls(descriptor: int) -> None:
     """The other end: make the calls that come over the connection."""
-    serve(Connection(descriptor), lambda request: request[0](*request[1], **request[2]))
+    with noted():
+        serve(Connection(descriptor), _answer)
+
+
+def _answer(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
+    function, given, named = request
+    try:
+        return function(*given, **named)
+    except SystemExit as leaving:
+        # an engine may not end the process that calls it
+        raise EngineRaised(f"CRASH {told(leaving)}") from leaving
+    except Exception as error:
+        keep_origin(error)
+        raise
 
 
 @contextlib.contextmanager
@@ -304,6 +336,7 @@ def _become(function: Callable[[int], None], fd: int, env: dict[str, str], log: 
     os.close(log)
     os.environ.clear()
     os.environ.update(env)
+    faulthandler.register(_TRACE, file=sys.__stderr__ or 2)
     try:
         function(fd)
     except SystemExit as leaving:

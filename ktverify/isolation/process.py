@@ -38,6 +38,9 @@ _POLL_S = 0.005
 _WATCH_S = 0.05
 _LAST_LINES = 12
 _TAIL = 1 << 15
+# a line of a fault handler's dump; one of them in this package's code that calls engines
+_FRAME = re.compile(r'^  File "[^"]*", line \d+ in ')
+_CALLER = re.compile(rf'^  File "{re.escape(str(Path(__file__).parents[1]))}/(?!engines/(?!run)|mutants/)')
 # all but the last two parts of a path in a traceback
 _FOLDERS = re.compile(r'File "/(?:[^"/]+/)*(?=[^"/]+/[^"/]+")')
 
@@ -170,12 +173,17 @@ class Log:
     def lines(self) -> list[str]:
         """The last lines, without blank ones.
 
-        Of a fault handler's dump: file names without this machine's folders, and no list of extension modules.
+        Of a fault handler's dump: file names without this machine's folders, of each thread only what is above this
+        package's own code, and no list of extension modules.
         """
         size = os.fstat(self.fileno()).st_size
         tail = os.pread(self.fileno(), _TAIL, max(0, size - _TAIL)).decode(errors="replace")
-        lines = [line.rstrip() for line in tail.splitlines() if line.strip()]
-        return [_FOLDERS.sub('File "', line) for line in lines if not line.startswith("Extension modules:")]
+        found, below = [], False
+        for line in (line.rstrip() for line in tail.splitlines() if line.strip()):
+            below = bool(_FRAME.match(line)) and (below or bool(_CALLER.match(line)))
+            if not below and not line.startswith("Extension modules:"):
+                found.append(_FOLDERS.sub('File "', line))
+        return found
 
     def last_line(self) -> str:
         """The last line; of a fault handler's dump only the first, where no other output came before."""
