@@ -32,6 +32,7 @@ class Cause(enum.Enum):
     THREADS = "threads"  # results depend on the number of threads or on timing
     ORDER = "order"  # a waiting forward is mixed up with another, lost or overwritten
     REFUSAL = "refusal"  # bad input is accepted, or changes the layer
+    DROPOUT = "dropout"  # lora_dropout drops other elements, at another time or in another way than it must
     MEMORY_LAYOUT = "memory_layout"  # strides, addresses, interleaving, writes into the caller's memory
     OTHER = "other"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ktverify.checks import (  # noqa: F401 - importing them enters their checks
     accuracy,
     behaviour,
+    dropout,
     edge_inputs,
     exact,
     native_isa,
@@ -31,6 +32,7 @@ KINDS = (
     "exact",
     "edge",
     "behaviour",
+    "dropout",
     "refusals",
     "tp_constraint",
     "tp",

@@ -93,8 +93,6 @@ class LayerSpec:
         if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
             raise ValueError(f"lora_dropout is {dropout!r}; it takes a number from 0 up to, not including, 1")
         check_tp(self.moe_intermediate_size, self.threadpool_count)
-        if dropout > 0:
-            raise ValueError(f"lora_dropout is {dropout!r}; this engine computes without dropout: pass 0")
 
     @property
     def scaling(self) -> float:

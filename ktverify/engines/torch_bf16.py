@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from ktverify.engines import argument_checks
-from ktverify.judge.reference import plain_expert, routed, zeros
+from ktverify.judge.reference import OfRows, plain_expert, routed, zeros
 from ktverify.spec.names import LORA_NAMES
 
 ENGINE = "TorchBf16"
@@ -117,13 +117,26 @@ class TorchBf16:
             x = hidden_states[rows].requires_grad_(save)
             w = weights[rows, slots].requires_grad_(save)
             with torch.set_grad_enabled(save):
-                y = plain_expert(x, *base, *lora, scaling=self.spec.scaling, skip_lora=not trained) * w.unsqueeze(1)
+                masks = self._masks(len(rows)) if save else (None, None, None)
+                s = self.spec.scaling
+                y = plain_expert(x, *base, *lora, scaling=s, skip_lora=not trained, masks=masks) * w.unsqueeze(1)
             output.index_add_(0, rows, y.detach())
             if save:
                 saved.graphs[expert] = (rows, slots, y, [x, w, *lora])
         if save:
             self._saved.append(saved)
         return output
+
+    def _masks(self, slots: int) -> OfRows:
+        """What multiplies the LoRA inputs of gate and up [slots, H] and of down [slots, I]; None without dropout."""
+        p, widths = self.spec.lora_dropout, (self.spec.hidden_size, self.spec.moe_intermediate_size)
+        if p == 0:
+            return None, None, None
+        gate, up, down = (
+            (torch.rand(slots, width, dtype=torch.float32, device="cpu") >= p) / (1 - p)
+            for width in (widths[0], *widths)
+        )
+        return gate, up, down
 
     def backward(self, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(grad_input [T, H] bf16, six LoRA gradients) of the newest saved forward; grad_weights then holds dw [T, k].

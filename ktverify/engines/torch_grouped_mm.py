@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from ktverify.engines.torch_bf16 import Saved, TorchBf16
+from ktverify.judge.reference import OfRows
 from ktverify.spec.names import LORA_NAMES
 
 # elements of bf16 in 16 bytes
@@ -67,31 +68,36 @@ class TorchGroupedMm(TorchBf16):
         x = hidden_states[row].requires_grad_(save)
         w = weights[row, slot].to(torch.bfloat16).requires_grad_(save)
         with torch.set_grad_enabled(save):
-            y = self._experts(x, lora, torch.cumsum(counts, 0).int()) * w.unsqueeze(1)
+            masks = self._masks(len(row)) if save else (None, None, None)
+            y = self._experts(x, lora, masks, torch.cumsum(counts, 0).int()) * w.unsqueeze(1)
         output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16).index_add_(0, row, y.detach())
         if save:
             sizes = (len(hidden_states), expert_ids.shape, lora[0].dtype)
             self._saved.append(_SavedBatch(*sizes, row=row, slot=slot, y=y, leaves=[x, w, *lora]))
         return output
 
-    def _experts(self, x: torch.Tensor, lora: list[torch.Tensor], ends: torch.Tensor) -> torch.Tensor:
-        """[n, H] of x [n, H], rows sorted by expert; ends [E]: where each expert's rows end."""
+    def _experts(self, x: torch.Tensor, lora: list[torch.Tensor], masks: OfRows, ends: torch.Tensor) -> torch.Tensor:
+        """[n, H] of x [n, H], rows sorted by expert; masks: of dropout; ends [E]: where each expert's rows end."""
 
         def product(value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             return functional.grouped_mm(value, weight.transpose(-2, -1), offs=ends)
 
-        def with_lora(base: torch.Tensor, value: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        def with_lora(
+            base: torch.Tensor, value: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor | None
+        ) -> torch.Tensor:
+            operand = value.to(a.dtype)
+            operand = operand if mask is None else operand * mask.to(a.dtype)
             short = -a.shape[1] % MULTIPLE
             if short:
                 a, b = functional.pad(a, (0, 0, 0, short)), functional.pad(b, (0, short))
-            low = product(product(value.to(a.dtype), a), b) * self.spec.scaling
+            low = product(product(operand, a), b) * self.spec.scaling
             return (base + (low if self.spec.lora_backward else low.detach())).to(value.dtype)
 
         gate_up, down = self._base
         gate_a, gate_b, up_a, up_b, down_a, down_b = lora
         gate, up = product(x, gate_up).chunk(2, -1)
-        h = functional.silu(with_lora(gate, x, gate_a, gate_b)) * with_lora(up, x, up_a, up_b)
-        return with_lora(product(h, down), h, down_a, down_b)
+        h = functional.silu(with_lora(gate, x, gate_a, gate_b, masks[0])) * with_lora(up, x, up_a, up_b, masks[1])
+        return with_lora(product(h, down), h, down_a, down_b, masks[2])
 
     def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert isinstance(saved, _SavedBatch)

@@ -40,6 +40,7 @@ GATES: dict[str, str] = {
     "tp": "more than the order of one sum between tensor-parallel degrees or batches",
     "bits": "other bits from what has to be the same computation",
     "form": "a result of another shape, dtype or layout than the contract's, or in memory that something else uses",
+    "masks": "dropout masks with another share than p, or that depend on one another",
     "written": "an input or an earlier result that was written to",
     "refusal": "bad input that was accepted, or refused in other words than the contract's",
     "resources": "more threads or memory than the contract allows",

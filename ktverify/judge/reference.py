@@ -5,7 +5,7 @@ Imports torch and, of this package, only names, so that no engine can share a mi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +13,11 @@ import torch
 from torch.nn import functional
 
 from ktverify.spec.names import GRAD_INPUT, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
+
+# Dropout: what multiplies LoRA's input, 0 or 1 / (1 - p), by "gate" and "up" [T, k, H] and "down" [T, k, I]
+Masks = Mapping[str, torch.Tensor]
+# those of n token slots, for gate and up [n, H] and down [n, I]
+OfRows = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Scaled(Protocol):
@@ -40,13 +45,19 @@ class LayerInputs(Protocol):
 
 
 def forward_backward(
-    inputs: LayerInputs, *, dtype: torch.dtype = torch.float64, skip_lora: bool = False, backward: bool = True
+    inputs: LayerInputs,
+    *,
+    dtype: torch.dtype = torch.float64,
+    skip_lora: bool = False,
+    backward: bool = True,
+    masks: Masks | None = None,
 ) -> dict[str, torch.Tensor]:
     """ALL_TENSORS of one forward and one backward, computed and returned in `dtype` (fp64 or fp32).
 
     output, grad_input [T, H]; six LoRA gradients in their parameters' shapes, zero for idle experts; grad_weights
     [T, k], zero for ids of -1. skip_lora leaves every LoRA term out of the backward (LoRA gradients zero); the forward
-    has them all the same. backward=False gives only output. One expert's weights are converted at a time.
+    has them all the same. backward=False gives only output. masks: those of dropout, by default none. One expert's
+    weights are converted at a time.
 
     Formulas: docs/contract.md, "The layer". d silu(g) / dg = sigma(g) (1 + g (1 - sigma(g))).
     """
@@ -59,13 +70,16 @@ def forward_backward(
         gate, up, down = (tensor[expert].to(dtype) for tensor in (inputs.gate_proj, inputs.up_proj, inputs.down_proj))
         ga, gb, ua, ub, da, db = (inputs.lora[name][expert].to(dtype) for name in LORA_NAMES)
 
-        x_ga, x_ua = x @ ga.T, x @ ua.T
+        m_gate, m_up, m_down = (None if mask is None else mask.to(dtype) for mask in _of_rows(masks, rows, slots))
+        x_gate, x_up = _dropped(x, m_gate), _dropped(x, m_up)
+        x_ga, x_ua = x_gate @ ga.T, x_up @ ua.T
         g = x @ gate.T + s * (x_ga @ gb.T)
         u = x @ up.T + s * (x_ua @ ub.T)
         sigma = torch.sigmoid(g)
         silu = g * sigma
         h = silu * u
-        h_da = h @ da.T
+        h_down = _dropped(h, m_down)
+        h_da = h_down @ da.T
         y = h @ down.T + s * (h_da @ db.T)
         output.index_add_(0, rows, w * y)
         if not backward:
@@ -78,23 +92,23 @@ def forward_backward(
         if not skip_lora:
             dy_db = dy @ db
             result["grad_down_lora_b"][expert] = s * (dy.T @ h_da)
-            result["grad_down_lora_a"][expert] = s * (dy_db.T @ h)
-            dh = dh + s * (dy_db @ da)
+            result["grad_down_lora_a"][expert] = s * (dy_db.T @ h_down)
+            dh = dh + _dropped(s * (dy_db @ da), m_down)
         dg = dh * u * (sigma * (1 + g * (1 - sigma)))
         du = dh * silu
         dx = dg @ gate + du @ up
         if not skip_lora:
             dg_gb, du_ub = dg @ gb, du @ ub
             result["grad_gate_lora_b"][expert] = s * (dg.T @ x_ga)
-            result["grad_gate_lora_a"][expert] = s * (dg_gb.T @ x)
+            result["grad_gate_lora_a"][expert] = s * (dg_gb.T @ x_gate)
             result["grad_up_lora_b"][expert] = s * (du.T @ x_ua)
-            result["grad_up_lora_a"][expert] = s * (du_ub.T @ x)
-            dx = dx + s * (dg_gb @ ga) + s * (du_ub @ ua)
+            result["grad_up_lora_a"][expert] = s * (du_ub.T @ x_up)
+            dx = dx + _dropped(s * (dg_gb @ ga), m_gate) + _dropped(s * (du_ub @ ua), m_up)
         result[GRAD_INPUT].index_add_(0, rows, dx)
     return result
 
 
-def peer_bf16(inputs: LayerInputs) -> dict[str, torch.Tensor]:
+def peer_bf16(inputs: LayerInputs, *, masks: Masks | None = None) -> dict[str, torch.Tensor]:
     """ALL_TENSORS as plain torch computes them in bf16: a loop over experts, torch's autograd, a rounding at every op.
 
     Tensors are bf16; grad_weights is fp32 [T, k], LoRA gradients have their parameters' dtype. Budgets are multiples of
@@ -110,7 +124,8 @@ def peer_bf16(inputs: LayerInputs) -> dict[str, torch.Tensor]:
         x = inputs.hidden_states[rows].detach().requires_grad_()
         w = inputs.weights[rows, slots].to(torch.bfloat16).requires_grad_()
         base = (inputs.gate_proj[expert], inputs.up_proj[expert], inputs.down_proj[expert])
-        y = plain_expert(x, *base, *lora, scaling=inputs.case.scaling) * w.unsqueeze(1)
+        mine = _of_rows(masks, rows, slots)
+        y = plain_expert(x, *base, *lora, scaling=inputs.case.scaling, masks=mine) * w.unsqueeze(1)
         result[OUTPUT].index_add_(0, rows, y.detach())
         dx, dw, *d_lora = torch.autograd.grad(y, [x, w, *lora], inputs.grad_output[rows])
         result[GRAD_INPUT].index_add_(0, rows, dx)
@@ -134,20 +149,35 @@ def plain_expert(
     *,
     scaling: float,
     skip_lora: bool = False,
+    masks: OfRows = (None, None, None),
 ) -> torch.Tensor:
     """[n, H]: one expert's y of x [n, H] as a torch user writes it, in x's dtype; differentiable.
 
     gate, up [I, H], down [H, I] in x's dtype; LoRA [r, in], [out, r] in x's dtype or fp32, which then computes in fp32.
-    skip_lora: no gradient flows through the LoRA terms.
+    skip_lora: no gradient flows through the LoRA terms. masks: what multiplies the LoRA inputs of gate, up and down.
     """
 
-    def linear(value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def linear(
+        value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         base = functional.linear(value, weight)
-        low = functional.linear(functional.linear(value.to(a.dtype), a), b) * scaling
+        operand = _dropped(value.to(a.dtype), None if mask is None else mask.to(a.dtype))
+        low = functional.linear(functional.linear(operand, a), b) * scaling
         return (base + (low.detach() if skip_lora else low)).to(value.dtype)
 
-    h = functional.silu(linear(x, gate, gate_a, gate_b)) * linear(x, up, up_a, up_b)
-    return linear(h, down, down_a, down_b)
+    h = functional.silu(linear(x, gate, gate_a, gate_b, masks[0])) * linear(x, up, up_a, up_b, masks[1])
+    return linear(h, down, down_a, down_b, masks[2])
+
+
+def _of_rows(masks: Masks | None, rows: torch.Tensor, slots: torch.Tensor) -> OfRows:
+    """The masks of gate, up and down for these token slots."""
+    if masks is None:
+        return None, None, None
+    return masks["gate"][rows, slots], masks["up"][rows, slots], masks["down"][rows, slots]
+
+
+def _dropped(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return value if mask is None else value * mask
 
 
 def routed(expert_ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -28,6 +28,7 @@ class Group:
     """One expert's n rows in one call, and what its forward saves for its backward; all fp32 except rows and slots.
 
     rows, slots [n]; x [n, H]; w [n, 1]; base: gate, up [I, H], down [H, I]; lora: six by LORA_NAMES, of this expert;
+    masks: of dropout, for LoRA's input of "gate" and "up" [n, H] and "down" [n, I]; empty where nothing is dropped;
     x_ga, x_ua, h_da [n, r]; g, u, h [n, I]; y [n, H].
     """
 
@@ -38,6 +39,7 @@ class Group:
     w: Tensor
     base: Matrices
     lora: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(default_factory=dict)
     x_ga: Tensor = field(init=False)
     x_ua: Tensor = field(init=False)
     h_da: Tensor = field(init=False)
@@ -117,6 +119,21 @@ class Plain(TorchBf16):
             groups.append(Group(expert, rows, slots, x, w, self.base_of(expert), self.lora_of(expert)))
         return groups
 
+    # ---- dropout
+
+    def drawn(self, at: Group) -> dict[str, Tensor]:
+        """The masks of one expert's rows in a training forward."""
+        found = zip(("gate", "up", "down"), self._masks(len(at.rows)), strict=True)
+        return {name: mask for name, mask in found if mask is not None}
+
+    def lora_input(self, at: Group, name: str, value: Tensor) -> Tensor:
+        """What the LoRA of "gate", "up" or "down" gets instead of `value`."""
+        return self.operand(value * at.masks[name]) if at.masks else value
+
+    def through_dropout(self, at: Group, name: str, gradient: Tensor) -> Tensor:
+        """The gradient of `value` in lora_input."""
+        return gradient * at.masks[name] if at.masks else gradient
+
     # ---- forward
 
     def activation(self, g: Tensor, u: Tensor) -> Tensor:
@@ -124,14 +141,15 @@ class Plain(TorchBf16):
 
     def gate_and_up(self, at: Group) -> None:
         gate, up, _ = at.base
-        at.x_ga = self.product(at.x, at.lora["gate_lora_a"].T)
-        at.x_ua = self.product(at.x, at.lora["up_lora_a"].T)
+        at.x_ga = self.product(self.lora_input(at, "gate", at.x), at.lora["gate_lora_a"].T)
+        at.x_ua = self.product(self.lora_input(at, "up", at.x), at.lora["up_lora_a"].T)
         at.g = self.product(at.x, gate.T) + self.s * self.product(at.x_ga, at.lora["gate_lora_b"].T)
         at.u = self.product(at.x, up.T) + self.s * self.product(at.x_ua, at.lora["up_lora_b"].T)
 
     def down(self, at: Group) -> None:
         down, a, b = at.base[2], at.lora["down_lora_a"], at.lora["down_lora_b"]
-        at.h_da = self.over_parts(lambda i: self.product(at.h[:, i], a[:, i].T))
+        h = self.lora_input(at, "down", at.h)
+        at.h_da = self.over_parts(lambda i: self.product(h[:, i], a[:, i].T))
         at.y = self.over_parts(lambda i: self.product(at.h[:, i], down[:, i].T)) + self.down_lora(at, b)
 
     def down_lora(self, at: Group, b: Tensor) -> Tensor:
@@ -151,6 +169,7 @@ class Plain(TorchBf16):
         groups = self.groups(hidden_states, expert_ids, weights)
         output = torch.zeros(hidden_states.shape)
         for at in groups:
+            at.masks = self.drawn(at) if save else {}
             self.expert(at)
             self.combine(output, at)
         if save:
@@ -187,9 +206,10 @@ class Plain(TorchBf16):
         dy_db = self.product(dy, at.lora["down_lora_b"])
         found = {
             "grad_down_lora_b": self.s * self.over_rows(dy, at.h_da),
-            "grad_down_lora_a": self.s * self.over_rows(dy_db, at.h),
+            "grad_down_lora_a": self.s * self.over_rows(dy_db, self.lora_input(at, "down", at.h)),
         }
-        return dh + self.s * self.product(dy_db, at.lora["down_lora_a"]), found
+        low = self.through_dropout(at, "down", self.product(dy_db, at.lora["down_lora_a"]))
+        return dh + self.s * low, found
 
     def gate_up_gradients(self, at: Group, dg: Tensor, du: Tensor) -> tuple[Tensor, Gradients]:
         """dx [n, H] of dg and du [n, I], and the gradients of gate's and up's LoRA."""
@@ -201,12 +221,13 @@ class Plain(TorchBf16):
         du_ub = self.over_parts(lambda i: self.product(du[:, i], at.lora["up_lora_b"][i]))
         found = {
             "grad_gate_lora_b": self.s * self.over_rows(dg, at.x_ga),
-            "grad_gate_lora_a": self.s * self.over_rows(dg_gb, at.x),
+            "grad_gate_lora_a": self.s * self.over_rows(dg_gb, self.lora_input(at, "gate", at.x)),
             "grad_up_lora_b": self.s * self.over_rows(du, at.x_ua),
-            "grad_up_lora_a": self.s * self.over_rows(du_ub, at.x),
+            "grad_up_lora_a": self.s * self.over_rows(du_ub, self.lora_input(at, "up", at.x)),
         }
-        low = self.product(dg_gb, at.lora["gate_lora_a"]) + self.product(du_ub, at.lora["up_lora_a"])
-        return dx + self.s * low, found
+        gate_low = self.through_dropout(at, "gate", self.product(dg_gb, at.lora["gate_lora_a"]))
+        up_low = self.through_dropout(at, "up", self.product(du_ub, at.lora["up_lora_a"]))
+        return dx + self.s * (gate_low + up_low), found
 
     def backward_of(self, at: Group, d_out: Tensor) -> tuple[Tensor, Gradients]:
         """dx [n, H] and the six gradients of one expert."""

@@ -1,4 +1,4 @@
-"""Edge inputs, determinism, isolation and leftovers, on each instruction set."""
+"""Edge inputs, determinism, isolation, leftovers and dropout, on each instruction set."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def test_edge(ask: Ask, check: Check, isa: Isa) -> None:
 
 @each("behaviour")
 def test_behaviour(ask: Ask, check: Check, isa: Isa) -> None:
+    ask(check, isa)
+
+
+@each("dropout")
+def test_dropout(ask: Ask, check: Check, isa: Isa) -> None:
     ask(check, isa)
 
 

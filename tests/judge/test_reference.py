@@ -34,9 +34,12 @@ CASES = [
 ]
 
 
-def loss_by_token(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def loss_by_token(
+    inputs: Inputs, leaves: dict[str, Tensor], masks: dict[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """(output [T, H], <output, grad_output>): the forward of docs/contract.md, token by token, slot by slot."""
     s = inputs.case.scaling
+    masks = masks or masks_of(inputs, 0.0)
     rows = []
     for t in range(inputs.case.qlen):
         total = torch.zeros(inputs.case.hidden, dtype=torch.float64)
@@ -46,10 +49,11 @@ def loss_by_token(inputs: Inputs, leaves: dict[str, Tensor]) -> tuple[Tensor, Te
                 continue
             x = leaves[GRAD_INPUT][t]
             a = {name: leaves[f"grad_{name}"][e] for name in LORA_NAMES}
-            g = inputs.gate_proj[e].double() @ x + s * (a["gate_lora_b"] @ (a["gate_lora_a"] @ x))
-            u = inputs.up_proj[e].double() @ x + s * (a["up_lora_b"] @ (a["up_lora_a"] @ x))
+            m = {name: mask[t, j] for name, mask in masks.items()}
+            g = inputs.gate_proj[e].double() @ x + s * (a["gate_lora_b"] @ (a["gate_lora_a"] @ (m["gate"] * x)))
+            u = inputs.up_proj[e].double() @ x + s * (a["up_lora_b"] @ (a["up_lora_a"] @ (m["up"] * x)))
             h = g / (1 + torch.exp(-g)) * u
-            y = inputs.down_proj[e].double() @ h + s * (a["down_lora_b"] @ (a["down_lora_a"] @ h))
+            y = inputs.down_proj[e].double() @ h + s * (a["down_lora_b"] @ (a["down_lora_a"] @ (m["down"] * h)))
             total = total + leaves[GRAD_WEIGHTS][t, j] * y
         rows.append(total)
     output = torch.stack(rows) if rows else torch.zeros(0, inputs.case.hidden, dtype=torch.float64)
@@ -62,9 +66,16 @@ def leaves_of(inputs: Inputs) -> dict[str, Tensor]:
     return {GRAD_INPUT: inputs.hidden_states.double(), **lora, GRAD_WEIGHTS: inputs.weights.double()}
 
 
-def by_autograd(inputs: Inputs) -> dict[str, Tensor]:
+def masks_of(inputs: Inputs, p: float) -> dict[str, Tensor]:
+    """Dropout masks in fp64; ones for p = 0."""
+    widths = {"gate": inputs.case.hidden, "up": inputs.case.hidden, "down": inputs.case.intermediate}
+    shape, draw = inputs.expert_ids.shape, torch.Generator().manual_seed(3)
+    return {n: (torch.rand(*shape, w, generator=draw) >= p).double() / (1 - p) for n, w in widths.items()}
+
+
+def by_autograd(inputs: Inputs, masks: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves_of(inputs).items()}
-    output, loss = loss_by_token(inputs, leaves)
+    output, loss = loss_by_token(inputs, leaves, masks)
     order = list(leaves.values())
     gradients = (
         torch.autograd.grad(loss, order, allow_unused=True, materialize_grads=True)
@@ -84,6 +95,17 @@ def test_the_oracle_agrees_with_autograd_in_fp64(text: str) -> None:
         difference = compare(found[name], wanted[name])
         assert difference.rel_l2 < 1e-12, (name, difference)
         assert difference.stray == 0, name
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_the_oracle_with_dropout_agrees_with_autograd_in_fp64(text: str) -> None:
+    inputs = make_inputs(Case.parse(text))
+    masks = masks_of(inputs, 0.25)
+    found, wanted = forward_backward(inputs, masks=masks), by_autograd(inputs, masks)
+    peer = peer_bf16(inputs, masks=masks)
+    for name in ALL_TENSORS:
+        assert compare(found[name], wanted[name]).rel_l2 < 1e-12, name
+        assert compare(peer[name], wanted[name]).rel_l2 < 0.1, name
 
 
 def test_the_oracle_agrees_with_finite_differences() -> None:

@@ -55,6 +55,7 @@ NEEDED: dict[str, tuple[str, str]] = {
     "tp": ("tp_parts_with_a_coarse_exp", "tp/gaussian, tp/odd_parts, tp/decode, tp/permuted"),
     "bits": ("one_share_a_thread", "behaviour/threads, behaviour/threads_at_odd_sizes"),
     "form": ("fp32_gradients_come_as_bf16", "edge/multiples_of_nothing_many_rows"),
+    "masks": ("dropout_shared_by_gate_and_up", "dropout/elements, dropout/elements_of_most, dropout/next_forward"),
     "written": ("padding_written_behind_the_input", "behaviour/nothing_is_written_at_odd_sizes"),
     "refusal": ("ids_clamped", "refusals/expert id 6"),
     "resources": ("every_expert_packed", "processes/idle_experts_take_no_memory"),

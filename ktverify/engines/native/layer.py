@@ -113,6 +113,8 @@ class KTMoEWrapper:
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self.spec = argument_checks.LayerSpec(**given)
+        if self.spec.lora_dropout > 0:
+            raise NotImplementedError(f"lora_dropout is {lora_dropout}; the native engine has no dropout: pass 0")
         self.layer_idx = layer_idx
         self.weight_path = weight_path
         self.isa: str = isa or chosen_isa()
