@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdRef
 
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
@@ -28,21 +27,6 @@ from ktverify.system.limits import processors
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
 BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
-_SAMPLE = 4096  # elements of a parameter that are compared, to detect writes that no counter shows
-_steps = 0  # steps of all optimizers; some write parameters that are not in their groups
-_steps_on: Any = WeakTensorKeyDictionary()  # parameter -> steps of the optimizers that have it in a group
-
-
-def _count_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    global _steps
-    _steps += 1
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _steps_on[parameter] = _steps_on.get(parameter, 0) + 1
-
-
-# for every optimizer in this process, because fused ones change parameters without changing autograd's counter
-register_optimizer_step_post_hook(_count_step)
 
 
 @dataclass(frozen=True)
@@ -112,8 +96,8 @@ class MOELayerWrapper(nn.Module):
     """E experts: hidden_states [T, H], expert_ids [T, k], weights [T, k] -> output [T, H], any float dtype and device.
 
     The engine computes on the CPU, in bf16 with fp32 sums; other tensors are converted and back. Before every call the
-    adapters' parameters are compared with those of the engine, by autograd's version counters, optimizer steps, address
-    and a sample of their values. Changed ones are given to the engine, so no call is needed after an optimizer's step.
+    adapters' parameters are compared with those of the engine, by a fingerprint of all their bytes: no counter shows
+    all ways of writing. Changed ones are given to the engine, so no call is needed after an optimizer's step.
     With `auto_update = False`, a call with changed parameters raises RuntimeError until `update_lora_pointers()`; to
     switch adapters, or to disable and enable one, is no change.
     """
@@ -131,7 +115,6 @@ class MOELayerWrapper(nn.Module):
         self.engine: layer.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
         self._held: object = None  # the key of the engine's present values
-        self._steps = 0  # of all optimizers, when the engine got its values
         self._taken: dict[object, tuple[object, int]] = {}  # adapter -> key and version of its last values
         self._versions = itertools.count(1)
         self._version = 0  # equal for equal values
@@ -186,21 +169,23 @@ class MOELayerWrapper(nn.Module):
             held = {a.parameter_name: f for a in self.adapters.values() if (f := a.held()) is not None}
             self._build(held, top_k)
         scaling = next(iter(factors.values())).scaling if factors else None
-        key = tuple((name, f.scaling, _state(f.a), _state(f.b)) for name, f in sorted(factors.items()))
-        # a Parameter stays the same object when its values, or even their address, change
-        adapter = tuple((name, id(f.a), id(f.b)) for name, f in sorted(factors.items()))
+        assert self.engine is not None
+        values = self.engine.fingerprint([t for _, f in sorted(factors.items()) for t in (f.a, f.b)])
+        key = tuple((name, f.scaling) for name, f in sorted(factors.items())), values
+        # a Parameter stays the same object when its values, or even their address, change; a weak reference, because a
+        # later object may get the number id() of one that is gone
+        adapter = tuple((name, WeakIdRef(f.a), WeakIdRef(f.b)) for name, f in sorted(factors.items()))
         if self._other(lora, scaling):
             self._build(factors, top_k)
             self._took(adapter, key)
-        elif key != self._held or self._steps != _steps:
+        elif key != self._held:
             before, version = self._taken.get(adapter, (None, 0))
-            same = before == key and (key != self._held or self._holds(lora))
+            same = before == key
             if version and not same and not may_update:
                 raise RuntimeError(
                     f"the LoRA parameters of MoE layer {self.layer_idx} changed since the engine took them over, and "
                     "auto_update is off: call update_lora_pointers() after the optimizer's step"
                 )
-            # also equal values, because the engine's tensors may share the parameters' memory
             self._load(lora)
             self._took(adapter, key, version if same else 0)
         return tuple(lora)
@@ -208,11 +193,7 @@ class MOELayerWrapper(nn.Module):
     def _took(self, adapter: object, key: object, version: int = 0) -> None:
         """Note that the engine has the values `key` of `adapter`; version: their earlier version, 0 for new values."""
         self._version = version or next(self._versions)
-        self._held, self._steps, self._taken[adapter] = key, _steps, (key, self._version)
-
-    def _holds(self, lora: list[torch.Tensor]) -> bool:
-        """Whether the engine's LoRA tensors equal `lora`; True without LoRA."""
-        return all(torch.equal(getattr(self.engine, name), t) for name, t in zip(LORA_NAMES, lora, strict=False))
+        self._held, self._taken[adapter] = key, (key, self._version)
 
     def _other(self, lora: list[torch.Tensor], scaling: float | None) -> bool:
         """Whether an engine of another rank, method or scaling is needed."""
@@ -298,15 +279,6 @@ def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, int
             pairs[name] = (functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing)))
     (a, b), (down_a, down_b) = pairs["gate_up_proj"], pairs["down_proj"]
     return [a, b[:, :intermediate], a, b[:, intermediate:], down_a, down_b]
-
-
-def _state(parameter: torch.Tensor) -> tuple[object, ...]:
-    """A key that changes with the parameter: its address, autograd's counter, the steps of its optimizers, and the bits
-    of a sample of its values, because no counter shows writes through `.data`."""
-    flat = parameter.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLE)].cpu().contiguous()
-    bits = sample.view(torch.uint8).numpy().tobytes()
-    return parameter.data_ptr(), parameter._version, _steps_on.get(parameter, 0), bits
 
 
 # ---- autograd

@@ -136,6 +136,17 @@ PYBIND11_MODULE(_native, m) {
                                  grads_zero, pointer<float>(grad_weights), accumulate, ticket});
              })
         .def("drop", &Layer::drop, without_gil)
+        .def("fingerprint",
+             [](const Layer& layer, const std::vector<std::pair<std::uintptr_t, std::size_t>>& memory) {
+                 std::vector<std::uint64_t> found;
+                 {
+                     const py::gil_scoped_release release;
+                     std::vector<MemorySpan> spans;
+                     for (const auto& [data, bytes] : memory) spans.push_back({pointer<const void>(data), bytes});
+                     found = layer.fingerprint(spans);
+                 }
+                 return py::bytes(reinterpret_cast<const char*>(found.data()), found.size() * sizeof found[0]);
+             })
         .def("record_stages", &Layer::record_stages, "on"_a, without_gil)
         .def("stage_times",
              [](const Layer& layer) {

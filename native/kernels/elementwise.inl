@@ -259,7 +259,48 @@ void transpose(const float* c, std::size_t ldc, int rows, int cols, float* out) 
     }
 }
 
+using W = std::uint64_t __attribute__((vector_size(32)));
+KTV_INLINE W load_words(const void* p) {
+    W v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+KTV_INLINE W mixed(W v) {
+    return (v ^ (v >> 47)) * 0x9e3779b1u;
+}
+
+void fingerprint(const std::uint8_t* data, std::size_t bytes, std::uint64_t* state) {
+    constexpr std::size_t kStripe = 2 * sizeof(W);
+    W plain[2] = {}, product[2] = {};
+    const auto absorb = [&](const std::uint8_t* stripe, const std::uint64_t* key) {
+        for (int half = 0; half < 2; ++half) {
+            const W words = load_words(stripe + half * sizeof(W)), keyed = words ^ load_words(key + half * 4);
+            plain[half] += words;
+            product[half] += (keyed & 0xffffffffu) * (keyed >> 32);
+        }
+    };
+    const auto mix = [&] {
+        for (int half = 0; half < 2; ++half) {
+            plain[half] = mixed(plain[half] ^ product[half]);
+            product[half] = mixed(product[half] + plain[half]);
+        }
+    };
+    std::size_t at = 0;
+    for (; at + kFingerprintStripes * kStripe <= bytes; mix()) {
+        for (int n = 0; n < kFingerprintStripes; ++n, at += kStripe) absorb(data + at, kFingerprintKeys[n]);
+    }
+    for (int n = 0; at < bytes; ++n, at += kStripe) {
+        std::uint8_t last[kStripe] = {};
+        __builtin_memcpy(last, data + at, bytes - at < kStripe ? bytes - at : kStripe);
+        absorb(last, kFingerprintKeys[n]);
+    }
+    mix();
+    __builtin_memcpy(state, plain, sizeof plain);
+    __builtin_memcpy(state + 8, product, sizeof product);
+}
+
 // The initialisers of these functions in a table of Kernels.
 #define KTV_ELEMENTWISE                                                                                             \
     .pack_tokens = pack_tokens, .silu_mul = silu_mul, .silu_mul_few = silu_mul_few, .silu_mul_grad = silu_mul_grad, \
-    .add_transposed = add_transposed, .add_rows = add_rows, .round_sum = round_sum, .transpose = transpose
+    .add_transposed = add_transposed, .add_rows = add_rows, .round_sum = round_sum, .transpose = transpose,         \
+    .fingerprint = fingerprint

@@ -12,6 +12,7 @@
 // N and K are padded with zeros to multiples of 32, the tokens of a token pack to multiples of 16.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -107,6 +108,27 @@ struct Kernels {
     void (*round_sum)(const float* const* in, int parts, std::size_t count, bf16* out);
     // c [rows up to a multiple of 16][ldc up to a multiple of 16] -> out [cols][rows], its transpose.
     void (*transpose)(const float* c, std::size_t ldc, int rows, int cols, float* out);
+    // `bytes` bytes -> state [16], by which two equally long pieces of memory are told apart. A change within one word of
+    // 8 bytes always changes the state: one sum has the word itself as a term, and every later step is a bijection of
+    // the state. Other changes are missed with a chance of about 2^-64: a second sum has the products of the halves of the
+    // words, as XXH3 has, with other keys for neighbours.
+    void (*fingerprint)(const std::uint8_t* data, std::size_t bytes, std::uint64_t* state);
 };
+
+// Stripes of 64 bytes that are added before the sums are mixed, and a key for each.
+inline constexpr int kFingerprintStripes = 16;
+inline constexpr auto kFingerprintKeys = [] {
+    std::array<std::uint64_t[8], kFingerprintStripes> keys{};
+    std::uint64_t seed = 0;
+    for (auto& key : keys) {
+        for (std::uint64_t& word : key) {  // splitmix64
+            std::uint64_t z = seed += 0x9e3779b97f4a7c15;
+            z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+            z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+            word = z ^ (z >> 31);
+        }
+    }
+    return keys;
+}();
 
 }  // namespace ktv

@@ -112,6 +112,31 @@ void Layer::drop(Ticket ticket) {
     s.note_saved();
 }
 
+std::vector<std::uint64_t> Layer::fingerprint(const std::vector<MemorySpan>& memory) const {
+    constexpr std::size_t kPiece = std::size_t{256} << 10;
+    constexpr int kState = 16, kAlone = 4;  // pieces that one worker reads sooner than a team is awake
+    const State& s = *state_;
+    std::vector<MemorySpan> pieces;
+    for (const auto& [data, bytes] : memory) {
+        for (std::size_t at = 0; at < bytes; at += kPiece)
+            pieces.push_back({static_cast<const std::byte*>(data) + at, std::min(kPiece, bytes - at)});
+    }
+    std::vector<std::uint64_t> found(pieces.size() * kState);
+    const auto read = [&](std::size_t i) {
+        s.kernels.fingerprint(static_cast<const std::uint8_t*>(pieces[i].data), pieces[i].bytes, &found[i * kState]);
+    };
+    if (pieces.size() <= kAlone) {
+        for (std::size_t i = 0; i < pieces.size(); ++i) read(i);
+        return found;
+    }
+    Process& shared = process();
+    const std::lock_guard lock(shared.mutex);
+    Team& team = shared.team(s.workers, s.config.parts);
+    TaskQueue queue(1, team, static_cast<int>(pieces.size()));
+    team.run([&](int worker) { queue.work(worker, [&](const Task& task) { read(task.row); }); });
+    return found;
+}
+
 void Layer::record_stages(bool on) {
     if (on && !kStages) throw BadState("record_stages: this engine was built with KTV_STAGES=OFF; build it without");
     const std::lock_guard lock(process().mutex);

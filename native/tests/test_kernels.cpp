@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -21,7 +22,7 @@ namespace {
 
 void check_kernels(const char* name, const Kernels& k) {
     check(k.enter && k.leave && k.nt && k.nn && k.pack_tokens && k.silu_mul && k.silu_mul_few && k.silu_mul_grad &&
-              k.add_transposed && k.add_rows && k.round_sum && k.transpose,
+              k.add_transposed && k.add_rows && k.round_sum && k.transpose && k.fingerprint,
           "%s: a kernel is missing", name);
     check(k.few_rows >= 0 && k.few_rows <= kGroup && (k.few_rows > 0) == (k.nt_few != nullptr),
           "%s: nt_few does not match few_rows", name);
@@ -319,6 +320,37 @@ void transpose(const InstructionSet& set, int rows, int cols) {
     check(right, "%s transpose %d x %d", set.name, rows, cols);
 }
 
+// The memory has exactly `bytes` bytes, so that a sanitizer reports an access beyond it.
+void fingerprint(const InstructionSet& set, Random& random, std::size_t bytes) {
+    using State = std::array<std::uint64_t, 16>;
+    std::vector<std::uint8_t> data(bytes);
+    random.fill(data.data(), bytes);
+    const auto of = [&](const Kernels& kernels) {
+        State state;
+        kernels.fingerprint(data.data(), bytes, state.data());
+        return state;
+    };
+    const State before = of(*set.kernels);
+    check(before == of(*instruction_sets().back().kernels), "%s fingerprint of %zu bytes", set.name, bytes);
+    for (std::size_t bit = 0; bit < 8 * bytes; ++bit) {
+        const auto flip = [&] { data[bit / 8] ^= static_cast<std::uint8_t>(1u << bit % 8); };
+        flip();
+        if (!check(of(*set.kernels) != before, "%s fingerprint: bit %zu of %zu bytes", set.name, bit, bytes)) return;
+        flip();
+    }
+    // Changes of many words, of which plain sums would not show any.
+    std::vector<std::uint8_t> was = data;
+    for (std::size_t i = 3; i < bytes; i += 4) data[i] ^= 0x80;
+    check(bytes < 4 || of(*set.kernels) != before, "%s fingerprint: all signs of %zu bytes", set.name, bytes);
+    data = was;
+    for (const std::size_t apart : {8, 64, 1024}) {
+        if (bytes < apart + 8) continue;
+        std::swap_ranges(data.begin(), data.begin() + 8, data.begin() + static_cast<std::ptrdiff_t>(apart));
+        check(of(*set.kernels) != before, "%s fingerprint: words %zu bytes apart swapped", set.name, apart);
+        data = was;
+    }
+}
+
 void test(const InstructionSet& set) {
     const int few_rows = set.kernels->few_rows;
     Random random{7};
@@ -342,6 +374,7 @@ void test(const InstructionSet& set) {
     for (const int rows : {1, 8, 16, 17, 32, 40}) {
         for (const int cols : {1, 15, 16, 100, 128}) transpose(set, rows, cols);
     }
+    for (const std::size_t bytes : {0, 1, 63, 64, 200, 1024, 1087, 2500}) fingerprint(set, random, bytes);
     for (const int few : {0, 1, 7, std::max(few_rows, 10)}) activation(set, random, few);
 }
 

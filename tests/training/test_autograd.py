@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -159,12 +161,84 @@ def test_an_optimizer_step_needs_no_call(kind: str, options: dict[str, Any]) -> 
     assert not torch.equal(before, model(input_ids=IDS).logits)
 
 
-def test_writes_through_data_are_detected() -> None:
-    model = make()
-    model(input_ids=IDS)
-    for parameter in model._kt_wrappers[0].lora_params.values():
-        parameter.data.mul_(1.5)
-    expect_present_lora(model)
+def _by_another_process(parameter: Tensor) -> None:
+    parameter.data.share_memory_()  # type: ignore[no-untyped-call]
+    child = os.fork()
+    if child == 0:
+        parameter.data.view(-1)[-1] += 1
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def _by_numpy(parameter: Tensor) -> None:
+    parameter.detach().numpy().reshape(-1)[7] += 1
+
+
+def _another_sign_of_zero(parameter: Tensor) -> None:
+    parameter.data.view(-1)[3] = -0.0
+
+
+def _foreach(parameter: Tensor) -> None:
+    torch._foreach_add_([parameter.data.view(-1)[5:6]], 1)
+
+
+def _untyped_storage(parameter: Tensor) -> None:
+    other = torch.full_like(parameter.data, 0.25)
+    parameter.data.untyped_storage().copy_(other.untyped_storage())
+
+
+# each changes a parameter, most of them one element, and none moves autograd's counter of it
+WRITERS: dict[str, Callable[[Tensor], Any]] = {
+    "data": lambda p: p.data.view(-1)[1:2].sub_(0.5),
+    "the last element": lambda p: p.data.view(-1)[-1:].add_(1),
+    "one expert of B": lambda p: p.data.view(p.shape[0], -1)[:, 3::8].mul_(1.5),
+    "set_": torch.no_grad()(lambda p: p.set_(p.data * 1.25)),
+    "another storage": lambda p: setattr(p, "data", p.data * 1.25),
+    "two elements swapped": lambda p: p.data.view(-1)[:2].copy_(p.data.view(-1)[:2].flip(0)),
+    "all signs": lambda p: p.data.neg_(),
+    "numpy": _by_numpy,
+    "foreach": _foreach,
+    "storage": _untyped_storage,
+    "another process": _by_another_process,
+    "the sign of a zero": _another_sign_of_zero,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_write_that_no_counter_shows_is_detected(writer: str) -> None:
+    model, strict = make(), make(auto_update=False)
+    for one in (model, strict):
+        one(input_ids=IDS)
+    for name in model._kt_wrappers[0].lora_params:
+        for one in (model, strict):
+            parameter = one._kt_wrappers[0].lora_params[name]
+            WRITERS[writer](parameter)
+        with pytest.raises(RuntimeError, match="changed since the engine took them over"), torch.no_grad():
+            strict(input_ids=IDS)
+        strict._kt_wrappers[0].update_lora_pointers()
+        expect_present_lora(model)
+        expect_present_lora(strict)
+
+
+def test_training_without_counters_equals_training_with_them() -> None:
+    losses: list[list[float]] = []
+    for through_data in (True, False):
+        model, curve = make(), []
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for _ in range(4):
+            model.zero_grad()
+            loss = loss_of(model, IDS)
+            torch.autograd.backward(loss)
+            curve.append(float(loss.detach()))
+            with torch.no_grad():
+                for p in parameters:
+                    if through_data:
+                        p.data -= 0.5 * p.grad
+                    else:
+                        p -= 0.5 * p.grad
+        losses.append(curve)
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_stale_lora_is_refused_where_updates_are_off() -> None:

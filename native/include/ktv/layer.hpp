@@ -53,6 +53,11 @@ struct LoraPointers {
     void* down_b = nullptr;
 };
 
+struct MemorySpan {
+    const void* data;
+    std::size_t bytes;
+};
+
 // Names one saved forward of a layer; never 0, never used twice.
 using Ticket = std::uint64_t;
 
@@ -103,6 +108,10 @@ class Layer {
     void backward(const BackwardArguments& arguments);
     // Frees a saved forward without its backward. Does nothing when no saved forward has this ticket.
     void drop(Ticket ticket);
+
+    // 16 numbers for each 256 KiB of each span, which tell its content from any other of the same length: see
+    // Kernels::fingerprint. Computed by all workers, about as fast as the memory is read.
+    std::vector<std::uint64_t> fingerprint(const std::vector<MemorySpan>& memory) const;
 
     // Off by default; when on, it costs one clock read a task. `stage_times` returns those of the last recorded call.
     // BadState in a build with KTV_STAGES=OFF.
