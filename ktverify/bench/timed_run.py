@@ -91,21 +91,22 @@ def run_pairs(head: RunLine) -> list[tuple[str, str]]:
     ]
 
 
-def disturbed(lines: Iterable[object]) -> list[str]:
-    """A note where other programs had so much of the processors that the times mean little."""
+def disturbed(lines: Iterable[object]) -> str:
+    """A note where other programs had so much of the processors that the times mean little, else ""."""
     return busy(line.others for line in lines if isinstance(line, OtherLoadLine))
 
 
-def busy(shares: Iterable[float], where: str = "") -> list[str]:
-    """The note for shares of the processors, 0 to 1; where: the times that they belong to, if not all."""
+def busy(shares: Iterable[float], where: str = "") -> str:
+    """The note for shares of the processors, 0 to 1, "" for small ones; where: the times that they belong to, if not
+    all."""
     from ktverify.system.timing import BUSY
 
     found = list(shares)
     most = max(found, default=0.0)
     if most < BUSY:
-        return []
+        return ""
     up_to = "up to " if len(found) > 1 else ""
-    return [f"other programs had {up_to}{100 * most:.0f} % of the processors{where}: these times mean little"]
+    return f"other programs had {up_to}{100 * most:.0f} % of the processors{where}: these times mean little"
 
 
 def measure(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ktverify.bench.engines import OWN
 from ktverify.bench.record import HeadLine
 from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary
-from ktverify.bench.timed_run import run_pairs
+from ktverify.bench.timed_run import busy, run_pairs
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.report import style
 from ktverify.report.grid import Grid
@@ -71,7 +71,16 @@ def view(head: HeadLine | None, summaries: Sequence[ShapeSummary]) -> View:
     grids = [overview_grid(summaries, what) for what in DIRECTIONS] if summaries else []
     shapes = [grid for summary in summaries for grid in shown_grids(summary, stages=True)]
     facts = [*(head_pairs(head) if head is not None else []), *([("columns", LEGEND)] if summaries else [])]
-    return View("bench", verdict(summaries), facts, [*grids, *shapes], rows(summaries), draw(summaries))
+    warning = disturbed(summaries)
+    picture = draw(summaries, warning)
+    return View("bench", verdict(summaries), facts, [*grids, *shapes], rows(summaries), picture, warning)
+
+
+def disturbed(summaries: Sequence[ShapeSummary]) -> str:
+    """A note that names the shapes whose disturbed turns had to count; "" where there is none."""
+    bad = [one for one in summaries if one.others >= BUSY and not one.left_out]
+    where = f" at {', '.join(map(_name, bad))}" if len(bad) < len(summaries) else ""
+    return busy((one.others for one in bad), where)
 
 
 def verdict(summaries: Sequence[ShapeSummary]) -> str:
@@ -289,7 +298,7 @@ def rows(summaries: Sequence[ShapeSummary]) -> list[dict[str, object]]:
 # ---- the picture
 
 
-def draw(summaries: Sequence[ShapeSummary]) -> bytes | None:
+def draw(summaries: Sequence[ShapeSummary], warning: str = "") -> bytes | None:
     """The picture as PNG; None where there is nothing to draw.
 
     A row per shape, a lane in it per engine: a dot at the median over the roofline time, a line between the quartiles,
@@ -331,7 +340,7 @@ def draw(summaries: Sequence[ShapeSummary]) -> bytes | None:
     handles = [Line2D([], [], color=colours[name], label=title, **dots) for name, title in names.items()]
     place: dict[str, Any] = {"bbox_to_anchor": (0.178, 1 - 0.1 / total), "ncols": len(handles)}
     legend(figure, handles, fontsize=9.5, handletextpad=0.1, **place)
-    return png(figure)
+    return png(figure, warning)
 
 
 def _panel(axes: Axes, rows: Sequence[ShapeSummary], names: list[str], colours: dict[str, str], what: str) -> None:

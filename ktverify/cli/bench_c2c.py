@@ -176,13 +176,14 @@ def analyze(
     if not records:
         raise ValueError(f"{', '.join(map(str, files))}: there is no whole record")
     slowest = views.slowest(records)
-    slowest_grid = views.prompts_grid(f"the slowest {len(slowest)}", slowest)
+    warning = store.warning(files)
+    slowest_grid = views.prompts_grid(f"the slowest {len(slowest)}", slowest, [warning] if warning else [])
     grids = [views.distribution_grid(records, store.notes(files)), slowest_grid]
     stem = (files[0].parent if out is None else out) / files[0].name
     files_of: dict[str, str | bytes] = {
         ".analysis.csv": views.prompt_table(records, ","),
         ".analysis.md": "\n\n".join(map(markdown, grids)) + "\n",
-        ".analysis.png": views.draw_histogram(records),
+        ".analysis.png": views.draw_histogram(records, warning),
     }
     written = [write_whole(store.beside(stem, ending), content) for ending, content in files_of.items()]
     if not as_json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ ACCURACY_SHOWN = 15
 @dataclass(frozen=True)
 class View:
     """name: of the files, without ending; verdict: the line that comes first; facts: about the run; rows: of the TSV,
-    all with the same keys; picture: a PNG."""
+    all with the same keys; picture: a PNG; warning: why its times mean little, "" if they do not."""
 
     name: str
     verdict: str
@@ -39,6 +39,16 @@ class View:
     grids: Sequence[Grid]
     rows: Sequence[dict[str, object]]
     picture: bytes | None = None
+    warning: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, marked where its times mean little."""
+        return f"{self.verdict} (disturbed)" if self.warning else self.verdict
+
+    def marked(self, grids: Sequence[Grid]) -> list[Grid]:
+        """The tables, each with the warning: a reader may see one of them alone."""
+        return [replace(grid, notes=(self.warning, *grid.notes)) if self.warning else grid for grid in grids]
 
 
 def statistics_row(values: Statistics) -> dict[str, object]:
@@ -78,9 +88,9 @@ def conclude(
     from ktverify.report.console import make_console, print_grids, print_pairs
 
     console = make_console()
-    console.print(view.verdict, style="bold")
+    console.print(view.sentence, style="bold")
     console.print()
-    print_grids(console, view.grids if shown is None else shown)
+    print_grids(console, view.marked(view.grids if shown is None else shown))
     print_pairs(console, list(view.facts))
     for name in names:
         print(journal.parent / name)
@@ -89,13 +99,14 @@ def conclude(
 def view_markdown(view: View) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in view.facts)
     pictures = [f"![{view.name}]({view.name}.png)"] if view.picture is not None else []
-    parts = [f"# {view.name.capitalize()}", view.verdict, facts, *pictures, *map(markdown, view.grids)]
+    parts = [f"# {view.name.capitalize()}", view.sentence, facts, *pictures, *map(markdown, view.marked(view.grids))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def view_page(view: View) -> str:
     picture = base64.b64encode(view.picture).decode("ascii") if view.picture is not None else ""
-    return render("base.html.j2", **vars(view) | {"picture": picture})
+    shown = {"verdict": view.sentence, "grids": view.marked(view.grids), "picture": picture}
+    return render("base.html.j2", **vars(view) | shown)
 
 
 def render(template: str, **context: object) -> str:

@@ -80,7 +80,24 @@ def legend(owner: Figure | Axes, handles: Sequence[Any], labels: Sequence[str] |
     owner.legend(**{**style, "handles": list(handles), "columnspacing": 1.4, **more})
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, warning: str = "") -> bytes:
+    """The picture. warning: why its times mean little; it is written in a strip below the picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
-    return buffer.getvalue()
+    return _with_strip(buffer, warning, int(figure.dpi)) if warning else buffer.getvalue()
+
+
+def _with_strip(picture: io.BytesIO, text: str, dpi: int) -> bytes:
+    from matplotlib.font_manager import findfont
+    from PIL import Image, ImageDraw, ImageFont
+
+    with Image.open(picture) as drawn:
+        strip = int(0.3 * dpi)
+        whole = Image.new("RGB", (drawn.width, drawn.height + strip), "white")
+        whole.paste(drawn.convert("RGB"), (0, 0))
+        # 9 points, as the pictures' own texts
+        font = ImageFont.truetype(findfont("DejaVu Sans"), int(9 * dpi / 72))
+        ImageDraw.Draw(whole).text((int(0.13 * dpi), drawn.height), text, fill=WARN, font=font)
+        result = io.BytesIO()
+        whole.save(result, format="png")
+    return result.getvalue()

@@ -177,7 +177,7 @@ def test_rates_are_those_of_the_median() -> None:
     lines = made_up()
     head = lines[0]
     assert isinstance(head, TransformerLine)
-    grid = views.times_grid(head, views.arms(lines)[-1], ())
+    grid = views.times_grid(head, views.arms(lines)[-1])
     # 48 tokens in 3 ms forward, 12 ms backward, 15 ms together
     assert [row[-2] for row in grid.rows] == ["16,000", "4,000", "3,200"]
     assert grid.notes == ("1 warm-up before 2 steps that count, the first 25.0 ms; at most 1.0 GiB of memory",)
@@ -187,7 +187,7 @@ def test_rates_are_those_of_the_median() -> None:
 def test_a_step_that_differs_from_the_independent_loop_fails(loop: float, word: str) -> None:
     ((name, text),) = views.check_pairs(views.arms(made_up(loop=loop)))
     assert (name, text.split()[0]) == ("check", word)
-    ((_, busy),) = views.check_pairs(views.arms(made_up(loop=loop)), ("others were busy",))
+    ((_, busy),) = views.check_pairs(views.arms(made_up(loop=loop)), "others were busy")
     assert busy.startswith(text)
     assert ("other programs" in busy) == (word == "FAIL")
     with pytest.raises(ValueError, match="independent loop"):

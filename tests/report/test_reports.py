@@ -7,14 +7,17 @@ import math
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from ktverify.report import console, gate, pages, plots, tables
+from ktverify.report import console, gate, pages, plots, style, tables
+from ktverify.report.grid import Grid
 from ktverify.runs import store
 from ktverify.runs.record import VERDICT_ORDER, AccuracyRecord, AnyRecord, GateRecord, parse_line, worst_first
 from ktverify.spec.names import ALL_TENSORS
@@ -293,3 +296,26 @@ def test_a_run_without_its_head_is_still_shown(tmp_path: Path) -> None:
     assert "the run's head was lost" in tables.accuracy_markdown(run)
     assert "small@seed=0" in pages.page(run)
     assert not gate.judge_run(run).passed
+
+
+# ---- views of timed runs
+
+
+@pytest.mark.parametrize("warning", ["", "other programs had 75 % of the processors: these times mean little"])
+def test_a_disturbed_view_says_so_wherever_it_is_read(
+    warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = Figure(figsize=(3, 2), dpi=100)
+    pictures = [style.png(figure), style.png(figure, warning)]
+    heights = [struct.unpack(">II", picture[16:24])[1] for picture in pictures]
+    assert (heights[1] > heights[0]) == bool(warning)
+    grids = [Grid(title, ("a note",), ("what", "ms"), (("forward", "1"),)) for title in ("first", "later")]
+    view = pages.View("sweep", "0.65 times the time", [], grids, [{"ms": 1.0}], pictures[1], warning)
+    pages.conclude(view, [], tmp_path / "layer.jsonl", as_json=False)
+    texts = [(tmp_path / f"sweep.{ending}").read_text(encoding="utf-8") for ending in ("md", "html")]
+    # lines of a console may be broken
+    texts.append(" ".join(capsys.readouterr().out.split()))
+    for text in texts:
+        assert ("0.65 times the time (disturbed)" in text) == bool(warning)
+        if warning:
+            assert text.count(warning) == len(grids)

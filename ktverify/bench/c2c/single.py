@@ -69,7 +69,7 @@ def run_single(
 
     add(".tsv", views.prompt_table([record], "\t"))
     add(".trace.json", views.trace(record, timeline.calls))
-    add(".png", views.draw_timeline(record, timeline.calls))
+    add(".png", views.draw_timeline(record, timeline.calls, store.warning([path])))
     found = None
     if profile_tokens:
         found = profile(pipeline, prompt, profile_tokens, settings.device)
@@ -112,10 +112,11 @@ def show_single(record: PromptRecord, found: OperatorProfile | None, written: Se
     console, timing = make_console(), record.timing
     head = f"{timing.num_generated_tokens} tokens in {views.figure(timing.total_ms)} ms"
     speed = f"{views.figure(timing.tokens_per_second)} tokens/s in decoding"
-    console.print(Text(f"{head}, {speed}", style="bold"))
+    warning = store.warning(written[:1])
+    console.print(Text(f"{head}, {speed}{' (disturbed)' if warning else ''}", style="bold"))
     console.print(Text(views.short(record.response, 160) or "(an empty response)"))
     console.print()
-    grids = [views.stage_grid(timing, store.busy_notes(written[:1]))]
+    grids = [views.stage_grid(timing, [warning] if warning else [])]
     if found is not None:
         grids.append(operators_grid(found))
     print_grids(console, grids, written)

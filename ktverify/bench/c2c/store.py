@@ -98,13 +98,13 @@ def notes(paths: Sequence[Path]) -> list[str]:
     A file without an info file has no line.
     """
     return [
-        *busy_notes(paths),
+        *filter(None, [warning(paths)]),
         *dict.fromkeys(_note(info.settings, sitting) for info in _infos(paths) for sitting in info.sittings),
     ]
 
 
-def busy_notes(paths: Sequence[Path]) -> list[str]:
-    """A note if other programs used so much of the processors that times mean little."""
+def warning(paths: Sequence[Path]) -> str:
+    """A note if other programs used so much of the processors that times mean little, else ""."""
     return busy(sitting.others for info in _infos(paths) for sitting in info.sittings if sitting.others is not None)
 
 

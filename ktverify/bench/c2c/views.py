@@ -104,7 +104,7 @@ def distribution_grid(records: Sequence[PromptRecord], notes: Sequence[str] = ()
     return Grid(title, tuple(notes), headings, tuple(rows))
 
 
-def prompts_grid(title: str, records: Sequence[PromptRecord]) -> Grid:
+def prompts_grid(title: str, records: Sequence[PromptRecord], notes: Sequence[str] = ()) -> Grid:
     """A row per prompt: milliseconds of both models' embedding and prefill, of projectors and decoding; the tokens."""
     rows = []
     width = max(len(str(record.id)) for record in records)
@@ -122,7 +122,7 @@ def prompts_grid(title: str, records: Sequence[PromptRecord]) -> Grid:
                 "tokens/s": figure(timing.tokens_per_second),
             }
         )
-    return Grid.of(rows, title)
+    return Grid.of(rows, title, notes=notes)
 
 
 def stage_grid(timing: PromptTiming, notes: Sequence[str] = ()) -> Grid:
@@ -140,7 +140,7 @@ def stage_grid(timing: PromptTiming, notes: Sequence[str] = ()) -> Grid:
 # ---- pictures, as PNGs
 
 
-def draw_timeline(record: PromptRecord, calls: Sequence[TimedCall]) -> bytes:
+def draw_timeline(record: PromptRecord, calls: Sequence[TimedCall], warning: str = "") -> bytes:
     """On the left the stages up to the first new token, a lane each; on the right the time of each decoding step."""
     from matplotlib.figure import Figure
 
@@ -150,7 +150,7 @@ def draw_timeline(record: PromptRecord, calls: Sequence[TimedCall]) -> bytes:
     left, right = page.subplots(1, 2, width_ratios=(3, 2))
     _lanes(left, calls)
     _steps(right, record.timing.decode_step_times_ms)
-    return png(page)
+    return png(page, warning)
 
 
 def _lanes(axes: Axes, calls: Sequence[TimedCall]) -> None:
@@ -180,7 +180,7 @@ def _steps(axes: Axes, times: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def draw_histogram(records: Sequence[PromptRecord]) -> bytes:
+def draw_histogram(records: Sequence[PromptRecord], warning: str = "") -> bytes:
     """Four distributions; a line at the median, a dashed one at the 95th percentile. Values far beyond it are counted
     in the title and not drawn: they would squeeze the others."""
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ def draw_histogram(records: Sequence[PromptRecord]) -> bytes:
     page = Figure(figsize=(9, 4.4), dpi=110, layout="constrained")
     for axes, (name, (title, counted)) in zip(page.subplots(2, 2).flat, _PANELS.items(), strict=True):
         _histogram(axes, title, counted, _values(records, name))
-    return png(page)
+    return png(page, warning)
 
 
 def _histogram(axes: Axes, title: str, counted: str, values: Sequence[float]) -> None:

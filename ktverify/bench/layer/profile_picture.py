@@ -49,7 +49,7 @@ def draw(summary: ProfileSummary) -> bytes:
         top += _GAP * 0.62
         panel(figure.add_axes((0.175, 1 - (top + height) / total, 0.8, height / total)))
         top += height + _GAP * 0.38
-    return png(figure)
+    return png(figure, summary.warning)
 
 
 def _lanes(axes: Axes, found: RangeSummary) -> None:

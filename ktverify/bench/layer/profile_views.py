@@ -99,14 +99,14 @@ class RangeSummary:
 @dataclass(frozen=True)
 class ProfileSummary:
     """A whole profile, its ranges in the order of RANGES. warmups: calls of each range between its first and the steady
-    ones; read, multiply: the machine's ceilings, the best of several measurements; notes: warnings."""
+    ones; read, multiply: the machine's ceilings, the best of several measurements; warning: of a disturbed run."""
 
     head: ProfileLine
     ranges: tuple[RangeSummary, ...]
     warmups: int
     read: float
     multiply: float
-    notes: tuple[str, ...]
+    warning: str
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> ProfileSummary | None:
@@ -119,7 +119,7 @@ class ProfileSummary:
             return None
         read, multiply = (max((getattr(line, what) for line in ceilings), default=0.0) for what in ("read", "multiply"))
         warmups = sum(call.which == "warmup" and call.range == ranges[0].range for call in calls)
-        return cls(head, ranges, warmups, read, multiply, tuple(disturbed(lines)))
+        return cls(head, ranges, warmups, read, multiply, disturbed(lines))
 
     def roofline_ns(self, phase: Phase) -> float:
         """The least time of a phase at the machine's ceilings."""
@@ -145,7 +145,7 @@ def view(summary: ProfileSummary, picture: bytes) -> View:
             grids.append(parts_grid(found))
         else:
             grids += [phases_grid(summary, found), workers_grid(found.typical.stages[0])]
-    return View("profile", verdict(summary), run_pairs(summary.head), grids, rows(summary), picture)
+    return View("profile", verdict(summary), run_pairs(summary.head), grids, rows(summary), picture, summary.warning)
 
 
 def verdict(summary: ProfileSummary) -> str:
@@ -179,7 +179,6 @@ def ranges_grid(summary: ProfileSummary) -> Grid:
     ]
     head = summary.head
     notes = (
-        *summary.notes,
         f"ceilings: reading {number(summary.read / 1e9)} GB/s, multiplying {number(summary.multiply / 1e9)} GFLOP/s",
         f"{summary.warmups} warm-ups before {summary.ranges[0].plain.count} steady calls each, recorded and plain in "
         "turn; the stages are those of the recorded call of median length",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer import record
@@ -90,17 +90,17 @@ def view(lines: Sequence[Line]) -> View | None:
     groups: dict[str, list[SpotSummary]] = {}
     for one in found:
         groups.setdefault(one.spot.varied, []).append(one)
+    warning = disturbed(found)
     if found[0].spot.varied in SWEEPS:
         name, grids = "sweep", [sweep_grid(group) for group in groups.values()]
-        text, picture = _growth(found, groups), draw_sweeps(head.case, groups)
+        text, picture = _growth(found, groups), draw_sweeps(head.case, groups, warning)
     else:
         name, grids = "layer", layer_grids(found, groups)
-        text, picture = _times(found[0]), draw_layer(head.case, found, groups)
-    grids[0] = replace(grids[0], notes=(*disturbed(found), *grids[0].notes))
-    return View(name, text, [("case", head.case), *run_pairs(head)], grids, rows(found), picture)
+        text, picture = _times(found[0]), draw_layer(head.case, found, groups, warning)
+    return View(name, text, [("case", head.case), *run_pairs(head)], grids, rows(found), picture, warning)
 
 
-def disturbed(found: Sequence[SpotSummary]) -> list[str]:
+def disturbed(found: Sequence[SpotSummary]) -> str:
     """A note that names the spots where other programs had so much of the processors that the times mean little."""
     bad = [one for one in found if one.others >= BUSY]
     where = f" at {', '.join(one.name for one in bad)}" if len(bad) < len(found) else ""
@@ -226,7 +226,9 @@ def rows(found: Sequence[SpotSummary]) -> list[dict[str, object]]:
 # ---- pictures, as PNGs
 
 
-def draw_layer(case: str, found: Sequence[SpotSummary], groups: dict[str, list[SpotSummary]]) -> bytes:
+def draw_layer(
+    case: str, found: Sequence[SpotSummary], groups: dict[str, list[SpotSummary]], warning: str = ""
+) -> bytes:
     """The spread of the first spot's repeats; the TP degrees; tokens per second over batch and sequence."""
     panels: list[Callable[[Axes], None]] = [lambda axes: _spread(axes, found[0])]
     if len(groups.get("tp", ())) > 1:
@@ -238,10 +240,10 @@ def draw_layer(case: str, found: Sequence[SpotSummary], groups: dict[str, list[S
         panel(axes)
     # the first panel's names are left of it
     figure.subplots_adjust(left=0.145 if len(panels) > 1 else 0.24)
-    return png(figure)
+    return png(figure, warning)
 
 
-def draw_sweeps(case: str, groups: dict[str, list[SpotSummary]]) -> bytes:
+def draw_sweeps(case: str, groups: dict[str, list[SpotSummary]], warning: str = "") -> bytes:
     """A panel for each sweep: medians and quartiles, both axes logarithmic. Dashed and dotted: how the operations and
     the weights' bytes of a worker grow, drawn through the last point of forward + backward."""
     figure, places = _figure(case, len(groups))
@@ -251,7 +253,7 @@ def draw_sweeps(case: str, groups: dict[str, list[SpotSummary]]) -> bytes:
     columns, top = (len(handles), 0.76) if len(groups) > 2 else (3, 0.71)
     legend(figure, handles, labels, bbox_to_anchor=(0.052, 0.93), ncols=columns)
     figure.subplots_adjust(top=top)
-    return png(figure)
+    return png(figure, warning)
 
 
 def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:

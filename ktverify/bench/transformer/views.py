@@ -67,16 +67,18 @@ def view(lines: Sequence[Line]) -> View | None:
     if head is None or not found:
         return None
     process = next(line for line in lines if isinstance(line, ProcessLine))
-    notes = disturbed(lines)
-    grids = [times_grid(head, found[-1], notes)] if len(head.warmups) == 1 else study_grids(found, notes)
+    warning = disturbed(lines)
+    grids = [times_grid(head, found[-1])] if len(head.warmups) == 1 else study_grids(found)
     facts = [
         ("model", head.settings.size.text),
         ("parameters", count(sum(parameters(head.settings.size).values()))),
         ("device", f"{process.device}, {process.threads} threads"),
-        *check_pairs(found, notes),
+        *check_pairs(found, warning),
         *run_pairs(head),
     ]
-    return View("transformer", verdict(head, found), facts, grids, rows(head, found), picture(head, found))
+    return View(
+        "transformer", verdict(head, found), facts, grids, rows(head, found), picture(head, found, warning), warning
+    )
 
 
 def verdict(head: TransformerLine, found: Sequence[Arm]) -> str:
@@ -90,7 +92,7 @@ def verdict(head: TransformerLine, found: Sequence[Arm]) -> str:
     return text
 
 
-def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
+def times_grid(head: TransformerLine, arm: Arm) -> Grid:
     """A row for forward, backward and both; rates at the median."""
     size, lines = head.settings.size, []
     for what, ms in arm.ms.items():
@@ -101,10 +103,10 @@ def times_grid(head: TransformerLine, arm: Arm, notes: Sequence[str]) -> Grid:
     if arm.warmups:
         warm += f", the first {number(arm.warmups[0].ns / 1e6)} ms"
     peak = f"; at most {format_bytes(arm.peak)} of memory" if arm.peak else ""
-    return Grid(size.name, (*notes, warm + peak), ("", *STATISTICS, "tokens/s", "GFLOP/s"), tuple(lines))
+    return Grid(size.name, (warm + peak,), ("", *STATISTICS, "tokens/s", "GFLOP/s"), tuple(lines))
 
 
-def study_grids(found: Sequence[Arm], notes: Sequence[str]) -> list[Grid]:
+def study_grids(found: Sequence[Arm]) -> list[Grid]:
     """For forward, backward and both: a row for each number of warm-ups."""
     grids: list[Grid] = []
     last = found[-1]
@@ -117,12 +119,12 @@ def study_grids(found: Sequence[Arm], notes: Sequence[str]) -> list[Grid]:
         heading = f"mean over that of {last.warmup}"
         headings = ("", "mean ms", "std", "min", "max", "median", "first that counts", heading)
         note = (f"each in a fresh process, {len(last.steps)} steps that count",)
-        grids.append(Grid(what, (*notes, *note) if not grids else note, headings, tuple(lines)))
+        grids.append(Grid(what, note, headings, tuple(lines)))
     return grids
 
 
-def check_pairs(found: Sequence[Arm], notes: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The result of the independent loop, where it ran. notes: of a disturbed run."""
+def check_pairs(found: Sequence[Arm], warning: str = "") -> list[tuple[str, str]]:
+    """The result of the independent loop, where it ran. warning: of a disturbed run."""
     steps = [step for arm in found for step in arm.steps if step.loop_ns is not None]
     if not steps:
         return []
@@ -130,7 +132,9 @@ def check_pairs(found: Sequence[Arm], notes: Sequence[str] = ()) -> list[tuple[s
     text = f"the median step is {100 * off:+.2f} % off that of an independent loop, in turn"
     if abs(off) <= TOLERANCE:
         return [("check", f"PASS {text}")]
-    return [("check", f"FAIL {text}" + ("; it may be the other programs: measure again without them" if notes else ""))]
+    return [
+        ("check", f"FAIL {text}" + ("; it may be the other programs: measure again without them" if warning else ""))
+    ]
 
 
 def rows(head: TransformerLine, found: Sequence[Arm]) -> list[dict[str, object]]:
@@ -145,7 +149,7 @@ def rows(head: TransformerLine, found: Sequence[Arm]) -> list[dict[str, object]]
     ]
 
 
-def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
+def picture(head: TransformerLine, found: Sequence[Arm], warning: str = "") -> bytes:
     """A PNG: a panel for each process, its steps from left to right, warm-ups hollow, medians as lines."""
     from matplotlib.figure import Figure
 
@@ -162,7 +166,7 @@ def picture(head: TransformerLine, found: Sequence[Arm]) -> bytes:
     shown = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     place: dict[str, Any] = {"bbox_to_anchor": (0.5 / width, 0.92), "ncols": 3}
     legend(figure, list(shown.values()), list(shown), handletextpad=0.3, **place)
-    return png(figure)
+    return png(figure, warning)
 
 
 def _title(arm: Arm) -> str:
