@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from ktverify.errors import NothingMeasured
 from ktverify.isolation import process
 from ktverify.isolation.interrupt import INTERRUPTED
-from ktverify.runs.jsonl import JsonLine, LineFile, new_directory, whole_lines
+from ktverify.runs.jsonl import JsonLine, LineFile, new_directory, remove_if_empty, whole_lines
 from ktverify.system import machine
 from ktverify.system.machine import Machine
 
@@ -125,7 +125,13 @@ def measure(
     """
     directory = out if out is not None else new_directory(kind)
     lines: list[Any] = [head(**RunLine.facts(directory))]
-    stopped = _collect(directory / file, lines, measured, count, kind)
+    try:
+        stopped = _collect(directory / file, lines, measured, count, kind)
+    finally:
+        if len(lines) == 1:
+            # a head alone is no run
+            (directory / file).unlink(missing_ok=True)
+            remove_if_empty(directory)
     try:
         right = conclude(directory, lines)
     except NothingMeasured:
@@ -169,7 +175,8 @@ def _collect(path: Path, lines: list[Any], measured: Iterable[JsonLine], count: 
             lines.append(line)
             file.write(line)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured is kept in {path}", file=sys.stderr)
+        kept = f"what was measured is kept in {path}" if len(lines) > 1 else "nothing was measured yet"
+        print(f"stopped; {kept}", file=sys.stderr)
         return True
     finally:
         file.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,13 +53,12 @@ def single(
     """
     text = prompt.strip() or prompts.built_in()[0]
     chosen = _settings(locals(), source="argument", start=0, count=1)
-    path = _output(output)
-    if path.exists():
-        raise ValueError(f"{path} exists: remove it or name another --output")
+    if output is not None and output.exists():
+        raise ValueError(f"{output} exists: remove it or name another --output")
     quiet("bench c2c")
     from ktverify.bench.c2c.single import run_single, show_single
 
-    with progress(f"{base_model} taught by {teacher_model}"):
+    with _output(output) as path, progress(f"{base_model} taught by {teacher_model}"):
         found = run_single(chosen, text, projectors, path, warmups=warmup_steps, profile_tokens=profile_tokens)
     if as_json:
         typer.echo(found[0].model_dump_json())
@@ -88,7 +88,8 @@ def batch(
     """
     texts = prompts.built_in()
     chosen = _settings(locals(), source="built-in", start=0, count=len(texts))
-    _run(chosen, texts, projectors, _output(output), warmup_steps, as_json=as_json)
+    with _output(output) as path:
+        _run(chosen, texts, projectors, path, warmup_steps, as_json=as_json)
 
 
 def dataset(
@@ -129,7 +130,8 @@ def dataset(
         raise ValueError(
             f"--shard {shard} of {len(texts)} prompts has none; it takes at most as many shards as prompts"
         )
-    _run(chosen, mine, projectors, _output(output), warmup_steps, as_json=as_json)
+    with _output(output) as path:
+        _run(chosen, mine, projectors, path, warmup_steps, as_json=as_json)
 
 
 def merge(
@@ -240,12 +242,19 @@ def _shard(text: str) -> tuple[int, int]:
     raise ValueError(f"--shard is {text!r}, it takes K/N with K from 1 to N, like 1/4")
 
 
-def _output(given: Path | None) -> Path:
+@contextlib.contextmanager
+def _output(given: Path | None) -> Iterator[Path]:
+    """The file of records: the given one, or one in a new folder, which goes again if nothing was written into it."""
     if given is not None:
-        return given
-    from ktverify.runs.jsonl import new_directory
+        yield given
+        return
+    from ktverify.runs.jsonl import new_directory, remove_if_empty
 
-    return new_directory("c2c") / "timing.jsonl"
+    directory = new_directory("c2c")
+    try:
+        yield directory / "timing.jsonl"
+    finally:
+        remove_if_empty(directory)
 
 
 def _run(

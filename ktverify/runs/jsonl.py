@@ -5,6 +5,7 @@ Each line is appended in one write, so that a killed run leaves whole lines and 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import time
@@ -40,6 +41,12 @@ def new_directory(kind: str = "", reports: str | os.PathLike[str] | None = None)
             continue
         return directory
     raise FileExistsError(f"{runs / name}: ten thousand runs within one second")
+
+
+def remove_if_empty(directory: Path) -> None:
+    """Remove the folder of a run that came to nothing; one that contains anything stays."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 class LineFile:
@@ -100,7 +107,9 @@ def _append(descriptor: int, text: str, path: Path) -> None:
 
 def whole_lines(path: Path) -> list[str]:
     """The lines of a file without one that was cut off at the end. FileNotFoundError without the file."""
-    if path.parent.is_dir() and not path.is_file():
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no run at {path.parent}: there is no such directory")
+    if not path.is_file():
         others = ", ".join(sorted(found.name for found in path.parent.glob("*.jsonl"))) or "no lines of any run"
         raise FileNotFoundError(f"{path.parent} has no {path.name}, which this command wrote; it has {others}")
     # split bytes: a line may have been cut off inside a character

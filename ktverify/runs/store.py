@@ -6,6 +6,7 @@ controller merges the parts at the end. `load` reads merged runs and unfinished 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import time
@@ -19,6 +20,13 @@ from ktverify.system.files import reports_dir
 
 MERGED = "records.jsonl"
 _HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head contains this
+# files that other commands write into a run's folder -> what shows them
+_SHOWN_BY = {
+    "bench.jsonl": "bench shapes --show",
+    "layer.jsonl": "bench layer --show",
+    "profile.jsonl": "profile --show",
+    "transformer.jsonl": "bench transformer --show",
+}
 _STAMP = re.compile(r"\d{8}T\d{6}Z(-\d+)?$")
 
 
@@ -97,7 +105,9 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
     merged = [directory / MERGED] if (directory / MERGED).is_file() else []
     parts = sorted(directory.glob("records-*.jsonl"))
     if not merged and not parts:
-        raise FileNotFoundError(f"no run in {directory}: it has neither {MERGED} nor records-*.jsonl")
+        raise FileNotFoundError(
+            _of_another_kind(directory) or f"no run in {directory}: it has no records of the suites"
+        )
     heads: list[RunRecord] = []
     # a controller that is killed between merging and removing the parts leaves lines twice: equal lines are one record
     results: dict[str, AnyRecord] = {}
@@ -139,6 +149,10 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
     runs = (Path(reports) if reports is not None else reports_dir()) / "runs"
     stamped = sorted(path for path in runs.glob("*") if _STAMP.fullmatch(path.name))
     known = [path for path in stamped if any(path.glob("records*.jsonl"))]
+    if name != "latest" and not any(path.name.startswith(name) for path in known):
+        timed = [text for path in sorted(runs.glob(f"{glob.escape(name)}*")) if (text := _of_another_kind(path))]
+        if timed:
+            raise FileNotFoundError(timed[-1])
     if not known:
         raise FileNotFoundError(f"no run in {runs}: make one with `pytest suites/ -n 4`")
     if name == "latest":
@@ -151,6 +165,14 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
         newest = ", ".join(path.name for path in reversed(known[-5:]))
         raise FileNotFoundError(f"no run named {name!r} in {runs}; the newest are {newest}")
     return matching[-1]
+
+
+def _of_another_kind(directory: Path) -> str:
+    """What a folder without records of the suites is, and how to look at it, if another command wrote it; else ""."""
+    for file, command in _SHOWN_BY.items():
+        if (directory / file).is_file():
+            return f"{directory} is no run of the suites; look at it by `python -m ktverify {command} {directory}`"
+    return ""
 
 
 def _has_a_result(directory: Path) -> bool:

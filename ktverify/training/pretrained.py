@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 DTYPES = ("bfloat16", "float32")
 BASE_OPTION = "model_name_or_path"
+_HUB_S = 5.0  # seconds to connect to the hub
 
 
 def quiet(purpose: str, *more: str) -> None:
@@ -58,7 +62,33 @@ def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> 
             f"{option} {path!r} is no directory; a tiny model to try with: "
             f"python -m ktverify make-tiny FAMILY --out {path}"
         )
+    if not local and not _cached(path):
+        _require_hub(path, option)
     try:
         return read(path, **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"{option} {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+
+
+def _cached(name: str) -> bool:
+    """Whether the hub's cache has this model, so that no network is needed."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _require_hub(name: str, option: str) -> None:
+    """ValueError where the hub cannot be reached: its library retries for a minute before it says so."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    if constants.is_offline_mode() or getproxies().get(address.scheme):
+        return  # the library refuses at once; a proxy may reach what this machine does not
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=_HUB_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"{option} {name!r} is no directory here, the hub's cache does not have it, and {address.hostname} cannot "
+            f"be reached ({error}); name a directory, or download the model first"
+        ) from None
