@@ -18,7 +18,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 from ktverify.errors import NothingMeasured
 from ktverify.isolation import process
 from ktverify.isolation.interrupt import INTERRUPTED
-from ktverify.runs.jsonl import JsonLine, LineFile, new_directory, remove_if_empty, whole_lines
+from ktverify.runs import jsonl
+from ktverify.runs.jsonl import JsonLine, LineFile, new_directory, remove_if_empty
 from ktverify.system import machine
 from ktverify.system.machine import Machine
 
@@ -63,10 +64,9 @@ class CeilingLine(JsonLine):
 def read_lines(path: Path, line: Any) -> list[Any]:
     """The lines of a run's file, without a last line that was cut off. line: the union of all kinds of lines.
 
-    FileNotFoundError without the file.
+    FileNotFoundError without the file, ValueError for another line that is none.
     """
-    adapter = _adapter(line)
-    return [adapter.validate_json(text) for text in whole_lines(path)]
+    return jsonl.read_lines(path, _adapter(line).validate_json)
 
 
 def lines_of_processes(module: str, requests: Iterable[BaseModel], line: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ktverify.cli.options import PROGRAM
 from ktverify.isolation.interrupt import in_one_line
+from ktverify.system.files import in_words
 
 app = typer.Typer(**PROGRAM)
 
@@ -48,8 +49,8 @@ def regenerate(
                 full=full,
                 progress=lambda text, share: bar.update(task, description=text or "done", completed=share),
             )
-    except ValueError as error:
-        typer.echo(f"golden: {error}", err=True)
+    except (ValueError, MemoryError, OSError) as error:
+        typer.echo(f"golden: {in_words(error) if isinstance(error, OSError) else error}", err=True)
         raise typer.Exit(2) from None
     for line in result.lines:
         typer.echo(f"drifted: {line}" if check else line)

@@ -29,6 +29,7 @@ from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.verify import repro, verify
 from ktverify.isolation.interrupt import in_one_line
 from ktverify.system import limits
+from ktverify.system.files import in_words
 
 # errors that users can cause: wrong arguments, missing files, an engine that refuses. Any other error is a bug, and its
 # traceback is shown
@@ -51,6 +52,8 @@ class _OneLineErrors(TyperGroup):
             if ctx.params["traceback"]:
                 raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            if isinstance(error, OSError):
+                text = in_words(error)
             line = " ".join(str(text).split()) or type(error).__name__
             typer.echo(f"error: {line}", err=True)
             raise typer.Exit(2) from None
@@ -143,4 +146,9 @@ app.add_typer(_bench, name="bench")
 
 def main() -> None:
     """Entry point of `ktverify` and `python -m ktverify`."""
-    app(obj=OwnProgram(), prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")
+    try:
+        app(obj=OwnProgram(), prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")
+    except OSError as error:  # standard output takes no more
+        typer.echo(f"error: {in_words(error)}", err=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)

@@ -156,9 +156,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[AnyRecord], None]:
 
     def add(result: AnyRecord) -> None:
         request.node.stash[own_records_key] = True
-        recorder = request.config.stash[recording_key].recorder
-        assert recorder is not None
-        recorder.add(result)
+        request.config.stash[recording_key].add(result)
 
     return add
 

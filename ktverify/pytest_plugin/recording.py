@@ -21,11 +21,12 @@ from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, fa
 from ktverify.report.failure_text import text_of
 from ktverify.report.pages import write_run
 from ktverify.runs.jsonl import new_directory
-from ktverify.runs.record import NOT_RUN, AccuracyRecord, CheckRecord, VerdictName
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, VerdictName
 from ktverify.runs.store import Recorder, Run, load, start_run
 from ktverify.spec.cases import Case
+from ktverify.system.files import in_words
 
-_RUN_DIR = "ktverify_run_dir"
+_RUN_DIR, _DISK_ERROR = "ktverify_run_dir", "ktverify_disk_error"
 
 # what a test notes about itself for its record
 own_records_key = pytest.StashKey[bool]()
@@ -46,6 +47,7 @@ class Recording:
         self.recorder: Recorder | None = None
         self.run: Run | None = None
         self.compared_nothing = False
+        self.disk_error = ""  # why a record could not be written
         # folders of all tests that were reported, from any worker
         self.folders: set[str] = set()
 
@@ -57,13 +59,13 @@ class Recording:
             self.recorder = Recorder(config.workerinput[_RUN_DIR])  # type: ignore[attr-defined]
             return
         self.check_choices()
-        run_dir = config.option.run_dir or new_directory()
         workers = getattr(config.option, "numprocesses", None) or 1
         command = shlex.join(["pytest", *config.invocation_params.args])
         try:
+            run_dir = config.option.run_dir or new_directory()
             self.recorder = start_run(run_dir.resolve(), config.option.engine, command, workers, selection_of(config))
-        except FileExistsError as error:
-            raise pytest.UsageError(f"--run-dir: {error}") from None
+        except OSError as error:
+            raise pytest.UsageError(f"--run-dir: {in_words(error)}") from None
 
     def check_choices(self) -> None:
         """UsageError for an engine, instruction set or case that does not exist: at once, and without a run."""
@@ -95,10 +97,34 @@ class Recording:
         passed = any(record.verdict == "PASS" for record in records) or not records
         if session.exitstatus == pytest.ExitCode.OK and (broken or self.compared_nothing or not passed):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        self.run = self.recorder.finish(int(session.exitstatus))
-        write_run(self.run)
+        if self.disk_error:
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+        try:
+            self.run = self.recorder.finish(int(session.exitstatus))
+            write_run(self.run)
+        except OSError as error:
+            self.disk_error = self.disk_error or in_words(error)
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of pytest-xdist has ended."""
+        self.disk_error = self.disk_error or getattr(node, "workeroutput", {}).get(_DISK_ERROR, "")
+
+    def add(self, record: AnyRecord) -> None:
+        """Add a record. A run that cannot be written ends here, with one line."""
+        assert self.recorder is not None
+        try:
+            self.recorder.add(record)
+        except OSError as error:
+            self.disk_error = in_words(error)
+            if is_worker(self.config):
+                self.config.workeroutput[_DISK_ERROR] = self.disk_error  # type: ignore[attr-defined]
+            pytest.exit(self.disk_error, returncode=int(pytest.ExitCode.INTERRUPTED))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.disk_error:
+            terminalreporter.write_line(f"FAIL: the run is not whole: {self.disk_error}", red=True)
         if self.run is None:
             return
         if self.compared_nothing:
@@ -125,7 +151,7 @@ class Recording:
         reported = raised is None or raised is item.stash.get(recorded_key, None)
         recorded = item.stash.get(own_records_key, False) and reported
         if self.recorder is not None and (report.when == "call" or not report.passed) and not recorded:
-            self.recorder.add(self._check_record(item, verdict, message, call.duration))
+            self.add(self._check_record(item, verdict, message, call.duration))
         return report
 
     def _check_record(self, item: pytest.Item, verdict: VerdictName, message: str, duration: float) -> CheckRecord:

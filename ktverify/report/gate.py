@@ -69,8 +69,7 @@ def judge_run(run: Run, baseline: Baseline | None = None, allowed: Growth | None
     elif run.head is not None and run.head.exit_status and all(r.verdict in (*NOT_RUN, "PASS") for r in run.records):
         # a collection error or an interrupted session leaves no record
         breaks.append(f"pytest ended with exit status {run.head.exit_status}, but no record says why.")
-    if run.torn_lines:
-        breaks.append(f"{run.torn_lines} record(s) were cut off while being written: a process was killed.")
+    breaks += [f"A record is lost: {sentence}" for sentence in run.lost]
     for record in worst_first(run.records):
         if record.verdict == "PASS":
             if isinstance(record, AccuracyRecord) and not record.gates:

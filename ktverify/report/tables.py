@@ -59,6 +59,8 @@ def run_verdict(run: Run) -> tuple[bool, str]:
     if run.head is not None and run.head.exit_status not in (0, None):
         how = "was interrupted" if run.head.exit_status == 2 else f"ended with exit status {run.head.exit_status}"
         return False, f"{checks} passed{aside}, but pytest {how}."
+    if run.lost:
+        return False, f"{checks} passed{aside}, but {many(len(run.lost), 'record')} could not be read: {run.lost[0]}."
     return True, f"{'All ' if ran > 1 else ''}{checks} passed{aside}."
 
 

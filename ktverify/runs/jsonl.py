@@ -1,20 +1,27 @@
 """JSON Lines: the one base of all lines, the one writer and the one reader. No torch here.
 
-Each line is appended in one write, so that a killed run leaves whole lines and at most one that was cut off.
+A line is in the file whole or not at all, also on a full disk; only a process that is killed while it writes may leave
+a line that was cut off. Readers leave that one out and name it.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import fcntl
+import json
 import os
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ktverify.system.files import reports_dir, write_whole
+from ktverify.system.files import reports_dir, unwritten, write_whole
+
+T = TypeVar("T")
 
 
 class JsonLine(BaseModel):
@@ -53,18 +60,21 @@ class LineFile:
     """Appends lines to a file that this process alone writes.
 
     A new file by default: FileExistsError where there is one. resume: append to a file that may exist, after a last
-    line that was cut off is removed; BlockingIOError where another process has it open in the same way.
+    line that was cut off is removed; BlockingIOError where another process has it open in the same way. OSError that
+    names the file where it cannot be written.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | (0 if resume else os.O_EXCL), 0o666)
         except FileExistsError:
             raise FileExistsError(
                 f"{path} is there already: name another folder by --out, or look at this one by --show"
             ) from None
+        except OSError as error:
+            raise unwritten(path, error) from None
         if resume:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +83,11 @@ class LineFile:
                 raise BlockingIOError(
                     f"{path} is being written by another run: wait for it, or name another file"
                 ) from None
-            os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
+            content = path.read_bytes()
+            *lines, torn = content.split(b"\n")
+            if torn:
+                print(f"{_torn(path, len(lines) + 1, torn)} and is removed", file=sys.stderr)
+                os.ftruncate(self._descriptor, len(content) - len(torn))
 
     def write(self, line: BaseModel) -> None:
         """Append one line. OSError where it could not be written whole; then nothing of it is in the file."""
@@ -89,9 +103,18 @@ def write_lines(path: Path, lines: Iterable[BaseModel]) -> Path:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line to a file that is opened for it alone: lines of a process and its forked children do not mix."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    """Append one line to a file that is opened for it alone: lines of a process and its forked children do not mix.
+
+    OSError that names the file where the line could not be written whole; then nothing of it is in the file.
+    """
     try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise unwritten(path, error) from None
+    try:
+        # one process at a time, so that none cuts off the line of another; some file systems have no locks
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         _append(descriptor, text, path)
     finally:
         os.close(descriptor)
@@ -99,18 +122,74 @@ def append_line(path: Path, text: str) -> None:
 
 def _append(descriptor: int, text: str, path: Path) -> None:
     before = os.fstat(descriptor).st_size
-    data = text.encode("utf-8") + b"\n"
-    if os.write(descriptor, data) != len(data):
+    # a killed process may have left the beginning of a line, which must not become that of this one
+    torn = before > 0 and os.pread(descriptor, 1, before - 1) != b"\n"
+    left = memoryview((b"\n" if torn else b"") + text.encode("utf-8") + b"\n")
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except BaseException as error:
         os.ftruncate(descriptor, before)
-        raise OSError(f"{path}: the disk took only a part of a record; make room and start again")
+        if isinstance(error, OSError):
+            raise unwritten(path, error) from None
+        raise
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file without one that was cut off at the end. FileNotFoundError without the file."""
+def read_lines(path: Path, parse: Callable[[str], T], *, lost: list[str] | None = None) -> list[T]:
+    """What `parse` makes of each line of a file; a ValueError of it means that the line cannot be read.
+
+    The last line may lack its end, because its process was killed while it wrote: it is left out, and a sentence that
+    names it is added to `lost`, or printed on stderr without `lost`. Any other line that cannot be read raises
+    ValueError, with the file and the line's number; with `lost`, it is left out and named as well. FileNotFoundError
+    without the file.
+    """
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no run at {path.parent}: there is no such directory")
     if not path.is_file():
         others = ", ".join(sorted(found.name for found in path.parent.glob("*.jsonl"))) or "no lines of any run"
         raise FileNotFoundError(f"{path.parent} has no {path.name}, which this command wrote; it has {others}")
+    found: list[T] = []
+    named: list[str] = []
     # split bytes: a line may have been cut off inside a character
-    return [line.decode("utf-8") for line in path.read_bytes().split(b"\n")[:-1] if line]
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(parse(line.decode("utf-8")))
+        except ValueError as error:
+            if number == len(lines) or (lost is not None and not line.rstrip().endswith(b"}")):
+                named.append(_torn(path, number, line))
+                continue
+            text = f"{path}, line {number} cannot be read: {_reason(error)}"
+            if lost is None:
+                raise ValueError(text) from None
+            named.append(text)
+    if lost is not None:
+        lost += named
+    elif named:
+        print(f"{named[0]} and is left out", file=sys.stderr)
+    return found
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """`read_lines` of JSON objects of any kind."""
+
+    def parse(text: str) -> dict[str, Any]:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+        return found
+
+    return read_lines(path, parse)
+
+
+def _torn(path: Path, number: int, line: bytes) -> str:
+    return f"{path}, line {number} was cut off while it was written ({line[:60].decode('utf-8', 'replace')!r})"
+
+
+def _reason(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])} {first['msg']}".strip()

@@ -1,7 +1,7 @@
 """Runs on disk: `reports/runs/<stamp>/records.jsonl`.
 
-Every process appends to a part file of its own, so that no lock is needed and a killed one loses at most one line. The
-controller merges the parts at the end. `load` reads merged runs and unfinished ones.
+Every process appends to a part file of its own, so that a killed one loses at most one line. The controller merges the
+parts at the end. `load` reads merged runs and unfinished ones.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ktverify.runs.jsonl import append_line, write_lines
+from ktverify.runs.jsonl import append_line, read_lines, write_lines
 from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, Selection, parse_line
 from ktverify.system.files import reports_dir
 
@@ -32,13 +32,13 @@ _STAMP = re.compile(r"\d{8}T\d{6}Z(-\d+)?$")
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read back: its head (None if it was lost), its records in the order in which they were made, the number
-    of lines that were cut off, the names of the part files that it was read from."""
+    """A run as read back: its head (None if it was lost), its records in the order in which they were made, a sentence
+    for each line that could not be read, the names of the part files that it was read from."""
 
     directory: Path
     head: RunRecord | None
     records: tuple[AnyRecord, ...]
-    torn_lines: int = 0
+    lost: tuple[str, ...] = ()
     parts_read: tuple[str, ...] = ()
 
     @property
@@ -66,10 +66,6 @@ class Recorder:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.worker = worker if worker is not None else os.environ.get("PYTEST_XDIST_WORKER", "main")
         self._part = self.run_dir / f"records-{self.worker}.jsonl"
-        # a killed predecessor of the same name may have left half a line
-        if self._part.exists() and not self._part.read_bytes().endswith(b"\n"):
-            with self._part.open("ab") as stream:
-                stream.write(b"\n")
 
     def add(self, record: RunRecord | AnyRecord) -> None:
         """Append one record. When this returns the kernel has it, so the process may die right after."""
@@ -84,7 +80,8 @@ class Recorder:
         """
         run = load(self.run_dir)
         if run.head is not None:
-            run = replace(run, head=run.head.model_copy(update={"finished": time.time(), "exit_status": exit_status}))
+            ended = {"finished": time.time(), "exit_status": exit_status, "lost": run.lost}
+            run = replace(run, head=run.head.model_copy(update=ended))
         write_records(run)
         for part in run.parts_read:
             (self.run_dir / part).unlink(missing_ok=True)
@@ -97,9 +94,9 @@ def write_records(run: Run) -> None:
 
 
 def load(run_dir: str | os.PathLike[str]) -> Run:
-    """Read a run, merged or not. A last line that was cut off is counted and left out.
+    """Read a run, merged or not. Lines that were cut off or are no records are left out and named.
 
-    Raises FileNotFoundError if there are no records, ValueError for a line that is no record.
+    Raises FileNotFoundError if there are no records.
     """
     directory = Path(run_dir)
     merged = [directory / MERGED] if (directory / MERGED).is_file() else []
@@ -111,25 +108,17 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
     heads: list[RunRecord] = []
     # a controller that is killed between merging and removing the parts leaves lines twice: equal lines are one record
     results: dict[str, AnyRecord] = {}
-    torn = 0
+    lost: list[str] = []
     for path in merged + parts:
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = parse_line(line.decode("utf-8"))
-            except ValueError as error:
-                if _is_torn(line):
-                    torn += 1
-                    continue
-                raise ValueError(f"{path}, line {number}: {error}") from None
+        for line, record in read_lines(path, lambda text: (text, parse_line(text)), lost=lost):
             if isinstance(record, RunRecord):
                 heads.append(record)
             else:
-                results.setdefault(line.decode("utf-8"), record)
+                results.setdefault(line, record)
     ordered = tuple(sorted(results.values(), key=lambda record: record.at))
     head = max(heads, key=lambda record: record.finished or 0.0, default=None)
-    return Run(directory, head, ordered, torn, tuple(path.name for path in parts))
+    lost = [*(head.lost if head is not None else ()), *lost]
+    return Run(directory, head, ordered, tuple(dict.fromkeys(lost)), tuple(path.name for path in parts))
 
 
 def _is_torn(line: bytes) -> bool:

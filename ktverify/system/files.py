@@ -6,6 +6,7 @@ a process that is killed leaves either the old file or the new one.
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -26,14 +27,15 @@ def reports_dir() -> Path:
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write `content` (text is UTF-8) to `path` in one step: temporary file in the same directory, fsync, os.replace.
 
-    Creates missing parent directories and returns the path. OSError as the file system reports it; `path` is then
-    unchanged.
+    Creates missing parent directories and returns the path. OSError that names the file where the file system takes no
+    more; `path` is then unchanged.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    name = ""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
             stream.flush()
@@ -41,10 +43,39 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
         # mkstemp creates private files; a report gets the mode of any other new file
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+    except BaseException as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritten(target, error) from None
         raise
     return target
+
+
+_ROOM, _PLACE = "make room, or name another folder", "name a folder that can be written"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _ROOM),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _PLACE),
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f)",
+}
+
+
+def unwritten(path: str | os.PathLike[str], error: OSError) -> OSError:
+    """The error of a file that could not be written, of the same class: its path, the reason, what to do."""
+    advice = _ADVICE.get(error.errno or 0, "")
+    text = f"{os.fspath(path)} cannot be written: {error.strerror or error}{advice and '; '}{advice}"
+    found = type(error)(text)
+    found.errno = error.errno
+    return found
+
+
+def in_words(error: OSError) -> str:
+    """The text of an error of the file system: the file, where it is known, and the reason, without the number."""
+    if not error.strerror:
+        return str(error)
+    advice = _ADVICE.get(error.errno or 0, "")
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}{advice and '; '}{advice}"
 
 
 def _umask() -> int:

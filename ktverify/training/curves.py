@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktverify.runs.jsonl import whole_lines
+from ktverify.runs.jsonl import read_objects
 
 LOSS_FILE, STATE_FILE = "loss.jsonl", "trainer_state.json"
 # the most that two runs of the same mathematics in different precision differ; beyond it they are different trainings
@@ -65,7 +65,7 @@ def read_curve(path: Path) -> Curve:
     try:
         rows: list[dict[str, Any]]
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in whole_lines(file) if line.strip()]
+            rows = read_objects(file)
         else:
             rows = json.loads(file.read_text(encoding="utf-8"))["log_history"]
         points = {int(row["step"]): float(row["loss"]) for row in rows if "loss" in row}

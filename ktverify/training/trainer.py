@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 from transformers import TrainerCallback
 
-from ktverify.runs.jsonl import append_line, whole_lines
+from ktverify.runs.jsonl import append_line, read_objects
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory
 
@@ -38,7 +38,7 @@ class LossLog(TrainerCallback):  # type: ignore[misc]
 
     def read(self, step: int) -> None:
         """Take the rows up to `step` from the file, where there is one."""
-        rows = [json.loads(line) for line in whole_lines(self.path)] if self.path.is_file() else []
+        rows = read_objects(self.path) if self.path.is_file() else []
         self.rows = [row for row in rows if row["step"] <= step]
 
     def write(self) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ktverify.bench.c2c.record import IDENTITY, C2cSettings, PromptRecord, RunInfo, Sitting
 from ktverify.bench.timed_run import busy
-from ktverify.runs.jsonl import LineFile, write_lines
+from ktverify.runs.jsonl import LineFile, read_lines, write_lines
 from ktverify.system.files import write_whole
 
 SUFFIX = ".jsonl"
@@ -56,19 +56,9 @@ class RecordFile(LineFile):
 def read_records(path: Path) -> list[PromptRecord]:
     """The whole records of a file. ValueError for a line that is no record, or for a missing file."""
     try:
-        content = path.read_bytes()
+        return read_lines(path, PromptRecord.model_validate_json)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    found = []
-    # bytes: a line may have been cut off inside a character
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        try:
-            found.append(PromptRecord.model_validate_json(line))
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path}, line {number} is no record of `bench c2c`: {where} {first['msg']}") from None
-    return found
 
 
 def read_info(path: Path) -> RunInfo:

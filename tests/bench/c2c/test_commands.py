@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import itertools
 import json
@@ -183,7 +184,7 @@ def test_a_torn_line_is_cut_off_wherever_it_was_torn(whole: Path, tmp_path: Path
     start = content[:-1].rfind(b"\n") + 1
     assert any(byte > 127 for byte in content[start:]), "no letter of several bytes to tear"
     path = tmp_path / "torn.jsonl"
-    for end in (start, start + 1, *range(start + 5, len(content), 11), len(content) - 1):
+    for end in (start, start + 1, *range(start + 5, len(content), 11)):
         path.write_bytes(content[:end])
         assert len(store.read_records(path)) == 6
         file = store.RecordFile(path)
@@ -239,10 +240,16 @@ def test_a_full_disk_leaves_whole_records(whole: Path, tmp_path: Path, monkeypat
     first, second, *_ = store.read_records(whole)
     file = store.RecordFile(tmp_path / "t.jsonl")
     file.write(first)
-    write = os.write
+    write, room = os.write, [50, 0]
+
+    def full(descriptor: int, data: bytes) -> int:
+        if left := room.pop(0):
+            return write(descriptor, data[:left])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:50]))
-        with pytest.raises(OSError, match=r"t\.jsonl: the disk took only a part of a record"):
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match=r"t\.jsonl cannot be written: No space left on device"):
             file.write(second)
     file.write(second)
     file.close()
@@ -402,7 +409,7 @@ def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_analyze_refuses_what_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text('{"id": 0}\n')
-    refused(call("bench", "analyze", str(path)), "line 1 is no record of `bench c2c`: prompt Field required")
+    refused(call("bench", "analyze", str(path)), "line 1 cannot be read: prompt Field required")
     path.write_text('{"id": 0')
     refused(call("bench", "analyze", str(path)), "there is no whole record")
     refused(call("bench", "analyze", str(tmp_path / "none.jsonl")), "cannot be read")
