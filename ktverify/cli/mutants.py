@@ -46,11 +46,14 @@ def mutants(
             result = kills.run([MUTANTS[name] for name in names or MUTANTS], jobs, step)
         console = make_console()
         console.print(kills.verdict_line(result))
-        console.print(kills.gates_line(result))
+        if not names:
+            console.print(kills.gates_line(result))
         print_grid(
             console, Grid.of(kills.mutant_rows(result), left=("cause", "killed by", "worst gate, times its budget"))
         )
-        print_grid(console, Grid.of(kills.gate_rows(result), left=("what exceeds it", "mutants that live without it")))
+        # of some mutants, only their gates: which gates are needed is a question to all
+        gates = [row for row in kills.gate_rows(result) if not names or row["mutants that live without it"]]
+        print_grid(console, Grid.of(gates, left=("what exceeds it", "mutants that live without it")))
         console.print(f"{kills.NOT_OF_ENGINES} judges cases, not engines: a test of its own shows what it catches.")
     path = json if json is not None or names else reports_dir() / "mutants.json"
     if path is not None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ktverify.checks.causes import PREFIX, cause_of
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, worst_first
 from ktverify.runs.store import Run
 
@@ -43,7 +44,11 @@ def problems(run: Run) -> list[FailureGroup]:
     for record in worst_first(run.records):
         if record.verdict not in (*NOT_RUN, "PASS"):
             groups.setdefault(_key(record), []).append(record)
-    return [_group(members) for members in groups.values()]
+    causes: dict[tuple[str, ...], list[list[AnyRecord]]] = {}
+    for key, members in groups.items():
+        title = _suggested(members)
+        causes.setdefault((*key[:2], title) if title else key, []).append(members)
+    return [_group(*cases) for cases in causes.values()]
 
 
 def group_text(problem: FailureGroup, most: int | None = None) -> str:
@@ -81,7 +86,19 @@ def _key(record: AnyRecord) -> tuple[str, ...]:
     return (record.verdict, record.isa, "tensors", record.case, str(record.tp), record.source)
 
 
-def _group(members: list[AnyRecord]) -> FailureGroup:
+def _suggested(members: Sequence[AnyRecord]) -> str:
+    """The cause that the diagnosis found for the tensors of a case, as "LoRA scaling"; "" if it found none."""
+    causes = [cause_of(record.message) for record in members if isinstance(record, AccuracyRecord)]
+    title = next(filter(None, causes), "").removeprefix(PREFIX).partition(":")[0]
+    return "" if title.startswith(("no ", "not ")) else _NUMBER.sub("#", title)
+
+
+def _group(members: list[AnyRecord], *more: list[AnyRecord]) -> FailureGroup:
+    """The group of `members`; more: other cases that have the same cause."""
+    if more:
+        shown, cases = _group(members), [_short(records[0]) for records in more]
+        lines = [*shown.lines, *_wrapped(f"the same cause in {_listed(dict.fromkeys(cases))}")]
+        return replace(shown, where=f"× {1 + len(more)} cases, as {shown.where}", lines=tuple(lines))
     first, times = members[0], f"× {len(members)} " if len(members) > 1 else ""
     repro = next((record.repro for record in members if record.repro), "")
     if first.verdict in ENDED:

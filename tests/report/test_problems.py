@@ -83,6 +83,28 @@ def test_failing_tensors_of_a_case_have_one_command(tmp_path: Path) -> None:
     assert found.repro == "python -m ktverify repro 'small@seed=0' --isa avx2"
 
 
+def test_cases_with_one_cause_are_one_group(tmp_path: Path) -> None:
+    def wrong(case: str, cause: str, isa: str = "avx2") -> AccuracyRecord:
+        record = accuracy(3e-2, case=f"{case}@seed=0", isa=isa)
+        return record.model_copy(update={"message": f"{record.message}\ncause: {cause}"})
+
+    scale = "LoRA scaling: found 1.0, expected alpha / rank = {} (explains 100.0 % of the error)"
+    records: list[AnyRecord] = [wrong(f"case{n}", scale.format(n)) for n in range(2, 12)]
+    records += [wrong("case2", scale.format(2), "scalar"), wrong("other", "routing weight: missing")]
+    records += [wrong(name, "no hypothesis about the tensors fits; a command") for name in ("odd", "odder")]
+    found = problems.problems(write(tmp_path / "run", records))
+    assert sorted(group.where for group in found) == [
+        "forward · avx2 · odd@seed=0",
+        "forward · avx2 · odder@seed=0",
+        "forward · avx2 · other@seed=0",
+        "forward · scalar · case2@seed=0",
+        "× 10 cases, as forward · avx2 · case2@seed=0",
+    ]
+    text = " ".join(problems.group_text(next(group for group in found if "10 cases" in group.where)).split())
+    assert text.count("cause: LoRA scaling") == text.count("python -m ktverify repro") == 1
+    assert "the same cause in case3, case4," in text
+
+
 def test_checks_that_found_the_same_share_a_line(tmp_path: Path) -> None:
     def failed(name: str, message: str) -> CheckRecord:
         return CheckRecord(family="contract", engine="native", name=name, verdict="FAIL", message=message)
