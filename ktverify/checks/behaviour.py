@@ -44,15 +44,21 @@ def _difference(first: Tensors, again: Tensors) -> tuple[str, Cause]:
     return ", which adds the results of the first call" if added else "", Cause.STALE_VALUES
 
 
-@check("behaviour", SAME_BITS, cause=Cause.THREADS, variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}})
-def check_threads(target: Target, case: Case = MIDDLE) -> None:
-    """1, 2, 3 and more threads than there are processors give the same bits, for one token too."""
+@check(
+    "behaviour",
+    SAME_BITS,
+    cause=Cause.THREADS,
+    variants={"": {}, "_at_odd_sizes": {"case": ODD_MIDDLE}, "_fewer_than_parts": {"tp": 4}},
+)
+def check_threads(target: Target, case: Case = MIDDLE, tp: int = 1) -> None:
+    """1, 2, 3 and more threads than there are processors give the same bits, for one token too; also where there are
+    more tensor-parallel parts than threads."""
     for sized in (case, dataclasses.replace(case, qlen=1)):
         inputs = make_inputs(sized)
-        expected = target.run(sized, inputs, threads=1)
-        for threads in (2, 3, 16):
-            found = target.run(sized, inputs, threads=threads)
-            target.expect_same_bits(f"{sized.id} with 1 and {threads} threads", expected, found)
+        expected = target.run(sized, inputs, threads=16, tp=tp)
+        for threads in (1, 2, 3):
+            found = target.run(sized, inputs, threads=threads, tp=tp)
+            target.expect_same_bits(f"{sized.id} with 16 and {threads} threads", expected, found)
 
 
 @check("behaviour", ALONE, gates=(*NUMBERS, "tp"), cause=Cause.TOKEN_TAIL)
@@ -232,17 +238,6 @@ def check_gradient_accumulation(target: Target) -> None:
         for name in LORA_NAMES:
             total[name] += found[f"grad_{name}"].float()
     judged(target, "four micro-batches", case, {f"grad_{name}": tensor for name, tensor in total.items()}, inputs)
-
-
-@check("behaviour", "A second call replaces the first", cause=Cause.STALE_VALUES, native=True)
-def check_reload(target: Target) -> None:
-    """Loading other weights into a used layer leaves nothing of the old ones."""
-    inputs, other = make_inputs(MIDDLE), make_inputs(MIDDLE.with_seed(4))
-    layer = target.layer(MIDDLE, inputs)
-    run_layer(layer, inputs)
-    layer.load_weights_from_tensors(other.gate_proj, other.up_proj, other.down_proj, other.physical_map)
-    layer.init_lora_weights(*(other.lora[name].clone() for name in LORA_NAMES))
-    target.expect_same_bits("a used layer with new weights", target.run(MIDDLE, other), run_layer(layer, other))
 
 
 @check("behaviour", "none of the six is taken over", gates=("refusal", "bits"), cause=Cause.STALE_LORA)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import changed, with_case
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import check
-from ktverify.checks.judging import NUMBERS, raise_for
+from ktverify.checks.judging import NUMBERS, expect_forms, raise_for
 from ktverify.checks.target import MIDDLE, Target, expect, same_bits
 from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.judge import gates, metrics, reference
@@ -159,7 +159,7 @@ def check_next_forward(target: Target) -> None:
 @check(
     "dropout",
     "The backward of that forward uses its masks, and no other tensor is dropped.",
-    gates=NUMBERS,
+    gates=(*NUMBERS, "form"),
     cause=Cause.DROPOUT,
 )
 def check_same_masks_in_backward(target: Target) -> None:
@@ -175,6 +175,7 @@ def check_same_masks_in_backward(target: Target) -> None:
 
 
 def _judge_dropped(target: Target, what: str, found: Tensors, inputs: Inputs) -> None:
+    expect_forms(target, what, found, inputs)
     kept = _kept(found, inputs)
     masks = {name: mask / (1 - P) for name, mask in kept.items()}
     oracle, without = (reference.forward_backward(inputs, masks=each) for each in (masks, None))

@@ -207,17 +207,19 @@ def _workers() -> int:
     native=False,
 )
 def check_threads_have_a_ceiling(target: Target) -> None:
-    """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut."""
+    """cpuinfer_threads = 64 makes no more workers than this process may run on, counted after its affinity was cut;
+    cpuinfer_threads = 1 makes one at most."""
     torch.set_num_threads(1)
     inputs = make_inputs(MIDDLE)
     allowed = sorted(os.sched_getaffinity(0))
-    for processors in {1, len(allowed)}:
+    for processors, threads in ((1, 64), (len(allowed), 64), (len(allowed), 1)):
         os.sched_setaffinity(0, allowed[:processors])
         before = _workers()
-        layer = target.layer(MIDDLE, inputs, threads=64)
+        layer = target.layer(MIDDLE, inputs, threads=threads)
         run_layer(layer, inputs)
         more = _workers() - before
-        target.expect(more <= processors, f"{more} threads were started on {processors} processors", "resources")
+        text = f"{more} threads were started on {processors} processors with cpuinfer_threads {threads}"
+        target.expect(more <= min(processors, threads), text, "resources")
         del layer
 
 

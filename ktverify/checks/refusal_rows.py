@@ -106,6 +106,17 @@ def _constructor() -> Rows:
         yield name, Refusal(VALUE, mentions, lambda setup, more=more: setup.target.bare(SMALL, **more))  # type: ignore[misc]
 
 
+def native_alone() -> Rows:
+    """What the contract asks of the native engine alone."""
+    for value in (1, -1):
+        mentions = ("num_gpu_experts", str(value))
+
+        def act(setup: Setup, value: int = value) -> object:
+            return setup.target.bare(SMALL, num_gpu_experts=value)
+
+        yield f"num_gpu_experts {value}", Refusal(VALUE, mentions, act)
+
+
 def _weights() -> Rows:
     # into a layer without weights: an engine that takes them only once has no second time to refuse
     def load(name: str, change: Callable[[Tensor], Any]) -> Act:

@@ -6,19 +6,20 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, Where, enter
-from ktverify.checks.refusal_rows import PARTS, Refusal, Setup
+from ktverify.checks.refusal_rows import PARTS, Refusal, Setup, native_alone
 from ktverify.checks.target import SMALL, Target
 from ktverify.engines.run import run_layer
 from ktverify.errors import EngineDied, Unsupported
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import lora_shapes
 
-REFUSALS: dict[str, Refusal] = {name: refusal for _, part in PARTS for name, refusal in part()}
+REFUSALS: dict[str, Refusal] = {name: refusal for _, part in PARTS for name, refusal in part()} | dict(native_alone())
 
 
 def check_refusal(target: Target, name: str) -> None:
@@ -100,4 +101,10 @@ def _check(id: str, function: Callable[..., object], contract: str, **arguments:
 
 
 enter(_check(name, check_refusal, contract, name=name) for contract, part in PARTS for name in dict(part()))
+enter(
+    [
+        replace(_check(name, check_refusal, "num_gpu_experts other than 0 (native alone)", name=name), native=True)
+        for name in dict(native_alone())
+    ]
+)
 enter([_check("out of memory", check_out_of_memory, "more memory than there is")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from ktverify.checks import (  # noqa: F401 - importing them enters their checks
     accuracy,
     behaviour,
+    calls,
     dropout,
     edge_inputs,
     exact,

@@ -1,0 +1,263 @@
+"""docs/contract.md, sentence by sentence: each has a check, or a reason why it can have none; so has each argument."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+
+from ktverify.checks import registry
+from ktverify.engines.argument_checks import LayerSpec
+from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify.system.files import ROOT
+
+# ---- sentences that are asked, but not by a check whose own sentence they are: sentence -> checks
+EVERY_CASE = ("forward/small", "backward/small")
+ORDER = ("property/permuted_tokens", "property/permuted_slots", "property/permuted_experts")
+ASKED_BY: dict[str, tuple[str, ...]] = {
+    "hidden_states, output; grad_output, grad_input | [T, H] | bf16": (
+        "edge/one_token",
+        "refusals/hidden_states dtype",
+    ),
+    "expert_ids | [T, k] | int64, 0 to E − 1, or −1": ("refusals/expert_ids dtype", "refusals/expert id 6"),
+    "weights (of the routing), grad_weights | [T, k] | fp32": ("edge/one_token", "refusals/weights dtype"),
+    "gate_proj, up_proj; down_proj | [E, I, H]; [E, H, I] | bf16, frozen": (
+        "refusals/gate_proj transposed",
+        "behaviour/nothing_is_written",
+    ),
+    "gate_lora_a, up_lora_a; gate_lora_b, up_lora_b | [E, r, H]; [E, I, r] | bf16 or fp32, all six the same": (
+        "refusals/gate_lora_a transposed",
+        "refusals/LoRA of two dtypes",
+        "edge/multiples_of_nothing_many_rows",
+    ),
+    "down_lora_a; down_lora_b | [E, r, I]; [E, H, r] | as above": ("refusals/down_lora_a transposed",),
+    "the six LoRA gradients, grad_gate_lora_a … | their parameter's | their parameter's": (
+        "edge/multiples_of_nothing_many_rows",
+    ),
+    "A result is a plain tensor of torch on the CPU.": EVERY_CASE,
+    "It shares no memory with an argument, another result or an earlier one.": (
+        *EVERY_CASE,
+        "behaviour/nothing_is_written",
+    ),
+    "g = x Gᵀ + s (x A_gᵀ) B_gᵀ u = x Uᵀ + s (x A_uᵀ) B_uᵀ": EVERY_CASE,
+    "h = g · σ(g) · u y = h Dᵀ + s (h A_dᵀ) B_dᵀ": EVERY_CASE,
+    "A token's output is the sum of its slots' y, each times its routing weight w.": EVERY_CASE,
+    "dh = dy D + s (dy B_d) A_d": EVERY_CASE,
+    "dg = dh · u · σ(g) (1 + g (1 − σ(g))) du = dh · g · σ(g)": EVERY_CASE,
+    "dx = dg G + s (dg B_g) A_g + du U + s (du B_u) A_u": EVERY_CASE,
+    "grad_down_lora_b = s dyᵀ (h A_dᵀ) grad_down_lora_a = s (dy B_d)ᵀ h": EVERY_CASE,
+    "grad_gate_lora_b = s dgᵀ (x A_gᵀ) grad_gate_lora_a = s (dg B_g)ᵀ x": EVERY_CASE,
+    "grad_up_lora_b = s duᵀ (x A_uᵀ) grad_up_lora_a = s (du B_u)ᵀ x": EVERY_CASE,
+    "grad_input of a token = Σ dx over its slots grad_weights[t, j] = ⟨dO[t], y of slot j⟩": EVERY_CASE,
+    "Two slots of a token may name the same expert.": ("edge/expert_named_twice",),
+    "An engine under strict limits gives its bits, at every tensor-parallel degree; any other keeps its budget.": (
+        "exact/exact_small",
+        "tp/integer",
+    ),
+    "threadpool_count is the tensor-parallel degree: I is split evenly.": ("tp/gaussian", "tp_constraint/2049/2"),
+    "base weights by slot; physical_map [E] int64: slot p contains logical expert physical_map[p].": (
+        "behaviour/physical_map",
+    ),
+    "the six tensors, in the order gate a, b, up a, b, down a, b; they become layer.gate_lora_a … layer.down_lora_b, "
+    "the parameters that an optimizer steps.": ("training/update", "training/fp32_parameters"),
+    "output.": EVERY_CASE,
+    "of the newest waiting forward: grad_input and a dict of exactly the six LoRA gradients; layer.grad_weights is "
+    "then the routing gradient": ("behaviour/outstanding_forwards", "backward/small"),
+    "It is the memory of the buffers that all layers of a process share; no saved forward is in it": (
+        "behaviour/clear_cache",
+        "processes/cleared_memory_comes_back",
+    ),
+    "The error is one line that names the argument, what it got and what it takes; it has exactly the class below, not "
+    "one derived from it; afterwards the layer gives the bits it gave before, and a forward that was waiting still has "
+    "its backward.": ("refusals/k above E", "refusals/grad_output columns"),
+    "unknown mode or method | ValueError that lists the known ones": (
+        "refusals/mode unknown",
+        "refusals/method unknown",
+    ),
+    "a size, rank, cache depth or thread count of 0 or less; k above E; alpha not finite or not above 0; dropout "
+    "outside [0, 1) | ValueError": (
+        "refusals/hidden_size 0",
+        "refusals/lora_rank -3",
+        "refusals/max_cache_depth 0",
+        "refusals/cpuinfer_threads -3",
+        "refusals/k above E",
+        "refusals/lora_alpha inf",
+        "refusals/lora_dropout 1.0",
+    ),
+    "… of another dtype or device, or no tensor; LoRA tensors of two dtypes | ValueError or TypeError": (
+        "refusals/gate_proj dtype",
+        "refusals/up_lora_a device",
+        "refusals/gate_proj no tensor",
+        "refusals/LoRA of two dtypes",
+    ),
+    "physical_map that is no permutation of 0 … E − 1 | ValueError": (
+        "refusals/physical_map twice",
+        "refusals/physical_map negative",
+    ),
+    "… of another dtype or device, or no tensor | ValueError or TypeError": (
+        "refusals/weights float64",
+        "refusals/hidden_states device",
+        "refusals/expert_ids None",
+        "refusals/grad_output dtype",
+        "refusals/grad_output None",
+    ),
+    "an id of E or more, or below −1 | ValueError with its position": ("refusals/expert id 6", "refusals/expert id -2"),
+    "one saved forward more than max_cache_depth | RuntimeError": ("refusals/two forwards outstanding",),
+    "backward without a saved forward, or a second one of it | RuntimeError that names the call": (
+        "refusals/backward without forward",
+        "refusals/backward twice",
+    ),
+    "grad_output of another number of rows | ValueError or RuntimeError": ("refusals/grad_output too few rows",),
+    "… of another width, number of dimensions | ValueError": (
+        "refusals/grad_output columns",
+        "refusals/grad_output dimensions",
+    ),
+    "update_lora_weights with a parameter of another shape, dtype, or none": ("behaviour/failed_update",),
+    "Another engine whose backward takes accumulate is asked for the same, within its own budget.": (
+        "property/accumulated_gradients",
+    ),
+    "Tokens, slots or experts in another order: the same bits wherever no sum changes its order.": ORDER,
+}
+
+# ---- sentences that no check can ask: sentence -> why
+A_HEADING, A_NAME, SAID_LATER = "says what follows", "defines a word or a symbol", "later sentences say it exactly"
+OF_THE_SUITES = "is about the suites; tests of this project ask it"
+EXPLAINS: dict[str, str] = {
+    "What a layer has to compute, how it is called, and what it refuses.": A_HEADING,
+    "The oracle (ktverify/judge/reference.py), the checks in suites/ and the engine follow this page; an engine of "
+    "your own is judged by it.": OF_THE_SUITES,
+    "What an engine cannot do it declares by NotImplementedError: that counts as UNSUPPORTED, not as a failure.": (
+        OF_THE_SUITES
+    ),
+    "T tokens (*qlen*), E experts, k experts a token, H hidden, I intermediate, r LoRA rank; s = lora_alpha / "
+    "r.": A_NAME,
+    "One expert, with the rows x [n, H] of the tokens that name it; G, U, D are its base matrices, A and B its LoRA:": (
+        A_NAME
+    ),
+    "Backward, with dO the rows of grad_output and dy = w · dO:": A_NAME,
+    "How far a result may be from fp64, and why, is in [ktverify/judge/tolerances.toml](../ktverify/judge/"
+    "tolerances.toml); rel_l2 and mean_rel are defined in ktverify/judge/metrics.py.": A_NAME,
+    "Strict limits are for the native engine and any whose factory says fp32_sums = True: keeping them takes bf16 "
+    "operands, fp32 wherever a sum is formed, also over experts and over gate and up, and one rounding where a result "
+    "is stored.": "explains the strict limits; the gate rel_l2_own is one of every case",
+    "That leaves a relative L2 error of about 2.4e-3 forward and at most 3e-3 to 3.5e-3 backward, where torch, written "
+    "op by op in bf16, has 4.5e-3 to 7e-3.": "explains the strict limits by measurements",
+    "Beyond the size of the error, every engine owes this:": A_HEADING,
+    "lora_dropout is peft's: each LoRA drops elements of its own input, x for gate and for up, h for down, in forwards "
+    "with save_for_backward=True.": SAID_LATER,
+    "With the probability p:": A_HEADING,
+    "The README shows them in order.": A_HEADING,
+    "An engine is any callable that takes the constructor's keyword arguments and returns an object with the "
+    "methods.": ("every check does it"),
+    "The suites pass max_cache_depth and lora_dropout only where a check is about them, and isa only where the factory "
+    "names its isas.": OF_THE_SUITES,
+    "These are checked of native alone:": A_HEADING,
+}
+
+# ---- arguments: of the constructor, and "method.argument" of the calls -> checks that give other values than one
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "layer_idx": ("behaviour/layer_index",),
+    "num_experts": ("edge/sizes_of_one", "refusals/num_experts 0"),
+    "num_experts_per_tok": ("edge/every_expert_of_every_token", "refusals/k above E"),
+    "hidden_size": ("edge/multiples_of_nothing", "refusals/hidden_size 0"),
+    "moe_intermediate_size": ("edge/multiples_of_nothing", "refusals/moe_intermediate_size 0"),
+    "num_gpu_experts": ("refusals/num_gpu_experts 1",),
+    "cpuinfer_threads": ("behaviour/threads", "processes/threads_have_a_ceiling"),
+    "threadpool_count": ("tp/gaussian", "behaviour/threads_fewer_than_parts"),
+    "weight_path": ("native/weight_path",),
+    "chunked_prefill_size": ("behaviour/largest_call", "refusals/more rows than chunked_prefill_size"),
+    "method": ("behaviour/skip_lora", "refusals/method unknown"),
+    "mode": ("refusals/mode unknown",),
+    "lora_rank": ("edge/rank_above_sizes", "refusals/lora_rank 0"),
+    "lora_alpha": ("property/scaled_alpha", "refusals/lora_alpha 0.0"),
+    "lora_dropout": ("dropout/elements", "dropout/zero", "refusals/lora_dropout 1.0"),
+    "max_cache_depth": ("behaviour/outstanding_forwards", "refusals/two forwards outstanding"),
+    "isa": ("native/isa_is_kept", "isa_choice/sse9-argument"),
+    "load_weights_from_tensors.gate_proj": ("refusals/gate_proj shape",),
+    "load_weights_from_tensors.up_proj": ("refusals/up_proj shape",),
+    "load_weights_from_tensors.down_proj": ("refusals/down_proj shape",),
+    "load_weights_from_tensors.physical_map": ("behaviour/physical_map", "refusals/physical_map twice"),
+    "load_weights.physical_map": ("native/weight_path",),
+    **{
+        f"init_lora_weights.{name}_lora_{matrix}": (f"refusals/{name}_lora_{matrix} shape", "behaviour/lora_again")
+        for name in ("gate", "up", "down")
+        for matrix in "ab"
+    },
+    "forward_sft.hidden_states": ("behaviour/strides", "refusals/hidden_states columns"),
+    "forward_sft.expert_ids": ("edge/masked_slots", "refusals/expert id 6"),
+    "forward_sft.weights": ("behaviour/masked_weights_do_not_count", "refusals/weights rows"),
+    "forward_sft.save_for_backward": ("behaviour/saved_by_default", "behaviour/outstanding_forwards"),
+    "backward.grad_output": ("behaviour/strides", "refusals/grad_output columns"),
+    "backward.accumulate": ("native/accumulation",),
+}
+# arguments of the native engine's calls that docs/contract.md does not have -> the tests that ask about them
+BEYOND_THE_CONTRACT = {"backward.ticket": "tests/training/test_autograd.py"}
+CALLS = ("load_weights_from_tensors", "load_weights", "init_lora_weights", "forward_sft", "backward")
+
+
+def plain(text: str) -> str:
+    """A text without Markdown's backticks and asterisks, and without line breaks."""
+    return " ".join(text.replace("`", "").replace("**", "").split())
+
+
+def sentences() -> list[str]:
+    """Every sentence of the page: of paragraphs and list items, a table's rows, and each line of formulas.
+
+    Of the table of calls, those of its second column: the signatures are in ARGUMENTS.
+    """
+    found = []
+    for block in re.split(r"\n\s*\n", (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")):
+        if block.startswith("#"):
+            continue
+        if block.startswith("    "):
+            found += [plain(line) for line in block.splitlines()]
+        elif block.startswith("| call |"):
+            for row in block.splitlines()[2:]:
+                found += _split(plain(row).strip("| ").partition(" | ")[2])
+        elif block.startswith("|"):
+            found += [plain(row).strip("| ") for row in block.splitlines()[2:]]
+        else:
+            found += [part for item in re.split(r"\n(?=- )", block) for part in _split(plain(item.removeprefix("- ")))]
+    return found
+
+
+def _split(text: str) -> list[str]:
+    return re.split(r"(?<=[.])\s+(?=[A-Z]|\w+ (?:is|names) )", text)
+
+
+SENTENCES = sentences()
+OWN = {plain(one.contract) for one in registry.checks()}
+
+
+def test_every_sentence_has_a_check_or_a_reason() -> None:
+    asked = [*OWN, *ASKED_BY]
+    unasked = []
+    for sentence in SENTENCES:
+        # every clause on its own; the second cell of a refusal is its error
+        for clause in (part.partition(" | Val")[0].rstrip(".") for part in sentence.split("; ")):
+            if sentence not in EXPLAINS and not any(clause in one or one in clause for one in asked):
+                unasked.append(clause)
+    assert not unasked, "\n".join(unasked)
+
+
+@pytest.mark.parametrize("sentence", [*ASKED_BY, *EXPLAINS])
+def test_what_is_listed_is_a_sentence_of_the_page(sentence: str) -> None:
+    assert any(sentence in one for one in SENTENCES), sentence
+    assert not any(plain(one) == sentence for one in OWN), f"a check has this sentence as its own: {sentence}"
+
+
+def test_every_check_that_is_named_here_is_there() -> None:
+    for names in (*ASKED_BY.values(), *ARGUMENTS.values()):
+        for name in names:
+            registry.find(name)
+
+
+def test_every_argument_has_a_check() -> None:
+    taken = {field.name for field in dataclasses.fields(LayerSpec)}
+    assert taken == set(inspect.signature(KTMoEWrapper.__init__).parameters) - {"self"}
+    for call in CALLS:
+        given = inspect.signature(getattr(KTMoEWrapper, call)).parameters
+        taken |= {f"{call}.{argument}" for argument in given if argument != "self"}
+    assert taken == {*ARGUMENTS, *BEYOND_THE_CONTRACT}
