@@ -53,15 +53,17 @@ LoraPointers six(const Six& s) {
     return std::apply([](auto... address) { return LoraPointers{pointer<void>(address)...}; }, s);
 }
 
-// The array's memory returns to the process's pool when its last view is deleted.
-std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes) {
-    GradientMemory::Taken taken = process().gradients.take(bytes);
+// With reuse, the array's memory comes from the process's pool, and returns to it when its last view is deleted.
+std::pair<py::array_t<std::uint8_t>, bool> gradient_memory(std::size_t bytes, bool reuse) {
+    GradientMemory::Taken taken = reuse ? process().gradients.take(bytes) : GradientMemory::Taken{Block(bytes), true};
     auto block = std::make_unique<Block>(std::move(taken.block));
     std::byte* const data = block->data();
-    const py::capsule owner(block.get(), [](void* p) {
+    const auto give_back = [](void* p) {
         const std::unique_ptr<Block> owned(static_cast<Block*>(p));
         process().gradients.give(std::move(*owned));
-    });
+    };
+    const py::capsule owner = reuse ? py::capsule(block.get(), give_back)
+                                    : py::capsule(block.get(), [](void* p) { delete static_cast<Block*>(p); });
     (void)block.release();
     return {py::array_t<std::uint8_t>(static_cast<py::ssize_t>(bytes), reinterpret_cast<std::uint8_t*>(data), owner),
             taken.zero};
@@ -79,6 +81,10 @@ PYBIND11_MODULE(_native, m) {
             if (error) std::rethrow_exception(error);
         } catch (const OutOfMemory& e) {
             py::set_error(PyExc_MemoryError, e.what());
+        } catch (const std::bad_alloc&) {
+            const std::string have = std::to_string(available_memory() >> 20);
+            py::set_error(PyExc_MemoryError,
+                          ("a table of the engine needs more than there is: " + have + " MiB are available").c_str());
         }
     });
 
@@ -93,10 +99,11 @@ PYBIND11_MODULE(_native, m) {
     m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
     m.def("available_memory", &available_memory,
-          "Bytes that can still be allocated: free memory, cgroup limit, RLIMIT_AS.");
+          "Bytes that can still be allocated: free memory, cgroup limit, RLIMIT_AS, RLIMIT_DATA.");
+    m.def("read_system_below", &read_system_below, "root"_a, "Read proc/ and sys/ below this folder, for tests.");
     m.def("clear_buffer_cache", &clear_buffer_cache, without_gil);
     m.attr("HUGE_PAGE") = kHuge;
-    m.def("gradient_memory", &gradient_memory, "(uint8 array of this size, whether it is zero).");
+    m.def("gradient_memory", &gradient_memory, "bytes"_a, "reuse"_a, "(uint8 array of this size, whether it is zero).");
     m.def("read_rate", &read_rate, "threads"_a, "bytes"_a, "passes"_a, without_gil,
           "Bytes per second that the threads read together, in the best pass.");
     m.def("multiply_rate", &multiply_rate, "isa"_a, "threads"_a, "seconds"_a, without_gil,

@@ -69,7 +69,7 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     // measures another engine.
     if (kept.workers != workers || kept.share != share) {
         kept = {};
-        require_memory(bytes, "the memory that the bandwidth is measured on");
+        require_memory({bytes, bytes}, "the memory that the bandwidth is measured on");
         kept = {Block(share * workers + kAhead + kStep), workers, share};
         // Each worker writes its own share first, so that the pages are on its NUMA node.
         team.run([&](int worker) { std::memset(begin(worker), 1, share); });

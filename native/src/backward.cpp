@@ -91,10 +91,10 @@ void Backward::carve(Carver& carver) {
 }
 
 void Backward::run(Process& shared, Team& team, Recording& recording) {
-    Block work = carved([&](Carver& carver) { carve(carver); },
-                        [&](std::size_t bytes) {
-                            return shared.cache.take(bytes, "a backward of " + std::to_string(call_.rows) + " tokens");
-                        });
+    const auto arrays = [this](Carver& carver) { carve(carver); };
+    std::vector<Block> blocks = shared.cache.take({measured(arrays)}, results_need(),
+                                                  "a backward of " + std::to_string(call_.rows) + " tokens");
+    cut(blocks[0], arrays);
     std::memset(zeros_, 0, std::max(hidden_, inter_) * sizeof(bf16));
     prepare_sums();
     prepare_rows_of_x();
@@ -127,14 +127,33 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         worker.watch.stage_done();
     });
     if (active_ == 0 && T_ > 0) std::memset(call_.grad_input, 0, T_ * H_ * sizeof(bf16));
-    shared.cache.give(std::move(work));
+    shared.cache.give(std::move(blocks[0]));
+}
+
+// What the results take for the first time: grad_input, gradients in fresh pages, and sums of experts without one so far.
+Need Backward::results_need() const {
+    Need need;
+    need.touched = T_ * H_ * sizeof(bf16);
+    std::size_t count = 0, fresh = 0;
+    for (const std::size_t n : grad_sizes_) count += n;
+    const std::size_t element = config_.lora_fp32 ? sizeof(float) : sizeof(bf16), E = config_.num_experts;
+    // of one expert: its parts of six tensors, each of which may begin and end within a page
+    const auto expert_bytes = [&](std::size_t of_element) {
+        return count / E * of_element + grad_sizes_.size() * 8192;
+    };
+    if (call_.grads_zero && with_lora_)
+        need.touched += std::min(routing_.experts.size() * expert_bytes(element), count * element);
+    if (!call_.accumulate) return need;
+    for (const Routing::Expert& e : routing_.experts) fresh += !layer_.grad_sums || !layer_.has_sums[e.expert];
+    need.touched += std::min(fresh * expert_bytes(sizeof(float)), count * sizeof(float));
+    if (!layer_.grad_sums) need.mapped += Block::footprint(count * sizeof(float));
+    return need;
 }
 
 void Backward::prepare_sums() {
     if (call_.accumulate && !layer_.grad_sums) {
         std::size_t count = 0;
         for (const std::size_t n : grad_sizes_) count += n;
-        require_memory(count * sizeof(float), "the fp32 sums of the LoRA gradients");
         layer_.grad_sums = Block(count * sizeof(float));  // fresh pages are zero
         layer_.has_sums.assign(config_.num_experts, false);
     }

@@ -97,6 +97,7 @@ class Backward {
     };
 
     void carve(Carver& carver);
+    Need results_need() const;
     void prepare_sums();
     void prepare_rows_of_x();
 

@@ -107,15 +107,24 @@ void Forward::carve_kept(Carver& carver) {
 }
 
 void Forward::run(Process& shared, Team& team, Recording& recording) {
-    const std::string tokens = std::to_string(call_.rows) + " tokens";
-    Block work = carved([&](Carver& carver) { carve_work(carver); },
-                        [&](std::size_t bytes) { return shared.cache.take(bytes, "a forward of " + tokens); });
-    if (call_.save)
-        kept_.block =
-            carved([&](Carver& carver) { carve_kept(carver); },
-                   [&](std::size_t bytes) { return shared.cache.take(bytes, "saving a forward of " + tokens); });
+    const auto work = [this](Carver& carver) { carve_work(carver); };
+    const auto kept = [this](Carver& carver) { carve_kept(carver); };
+    const std::vector<int> wanted = new_experts();
+    Need need = layer_.packing_need(wanted.size());
+    need.touched += T_ * size_.H * sizeof(bf16);  // the output
+    std::string what = (call_.save ? "a saved forward of " : "a forward of ") + std::to_string(call_.rows) + " tokens";
+    if (!wanted.empty()) what += " that packs " + std::to_string(wanted.size()) + " experts";
+    std::vector<std::size_t> sizes{measured(work)};
+    if (call_.save) sizes.push_back(measured(kept));
+    std::vector<Block> blocks = shared.cache.take(sizes, need, what);
+    cut(blocks[0], work);
+    if (call_.save) {
+        kept_.block = std::move(blocks[1]);
+        cut(kept_.block, kept);
+    }
     caller_.lap(Phase::allocation);
-    pack_new_experts(shared, team);
+    layer_.pack_experts(team, wanted);
+    caller_.lap(Phase::pack_weights);
 
     const int parts = config_.parts, copies = call_.save ? groups_of(call_.rows + 1) : 0;
     TaskQueue copying(1, team, copies), packing(parts, team, groups_), upping(parts, team, active_, size_.ib),
@@ -137,23 +146,16 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
         worker.watch.stage_done();
     });
     if (active_ == 0 && T_ > 0) std::memset(call_.output, 0, T_ * size_.H * sizeof(bf16));
-    shared.cache.give(std::move(work));
+    shared.cache.give(std::move(blocks[0]));
 }
 
-void Forward::pack_new_experts(Process& shared, Team& team) {
+// The experts of this call that are not packed yet.
+std::vector<int> Forward::new_experts() const {
     std::vector<int> wanted;
     for (const Routing::Expert& e : routing_.experts) {
         if (!layer_.experts[0][e.expert].block) wanted.push_back(e.expert);
     }
-    if (wanted.empty()) return;
-    const std::size_t made = config_.parts * Block::footprint(layer_.expert_bytes());
-    // Sources that are released make room for the experts after the first, except for their padding.
-    const std::size_t released = layer_.given_up ? std::min(made, layer_.source_bytes()) : 0;
-    const std::size_t need = made + (wanted.size() - 1) * (made - released);
-    if (need > available_memory()) shared.release();
-    require_memory(need, "packing the weights of " + std::to_string(wanted.size()) + " experts");
-    layer_.pack_experts(team, wanted);
-    caller_.lap(Phase::pack_weights);
+    return wanted;
 }
 
 // nt for `rows` tokens of an expert: c [32][ldc], or [rows][32] where they are few.

@@ -39,7 +39,7 @@ class Forward {
 
     void carve_work(Carver& carver);
     void carve_kept(Carver& carver);
-    void pack_new_experts(Process& shared, Team& team);
+    std::vector<int> new_experts() const;
 
     void keep_rows(Worker& worker, int first_group);
     void pack(Worker& worker, int p, int group);

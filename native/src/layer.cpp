@@ -22,8 +22,8 @@ const LayerConfig& checked(const LayerConfig& c) {
     if (c.intermediate % c.parts != 0)
         throw BadInput("intermediate size " + std::to_string(c.intermediate) + " is not a multiple of " +
                        std::to_string(c.parts));
-    require_memory(c.parts * wide(c.num_experts) * sizeof(PackedExpert),
-                   "the table of " + std::to_string(c.num_experts) + " experts");
+    const std::size_t table = c.parts * wide(c.num_experts) * sizeof(PackedExpert);
+    require_memory({table, table}, "the table of " + std::to_string(c.num_experts) + " experts");
     return c;
 }
 

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "ktv/errors.hpp"
 
@@ -22,32 +23,36 @@ bool is_huge(std::size_t bytes) {
     return bytes >= 2 * kHuge;
 }
 
+// The folder that contains proc/ and sys/, with the "/" at its end.
+std::string system_root = "/";
+
 std::size_t page_size() {
     static const auto size = sysconf(_SC_PAGESIZE);
     return size;
 }
 
 // The number in a file that contains one number; kUnlimited when there is none ("max", no such file).
-std::size_t number_in(const char* path) {
-    std::ifstream file(path);
+std::size_t number_in(const std::string& path) {
+    std::ifstream file(system_root + path);
     std::size_t value;
     return file >> value ? value : kUnlimited;
 }
 
-std::size_t meminfo_available() {
-    std::ifstream file("/proc/meminfo");
+// A row of /proc/meminfo in bytes; kUnlimited without it.
+std::size_t meminfo(const std::string& wanted) {
+    std::ifstream file(system_root + "proc/meminfo");
     for (std::string key, unit; file >> key;) {
         std::size_t kib;
         file >> kib;
-        if (key == "MemAvailable:") return kib * 1024;
+        if (key == wanted) return kib * 1024;
         std::getline(file, unit);
     }
     return kUnlimited;
 }
 
 // The sum of these keys of a file with a "key number" on each line.
-std::size_t sum_in(const char* path, std::initializer_list<const char*> keys) {
-    std::ifstream file(path);
+std::size_t sum_in(const std::string& path, std::initializer_list<const char*> keys) {
+    std::ifstream file(system_root + path);
     std::size_t sum = 0, value;
     for (std::string key; file >> key >> value;) {
         if (std::any_of(keys.begin(), keys.end(), [&](const char* wanted) { return key == wanted; })) sum += value;
@@ -62,16 +67,16 @@ struct Cgroups {
 };
 
 // Memory that a group and its parents leave. A group counts cached files as used, but frees them when memory is requested;
-// after reading a checkpoint they fill it. ktverify/system/machine.py uses the same rule.
+// after reading a checkpoint they fill it. ktverify/system/limits.py uses the same rule.
 std::size_t left_in(const Cgroups& version, std::string group) {
     std::size_t least = kUnlimited;
     // Inside a container the path may be the host's and not exist; then the mount's root is the group itself.
     for (;;) {
         const std::string folder = version.root + (group == "/" ? "" : group) + "/";
-        const std::size_t limit = number_in((folder + version.limit).c_str());
-        std::size_t used = number_in((folder + version.used).c_str());
+        const std::size_t limit = number_in(folder + version.limit);
+        std::size_t used = number_in(folder + version.used);
         if (limit != kUnlimited && used != kUnlimited) {
-            used -= std::min(used, sum_in((folder + "memory.stat").c_str(), version.cached));
+            used -= std::min(used, sum_in(folder + "memory.stat", version.cached));
             least = std::min(least, limit > used ? limit - used : 0);
         }
         if (group.empty() || group == "/") return least;
@@ -80,54 +85,95 @@ std::size_t left_in(const Cgroups& version, std::string group) {
 }
 
 std::size_t cgroup_left() {
-    const Cgroups one{"/sys/fs/cgroup/memory",
+    const Cgroups one{"sys/fs/cgroup/memory",
                       "memory.limit_in_bytes",
                       "memory.usage_in_bytes",
                       {"total_inactive_file", "total_active_file"}},
-        two{"/sys/fs/cgroup", "memory.max", "memory.current", {"inactive_file", "active_file"}};
+        two{"sys/fs/cgroup", "memory.max", "memory.current", {"inactive_file", "active_file"}},
+        beside_one{"sys/fs/cgroup/unified", "memory.max", "memory.current", {"inactive_file", "active_file"}};
     std::size_t least = kUnlimited;
-    std::ifstream file("/proc/self/cgroup");
+    std::ifstream file(system_root + "proc/self/cgroup");
     for (std::string line; std::getline(file, line);) {  // number:controller,…:/path
         const std::size_t first = line.find(':'), second = line.find(':', first + 1);
         if (second == std::string::npos || line[second + 1] != '/') continue;
         std::string controllers = line.substr(first, second - first + 1);
         controllers.front() = controllers.back() = ',';  // ",cpu,memory,"
-        if (line.starts_with("0::")) least = std::min(least, left_in(two, line.substr(second + 1)));
-        else if (controllers.find(",memory,") != std::string::npos)
-            least = std::min(least, left_in(one, line.substr(second + 1)));
+        const std::string group = line.substr(second + 1);
+        if (line.starts_with("0::")) {
+            least = std::min({least, left_in(two, group), left_in(beside_one, group)});
+        } else if (controllers.find(",memory,") != std::string::npos) {
+            least = std::min(least, left_in(one, group));
+        }
     }
     return least;
 }
 
-std::size_t address_space_left() {
-    rlimit limit{};
-    if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kUnlimited;
-    std::ifstream statm("/proc/self/statm");
-    std::size_t pages = 0;
-    statm >> pages;
-    const std::size_t used = pages * page_size();
-    return limit.rlim_cur > used ? limit.rlim_cur - used : 0;
+std::size_t left_of(std::size_t limit, std::size_t used) {
+    return limit > used ? limit - used : 0;
 }
 
-std::string gib(std::size_t bytes) {
+// Pages that can still be touched.
+std::size_t pages_left() {
+    return std::min(meminfo("MemAvailable:"), cgroup_left());
+}
+
+// Bytes that can still be mapped, touched or not.
+std::size_t mappings_left() {
+    std::size_t size = 0, data = 0, other;
+    std::ifstream statm(system_root + "proc/self/statm");
+    statm >> size >> other >> other >> other >> other >> data;
+    std::size_t least = kUnlimited;
+    for (const auto& [kind, pages] : {std::pair{RLIMIT_AS, size}, {RLIMIT_DATA, data}}) {
+        rlimit limit{};
+        if (getrlimit(kind, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+            least = std::min(least, left_of(limit.rlim_cur, pages * page_size()));
+    }
+    if (number_in("proc/sys/vm/overcommit_memory") == 2)
+        least = std::min(least, left_of(meminfo("CommitLimit:"), meminfo("Committed_AS:")));
+    return least;
+}
+
+// With the tables of the pages, and what the process allocates meanwhile elsewhere.
+std::size_t with_overhead(std::size_t touched) {
+    return touched == 0 ? 0 : touched + touched / 256 + (std::size_t{1} << 20);
+}
+
+std::string size_text(std::size_t bytes) {
+    const bool large = bytes >= (1u << 30);
     char text[32];
-    std::snprintf(text, sizeof text, "%.2f GiB", static_cast<double>(bytes) / (1u << 30));
+    std::snprintf(text, sizeof text, large ? "%.2f GiB" : "%.1f MiB",
+                  static_cast<double>(bytes) / (1u << (large ? 30 : 20)));
     return text;
 }
 
 }  // namespace
 
-std::size_t available_memory() {
-    return std::min({meminfo_available(), cgroup_left(), address_space_left()});
+void Need::add_block(std::size_t bytes) {
+    mapped += Block::footprint(bytes);
+    touched += bytes;
 }
 
-void require_memory(std::size_t bytes, const std::string& what) {
-    const std::size_t have = available_memory();
-    if (bytes > have) {
-        throw OutOfMemory(what + " needs " + gib(bytes) + ", and " + gib(have) +
+std::size_t available_memory() {
+    return std::min(pages_left(), mappings_left());
+}
+
+bool is_available(const Need& need) {
+    return with_overhead(need.touched) <= pages_left() && need.mapped <= mappings_left();
+}
+
+void require_memory(const Need& need, const std::string& what) {
+    const auto check = [&](std::size_t bytes, std::size_t have) {
+        if (bytes <= have) return;
+        throw OutOfMemory(what + " needs " + size_text(bytes) + ", and " + size_text(have) +
                           " are available; use fewer tokens per call " +
                           "(chunked_prefill_size), fewer experts, or a machine with more memory");
-    }
+    };
+    check(with_overhead(need.touched), pages_left());
+    check(need.mapped, mappings_left());
+}
+
+void read_system_below(const std::string& root) {
+    system_root = root.ends_with('/') ? root : root + "/";
 }
 
 void release_pages(const void* first, std::size_t bytes) {
@@ -149,8 +195,8 @@ Block::Block(std::size_t bytes) : size_(bytes) {
     void* const mapped =
         mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED)
-        throw OutOfMemory("a block of " + gib(bytes) + " could not be mapped, and " + gib(available_memory()) +
-                          " are available");
+        throw OutOfMemory("a block of " + size_text(bytes) + " could not be mapped, and " +
+                          size_text(available_memory()) + " are available");
     mapped_ = {mapped, Unmap{size}};
     auto address = reinterpret_cast<std::uintptr_t>(mapped);
     if (is_huge(bytes)) {
@@ -165,21 +211,37 @@ void Block::Unmap::operator()(void* mapped) const {
     munmap(mapped, bytes);
 }
 
-Block BlockCache::take(std::size_t bytes, const std::string& what) {
-    auto best = free_.end();
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-        if (it->size() >= bytes && (best == free_.end() || it->size() < best->size())) best = it;
+std::vector<Block> BlockCache::take(const std::vector<std::size_t>& sizes, Need need, const std::string& what) {
+    // Below this, pages in older mappings are not worth reading what is free.
+    constexpr std::size_t kFew = std::size_t{16} << 20;
+    std::vector<Block> blocks(sizes.size());
+    bool fit = true;
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        auto best = free_.end();
+        for (auto it = free_.begin(); it != free_.end(); ++it) {
+            if (it->size() >= sizes[i] && (best == free_.end() || it->size() < best->size())) best = it;
+        }
+        if (best == free_.end()) {
+            need.add_block(sizes[i]);
+            fit = false;
+        } else {
+            blocks[i] = std::move(*best);
+            free_.erase(best);
+        }
     }
-    if (best != free_.end()) {
-        Block block = std::move(*best);
-        free_.erase(best);
-        return block;
+    // The other blocks in the cache are too small for this call: free them before allocating a larger one.
+    if (!fit) free_.clear();
+    if (need.mapped > 0 || need.touched >= kFew) {
+        if (!is_available(need)) {
+            free_.clear();
+            on_shortage_();
+        }
+        require_memory(need, what);
     }
-    // The blocks in the cache are too small for this call: free them before allocating a larger one.
-    free_.clear();
-    if (bytes > available_memory()) on_shortage_();
-    require_memory(bytes, what);
-    return Block(bytes);
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+        if (!blocks[i]) blocks[i] = Block(sizes[i]);
+    }
+    return blocks;
 }
 
 void BlockCache::give(Block block) {

@@ -13,10 +13,22 @@ namespace ktv {
 
 inline constexpr std::size_t kHuge = std::size_t{2} << 20;  // a huge page of x86-64, bytes
 
-// Bytes that can still be allocated without swapping: the least of MemAvailable, the cgroup's limit and RLIMIT_AS.
+// What a call is about to take, all of it, added up before any page is touched: a page that was promised and not yet
+// touched still counts as free everywhere else. mapped: new mappings. touched: pages that the call writes first, in new
+// mappings or in older ones.
+struct Need {
+    std::size_t mapped = 0, touched = 0;
+    void add_block(std::size_t bytes);
+};
+
+// Bytes that can still be allocated without swapping: the least of MemAvailable, what the cgroups leave, RLIMIT_AS,
+// RLIMIT_DATA and, where the kernel does not overcommit, what is not yet committed.
 std::size_t available_memory();
-// Throws OutOfMemory with both figures when `bytes` more are not available.
-void require_memory(std::size_t bytes, const std::string& what);
+bool is_available(const Need& need);
+// Throws OutOfMemory with both figures when the need is not available.
+void require_memory(const Need& need, const std::string& what);
+// Reads proc/ and sys/ below this folder instead of "/", for tests. No other thread may use memory meanwhile.
+void read_system_below(const std::string& root);
 
 // Releases the whole pages inside [first, first + bytes). The next read finds the file's content where a file is mapped
 // that was not written, and zeros anywhere else.
@@ -44,7 +56,7 @@ class Block {
 };
 
 // Cuts arrays out of one block. A first pass without a block measures the size, a second pass on the block cuts. One
-// function that lists the arrays serves both passes, so that they cannot disagree: see carved().
+// function that lists the arrays serves both passes, so that they cannot disagree: see measured() and cut().
 class Carver {
   public:
     explicit Carver(std::byte* base = nullptr) : base_(base) {}
@@ -60,15 +72,17 @@ class Carver {
     std::size_t used_ = 0;
 };
 
-// carve(Carver&) lists the arrays; take(bytes) returns a block for them.
-template <typename Carve, typename Take>
-Block carved(const Carve& carve, const Take& take) {
-    Carver measure;
-    carve(measure);
-    Block block = take(measure.used());
-    Carver cut(block.data());
-    carve(cut);
-    return block;
+// carve(Carver&) lists the arrays: the bytes that they take, and the cut of a block of so many bytes.
+template <typename Carve>
+std::size_t measured(const Carve& carve) {
+    Carver carver;
+    carve(carver);
+    return carver.used();
+}
+template <typename Carve>
+void cut(const Block& block, const Carve& carve) {
+    Carver carver(block.data());
+    carve(carver);
 }
 
 // Blocks that are reused from call to call: the smallest that fits is handed out again.
@@ -76,7 +90,8 @@ class BlockCache {
   public:
     // on_shortage: frees what memory the process can spare.
     explicit BlockCache(std::function<void()> on_shortage) : on_shortage_(std::move(on_shortage)) {}
-    Block take(std::size_t bytes, const std::string& what);
+    // Blocks of these sizes. OutOfMemory unless they fit together with `need`, which is all that the call takes besides.
+    std::vector<Block> take(const std::vector<std::size_t>& sizes, Need need, const std::string& what);
     void give(Block block);
     void clear() { free_.clear(); }
 

@@ -61,6 +61,17 @@ std::size_t Layer::State::expert_bytes() const {
     return 3 * size.ib * (size.hb * kBlockSize) * sizeof(bf16);
 }
 
+Need Layer::State::packing_need(std::size_t count) const {
+    Need made, need;
+    for (int part = 0; part < config.parts; ++part) made.add_block(expert_bytes());
+    if (count == 0) return need;
+    // Sources that are released make room for the experts after the first, except for their padding.
+    const std::size_t released = given_up ? std::min(made.touched, source_bytes()) : 0;
+    need.mapped = count * made.mapped;
+    need.touched = made.touched + (count - 1) * (made.touched - released);
+    return need;
+}
+
 void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     if (wanted.empty()) return;
     if (gate.disposable && wanted.size() > 1) {
@@ -142,11 +153,13 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
         to->gate_b.resize(config.parts);
         to->up_b.resize(config.parts);
         to->down_a.resize(config.parts);
-        to->block = carved([&](Carver& carver) { carve(*to, carver); },
-                           [](std::size_t bytes) {
-                               require_memory(bytes, "the snapshot of the LoRA weights");
-                               return Block(bytes);  // fresh pages are zero, and padding is never written
-                           });
+        const auto arrays = [&](Carver& carver) { carve(*to, carver); };
+        const std::size_t bytes = measured(arrays);
+        Need need;
+        need.add_block(bytes);
+        require_memory(need, "the snapshot of the LoRA weights");
+        to->block = Block(bytes);  // fresh pages are zero, and padding is never written
+        cut(to->block, arrays);
     }
     const std::size_t H = size.H, I = size.I, r = size.r, all_I = I * config.parts;
     const bool fp32 = config.lora_fp32, twice = size.side_by_side();

@@ -42,13 +42,16 @@ struct Process {
     std::mutex mutex;  // held while a layer computes, packs or allocates
     std::map<std::pair<int, int>, std::unique_ptr<Team>> teams;
     GradientMemory gradients;
-    BlockCache cache{[this] { gradients.clear(); }};
     // The memory that read_rate reads: `share` bytes for each of `workers`.
-    struct {
+    struct Ceiling {
         Block block;
         int workers = 0;
         std::size_t share = 0;
     } ceiling;
+    BlockCache cache{[this] {
+        gradients.clear();
+        ceiling = Ceiling{};
+    }};
 
     Team& team(int workers, int parts);
     // Frees all memory that no call and no tensor uses.

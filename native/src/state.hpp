@@ -158,6 +158,7 @@ struct Layer::State {
         return {size.ab * panel(size.hb), size.ib * panel(size.rb), size.rb * panel(size.ib), size.hb * panel(size.rb)};
     }
 
+    Need packing_need(std::size_t experts) const;
     void pack_experts(Team& team, const std::vector<int>& wanted);
     void pack_lora(Team& team, const LoraPointers& lora);
     Ticket forward(const ForwardArguments& arguments);

@@ -8,12 +8,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from ktverify.engines import argument_checks
 from ktverify.engines.native.base_weights import Sources, alias, expert_weights
 from ktverify.engines.native.phase_times import StageTimes
+from ktverify.engines.native.shortage import memory_errors
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
 from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
@@ -67,7 +67,7 @@ def _gradients(
     sizes = [math.prod(shape) for shape in shapes]
     count = sum(sizes) * dtype.itemsize
     reuse = written * len(shapes) * _native.HUGE_PAGE >= count
-    memory, zero = _native.gradient_memory(count) if reuse else (np.zeros(count, np.uint8), True)
+    memory, zero = _native.gradient_memory(count, reuse)
     parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
@@ -166,6 +166,7 @@ class KTMoEWrapper:
         """Forwards that wait for their backward."""
         return int(self._native.saved_forwards)
 
+    @memory_errors("load_weights_from_tensors")
     def load_weights_from_tensors(
         self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
     ) -> None:
@@ -178,6 +179,7 @@ class KTMoEWrapper:
         slots = argument_checks.check_physical_map(self.spec, physical_map)
         self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots, mapped=False))
 
+    @memory_errors("load_weights")
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
         """Take the base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file or a
         folder of such files. base_weights.py lists the known names.
@@ -196,6 +198,7 @@ class KTMoEWrapper:
         self._sources = sources
         self._weights_loaded = True
 
+    @memory_errors("init_lora_weights")
     def init_lora_weights(
         self,
         gate_lora_a: torch.Tensor,
@@ -240,6 +243,7 @@ class KTMoEWrapper:
         for name, tensor in lora.items():
             setattr(self, name, tensor)
 
+    @memory_errors("update_lora_weights")
     def update_lora_weights(self) -> None:
         """Give the engine the present values of all six parameters at once. A saved forward's backward uses its own."""
         argument_checks.check_ready(True, self._lora_dtype is not None, "update_lora_weights")
@@ -252,6 +256,7 @@ class KTMoEWrapper:
         contiguous = [t.detach().contiguous() for t in lora.values()]
         self._native.update_lora([t.data_ptr() for t in contiguous])
 
+    @memory_errors("forward_sft")
     def forward_sft(
         self,
         hidden_states: torch.Tensor,
@@ -283,6 +288,7 @@ class KTMoEWrapper:
             sources.going = sources.released()
             return self._native, sources.name if sources.going else 0
 
+    @memory_errors("backward")
     def backward(
         self, grad_output: torch.Tensor, *, accumulate: bool = False, ticket: int = 0
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
