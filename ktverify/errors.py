@@ -15,6 +15,7 @@ KtverifyError
 |-- NotExact             AssertionError        integer data for which fp32 sums may round
 |-- NoGolden             FileNotFoundError     a case has no golden
 |-- AdapterMismatch      ValueError            an adapter does not fit its base model
+|-- NotFinite            RuntimeError          a training's loss or gradient is NaN or Inf
 `-- NothingMeasured      ValueError            a bench run has no measurement that counts
 """
 
@@ -119,6 +120,10 @@ class NoGolden(KtverifyError, FileNotFoundError):
 
 class AdapterMismatch(KtverifyError, ValueError):
     """The tensors of a stored adapter are not those that its base model has."""
+
+
+class NotFinite(KtverifyError, RuntimeError):
+    """The loss or the gradient of a training's step is NaN or Inf."""
 
 
 class NothingMeasured(KtverifyError, ValueError):

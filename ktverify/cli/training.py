@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ktverify.cli.options import print_verdict, progress
+from ktverify.errors import NotFinite
 from ktverify.training.pretrained import DTYPES, quiet
 
 if TYPE_CHECKING:
@@ -66,15 +67,20 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     """
     chosen = _read_config(context, config)
     from ktverify.system.limits import format_bytes
+    from ktverify.training.curves import to_text
     from ktverify.training.run import run
 
-    trained = run(chosen, config.resolve().parent)
+    try:
+        trained = run(chosen, config.resolve().parent)
+    except NotFinite as error:
+        print_verdict(False, str(error))
+        raise
     if trained.note:
         typer.echo(trained.note)
         return
     done = trained.summary
     slope = "" if math.isnan(done.slope) else f", slope {done.slope:.2e} a step"  # one logged step has none
-    typer.echo(f"loss {done.first_loss:.4f} to {done.last_loss:.4f}{slope}")
+    typer.echo(f"loss {to_text(done.first_loss)} to {to_text(done.last_loss)}{slope}")
     typer.echo(
         f"{done.steps} steps, {done.tokens} tokens in {done.seconds:.1f} s, {done.tokens_per_s:.0f} tokens/s, peak "
         f"memory {format_bytes(done.peak_rss)}"
@@ -118,15 +124,18 @@ def compare_curves(
     from ktverify.training import curves
 
     first, second = curves.read_curve(old), curves.read_curve(new)
+    if plot is not None:
+        curves.draw({str(old): first, str(new): second}, plot)
+        typer.echo(str(plot))
+    for path, curve in ((old, first), (new, second)):
+        if curve.problem:
+            print_verdict(False, f"{path}: {curve.problem}")
     found = curves.compare(first, second)
     typer.echo(
         f"{len(found.steps)} steps: mean {found.mean:.2%}, largest {found.largest:.2%} at step "
         f"{found.largest_at}, final {found.final:.2%}"
     )
     typer.echo(f"slope {found.slopes[0]:.3e} and {found.slopes[1]:.3e} a step")
-    if plot is not None:
-        curves.draw({str(old): first, str(new): second}, plot)
-        typer.echo(str(plot))
     print_verdict(found.passed, f"largest difference {found.largest:.2%}, at most {curves.MAX_RELATIVE:.0%}")
 
 
@@ -203,6 +212,13 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
 
 def _read_config(context: typer.Context, path: Path) -> TrainConfig:
     quiet("training", "peft", "yaml")
-    from ktverify.training.config import read_config
+    from ktverify.training.config import WrongKeys, read_config
 
-    return read_config(path, context.args)
+    try:
+        return read_config(path, context.args)
+    except WrongKeys as error:
+        if len(error.lines) == 1:
+            raise
+        for line in error.lines:
+            typer.echo(line, err=True)
+        raise ValueError(f"{path} cannot be used for the {len(error.lines)} reasons above") from None

@@ -10,10 +10,11 @@ import codecs
 import contextlib
 import fcntl
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,6 +96,23 @@ class LineFile:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def with_named_floats(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, in which NaN and Inf are "NaN", "Infinity" and "-Infinity", as JsonLine writes them; float() reads
+    these texts."""
+    return {key: _named(value) if isinstance(value, float) else value for key, value in values.items()}
+
+
+def to_json(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """JSON of a flat mapping, NaN and Inf as texts: JSON itself has no such numbers."""
+    return json.dumps(with_named_floats(values), indent=indent, allow_nan=False)
+
+
+def _named(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def write_lines(path: Path, lines: Iterable[BaseModel]) -> Path:

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from pathlib import Path
 
 # the folder that contains `ktverify/`: a checkout, or site-packages
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def expand(path: str) -> str:
+    """`path` with ~ and $VARIABLE replaced, as a shell does; a $ in the name of a file that exists stays.
+
+    ValueError for a variable that is not set, and for a user who does not exist."""
+    home = os.path.expanduser(path)
+    found = home if os.path.lexists(home) else os.path.expandvars(home)
+    if found.startswith("~"):
+        user = found.partition("/")[0]
+        raise ValueError(f"{path!r} begins with {user}, and there is no such user; ./{user} is a folder of that name")
+    if not os.path.lexists(home) and (variable := re.search(r"\$(\w+|\{[^}]*\})", found)):
+        raise ValueError(f"{path!r} has the variable {variable.group()}, which is not set")
+    return found
 
 
 def reports_dir() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +61,8 @@ def _loss(directory: Path) -> Answer:
         curve = read_curve(directory)
     except ValueError as error:
         return Answer("loss", False, str(error))
-    if not all(math.isfinite(loss) for loss in curve.losses):
-        return Answer("loss", False, "the loss is not finite everywhere")
+    if curve.problem:
+        return Answer("loss", False, curve.problem)
     if len(curve.losses) < 2:
         return Answer("loss", False, "was logged once, which shows no slope: train longer, or log more often")
     text = f"{curve.losses[0]:.3f} to {curve.losses[-1]:.3f} in {curve.steps[-1]} steps, slope {curve.slope:.2e} a step"

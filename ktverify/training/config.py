@@ -6,14 +6,16 @@ takes, and for an unknown key the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from ktverify.system.files import expand
+from ktverify.training.llama_factory import sort_out
 
 OWN_TEMPLATES = ("default", "tokenizer")
 # keys of LLaMA-Factory's files that have one value here -> how it may be written, and the error for another value
@@ -24,12 +26,17 @@ ONLY: dict[str, tuple[tuple[object, ...], str]] = {
 }
 
 
+PATHS = ("model_name_or_path", "dataset", "output_dir", "resume_from_checkpoint")
+_MOST = 2**31 - 1  # of any count
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+
+
 class TrainConfig(BaseModel):
-    """Keys and defaults of a training; docs/training.md says what each does."""
+    """Keys and defaults of a training; docs/training.md says what each does. Paths are expanded (~, $VARIABLE)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
-    model_name_or_path: str
+    model_name_or_path: str = Field(min_length=1)
     trust_remote_code: bool = False
     torch_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     stage: Literal["sft"] = "sft"
@@ -38,39 +45,75 @@ class TrainConfig(BaseModel):
 
     use_kt: bool = True
     kt_backend: str = "AMXBF16"
-    kt_num_threads: int | None = Field(None, ge=1)
+    kt_num_threads: Count | None = None
     kt_tp_enabled: bool = False
-    kt_tp_count: int = Field(1, ge=1)
+    kt_tp_count: Count = 1
     kt_use_wrapper: Literal[True] = True
     kt_num_gpu_experts: Literal[0] = 0
     kt_weight_path: Literal[""] | None = ""
 
-    lora_rank: int = Field(8, ge=1)
+    lora_rank: Count = 8
     lora_alpha: float | None = Field(None, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     lora_target: str | list[str] = "all"
     use_rslora: bool = False
 
-    dataset: str
+    dataset: str | list[str] = Field(min_length=1)
+    max_samples: Count | None = None
     template: str = "default"  # whatever the name, the tokenizer's own
-    cutoff_len: int = Field(2048, ge=2)
-    preprocessing_num_workers: int | None = Field(None, ge=1)
+    cutoff_len: int = Field(2048, ge=2, le=_MOST)
+    preprocessing_num_workers: Count | None = None
 
-    per_device_train_batch_size: int = Field(1, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    per_device_train_batch_size: Count = 1
+    gradient_accumulation_steps: Count = 1
     gradient_checkpointing: bool = False
     learning_rate: float = Field(1e-4, gt=0)
-    num_train_epochs: float = Field(3.0, gt=0)
-    max_steps: int = -1
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # 0 clips nothing
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, ge=0)
+    num_train_epochs: float = Field(3.0, gt=0, le=1e6)
+    max_steps: int = Field(-1, ge=-1, le=_MOST)  # -1 leaves it to num_train_epochs
     lr_scheduler_type: str = "linear"
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)  # 1 is one step to transformers
-    seed: int = Field(42, ge=0)
-    logging_steps: int = Field(10, ge=1)
-    save_steps: int = Field(500, ge=1)
-    save_total_limit: int | None = Field(None, ge=1)
-    output_dir: str
+    lr_scheduler_kwargs: dict[str, float | int | str | bool | None] = Field({})
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    warmup_steps: int = Field(0, ge=0, le=_MOST)  # goes before warmup_ratio
+    seed: int = Field(42, ge=0, lt=2**32)  # numpy takes no more
+    logging_steps: Count = 10
+    save_steps: Count = 500
+    save_total_limit: Count | None = None
+    stop_on_nan: bool = True
+    output_dir: str = Field(min_length=1)
     overwrite_output_dir: bool = False
     resume_from_checkpoint: bool | str | None = None
+
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on keys of the file that are not used, or are used as other keys."""
+        return (*self._notes, *filter(None, [self.template_note]))
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, by default twice the rank."""
+        return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def targets(self) -> list[str]:
+        """The names in lora_target."""
+        names = self.lora_target.split(",") if isinstance(self.lora_target, str) else self.lora_target
+        return [name.strip() for name in names if name.strip()]
+
+    @property
+    def datasets(self) -> list[str]:
+        """The data sets: a list, or names with commas between them; a file with a comma in its name is one."""
+        if isinstance(self.dataset, list):
+            return self.dataset
+        whole = [self.dataset] if Path(self.dataset).exists() else self.dataset.split(",")
+        return [name.strip() for name in whole if name.strip()]
 
     @property
     def template_note(self) -> str:
@@ -78,6 +121,23 @@ class TrainConfig(BaseModel):
         if self.template in OWN_TEMPLATES:
             return ""
         return f"template {self.template!r} is not looked up: the tokenizer's own chat template is used"
+
+    @field_validator(*PATHS, mode="after")
+    @classmethod
+    def _expanded(cls, value: Any) -> Any:
+        try:
+            if isinstance(value, list):
+                return [expand(name) for name in value]
+            return ",".join(map(expand, value.split(","))) if isinstance(value, str) else value
+        except ValueError as error:
+            raise PydanticCustomError("path", "{text}", {"text": str(error)}) from None
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise PydanticCustomError("no_steps", "it takes 1 or more, or -1, which leaves it to num_train_epochs")
+        return value
 
     @field_validator(*ONLY, mode="before")
     @classmethod
@@ -112,19 +172,33 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}; it takes keys and values")
-    merged = {**document, **_pairs(overrides)}
-    unknown = [key for key in merged if key not in TrainConfig.model_fields]
-    if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), TrainConfig.model_fields, 1)
-        hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(TrainConfig.model_fields)}"
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}{hint}")
+    kept, notes, problems = sort_out({**document, **_pairs(overrides)}, list(TrainConfig.model_fields))
     try:
-        return TrainConfig(**merged)
+        config = TrainConfig(**kept)
     except ValidationError as error:
-        problem = error.errors()[0]
+        problems += _problems_of(error)
+    if problems:
+        raise WrongKeys([f"{path}: {problem}" for problem in problems])
+    config._notes = tuple(notes)
+    return config
+
+
+class WrongKeys(ValueError):
+    """A configuration cannot be used. lines: what is wrong with each key."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
+def _problems_of(error: ValidationError) -> list[str]:
+    """One line for each key: with several types to choose from, pydantic has an error for each of them."""
+    found: dict[str, str] = {}
+    for problem in error.errors():
         key = str(problem["loc"][0])
-        got = "nothing" if problem["type"] == "missing" else repr(problem["input"])
-        raise ValueError(f"{path}: {key} got {got}: {problem['msg']}") from None
+        got = "nothing" if problem["type"] == "missing" else repr(problem["input"])[:200]
+        found.setdefault(key, f"{key} got {got}: {problem['msg']}")
+    return list(found.values())
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ MAX_RELATIVE = 0.05
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses (nats per token, mean over the logged steps) by step, ascending."""
+    """Losses (nats per token, mean over the logged steps) by step, ascending; NaN where a line has none. problem: the
+    first line without a number, or with NaN or Inf, as loss or grad_norm; "" where all are finite."""
 
     steps: tuple[int, ...]
     losses: tuple[float, ...]
+    problem: str = ""
 
     @property
     def slope(self) -> float:
@@ -68,13 +70,38 @@ def read_curve(path: Path) -> Curve:
             rows = read_objects(file)
         else:
             rows = json.loads(file.read_text(encoding="utf-8"))["log_history"]
-        points = {int(row["step"]): float(row["loss"]) for row in rows if "loss" in row}
-    except (ValueError, KeyError, TypeError) as error:
+            # the Trainer's has lines of other kinds
+            rows = [row for row in rows if "loss" in row]
+        found = curve_of(rows)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no loss history: {error!r}") from None
-    if not points:
+    if not found.steps:
         raise ValueError(f"{file} has no losses")
-    steps = tuple(sorted(points))
-    return Curve(steps, tuple(points[step] for step in steps))
+    return found
+
+
+def curve_of(rows: Sequence[Mapping[str, Any]]) -> Curve:
+    """The curve of lines with step, loss and perhaps grad_norm; of several lines of one step the last one counts."""
+    by_step = {int(row["step"]): row for row in rows}
+    steps = tuple(sorted(by_step))
+    losses = tuple(math.nan if by_step[step].get("loss") is None else float(by_step[step]["loss"]) for step in steps)
+    return Curve(steps, losses, next((found for step in steps if (found := _problem(by_step[step]))), ""))
+
+
+def _problem(row: Mapping[str, Any]) -> str:
+    """What is wrong with a line of a history; "" for nothing. grad_norm may be left out, but not be null."""
+    for name, absent in (("loss", None), ("grad_norm", 0.0)):
+        value = row.get(name, absent)
+        if value is None:
+            return f"step {row['step']} has no {name}"
+        if not math.isfinite(float(value)):
+            return f"step {row['step']} has {name} {to_text(float(value))}"
+    return ""
+
+
+def to_text(value: float, digits: str = ".4f") -> str:
+    """A number as a reader sees it, also NaN and Inf."""
+    return f"{value:{digits}}".replace("nan", "NaN").replace("inf", "Inf")
 
 
 def compare(old: Curve, new: Curve) -> Comparison:
@@ -83,9 +110,12 @@ def compare(old: Curve, new: Curve) -> Comparison:
         differ = sorted(set(old.steps) ^ set(new.steps))
         raise ValueError(f"the histories have other steps: {len(differ)} are in one only, first {differ[0]}")
     for curve in (old, new):
-        broken = next((s for s, loss in zip(curve.steps, curve.losses, strict=True) if not math.isfinite(loss)), None)
-        if broken is not None:
-            raise ValueError(f"the loss of step {broken} is not finite")
+        points = zip(curve.steps, curve.losses, strict=True)
+        broken = next(
+            (f"the loss of step {step} is not finite" for step, loss in points if not math.isfinite(loss)), ""
+        )
+        if problem := curve.problem or broken:
+            raise ValueError(problem)
     apart = [abs(n - o) / max(abs(o), 1e-12) for o, n in zip(old.losses, new.losses, strict=True)]
     worst = max(range(len(apart)), key=apart.__getitem__)
     return Comparison(

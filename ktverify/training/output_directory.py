@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ktverify.training.curves import LOSS_FILE, STATE_FILE
 
@@ -144,6 +145,13 @@ def step_reached(checkpoint: Path) -> int:
     return int(json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["global_step"])
 
 
+def kept_in(checkpoint: Path) -> dict[str, Any]:
+    """What `resume.kept_of` gave for the training of a checkpoint; nothing for one of another program."""
+    callbacks = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("stateful_callbacks", {})
+    kept: dict[str, Any] = callbacks.get("LossLog", {}).get("attributes", {})
+    return kept
+
+
 def problem_of(checkpoint: Path) -> str:
     """Why a run cannot be resumed from this checkpoint; "" if it can."""
     import torch
@@ -156,6 +164,8 @@ def problem_of(checkpoint: Path) -> str:
     try:
         for name in ("adapter_config.json", "trainer_state.json"):
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        if not kept_in(checkpoint):
+            return f"{STATE_FILE} keeps no configuration, so another program or version wrote it"
         name = "adapter_model.safetensors"
         with safe_open(checkpoint / name, framework="pt") as stored:
             stored.keys()

@@ -6,7 +6,6 @@ A training leaves an output directory with the adapter, checkpoints, loss.jsonl,
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import resource
 import statistics
@@ -19,26 +18,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import SchedulerType
 
+from ktverify.errors import NotFinite
+from ktverify.runs.jsonl import to_json
 from ktverify.system.files import write_whole
-from ktverify.training import curves, output_directory
+from ktverify.training import curves, output_directory, resume
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
-from ktverify.training.trainer import LossLog, Rotation
+from ktverify.training.schedule import check_schedule
+from ktverify.training.trainer import LossLog, LossTrainer, Rotation
 from ktverify.training.wrap import require_one_process, wrap_moe_layers
 
 # keys that the Trainer's arguments have under the same name
 _SAME_KEYS = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
-    *("learning_rate", "lr_scheduler_type", "num_train_epochs", "max_steps"),
+    *("learning_rate", "weight_decay", "max_grad_norm", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "num_train_epochs", "max_steps"),
     *("logging_steps", "save_steps", "seed"),
 )
+_SOME_STEPS = 1000  # a schedule is checked with so many where the examples decide how many there are
 # what allocators add per step until their size has settled; a leak of one token's activations is more
 LEAK_BYTES = 1 << 18
 WARMUP = 3  # steps that do not count for memory and throughput: pages are touched and experts packed in them
@@ -80,10 +83,12 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     require_one_process()
     output = Path(config.output_dir)
     start = output_directory.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
+    check_schedule(config, config.max_steps if config.max_steps > 0 else _SOME_STEPS)
     arguments = _arguments(config)
-    if config.template_note:
-        print(config.template_note, file=sys.stderr)
-    records = read_records(find_dataset(config.dataset, beside))
+    for note in config.notes:
+        print(note, file=sys.stderr)
+    files = [find_dataset(name, beside) for name in config.datasets]
+    records = [record for file in files for record in read_records(file)[: config.max_samples]]
     infer = None
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.tp, backend=config.kt_backend)
@@ -92,8 +97,13 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
     total = total_steps(config, len(rows))
-    if start is not None and output_directory.step_reached(start) >= total:
-        return _nothing_to_train(output, start, total)
+    kept = resume.kept_of(config, rows, total)
+    if start is not None:
+        reached = output_directory.step_reached(start)
+        if accepted := resume.changes(output_directory.kept_in(start), kept, config, reached):
+            print(f"changed since {start}, without effect on the steps: {accepted}", file=sys.stderr)
+        if reached >= total:
+            return _nothing_to_train(output, start, total)
     model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust)
     if infer is not None:
         wrap_moe_layers(model, infer)
@@ -101,10 +111,12 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     rank, alpha, target = config.lora_rank, config.lora_alpha, config.lora_target
     settings = lora_config(model, rank=rank, alpha=alpha, target=target, rslora=config.use_rslora)
     adapted = add_adapter(model, settings, dropout=config.lora_dropout)
-    log = LossLog(output)
+    log = LossLog(output, kept)
     longest = max(len(row["input_ids"]) for row in rows)
     padding = {"padding": "max_length", "max_length": longest} if one_length else {"padding": "longest"}
-    trainer = Trainer(
+    trainer = LossTrainer(
+        log=log,
+        stop_on_nan=config.stop_on_nan,
         model=adapted,
         args=arguments,
         train_dataset=rows,
@@ -122,18 +134,29 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
             for part in (trainer.model, trainer.processing_class):
                 part.save_pretrained(str(saving))
             trainer.state.save_to_json(str(saving / curves.STATE_FILE))
+    except NotFinite as error:
+        _close_bar(trainer)
+        last = output_directory.checkpoints_in(output)
+        before = f"{last[0]} is from before it; " if last else ""
+        more = f"see {log.path}; {before}try a smaller learning_rate; stop_on_nan: false goes on all the same"
+        raise NotFinite(f"stopped at {error}; {more}") from error
     except KeyboardInterrupt:
-        for callback in trainer.callback_handler.callbacks:
-            if bar := getattr(callback, "training_bar", None):
-                bar.close()  # on a terminal it would be drawn again after the line
+        _close_bar(trainer)
         # max_steps may be unknown before the first step
         done = trainer.state.global_step
-        reached = f"at step {done} of {trainer.state.max_steps}" if done else "before the first step"
-        raise KeyboardInterrupt(f"stopped {reached}; {output_directory.resume_hint(output)}") from None
+        where = f"at step {done} of {trainer.state.max_steps}" if done else "before the first step"
+        raise KeyboardInterrupt(f"stopped {where}; {output_directory.resume_hint(output)}") from None
     tokens = int(trainer.state.num_input_tokens_seen) - log.begun[1]
     summary = _summary(log, done - log.begun[0], tokens, seconds)
     _write_summary(summary, log, output)
     return Trained(summary, log, adapted)
+
+
+def _close_bar(trainer: LossTrainer) -> None:
+    """Close the bar of progress; on a terminal it would be drawn again after the last line."""
+    for callback in trainer.callback_handler.callbacks:
+        if bar := getattr(callback, "training_bar", None):
+            bar.close()
 
 
 def _ensure_padding(tokenizer: Any) -> None:
@@ -149,13 +172,12 @@ def _ensure_padding(tokenizer: Any) -> None:
 def _arguments(config: TrainConfig) -> TrainingArguments:
     """The Trainer's arguments. ValueError for what it would refuse, and for several GPUs: it would split a batch over
     copies of the model, and the engine's layers cannot be copied."""
-    schedulers = [kind.value for kind in SchedulerType]
-    if config.lr_scheduler_type not in schedulers:
-        raise ValueError(f"lr_scheduler_type is {config.lr_scheduler_type!r}, it takes one of {', '.join(schedulers)}")
     found = TrainingArguments(
         **{name: getattr(config, name) for name in _SAME_KEYS},
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        warmup_steps=config.warmup_ratio,  # below 1 it is a share of all steps
+        warmup_steps=config.warmup_steps or config.warmup_ratio,  # below 1 it is a share of all steps
+        lr_scheduler_kwargs=dict(config.lr_scheduler_kwargs) or None,
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
@@ -217,8 +239,8 @@ def _write_summary(summary: TrainingSummary, log: LossLog, output: Path) -> None
     """The picture, and last the file that makes this a finished training."""
     if log.rows:
         curves.draw({"loss": log.curve}, output / output_directory.LOSS_PICTURE)
-    known = {name: None if math.isnan(value) else value for name, value in asdict(summary).items()}  # JSON has no nan
-    write_whole(output / output_directory.SUMMARY_FILE, json.dumps(known, indent=2) + "\n")
+    known = asdict(summary) | ({} if len(log.rows) > 1 else {"slope": None})  # one line has no slope
+    write_whole(output / output_directory.SUMMARY_FILE, to_json(known, indent=2) + "\n")
 
 
 # ---- memory and throughput
@@ -270,3 +292,5 @@ def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: boo
             return run(short, beside, one_length=one_length)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without run's hint, which names a directory that is deleted
+        except NotFinite as error:
+            raise NotFinite(f"stopped at {error.__cause__}") from None

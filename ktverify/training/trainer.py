@@ -1,30 +1,91 @@
-"""What transformers' Trainer calls during a training: the loss log, and the removal of old checkpoints."""
+"""transformers' Trainer with a loss of our own: exact over checkpoints, and a stop at NaN; and what it calls.
+
+The Trainer's own mean begins anew at a checkpoint, and it leaves NaN and Inf out of it.
+"""
 
 from __future__ import annotations
 
-import json
+import math
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from transformers import TrainerCallback
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from ktverify.runs.jsonl import append_line, read_objects
+from ktverify.errors import NotFinite
+from ktverify.runs.jsonl import append_line, read_objects, to_json, with_named_floats
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory
 
 
-class LossLog(TrainerCallback):  # type: ignore[misc]
+@dataclass
+class RunningLoss:
+    """The sum of the losses of all steps after step `since`, the last one that was logged on schedule."""
+
+    since: int = 0
+    total: float = 0.0
+
+
+class LossTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that logs the mean of `log.running`, and raises NotFinite, before the optimizer's step, where the loss
+    or the norm of all gradients is NaN or Inf. stop_on_nan: False goes on, and logs it."""
+
+    def __init__(self, *, log: LossLog, stop_on_nan: bool, **options: Any) -> None:
+        self.loss_log, self.stop_on_nan, self.grad_norm = log, stop_on_nan, 0.0
+        super().__init__(**options)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        running = self.loss_log.running
+        running.total += loss.item()
+        if self.accelerator.sync_gradients:
+            self.grad_norm = _norm_of_gradients(model)
+            if self.stop_on_nan and not math.isfinite(running.total + self.grad_norm):
+                step = self.state.global_step + 1
+                rate = self.optimizer.param_groups[0]["lr"]
+                values = {"loss": self._mean(step), "learning_rate": rate, "grad_norm": self.grad_norm}
+                self.loss_log.add(step, values, self.state)
+                shown = (curves.to_text(values[name]) for name in ("loss", "grad_norm"))
+                raise NotFinite(f"step {step}: loss {next(shown)}, grad_norm {next(shown)}")
+        return loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Log, with the mean loss since the last line; NaN and Inf as texts, which trainer_state.json can hold."""
+        step, running = self.state.global_step, self.loss_log.running
+        if "loss" in logs:
+            logs |= {"loss": self._mean(step), "grad_norm": self.grad_norm}
+            # a line at the end of a training is no part of the schedule: a longer training does not have it
+            if step % self.state.logging_steps == 0:
+                running.since, running.total = step, 0.0
+        super().log(with_named_floats(logs), start_time)
+
+    def _mean(self, step: int) -> float:
+        return self.loss_log.running.total / (step - self.loss_log.running.since)
+
+
+def _norm_of_gradients(model: torch.nn.Module) -> float:
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(found).item()
+
+
+class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
     """A callback of transformers' Trainer that writes loss.jsonl in `directory`, one line for each logged step.
 
-    rows: the lines; a resumed run removes those after its checkpoint's step. rss: resident bytes after every step,
-    rss_before: before the first; begun: the step and the tokens that a resumed run starts from.
+    kept: what every checkpoint keeps, beside `running`, in its trainer_state.json. rows: the lines; a resumed run
+    removes those after its checkpoint's step. rss: resident bytes after every step, rss_before: before the first;
+    begun: the step and the tokens that a resumed run starts from.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, kept: Mapping[str, Any] | None = None) -> None:
         self.path = directory / curves.LOSS_FILE
+        self.kept = dict(kept or {})
+        self.running = RunningLoss()
         self.rows: list[dict[str, Any]] = []
         self.rss: list[int] = []
         self.rss_before = 0
@@ -34,7 +95,12 @@ class LossLog(TrainerCallback):  # type: ignore[misc]
 
     @property
     def curve(self) -> curves.Curve:
-        return curves.Curve(tuple(row["step"] for row in self.rows), tuple(row["loss"] for row in self.rows))
+        return curves.curve_of(self.rows)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; `output_directory.kept_in` reads it."""
+        running = with_named_floats({"since": self.running.since, "total": self.running.total})
+        return {"args": {}, "attributes": {**self.kept, "running": running}}
 
     def read(self, step: int) -> None:
         """Take the rows up to `step` from the file, where there is one."""
@@ -43,10 +109,18 @@ class LossLog(TrainerCallback):  # type: ignore[misc]
 
     def write(self) -> None:
         """Leave these rows alone in the file."""
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_whole(self.path, "".join(to_json(row) + "\n" for row in self.rows))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.read(state.global_step)
+        if state.global_step:
+            kept = state.stateful_callbacks[type(self).__name__]["attributes"]["running"]
+            self.running = RunningLoss(int(kept["since"]), float(kept["total"]))
+        # the state has those of the checkpoint
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
+        # a line behind the last one on schedule was the last of a shorter training
+        since = self.running.since
+        state.log_history = [row for row in state.log_history if "loss" in row and row["step"] <= since]
+        self.read(since)
         self.write()
         self.rss_before = self._process.memory_info().rss
         self.begun = (int(state.global_step), int(state.num_input_tokens_seen))
@@ -58,25 +132,27 @@ class LossLog(TrainerCallback):  # type: ignore[misc]
         self.rss.append(self._process.memory_info().rss)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not logs or "loss" not in logs:
-            return
+        if logs and "loss" in logs:
+            self.add(state.global_step, logs, state)
+
+    def add(self, step: int, values: Mapping[str, Any], state: Any) -> None:
+        """Write the line of a step: its loss, learning_rate and grad_norm."""
         now, tokens = time.perf_counter(), int(state.num_input_tokens_seen)
         seconds = now - self._since[0]
-        row = {
-            "step": state.global_step,
-            "loss": float(logs["loss"]),
-            "learning_rate": logs.get("learning_rate"),
-            "grad_norm": float(logs.get("grad_norm", 0.0)),
+        row: dict[str, Any] = {
+            "step": step,
+            **{name: float(values[name]) for name in ("loss", "learning_rate", "grad_norm")},
             "tokens": tokens,
-            "tokens_per_s": round((tokens - self._since[1]) / seconds, 1) if seconds > 0 else None,
+            # a step that is stopped is not counted yet
+            "tokens_per_s": round((tokens - self._since[1]) / seconds, 1) if tokens > self._since[1] else None,
             "rss": self._process.memory_info().rss,
         }
         self._since = (now, tokens)
         self.rows.append(row)
         if not sys.stderr.isatty():  # a terminal shows the Trainer's progress bar
-            speed = f"{row['tokens_per_s']} tokens/s"
-            print(f"step {row['step']}/{state.max_steps}  loss {row['loss']:.4f}  {speed}", file=sys.stderr)
-        append_line(self.path, json.dumps(row))
+            speed = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']} tokens/s"
+            print(f"step {step}/{state.max_steps}  loss {curves.to_text(row['loss'])}  {speed}", file=sys.stderr)
+        append_line(self.path, to_json(row))
 
 
 class Rotation(TrainerCallback):  # type: ignore[misc]

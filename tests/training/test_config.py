@@ -73,7 +73,7 @@ def test_one_of_several_processes_is_refused_before_anything_is_read(
 
 def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:
     refused(call("train", tmp_path / "nothing.yaml"), "there is no configuration")
-    refused(call("train", config(text="dataset: alpaca_tiny\n")), "model_name_or_path got nothing")
+    refused(call("train", config(text="dataset: alpaca_tiny\noutput_dir: out\n")), "model_name_or_path got nothing")
     refused(call("train", config(), "--max_steps"), "--max_steps has no value")
     refused(call("train", config(), "--max_stps", "3"), "did you mean max_steps?")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from ktverify.training import curves, output_directory, run
 from ktverify.training.config import TrainConfig
+from ktverify.training.dataset import example_data
+from ktverify.training.resume import kept_of
 from ktverify.training.tiny import make_tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -141,10 +144,7 @@ def test_a_run_stopped_at_its_end_gets_its_files_without_training(
 def test_a_run_that_goes_on_ends_as_one_that_never_stopped(
     step: int, config: Callable[..., TrainConfig], output: Path, finished: Path
 ) -> None:
-    _without_the_end(output)
-    for path in output_directory.checkpoints_in(output):
-        if output_directory.step_of(path) > step:
-            shutil.rmtree(path)
+    cut_after(step, output)
     done = resume(config(output))
     assert done.summary.steps == STEPS - step
     expect_same_end(output, finished)
@@ -158,3 +158,152 @@ def test_a_finished_training_goes_on_where_max_steps_is_raised(
     done = resume(config(output, max_steps=STEPS + 3))
     assert done.summary.steps == 3
     expect_same_end(output, whole)
+
+
+# ---- the loss of a line is that of all its steps
+
+
+def cut_after(step: int, output: Path) -> None:
+    """Leave what a run has that was killed behind its checkpoint of this step."""
+    _without_the_end(output)
+    for path in output_directory.checkpoints_in(output):
+        if output_directory.step_of(path) > step:
+            shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def sparse(config: Callable[..., TrainConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training with a checkpoint at every step, and losses at steps 4 and 6; a step is two batches."""
+    output = tmp_path_factory.mktemp("sparse") / "out"
+    run.run(config(output, **SPARSE), output)
+    return output
+
+
+SPARSE = {"save_steps": 1, "logging_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_line_is_the_same_wherever_a_run_was_stopped(
+    step: int, config: Callable[..., TrainConfig], sparse: Path, tmp_path: Path
+) -> None:
+    output = shutil.copytree(sparse, tmp_path / "out")
+    cut_after(step, output)
+    resume(config(output, **SPARSE))
+    assert curves.read_curve(output).steps == (4, 6)
+    expect_same_end(output, sparse)
+    assert curves.read_curve(output / curves.STATE_FILE) == curves.read_curve(sparse / curves.STATE_FILE)
+
+
+def test_a_longer_run_has_no_line_of_the_shorter_ones_end(
+    config: Callable[..., TrainConfig], sparse: Path, tmp_path: Path
+) -> None:
+    output, whole = shutil.copytree(sparse, tmp_path / "out"), tmp_path / "whole"
+    for directory in (output, whole):
+        longer = config(directory, **SPARSE | {"max_steps": 8})
+        resume(longer) if directory is output else run.run(longer, Path())
+    assert curves.read_curve(output).steps == (4, 8)
+    expect_same_end(output, whole)
+
+
+def test_other_lines_and_checkpoints_are_those_now_asked_for(
+    config: Callable[..., TrainConfig], output: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut_after(2, output)
+    resume(config(output, logging_steps=3, save_steps=3, kt_num_threads=2, gradient_checkpointing=True))
+    found, all_losses = curves.read_curve(output), curves.read_curve(finished).losses
+    assert found.steps == (1, 2, 3, 6)
+    assert found.losses[3] == pytest.approx(sum(all_losses[3:6]) / 3)
+    assert [path.name for path in output_directory.checkpoints_in(output)] == [f"checkpoint-{n}" for n in (6, 3, 2)]
+    changed = "kt_num_threads 1 -> 2; gradient_checkpointing false -> true; logging_steps 1 -> 3; save_steps 2 -> 3"
+    assert f"without effect on the steps: {changed}; output_dir" in capsys.readouterr().err
+    assert (output / "adapter_model.safetensors").read_bytes() == (finished / "adapter_model.safetensors").read_bytes()
+
+
+# ---- a changed configuration
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "rate": ({"learning_rate": 2e-2}, "learning_rate 0.01 -> 0.02;"),
+    "rank": ({"lora_rank": 4}, "lora_rank 8 -> 4; lora_alpha 16.0 -> 8.0;"),
+    "alpha": ({"lora_alpha": 32}, "lora_alpha 16.0 -> 32.0;"),
+    "target": ({"lora_target": "all_attention"}, "lora_target all -> all_attention;"),
+    "targets": ({"lora_target": ["q_proj", "experts"]}, "lora_target all -> experts,q_proj;"),
+    "rslora": ({"use_rslora": True}, "use_rslora false -> true;"),
+    "dropout": ({"lora_dropout": 0.0}, "lora_dropout 0.1 -> 0.0;"),
+    "dtype": ({"torch_dtype": "float32"}, "torch_dtype bfloat16 -> float32;"),
+    "engine": ({"use_kt": False}, "use_kt true -> false; give"),
+    "tp": ({"kt_tp_enabled": True, "kt_tp_count": 2}, "kt_tp_count 1 -> 2;"),
+    "batch": ({"per_device_train_batch_size": 8}, "per_device_train_batch_size 16 -> 8;"),
+    "accumulation": ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 -> 2;"),
+    "seed": ({"seed": 1}, "seed 42 -> 1;"),
+    "decay": ({"weight_decay": 0.1}, "weight_decay 0.0 -> 0.1;"),
+    "clipping": ({"max_grad_norm": 0.5}, "max_grad_norm 1.0 -> 0.5;"),
+    "optimizer": ({"adam_beta2": 0.99, "optim": "adamw_torch"}, "optim adamw_torch_fused -> adamw_torch; adam_beta2"),
+    "scheduler": ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type constant -> cosine;"),
+    "warmup": ({"warmup_ratio": 0.5}, "warmup_ratio 0.0 -> 0.5;"),
+    "cutoff": ({"cutoff_len": 32}, "cutoff_len 48 -> 32; dataset alpaca_tiny (content"),
+    "examples": ({"max_samples": 40}, "dataset alpaca_tiny (content"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_change_of_the_training_is_refused_with_old_and_new(
+    what: str, config: Callable[..., TrainConfig], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more, text = REFUSED[what]
+    monkeypatch.setattr(run, "load_model", None)
+    before = files_of(output)
+    with pytest.raises(ValueError, match=r"^the checkpoint belongs to another training: ") as found:
+        resume(config(output, **more))
+    assert text in str(found.value)
+    assert "\n" not in str(found.value)
+    assert len(str(found.value)) < 400
+    assert files_of(output) == before
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant_with_warmup"])
+def test_another_length_is_refused_where_it_changes_the_rates_of_steps_done(
+    scheduler: str, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    keys = {"lr_scheduler_type": scheduler, "warmup_ratio": 0.5, "max_steps": 2}
+    run.run(config(tmp_path / "out", **keys), tmp_path)
+    with pytest.raises(ValueError, match=rf"steps in all 2 -> 4 \(lr_scheduler_type {scheduler} spreads"):
+        resume(config(tmp_path / "out", **keys | {"max_steps": 4}))
+    assert "nothing to train" in resume(config(tmp_path / "out", **keys | {"max_steps": 1})).note
+
+
+def test_content_counts_and_not_the_path(
+    config: Callable[..., TrainConfig], base: Path, finished: Path, output: Path, tmp_path: Path
+) -> None:
+    data, moved = tmp_path / "same.json", tmp_path / "moved"
+    data.write_bytes(example_data().read_bytes())
+    shutil.copytree(base, moved)
+    same = config(output, dataset=str(data), model_name_or_path=str(moved))
+    assert "is finished" in resume(same).note
+    weights = moved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ValueError, match=rf"model_name_or_path {base} \(content \w+\) -> {moved} \(content \w+\);"):
+        resume(same)
+    data.write_text(data.read_text(encoding="utf-8").replace("Paris", "Rome"), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"dataset alpaca_tiny \(content \w+\) -> {data} \(content \w+\); model_name"):
+        resume(same)
+
+
+def test_a_checkpoint_of_another_program_is_refused(config: Callable[..., TrainConfig], output: Path) -> None:
+    for path in output_directory.checkpoints_in(output):
+        state = json.loads((path / curves.STATE_FILE).read_text())
+        del state["stateful_callbacks"]["LossLog"]
+        (path / curves.STATE_FILE).write_text(json.dumps(state))
+    with pytest.raises(
+        ValueError, match=r"no whole checkpoint to resume from; checkpoint-6: .* keeps no configuration"
+    ):
+        resume(config(output))
+
+
+def test_every_key_is_harmless_or_refused() -> None:
+    config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
+    kept = kept_of(config, [], 1)
+    unlisted = {"max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"}
+    one_value = {"kt_use_wrapper", "kt_num_gpu_experts", "kt_weight_path"}
+    listed = set(kept["altering"]) | set(kept["others"])
+    assert listed == set(TrainConfig.model_fields) - unlisted - one_value - {"kt_tp_enabled"}
