@@ -24,6 +24,7 @@ from ktverify.spec.cases import Case, broken_token
 from ktverify.spec.data_kinds import Array, Gaussian, Integer
 from ktverify.spec.generator import case_key, hashes
 from ktverify.spec.names import BASE_NAMES, lora_shapes
+from ktverify.system import limits
 from ktverify.system.limits import processors
 
 
@@ -60,7 +61,11 @@ class Inputs:
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Inputs of `case`. Takes about 2 ns per element; idle experts take no time."""
+    """Inputs of `case`. Takes about 2 ns per element; idle experts take no time.
+
+    MemoryError, before anything is made, where the case does not fit into memory.
+    """
+    limits.require_memory(least_bytes(case), f"the case {case.id}", "take a smaller case")
     expert_ids = route(case)
     active = sorted(set(expert_ids[expert_ids >= 0].tolist()))
     draw = Integer(case) if case.exact else Gaussian(case)
@@ -92,6 +97,20 @@ def make_inputs(case: Case) -> Inputs:
         physical_map=torch.from_numpy(physical_map(case)),
         active=active,
     )
+
+
+def least_bytes(case: Case) -> int:
+    """Bytes that the inputs of a case and its oracle take at the least.
+
+    Idle experts take none but for their LoRA; the oracle holds one expert and the results in fp64.
+    """
+    slots, expert = case.qlen * case.top_k, 3 * case.hidden * case.intermediate
+    element = 2 if case.lora_dtype == "bfloat16" else 4
+    lora = 3 * case.num_experts * case.rank * (case.hidden + case.intermediate)
+    routing = case.qlen * case.num_experts * 16 + case.num_experts * 8
+    inputs = min(case.num_experts, slots) * expert * 2 + lora * element + 4 * case.qlen * case.hidden
+    oracle = (expert + 2 * case.qlen * case.hidden) * 8 if slots else 0
+    return routing + inputs + oracle
 
 
 def inputs_sha256(inputs: Inputs) -> str:

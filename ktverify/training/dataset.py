@@ -14,6 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ktverify.training.tokens import first_tokens
+
 IGNORED = -100  # the label that torch's cross entropy leaves out
 EXAMPLE = "alpaca_tiny"
 
@@ -96,11 +98,12 @@ def encode(
     """input_ids and labels (prompt masked) of each record, cut at cutoff_len tokens; computed by `workers` threads.
 
     Records without any label after the cut are left out, and a line on stderr states how many. ValueError where the
-    tokenizer has no chat template, or no record has a label."""
+    tokenizer has no chat template, or no record has a label; with the record's number where its text is too long."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, and template: default takes the tokenizer's own")
     with ThreadPoolExecutor(workers) as pool:
-        rows = list(pool.map(lambda record: _encode_one(record, tokenizer, cutoff_len), records))
+        numbered = enumerate(records, start=1)
+        rows = list(pool.map(lambda pair: _encode_one(pair[0], pair[1], tokenizer, cutoff_len), numbered))
     answered = [row for row in rows if any(label != IGNORED for label in row["labels"])]
     if not answered:
         raise ValueError(f"cutoff_len {cutoff_len} leaves nothing of any answer; raise it")
@@ -110,16 +113,16 @@ def encode(
     return answered
 
 
-def _encode_one(record: Exchange, tokenizer: Any, cutoff_len: int) -> dict[str, list[int]]:
-    prompt = _template(tokenizer, record.messages, add_generation_prompt=True)
-    whole = _template(tokenizer, [*record.messages, {"role": "assistant", "content": record.answer}])
+def _encode_one(number: int, record: Exchange, tokenizer: Any, cutoff_len: int) -> dict[str, list[int]]:
+    answer = {"role": "assistant", "content": record.answer}
+    # the template gets the whole texts, because it may look at their ends
+    asked = tokenizer.apply_chat_template(record.messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template([*record.messages, answer], tokenize=False)
+    try:
+        prompt, whole = (first_tokens(part, tokenizer, cutoff_len) for part in (asked, text))
+    except ValueError as error:
+        raise ValueError(f"record {number} is too long to be cut at cutoff_len {cutoff_len}: {error}") from None
     # a template may tokenize the beginning of the answer differently from its prompt: mask their common beginning
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
     labels = [IGNORED] * shared + whole[shared:]
-    return {"input_ids": whole[:cutoff_len], "labels": labels[:cutoff_len]}
-
-
-def _template(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return {"input_ids": whole, "labels": labels}

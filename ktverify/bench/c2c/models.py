@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from ktverify.bench.c2c.projector import Heads, LayerShape
 from ktverify.training.pretrained import load_pretrained
+from ktverify.training.tokens import is_longer
 
 
 class Side:
@@ -40,6 +41,21 @@ class Side:
         ids = torch.tensor([[token]], device=self.device)
         logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
         return int(logits[0, -1].argmax())
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the model takes; 2^20 for one that does not say."""
+        config = self.model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+    def check_length(self, prompt: str, where: str) -> None:
+        """ValueError, without tokenising a whole long prompt, where it has more than `longest` tokens."""
+        try:
+            too_long = is_longer(prompt, self.tokenizer, self.longest)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if too_long:
+            raise ValueError(f"{where} has more than the {self.longest} tokens that {self.name} takes; make it shorter")
 
     def cache_shapes(self) -> list[LayerShape]:
         """What each layer caches for a token, found by one prefill. ValueError for a layer without keys and values."""

@@ -101,6 +101,9 @@ class PromptRun:
         if not self.left:
             return
         pipeline = load_pipeline()
+        for number, prompt in self.left:
+            for side in (pipeline.base, pipeline.teacher):
+                side.check_length(prompt, f"prompt {number}")
         number, prompt = self.left[0]
         now = sitting(number, warm_up(pipeline, self.settings, prompt, warmups))
         earlier = store.read_info(self.path).sittings if self.file.done else ()

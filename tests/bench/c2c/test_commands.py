@@ -25,6 +25,7 @@ from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.prompts import BUILT_IN
 from ktverify.bench.c2c.record import C2cSettings, PromptRecord
 from ktverify.bench.c2c.views import COLUMNS, LANES, figure, short
+from ktverify.training import tokens
 from tests.support import c2c
 from tests.support.command_line import call, ends, loaded_modules, refused
 from tests.support.traces import read_trace
@@ -236,6 +237,25 @@ def test_a_file_of_another_run_is_not_continued(pair: Pair, whole: Path, tmp_pat
     assert whole.read_bytes() == content
 
 
+def test_a_prompt_of_megabytes_is_refused_before_it_is_tokenized(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "short"}) + "\n" + json.dumps({"prompt": "long words " * 2_000_000}) + "\n")
+    characters: list[int] = []
+    tokenized = tokens._tokenized
+
+    def counted(text: str, tokenizer: Any) -> list[int]:
+        characters.append(len(text))
+        return tokenized(text, tokenizer)
+
+    monkeypatch.setattr(tokens, "_tokenized", counted)
+    done = call(*dataset(pair, tmp_path / "t.jsonl", path))
+    refused(done, r"prompt 1 has more than the 512 tokens that .* takes; make it shorter")
+    assert 0 < sum(characters) < 200_000
+    assert not (tmp_path / "t.jsonl").exists()
+
+
 def test_a_full_disk_leaves_whole_records(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, *_ = store.read_records(whole)
     file = store.RecordFile(tmp_path / "t.jsonl")
@@ -411,7 +431,10 @@ def test_analyze_refuses_what_is_no_record(tmp_path: Path) -> None:
     path.write_text('{"id": 0}\n')
     refused(call("bench", "analyze", str(path)), "line 1 cannot be read: prompt Field required")
     path.write_text('{"id": 0')
-    refused(call("bench", "analyze", str(path)), "there is no whole record")
+    told = ends(call("bench", "analyze", str(path)), 2)
+    assert "line 1 was cut off while it was written" in told
+    assert "error: " in told
+    assert "there is no whole record" in told
     refused(call("bench", "analyze", str(tmp_path / "none.jsonl")), "cannot be read")
 
 
