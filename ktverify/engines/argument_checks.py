@@ -6,6 +6,7 @@ Each error is raised before anything is computed or changed, and names the argum
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ MODES = ("sft",)
 # times the widest model. The number of token slots, T k, is such a count: the product has a check of its own.
 LARGEST = 1 << 24
 MOST_SLOTS = 1 << 30
+# lora_alpha / lora_rank: the smallest and the largest normal number of fp32, in which the engines multiply by it
+SCALINGS = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 
 # the arguments that are positive integers
 _COUNTS = (
@@ -59,39 +62,40 @@ class LayerSpec:
     isa: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (*_COUNTS, "layer_idx", "num_gpu_experts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; it takes an int")
         for name in _COUNTS:
-            if not 0 < getattr(self, name) <= LARGEST:
-                raise ValueError(f"{name} is {getattr(self, name)}; it takes a positive number, at most {LARGEST}")
-        top_k, alpha, dropout = self.num_experts_per_tok, self.lora_alpha, self.lora_dropout
+            check_count(name, getattr(self, name))
+        top_k, dropout = self.num_experts_per_tok, self.lora_dropout
         if self.chunked_prefill_size * top_k > MOST_SLOTS:
             raise ValueError(
                 f"chunked_prefill_size is {self.chunked_prefill_size}; with num_experts_per_tok {top_k} it takes "
                 f"at most {MOST_SLOTS // top_k}"
             )
-        if self.layer_idx < 0:
-            raise ValueError(f"layer_idx is {self.layer_idx}; it takes 0 or more")
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; supported: {', '.join(MODES)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; supported: {', '.join(METHODS)}")
+        if not 0 <= _integer("layer_idx", self.layer_idx) <= LARGEST:
+            raise ValueError(f"layer_idx is {shown(self.layer_idx)}; it takes 0 or more, at most {LARGEST}")
+        if not isinstance(self.mode, str) or self.mode not in MODES:
+            raise ValueError(f"mode is {shown(self.mode)}; supported: {', '.join(MODES)}")
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise ValueError(f"method is {shown(self.method)}; supported: {', '.join(METHODS)}")
+        if not isinstance(self.weight_path, (str, os.PathLike)):
+            raise TypeError(f"weight_path is {shown(self.weight_path)}; it takes a path as text")
         if top_k > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {top_k}, more than num_experts ({self.num_experts}); "
                 f"it takes 1 to {self.num_experts}"
             )
-        if self.num_gpu_experts != 0:
+        if _integer("num_gpu_experts", self.num_gpu_experts) != 0:
             raise ValueError(
-                f"num_gpu_experts is {self.num_gpu_experts}; it takes 0: this layer computes every expert on the CPU. "
-                "Give the slots of experts that another device computes the id -1"
+                f"num_gpu_experts is {shown(self.num_gpu_experts)}; it takes 0: this layer computes every expert on "
+                "the CPU. Give the slots of experts that another device computes the id -1"
             )
-        if not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"lora_alpha is {alpha!r}; it takes a positive number")
-        if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
-            raise ValueError(f"lora_dropout is {dropout!r}; it takes a number from 0 up to, not including, 1")
+        smallest, largest = (self.lora_rank * scaling for scaling in SCALINGS)
+        if not smallest <= _number("lora_alpha", self.lora_alpha) <= largest:
+            raise ValueError(
+                f"lora_alpha is {shown(self.lora_alpha)}; with lora_rank {self.lora_rank} it takes a positive number, "
+                f"{smallest:.2e} to {largest:.2e}, so that lora_alpha / lora_rank is a normal number in fp32"
+            )
+        if not 0 <= _number("lora_dropout", dropout) < 1:
+            raise ValueError(f"lora_dropout is {shown(dropout)}; it takes a number from 0 up to, not including, 1")
         check_tp(self.moe_intermediate_size, self.threadpool_count)
 
     @property
@@ -113,6 +117,37 @@ class LayerSpec:
         return lora_shapes(self.num_experts, self.hidden_size, self.moe_intermediate_size, self.lora_rank)
 
 
+def shown(value: object) -> str:
+    """A value as one short line of ASCII, for an error; also of what Python refuses to print."""
+    try:
+        text = " ".join(ascii(value).split())
+    except ValueError:  # an int of more digits than Python writes
+        text = f"an int of {int.bit_length(value)} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {shown(value)}, a {type(value).__name__}; it takes an int")
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    """The value as a float, infinite where it is beyond them."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {shown(value)}, a {type(value).__name__}; it takes an int or a float")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def check_count(name: str, value: object) -> None:
+    """TypeError unless it is an int, ValueError unless it is from 1 to LARGEST."""
+    if not 0 < _integer(name, value) <= LARGEST:
+        raise ValueError(f"{name} is {shown(value)}; it takes a positive number, at most {LARGEST}")
+
+
 def tp_degrees(intermediate: int, limit: int = 64) -> list[int]:
     """Tensor parallel degrees up to `limit` that divide an intermediate size."""
     return [n for n in range(1, min(intermediate, limit) + 1) if intermediate % n == 0]
@@ -128,38 +163,53 @@ def check_tp(intermediate: int, tp: int) -> None:
         )
 
 
-def check_tensor(name: str, value: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
-    """`value` itself, if it is a CPU tensor of this shape and one of these dtypes; else TypeError or ValueError."""
+def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    """`value` itself, if it is a plain CPU tensor (plain_tensors.py) of this shape and one of these dtypes, and results
+    will be plain as well; else TypeError or ValueError, RuntimeError. A size of None may be any, and is called T."""
     import torch
 
-    wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} {list(shape)} on the CPU"
+    from ktverify.engines.plain_tensors import check_modes, why_not_plain
+
+    sizes = ", ".join("T" if size is None else str(size) for size in shape)
+    wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} [{sizes}] on the CPU"
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it takes a torch.Tensor, {wants}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it takes {wants}")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {list(value.shape)}; it takes {wants}")
-    if value.device.type != "cpu":
-        raise ValueError(f"{name} is on {value.device}; it takes {wants}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; it takes a dense tensor, {wants}")
+    with torch._C.DisableTorchFunctionSubclass():
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} has layout {value.layout}; it takes a dense tensor, {wants}")
+        if value.dtype not in dtypes:
+            raise TypeError(f"{name} has dtype {str(value.dtype).removeprefix('torch.')}; it takes {wants}")
+        if value.device.type != "cpu":
+            raise ValueError(f"{name} is on {value.device}; it takes {wants}")
+        reason = why_not_plain(value)
+        if reason:
+            raise TypeError(f"{name} {reason}; it takes a plain tensor, {wants}")
+        found = tuple(value.shape)
+        if len(found) != len(shape) or any(w not in (None, f) for f, w in zip(found, shape, strict=True)):
+            raise ValueError(f"{name} has shape {list(found)}; it takes {wants}")
+    check_modes()
     return value
 
 
 def check_base_weights(spec: LayerSpec, gate_proj: Any, up_proj: Any, down_proj: Any) -> dict[str, torch.Tensor]:
-    """gate_proj, up_proj [E, I, H], down_proj [E, H, I], bf16. Any strides."""
+    """gate_proj, up_proj [E, I, H], down_proj [E, H, I], bf16, detached. Any strides."""
     import torch
+
+    from ktverify.engines.plain_tensors import values_of
 
     given = zip(spec.expert_shapes.items(), (gate_proj, up_proj, down_proj), strict=True)
     experts, dtypes = spec.num_experts, (torch.bfloat16,)
-    return {name: check_tensor(name, tensor, (experts, *shape), dtypes).detach() for (name, shape), tensor in given}
+    return {name: values_of(check_tensor(name, tensor, (experts, *shape), dtypes)) for (name, shape), tensor in given}
 
 
 def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:
     """int64 [E], a permutation: slot p holds logical expert physical_map[p]."""
     import torch
 
-    slots: list[int] = check_tensor("physical_map", physical_map, (spec.num_experts,), (torch.int64,)).tolist()
+    from ktverify.engines.plain_tensors import values_of
+
+    checked = check_tensor("physical_map", physical_map, (spec.num_experts,), (torch.int64,))
+    slots: list[int] = values_of(checked).tolist()
     if sorted(slots) != list(range(spec.num_experts)):
         odd = next((f"{e} at slot {p}" for p, e in enumerate(slots) if not 0 <= e < spec.num_experts), None)
         twice = next((f"{e} twice" for p, e in enumerate(slots) if e in slots[:p]), "")
@@ -198,13 +248,7 @@ def check_forward(spec: LayerSpec, hidden_states: Any, expert_ids: Any, weights:
     """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32. Returns T."""
     import torch
 
-    wants = f"it takes bfloat16 [T, {spec.hidden_size}]"
-    if not isinstance(hidden_states, torch.Tensor):
-        raise TypeError(f"hidden_states is {type(hidden_states).__name__}; {wants}")
-    if hidden_states.dim() != 2:
-        raise ValueError(f"hidden_states is {list(hidden_states.shape)}; {wants}")
-    tokens = hidden_states.shape[0]
-    check_tensor("hidden_states", hidden_states, (tokens, spec.hidden_size), (torch.bfloat16,))
+    tokens = _rows(check_tensor("hidden_states", hidden_states, (None, spec.hidden_size), (torch.bfloat16,)))
     slots = (tokens, spec.num_experts_per_tok)
     check_tensor("expert_ids", expert_ids, slots, (torch.int64,))
     check_tensor("weights", weights, slots, (torch.float32,))
@@ -218,13 +262,24 @@ def check_forward(spec: LayerSpec, hidden_states: Any, expert_ids: Any, weights:
 
 def check_backward(spec: LayerSpec, grad_output: Any, saved_rows: int | None) -> None:
     """grad_output [T, H] bf16, with as many rows as the saved forward; `saved_rows` is None where there is none."""
-    import torch
-
     if saved_rows is None:
         raise RuntimeError("backward without a saved forward: call forward_sft(..., save_for_backward=True) first")
-    if isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2 and grad_output.shape[0] != saved_rows:
-        raise ValueError(f"grad_output has {grad_output.shape[0]} rows; the saved forward had {saved_rows}")
-    check_tensor("grad_output", grad_output, (saved_rows, spec.hidden_size), (torch.bfloat16,))
+    tokens = check_grad_output(spec, grad_output)
+    if tokens != saved_rows:
+        raise ValueError(f"grad_output has {tokens} rows; the saved forward had {saved_rows}")
+
+
+def check_grad_output(spec: LayerSpec, grad_output: Any) -> int:
+    """grad_output [T, H] bf16, of any number of rows. Returns T."""
+    import torch
+
+    return _rows(check_tensor("grad_output", grad_output, (None, spec.hidden_size), (torch.bfloat16,)))
+
+
+def _rows(tensor: torch.Tensor) -> int:
+    from ktverify.engines.plain_tensors import values_of
+
+    return values_of(tensor).shape[0]
 
 
 def check_room(outstanding: int, depth: int) -> None:

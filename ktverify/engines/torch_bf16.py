@@ -108,7 +108,7 @@ class TorchBf16:
     ) -> torch.Tensor:
         trained = self.spec.lora_backward
         saved = Saved(len(hidden_states), expert_ids.shape, self._lora[LORA_NAMES[0]].dtype)
-        output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16)
+        output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16, device="cpu")
         weights = weights.to(torch.bfloat16)
         by_expert = [self._lora[name].unbind(0) for name in LORA_NAMES]
         for expert, rows, slots in routed(expert_ids):
@@ -148,8 +148,8 @@ class TorchBf16:
             return self._backward(self._saved.pop(), grad_output.detach())
 
     def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16)
-        grad_weights = torch.zeros(saved.slots)
+        grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16, device="cpu")
+        grad_weights = torch.zeros(saved.slots, dtype=torch.float32, device="cpu")
         grad_loras = {f"grad_{name}": zeros(shape, saved.lora_dtype) for name, shape in self.spec.lora_shapes.items()}
         parts = []
         # the last expert first: its weights are still in the caches after a forward

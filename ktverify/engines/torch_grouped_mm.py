@@ -70,7 +70,7 @@ class TorchGroupedMm(TorchBf16):
         with torch.set_grad_enabled(save):
             masks = self._masks(len(row)) if save else (None, None, None)
             y = self._experts(x, lora, masks, torch.cumsum(counts, 0).int()) * w.unsqueeze(1)
-        output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16).index_add_(0, row, y.detach())
+        output = torch.zeros(hidden_states.shape, dtype=torch.bfloat16, device="cpu").index_add_(0, row, y.detach())
         if save:
             sizes = (len(hidden_states), expert_ids.shape, lora[0].dtype)
             self._saved.append(_SavedBatch(*sizes, row=row, slot=slot, y=y, leaves=[x, w, *lora]))
@@ -103,8 +103,8 @@ class TorchGroupedMm(TorchBf16):
         assert isinstance(saved, _SavedBatch)
         wanted = [leaf for leaf in saved.leaves if leaf.requires_grad]
         dx, dw, *d_lora = torch.autograd.grad(saved.y, wanted, grad_output[saved.row])
-        grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16).index_add_(0, saved.row, dx)
-        self.grad_weights = torch.zeros(saved.slots)
+        grad_input = torch.zeros(grad_output.shape, dtype=torch.bfloat16, device="cpu").index_add_(0, saved.row, dx)
+        self.grad_weights = torch.zeros(saved.slots, dtype=torch.float32, device="cpu")
         self.grad_weights[saved.row, saved.slot] = dw.float()
         if not d_lora:
             d_lora = [torch.zeros_like(leaf) for leaf in saved.leaves[2:]]

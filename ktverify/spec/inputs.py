@@ -56,7 +56,7 @@ class Inputs:
         The tensor itself where the map is the identity, otherwise a copy.
         """
         tensor: torch.Tensor = getattr(self, name)
-        identity = torch.arange(self.case.num_experts)
+        identity = torch.arange(self.case.num_experts, device="cpu")
         return tensor if torch.equal(self.physical_map, identity) else tensor[self.physical_map].contiguous()
 
 

@@ -23,6 +23,7 @@ from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
+from ktverify.training.turns import in_turn, list_of_this_thread
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
@@ -111,13 +112,17 @@ class MOELayerWrapper(nn.Module):
         argument_checks.check_tp(self.intermediate_size, infer.tp)
         self.auto_update = True
         self.adapters: dict[str, Adapter] = {}
-        self.calling: list[Adapter] = []  # the adapters that the current call passed through
         self.engine: layer.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
         self._held: object = None  # the key of the engine's present values
         self._taken: dict[object, tuple[object, int]] = {}  # adapter -> key and version of its last values
         self._versions = itertools.count(1)
         self._version = 0  # equal for equal values
+
+    @property
+    def calling(self) -> list[Adapter]:
+        """The adapters that the current call of this thread passed through."""
+        return list_of_this_thread(self)
 
     @property
     def lora_params(self) -> dict[str, nn.Parameter]:
@@ -131,6 +136,7 @@ class MOELayerWrapper(nn.Module):
                 found.update({f"{short}_lora_a": factors.a, f"{short}_lora_b": factors.b})  # type: ignore[dict-item]
         return found
 
+    @in_turn
     def update_lora_pointers(self) -> None:
         """Give the engine the present values of all adapters. Every forward that finds them changed calls it.
 
@@ -138,8 +144,10 @@ class MOELayerWrapper(nn.Module):
         if self.engine is not None:
             self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok, True)
 
+    @in_turn
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        calling, self.calling = self.calling, []
+        calling = list(self.calling)
+        self.calling.clear()
         lora = self._synchronise(calling, expert_ids.shape[-1], self.auto_update)
         x = hidden_states.to("cpu", torch.bfloat16)
         ids = expert_ids.detach().to("cpu", torch.int64)
@@ -225,13 +233,12 @@ class MOELayerWrapper(nn.Module):
             method=METHOD if lora else METHOD_WITHOUT_LORA,
             lora_rank=rank,
             lora_alpha=scaling * rank,
-            # one more than may wait, for a forward that is computed again
-            max_cache_depth=self.infer.max_cache_depth + 1,
+            max_cache_depth=self.infer.max_cache_depth,
             isa=self.infer.isa,
         )
         gate_up, down = self._sources
         half = self.intermediate_size
-        identity = torch.arange(self.num_experts)
+        identity = torch.arange(self.num_experts, device="cpu")
         self.engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
         self._load(lora, first=True)
         self._held, self._taken = None, {}
@@ -242,7 +249,7 @@ class MOELayerWrapper(nn.Module):
         values = [t.detach().contiguous() for t in lora]
         if not values:
             dtype = torch.bfloat16 if first else engine.gate_lora_a.dtype
-            values = [torch.zeros(shape, dtype=dtype) for shape in engine.spec.lora_shapes.values()]
+            values = [torch.zeros(shape, dtype=dtype, device="cpu") for shape in engine.spec.lora_shapes.values()]
         if first or values[0].dtype != engine.gate_lora_a.dtype:
             engine.init_lora_weights(*values)
         else:
@@ -270,8 +277,8 @@ def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, int
     for name, (inputs, outputs) in sizes.items():
         if name not in pairs:
             pairs[name] = (
-                torch.zeros(num_experts, rank, inputs, dtype=dtype),
-                torch.zeros(num_experts, outputs, rank, dtype=dtype),
+                torch.zeros(num_experts, rank, inputs, dtype=dtype, device="cpu"),
+                torch.zeros(num_experts, outputs, rank, dtype=dtype, device="cpu"),
             )
         a, b = pairs[name]
         missing = rank - a.shape[1]
@@ -319,12 +326,11 @@ class MOEAMXFunction(torch.autograd.Function):
         *lora: torch.Tensor,
     ) -> torch.Tensor:
         engine = call.engine
-        save = call.save and engine.saved_forwards < call.room
-        output = engine.forward_sft(hidden_states, expert_ids, weights, save_for_backward=save)
+        output, ticket = engine.forward_with_ticket(hidden_states, expert_ids, weights, save=call.save, room=call.room)
         if call.save:
             ctx.call = call
             ctx.trained = len(lora)
-            ctx.save_for_backward(hidden_states, expert_ids, weights, _ticket_tensor(engine, engine.last_ticket))
+            ctx.save_for_backward(hidden_states, expert_ids, weights, _ticket_tensor(engine, ticket))
         return output
 
     @staticmethod
@@ -334,19 +340,24 @@ class MOEAMXFunction(torch.autograd.Function):
         engine: layer.KTMoEWrapper = ctx.call.engine
         number = int(ticket)
         if number == 0:
-            if ctx.call.current_version() != ctx.call.lora_version:
-                raise RuntimeError(
-                    "this backward needs its forward again (max_cache_depth forwards were waiting, or its graph was "
-                    "used before), but the LoRA weights have changed since; raise max_cache_depth, or call backward "
-                    "before the optimizer's step"
-                )
-            engine.forward_sft(hidden_states, expert_ids, weights, save_for_backward=True)
-            number = engine.last_ticket
-        grad_input, grads = engine.backward(grad_output.to(torch.bfloat16), ticket=number)
+            number = _forward_again(ctx.call, hidden_states, expert_ids, weights)
+        grad_input, grads, grad_weights = engine.backward_of(number, grad_output.to(torch.bfloat16))
         # written through numpy, because autograd refuses a changed saved tensor and a used ticket is none
         ticket.numpy()[...] = 0
         d_lora = [grads[name] for name in GRAD_NAMES] if ctx.trained else []
-        return grad_input, None, engine.grad_weights, None, *d_lora
+        return grad_input, None, grad_weights, None, *d_lora
+
+
+@in_turn
+def _forward_again(call: Call, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> int:
+    """The ticket of the same forward. It waits beside all others, because its backward follows at once."""
+    if call.current_version() != call.lora_version:
+        raise RuntimeError(
+            "this backward needs its forward again (max_cache_depth forwards were waiting, or its graph was "
+            "used before), but the LoRA weights have changed since; raise max_cache_depth, or call backward "
+            "before the optimizer's step"
+        )
+    return call.engine.forward_with_ticket(hidden_states, expert_ids, weights, room=argument_checks.LARGEST)[1]
 
 
 def _ticket_tensor(engine: layer.KTMoEWrapper, number: int) -> torch.Tensor:

@@ -49,8 +49,16 @@ py::dict as_dict(const StageTimes& t) {
 }
 
 using Six = std::array<std::uintptr_t, 6>;
-LoraPointers six(const Six& s) {
-    return std::apply([](auto... address) { return LoraPointers{pointer<void>(address)...}; }, s);
+LoraPointers six(const Six& s, bool fp32) {
+    return std::apply([fp32](auto... address) { return LoraPointers{pointer<void>(address)..., fp32}; }, s);
+}
+
+// Keeps the object; may be dropped by a thread without the GIL.
+std::shared_ptr<const void> shared(py::object object) {
+    return {new py::object(std::move(object)), [](py::object* held) {
+                const py::gil_scoped_acquire gil;
+                delete held;
+            }};
 }
 
 // With reuse, the array's memory comes from the process's pool, and returns to it when its last view is deleted.
@@ -112,35 +120,43 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<Layer>(m, "Layer")
         .def(py::init([](int num_experts, int top_k, int hidden, int intermediate, int rank, float scaling, int parts,
-                         int threads, int max_rows, int max_cache_depth, bool lora_fp32, bool lora_backward,
-                         const std::string& isa) {
+                         int threads, int max_rows, int max_cache_depth, bool lora_backward, const std::string& isa) {
                  return std::make_unique<Layer>(LayerConfig{num_experts, top_k, hidden, intermediate, rank, scaling,
-                                                            parts, threads, max_rows, max_cache_depth, lora_fp32,
-                                                            lora_backward, isa});
+                                                            parts, threads, max_rows, max_cache_depth, lora_backward,
+                                                            isa});
              }),
              py::kw_only(), "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "rank"_a, "scaling"_a, "parts"_a,
-             "threads"_a, "max_rows"_a, "max_cache_depth"_a, "lora_fp32"_a, "lora_backward"_a, "isa"_a)
+             "threads"_a, "max_rows"_a, "max_cache_depth"_a, "lora_backward"_a, "isa"_a)
         .def("load_weights",
              [](Layer& layer, const Source& gate, const Source& up, const Source& down,
-                const std::vector<std::int64_t>& map) {
+                const std::vector<std::int64_t>& map, py::object owner) {
+                 std::shared_ptr<const void> kept = shared(std::move(owner));
                  const py::gil_scoped_release release;
-                 return layer.load_weights(source(gate), source(up), source(down), map);
+                 return layer.load_weights(source(gate), source(up), source(down), map, std::move(kept));
              })
         .def(
-            "update_lora", [](Layer& layer, const Six& lora) { layer.update_lora(six(lora)); }, without_gil)
+            "move_weights",
+            [](Layer& layer, int name, const Source& gate, const Source& up, const Source& down) {
+                layer.move_weights(name, source(gate), source(up), source(down));
+            },
+            without_gil)
+        .def(
+            "update_lora", [](Layer& layer, const Six& lora, bool fp32) { layer.update_lora(six(lora, fp32)); },
+            without_gil)
         .def("forward",
              [](Layer& layer, int rows, std::uintptr_t x, std::uintptr_t ids, std::uintptr_t weights,
-                std::uintptr_t output, bool save, int given_up) {
+                std::uintptr_t output, bool save, int room, int given_up) {
                  const py::gil_scoped_release release;
                  return layer.forward({rows, pointer<const bf16>(x), pointer<const std::int64_t>(ids),
-                                       pointer<const float>(weights), pointer<bf16>(output), save, given_up});
+                                       pointer<const float>(weights), pointer<bf16>(output), save, room, given_up});
              })
         .def("backward",
              [](Layer& layer, int rows, std::uintptr_t grad_output, std::uintptr_t grad_input, const Six& grads,
-                bool grads_zero, std::uintptr_t grad_weights, bool accumulate, Ticket ticket) {
+                bool fp32, bool grads_zero, std::uintptr_t grad_weights, bool accumulate, Ticket ticket,
+                bool of_any_thread) {
                  const py::gil_scoped_release release;
-                 layer.backward({rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads),
-                                 grads_zero, pointer<float>(grad_weights), accumulate, ticket});
+                 layer.backward({rows, pointer<const bf16>(grad_output), pointer<bf16>(grad_input), six(grads, fp32),
+                                 grads_zero, pointer<float>(grad_weights), accumulate, ticket, of_any_thread});
              })
         .def("drop", &Layer::drop, without_gil)
         .def("fingerprint",
@@ -165,7 +181,7 @@ PYBIND11_MODULE(_native, m) {
                  return as_dict(times);
              })
         .def_property_readonly("saved_forwards", &Layer::saved_forwards)
-        .def_property_readonly("saved_rows", &Layer::saved_rows)
+        .def_property_readonly("lora_fp32", &Layer::lora_fp32)
         .def_property_readonly("packed_experts", &Layer::packed_experts)
         .def_property_readonly("threads", &Layer::threads)
         .def_property_readonly("isa", [](const Layer& layer) { return layer.config().isa; });

@@ -51,7 +51,7 @@ void Layer::State::backward(const BackwardArguments& arguments) {
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
     const Ticket ticket = arguments.ticket;
-    const auto found = find_saved(ticket);
+    const auto found = ticket == 0 ? find_newest(arguments.of_any_thread) : find_saved(ticket);
     if (found == saved.end())
         throw BadState(ticket == 0
                            ? "backward without a saved forward: call forward_sft(..., save_for_backward=True) first"
@@ -59,6 +59,8 @@ void Layer::State::backward(const BackwardArguments& arguments) {
     if (arguments.rows != found->routing.tokens)
         throw BadInput("grad_output has " + std::to_string(arguments.rows) + " rows; the saved forward had " +
                        std::to_string(found->routing.tokens));
+    if (arguments.grads.fp32 != found->lora->fp32)
+        throw BadState("backward while another thread changed the dtype of the LoRA tensors: call it again");
     Recording recording_of(recording, workers, config.lora_backward ? 4 : 3);
     Backward(*this, *found, arguments, recording_of.watch(0)).run(shared, team, recording_of);
     if (recording_of.on()) recorded = recording_of.finish(true, arguments.rows, backward_costs(found->routing));
@@ -136,7 +138,7 @@ Need Backward::results_need() const {
     need.touched = T_ * H_ * sizeof(bf16);
     std::size_t count = 0, fresh = 0;
     for (const std::size_t n : grad_sizes_) count += n;
-    const std::size_t element = config_.lora_fp32 ? sizeof(float) : sizeof(bf16), E = config_.num_experts;
+    const std::size_t element = call_.grads.fp32 ? sizeof(float) : sizeof(bf16), E = config_.num_experts;
     // of one expert: its parts of six tensors, each of which may begin and end within a page
     const auto expert_bytes = [&](std::size_t of_element) {
         return count / E * of_element + grad_sizes_.size() * 8192;
@@ -161,7 +163,7 @@ void Backward::prepare_sums() {
     float* sums = call_.accumulate ? reinterpret_cast<float*>(layer_.grad_sums.data()) : nullptr;
     std::size_t i = 0;
     for (void* const tensor : {to.gate_a, to.gate_b, to.up_a, to.up_b, to.down_a, to.down_b}) {
-        write_.emplace_back(kernels_, tensor, sums, config_.lora_fp32);
+        write_.emplace_back(kernels_, tensor, sums, to.fp32);
         if (sums) sums += grad_sizes_[i++];
     }
     std::vector<bool> now(config_.num_experts);

@@ -57,27 +57,34 @@ Costs Layer::State::forward_costs(const Routing& routing) const {
     return costs;
 }
 
-Ticket Layer::State::forward(const ForwardArguments& arguments) {
+Ticket Layer::State::forward(const ForwardArguments& given, const std::vector<std::int64_t>& ids) {
+    ForwardArguments arguments = given;
+    std::shared_ptr<const void> finished;  // dropped after the lock
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
     Team& team = shared.team(workers, config.parts);
-    if (arguments.save && static_cast<int>(saved.size()) >= config.max_cache_depth)
+    if (arguments.room > 0) {
+        arguments.save = arguments.save && static_cast<int>(saved.size()) < arguments.room;
+    } else if (arguments.save && static_cast<int>(saved.size()) >= config.max_cache_depth) {
         throw BadState("forward_sft(save_for_backward=True): " + std::to_string(saved.size()) +
                        " forwards already wait for their backward, and max_cache_depth is " +
                        std::to_string(config.max_cache_depth) + "; call backward first or raise max_cache_depth");
+    }
     if (arguments.given_up == source_name && source_name > 0)
         given_up = gate.disposable = up.disposable = down.disposable = true;
     Recording recording_of(recording, workers, 4);
     Watch caller = recording_of.watch(0);
     Saved kept;
     kept.lora = lora;
-    kept.routing = route(arguments.ids, arguments.weights, arguments.rows, config.top_k, config.num_experts);
+    kept.routing = route(ids, arguments.weights, arguments.rows, config.top_k, config.num_experts);
     kept.parts.resize(config.parts);
     caller.lap(Phase::routing);
     Forward(*this, kept, arguments, caller).run(shared, team, recording_of);
+    if (packed == config.num_experts) finished.swap(owner);
     if (recording_of.on()) recorded = recording_of.finish(false, arguments.rows, forward_costs(kept.routing));
     if (!arguments.save) return 0;
     kept.ticket = ++last_ticket;
+    kept.thread = this_thread();
     saved.push_back(std::move(kept));
     note_saved();
     return last_ticket;

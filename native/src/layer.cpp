@@ -43,7 +43,7 @@ Layer::Layer(const LayerConfig& config) : state_(std::make_unique<State>(config)
 Layer::~Layer() = default;  // blocks of saved forwards without a backward go back to the kernel, not to the cache
 
 int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
-                        const std::vector<std::int64_t>& physical_map) {
+                        const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner) {
     State& s = *state_;
     const std::size_t E = s.config.num_experts;
     std::vector<int> slot_of(E, -1);
@@ -66,6 +66,7 @@ int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const 
     s.gate = gate;
     s.up = up;
     s.down = down;
+    s.owner.swap(owner);  // the earlier one is dropped after the lock
     s.slot_of = std::move(slot_of);
     for (auto& part : s.experts) {
         part.clear();
@@ -77,12 +78,26 @@ int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const 
     return ++s.source_name;
 }
 
+void Layer::move_weights(int name, const WeightSource& gate, const WeightSource& up, const WeightSource& down) {
+    State& s = *state_;
+    const std::lock_guard lock(process().mutex);
+    if (name != s.source_name) return;
+    s.gate.experts = gate.experts;
+    s.up.experts = up.experts;
+    s.down.experts = down.experts;
+}
+
 void Layer::update_lora(const LoraPointers& lora) {
+    State& s = *state_;
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
-    state_->pack_lora(shared.team(state_->workers, state_->config.parts), lora);
-    state_->grad_sums = Block();
-    state_->lora_loaded = true;
+    if (s.lora && s.lora->fp32 != lora.fp32 && !s.saved.empty())
+        throw BadState("init_lora_weights with another dtype while " + std::to_string(s.saved.size()) +
+                       " saved forwards wait for their backward: call backward first");
+    s.pack_lora(shared.team(s.workers, s.config.parts), lora);
+    s.grad_sums = Block();
+    s.lora_fp32 = lora.fp32;
+    s.lora_loaded = true;
 }
 
 Ticket Layer::forward(const ForwardArguments& arguments) {
@@ -93,8 +108,9 @@ Ticket Layer::forward(const ForwardArguments& arguments) {
     if (rows < 0 || rows > s.config.max_rows)
         throw BadInput("hidden_states has " + std::to_string(rows) + " rows; chunked_prefill_size allows " +
                        std::to_string(s.config.max_rows));
-    check_ids(arguments.ids, rows, s.config.top_k, s.config.num_experts);
-    return s.forward(arguments);
+    const std::vector<std::int64_t> ids(arguments.ids, arguments.ids + rows * wide(s.config.top_k));
+    check_ids(ids, s.config.top_k, s.config.num_experts);
+    return s.forward(arguments, ids);
 }
 
 void Layer::backward(const BackwardArguments& arguments) {
@@ -105,7 +121,7 @@ void Layer::drop(Ticket ticket) {
     State& s = *state_;
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
-    const auto found = ticket == 0 ? s.saved.end() : s.find_saved(ticket);
+    const auto found = s.find_saved(ticket);
     if (found == s.saved.end()) return;
     shared.cache.give(std::move(found->block));
     s.saved.erase(found);
@@ -151,8 +167,8 @@ StageTimes Layer::stage_times() const {
 int Layer::saved_forwards() const {
     return state_->saved_forwards;
 }
-int Layer::saved_rows() const {
-    return state_->saved_rows;
+bool Layer::lora_fp32() const {
+    return state_->lora_fp32;
 }
 int Layer::packed_experts() const {
     return state_->packed;

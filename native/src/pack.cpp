@@ -125,7 +125,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
             release_pages(from->experts[slot_of[e]], (last + 1) * sizeof(bf16));
         }
     }
-    // Last, because the caller frees the sources when all experts are packed.
+    // Last, because the sources' owner is dropped when all experts are packed.
     packed += static_cast<int>(wanted.size());
 }
 
@@ -136,7 +136,7 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     const auto carve = [&](LoraPack& pack, Carver& carver) {
         const auto take = [&](Pair& pair, std::size_t count) {
             carver.take(pair.hi, E * count);
-            if (config.lora_fp32) carver.take(pair.lo, E * count);
+            if (from.fp32) carver.take(pair.lo, E * count);
         };
         take(pack.gate_up_a, a);
         take(pack.down_b, db);
@@ -148,8 +148,9 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     };
     // A saved forward keeps its snapshot unchanged, because its backward uses the same values.
     std::shared_ptr<LoraPack> to = lora;
-    if (!to || to.use_count() > 2) {
+    if (!to || to.use_count() > 2 || to->fp32 != from.fp32) {
         to = std::make_shared<LoraPack>();
+        to->fp32 = from.fp32;
         to->gate_b.resize(config.parts);
         to->up_b.resize(config.parts);
         to->down_a.resize(config.parts);
@@ -162,7 +163,7 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
         cut(to->block, arrays);
     }
     const std::size_t H = size.H, I = size.I, r = size.r, all_I = I * config.parts;
-    const bool fp32 = config.lora_fp32, twice = size.side_by_side();
+    const bool fp32 = from.fp32, twice = size.side_by_side();
     TaskQueue queue(1, team, config.num_experts);
     team.run([&](int worker) {
         queue.work(worker, [&](const Task& task) {

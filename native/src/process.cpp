@@ -25,6 +25,12 @@ Process& process() {
     return *current.load();
 }
 
+std::uint64_t this_thread() {
+    static std::atomic<std::uint64_t> last{0};
+    thread_local const std::uint64_t mine = ++last;
+    return mine;
+}
+
 GradientMemory::Taken GradientMemory::take(std::size_t bytes) {
     std::vector<Free> gone;  // unmapped without the lock, because a thread that drops a tensor waits for it
     {

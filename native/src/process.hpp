@@ -58,6 +58,9 @@ struct Process {
     void release();
 };
 
+// A number for the calling thread, which no other thread ever gets.
+std::uint64_t this_thread();
+
 // A forked child gets a fresh one: threads do not survive a fork, and a mutex that one of them has locked stays locked.
 Process& process();
 

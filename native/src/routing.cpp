@@ -7,9 +7,8 @@
 
 namespace ktv {
 
-void check_ids(const std::int64_t* ids, int tokens, int slots, int num_experts) {
-    const std::size_t count = tokens * static_cast<std::size_t>(slots);
-    for (std::size_t i = 0; i < count; ++i) {
+void check_ids(const std::vector<std::int64_t>& ids, int slots, int num_experts) {
+    for (std::size_t i = 0; i < ids.size(); ++i) {
         if (ids[i] < -1 || ids[i] >= num_experts) {
             throw BadInput("expert_ids[" + std::to_string(i / slots) + ", " + std::to_string(i % slots) + "] is " +
                            std::to_string(ids[i]) + "; it takes 0 to " + std::to_string(num_experts - 1) +
@@ -18,11 +17,11 @@ void check_ids(const std::int64_t* ids, int tokens, int slots, int num_experts) 
     }
 }
 
-Routing route(const std::int64_t* ids, const float* weights, int tokens, int slots, int num_experts) {
+Routing route(const std::vector<std::int64_t>& ids, const float* weights, int tokens, int slots, int num_experts) {
     Routing r;
     r.tokens = tokens;
     r.slots = slots;
-    const std::size_t count = tokens * static_cast<std::size_t>(slots);
+    const std::size_t count = ids.size();
     std::vector<int> rows(num_experts);
     for (std::size_t i = 0; i < count; ++i) {
         if (ids[i] >= 0) ++rows[ids[i]];

@@ -38,8 +38,9 @@ struct Routing {
     Columns columns(int group) const;
 };
 
-// Throws BadInput with the position of an id that is neither -1 nor an expert.
-void check_ids(const std::int64_t* ids, int tokens, int slots, int num_experts);
-Routing route(const std::int64_t* ids, const float* weights, int tokens, int slots, int num_experts);
+// Throws BadInput with the position of an id that is neither -1 nor an expert. Takes a copy, and route() likewise, because
+// the caller's array may be written by another thread between the two.
+void check_ids(const std::vector<std::int64_t>& ids, int slots, int num_experts);
+Routing route(const std::vector<std::int64_t>& ids, const float* weights, int tokens, int slots, int num_experts);
 
 }  // namespace ktv

@@ -86,6 +86,7 @@ struct PackedExpert {
 // gate_up_a [ab][hb] (the rows of gate_a, then those of up_a), gate_b, up_b [ib][rb], down_a [rb][ib], down_b [hb][rb].
 struct LoraPack {
     Block block;
+    bool fp32 = false;                       // the parameters' dtype
     Pair gate_up_a, down_b;                  // the same for every part
     std::vector<Pair> gate_b, up_b, down_a;  // [part]
 };
@@ -93,6 +94,7 @@ struct LoraPack {
 // What a forward saves for its backward.
 struct Saved {
     Ticket ticket = 0;
+    std::uint64_t thread = 0;  // that made it: this_thread()
     Routing routing;
     std::shared_ptr<const LoraPack> lora;  // the snapshot that it used
     Block block;
@@ -120,9 +122,10 @@ struct Layer::State {
     int workers;
 
     // Atomic, like the counts below, because readers that must not wait for a computation read them without the lock.
-    std::atomic<bool> weights_loaded{false}, lora_loaded{false};
+    std::atomic<bool> weights_loaded{false}, lora_loaded{false}, lora_fp32{false};
     WeightSource gate, up, down;
     int source_name = 0;                             // name of these three: see load_weights
+    std::shared_ptr<const void> owner;               // keeps them alive
     bool given_up = false;                           // their memory is released as experts are packed
     std::vector<int> slot_of;                        // logical expert -> physical slot
     std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
@@ -130,16 +133,18 @@ struct Layer::State {
     std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
     Ticket last_ticket = 0;
-    std::vector<Saved>::iterator find_saved(Ticket ticket) {  // 0: the newest
-        if (ticket == 0 && !saved.empty()) return std::prev(saved.end());
+    std::vector<Saved>::iterator find_saved(Ticket ticket) {
         return std::find_if(saved.begin(), saved.end(), [&](const Saved& s) { return s.ticket == ticket; });
     }
-    // The size of `saved` and the rows of its newest, for readers that do not wait for a computation.
-    std::atomic<int> saved_forwards{0}, saved_rows{-1};
-    void note_saved() {
-        saved_rows = saved.empty() ? -1 : saved.back().routing.tokens;
-        saved_forwards = static_cast<int>(saved.size());
+    std::vector<Saved>::iterator find_newest(bool of_any_thread) {
+        const auto mine = [me = this_thread()](const Saved& s) { return s.thread == me; };
+        const auto found = std::find_if(saved.rbegin(), saved.rend(), mine);
+        if (found != saved.rend()) return std::prev(found.base());
+        return of_any_thread && !saved.empty() ? std::prev(saved.end()) : saved.end();
     }
+    // The size of `saved`, for readers that do not wait for a computation.
+    std::atomic<int> saved_forwards{0};
+    void note_saved() { saved_forwards = static_cast<int>(saved.size()); }
     Block grad_sums;             // fp32 sums of the LoRA gradients, in the order of LoraPointers, when accumulating
     std::vector<bool> has_sums;  // experts with a sum
 
@@ -148,7 +153,7 @@ struct Layer::State {
     Costs forward_costs(const Routing& routing) const;
     Costs backward_costs(const Routing& routing) const;
 
-    int terms() const { return config.lora_fp32 ? 2 : 1; }
+    int terms() const { return lora->fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;  // packed, of one part
     std::size_t source_bytes() const { return 3 * wide(config.hidden) * config.intermediate * sizeof(bf16); }
     // Elements of one row of weight blocks.
@@ -161,7 +166,8 @@ struct Layer::State {
     Need packing_need(std::size_t experts) const;
     void pack_experts(Team& team, const std::vector<int>& wanted);
     void pack_lora(Team& team, const LoraPointers& lora);
-    Ticket forward(const ForwardArguments& arguments);
+    // ids: the layer's own copy, checked.
+    Ticket forward(const ForwardArguments& arguments, const std::vector<std::int64_t>& ids);
     void backward(const BackwardArguments& arguments);
     std::vector<std::size_t> grad_sizes() const;  // elements of each of the six LoRA tensors
 };

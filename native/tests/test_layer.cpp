@@ -54,11 +54,12 @@ struct Problem {
     }
     template <typename V>
     static LoraPointers pointers(V& six) {
-        return {six[0].data(), six[1].data(), six[2].data(), six[3].data(), six[4].data(), six[5].data()};
+        constexpr bool fp32 = std::is_same_v<std::decay_t<decltype(six[0][0])>, float>;
+        return {six[0].data(), six[1].data(), six[2].data(), six[3].data(), six[4].data(), six[5].data(), fp32};
     }
     std::unique_ptr<Layer> layer(const std::string& isa, int threads) {
-        auto made = std::make_unique<Layer>(
-            LayerConfig{s.E, s.k, s.H, s.I, s.r, 2.0f, s.parts, threads, 4096, 2, s.fp32, true, isa});
+        auto made =
+            std::make_unique<Layer>(LayerConfig{s.E, s.k, s.H, s.I, s.r, 2.0f, s.parts, threads, 4096, 2, true, isa});
         std::vector<std::int64_t> map(s.E);
         std::iota(map.begin(), map.end(), 0);
         const auto source = [&](const std::vector<bf16>& all, int rows, int cols) {
@@ -77,7 +78,8 @@ struct Problem {
     }
     // Output, grad_input, six LoRA gradients and dw, one after the other. Every buffer has the exact size, so that a
     // sanitizer reports an access beyond it.
-    std::vector<float> run(Layer& l, bool accumulate = false) {
+    template <typename Between = void (*)()>
+    std::vector<float> run(Layer& l, bool accumulate = false, const Between& between = [] {}) {
         std::vector<bf16> output(x.size()), grad_input(x.size());
         std::vector<float> dw(ids.size());
         std::vector<std::vector<bf16>> g16;
@@ -87,6 +89,7 @@ struct Problem {
             g32.emplace_back(size, std::numeric_limits<float>::quiet_NaN());
         }
         l.forward({s.T, x.data(), ids.data(), weights.data(), output.data(), true});
+        between();
         l.backward({s.T, grad_output.data(), grad_input.data(), s.fp32 ? pointers(g32) : pointers(g16), false,
                     dw.data(), accumulate});
         std::vector<float> all;
@@ -150,9 +153,8 @@ void test_threads(Problem& small) {
         std::jthread reader([&](std::stop_token stop) {
             while (!stop.stop_requested()) {
                 for (const Layer* l : {a.get(), b.get(), fresh.get()}) {
-                    const int forwards = l->saved_forwards(), packed = l->packed_experts(), rows = l->saved_rows();
-                    if (forwards < 0 || forwards > 2 || packed < 0 || packed > l->config().num_experts || rows < -1)
-                        sane = false;
+                    const int forwards = l->saved_forwards(), packed = l->packed_experts();
+                    if (forwards < 0 || forwards > 2 || packed < 0 || packed > l->config().num_experts) sane = false;
                 }
                 std::this_thread::yield();
             }
@@ -179,6 +181,64 @@ void test_threads(Problem& small) {
     const bool refused = throws<BadInput>(
         [&] { a->forward({small.s.T, small.x.data(), ids.data(), small.weights.data(), out.data()}); });
     check(refused && small.run(*a) == want_a, "an id out of range is refused and leaves the layer usable");
+}
+
+// One thread packs the experts while another gives LoRA of the other dtype and a third new base weights; then the caller
+// drops its tensors. Each thread's backward takes the thread's own forward.
+void test_changes_meanwhile(Problem& small) {
+    const std::string best = available_isas().front();
+    const auto wanted = small.run(*small.layer(best, 2));
+    auto copy = std::make_shared<Problem>(small);
+    const std::weak_ptr<Problem> alive = copy;
+    const auto layer = small.layer(best, 2);
+    std::vector<std::int64_t> map(small.s.E);
+    std::iota(map.begin(), map.end(), 0);
+    const auto load = [&](const std::shared_ptr<Problem>& from) {
+        const auto source = [&](const std::vector<bf16>& all, int rows, int cols) {
+            WeightSource found{{}, cols, 1, false};
+            for (int e = 0; e < small.s.E; ++e) found.experts.push_back(all.data() + e * rows * cols);
+            return found;
+        };
+        const int H = small.s.H, I = small.s.I;
+        return layer->load_weights(source(from->gate, I, H), source(from->up, I, H), source(from->down, H, I), map,
+                                   from);
+    };
+    {
+        const std::jthread forwards([&] {
+            for (int i = 0; i < 5; ++i) small.forward(*layer);
+        });
+        const std::jthread loras([&] {
+            for (int i = 0; i < 5; ++i)
+                layer->update_lora(i % 2 ? Problem::pointers(small.lora16) : Problem::pointers(small.lora32));
+        });
+        for (int i = 0; i < 5; ++i) load(std::make_shared<Problem>(small));
+    }
+    layer->update_lora(Problem::pointers(small.lora16));
+    const int name = load(copy);
+    copy.reset();
+    check(!alive.expired(), "the layer owns its sources");
+    layer->move_weights(name + 1, {}, {}, {});  // another name: nothing changes
+    check(small.run(*layer) == wanted, "after changes by other threads");
+    check(alive.expired() == (layer->packed_experts() == small.s.E), "sources are dropped when all experts are packed");
+
+    Problem other = small;
+    other.x = Random{5}.bf16s(small.x.size(), 1);
+    const auto wanted_other = other.run(*layer);
+    std::atomic<int> waiting = 0;
+    std::atomic<bool> own = true;
+    {
+        std::vector<std::jthread> threads;
+        for (const auto& [problem, want] : {std::pair{&small, &wanted}, std::pair{&other, &wanted_other}}) {
+            threads.emplace_back([&, problem, want] {
+                const auto found = problem->run(*layer, false, [&] {
+                    ++waiting;
+                    while (waiting < 2) std::this_thread::yield();
+                });
+                if (found != *want) own = false;
+            });
+        }
+    }
+    check(own, "each thread's backward takes its own forward");
 }
 
 }  // namespace
@@ -215,5 +275,6 @@ int main() {
              {1, 1, 97, 47, 12, 16, 1, false}})
         test_shape(shape);
     test_threads(small);
+    test_changes_meanwhile(small);
     return finish();
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import psutil
@@ -137,3 +138,31 @@ def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:
     assert "no safetensors file" in _refused(path)
     path.unlink()
     assert "no *.safetensors" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_that_becomes_shorter_is_an_error(packed: bool, tmp_path: Path) -> None:
+    path = write(tmp_path, CASE, family="Mixtral")
+    whole = path.read_bytes()
+    layer, inputs = loaded(path, CASE), make_inputs(CASE)
+    expected = run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs)
+    if packed:
+        layer.forward_sft(inputs.hidden_states[:1], inputs.expert_ids[:1] * 0, inputs.weights[:1], False)
+    for size in (len(whole) - 1, len(whole) // 2, 0):
+        os.truncate(path, size)
+        with pytest.raises(
+            OSError, match=rf"model.safetensors has {size} bytes, and had {len(whole)} when it was loaded"
+        ):
+            run_layer(layer, inputs)
+    with path.open("r+b") as file:
+        file.write(whole)
+    expect_same_bits("written again", run_layer(layer, inputs), expected)
+
+
+def test_a_file_that_was_replaced_is_still_the_mapped_one(tmp_path: Path) -> None:
+    path = write(tmp_path, CASE, family="Mixtral")
+    layer, inputs = loaded(path, CASE), make_inputs(CASE)
+    path.unlink()
+    path.write_bytes(b"another file")
+    again = run_layer(layer, inputs)
+    expect_same_bits("replaced", again, run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs))

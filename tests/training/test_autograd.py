@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -321,3 +322,34 @@ def test_a_repeated_forward_needs_its_lora() -> None:
     double_lora(model, "down_lora_b")
     with pytest.raises(RuntimeError, match="the LoRA weights have changed since; raise max_cache_depth"):
         torch.autograd.backward(losses[1])
+
+
+def test_threads_that_share_a_model_get_what_they_would_get_alone() -> None:
+    alone = make()
+    with torch.no_grad():
+        expected = [alone(input_ids=rows).logits for rows in IDS.chunk(4)]
+    model = make()  # its first forward, which builds the engines, is one of these
+
+    def compute(place: int) -> bool:
+        rows = IDS.chunk(4)[place]
+        with torch.no_grad():
+            return all(torch.equal(model(input_ids=rows).logits, expected[place]) for _ in range(6))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(compute, range(4)))
+
+
+def test_gradients_of_threads_that_share_a_model() -> None:
+    alone, shared = make(depth=1), make(depth=1)
+    shared(input_ids=IDS)
+    losses = [loss_of(alone, rows) for rows in IDS.chunk(4)]
+    wanted = [torch.autograd.grad(loss, [p for p in alone.parameters() if p.requires_grad]) for loss in losses]
+
+    def compute(place: int) -> bool:
+        rows, parameters = IDS.chunk(4)[place], [p for p in shared.parameters() if p.requires_grad]
+        found = [torch.autograd.grad(loss_of(shared, rows), parameters) for _ in range(4)]
+        return all(torch.equal(f, w) for one in found for f, w in zip(one, wanted[place], strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(compute, range(4)))
+    assert waiting(shared) == 0

@@ -42,7 +42,7 @@ class KtKernel:
         weights = [gate_proj, up_proj, down_proj]
         if _exchanges(physical_map, self.wrapped.num_experts):
             slot_of = torch.argsort(physical_map)
-            weights, physical_map = [tensor[slot_of] for tensor in weights], torch.arange(len(slot_of))
+            weights, physical_map = [tensor[slot_of] for tensor in weights], torch.arange(len(slot_of), device="cpu")
         with _contract_words():
             self.wrapped.load_weights_from_tensors(*weights, physical_map)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import sys
-import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -38,33 +39,60 @@ FAMILIES: dict[str, dict[str, str]] = {
 
 
 class Sources:
-    """The base weights until they are packed.
+    """The base weights until they are packed. The engine owns this object until then, and reads by address.
 
-    weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot. mapped: views of mapped files that are never written,
-    so that their pages may be released and read again.
+    weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot. files: those that the weights are views of, which are
+    never written, so that their pages may be released and read again; None for tensors in memory.
     """
 
-    def __init__(self, weights: list[list[torch.Tensor]], slots: list[int], *, mapped: bool) -> None:
-        self.weights, self.slots, self.mapped = weights, slots, mapped
+    def __init__(
+        self, weights: list[list[torch.Tensor]], slots: list[int], *, files: Iterable[MappedFile] | None = None
+    ) -> None:
+        self.weights, self.slots, self.files = weights, slots, files
         self.name = 0  # the engine's name for these sources
         self.going = False  # being released: what is packed no longer exists here
-        self.lock = threading.Lock()  # taken to release them, and to give them to another engine
         tensors = [tensor for matrix in weights for tensor in matrix]
-        counts = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
-        one_of = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-        self._storages = [(tensor, counts[address]) for address, tensor in one_of.items()]
+        counts = Counter(tensor.untyped_storage()._cdata for tensor in tensors)
+        one_of = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+        self._storages = [(tensor, counts[storage]) for storage, tensor in one_of.items()]
+        self._places = self._places_now()
         ends = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
         apart = all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
-        self._may_release = not mapped and apart and all(tensor.is_contiguous() for tensor in tensors)
+        self._may_release = files is None and apart and all(tensor.is_contiguous() for tensor in tensors)
 
     def load(self, native: Layer) -> None:
-        """Give the engine their addresses. All experts of one matrix have the same strides."""
+        """Give the engine their addresses, and this object to keep. All experts of a matrix have the same strides."""
         gate, up, down = map(self._of_native, self.weights)
-        self.name = native.load_weights(gate, up, down, self.slots)
+        self.name = native.load_weights(gate, up, down, self.slots, self)
+
+    def before_packing(self, native: Layer) -> int:
+        """The name of these sources where the engine may release them while it packs them, else 0.
+
+        Gives the engine the present addresses: `share_memory_`, `Module.share_memory` and a queue of multiprocessing
+        move a storage that others refer to. RuntimeError where a storage, OSError where a file has become shorter,
+        before its memory is read."""
+        for file in self.files or ():
+            file.check()
+        places = self._places_now()
+        if places != self._places:
+            if any(now < before for (_, now), (_, before) in zip(places, self._places, strict=True)):
+                raise RuntimeError(
+                    "the base weights were resized before all experts were packed; an expert is packed when its first "
+                    "token arrives: call load_weights_from_tensors again"
+                )
+            native.move_weights(self.name, *map(self._of_native, self.weights))
+            self._places = places
+        self.going = self.released()
+        return self.name if self.going else 0
+
+    def _places_now(self) -> list[tuple[int, int]]:
+        """Address and bytes of each storage."""
+        storages = [tensor.untyped_storage() for tensor, _ in self._storages]
+        return [(storage.data_ptr(), storage.nbytes()) for storage in storages]
 
     def _of_native(self, matrix: list[torch.Tensor]) -> tuple[list[int], int, int, bool]:
         row, column = matrix[0].stride()
-        return [tensor.data_ptr() for tensor in matrix], row, column, self.mapped
+        return [tensor.data_ptr() for tensor in matrix], row, column, self.files is not None
 
     def released(self) -> bool:
         """Whether their memory may be released: it is torch's own, and no other tensor uses it.
@@ -81,6 +109,34 @@ class Sources:
             if own is None or holders is None or holders != (own[0] + count - 1, own[1]):
                 return False
         return True
+
+
+class MappedFile:
+    """A safetensors file that is mapped; its tensors read their pages when they are used.
+
+    A page beyond the end of a file ends the process (SIGBUS). So the size is compared before pages are read; the file
+    is held open for that, because a file that replaced it under its name says nothing of the mapped one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
+        self._opened = safe_open(path, "pt")
+
+    def check(self) -> None:
+        """OSError if the file has become shorter."""
+        size = os.fstat(self._file).st_size
+        if size < self._size:
+            raise OSError(
+                f"{self.path} has {size} bytes, and had {self._size} when it was loaded: write it again, and call "
+                "load_weights again"
+            )
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._opened.get_tensor(name)  # type: ignore[no-untyped-call]
+        return found
 
 
 def _holders(tensor: torch.Tensor) -> tuple[int, int] | None:
@@ -106,8 +162,9 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
 
 def expert_weights(
     weight_path: str, layer: int, shapes: Mapping[str, tuple[int, int]], experts: int
-) -> dict[str, list[torch.Tensor]]:
-    """gate_proj, up_proj [I, H], down_proj [H, I] bf16 of each expert, by BASE_NAMES; shapes: the expected ones.
+) -> tuple[dict[str, list[torch.Tensor]], list[MappedFile]]:
+    """gate_proj, up_proj [I, H], down_proj [H, I] bf16 of each expert, by BASE_NAMES, and the files that they are views
+    of; shapes: the expected ones.
 
     ValueError for a missing path or tensor, another shape, or more experts; TypeError for another dtype.
     """
@@ -118,14 +175,15 @@ def expert_weights(
         raise ValueError(f"weight_path {weight_path!r} holds no routed experts of layer {layer}: no {wanted}")
     if family[BASE_NAMES[0]].format(layer=layer, expert=experts) in names:
         raise ValueError(f"weight_path {weight_path!r}, layer {layer}, has more experts than num_experts ({experts})")
-    files: dict[Path, Any] = {}
-    return {
+    files: dict[Path, MappedFile] = {}
+    weights = {
         name: [
             _view(files, names, pattern.format(layer=layer, expert=expert), shapes[name], weight_path)
             for expert in range(experts)
         ]
         for name, pattern in family.items()
     }
+    return weights, list(files.values())
 
 
 def _tensors(weight_path: str) -> dict[str, Path]:
@@ -160,7 +218,11 @@ def _of_layer(tensors: Mapping[str, Path], layer: int) -> dict[str, tuple[str, P
 
 
 def _view(
-    files: dict[Path, Any], names: Mapping[str, tuple[str, Path]], name: str, shape: tuple[int, int], weight_path: str
+    files: dict[Path, MappedFile],
+    names: Mapping[str, tuple[str, Path]],
+    name: str,
+    shape: tuple[int, int],
+    weight_path: str,
 ) -> torch.Tensor:
     """A tensor that reads its pages from the file when they are used."""
     if name not in names:
@@ -169,8 +231,8 @@ def _view(
     if file not in files:
         if not file.is_file():
             raise ValueError(f"{INDEX} names {file.name}, which is not in {weight_path!r}")
-        files[file] = safe_open(file, "pt")
-    tensor: torch.Tensor = files[file].get_tensor(full)
+        files[file] = MappedFile(file)
+    tensor = files[file].tensor(full)
     if tensor.dtype is not torch.bfloat16:
         raise TypeError(f"{full} has dtype {tensor.dtype}; it takes torch.bfloat16")
     if tuple(tensor.shape) != shape:

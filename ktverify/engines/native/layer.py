@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ktverify.engines import argument_checks
 from ktverify.engines.native.base_weights import Sources, alias, expert_weights
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.engines.native.shortage import memory_errors
+from ktverify.engines.plain_tensors import values_of
 from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
 from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
@@ -47,7 +49,13 @@ def amx_is_emulated() -> bool:
 
 
 def _require(isa: str) -> None:
-    """RuntimeError where `isa` cannot run here; for AMX, the error says how to emulate it."""
+    """ValueError for an unknown `isa`, RuntimeError where it cannot run here; for AMX, with how to emulate."""
+    if not isinstance(isa, str) or isa not in _native.known_isas():
+        known = ", ".join(_native.known_isas())
+        raise ValueError(
+            f"isa is {argument_checks.shown(isa)}, which is unknown; it takes one of {known}, or None for "
+            "the best that runs here"
+        )
     try:
         _native.require_isa(isa)
     except RuntimeError as error:
@@ -117,10 +125,10 @@ class KTMoEWrapper:
             raise NotImplementedError(f"lora_dropout is {lora_dropout}; the native engine has no dropout: pass 0")
         self.layer_idx = layer_idx
         self.weight_path = weight_path
-        self.isa: str = isa or chosen_isa()
+        self.isa: str = chosen_isa() if isa is None else isa
         _require(self.isa)
-        self.grad_weights: torch.Tensor | None = None
-        self.last_ticket = 0
+        self._own = threading.local()  # of the calling thread: whether it made a saved forward, its grad_weights
+        self._latest_grad_weights: torch.Tensor | None = None
         self.gate_lora_a: torch.Tensor
         self.gate_lora_b: torch.Tensor
         self.up_lora_a: torch.Tensor
@@ -128,14 +136,10 @@ class KTMoEWrapper:
         self.down_lora_a: torch.Tensor
         self.down_lora_b: torch.Tensor
         self._lora_dtype: torch.dtype | None = None
-        self._sources: Sources | None = None
+        self._sources: Callable[[], Sources | None] = lambda: None  # the engine owns them, until all are packed
         self._weights_loaded = False
-        self._record_stages = False
-        self._native: Any = self._build(lora_fp32=False)
-
-    def _build(self, *, lora_fp32: bool) -> Any:
         spec = self.spec
-        return _native.Layer(
+        self._native: Any = _native.Layer(
             num_experts=spec.num_experts,
             top_k=spec.num_experts_per_tok,
             hidden=spec.hidden_size,
@@ -146,7 +150,6 @@ class KTMoEWrapper:
             threads=min(spec.cpuinfer_threads, processors()),
             max_rows=spec.chunked_prefill_size,
             max_cache_depth=spec.max_cache_depth,
-            lora_fp32=lora_fp32,
             lora_backward=spec.lora_backward,
             isa=self.isa,
         )
@@ -177,7 +180,7 @@ class KTMoEWrapper:
         """
         base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
         slots = argument_checks.check_physical_map(self.spec, physical_map)
-        self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots, mapped=False))
+        self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots))
 
     @memory_errors("load_weights")
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
@@ -188,14 +191,14 @@ class KTMoEWrapper:
         physical_map as above, where the checkpoint's expert p is slot p; None: slots are logical experts.
         """
         if physical_map is None:
-            physical_map = torch.arange(self.spec.num_experts)
+            physical_map = torch.arange(self.spec.num_experts, device="cpu")
         slots = argument_checks.check_physical_map(self.spec, physical_map)
-        base = expert_weights(self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts)
-        self._load(Sources(list(base.values()), slots, mapped=True))
+        base, files = expert_weights(self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts)
+        self._load(Sources(list(base.values()), slots, files=files))
 
     def _load(self, sources: Sources) -> None:
         sources.load(self._native)
-        self._sources = sources
+        self._sources = weakref.ref(sources)
         self._weights_loaded = True
 
     @memory_errors("init_lora_weights")
@@ -213,35 +216,15 @@ class KTMoEWrapper:
         copied."""
         given = (gate_lora_a, gate_lora_b, up_lora_a, up_lora_b, down_lora_a, down_lora_b)
         lora = argument_checks.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
-        lora = {name: t if t.is_contiguous() else t.detach().contiguous() for name, t in lora.items()}
-        dtype = lora[LORA_NAMES[0]].dtype
-        if dtype == (self._lora_dtype or torch.bfloat16):
-            self._take(self._native, lora)
-            return
-        if self._native.saved_forwards:
-            raise RuntimeError("init_lora_weights with another dtype while a forward waits: call backward first")
-        native, sources = self._build(lora_fp32=dtype == torch.float32), self._sources
-        native.record_stages(self._record_stages)
-        if not self._weights_loaded:
-            self._take(native, lora)
-            return
-        with sources.lock if sources is not None else contextlib.nullcontext():
-            if sources is None or sources.going:
-                raise TypeError(
-                    f"the LoRA tensors have dtype {dtype}, before they had {self._lora_dtype}: "
-                    "call load_weights_from_tensors again before changing it"
-                )
-            sources.load(native)
-            self._take(native, lora)
+        lora = {n: t if t.is_contiguous() and not t.is_neg() else values_of(t).contiguous() for n, t in lora.items()}
+        self._snapshot(lora)
+        self.__dict__.update(lora)  # all at once, whatever other threads do
 
-    def _take(self, native: _native.Layer, lora: dict[str, torch.Tensor]) -> None:
-        """Make `native` the engine, with `lora` as its parameters."""
-        # MemoryError is possible here, so the old engine is replaced only by one that has its parameters
-        native.update_lora([t.data_ptr() for t in lora.values()])
-        self._native = native
-        self._lora_dtype = lora[LORA_NAMES[0]].dtype
-        for name, tensor in lora.items():
-            setattr(self, name, tensor)
+    def _snapshot(self, lora: Mapping[str, torch.Tensor]) -> None:
+        values = [values_of(tensor).contiguous() for tensor in lora.values()]
+        dtype = values[0].dtype
+        self._native.update_lora([value.data_ptr() for value in values], dtype == torch.float32)
+        self._lora_dtype = dtype
 
     @memory_errors("update_lora_weights")
     def update_lora_weights(self) -> None:
@@ -253,10 +236,8 @@ class KTMoEWrapper:
                 f"the LoRA parameters have dtype {lora[LORA_NAMES[0]].dtype}; init_lora_weights got "
                 f"{self._lora_dtype}: call it again to change the dtype"
             )
-        contiguous = [t.detach().contiguous() for t in lora.values()]
-        self._native.update_lora([t.data_ptr() for t in contiguous])
+        self._snapshot(lora)
 
-    @memory_errors("forward_sft")
     def forward_sft(
         self,
         hidden_states: torch.Tensor,
@@ -266,57 +247,78 @@ class KTMoEWrapper:
     ) -> torch.Tensor:
         """hidden_states [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32 -> output [T, H] bf16.
 
-        A slot with id -1 contributes nothing. `last_ticket` names the saved forward, for `backward` or `drop`; 0
-        without save_for_backward."""
+        A slot with id -1 contributes nothing."""
+        return self.forward_with_ticket(hidden_states, expert_ids, weights, save=save_for_backward)[0]
+
+    @memory_errors("forward_sft")
+    def forward_with_ticket(
+        self,
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        save: bool = True,
+        room: int = 0,
+    ) -> tuple[torch.Tensor, int]:
+        """`forward_sft`, and the ticket of the saved forward for `backward_of` or `drop`; 0 if it was not saved.
+
+        room: with 0, a saved forward beyond max_cache_depth is a RuntimeError; with another number, the forward is
+        saved only while fewer than `room` wait."""
         argument_checks.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = argument_checks.check_forward(self.spec, hidden_states, expert_ids, weights)
-        x, ids, slot_weights = (t.detach().contiguous() for t in (hidden_states, expert_ids, weights))
-        output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        native, released = self._native_and_released() if tokens else (self._native, 0)
+        x, ids, slot_weights = (values_of(t).contiguous() for t in (hidden_states, expert_ids, weights))
+        output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16, device="cpu")
+        sources = self._sources() if tokens else None
+        released = sources.before_packing(self._native) if sources is not None else 0
         x_at, ids_at, weights_at, output_at = (tensor.data_ptr() for tensor in (x, ids, slot_weights, output))
-        self.last_ticket = native.forward(tokens, x_at, ids_at, weights_at, output_at, save_for_backward, released)
-        if self._sources is not None and self._native.packed_experts == self.spec.num_experts:
-            self._sources = None  # every expert is packed, so the caller's tensors are no longer needed
-        return output
+        ticket = self._native.forward(tokens, x_at, ids_at, weights_at, output_at, bool(save), room, released)
+        if ticket:
+            self._own.made_one = True
+        return output, ticket
 
-    def _native_and_released(self) -> tuple[_native.Layer, int]:
-        """The engine, and the name of the sources that it may release while it packs them; 0 for none."""
-        sources = self._sources
-        if sources is None:
-            return self._native, 0
-        with sources.lock:
-            sources.going = sources.released()
-            return self._native, sources.name if sources.going else 0
+    @property
+    def grad_weights(self) -> torch.Tensor | None:
+        """fp32 [T, k]: the gradient of the routing weights of this thread's last backward; in a thread without one, of
+        the last backward of all."""
+        return getattr(self._own, "grad_weights", self._latest_grad_weights)
 
-    @memory_errors("backward")
     def backward(
-        self, grad_output: torch.Tensor, *, accumulate: bool = False, ticket: int = 0
+        self, grad_output: torch.Tensor, *, accumulate: bool = False
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """grad_output [T, H] bf16 of the newest saved forward -> grad_input [T, H] bf16 and the six LoRA gradients, in
         their parameters' shapes and dtype. `grad_weights`, fp32 [T, k], is then the gradient of the routing weights.
 
+        The newest is that of the calling thread; a thread that never saved a forward takes the newest of all.
         accumulate: return the sum of the LoRA gradients of all backward calls with accumulate since
-        update_lora_weights, added in fp32 and rounded once.
-        ticket: names another saved forward than the newest. RuntimeError for one that was used or dropped."""
-        rows = int(self._native.saved_rows)
-        waiting = None if rows < 0 else rows
-        if ticket and isinstance(grad_output, torch.Tensor) and grad_output.dim() == 2:
-            waiting = grad_output.shape[0]  # the engine knows the rows of each ticket, and compares
-        argument_checks.check_backward(self.spec, grad_output, waiting)
-        tokens = grad_output.shape[0]
-        upstream = grad_output.detach().contiguous()
-        grad_input = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16)
-        assert self._lora_dtype is not None  # a saved forward had its LoRA
-        shapes = list(self.spec.lora_shapes.values())
-        written = tokens * self.spec.num_experts_per_tok if self.spec.lora_backward else 0
-        grads, zero = _gradients(shapes, self._lora_dtype, written=written)
-        grad_weights = torch.empty((tokens, self.spec.num_experts_per_tok), dtype=torch.float32)
-        to = [tensor.data_ptr() for tensor in grads]
+        update_lora_weights, added in fp32 and rounded once."""
+        grad_input, grads, grad_weights = self.backward_of(0, grad_output, accumulate=accumulate)
+        self._own.grad_weights = self._latest_grad_weights = grad_weights
+        return grad_input, grads
+
+    @memory_errors("backward")
+    def backward_of(
+        self, ticket: int, grad_output: torch.Tensor, *, accumulate: bool = False
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """`backward` of the forward with this ticket, and the gradient of its routing weights. RuntimeError for one
+        that was used or dropped."""
+        spec = self.spec
+        if not self.saved_forwards:
+            argument_checks.check_backward(spec, grad_output, None)
+        # the engine compares the rows, because it alone knows which forward is taken
+        tokens = argument_checks.check_grad_output(spec, grad_output)
+        upstream = values_of(grad_output).contiguous()
+        grad_input = torch.empty((tokens, spec.hidden_size), dtype=torch.bfloat16, device="cpu")
+        # it cannot change while the forward waits
+        dtype = torch.float32 if self._native.lora_fp32 else torch.bfloat16
+        written = tokens * spec.num_experts_per_tok if spec.lora_backward else 0
+        grads, zero = _gradients(list(spec.lora_shapes.values()), dtype, written=written)
+        grad_weights = torch.empty((tokens, spec.num_experts_per_tok), dtype=torch.float32, device="cpu")
         self._native.backward(
-            tokens, upstream.data_ptr(), grad_input.data_ptr(), to, zero, grad_weights.data_ptr(), accumulate, ticket
-        )
-        self.grad_weights = grad_weights
-        return grad_input, dict(zip(GRAD_NAMES, grads, strict=True))
+            tokens, upstream.data_ptr(), grad_input.data_ptr(), [grad.data_ptr() for grad in grads],
+            dtype == torch.float32, zero, grad_weights.data_ptr(), accumulate, ticket,
+            not getattr(self._own, "made_one", False),
+        )  # fmt: skip
+        return grad_input, dict(zip(GRAD_NAMES, grads, strict=True)), grad_weights
 
     def drop(self, ticket: int) -> None:
         """Free the saved forward of this ticket; does nothing if it was used or dropped before."""
@@ -325,13 +327,12 @@ class KTMoEWrapper:
     def fingerprint(self, tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
         """A key of the tensors' shapes, dtypes and bytes, computed about as fast as memory is read. A change of one
         element always changes it, whoever wrote it; a larger one goes unseen with a chance of about 2^-64."""
-        values = [tensor.detach().cpu().contiguous() for tensor in tensors]
+        values = [values_of(tensor).cpu().contiguous() for tensor in tensors]
         content = self._native.fingerprint([(value.data_ptr(), value.nbytes) for value in values])
         return tuple((value.shape, value.dtype) for value in values), content
 
     def record_stages(self, on: bool = True) -> None:
         """Record from now on where each forward and backward spends its time; costs one clock read per task."""
-        self._record_stages = on
         self._native.record_stages(on)
 
     def stage_times(self) -> StageTimes:

@@ -28,7 +28,6 @@ struct LayerConfig {
     int threads = 1;             // upper limit
     int max_rows = 0;            // chunked_prefill_size: largest T
     int max_cache_depth = 1;     // most saved forwards at a time
-    bool lora_fp32 = false;      // dtype of the LoRA parameters and of their gradients; otherwise bf16
     bool lora_backward = true;   // false: *_SkipLoRA, base gradients only
     std::string isa = "scalar";  // one of available_isas()
 };
@@ -43,7 +42,7 @@ struct WeightSource {
 };
 
 // The six LoRA tensors, contiguous, in the contract's order: gate_a [E,r,H], gate_b [E,I,r], up_a, up_b,
-// down_a [E,r,I], down_b [E,H,r]; fp32 if LayerConfig::lora_fp32, otherwise bf16.
+// down_a [E,r,I], down_b [E,H,r]; all fp32 or all bf16.
 struct LoraPointers {
     void* gate_a = nullptr;
     void* gate_b = nullptr;
@@ -51,6 +50,7 @@ struct LoraPointers {
     void* up_b = nullptr;
     void* down_a = nullptr;
     void* down_b = nullptr;
+    bool fp32 = false;
 };
 
 struct MemorySpan {
@@ -68,6 +68,8 @@ struct ForwardArguments {
     const float* weights;     // [T, k]
     bf16* output;             // [T, H]
     bool save = false;
+    int room =
+        0;  // with save: 0 refuses one saved forward too many; else it is saved only while fewer than `room` wait
     int given_up = 0;  // the name of sources (load_weights) that are disposable from now on; 0 for none
 };
 
@@ -75,13 +77,15 @@ struct BackwardArguments {
     int rows;                 // T
     const bf16* grad_output;  // [T, H]
     bf16* grad_input;         // [T, H]
-    LoraPointers grads;       // in the parameters' dtype
+    LoraPointers grads;       // in the dtype of the LoRA that the forward used
     // The memory of `grads` is zero already: the gradients of experts without a token are not written, and their fresh
     // pages cost nothing.
     bool grads_zero;
     float* grad_weights;  // [T, k]
     bool accumulate;      // adds to the LoRA gradients of earlier calls in fp32 and stores the rounded sum
-    Ticket ticket = 0;    // of the saved forward; 0: the newest
+    // Of the saved forward. 0: the calling thread's newest; a thread without one takes the newest of all if it may.
+    Ticket ticket = 0;
+    bool of_any_thread = true;
 };
 
 class Layer {
@@ -95,14 +99,18 @@ class Layer {
     Layer& operator=(const Layer&) = delete;
 
     // gate, up [E, I, H], down [E, H, I], in slot order: slot p contains logical expert physical_map[p]. The sources
-    // must stay alive until `packed_experts() == num_experts`, because an expert is packed when its first token
-    // arrives. Returns the number that names these sources, never 0.
+    // must stay alive as long as `owner` does: it is kept until every expert is packed, because an expert is packed when
+    // its first token arrives, and dropped without a lock. Returns the number that names these sources, never 0.
     int load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
-                     const std::vector<std::int64_t>& physical_map);
-    // Takes a snapshot of all six tensors; the caller may change them afterwards.
+                     const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner = nullptr);
+    // The sources of this name are now at other addresses. Does nothing when they are not the present ones.
+    void move_weights(int name, const WeightSource& gate, const WeightSource& up, const WeightSource& down);
+    // Takes a snapshot of all six tensors; the caller may change them afterwards. BadState for another dtype than before
+    // while a forward waits.
     void update_lora(const LoraPointers& lora);
 
-    // Computes `output`. Returns the ticket of the saved forward; 0 without `save`.
+    // Computes `output`. Returns the ticket of the saved forward; 0 if it was not saved. Another thread may write the
+    // input meanwhile: then this call's results are undefined, and nothing else.
     Ticket forward(const ForwardArguments& arguments);
     // Computes grad_input, `grads` and grad_weights. Uses and drops the saved forward.
     void backward(const BackwardArguments& arguments);
@@ -120,7 +128,7 @@ class Layer {
 
     // These four do not wait for a computation.
     int saved_forwards() const;
-    int saved_rows() const;  // of the newest saved forward; -1 without one
+    bool lora_fp32() const;  // of the last update; constant while a forward waits
     int packed_experts() const;
     int threads() const;  // workers that a call uses
     const LayerConfig& config() const;

@@ -1,0 +1,46 @@
+"""Threads that share a wrapped model take turns. Standard library only.
+
+Between giving LoRA to an engine and its forward, no other thread may give other values; one thread builds the engine.
+The engine computes one call at a time in any case.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+_turn = threading.RLock()
+_own = threading.local()
+
+
+def _new_turn() -> None:
+    global _turn
+    _turn = threading.RLock()
+
+
+# a forked child has no thread that could end a turn of the parent's
+os.register_at_fork(after_in_child=_new_turn)
+
+
+def in_turn(call: Call) -> Call:
+    """A decorator: of all calls that have it, one runs at a time; those of one thread may be nested."""
+
+    @functools.wraps(call)
+    def wrapped(*given: Any, **named: Any) -> Any:
+        with _turn:
+            return call(*given, **named)
+
+    return cast(Call, wrapped)
+
+
+def list_of_this_thread(owner: object) -> list[Any]:
+    """A list that belongs to `owner` and to the calling thread, empty at first."""
+    if not hasattr(_own, "lists"):
+        _own.lists = weakref.WeakKeyDictionary()
+    found: list[Any] = _own.lists.setdefault(owner, [])
+    return found
