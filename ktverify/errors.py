@@ -1,4 +1,4 @@
-"""All exceptions of the package. Imports the standard library only.
+"""All exceptions of the package, and which exceptions of libraries a user can cause. Imports the standard library only.
 
 KtverifyError
 |-- Unsupported          NotImplementedError   the engine states that it cannot do this
@@ -21,6 +21,12 @@ KtverifyError
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+import traceback
+import zipfile
+from pathlib import Path
 from typing import Any
 
 
@@ -128,3 +134,52 @@ class NotFinite(KtverifyError, RuntimeError):
 
 class NothingMeasured(KtverifyError, ValueError):
     """A bench run has no measurement that counts, so it has no views."""
+
+
+# ---- exceptions that a user can cause
+
+# by wrong arguments, broken files, a full disk, an engine that refuses; any other exception is a defect
+_EXPECTED = (
+    *(ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError, ImportError, EOFError, KtverifyError),
+    *(pickle.PickleError, zipfile.BadZipFile, subprocess.SubprocessError),
+)
+# (module, class) of libraries, which are imported by those alone who use them
+_OF_LIBRARIES = (
+    ("jinja2", "TemplateError"),
+    ("safetensors", "SafetensorError"),
+    ("yaml", "YAMLError"),
+    ("csv", "Error"),
+    ("huggingface_hub.errors", "HfHubHTTPError"),
+    ("huggingface_hub.errors", "HFValidationError"),
+    ("httpx", "HTTPError"),
+    ("requests", "RequestException"),
+    ("torch.distributed.elastic.multiprocessing.errors", "ChildFailedError"),
+    ("torch._dynamo.exc", "TorchDynamoException"),
+    ("filelock", "Timeout"),
+)
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def is_expected(error: Exception) -> bool:
+    """Whether the exception is one that a user can cause, so that one line is the answer.
+
+    Those are the classes listed here, a bare Exception (tokenizers raises it), and any that a library's own Python code
+    raised: what it was given is at fault more often than this package."""
+    kinds = [getattr(sys.modules[name], kind, None) for name, kind in _OF_LIBRARIES if name in sys.modules]
+    if type(error) is Exception or isinstance(error, (*_EXPECTED, *filter(None, kinds))):
+        return True
+    raised_in = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    return bool(raised_in) and "site-packages" in raised_in[-1].parts and _PACKAGE not in raised_in[-1].parents
+
+
+def one_line(error: BaseException) -> str:
+    """The exception's text in one line; with its class, where the text alone would say little or is a library's."""
+    text = " ".join(str(error).split())
+    own = isinstance(error, KtverifyError) or type(error) in (ValueError, TypeError, RuntimeError, ImportError)
+    if isinstance(error, KeyError) and error.args:
+        text = " ".join(str(error.args[0]).split())
+        own = " " in text
+    if isinstance(error, OSError):
+        own = bool(text)
+    name = type(error).__name__
+    return text if own and text else f"{name}: {text}" if text else name

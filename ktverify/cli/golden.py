@@ -9,11 +9,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ktverify.cli.options import PROGRAM
-from ktverify.isolation.interrupt import in_one_line
-from ktverify.system.files import in_words
+from ktverify.cli.options import PROGRAM, OneLineErrors
 
-app = typer.Typer(**PROGRAM)
+app = typer.Typer(cls=OneLineErrors, **PROGRAM)
 
 
 @app.callback()
@@ -35,23 +33,16 @@ def regenerate(
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    try:
-        with (
-            in_one_line(),
-            Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
-        ):
-            task = bar.add_task("goldens", total=1.0)
-            result = golden_regenerate.regenerate(
-                only,
-                directory=directory,
-                check=check,
-                force=force,
-                full=full,
-                progress=lambda text, share: bar.update(task, description=text or "done", completed=share),
-            )
-    except (ValueError, MemoryError, OSError) as error:
-        typer.echo(f"golden: {in_words(error) if isinstance(error, OSError) else error}", err=True)
-        raise typer.Exit(2) from None
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("goldens", total=1.0)
+        result = golden_regenerate.regenerate(
+            only,
+            directory=directory,
+            check=check,
+            force=force,
+            full=full,
+            progress=lambda text, share: bar.update(task, description=text or "done", completed=share),
+        )
     for line in result.lines:
         typer.echo(f"drifted: {line}" if check else line)
     count = f"{len(result.unchanged)} goldens unchanged, {len(result.written)} {'drifted' if check else 'written'}"

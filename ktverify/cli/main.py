@@ -23,43 +23,14 @@ from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.list import list_cases
 from ktverify.cli.mutants import clean, mutants
-from ktverify.cli.options import PROGRAM, OwnProgram
+from ktverify.cli.options import PROGRAM, TRACEBACK, OneLineErrors, OwnProgram
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.verify import repro, verify
-from ktverify.isolation.interrupt import in_one_line
 from ktverify.system import limits
 from ktverify.system.files import in_words
 
-# errors that users can cause: wrong arguments, missing files, an engine that refuses. Any other error is a bug, and its
-# traceback is shown
-_EXPECTED_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, MemoryError, ImportError)
-
-
-class _OneLineErrors(TyperGroup):
-    """Turns an expected error of a command into one line on stderr and exit code 2, Ctrl-C into one line and 130."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            with in_one_line():
-                return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
-            raise
-        except BrokenPipeError:  # the reader of the output closed it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(1) from None
-        except _EXPECTED_ERRORS as error:
-            if ctx.params["traceback"]:
-                raise
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            if isinstance(error, OSError):
-                text = in_words(error)
-            line = " ".join(str(text).split()) or type(error).__name__
-            typer.echo(f"error: {line}", err=True)
-            raise typer.Exit(2) from None
-
-
-app = typer.Typer(name="ktverify", cls=_OneLineErrors, **PROGRAM)
+app = typer.Typer(name="ktverify", cls=OneLineErrors, **PROGRAM)
 
 
 def _version(wanted: bool) -> None:
@@ -72,7 +43,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    traceback: Annotated[bool, typer.Option("--traceback", help="show where an error was raised")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", envvar=TRACEBACK, show_envvar=False, help="show where an error was raised")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,

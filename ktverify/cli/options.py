@@ -1,13 +1,19 @@
-"""Options that several commands take, and a spinner. Light: help needs no torch."""
+"""Options that several commands take, the one door of their errors, and a spinner. Light: help needs no torch."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from ktverify.engines import registry
+from ktverify.errors import is_expected, one_line
+from ktverify.isolation.interrupt import in_one_line
+from ktverify.system.files import in_words
 
 
 def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
@@ -88,6 +94,30 @@ PROGRAM: dict[str, Any] = {
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 110},
 }
+
+
+TRACEBACK = "KTVERIFY_TRACEBACK"  # the variable that does the same as --traceback, also below a launcher
+
+
+class OneLineErrors(TyperGroup):
+    """Turns an expected error of a command into one line on stderr and exit code 2, Ctrl-C into one line and 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with in_one_line():
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except BrokenPipeError:  # the reader of the output closed it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except Exception as error:
+            # wrong arguments have `show`: typer prints them with the usage
+            shown = ctx.params.get("traceback") or os.environ.get(TRACEBACK)
+            if shown or hasattr(error, "show") or not is_expected(error):
+                raise
+            typer.echo(f"error: {in_words(error) if isinstance(error, OSError) else one_line(error)}", err=True)
+            raise typer.Exit(2) from None
 
 
 class OwnProgram:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ktverify.system.files import reports_dir, unwritten, write_whole
+from ktverify.system.text import decode
 
 T = TypeVar("T")
 
@@ -168,8 +169,11 @@ def read_lines(path: Path, parse: Callable[[str], T], *, lost: list[str] | None 
         raise FileNotFoundError(f"{path.parent} has no {path.name}, which this command wrote; it has {others}")
     found: list[T] = []
     named: list[str] = []
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        data = decode(data, path).encode()
     # split bytes: a line may have been cut off inside a character
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -6,16 +6,17 @@ takes, and for an unknown key the nearest known one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ktverify.system.files import expand
 from ktverify.training.llama_factory import sort_out
+from ktverify.training.yaml_file import parse_yaml, read_yaml
 
 OWN_TEMPLATES = ("default", "tokenizer")
 # keys of LLaMA-Factory's files that have one value here -> how it may be written, and the error for another value
@@ -166,10 +167,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration at `path`, changed by `overrides` ("--key", "value", …). ValueError in one line."""
     if not path.is_file():
         raise ValueError(f"there is no configuration {path}")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}; it takes keys and values")
     kept, notes, problems = sort_out({**document, **_pairs(overrides)}, list(TrainConfig.model_fields))
@@ -214,15 +212,11 @@ def _pairs(words: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ValueError(f"--{key} has no value: keys are given as --key value")
             value = rest.pop(0)
-        found[key.replace("-", "_")] = _value(value)
+        found[key.replace("-", "_")] = _value(value, f"--{key} {value}")
     return found
 
 
-def _value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:
-            return float(value)  # 1e-3 is text to YAML 1.1
-        except ValueError:
-            return value
-    return value
+def _value(text: str, where: str) -> Any:
+    value = parse_yaml(text, where)
+    # 1e-3 is text to YAML 1.1
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value

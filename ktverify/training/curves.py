@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktverify.errors import one_line
 from ktverify.runs.jsonl import read_objects
+from ktverify.system.text import json_rows, read_text
 
 LOSS_FILE, STATE_FILE = "loss.jsonl", "trainer_state.json"
 # the most that two runs of the same mathematics in different precision differ; beyond it they are different trainings
@@ -65,16 +66,19 @@ def read_curve(path: Path) -> Curve:
     if not file.is_file():
         raise ValueError(f"{path} has no loss history: it takes {LOSS_FILE}, {STATE_FILE}, or a directory with one")
     try:
-        rows: list[dict[str, Any]]
-        if file.suffix == ".jsonl":
-            rows = read_objects(file)
-        else:
-            rows = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+        rows: list[Any]
+        try:
+            rows = [row for _, row in json_rows(read_text(file), str(file))]
+        except ValueError:
+            if file.suffix != ".jsonl":
+                raise
+            rows = list(read_objects(file))  # names a last line that was cut off, and leaves it out
+        if len(rows) == 1 and isinstance(rows[0], dict) and "log_history" in rows[0]:
             # the Trainer's has lines of other kinds
-            rows = [row for row in rows if "loss" in row]
+            rows = [row for row in rows[0]["log_history"] if "loss" in row]
         found = curve_of(rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no loss history: {error!r}") from None
+        raise ValueError(f"{file} is no loss history: {one_line(error)}") from None
     if not found.steps:
         raise ValueError(f"{file} has no losses")
     return found

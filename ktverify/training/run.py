@@ -88,7 +88,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     for note in config.notes:
         print(note, file=sys.stderr)
     files = [find_dataset(name, beside) for name in config.datasets]
-    records = [record for file in files for record in read_records(file)[: config.max_samples]]
+    records = [record for file in files for record in read_records(file, config.max_samples)]
     infer = None
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.tp, backend=config.kt_backend)

@@ -318,7 +318,7 @@ def test_a_case_that_is_no_row_is_refused(tmp_path: Path, only: str) -> None:
     result = CliRunner().invoke(app, ["regenerate", "--dir", str(tmp_path), "--only", only])
     assert result.exit_code == 2
     assert result.output.count("\n") == 1
-    assert result.output.startswith("golden: ")
+    assert result.output.startswith("error: ")
 
 
 def test_full_tensors_are_written_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

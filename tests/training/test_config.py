@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jinja2 import TemplateError
 
 from ktverify.training.config import read_config
 from ktverify.training.dataset import EXAMPLE, IGNORED, Exchange, encode, example_data, read_records
@@ -97,9 +98,9 @@ def test_a_refused_training_leaves_what_is_there(
         ("empty.jsonl", "\n", "holds no record"),
         ("list.json", "[]", "holds no record"),
         ("torn.json", '[{"instruction": ', "is no JSON"),
-        ("other.json", '{"instruction": "a"}', "holds a dict"),
-        ("chat.json", '[{"messages": []}]', "record 1 has no instruction and output"),
-        ("history.jsonl", '{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "record 1 has a history"),
+        ("other.json", '{"instruction": "a"}', "line 1 has instruction; it takes"),
+        ("chat.json", '[{"messages": []}]', "record 1, messages has nothing; it takes user and"),
+        ("history.jsonl", '{"instruction": "a", "output": "b", "history": [["c"]]}', "line 1: history has"),
         ("line.jsonl", '{"instruction": "a", "output": "b"}\n\n{"instruction', "line.jsonl, line 3 is no JSON"),
         ("number.jsonl", '{"instruction": "a", "output": 3}', "output is a int, it takes text"),
     ],
@@ -135,6 +136,72 @@ def test_labels_are_on_the_answer_only() -> None:
     assert all(len(row["input_ids"]) <= 40 for row in cut)
     with pytest.raises(ValueError, match="cutoff_len 3 leaves nothing of any answer"):
         encode(records, tokenizer, 3)
+
+
+class Spoken:
+    """A tokenizer of single characters, whose template drops what was thought in earlier turns."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool = False
+    ) -> str:
+        text = ""
+        for number, message in enumerate(messages, start=1):
+            content = message["content"]
+            if message["role"] == "assistant" and number < len(messages):
+                content = content.rpartition(")")[2]
+            if content == "refused":
+                raise TemplateError("System role not supported")
+            text += f"[{message['role'][0]}]{content}."
+        return text + ("[a]" if add_generation_prompt else "")
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+
+def test_labels_are_on_every_answer_of_a_conversation() -> None:
+    record = Exchange("how?", "(hm) so", "be kind", (("who?", "(hm) me"), ("why?", " ")))
+    row = encode([record], Spoken(), 512)[0]
+    whole = "".join(map(chr, row["input_ids"]))
+    assert whole == "[s]be kind.[u]who?.[a] me.[u]why?.[a] .[u]how?.[a](hm) so."
+    labels = [chr(label) if label != IGNORED else "_" for label in row["labels"]]
+    # an answer that the template changes later, and an empty one, have no labels
+    assert "".join(labels).replace("_", "") == "(hm) so."
+    plain = Exchange("how?", "so", "be kind", (("who?", "me"), ("why?", "")))
+    row = encode([plain], Spoken(), 512)[0]
+    whole = "".join(map(chr, row["input_ids"]))
+    labels = [chr(label) if label != IGNORED else "_" for label in row["labels"]]
+    assert "".join(labels).strip("_") == "me." + "_" * (whole.index("so.") - whole.index("me.") - 3) + "so."
+
+
+def test_empty_answers_are_left_out_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    records = [Exchange("a", "b", where="f, record 1"), Exchange("a", " ", where="f, record 2")]
+    assert len(encode(records, make_tokenizer(), 24)) == 1
+    wanted = "1 of 2 records are left out: their answers are empty; the first is f, record 2\n"
+    assert capsys.readouterr().err == wanted
+    with pytest.raises(ValueError, match="no record has an answer: all 1 are empty"):
+        encode(records[1:], make_tokenizer(), 24)
+
+
+def test_a_template_that_refuses_a_record_is_reported_with_it() -> None:
+    records = [Exchange("a", "b", where="f, record 1"), Exchange("a", "b", "refused", where="f, record 2")]
+    with pytest.raises(ValueError, match=r"^f, record 2: the tokenizer's chat template refuses it: .*System role not"):
+        encode(records, Spoken(), 24)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--learning_rate", "inf"], "learning_rate got 'inf': Input should be a finite number"),
+        (["--learning_rate=.nan"], "learning_rate got nan: Input should be a finite number"),
+        (["--lora_rank", ".inf"], "lora_rank got inf: Input should be a finite number"),
+        (["--lora_target", "*"], r"--lora_target \* is no YAML"),
+        (["--dataset", "[a"], r"--dataset \[a is no YAML"),
+    ],
+)
+def test_values_that_are_no_values(words: list[str], wanted: str, config: Callable[..., Path]) -> None:
+    refused(call("train", config(), *words), wanted)
 
 
 def test_records_without_labels_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,7 @@ def test_a_text_that_shows_no_tokens_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(tokens, "_SHORTEST", 64)
     monkeypatch.setattr(tokens, "_LONGEST", 1 << 12)
     counting = Counting(trained("words"))
-    record = Exchange("short", "x" * 100_000)
+    record = Exchange("short", "x" * 100_000, where="record 2")
     with pytest.raises(ValueError, match=r"record 2 is too long to be cut at cutoff_len 32: its first 4096 characters"):
         encode([Exchange("a", "b"), record], counting, 32)
     assert counting.characters < 20_000

@@ -5,10 +5,12 @@ They keep the order of the data set, from number `start` on.
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ktverify.system.text import check_characters, json_rows, no_table, read_text
 
 COLUMNS = ("prompt", "question")
 # short and long, prose, code, arithmetic, and characters beyond ASCII
@@ -28,19 +30,14 @@ def built_in() -> list[str]:
 def of_file(path: Path, start: int, count: int | None) -> list[str]:
     """`count` prompts (None: all) of a file of JSON lines with prompt or question, from number `start` on, from 0."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--dataset_file {path} cannot be read: {error}") from None
-    rows = []
-    # not splitlines: a JSON string may contain U+2028 and similar characters
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((f"{path}, line {number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
-    return _chosen([_prompt(row, where) for where, row in rows], str(path), start, count)
+        no_table(path)
+        rows = json_rows(read_text(path), str(path))
+    except ValueError as error:
+        raise ValueError(f"--dataset_file {error}") from None
+    # rows beyond the wanted ones are not read, and may be in any form
+    wanted = itertools.islice(rows, None if count is None else start + count)
+    found = [_prompt(row, where) if number >= start else "" for number, (where, row) in enumerate(wanted)]
+    return _not_empty(found[start:], str(path), start, len(found))
 
 
 def of_dataset(name: str, subset: str | None, split: str, start: int, count: int | None) -> list[str]:
@@ -63,10 +60,6 @@ def of_dataset(name: str, subset: str | None, split: str, start: int, count: int
     return _not_empty(found, f"{name}, split {split}", start, length)
 
 
-def _chosen(prompts: list[str], where: str, start: int, count: int | None) -> list[str]:
-    return _not_empty(prompts[start : None if count is None else start + count], where, start, len(prompts))
-
-
 def _not_empty(chosen: list[str], where: str, start: int, length: int) -> list[str]:
     if not chosen:
         raise ValueError(f"{where} has {length} prompts, --start is {start}; there is none to run")
@@ -77,9 +70,9 @@ def _prompt(row: Any, where: str) -> str:
     """The text of a row, without the spaces around it, because chat templates remove them."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, it takes an object with {' or '.join(COLUMNS)}")
-    name = next((column for column in COLUMNS if column in row), None)
+    name = next((column for column in COLUMNS if row.get(column) is not None), None)
     if name is None:
         raise ValueError(f"{where} has {', '.join(map(str, row)) or 'nothing'}; it takes {' or '.join(COLUMNS)}")
     if not isinstance(row[name], str) or not row[name].strip():
         raise ValueError(f"{where}: {name} is {row[name]!r}, it takes text")
-    return str(row[name]).strip()
+    return check_characters(str(row[name]).strip(), where)
