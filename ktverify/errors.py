@@ -12,6 +12,7 @@ KtverifyError
 |   |-- NotPassed                              a tensor of an accuracy case did not pass
 |   `-- PropertyFailed   .verdict              a drawn case does not have a property
 |-- RemoteError                                an exception of another process, as text
+|-- NotDeclared          RuntimeError          a NotImplementedError that is no declaration of the engine's
 |-- NotExact             AssertionError        integer data for which fp32 sums may round
 |-- NoGolden             FileNotFoundError     a case has no golden
 |-- AdapterMismatch      ValueError            an adapter does not fit its base model
@@ -27,7 +28,10 @@ import sys
 import traceback
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class KtverifyError(Exception):
@@ -52,10 +56,17 @@ class EngineDied(EngineFailed):
     """The engine's process ended, or gave no answer. The text says how, and may contain its last lines of output.
 
     Not a RuntimeError, so that a check which expects the engine to refuse something does not accept its death.
-    call: the method of the engine that it was in, "" where that is not known.
+    call: the method of the engine that it was in, how: what happened; "" where that is not known.
     """
 
-    call = ""
+    call = how = ""
+
+    @classmethod
+    def of(cls, call: str, how: str, words: str = "") -> Self:
+        """The exception, with its verdict in front and the last words of the process behind."""
+        error = cls(f"{cls.verdict} {call}: {how}" + (f"; last words:\n{words}" if words else ""))
+        error.call, error.how = call, how
+        return error
 
 
 class EngineTimeout(EngineDied):
@@ -114,6 +125,10 @@ class RemoteError(KtverifyError):
 
     It is the cause of the same exception raised here, and is raised itself where that one cannot be pickled.
     """
+
+
+class NotDeclared(KtverifyError, RuntimeError):
+    """A NotImplementedError that the engine did not raise: one of torch's. It declares nothing."""
 
 
 class NotExact(KtverifyError, AssertionError):

@@ -6,15 +6,17 @@ or raises `EngineDied`.
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ktverify.errors import EngineDied
+from ktverify.isolation import host
 from ktverify.isolation.host import module_at
-from ktverify.isolation.hosted import host_command
 from ktverify.isolation.process import AnsweringProgram, environment_of, own_environment
 from ktverify.system import optional_peers
 from ktverify.system.instruction_sets import INSTRUCTION_SETS
@@ -91,6 +93,13 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
         )
     except AttributeError as error:
         raise ValueError(f"{path} is no engine: {error}") from None
+
+
+def host_command(python: str, server: str, argument: str) -> list[str]:
+    """The command of host.py, which ends with the thread that starts it if that is the main thread."""
+    # another thread, as one of a pool, may end before the engine that it started
+    parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
+    return [python, host.__file__, server, argument, str(parent)]
 
 
 class EngineProcess(AnsweringProgram):

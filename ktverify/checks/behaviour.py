@@ -14,6 +14,7 @@ from ktverify.checks.check import check
 from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, expect_forms, judged, raise_for, share_memory
 from ktverify.checks.target import MIDDLE, ODD_MIDDLE, SMALL, WIDE, Target, expect, same_bits
 from ktverify.engines.run import backward_of, forward, run_layer
+from ktverify.isolation.hosted import seen
 from ktverify.judge import gates, metrics, reference
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -109,6 +110,7 @@ def check_nothing_is_written(target: Target, case: Case = MIDDLE) -> None:
     kept = {name: tensor.clone() for name, tensor in first.items()}
     second = run_layer(layer, changed(other, **watched.lora))
     third = run_layer(layer, watched)
+    seen(layer)
     stale = Cause.STALE_VALUES
     target.expect_same_bits("the first results after later calls", kept, first, gate="written", cause=stale)
     places: dict[str, Tensor] = {}

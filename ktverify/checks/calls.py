@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
 import tempfile
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from ktverify.checks.causes import Cause
 from ktverify.checks.check import Where, check
 from ktverify.checks.target import MIDDLE, SMALL, Target, expect
 from ktverify.engines.run import backward_of, run_layer
-from ktverify.isolation.process import resident_of
+from ktverify.isolation import hosted
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -92,11 +89,7 @@ def check_cleared_memory_comes_back(target: Target) -> None:
 
     def resident() -> int:
         layer.clear_sft_buffer_cache()
-        gc.collect()
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)  # what the allocator keeps is no buffer of the engine
-        return resident_of(os.getpid())
+        return hosted.resident()
 
     # every size of result and every expert once, so that only buffers are new afterwards
     run_layer(layer, rows_of(inputs, slice(1)))

@@ -14,6 +14,7 @@ from ktverify.checks.check import Check, check, enter
 from ktverify.checks.judging import ALONE, NUMBERS, SAME_BITS, judged
 from ktverify.checks.target import MIDDLE, ODD_MIDDLE, SMALL, Target, expect, same_bits
 from ktverify.engines.run import run_layer
+from ktverify.isolation.hosted import written
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import BASE_NAMES, GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
@@ -196,6 +197,7 @@ def check_idle_experts(target: Target) -> None:
     for idle in ([5], [0], [1, 2, 3], [4], list(range(1, 6))):
         for gradient in run_layer(layer, inputs).values():
             gradient.fill_(math.nan)
+            written(layer)
         busy = [expert for expert in range(MIDDLE.num_experts) if expert not in idle]
         ids = torch.tensor(busy)[inputs.expert_ids % len(busy)]
         found = run_layer(layer, changed(inputs, expert_ids=ids))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import resource
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,8 @@ from ktverify.checks.causes import Cause
 from ktverify.checks.check import Function, Where, check
 from ktverify.checks.target import MIDDLE, SMALL, WIDE, Target, bits, expect, same_bits
 from ktverify.engines.run import backward_of, forward, run_layer
-from ktverify.isolation.process import processes_of, resident_of
+from ktverify.isolation import hosted
+from ktverify.isolation.process import processes_of
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -55,8 +58,10 @@ def digest(found: dict[str, Tensor]) -> str:
 
 
 def peak_memory() -> int:
-    """The most resident memory that this process ever had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most resident memory that the engine's process ever had, in bytes."""
+    peaks = [re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text()) for pid in hosted.processes()]
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * max((int(peak.group(1)) for peak in peaks if peak is not None), default=own)
 
 
 def fork_and_run(target: Target, case: Case, layer: object | None = None) -> str:
@@ -195,8 +200,9 @@ def _inside(ticks: list[float], windows: list[tuple[float, float]]) -> int:
 
 
 def _workers() -> int:
-    """Threads beyond the first of this process and of each that it started: a hosted engine's are over there."""
-    return sum(process.num_threads() - 1 for process in processes_of(os.getpid()))
+    """Threads beyond the first of this process, of the engine's, and of each that they started."""
+    found = {process.pid: process for pid in (os.getpid(), *hosted.processes()) for process in processes_of(pid)}
+    return sum(process.num_threads() - 1 for process in found.values())
 
 
 @_process(
@@ -236,10 +242,10 @@ def check_idle_experts_take_no_memory(target: Target) -> None:
     one = 3 * 2 * case.hidden * case.intermediate
     lora = sum(tensor.numel() * tensor.element_size() for tensor in inputs.lora.values())
     target.run(SMALL)
-    before = resident_of(os.getpid())
+    before = hosted.resident()
     layer = target.layer(case, inputs)
     run_layer(layer, inputs)
-    grown = resident_of(os.getpid()) - before
+    grown = hosted.resident() - before
     numbers = gates.tolerances()["memory"]
     budget = numbers["idle_experts"] * one + numbers["idle_lora"] * lora
     target.expect(

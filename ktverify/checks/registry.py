@@ -22,6 +22,7 @@ from ktverify.checks import (  # noqa: F401 - importing them enters their checks
 )
 from ktverify.checks.check import ENTERED, Check
 from ktverify.checks.target import Target
+from ktverify.engines import registry as engines
 from ktverify.isolation.child import ChildPool
 
 # the modules that the fork server of the checks' processes imports once
@@ -58,7 +59,7 @@ def checks(*kinds: str) -> list[Check]:
 def run(check: Check, target: Target) -> None:
     """Run a check at each of its tensor parallel degrees, in a new process if it needs one."""
     if check.fresh_process:
-        with ChildPool(preload=PRELOAD) as pool:
+        with ChildPool(preload=PRELOAD, hosts=not engines.ours(target.engine)) as pool:
             pool.call_fresh(check.every_tp, target)
     else:
         check.every_tp(target)

@@ -53,8 +53,8 @@ class Target:
 
     @property
     def factory(self) -> registry.EngineFactory:
-        """The callable that makes a layer."""
-        return registry.find(self.engine)
+        """The callable that makes a layer; see `registry.judged`."""
+        return registry.judged(self.engine)
 
     @property
     def strict(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import typer
 
+from ktverify.isolation import sandbox
 from ktverify.system import limits, machine, optional_peers
 from ktverify.system.files import ROOT, reports_dir
 from ktverify.system.instruction_sets import ISA_FLAGS
@@ -81,6 +82,10 @@ def _system(here: Machine) -> Iterator[Fact]:
     linux = sys.platform == "linux"
     text = here.system if linux else f"{here.system}: the native engine needs Linux; engines in plain torch run"
     yield Fact("ok" if linux else "no", "system", text, needed=True)
+    if version := sandbox.landlock():
+        yield Fact("ok", "Landlock", f"version {version}: an engine of yours cannot read golden/ or a judge's memory")
+    else:
+        yield Fact("note", "Landlock", "the kernel has none: an engine of yours could read golden/ while it is judged")
 
 
 def _isas(here: Machine) -> Iterator[Fact]:

@@ -16,10 +16,11 @@ import re
 import shlex
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktverify.isolation import host
+from ktverify.isolation import host, sandbox
 from ktverify.isolation.hosted import Hosted
 
 EngineFactory = Callable[..., Any]
@@ -113,10 +114,77 @@ def _raised_at(error: Exception) -> str:
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the checks have to know of a factory: its attributes, and the interpreter that its engine needs ("": this).
+
+    isas: the instruction sets that its `isa=` takes; (None,) for an engine that has no choice.
+    """
+
+    isas: tuple[str | None, ...] = (None,)
+    fp32_sums: bool = False
+    stand_alone: str | None = None
+    hosted: Hosted | None = None
+
+
+def ours(name: str) -> bool:
+    """True for an engine that is a part of this package, which may run in a judge's process."""
+    return built_in().get(name, name).startswith("ktverify.")
+
+
+@functools.cache
+def facts(name: str) -> Facts:
+    """The facts of engine `name`. Raises as `find`; EngineDied where importing it ends its process.
+
+    Code of an engine that is not the package's own runs in another process.
+    """
+    # a name that is no address leads to no code
+    if ours(name) or not (":" in name or name.endswith(".py")):
+        factory = load(name)
+        found = {key: getattr(factory, key, None) for key in ("isas", "fp32_sums", "stand_alone")}
+        hosted = factory if isinstance(factory, Hosted) else None
+        if hosted is not None:
+            _hide_answers()
+    else:
+        _hide_answers()
+        found = _hosted(name).facts()
+        other = found.get("hosted")
+        hosted = Hosted(*map(str, other)) if isinstance(other, list) and len(other) == 2 else _hosted(name)
+    isas, script = found.get("isas") or (None,), found.get("stand_alone")
+    return Facts(
+        tuple(isas) if isinstance(isas, (list, tuple)) else (str(isas),),
+        bool(found.get("fp32_sums")),
+        None if script is None else str(script),
+        hosted,
+    )
+
+
+def _hide_answers() -> None:
+    """Engines' processes that are started from now on cannot open the stored answers; see isolation/sandbox.py."""
+    # it imports torch
+    from ktverify.judge import golden
+
+    sandbox.hidden[:] = [os.path.abspath(folder) for folder in (golden.golden_dir(), golden.cache_dir())]
+
+
+def _hosted(name: str) -> Hosted:
+    return Hosted(name, loader=f"{__name__}:find")
+
+
+def judged(name: str) -> EngineFactory:
+    """The factory that checks call: the engine's own for one of this package, else layers in another process."""
+    hosted = facts(name).hosted
+    if hosted is None:
+        return find(name)
+    hosted.check()
+    return hosted
+
+
 def strict(engine: str | EngineFactory) -> bool:
     """True for an engine, by name or factory, that must keep the limits of fp32 sums with one rounding.
 
     They are the project's own and those with `fp32_sums = True`. Others need only be as accurate as torch in bf16.
     """
-    factory = find(engine) if isinstance(engine, str) and engine != NATIVE else engine
-    return factory == NATIVE or bool(getattr(factory, "fp32_sums", False))
+    if isinstance(engine, str):
+        return engine == NATIVE or facts(engine).fp32_sums
+    return bool(getattr(engine, "fp32_sums", False))

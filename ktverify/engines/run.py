@@ -93,7 +93,11 @@ def backward_of(layer: Any, inputs: Inputs) -> dict[str, torch.Tensor]:
     with call_of("backward"):
         grad_input, grad_loras = layer.backward(inputs.grad_output)
         check_grad_names(grad_loras)
-        return {GRAD_INPUT: grad_input, **grad_loras, GRAD_WEIGHTS: layer.grad_weights}
+        found = {GRAD_INPUT: grad_input, **grad_loras, GRAD_WEIGHTS: layer.grad_weights}
+        for name, tensor in found.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} is a {type(tensor).__name__}, it must be a tensor")
+        return found
 
 
 def check_grad_names(grad_loras: Mapping[str, torch.Tensor]) -> None:

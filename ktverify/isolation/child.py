@@ -3,62 +3,46 @@
 `Child(env)` starts one; `child.call(function, ...)` returns the function's value or raises its exception here. A child
 that ends instead raises EngineDied with the signal and the last lines of its output.
 
-A run needs some fifty of them, and importing torch takes each one two seconds. So a test process keeps one fork server,
-which imports what all of them need and forks on request. No engine is imported before the fork, nor has torch used a
-thread, so a forked process is as fresh as any other. Each leads a session of its own: what it starts ends with it, also
-where it crashes. `python -m ktverify.isolation.child FD MODULE ...` is the server.
+A run needs some fifty of them, and importing torch takes each one two seconds: fork_server.py forks them. An engine of
+the user's does not run in such a process, but in one of its own (hosted.py): what a child sends is unpickled here.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import faulthandler
 import functools
 import gc
-import importlib
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 from ktverify.errors import EngineDied, EngineOutOfMemory, EngineRaised, EngineTimeout, RemoteError, Unsupported
-from ktverify.isolation import locks
+from ktverify.isolation import hosted, locks, watcher
 from ktverify.isolation.calls import CallNote, method_in, noted
+from ktverify.isolation.fork_server import TRACE, fork_server
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
 from ktverify.isolation.origin import keep_origin, told
 from ktverify.isolation.process import (
-    WAIT_S,
     Log,
     Running,
-    end_group,
     exchange,
-    own_environment,
-    reap,
+    processes_of,
     resident_of,
     serve,
     value_of,
 )
-from ktverify.system.files import ROOT
 
-# what every forked process needs, and what none may have yet
-_ALWAYS = ("torch",)
-_NOT_YET = ("ktverify.engines.native.layer", "ktverify._native")
 # several tests compute at once; torch's own threads, which spin for a processor that another test has, cost minutes
 _SHARED_CPU = {"OMP_NUM_THREADS": "1"}
-# makes a process write where its threads are; seconds that it may take for that
-_TRACE, _TRACE_S = signal.SIGUSR2, 1.0
+# seconds that a process may take to write where its threads are
+_TRACE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,11 +71,17 @@ def raised_by_the_engine(error: BaseException) -> bool:
 class Child(contextlib.AbstractContextManager["Child"]):
     """One process that answers calls until it is closed. For one thread at a time.
 
-    env: variables that it has besides this process's. preload: modules that its fork server imports beforehand.
+    env: variables that it has besides this process's. preload: modules that its fork server imports beforehand. hosts:
+    start its watcher with it, from which it gets engines' processes (hosted.py); otherwise it starts one when needed.
     """
 
     def __init__(
-        self, env: Mapping[str, str] | None = None, *, limits: Limits = DEFAULT, preload: tuple[str, ...] = ()
+        self,
+        env: Mapping[str, str] | None = None,
+        *,
+        limits: Limits = DEFAULT,
+        preload: tuple[str, ...] = (),
+        hosts: bool = False,
     ) -> None:
         self._busy = False
         self.limits = limits
@@ -99,8 +89,15 @@ class Child(contextlib.AbstractContextManager["Child"]):
         self._connection, there = Pipe()
         self._note = CallNote()
         environment = {**os.environ, **_SHARED_CPU, locks.HELD_BY_PARENT: "1", **self._note.environment, **(env or {})}
-        self._process = fork_server(preload).fork(answer_calls, there.fileno(), environment, self._log.fileno())
-        there.close()
+        fds, self._watcher = [there.fileno()], None
+        with contextlib.ExitStack() as ends:
+            ends.enter_context(there)
+            if hosts:
+                judge, own = (ends.enter_context(end) for end in Pipe())
+                servers = fork_server(watcher.PRELOAD)
+                self._watcher = servers.fork(watcher.watch, [own.fileno()], environment, self._log.fileno())
+                fds.append(judge.fileno())
+            self._process = fork_server(preload).fork(answer_calls, fds, environment, self._log.fileno())
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -117,6 +114,8 @@ class Child(contextlib.AbstractContextManager["Child"]):
         """
         self._called = name_of(function)
         self._busy = True
+        # an engine's process that died in an earlier call wrote there too
+        self._log.forget()
         try:
             watch = functools.partial(self._watch, time.monotonic() + self.limits.time_s)
             reply = exchange(self._connection, (function, args, kwargs), watch)
@@ -125,12 +124,15 @@ class Child(contextlib.AbstractContextManager["Child"]):
         self._busy = False
         try:
             return value_of(reply)
+        except EngineDied as died:
+            # an engine's process, which writes where this one's child does
+            raise self._died(type(died), died.how, died.call) from None
         except NotImplementedError as error:
             raise Unsupported(str(error)) from error.__cause__
 
     def _watch(self, deadline: float) -> bool:
         """False once the child has ended. Ends it where it exceeds its limits, and raises which one."""
-        used, limit = resident_of(self._process.pid), self.limits.memory
+        used, limit = sum(resident_of(process.pid) for process in self._processes), self.limits.memory
         if used > limit:
             text = f"{used / 2**30:.1f} GiB were resident, the limit is {limit / 2**30:.1f} GiB"
             raise self._ended(EngineOutOfMemory, text)
@@ -138,20 +140,28 @@ class Child(contextlib.AbstractContextManager["Child"]):
             raise self._ended(EngineTimeout, f"no answer after {self.limits.time_s:g} s, ended with SIGKILL")
         return self.alive
 
+    @property
+    def _processes(self) -> list[Running]:
+        return [self._process, *([self._watcher] if self._watcher is not None else [])]
+
     def _ended(self, kind: type[EngineDied], text: str) -> EngineDied:
-        """End the process, once it has written where its threads are."""
+        """End the processes, once the one that computes has written where its threads are."""
         size = len(self._log.text())
-        os.kill(self._process.pid, _TRACE)
+        # an engine's process is a child of the watcher's
+        engines = [] if self._watcher is None else [process.pid for process in processes_of(self._watcher.pid)[1:2]]
+        for pid in engines or [self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, TRACE)
         give_up = time.monotonic() + _TRACE_S
         while len(self._log.text()) == size and self.alive and time.monotonic() < give_up:
             time.sleep(0.01)
-        self._process.end()
+        self._end()
         return self._died(kind, text)
 
-    def _died(self, kind: type[EngineDied], text: str) -> EngineDied:
+    def _died(self, kind: type[EngineDied], text: str, call: str = "") -> EngineDied:
         """The exception: the function that was called, the engine's method that it was in, what happened."""
         words = self._log.last_words()
-        call = self._note.call() or method_in(words)
+        call = call or self._note.call() or method_in(words)
         where = f"{self._called}, in {call}" if call else self._called
         error = kind(f"{where}: {text}; last words:\n{words or '(none)'}")
         error.call = call
@@ -161,18 +171,27 @@ class Child(contextlib.AbstractContextManager["Child"]):
         self._connection.close()
         # a call that was interrupted need not be waited for
         if self._busy:
-            self._process.end()
+            self._end()
         self._process.how()
+        if self._watcher is not None:
+            # it ends with the process that it works for, and ends the engines first
+            self._watcher.how()
         self._log.close()
         self._note.close()
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.end()
 
 
 class ChildPool(contextlib.AbstractContextManager["ChildPool"]):
     """Children by their environment, one alive at a time: four test processes and their children fit into 16 GiB."""
 
-    def __init__(self, limits: Limits = DEFAULT, big: Limits = BIG, preload: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, limits: Limits = DEFAULT, big: Limits = BIG, preload: tuple[str, ...] = (), *, hosts: bool = False
+    ) -> None:
         self.limits, self.big = limits, big
-        self._preload = preload
+        self._more: dict[str, Any] = {"preload": preload, "hosts": hosts}
         self._child: Child | None = None
         self._kind: tuple[dict[str, str], bool] = ({}, False)
 
@@ -188,14 +207,14 @@ class ChildPool(contextlib.AbstractContextManager["ChildPool"]):
         if self._child is None or not self._child.alive or self._kind != wanted:
             self.close()
             limits = self.big if big else self.limits
-            self._child, self._kind = Child(env, limits=limits, preload=self._preload), wanted
+            self._child, self._kind = Child(env, limits=limits, **self._more), wanted
         return self._child
 
     def call_fresh(
         self, function: Callable[..., Any], /, *args: Any, env: Mapping[str, str] | None = None, **kwargs: Any
     ) -> Any:
         """One call in a process of its own, beside the child that is kept; see Child.call."""
-        with Child(env, limits=self.limits, preload=self._preload) as child:
+        with Child(env, limits=self.limits, **self._more) as child:
             return child.call(function, *args, **kwargs)
 
     def close(self) -> None:
@@ -210,8 +229,11 @@ def name_of(function: Callable[..., Any]) -> str:
     return f"{inner.__module__}:{inner.__qualname__}"
 
 
-def answer_calls(descriptor: int) -> None:
-    """The other end: make the calls that come over the connection."""
+def answer_calls(descriptor: int, watched: int = -1) -> None:
+    """The other end: make the calls that come over the connection. watched: that of this process's watcher."""
+    if watched >= 0:
+        watcher.inherit(watched)
+
     with noted():
         serve(Connection(descriptor), _answer)
 
@@ -226,6 +248,8 @@ def _answer(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]])
     except Exception as error:
         keep_origin(error)
         raise
+    finally:
+        hosted.end_soiled()
 
 
 @contextlib.contextmanager
@@ -257,142 +281,3 @@ def _prepare() -> None:
     # a layer's release collects garbage, and need not look through modules
     gc.collect()
     gc.freeze()
-
-
-# ---- the fork server
-
-
-class ForkedProcess(Running):
-    """A process that the fork server started. The server reaps it, and ends what it started."""
-
-    def __init__(self, server: ForkServer, pid: int) -> None:
-        super().__init__(pid)
-        self._server = server
-
-    def _reap(self) -> int | None:
-        code: int | None = self._server.ask("poll", self.pid)
-        return code
-
-
-class ForkServer:
-    """The process that forks. For one thread at a time. preload: modules that it imports before."""
-
-    def __init__(self, preload: Sequence[str] = ()) -> None:
-        self._connection, other = Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(other.fileno()), *preload],
-            # one thread: threads that torch had before the fork would be missing after it
-            env={**own_environment(), "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            pass_fds=[other.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-        other.close()
-        atexit.register(self.close)
-
-    def fork(self, function: Callable[[int], None], fd: int, env: dict[str, str], log: int) -> ForkedProcess:
-        """A process that calls `function(fd)` in environment `env` and writes its output to the descriptor `log`.
-
-        Both descriptors are copied into it; the caller closes its own.
-        """
-        return ForkedProcess(self, self.ask("fork", function, env, fds=[fd, log]))
-
-    def ask(self, *request: object, fds: Sequence[int] = ()) -> Any:
-        """The server's answer. RuntimeError when it has ended: a preloaded module cannot be imported then."""
-        try:
-            self._connection.send(request)
-            for fd in fds:
-                send_handle(self._connection, fd, None)
-            return self._connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f"the fork server has ended with exit code {self._end()}") from None
-
-    def close(self) -> None:
-        atexit.unregister(self.close)
-        self._connection.close()
-        self._end()
-
-    def _end(self) -> int:
-        """The exit code once the connection is closed; the server is ended where it does not end by itself."""
-        try:
-            return self._process.wait(timeout=WAIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
-
-
-@functools.cache
-def fork_server(preload: tuple[str, ...]) -> ForkServer:
-    """The fork server of this process for these modules, started on first use."""
-    return ForkServer(preload)
-
-
-def _become(function: Callable[[int], None], fd: int, env: dict[str, str], log: int) -> int:
-    """Run a forked process; its exit code."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    os.environ.clear()
-    os.environ.update(env)
-    faulthandler.register(_TRACE, file=sys.__stderr__ or 2)
-    try:
-        function(fd)
-    except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    return 0
-
-
-def _serve_forks(connection: Connection) -> None:
-    """Answer until the other end closes; the processes that it left behind are ended then."""
-    alive: set[int] = set()
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            what, *rest = connection.recv()
-            if what == "fork":
-                function, env = rest
-                fds = [recv_handle(connection) for _ in range(2)]
-                pid = os.fork()
-                if pid == 0:
-                    connection.close()
-                    os._exit(_become(function, fds[0], env, fds[1]))
-                for fd in fds:
-                    os.close(fd)
-                alive.add(pid)
-                connection.send(pid)
-            else:
-                code = reap(rest[0])
-                if code is not None:
-                    alive.discard(rest[0])
-                connection.send(code)
-    for pid in alive:
-        end_group(pid)
-
-
-def _main(fd: int, preload: Sequence[str]) -> None:
-    faulthandler.enable()
-    # Ctrl-C is for the other end, which then closes the connection; until then its children have to be ended
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-    for module in (*_ALWAYS, *preload):
-        importlib.import_module(module)
-    # from here on there may be children to be ended first
-    end_with_parent(False)
-    early = [module for module in _NOT_YET if module in sys.modules]
-    if early:
-        raise SystemExit(f"{early[0]} is imported by a preloaded module; engines belong into the forked processes")
-    # shared pages stay shared, and a child's collections need not look through torch's half a million objects
-    gc.collect()
-    gc.freeze()
-    _serve_forks(Connection(fd))
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2:])

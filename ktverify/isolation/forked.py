@@ -22,7 +22,9 @@ from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 from ktverify.errors import EngineDied, EngineTimeout, RemoteError
-from ktverify.isolation.calls import CallLog
+from ktverify.isolation import hosted, sandbox
+from ktverify.isolation.calls import IMPORT, CallLog
+from ktverify.isolation.engine_process import limit
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
 from ktverify.isolation.process import Running, exchange, serve, value_of
@@ -30,6 +32,8 @@ from ktverify.isolation.process import Running, exchange, serve, value_of
 T = TypeVar("T")
 
 _NOTE = 128
+# seconds over the limit after which a process that waits for an engine's is ended too
+GRACE_S = 60.0
 
 
 class Parts(Generic[T]):
@@ -95,6 +99,7 @@ class Parts(Generic[T]):
         """The other end; does not return."""
         code = 1
         try:
+            sandbox.hide_memory()
             # what an engine starts is ended with the group
             os.setpgid(0, 0)
             end_with_parent(parent=parent)
@@ -137,12 +142,16 @@ def watched(time_limit: float, note: Callable[[str], None]) -> Iterator[None]:
     def on_call(method: str) -> None:
         note(method)
         if method:
-            faulthandler.dump_traceback_later(time_limit, exit=True, file=stderr)
+            # an engine in a process of its own is ended at the limit, and this one goes on
+            grace = GRACE_S if method == IMPORT or hosted.processes() else 0.0
+            faulthandler.dump_traceback_later(time_limit + grace, exit=True, file=stderr)
         else:
             faulthandler.cancel_dump_traceback_later()
 
+    before, limit.seconds = limit.seconds, time_limit
     try:
         with CallLog(on_call):
             yield
     finally:
+        limit.seconds = before
         faulthandler.cancel_dump_traceback_later()

@@ -57,7 +57,12 @@ def keep_origin(error: BaseException) -> None:
     """Note the origin in the exception itself, so that it is still known in another process."""
     origin = origin_of(error)
     if origin != ("", ""):
-        setattr(error, _ORIGIN, origin)
+        set_origin(error, *origin)
+
+
+def set_origin(error: BaseException, call: str, place: str) -> None:
+    """Note the origin of an exception that another process raised; place: "my_engine.py:7"."""
+    setattr(error, _ORIGIN, (call, place))
 
 
 def told(error: BaseException, call: str = "") -> str:

@@ -157,33 +157,47 @@ class Running:
 # ---- what a process writes
 
 
+def shown_lines(output: bytes) -> list[str]:
+    """The lines of an output as they are shown: without blank ones.
+
+    Of a fault handler's dump: file names without this machine's folders, of each thread only what is above this
+    package's own code, and no list of extension modules.
+    """
+    found, below = [], False
+    for line in (line.rstrip() for line in output.decode(errors="replace").splitlines() if line.strip()):
+        below = bool(_FRAME.match(line)) and (below or bool(_CALLER.match(line)))
+        if not below and not line.startswith("Extension modules:"):
+            found.append(_FOLDERS.sub('File "', line))
+    return found
+
+
+def last_words(output: bytes) -> str:
+    """The last lines of an output, as text."""
+    return "\n".join(shown_lines(output[-_TAIL:])[-_LAST_LINES:])
+
+
 class Log:
     """A temporary file for the output of a process."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._since = 0
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+    def forget(self) -> None:
+        """What was written until now is not among the last lines."""
+        self._since = os.fstat(self.fileno()).st_size
 
     def text(self) -> str:
         """All of the output."""
         return os.pread(self.fileno(), os.fstat(self.fileno()).st_size, 0).decode(errors="replace")
 
     def lines(self) -> list[str]:
-        """The last lines, without blank ones.
-
-        Of a fault handler's dump: file names without this machine's folders, of each thread only what is above this
-        package's own code, and no list of extension modules.
-        """
+        """The last lines; see shown_lines."""
         size = os.fstat(self.fileno()).st_size
-        tail = os.pread(self.fileno(), _TAIL, max(0, size - _TAIL)).decode(errors="replace")
-        found, below = [], False
-        for line in (line.rstrip() for line in tail.splitlines() if line.strip()):
-            below = bool(_FRAME.match(line)) and (below or bool(_CALLER.match(line)))
-            if not below and not line.startswith("Extension modules:"):
-                found.append(_FOLDERS.sub('File "', line))
-        return found
+        return shown_lines(os.pread(self.fileno(), _TAIL, max(self._since, size - _TAIL)))
 
     def last_line(self) -> str:
         """The last line; of a fault handler's dump only the first, where no other output came before."""
@@ -347,7 +361,9 @@ def _reply(data: bytes, answer: Callable[[Any], Any]) -> bytes:
             gc.freeze()
         return pickle.dumps((answer(request),))
     except Exception as error:
-        return pickle.dumps((portable(error), traceback.format_exc()))
+        # of an error in an engine's process, the trace there
+        trace = str(error.__cause__) if isinstance(error.__cause__, RemoteError) else traceback.format_exc()
+        return pickle.dumps((portable(error), trace))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

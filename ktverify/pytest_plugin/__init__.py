@@ -19,7 +19,7 @@ import torch
 from ktverify.checks import isas
 from ktverify.checks.registry import PRELOAD
 from ktverify.engines import registry
-from ktverify.isolation import locks
+from ktverify.isolation import hosted, locks
 from ktverify.isolation.child import BIG, DEFAULT, ChildPool
 from ktverify.pytest_plugin.ask import Ask, each
 from ktverify.pytest_plugin.recording import Recording, about_key, is_worker, own_records_key, recorded_key
@@ -114,6 +114,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=urgency)
+    # the process that was asked for the engine's instruction sets
+    hosted.end_all()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -146,7 +148,8 @@ def fresh(request: pytest.FixtureRequest) -> int | None:
 def children(pytestconfig: pytest.Config) -> Iterator[ChildPool]:
     """The processes that engines run in, one at a time: see ChildPool."""
     limits = (pytestconfig.option.time_limit, pytestconfig.option.memory_limit)
-    with ChildPool(DEFAULT.but(*limits), BIG.but(*limits), PRELOAD) as pool:
+    hosts = not registry.ours(pytestconfig.option.engine)
+    with ChildPool(DEFAULT.but(*limits), BIG.but(*limits), PRELOAD, hosts=hosts) as pool:
         yield pool
 
 

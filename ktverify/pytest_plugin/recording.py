@@ -27,6 +27,7 @@ from ktverify.spec.cases import Case
 from ktverify.system.files import in_words
 
 _RUN_DIR, _DISK_ERROR = "ktverify_run_dir", "ktverify_disk_error"
+_LINES = "ktverify_lines"
 
 # what a test notes about itself for its record
 own_records_key = pytest.StashKey[bool]()
@@ -50,6 +51,9 @@ class Recording:
         self.disk_error = ""  # why a record could not be written
         # folders of all tests that were reported, from any worker
         self.folders: set[str] = set()
+        # what each worker wrote, and those that ended without a word
+        self.lines: dict[str, list[str]] = {}
+        self.silent: set[str] = set()
 
     def pytest_sessionstart(self) -> None:
         config = self.config
@@ -71,10 +75,10 @@ class Recording:
         """UsageError for an engine, instruction set or case that does not exist: at once, and without a run."""
         option = self.config.option
         try:
-            registry.find(option.engine)
+            registry.judged(option.engine)
             isas.planned(option.engine, option.isa)
             chosen_cases(self.config)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, EngineFailed) as error:
             raise pytest.UsageError(str(error)) from None
 
     @pytest.hookimpl(optionalhook=True)
@@ -89,6 +93,8 @@ class Recording:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if is_worker(self.config) or self.recorder is None:
             return
+        with contextlib.suppress(OSError):
+            self.recorder.restore(self.lines, self.silent)
         records = load(self.recorder.run_dir).records
         compared = any(isinstance(record, AccuracyRecord) and record.verdict not in NOT_RUN for record in records)
         self.compared_nothing = not compared and not self.folders.isdisjoint(ACCURACY_FAMILIES)
@@ -109,13 +115,20 @@ class Recording:
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         """A worker of pytest-xdist has ended."""
-        self.disk_error = self.disk_error or getattr(node, "workeroutput", {}).get(_DISK_ERROR, "")
+        output = getattr(node, "workeroutput", None)
+        if output is None:
+            self.silent.add(node.gateway.id)
+            return
+        self.lines[node.gateway.id] = output.get(_LINES, [])
+        self.disk_error = self.disk_error or output.get(_DISK_ERROR, "")
 
     def add(self, record: AnyRecord) -> None:
         """Add a record. A run that cannot be written ends here, with one line."""
         assert self.recorder is not None
         try:
             self.recorder.add(record)
+            if is_worker(self.config):
+                self.config.workeroutput[_LINES] = self.recorder.lines  # type: ignore[attr-defined]
         except OSError as error:
             self.disk_error = in_words(error)
             if is_worker(self.config):

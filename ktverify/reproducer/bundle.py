@@ -35,7 +35,7 @@ _TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
 def script_of(engine: str) -> Path:
     """The script that an engine brings. ValueError where it brings none."""
     with call_of(IMPORT):
-        path = getattr(registry.load(engine), "stand_alone", None)
+        path = registry.facts(engine).stand_alone
     if path is None:
         raise ValueError(
             f"engine {engine!r} has no stand-alone script; it takes the attribute stand_alone of its factory, "

@@ -22,7 +22,6 @@ from ktverify.checks.problem import LiveOracle
 from ktverify.checks.repro_commands import isa_name
 from ktverify.checks.target import Target
 from ktverify.engines import registry
-from ktverify.isolation.hosted import Hosted
 from ktverify.isolation.process import Program, environment_of, how_it_ended
 from ktverify.judge.gates import Verdict, judge
 from ktverify.reproducer.bundle import ACTUAL_FILE, SCRIPT, script_of, write
@@ -154,8 +153,8 @@ def confirm(run: Run, *, time_limit: float, done: Callable[[int, int], None]) ->
     if not groups:
         return []
     script_of(engine)
-    factory = registry.find(engine)
-    python = factory.check() if isinstance(factory, Hosted) else sys.executable
+    hosted = registry.facts(engine).hosted
+    python = (hosted.check() if hosted is not None else "") or sys.executable
     found: list[Confirmation] = []
     for number, (where, members) in enumerate(groups):
         done(number, len(groups))

@@ -10,13 +10,14 @@ import glob
 import os
 import re
 import time
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ktverify.runs.jsonl import append_line, read_lines, write_lines
 from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, Selection, parse_line
-from ktverify.system.files import reports_dir
+from ktverify.system.files import reports_dir, write_whole
 
 MERGED = "records.jsonl"
 _HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head contains this
@@ -65,13 +66,34 @@ class Recorder:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.worker = worker if worker is not None else os.environ.get("PYTEST_XDIST_WORKER", "main")
-        self._part = self.run_dir / f"records-{self.worker}.jsonl"
+        self._part = self._part_of(self.worker)
+        # what this process wrote: the engine under test may write there as well
+        self.lines: list[str] = []
+
+    def _part_of(self, worker: str) -> Path:
+        return self.run_dir / f"records-{worker}.jsonl"
 
     def add(self, record: RunRecord | AnyRecord) -> None:
         """Append one record. When this returns the kernel has it, so the process may die right after."""
         if not record.worker and not isinstance(record, RunRecord):
             record = record.model_copy(update={"worker": self.worker})
-        append_line(self._part, record.model_dump_json())
+        line = record.model_dump_json()
+        append_line(self._part, line)
+        self.lines.append(line)
+
+    def restore(self, lines: Mapping[str, Sequence[str]], silent: Collection[str] = ()) -> None:
+        """Write the parts of the run again as its processes remember them, and remove all others.
+
+        For the controller, before `finish`. lines: by worker. silent: the workers that ended without a word, whose
+        parts stay as they are.
+        """
+        known = {self.worker: self.lines, **lines}
+        kept = {self._part_of(worker) for worker in silent}
+        for path in {*self.run_dir.glob("records*.jsonl")} - kept:
+            path.unlink()
+        for worker, mine in known.items():
+            if mine:
+                write_whole(self._part_of(worker), "".join(f"{line}\n" for line in mine))
 
     def finish(self, exit_status: int | None = None) -> Run:
         """Merge all parts into records.jsonl and return the run; the caller writes the pages.

@@ -19,7 +19,7 @@ from ktverify.checks import accuracy, exact, isas, registry, tensor_parallel, tr
 from ktverify.checks.check import ENTERED, Check, Where, check, enter
 from ktverify.checks.target import Target
 from ktverify.checks.trajectory import Drift, within_budgets
-from ktverify.errors import EngineDied, GateFailed
+from ktverify.errors import EngineDied, GateFailed, NotPassed
 from ktverify.isolation.child import Child, ChildPool, Limits
 from ktverify.judge.gates import GATES
 from ktverify.mutants import MUTANTS
@@ -132,8 +132,10 @@ def test_a_parameter_alone_fails_a_training(name: str) -> None:
 
 
 def test_crash_is_told_from_failure(children: ChildPool) -> None:
-    with pytest.raises(EngineDied, match="SIGSEGV"):
+    with pytest.raises(NotPassed, match="CRASH forward_sft: the process died of SIGSEGV"):
         run_check(children.get(), "tests.support.unruly:Dies", "forward", "small")
+    with pytest.raises(EngineDied, match="SIGSEGV"):
+        run_check(children.get(), "tests.support.unruly:Dies", "exact", "integer")
     # and the next case gets a new process
     run_check(children.get(), RIGHT, "forward", "small")
 

@@ -131,6 +131,7 @@ EXPLAINS: dict[str, str] = {
     "What an engine cannot do it declares by NotImplementedError: that counts as UNSUPPORTED, not as a failure.": (
         OF_THE_SUITES
     ),
+    "One that torch raises declares nothing.": OF_THE_SUITES,
     "T tokens (*qlen*), E experts, k experts a token, H hidden, I intermediate, r LoRA rank; s = lora_alpha / "
     "r.": A_NAME,
     "One expert, with the rows x [n, H] of the tokens that name it; G, U, D are its base matrices, A and B its LoRA:": (

@@ -213,7 +213,6 @@ def test_repro_stops_an_engine_that_hangs(tmp_path: Path) -> None:
     done = python(*arguments, PYTHONPATH=path)
     assert done.returncode == 1
     assert "TIMEOUT constructor: no answer after 1 s\n" in done.stdout
-    assert "Timeout" in done.stderr
     assert "in make" in done.stderr
 
 

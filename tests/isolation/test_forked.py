@@ -37,10 +37,10 @@ def test_a_signal_costs_only_the_degrees_that_it_came_in() -> None:
     done = run("verify", "--engine", DIES, "--case", CASE, "--tp", "all", "--steps", "2")
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stderr
-    # of TP 1, 2 and 4, each judged and trained, the first is right
-    assert lines[-1] == f"FAIL {4 * len(ALL_TENSORS)} of {6 * len(ALL_TENSORS)} comparisons"
-    assert sum(line.startswith("PASS ") for line in lines) == 2 * len(ALL_TENSORS)
-    assert sum(line.endswith("CRASH backward: the process died of SIGSEGV") for line in lines) == 5
+    # of TP 1, 2 and 4, each judged and trained, the first is right, and so is the output of the others
+    assert lines[-1] == f"FAIL {4 * len(ALL_TENSORS) - 2} of {6 * len(ALL_TENSORS)} comparisons"
+    assert sum(line.startswith("PASS ") for line in lines) == 2 * len(ALL_TENSORS) + 2
+    assert sum(line.endswith("CRASH backward: the process died of SIGSEGV") for line in lines) == 3
     assert "in _die" in done.stderr  # where it crashed
 
 

@@ -13,14 +13,13 @@ from ktverify.checks.target import ODD, SMALL, expect_same_bits, same_bits
 from ktverify.engines.run import build_layer, layer_arguments, run_layer
 from ktverify.engines.torch_bf16 import TorchBf16
 from ktverify.errors import EngineDied
-from ktverify.isolation.host import Parcel, unpack
-from ktverify.isolation.hosted import Hosted
+from ktverify.isolation.hosted import Hosted, seen
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
 
 # one process for all tests of this file: it takes seconds to start
 ENGINE = """
-import os, signal, sys
+import os, signal, sys, torch
 sys.path.insert(0, {root!r})
 from ktverify.engines.torch_bf16 import TorchBf16
 
@@ -31,6 +30,13 @@ class Engine(TorchBf16):
         if self.layer_idx == 2:
             print("these are my last words", flush=True)
             os.kill(os.getpid(), signal.SIGSEGV)
+        if self.layer_idx == 4:
+            tensor = hidden_states
+            corner = tensor.detach()[(slice(0, 3),) * tensor.dim()].tolist()
+            return [tensor.shape, tensor.stride(), tensor.requires_grad, tensor.data_ptr() % 64, corner]
+        if self.layer_idx == 5:
+            wide = torch.arange(12.0).view(3, 4)
+            return [wide.t(), wide[:, 1:], wide[1], wide[:0], hidden_states[1:], torch.ones(3, requires_grad=True)]
         if self.layer_idx == 3:
             raise NotImplementedError("not on a Sunday")
         return super().forward_sft(hidden_states, expert_ids, weights, save_for_backward)
@@ -84,18 +90,18 @@ def test_the_errors_are_those_of_the_engine(hosted: Hosted) -> None:
         hosted(**layer_arguments(SMALL, tp=5, threads=1))
 
 
-def test_what_is_written_into_inputs_is_seen(hosted: Hosted) -> None:
-    inputs = make_inputs(SMALL)
-    run_layer(layer_of(hosted, 1), inputs)
+def test_what_is_written_into_inputs_is_seen_by_those_who_ask(hosted: Hosted) -> None:
+    inputs, layer = make_inputs(SMALL), layer_of(hosted, 1)
+    run_layer(layer, inputs)
+    assert same_bits(inputs.hidden_states, make_inputs(SMALL).hidden_states)
+    seen(layer)
     assert float(inputs.hidden_states[0, 0]) == 7
     assert same_bits(inputs.hidden_states[1:], make_inputs(SMALL).hidden_states[1:])
 
 
 def test_a_crash_stays_in_its_process(hosted: Hosted) -> None:
     inputs, other = make_inputs(SMALL), layer_of(hosted)
-    with pytest.raises(
-        EngineDied, match=r"(?s)forward_sft: the engine's process died of SIGSEGV.*these are my last words"
-    ):
+    with pytest.raises(EngineDied, match=r"(?s)forward_sft: the process died of SIGSEGV"):
         run_layer(layer_of(hosted, 2), inputs)
     with pytest.raises(EngineDied, match="process is gone"):
         run_layer(other, inputs)
@@ -118,23 +124,29 @@ def test_a_python_that_is_not_there_is_refused() -> None:
     ],
     ids=["transposed", "stride 0", "empty", "requires grad", "odd address"],
 )
-def test_tensors_arrive_unchanged(tensor: torch.Tensor) -> None:
-    parcel = Parcel({"a": (tensor, [None, "text", float("inf")])})
-    arrived, rest = unpack(parcel.description)["a"]
-    parcel.close()
-    assert arrived.shape == tensor.shape
-    assert arrived.stride() == tensor.stride()
-    assert arrived.requires_grad == tensor.requires_grad
-    assert arrived.numel() == 0 or arrived.data_ptr() % 64 == tensor.data_ptr() % 64
-    assert rest == [None, "text", float("inf")]
-    corner = (slice(0, 3),) * tensor.dim()
-    assert torch.equal(arrived[corner], tensor[corner])
+def test_tensors_arrive_unchanged(hosted: Hosted, tensor: torch.Tensor) -> None:
+    corner = tensor.detach()[(slice(0, 3),) * tensor.dim()].tolist()
+    shape, stride, grad, place, found = layer_of(hosted, 4).forward_sft(tensor, None, None)
+    assert (shape, stride, grad) == (tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
+    assert tensor.numel() == 0 or place == tensor.data_ptr() % 64
+    assert found == corner
 
 
-def test_no_memory_file_is_left() -> None:
+def test_results_share_memory_as_they_do_there(hosted: Hosted) -> None:
+    given = torch.arange(8.0).view(4, 2)
+    turned, part, row, none, inside, tracked = layer_of(hosted, 5).forward_sft(given, None, None)
+    assert torch.equal(turned, torch.arange(12.0).view(3, 4).t())
+    assert turned.stride() == (1, 4)
+    assert none.shape == (0, 4)
+    assert tracked.requires_grad
+    row.fill_(7)
+    assert torch.equal(part[1], row[1:])
+    assert inside.data_ptr() == given[1:].data_ptr()
+
+
+def test_no_memory_file_is_left(hosted: Hosted) -> None:
+    layer = layer_of(hosted, 4)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
-        parcel = Parcel(torch.ones(3))
-        unpack(parcel.description)
-        parcel.close()
+        layer.forward_sft(torch.ones(3), None, None)
     assert len(os.listdir("/proc/self/fd")) == before

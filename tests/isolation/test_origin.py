@@ -15,13 +15,13 @@ from ktverify.isolation.child import ChildPool, Limits, raised_by_the_engine
 from ktverify.isolation.origin import told
 from tests.support import sick
 
-POOL = Limits(3.0, 2 << 30)
+POOL = Limits(15.0, 2 << 30)
 
 # engine -> (verdict, call, how the text goes on, what is in it)
 ENDS = {
     "SegfaultInForward": ("CRASH", "forward_sft", "the process died of SIGSEGV", "about to read"),
     "ExitsInForward": ("CRASH", "forward_sft", "the process ended with exit code 3", "(none)"),
-    "HangInBackward": ("TIMEOUT", "backward", "no answer after 3 s", "going to sleep"),
+    "HangInBackward": ("TIMEOUT", "backward", "no answer after 15 s", "going to sleep"),
     "EatsInBackward": ("OOM", "backward", "2.", "GiB were resident, the limit is 2.0 GiB"),
     "SegfaultInUpdate": ("CRASH", "update_lora_weights", "the process died of SIGSEGV", "in update_lora_weights"),
 }
@@ -38,7 +38,7 @@ RAISES = {
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ChildPool]:
-    with ChildPool(POOL, POOL, PRELOAD) as children:
+    with ChildPool(POOL, POOL, PRELOAD, hosts=True) as children:
         yield children
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ktverify.checks import accuracy
 from ktverify.checks.target import Target
+from ktverify.engines import registry
 from ktverify.reproducer import confirm as confirming
 from ktverify.reproducer.bundle import script_of
 from ktverify.reproducer.confirm import CaseRun, Claim, claims, without_claim
@@ -15,7 +17,6 @@ from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord
 from ktverify.runs.store import load, start_run
 from ktverify.spec.cases import Case
 from tests.support.command_line import call, ends, refused
-from tests.support.unruly import Doubling
 
 ENGINE = "tests.support.unruly:Doubling"
 
@@ -49,7 +50,8 @@ def confirm(directory: Path, code: int) -> str:
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The script of ENGINE for one try, to be written."""
-    monkeypatch.setattr(Doubling, "stand_alone", str(tmp_path / "script.py"))
+    own = replace(registry.facts(ENGINE), stand_alone=str(tmp_path / "script.py"))
+    monkeypatch.setattr(registry, "facts", lambda name: own)
     monkeypatch.setattr(confirming, "TRIES", 1)
     return tmp_path / "script.py"
 

@@ -1,0 +1,94 @@
+"""No engine gets a PASS by a trick, and none that leaves its process soiled changes what is judged after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ktverify.checks import accuracy
+from ktverify.checks.target import Target
+from ktverify.isolation import hosted, layers, sandbox
+from ktverify.runs.store import load
+from ktverify.spec.cases import Case
+from tests.support import cheats, unruly
+from tests.support.command_line import call, run_pytest
+
+# it has a golden, and is small
+CASE = Case.parse("small")
+CHEATS = [cheat.__name__ for cheat in cheats.CHEATS]
+# what no engine may have been able to do; the last three only where the kernel has Landlock
+NEVER = ["unpickled", "ran at exit", *(["golden read", "memory opened", "signal sent"] if sandbox.landlock() else [])]
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder in which an engine notes what it could do."""
+    monkeypatch.setenv(cheats.NOTES, str(tmp_path))
+    yield tmp_path
+    hosted.end_all()
+    assert not [name for name in NEVER if (tmp_path / name).exists()]
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_passes_neither_repro_nor_verify(name: str) -> None:
+    engine = f"{cheats.__name__}:{name}"
+    for command in (("repro", "small", "--tensor", "output"), ("verify", "--mode", "forward", "--case", "small")):
+        done = call(*command, "--engine", engine)
+        assert done.exit_code == 1, done.output
+        assert "PASS" not in done.output
+        assert "UNSUPPORTED" not in done.output
+
+
+@pytest.mark.parametrize("name", ["WritesRecords", "PlantsAPlugin"])
+def test_a_cheat_passes_no_suite(name: str, tmp_path: Path) -> None:
+    engine = f"--engine={cheats.__name__}:{name}"
+    done = run_pytest(tmp_path / "run", "suites/forward", engine, "--cases=t*y", "-n", "1")
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    records = load(tmp_path / "run").records
+    assert records
+    assert {record.verdict for record in records} == {"FAIL"}
+
+
+def test_an_engine_that_soils_every_call_passes_a_suite(tmp_path: Path) -> None:
+    """Each check gets a clean process: nothing of one reaches the next."""
+    engine = f"--engine={cheats.__name__}:soils_default_device"
+    done = run_pytest(tmp_path / "run", "suites/forward", engine, "--cases=t*y*")
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    assert {record.verdict for record in load(tmp_path / "run").records} == {"PASS"}
+
+
+def test_what_an_engine_leaves_is_ended(tmp_path: Path) -> None:
+    accuracy.check_case(Target(f"{cheats.__name__}:LeavesADaemon"), CASE, backward=False)
+    daemon = int((tmp_path / "daemon").read_text())
+    assert psutil.pid_exists(daemon)
+    hosted.end_all()
+    assert not psutil.pid_exists(daemon)
+
+
+@pytest.mark.parametrize("soil", cheats.SOILS)
+def test_a_soiled_process_is_not_used_again(soil: str) -> None:
+    before = layers.state()
+    target = Target(f"{cheats.__name__}:soils_{soil.replace(' ', '_')}")
+    first = accuracy.check_case(target, CASE, backward=False)
+    used = hosted.processes()
+    hosted.end_soiled()
+    assert not set(used) & set(hosted.processes())
+    assert layers.state() == before
+    again = accuracy.check_case(target, CASE, backward=False)
+    right = accuracy.check_case(Target(f"{unruly.__name__}:OneDegree"), CASE)
+    assert [record.verdict for record in first.records] == [record.verdict for record in again.records] == ["PASS"]
+    assert {record.verdict for record in right.records} == {"PASS"}
+
+
+def test_a_clean_process_is_used_again() -> None:
+    target = Target(f"{unruly.__name__}:OneDegree")
+    accuracy.check_case(target, CASE)
+    used = hosted.processes()
+    hosted.end_soiled()
+    accuracy.check_case(target, CASE)
+    assert used == hosted.processes()
+    assert os.getpid() not in used

@@ -1,0 +1,35 @@
+"""What checks see of an engine in their own process they also see of one in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ktverify.checks import registry
+from ktverify.isolation import hosted
+from ktverify.judge.gates import GATES
+from ktverify.mutants import MUTANTS, Mutant
+from ktverify.mutants.kills import ask
+from tests.support import apart
+
+# numbers are numbers wherever they were computed
+NUMBERS = set(list(GATES)[: list(GATES).index("trust")])
+SEEN = [mutant for mutant in MUTANTS.values() if mutant.gate not in NUMBERS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def over() -> Iterator[None]:
+    yield
+    hosted.end_all()
+
+
+@pytest.mark.parametrize("mutant", SEEN, ids=lambda mutant: mutant.name)
+def test_a_mutant_in_a_process_of_its_own_is_found(mutant: Mutant) -> None:
+    found = ask(registry.find(mutant.check), f"{apart.__name__}:{mutant.name}")
+    assert mutant.gate in {exceeded.gate for exceeded in found}, found
+
+
+@pytest.mark.parametrize("check", sorted({mutant.check for mutant in SEEN}))
+def test_a_right_engine_in_a_process_of_its_own_passes(check: str) -> None:
+    assert ask(registry.find(check), f"{apart.__name__}:right") == []
