@@ -216,10 +216,10 @@ class Guards:
     def __init__(self) -> None:
         self.blocks: list[Tensor] = []
 
-    def empty(self, shape: Sequence[int], *, dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: Sequence[int], *, dtype: torch.dtype, device: str = "cpu") -> Tensor:
         """Stands in for torch.empty: the pattern inside as well, so that what is not written shows."""
         size = math.prod(shape) * dtype.itemsize
-        block = torch.full((GUARD + size + GUARD,), PATTERN, dtype=torch.uint8)
+        block = torch.full((GUARD + size + GUARD,), PATTERN, dtype=torch.uint8, device=device)
         self.blocks.append(block)
         return block[GUARD : GUARD + size].view(dtype).view(tuple(shape))
 

@@ -40,6 +40,6 @@ def values_of(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_modes() -> None:
     """RuntimeError where a mode of torch would make the results something else than plain tensors."""
-    found = why_not_plain(torch.empty(1, device="cpu"))
+    found = why_not_plain(torch.empty((1,), dtype=torch.uint8, device="cpu"))
     if found:
         raise RuntimeError(f"a mode of torch is active in which a new tensor {found}: call the layer outside of it")
