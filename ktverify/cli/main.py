@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ktverify.cli.bench_c2c import C2C, C2C_HELP, analyze
 from ktverify.cli.bench_layer import layer, profile, sweep
@@ -23,7 +22,7 @@ from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.list import list_cases
 from ktverify.cli.mutants import clean, mutants
-from ktverify.cli.options import PROGRAM, TRACEBACK, OneLineErrors, OwnProgram
+from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.verify import repro, verify
@@ -65,7 +64,7 @@ def _root(
     limits.limit_libraries()
 
 
-class DefaultGroup(TyperGroup):
+class DefaultGroup(CommandGroup):
     """A group whose first argument is BENCH_DEFAULT if it is left out: `bench --list` means `bench shapes --list`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -76,7 +75,7 @@ class DefaultGroup(TyperGroup):
 
 
 def _group(help_text: str, commands: dict[str, Callable[..., None]], **settings: Any) -> typer.Typer:
-    group = typer.Typer(rich_markup_mode=None, help=help_text, **settings)
+    group = typer.Typer(rich_markup_mode=None, help=help_text, **{"cls": CommandGroup, **settings})
     for name, command in commands.items():
         group.command(name)(command)
     return group
@@ -122,6 +121,6 @@ def main() -> None:
     try:
         app(obj=OwnProgram(), prog_name="python -m ktverify" if sys.argv[0].endswith("__main__.py") else "ktverify")
     except OSError as error:  # standard output takes no more
-        typer.echo(f"error: {in_words(error)}", err=True)
+        say_error(in_words(error))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)

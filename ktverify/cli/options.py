@@ -14,6 +14,7 @@ from ktverify.engines import registry
 from ktverify.errors import is_expected, one_line
 from ktverify.isolation.interrupt import in_one_line
 from ktverify.system.files import in_words
+from ktverify.system.printable import shown_line
 
 
 def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
@@ -99,7 +100,48 @@ PROGRAM: dict[str, Any] = {
 TRACEBACK = "KTVERIFY_TRACEBACK"  # the variable that does the same as --traceback, also below a launcher
 
 
-class OneLineErrors(TyperGroup):
+def say_error(text: str) -> None:
+    """Print the one line of an error on stderr: "error: " and the text."""
+    typer.echo(f"error: {shown_line(text)}", err=True)
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands whose help cuts no sentence short; a wrong command line is one line and exit code 2."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The commands, with the whole first sentence of each."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(name, one.get_short_help_str(10_000)) for name, one in commands.items() if one and not one.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def main(self, args: Any = None, *, standalone_mode: bool = True, **named: Any) -> Any:  # type: ignore[override]
+        """Run the program."""
+        for stream in (sys.stdout, sys.stderr):
+            # a file's name may contain what the terminal's encoding has not
+            getattr(stream, "reconfigure", lambda errors: None)(errors="backslashreplace")
+        if not standalone_mode:
+            return super().main(args, standalone_mode=False, **named)
+        try:
+            code = super().main(args, standalone_mode=False, **named)
+        except typer.Abort:
+            code = 1
+        except _WrongCommandLine as wrong:
+            text, context = wrong.format_message().rstrip("."), wrong.ctx  # type: ignore[attr-defined]
+            if text.startswith("Usage:"):  # a group without a command: its help
+                typer.echo(text, err=True)
+            else:
+                see = f"{context.command_path} --help" if context else "--help"
+                say_error(f"{text[:1].lower()}{text[1:]}; see {see}")
+            code = 2
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+# what typer raises for a wrong command line; its module has no public name
+_WrongCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class OneLineErrors(CommandGroup):
     """Turns an expected error of a command into one line on stderr and exit code 2, Ctrl-C into one line and 130."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -112,11 +154,11 @@ class OneLineErrors(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
         except Exception as error:
-            # wrong arguments have `show`: typer prints them with the usage
+            # wrong arguments have `show`: CommandGroup prints them
             shown = ctx.params.get("traceback") or os.environ.get(TRACEBACK)
             if shown or hasattr(error, "show") or not is_expected(error):
                 raise
-            typer.echo(f"error: {in_words(error) if isinstance(error, OSError) else one_line(error)}", err=True)
+            say_error(in_words(error) if isinstance(error, OSError) else one_line(error))
             raise typer.Exit(2) from None
 
 

@@ -17,11 +17,28 @@ from pathlib import Path
 HELD_BY_PARENT = "KTVERIFY_SUITES_LOCK_HELD"
 
 
-def lock_dir() -> Path:
-    """Folder of the lock files: one per user and machine, so that two runs do not spoil each other's timings."""
-    folder = Path(tempfile.gettempdir()) / f"ktverify-locks-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
+def open_lock_dir() -> int:
+    """A descriptor of the folder of the lock files: one per user and machine, for this user alone.
+
+    Two runs of a user then do not spoil each other's timings. The folder for temporary files is everybody's, so
+    PermissionError where the name is taken: by a link, a file, or a folder of another user.
+    """
+    me = os.geteuid()
+    folder = Path(tempfile.gettempdir()) / f"ktverify-locks-{me}"
+    advice = "remove it, or set TMPDIR to a folder of your own"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    try:
+        # a folder that is opened stays the one that is checked
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise PermissionError(f"{folder}, for locks, is no folder of user {me} ({error.strerror}): {advice}") from None
+    owner = os.fstat(descriptor).st_uid
+    if owner != me:
+        os.close(descriptor)
+        raise PermissionError(f"{folder}, for locks, belongs to user {owner}, this process is user {me}'s: {advice}")
+    os.fchmod(descriptor, 0o700)
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -29,7 +46,11 @@ def _flock(name: str, operation: int) -> Iterator[None]:
     if os.environ.get(HELD_BY_PARENT):
         yield
         return
-    fd = os.open(lock_dir() / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    folder = open_lock_dir()
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+    finally:
+        os.close(folder)
     try:
         fcntl.flock(fd, operation)
         yield

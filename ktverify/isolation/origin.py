@@ -12,6 +12,7 @@ import traceback
 from pathlib import Path
 
 from ktverify.isolation.calls import CONSTRUCTOR, METHODS
+from ktverify.system.printable import shown_line
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # the rooms and modules that call engines; the others are called by them, or are engines
@@ -71,7 +72,7 @@ def told(error: BaseException, call: str = "") -> str:
     call: the method, where the caller knows it. Without an origin and a call only "ValueError: …".
     """
     where, place = origin_of(error)
-    text = " ".join((str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)).split())
+    text = shown_line(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
     parts = (call or where, type(error).__name__, text)
     return ": ".join(filter(None, parts)) + (f" ({place})" if place else "")
 

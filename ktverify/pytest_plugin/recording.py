@@ -16,6 +16,7 @@ from ktverify.checks.accuracy import verdict_of
 from ktverify.checks.isas import Isa
 from ktverify.engines import registry
 from ktverify.errors import EngineFailed, PropertyFailed, Unsupported
+from ktverify.isolation import locks
 from ktverify.isolation.child import raised_by_the_engine
 from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_of, selection_of
 from ktverify.report.failure_text import text_of
@@ -25,6 +26,7 @@ from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord
 from ktverify.runs.store import Recorder, Run, load, start_run
 from ktverify.spec.cases import Case
 from ktverify.system.files import in_words
+from ktverify.system.printable import shown, shown_line
 
 _RUN_DIR, _DISK_ERROR = "ktverify_run_dir", "ktverify_disk_error"
 _LINES = "ktverify_lines"
@@ -78,8 +80,9 @@ class Recording:
             registry.judged(option.engine)
             isas.planned(option.engine, option.isa)
             chosen_cases(self.config)
-        except (ValueError, ImportError, EngineFailed) as error:
-            raise pytest.UsageError(str(error)) from None
+            os.close(locks.open_lock_dir())
+        except (ValueError, ImportError, EngineFailed, PermissionError) as error:
+            raise pytest.UsageError(shown_line(str(error))) from None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -156,9 +159,11 @@ class Recording:
         verdict, message = verdict_on(report, raised)
         if verdict == "UNSUPPORTED":
             report.outcome = "skipped"
-            report.longrepr = (str(item.path), item.location[1] or 0, message)
+            report.longrepr = (str(item.path), item.location[1] or 0, shown(message))
         elif raised is not None and report.failed and self.config.option.tbstyle == "auto":
             report.longrepr = text_of(raised, _repeat(item)) or report.longrepr
+            if shown(report.longreprtext) != report.longreprtext:
+                report.longrepr = shown(report.longreprtext)
         # accuracy and latency tests write records of their own, one per tensor or timing; all others get one per test,
         # and so does a failure that those records do not report
         reported = raised is None or raised is item.stash.get(recorded_key, None)

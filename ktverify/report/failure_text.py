@@ -6,6 +6,7 @@ from ktverify.checks.accuracy import verdict_of
 from ktverify.errors import EngineFailed, GateFailed, NotPassed, PropertyFailed, RemoteError
 from ktverify.isolation.child import raised_by_the_engine
 from ktverify.system.files import ROOT
+from ktverify.system.printable import shown
 
 _FRAME = '  File "'
 # frames of the checks; an engine's own, also the native one's, are shown
@@ -13,6 +14,11 @@ _OURS = tuple(f"{_FRAME}{ROOT / folder}" for folder in ("suites/", "tests/", "kt
 
 
 def text_of(raised: BaseException, repeat: str) -> str:
+    """`_text_of`, fit for a terminal: what an engine says may contain anything."""
+    return shown(_text_of(raised, repeat))
+
+
+def _text_of(raised: BaseException, repeat: str) -> str:
     """The text of what a test raised, or "" where it may be a bug of the checks: then pytest prints its own traceback.
 
     repeat: the command that repeats the test, added where the text has no command of its own.

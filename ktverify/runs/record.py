@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 
 from ktverify.runs.jsonl import JsonLine
 from ktverify.system.machine import Machine
+from ktverify.system.printable import shown
 from ktverify.system.timing import Statistics
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ NOT_RUN: frozenset[str] = frozenset({"SKIP", "UNSUPPORTED"})
 # accepts gates.Verdict, an enum, as well as its name
 VerdictField = Annotated[VerdictName, BeforeValidator(lambda value: getattr(value, "value", value))]
 
+# a text that comes from an engine or its user; pages, consoles and JSON get it as a record has it
+Shown = Annotated[str, BeforeValidator(lambda value: shown(value) if isinstance(value, str) else value)]
+
 
 class TimedLine(JsonLine):
     """Fields that all lines of a run have."""
@@ -67,11 +71,11 @@ class CheckedLine(TimedLine):
     """Fields of every line that has a verdict."""
 
     family: str
-    engine: str
+    engine: Shown
     isa: str = ""
     verdict: VerdictField
-    message: str = ""
-    repro: str = ""
+    message: Shown = ""
+    repro: Shown = ""
     duration_s: float = 0.0
 
 
@@ -79,9 +83,9 @@ class AccuracyRecord(CheckedLine):
     """One tensor of one case against its oracle. `rel_l2`, `mean_rel`, `cosine`: no unit; `max_abs`: the tensor's."""
 
     kind: Literal["accuracy"] = "accuracy"
-    case: str
+    case: Shown
     why: str = ""
-    tensor: str
+    tensor: Shown
     threads: int = 0
     tp: int = 1
     source: str = "golden"
@@ -122,8 +126,8 @@ class LatencyRecord(CheckedLine):
     """Measured wall times of one case, in milliseconds, in the order of measurement; `flops`, `bytes` per iteration."""
 
     kind: Literal["latency"] = "latency"
-    case: str
-    what: str
+    case: Shown
+    what: Shown
     threads: int = 0
     tp: int = 1
     samples_ms: tuple[float, ...] = ()
@@ -149,8 +153,8 @@ class CheckRecord(CheckedLine):
     """
 
     kind: Literal["check"] = "check"
-    name: str
-    case: str = ""
+    name: Shown
+    case: Shown = ""
     tp: int = 1
 
 
@@ -173,8 +177,8 @@ class RunRecord(TimedLine):
 
     kind: Literal["run"] = "run"
     stamp: str
-    engine: str
-    command: str = ""
+    engine: Shown
+    command: Shown = ""
     commit: str = ""
     machine: Machine
     workers: int = 1

@@ -193,8 +193,6 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "backward.grad_output": ("behaviour/strides", "refusals/grad_output columns"),
     "backward.accumulate": ("native/accumulation",),
 }
-# arguments of the native engine's calls that docs/contract.md does not have -> the tests that ask about them
-BEYOND_THE_CONTRACT = {"backward.ticket": "tests/training/test_autograd.py"}
 CALLS = ("load_weights_from_tensors", "load_weights", "init_lora_weights", "forward_sft", "backward")
 
 
@@ -261,4 +259,4 @@ def test_every_argument_has_a_check() -> None:
     for call in CALLS:
         given = inspect.signature(getattr(KTMoEWrapper, call)).parameters
         taken |= {f"{call}.{argument}" for argument in given if argument != "self"}
-    assert taken == {*ARGUMENTS, *BEYOND_THE_CONTRACT}
+    assert taken == set(ARGUMENTS)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -21,6 +22,7 @@ from ktverify.checks.repro_commands import repro_command, verify_command
 from ktverify.checks.target import Target
 from ktverify.checks.training_steps import loss_problem
 from ktverify.cli import doctor
+from ktverify.cli.golden import app as golden_app
 from ktverify.cli.main import app
 from ktverify.engines import registry
 from ktverify.engines.native.layer import available_isas
@@ -70,7 +72,50 @@ def test_every_help_has_an_example_and_explains_its_options(command: str) -> Non
             assert re.search(r"\s{2,}[a-zA-Z(]", line.strip()), f"option without an explanation: {line}"
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_help_is_cut(width: int) -> None:
+    """Whatever the terminal's width, the text of every option and the first sentence of every command are whole."""
+    for program in (app, golden_app):
+        for words, command in every_command(typer.main.get_command(program)):
+            context = command.context_class(command, info_name=" ".join(words), terminal_width=width)
+            text = "".join(command.get_help(context).split())
+            commands = getattr(command, "commands", {}).values()
+            wanted = [one.get_short_help_str(10_000) for one in commands]
+            wanted += [option.help for option in command.params if getattr(option, "help", None)]
+            for sentence in wanted:
+                assert "".join(sentence.split()) in text, (words, sentence)
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("no_such_command", r"error: no such command 'no_such_command'; see .* --help"),
+        ("bench c2c no_such", r"error: no such command 'no_such'; see .* bench c2c --help"),
+        ("debug no_such", r"error: no such command 'no_such'; see .* debug --help"),
+        ("repro", r"error: missing argument 'CASE'; see .* repro --help"),
+        ("repro small more", r"error: got unexpected extra argument.*more.*; see .* repro --help"),
+        ("repro small --no-such", r"error: no such option: --no-such; see .* repro --help"),
+        ("repro small --tp x", r"error: invalid value for '--tp': .*; see .* repro --help"),
+        ("repro small --tp 0", r"error: invalid value for '--tp': .*; see .* repro --help"),
+        ("repro small --tp", r"error: option '--tp' requires an argument; see --help"),
+        ("list nothing_like_it", r"error: no case matches .*"),
+    ],
+)
+def test_every_wrong_command_line_is_one_line_with_one_spelling(command: str, wanted: str) -> None:
+    result = call(*command.split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert re.fullmatch(wanted + "\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("command", ["no_such", "regenerate --no-such", "regenerate --only no_such_case"])
+def test_the_goldens_program_spells_its_errors_alike(command: str) -> None:
+    result = CliRunner().invoke(golden_app, command.split())
+    assert result.exit_code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize(

@@ -254,7 +254,7 @@ def test_golden_meets_a_full_disk_with_one_line(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
     done = CliRunner().invoke(golden_app, ["regenerate", "--dir", str(tmp_path), "--only", "one_token_odd"])
     assert done.exit_code == 2
-    assert re.fullmatch(r"golden: .* cannot be written: No space left on device; make room.*\n", done.output)
+    assert re.fullmatch(r"error: .* cannot be written: No space left on device; make room.*\n", done.output)
 
 
 @pytest.mark.parametrize("number", [*FULL, *CLOSED, errno.EFBIG, errno.EIO])

@@ -92,6 +92,24 @@ class Raises(TorchBf16):
         raise ValueError("this kernel is broken")
 
 
+# what a terminal acts on, JSON or XML cannot contain, or breaks a line
+UNFIT = "\x1b[31m\x00\x07\r\x9b2J\ud800\u202e\u2028"
+
+
+class SaysAnything(TorchBf16):
+    """Its errors contain what no terminal, page or file may get, and a megabyte of text."""
+
+    def forward_sft(self, *given: Any, **named: Any) -> torch.Tensor:
+        raise ValueError(f"broken {UNFIT}{'x' * 1_000_000} <b>in the end</b>")
+
+
+class DeclaresAnything(TorchBf16):
+    """Declares what it cannot do in the same words."""
+
+    def forward_sft(self, *given: Any, **named: Any) -> torch.Tensor:
+        raise NotImplementedError(f"no forward {UNFIT}{'x' * 1_000_000}")
+
+
 class OneDegree(Raises):
     """Right, without tensor parallelism."""
 
