@@ -106,8 +106,8 @@ def check_case(
             continue
         difference = problem.expected.compare(name, result.actual[name])
         claims: dict[str, Any] = {"own_engine": target.strict, "isa": isa_name(target.label)}
-        peer = problem.expected.peer[name]
-        judgement = judge(case, name, difference, peer, gates_off=target.gates_off, **claims)
+        rounding = problem.expected.rounding[name]
+        judgement = judge(case, name, difference, rounding, gates_off=target.gates_off, **claims)
         result.records.append(accuracy_record(judgement, difference, **where))
     if raised is not None:
         missing = [name for name in wanted if name not in result.actual]

@@ -19,6 +19,7 @@ from ktverify.checks.judging import NUMBERS, expect_forms, raise_for
 from ktverify.checks.target import MIDDLE, Target, expect, same_bits
 from ktverify.engines.run import backward_of, forward, run_layer
 from ktverify.judge import gates, metrics, reference
+from ktverify.judge.rounding import rounding_errors
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, OUTPUT
@@ -179,12 +180,11 @@ def _judge_dropped(target: Target, what: str, found: Tensors, inputs: Inputs) ->
     kept = _kept(found, inputs)
     masks = {name: mask / (1 - P) for name, mask in kept.items()}
     oracle, without = (reference.forward_backward(inputs, masks=each) for each in (masks, None))
-    peer = reference.peer_bf16(inputs, masks=masks)
+    rounding = rounding_errors(inputs, masks=masks)
     judgements = []
     for name in ALL_TENSORS:
-        budget = metrics.compare(peer[name], oracle[name]).rel_l2
         difference = metrics.compare(found[name], oracle[name])
-        judgements.append(gates.judge(inputs.case, name, difference, budget, gates_off=target.gates_off))
+        judgements.append(gates.judge(inputs.case, name, difference, rounding[name], gates_off=target.gates_off))
         if not any(bool(mask.all()) for mask in kept.values()):
             apart = metrics.compare(without[name], oracle[name]).rel_l2
             expect(apart > gates.tolerances()["check"]["tells"], f"the case cannot show dropout in {name}: {apart:.1e}")

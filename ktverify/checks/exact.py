@@ -38,7 +38,7 @@ def check_exact(target: Target, case: Case) -> dict[str, Tensor]:
         _same_bits(target, what, found, result)
     else:
         judgements = [
-            gates.judge(case, name, difference, oracle.peer[name], gates_off=target.gates_off)
+            gates.judge(case, name, difference, oracle.rounding[name], gates_off=target.gates_off)
             for name, difference in found.items()
         ]
         raise_for(what, judgements, result)

@@ -25,7 +25,7 @@ from ktverify.spec.names import BASE_NAMES, GRAD_INPUT, GRAD_WEIGHTS, OUTPUT, te
 # the gates of `gates.judge`
 NUMBERS = ("non_finite", "hidden_non_finite", "stray", "mean_rel", "rel_l2", "rel_l2_own", "exact", "trust")
 # sentences of docs/contract.md that several checks share
-BUDGET = "Every engine has a budget made of the error of plain bf16 torch, and a ceiling on the mean"
+BUDGET = "Every engine has a budget, the error that roundings to bf16 leave, and a ceiling on the mean"
 SAME_BITS = (
     "The same bits for the same call: again, on another layer, with another number of threads, at any address, with "
     "any strides, after calls of other lengths."
@@ -153,11 +153,12 @@ def _addresses(tensor: Tensor) -> Tensor:
 
 
 def judged(target: Target, what: str, case: Case, found: dict[str, Tensor], inputs: Inputs) -> None:
-    """GateFailed unless every tensor of `found` is within the budgets of plain bf16 torch on these inputs."""
+    """GateFailed unless every tensor of `found` is within its budget on these inputs."""
     expect_forms(target, what, found, inputs)
     oracle = live_oracle(inputs)
     judgements = [
-        gates.judge(case, n, oracle.compare(n, t), oracle.peer[n], gates_off=target.gates_off) for n, t in found.items()
+        gates.judge(case, n, oracle.compare(n, t), oracle.rounding[n], gates_off=target.gates_off)
+        for n, t in found.items()
     ]
     raise_for(what, judgements, Result(Problem(case, inputs, oracle, "fresh"), found))
 

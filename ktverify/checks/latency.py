@@ -104,7 +104,7 @@ class _Spot:
             expected = self.oracle.tensors[name]
             difference = metrics.compare(found[name][self.part], expected[self.part])
             # of one expert alone, every other expert's gradients are zero, and the error of the whole is the expert's
-            judgement = gates.judge(case, name, difference, self.oracle.peer[name])
+            judgement = gates.judge(case, name, difference, self.oracle.rounding[name])
             if judgement.exceeded:
                 lines.append(judgement.line.partition("\n")[0])
         expect(not lines, "\n".join(["the timed calls gave wrong results", *lines]))

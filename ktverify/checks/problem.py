@@ -13,34 +13,33 @@ import torch
 
 from ktverify.engines.run import METHOD
 from ktverify.judge import golden, reference
-from ktverify.judge.gates import peer_error
 from ktverify.judge.metrics import Difference, compare
+from ktverify.judge.rounding import RoundingError, rounding_errors
 from ktverify.runs.record import AccuracyRecord
 from ktverify.spec.cases import Case, catalogue
 from ktverify.spec.inputs import Inputs, inputs_sha256, make_inputs
 
 
 class Expected(Protocol):
-    """The right answer. peer: rel_l2 of the plain bf16 program, by name of the tensor."""
+    """The right answer. rounding: what errors of rounding do to it, by name of the tensor."""
 
     @property
-    def peer(self) -> dict[str, float]: ...
+    def rounding(self) -> dict[str, RoundingError]: ...
     def compare(self, name: str, actual: torch.Tensor) -> Difference: ...
 
 
 @dataclass
 class LiveOracle:
-    """The fp64 oracle's tensors by name, as `spec.names` lists them, and the bf16 baseline's errors."""
+    """The fp64 oracle's tensors by name, as `spec.names` lists them, and their errors of rounding."""
 
     tensors: dict[str, torch.Tensor]
-    peer: dict[str, float]
+    rounding: dict[str, RoundingError]
 
     @classmethod
     def of(cls, inputs: Inputs, *, skip_lora: bool = False) -> LiveOracle:
-        """Compute both for `inputs`. The baseline always has LoRA: without it the budget would hardly differ."""
+        """Compute both for `inputs`. The errors always have LoRA: without it they would hardly differ."""
         tensors = reference.forward_backward(inputs, skip_lora=skip_lora)
-        whole = reference.forward_backward(inputs) if skip_lora else tensors
-        return cls(tensors, peer_error(inputs, whole))
+        return cls(tensors, rounding_errors(inputs))
 
     def compare(self, name: str, actual: torch.Tensor) -> Difference:
         return compare(actual, self.tensors[name])

@@ -8,50 +8,65 @@ Where moreover the order of no sum changes, the native engine owes the same bits
 from __future__ import annotations
 
 import functools
-import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
+from ktverify.checks.altered_inputs import everywhere
 from ktverify.checks.judging import expect_forms
 from ktverify.checks.target import Target, expect_same_bits
 from ktverify.engines import registry
 from ktverify.judge import gates, metrics, reference
-from ktverify.judge.gates import peer_error
+from ktverify.judge.rounding import NONE, RoundingError, rounded_draws, rounding_error
 from ktverify.spec.cases import Case
-from ktverify.spec.inputs import Inputs, make_inputs
+from ktverify.spec.inputs import Inputs, inputs_sha256, make_inputs
 
 Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Right:
-    """tensors: fp64, by name; peer(): rel_l2 of plain bf16 torch, by name. peer takes long and is seldom wanted."""
+    """tensors: fp64, by name. drawn(): the same with errors of rounding, see `rounded_draws`; it takes long and is
+    seldom wanted."""
 
     tensors: Tensors
-    peer: Callable[[], dict[str, float]]
+    drawn: Callable[[], Tensors]
 
     @classmethod
     def of(cls, inputs: Inputs) -> Right:
-        """The oracle and the peer of `inputs`."""
-        oracle = reference.forward_backward(inputs)
-        return cls(oracle, functools.cache(lambda: peer_error(inputs, oracle)))
+        """The right answer of `inputs`, found again by their bytes: several engines may be asked about one case."""
+        key = f"{inputs.case.spec} {inputs_sha256(inputs)}"
+        if key not in _known:
+            # a copy, as an engine may write into its inputs
+            kept = everywhere(inputs, torch.clone)
+            _known[key] = cls(reference.forward_backward(kept), functools.cache(lambda: rounded_draws(kept)))
+            while len(_known) > _KEPT:
+                _known.popitem(last=False)
+        return _known[key]
 
     @classmethod
     def total(cls, parts: Sequence[Right], names: Sequence[str]) -> Right:
-        """The sum of `parts`. Their peers' errors are independent, so they add in the mean square."""
-        tensors = {name: sum((part.tensors[name] for part in parts[1:]), parts[0].tensors[name]) for name in names}
+        """The sum of `parts`. Draw by draw: what two calls have in common errs alike in both."""
 
-        def peer() -> dict[str, float]:
-            found = {}
-            for name in names:
-                errors = [part.peer()[name] * float(part.tensors[name].norm()) for part in parts]
-                found[name] = metrics.relative(math.hypot(*errors), float(tensors[name].norm()))
-            return found
+        def drawn() -> Tensors:
+            found = [part.drawn() for part in parts]
+            draws = min(len(each[name]) for each in found for name in names)
+            return {name: functools.reduce(torch.add, [each[name][:draws] for each in found]) for name in names}
 
-        return cls(tensors, functools.cache(peer))
+        tensors = {name: functools.reduce(torch.add, [part.tensors[name] for part in parts]) for name in names}
+        return cls(tensors, functools.cache(drawn))
+
+    def rounding(self, name: str) -> RoundingError:
+        """What errors of rounding do to the tensor `name`."""
+        return rounding_error(self.drawn()[name])
+
+
+_KEPT = 6
+_known: OrderedDict[str, Right] = OrderedDict()
 
 
 class Trial:
@@ -91,10 +106,10 @@ class Trial:
         for name, tensor in found.items():
             difference = metrics.compare(tensor, right.tensors[name])
             judge = functools.partial(self._judge, name, difference, exact)
-            # budgets only grow with the peer's error: who keeps the floor needs no peer
-            judgement = judge(0.0)
+            # budgets only grow with the errors of rounding: who keeps the floor needs none
+            judgement = judge(NONE)
             if judgement.verdict is gates.Verdict.FAIL:
-                judgement = judge(right.peer()[name])
+                judgement = judge(right.rounding(name))
             self.compared += 1
             self.believed += judgement.verdict is gates.Verdict.PASS
             if judgement.verdict is gates.Verdict.FAIL:
@@ -102,17 +117,19 @@ class Trial:
         if wrong:
             raise AssertionError("\n".join([what, *wrong]))
 
-    def _judge(self, name: str, difference: metrics.Difference, exact: bool, peer: float) -> gates.Judgement:
+    def _judge(
+        self, name: str, difference: metrics.Difference, exact: bool, rounding: RoundingError
+    ) -> gates.Judgement:
         # the limits of strict engines are for tensors that many numbers decide, as small T is exempt there
         own = self.own and (exact if self.case.exact else self._many(name, difference.nonzero))
         isa = self.target.isa or ""
-        return gates.judge(self.case, name, difference, peer, own_engine=own, isa=isa, searched=True)
+        return gates.judge(self.case, name, difference, rounding, own_engine=own, isa=isa)
 
     def _many(self, name: str, nonzero: int) -> bool:
         # h, dg and du are rounded too: with an I of 1, one of them decides a whole row
         slots = self.case.qlen * self.case.top_k
         decided = min(gates.numbers_deciding(self.case, name, nonzero), slots * self.case.intermediate)
-        return bool(decided >= gates.tolerances()["peer"]["few"])
+        return bool(decided >= gates.tolerances()["own"]["few"])
 
     def same(self, what: str, left: Mapping[str, Tensor], right: Mapping[str, Tensor], names: Sequence[str]) -> None:
         """AssertionError unless the bits are the same: of the native engine only, see docs/contract.md."""
@@ -130,7 +147,7 @@ class Trial:
             apart = metrics.compare(left[name], right[name].double())
             if apart.rel_l2 <= numbers["tp"]["rel_l2"] or not self._many(name, apart.nonzero):
                 continue
-            if self.right.peer()[name] <= numbers["trust"]["max_peer"]:
+            if self.right.rounding(name).rel_l2 <= numbers["trust"]["max_rounding"]:
                 raise AssertionError(
                     f"{what}\nFAIL {name}: {apart.rel_l2:.1e} apart, budget {numbers['tp']['rel_l2']:.1e}, "
                     f"worst {list(apart.worst_index)}"

@@ -104,7 +104,7 @@ def judge_degrees(target: Target, case: Case, found: dict[int, dict[str, Tensor]
                 case,
                 name,
                 oracle.compare(name, found[degree][name]),
-                oracle.peer[name],
+                oracle.rounding[name],
                 own_engine=target.strict,
                 isa=target.isa or "",
                 gates_off=target.gates_off,

@@ -34,9 +34,9 @@ def check_training(
 
     The loss is half the mean squared distance of the output from a fixed goal. In each step the oracle gets the
     parameters that the optimizer left and the engine's upstream gradient, so that the budgets of a single call hold for
-    every step and an engine that goes on with old weights is off by the whole update. Judged by the peer's budgets: the
-    limits of the project's own engine, and the bits of an integer case, are agreed for the inputs of the catalogue, and
-    after a step parameters and upstream gradient are others.
+    every step and an engine that goes on with old weights is off by the whole update. Judged by the budgets of every
+    engine: the limits of the project's own engine, and the bits of an integer case, are agreed for the inputs of the
+    catalogue, and after a step parameters and upstream gradient are others.
     """
     with call_of(IMPORT):
         factory = target.factory
@@ -71,7 +71,7 @@ def check_training(
                 records.append(wrong_form(name, forms[name], {"case": case, **about}))
                 continue
             difference = expected.compare(name, actual[name])
-            judgement = judge(case, name, difference, expected.peer[name], isa=isa_name(target.label))
+            judgement = judge(case, name, difference, expected.rounding[name], isa=isa_name(target.label))
             records.append(accuracy_record(judgement, difference, case=case, **about))
         yield loss, records
         for parameter, name in zip(parameters, GRAD_NAMES, strict=True):

@@ -147,23 +147,23 @@ def check_trajectory(target: Target, case: Case) -> dict[str, float]:
 
     Returns the share of its budget that each used, by name ("loss" and LORA_NAMES).
     """
-    goal, oracle, peer = _beside(case)
+    goal, oracle, plain = _beside(case)
     found = engine_trajectory(target, case, goal)
     # a trajectory that goes nowhere would agree with anything
     learns = oracle.losses[-1] < gates.tolerances()["training"]["learns"] * oracle.losses[0]
     expect(learns, f"the oracle learns nothing: {oracle.losses}")
-    return within_budgets(f"{case.id}, {STEPS} steps, TP {target.tp}", drift(found, oracle), peer, target.gates_off)
+    return within_budgets(f"{case.id}, {STEPS} steps, TP {target.tp}", drift(found, oracle), plain, target.gates_off)
 
 
-def within_budgets(what: str, own: Drift, peer: Drift, gates_off: frozenset[str] = gates.ALL_ON) -> dict[str, float]:
+def within_budgets(what: str, own: Drift, plain: Drift, gates_off: frozenset[str] = gates.ALL_ON) -> dict[str, float]:
     """The share of its budget that each of `own` uses, by name; GateFailed with `what` if one uses more than all."""
     numbers = gates.tolerances()["training"]
     used, wrong, exceeded = {}, [], []
-    for name, value, plain, floor in [
-        ("loss", own.loss, peer.loss, numbers["loss_floor"]),
-        *[(name, own.parameters[name], peer.parameters[name], numbers["parameter_floor"]) for name in LORA_NAMES],
+    for name, value, drifted, floor in [
+        ("loss", own.loss, plain.loss, numbers["loss_floor"]),
+        *[(name, own.parameters[name], plain.parameters[name], numbers["parameter_floor"]) for name in LORA_NAMES],
     ]:
-        budget = min(numbers["cap"], max(numbers["factor"] * plain, floor))
+        budget = min(numbers["cap"], max(numbers["factor"] * drifted, floor))
         used[name] = value / budget
         # NaN is over every budget
         if "loss" not in gates_off and not value <= budget:

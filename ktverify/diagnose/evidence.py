@@ -1,7 +1,7 @@
 """The error of an engine's tensors, and how much of it a hypothesis explains.
 
 The error is measured in budgets: the sum over tensors of (||actual - right|| / (budget ||right||))^2. The budget of a
-tensor is what plain bf16 arithmetic is allowed, so each tensor counts by how far it is over that. A prediction, the
+tensor is what every engine is allowed, so each tensor counts by how far it is over that. A prediction, the
 tensors that an engine with some defect would return, explains the share 1 - error(prediction) / error(right).
 """
 
@@ -85,7 +85,7 @@ class Evidence:
         this time no further hypothesis is tested.
         """
         case, layer = inputs.case, LayerValues.of(inputs)
-        peer, forms = live_oracle(inputs).peer, wrong_forms(inputs.case, actual)
+        rounding, forms = live_oracle(inputs).rounding, wrong_forms(inputs.case, actual)
         found: dict[str, Difference] = {}
         budgets: dict[str, float] = {}
         failing = []
@@ -96,8 +96,8 @@ class Evidence:
                 failing.append(name)
                 continue
             found[name] = metrics.compare(actual[name], right)
-            budgets[name] = gates.peer_budget(peer[name], gates.numbers_deciding(case, name, found[name].nonzero))
-            judged = gates.judge(case, name, found[name], peer[name], own_engine=strict, isa=isa)
+            budgets[name] = gates.budget(rounding[name])
+            judged = gates.judge(case, name, found[name], rounding[name], own_engine=strict, isa=isa)
             inexact = case.exact and found[name].mismatched != 0
             if judged.verdict is gates.Verdict.FAIL or name in forms or inexact:
                 failing.append(name)

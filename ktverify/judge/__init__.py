@@ -1,4 +1,4 @@
-"""The right answer and the verdict: the oracle, the bf16 baseline, the metrics, the gates and the goldens.
+"""The right answer and the verdict: the oracle, the errors of rounding, the metrics, the gates and the goldens.
 
 Imports no engine.
 """

@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +24,15 @@ from safetensors.torch import save as save_safetensors
 from ktverify.errors import NoGolden
 from ktverify.judge.golden_sketch import SKETCH_VERSION, Sketch, compare_sketch
 from ktverify.judge.metrics import Difference, compare
+from ktverify.judge.rounding import RoundingError
 from ktverify.spec.cases import Case, tensors_of
 from ktverify.spec.generator import GENERATOR_VERSION
 from ktverify.spec.names import ALL_TENSORS
 from ktverify.system.files import ROOT, write_whole
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1 has no errors of rounding
 SUFFIX = ".safetensors"
 
 Entry = dict[str, Any]  # a case's entry in the manifest
@@ -48,13 +50,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Golden:
-    """The oracle's answer to one case, as far as it is stored. peer: rel_l2 of the plain bf16 peer, by tensor."""
+    """The oracle's answer to one case, as far as it is stored. rounding: what errors of rounding do to each tensor."""
 
     case: Case
     inputs_sha256: str
     torch_version: str
     tensors: dict[str, StoredTensor]
-    peer: dict[str, float]
+    rounding: dict[str, RoundingError]
 
     def compare(self, name: str, actual: torch.Tensor) -> Difference:
         """The Difference of `actual` from the golden tensor `name`; estimated where only a sketch is stored.
@@ -123,7 +125,7 @@ def read_manifest(where: Path, *, missing_ok: bool = False) -> dict[str, Entry]:
         raise NoGolden(f"no {path}; `python -m ktverify.golden regenerate` makes it") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; check it out of git again") from error
-    if document.get("format") != FORMAT:
+    if document.get("format") not in READABLE:
         raise ValueError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}")
     cases: dict[str, Entry] = document["cases"]
     for key, entry in cases.items():
@@ -170,12 +172,14 @@ def read_entry(case: Case, entry: Entry, where: Path) -> Golden:
             scalars: dict[str, Any] = {part: row[part] for part in Sketch.SCALARS}
             value = Sketch(shape=shape, seed=row["seed"], **arrays, **scalars)
         tensors[name] = StoredTensor(shape, row["kind"], row["sha256"], value)
-    peer = {name: float(row["peer"]) for name, row in entry["tensors"].items()}
+    if not all("rounding" in row for row in entry["tensors"].values()):
+        raise ValueError(f"the golden of {case.id} is of an older version of this suite; regenerate it")
+    rounding = {name: RoundingError(**row["rounding"]) for name, row in entry["tensors"].items()}
     expected = tensors_of(case)
     for name in ALL_TENSORS:
         if name not in tensors or tensors[name].shape != expected[name]:
             raise ValueError(f"the golden of {case.id} has no {name} of shape {list(expected[name])}; regenerate it")
-    return Golden(case, entry["inputs_sha256"], entry["torch"], tensors, peer)
+    return Golden(case, entry["inputs_sha256"], entry["torch"], tensors, rounding)
 
 
 def write_golden(golden: Golden, directory: Path) -> Entry:
@@ -183,7 +187,7 @@ def write_golden(golden: Golden, directory: Path) -> Entry:
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, Entry] = {}
     for name, stored in golden.tensors.items():
-        facts = {"kind": stored.kind, "sha256": stored.sha256, "peer": golden.peer[name]}
+        facts = {"kind": stored.kind, "sha256": stored.sha256, "rounding": asdict(golden.rounding[name])}
         rows[name] = {"shape": list(stored.shape), **facts}
         if isinstance(stored.value, Sketch):
             for part in Sketch.ARRAYS:

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from ktverify.judge.gates import peer_error
+from ktverify.judge.gates import budget
 from ktverify.judge.golden import (
     Entry,
     Golden,
@@ -36,6 +36,7 @@ from ktverify.judge.golden import (
 from ktverify.judge.golden_sketch import SKETCH_VERSION, Sketch, make_sketch, same_sketch
 from ktverify.judge.metrics import compare, count_nonzero
 from ktverify.judge.reference import forward_backward
+from ktverify.judge.rounding import rounding_errors
 from ktverify.spec.cases import Case, catalogue, flops, select
 from ktverify.spec.generator import GENERATOR_VERSION
 from ktverify.spec.inputs import inputs_sha256, make_inputs
@@ -49,9 +50,8 @@ FULL_LIMIT = 16384
 SAME_VALUES = 1e-10
 # full tensors are stored in fp32: half a unit in the last of its 24 bits
 SAME_FP32 = 2.0**-23
-# the peer's error is a measurement: bf16 products of another CPU round a few elements the other way
-SAME_PEER = 0.25
-_PEER_FLOOR = 2.0**-9
+# fp32 sums of another CPU give a few values other errors of rounding
+SAME_ROUNDING = 0.05
 # its folders are deleted, so nothing else may have such a name
 _STAGING = ".ktverify-golden-staging-"
 _OURS = "ours.json"  # names of files beside the folder that a regeneration made or replaces
@@ -119,9 +119,8 @@ def compute(case: Case) -> tuple[Golden, dict[str, torch.Tensor]]:
     inputs = make_inputs(case)
     sha256 = inputs_sha256(inputs)
     expected = forward_backward(inputs)
-    peer = peer_error(inputs, expected)
     stored = {name: _stored(case, name, expected[name]) for name in ALL_TENSORS}
-    return Golden(case, sha256, torch.__version__, stored, peer), expected
+    return Golden(case, sha256, torch.__version__, stored, rounding_errors(inputs)), expected
 
 
 def _stored(case: Case, name: str, tensor: torch.Tensor) -> StoredTensor:
@@ -160,9 +159,9 @@ def _differs(case: Case, entry: Entry | None, new: Golden, where: Path) -> list[
         line = _tensor_differs(old.tensors[name], new.tensors[name])
         if line:
             lines.append(f"{name} {line}")
-        was, found = old.peer[name], new.peer[name]
-        if abs(found - was) > SAME_PEER * max(was, _PEER_FLOOR):
-            lines.append(f"{name}: the plain bf16 peer errs by {found:.3e}, the golden says {was:.3e}")
+        was, found = budget(old.rounding[name]), budget(new.rounding[name])
+        if found != was and not abs(found - was) <= SAME_ROUNDING * was:
+            lines.append(f"{name}: the budget is {found:.3e}, that of the golden {was:.3e}")
     return lines
 
 

@@ -1,4 +1,5 @@
-"""The oracle: docs/contract.md, "The layer", written by hand as a plain loop over experts; and the plain bf16 peer.
+"""The oracle: docs/contract.md, "The layer", written by hand as a plain loop over experts;
+and one expert as a torch user writes it.
 
 Imports torch and, of this package, only names, so that no engine can share a mistake with it.
 """
@@ -70,15 +71,15 @@ def forward_backward(
         gate, up, down = (tensor[expert].to(dtype) for tensor in (inputs.gate_proj, inputs.up_proj, inputs.down_proj))
         ga, gb, ua, ub, da, db = (inputs.lora[name][expert].to(dtype) for name in LORA_NAMES)
 
-        m_gate, m_up, m_down = (None if mask is None else mask.to(dtype) for mask in _of_rows(masks, rows, slots))
-        x_gate, x_up = _dropped(x, m_gate), _dropped(x, m_up)
+        m_gate, m_up, m_down = (None if mask is None else mask.to(dtype) for mask in of_rows(masks, rows, slots))
+        x_gate, x_up = dropped(x, m_gate), dropped(x, m_up)
         x_ga, x_ua = x_gate @ ga.T, x_up @ ua.T
         g = x @ gate.T + s * (x_ga @ gb.T)
         u = x @ up.T + s * (x_ua @ ub.T)
         sigma = torch.sigmoid(g)
         silu = g * sigma
         h = silu * u
-        h_down = _dropped(h, m_down)
+        h_down = dropped(h, m_down)
         h_da = h_down @ da.T
         y = h @ down.T + s * (h_da @ db.T)
         output.index_add_(0, rows, w * y)
@@ -93,7 +94,7 @@ def forward_backward(
             dy_db = dy @ db
             result["grad_down_lora_b"][expert] = s * (dy.T @ h_da)
             result["grad_down_lora_a"][expert] = s * (dy_db.T @ h_down)
-            dh = dh + _dropped(s * (dy_db @ da), m_down)
+            dh = dh + dropped(s * (dy_db @ da), m_down)
         dg = dh * u * (sigma * (1 + g * (1 - sigma)))
         du = dh * silu
         dx = dg @ gate + du @ up
@@ -103,35 +104,8 @@ def forward_backward(
             result["grad_gate_lora_a"][expert] = s * (dg_gb.T @ x_gate)
             result["grad_up_lora_b"][expert] = s * (du.T @ x_ua)
             result["grad_up_lora_a"][expert] = s * (du_ub.T @ x_up)
-            dx = dx + _dropped(s * (dg_gb @ ga), m_gate) + _dropped(s * (du_ub @ ua), m_up)
+            dx = dx + dropped(s * (dg_gb @ ga), m_gate) + dropped(s * (du_ub @ ua), m_up)
         result[GRAD_INPUT].index_add_(0, rows, dx)
-    return result
-
-
-def peer_bf16(inputs: LayerInputs, *, masks: Masks | None = None) -> dict[str, torch.Tensor]:
-    """ALL_TENSORS as plain torch computes them in bf16: a loop over experts, torch's autograd, a rounding at every op.
-
-    Tensors are bf16; grad_weights is fp32 [T, k], LoRA gradients have their parameters' dtype. Budgets are multiples of
-    its error against forward_backward.
-    """
-    result = _empty_result(inputs, torch.bfloat16, True)
-    for name in LORA_NAMES:
-        if inputs.lora[name].dtype != torch.bfloat16:
-            result[f"grad_{name}"] = zeros(inputs.lora[name].shape, inputs.lora[name].dtype)
-    result[GRAD_WEIGHTS] = result[GRAD_WEIGHTS].float()
-    for expert, rows, slots in routed(inputs.expert_ids):
-        lora = [inputs.lora[name][expert].detach().requires_grad_() for name in LORA_NAMES]
-        x = inputs.hidden_states[rows].detach().requires_grad_()
-        w = inputs.weights[rows, slots].to(torch.bfloat16).requires_grad_()
-        base = (inputs.gate_proj[expert], inputs.up_proj[expert], inputs.down_proj[expert])
-        mine = _of_rows(masks, rows, slots)
-        y = plain_expert(x, *base, *lora, scaling=inputs.case.scaling, masks=mine) * w.unsqueeze(1)
-        result[OUTPUT].index_add_(0, rows, y.detach())
-        dx, dw, *d_lora = torch.autograd.grad(y, [x, w, *lora], inputs.grad_output[rows])
-        result[GRAD_INPUT].index_add_(0, rows, dx)
-        result[GRAD_WEIGHTS][rows, slots] = dw.float()
-        for name, gradient in zip(LORA_NAMES, d_lora, strict=True):
-            result[f"grad_{name}"][expert] = gradient
     return result
 
 
@@ -161,7 +135,7 @@ def plain_expert(
         value: torch.Tensor, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         base = functional.linear(value, weight)
-        operand = _dropped(value.to(a.dtype), None if mask is None else mask.to(a.dtype))
+        operand = dropped(value.to(a.dtype), None if mask is None else mask.to(a.dtype))
         low = functional.linear(functional.linear(operand, a), b) * scaling
         return (base + (low.detach() if skip_lora else low)).to(value.dtype)
 
@@ -169,14 +143,14 @@ def plain_expert(
     return linear(h, down, down_a, down_b, masks[2])
 
 
-def _of_rows(masks: Masks | None, rows: torch.Tensor, slots: torch.Tensor) -> OfRows:
+def of_rows(masks: Masks | None, rows: torch.Tensor, slots: torch.Tensor) -> OfRows:
     """The masks of gate, up and down for these token slots."""
     if masks is None:
         return None, None, None
     return masks["gate"][rows, slots], masks["up"][rows, slots], masks["down"][rows, slots]
 
 
-def _dropped(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def dropped(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return value if mask is None else value * mask
 
 

@@ -117,6 +117,6 @@ def _budgets(inputs: Inputs, oracle: LiveOracle) -> dict[str, float]:
     found: dict[str, float] = {}
     for name in ALL_TENSORS:
         right = oracle.compare(name, oracle.tensors[name].to(torch.bfloat16))
-        gates = judge(inputs.case, name, right, oracle.peer[name]).gates
+        gates = judge(inputs.case, name, right, oracle.rounding[name]).gates
         found.update((name, gate.budget) for gate in gates if gate.gate == "rel_l2")
     return found

@@ -234,7 +234,7 @@ class _Reproducer:
                 continue
             difference = self.oracle.compare(name, actual[name])
             own, isa = self.target.strict, self.target.isa or ""
-            judgement = judge(self.case, name, difference, self.oracle.peer[name], own_engine=own, isa=isa)
+            judgement = judge(self.case, name, difference, self.oracle.rounding[name], own_engine=own, isa=isa)
             if exact and difference.mismatched:
                 yield name, f"{difference.mismatched} of {difference.numel} elements differ"
             elif not exact and judgement.verdict is Verdict.FAIL:

@@ -20,6 +20,8 @@ from ktverify.diagnose.diagnose import diagnose, quick
 from ktverify.diagnose.evidence import Evidence, Explanation
 from ktverify.diagnose.formulas import FORMULAS, LABELS, LayerValues, downstream, operands
 from ktverify.diagnose.search import explain, one_thread, reduced
+from ktverify.engines.registry import find
+from ktverify.engines.run import run_case
 from ktverify.judge import reference
 from ktverify.mutants import MUTANTS
 from ktverify.mutants.diagnosed import LEAST, diagnosed
@@ -41,7 +43,12 @@ def inputs() -> Inputs:
 
 @pytest.fixture(scope="module")
 def peer(inputs: Inputs) -> Tensors:
-    return reference.peer_bf16(inputs)
+    return in_bf16(inputs)
+
+
+def in_bf16(inputs: Inputs) -> Tensors:
+    """What plain torch in bf16 gives."""
+    return run_case(find("torch_bf16"), inputs.case, inputs=inputs)
 
 
 def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
@@ -52,7 +59,7 @@ def explained(inputs: Inputs, actual: Tensors) -> search.Diagnosis:
 
 def cause_of(inputs: Inputs, **wrong: object) -> Explanation:
     """The first explanation of the tensors of other inputs."""
-    found = explained(inputs, reference.peer_bf16(replace(inputs, **wrong))).first  # type: ignore[arg-type]
+    found = explained(inputs, in_bf16(replace(inputs, **wrong))).first  # type: ignore[arg-type]
     assert found is not None
     return found
 

@@ -112,9 +112,9 @@ def test_without_trust_an_emptied_case_passes_a_wrong_engine() -> None:
     actual = run_case(MUTANTS["up_gradient_from_dg"].factory, CASE, inputs=empty)
 
     name = "grad_up_lora_b"
-    difference, peer = expected.compare(name, actual[name]), expected.peer[name]
-    assert gates.judge(CASE, name, difference, peer).verdict is Verdict.MISTRUSTED
-    assert gates.judge(CASE, name, difference, peer, gates_off=gates_off("trust")).verdict is Verdict.PASS
+    difference, rounding = expected.compare(name, actual[name]), expected.rounding[name]
+    assert gates.judge(CASE, name, difference, rounding).verdict is Verdict.MISTRUSTED
+    assert gates.judge(CASE, name, difference, rounding, gates_off=gates_off("trust")).verdict is Verdict.PASS
 
 
 def test_a_target_leaves_out_only_the_gates_that_are_off() -> None:
@@ -162,7 +162,8 @@ def test_base_engine_keeps_the_strict_limits() -> None:
     inputs = make_inputs(CASE)
     expected, actual = LiveOracle.of(inputs), run_case(Plain, CASE, inputs=inputs)
     for name in ALL_TENSORS:
-        judgement = gates.judge(CASE, name, expected.compare(name, actual[name]), expected.peer[name], own_engine=True)
+        difference, rounding = expected.compare(name, actual[name]), expected.rounding[name]
+        judgement = gates.judge(CASE, name, difference, rounding, own_engine=True)
         assert judgement.verdict is Verdict.PASS, judgement.line
 
 

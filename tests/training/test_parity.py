@@ -14,7 +14,6 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from ktverify.judge.gates import peer_budget
 from ktverify.judge.metrics import compare
 from ktverify.training import add_adapter, load_adapter, lora_config, update_lora_pointers, wrap_moe_layers
 from ktverify.training.adapter import export_merged
@@ -179,7 +178,7 @@ def test_a_family_that_names_silu_as_a_function() -> None:
             nn.init.normal_(parameter, std=0.15)
     stock.set_experts_implementation("eager")
     expected = logits(stock)
-    assert compare(logits(models.with_engine(copy.deepcopy(stock))), expected).rel_l2 <= peer_budget(
+    assert compare(logits(models.with_engine(copy.deepcopy(stock))), expected).rel_l2 <= models.budget_beside(
         compare(logits(models.with_peer(stock)), expected).rel_l2
     )
 
@@ -232,7 +231,7 @@ def with_engine(family: str) -> Any:
 def expect_same_model(actual: Tensor, expected: Tensor, peer: Any) -> None:
     """Equal up to what plain bf16 experts err; `peer` is the stock model with the same adapter."""
     allowed = compare(logits(models.with_peer(peer)), expected).rel_l2
-    assert compare(actual, expected).rel_l2 <= peer_budget(allowed)
+    assert compare(actual, expected).rel_l2 <= models.budget_beside(allowed)
 
 
 def expect_adapter_of(family: str, folder: Path, engine: Any) -> None:
