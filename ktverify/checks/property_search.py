@@ -149,6 +149,26 @@ def search(
     believe(name, compared, believed)
 
 
+def drawn(name: str, wanted: Property, count: int, seed_of: int, sizes: Sizes = ORDINARY) -> list[Case]:
+    """`count` cases that the property takes; they follow from its name and the seed."""
+    found: list[Case] = []
+
+    @seed(zlib.crc32(f"{name} {seed_of}".encode()))
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases(wanted, sizes))
+    def keep(case: Case) -> None:
+        found.append(case)
+
+    keep()
+    return found
+
+
 def believe(name: str, compared: int, believed: int) -> None:
     """PropertyFailed if less than half ([trust] min_density) of the comparisons could distinguish right from wrong."""
     least = float(gates.tolerances()["trust"]["min_density"])

@@ -67,11 +67,19 @@ def clean(
     runs: Annotated[int, typer.Option(help="how many; each is one engine, instruction set and seed", min=1)] = 200,
     jobs: Annotated[int, typer.Option(help="processes", min=1)] = 2,
     cases: Annotated[str | None, typer.Option(metavar="GLOB", help="only the small default cases that match")] = None,
+    engines: Annotated[str | None, typer.Option(metavar="GLOB", help="only the engines that match")] = None,
+    drawn: Annotated[
+        int, typer.Option(help="cases a run, drawn as properties draw them, in place of those", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="the first run's seed; later ones are larger", min=0)] = 1000,
 ) -> None:
     """Judge right engines on new inputs. Exit code 1 if anything fails.
 
+    Right engines: native on each instruction set, the torch engines, and ten that round to bf16 at different points.
+
     \b
-    Example:  python -m ktverify clean --runs 200
+    Examples:  python -m ktverify clean --runs 200
+               python -m ktverify clean --engines 'torch_bf16,*_in_bf16' --drawn 100 --runs 20
     """
     with importing():
         from rich.progress import Progress
@@ -82,11 +90,22 @@ def clean(
 
     if not right_engines.small_cases(cases, right_engines.TINY):
         raise ValueError(f"--cases {cases}: it matches none of the tiny default cases")
+    if not right_engines.right_engines(engines):
+        known = ", ".join(engine.label for engine in right_engines.right_engines())
+        raise ValueError(f"--engines {engines}: it matches none of {known}")
     with nothing_written():
         with Progress(console=make_console(stderr=True)) as progress:
             task = progress.add_task("runs", total=runs)
-            found = right_engines.judge_all(runs, jobs, cases, lambda done: progress.update(task, completed=done))
-        for line in right_engines.verdict_lines(found, cases):
+            found = right_engines.judge_all(
+                runs,
+                jobs,
+                cases,
+                lambda done: progress.update(task, completed=done),
+                engines=engines,
+                drawn=drawn,
+                first=seed,
+            )
+        for line in right_engines.verdict_lines(found, cases, drawn):
             typer.echo(line)
         print_grid(make_console(), Grid.of(right_engines.rows_of(found)))
         for line in right_engines.failures_of(found):

@@ -163,11 +163,9 @@ class _Rounding:
         """`value` with its error. parts: values of which it is the sum; it gets the errors of those as well."""
         bits = value.contiguous().view(torch.int32)
         unit = _unit(bits)
-        if len(parts) > 1:
-            unit.square_()
-            for part in parts:
-                unit += _unit(part.contiguous().view(torch.int32)).square_()
-            unit.sqrt_()
+        for part in parts if len(parts) > 1 else ():
+            # hypot: the squares of small values would vanish
+            unit = torch.hypot(unit, _unit(part.contiguous().view(torch.int32)))
         # without the last bits, in which sums in another order differ
         mixed = (bits >> 6) ^ self.keys
         for factor in (0x2C1B3C6D, 0x297A2D39):

@@ -1,26 +1,29 @@
 """Right engines on new inputs: a FAIL here would be a false alarm of the checks.
 
-A run is one engine on one instruction set and one seed, forward and backward of all small cases of the default tier.
-Emulated AMX runs only the tiny ones.
+A run is one engine on one instruction set and one seed: forward and backward of all small cases of the default tier, or
+`drawn` cases as the properties draw them, each with its property. Emulated AMX runs only tiny ones.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
 import torch
 
-from ktverify.checks import accuracy, isas
+from ktverify.checks import accuracy, isas, property_search
 from ktverify.checks.isas import Isa
 from ktverify.checks.problem import Problem
+from ktverify.checks.properties import PROPERTIES, check_property
 from ktverify.checks.registry import PRELOAD
-from ktverify.checks.repro_commands import repro_command
 from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.isolation.child import ChildPool, workers
 from ktverify.judge.gates import Verdict
+from ktverify.mutants.roundings import ROUNDING, engine_of
 from ktverify.runs.record import NOT_RUN
 from ktverify.spec import cases
 from ktverify.spec.cases import Case, flops
@@ -29,6 +32,8 @@ _SMALL = 10**9  # floating-point operations of forward and backward
 TINY = 10**7  # about a second of emulated AMX
 _RIGHT = (registry.NATIVE, "torch_bf16", "torch_grouped_mm")
 FIRST_SEED = 1000  # the suites use small seeds
+
+_Ask = Callable[[Target, "CleanRun"], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class RightEngine:
 
     @property
     def label(self) -> str:
-        return " ".join(filter(None, [self.name, self.isa.label]))
+        return " ".join(filter(None, [self.name.rpartition(":")[2], self.isa.label]))
 
 
 @dataclass
@@ -59,9 +64,12 @@ class CleanRun:
         return bool(self.failed) or not self.compared
 
 
-def right_engines() -> list[RightEngine]:
-    """Every right engine on every instruction set that runs here."""
-    return [RightEngine(engine, isa) for engine in _RIGHT for isa in isas.planned(engine)]
+def right_engines(glob: str | None = None) -> list[RightEngine]:
+    """Every right engine, of those whose label matches `glob`, on every instruction set that runs here."""
+    names = [*_RIGHT, *(engine_of(name) for name in ROUNDING)]
+    found = [RightEngine(engine, isa) for engine in names for isa in isas.planned(engine)]
+    patterns = [part.strip() for part in (glob or "*").split(",")]
+    return [engine for engine in found if any(fnmatch.fnmatchcase(engine.label, pattern) for pattern in patterns)]
 
 
 def small_cases(glob: str | None = None, limit: int = _SMALL) -> list[Case]:
@@ -69,69 +77,117 @@ def small_cases(glob: str | None = None, limit: int = _SMALL) -> list[Case]:
     return [case for case in cases.select(glob, tier="default") if flops(case, backward=True) <= limit]
 
 
-def judge(seed: int, wanted: list[RightEngine], glob: str | None = None, limit: int = _SMALL) -> list[CleanRun]:
-    """One run per engine; inputs and oracle of a case are computed once for all of them."""
+def judge(
+    seed: int, wanted: list[RightEngine], glob: str | None = None, limit: int = _SMALL, drawn: int = 0
+) -> list[CleanRun]:
+    """One run per engine; inputs and oracle of a case are computed once for all of them. drawn: how many cases to draw
+    in place of those of the catalogue."""
     torch.set_num_threads(1)
     runs = [CleanRun(engine.label, seed) for engine in wanted]
-    for case in small_cases(glob, limit):
-        here = case.with_seed(seed)
-        problem = Problem.of(here, fresh=True)
+    for case, ask in _drawn(seed, drawn, limit) if drawn else _of_catalogue(seed, glob, limit):
         for engine, run in zip(wanted, runs, strict=True):
             target = Target(engine.name, engine.isa.name, threads=None)
-            command = repro_command(target, here, fresh=True)
             try:
-                result = accuracy.check_case(target, here, fresh=True, problem=problem)
+                ask(target, run)
+            except NotImplementedError:
+                run.unsupported += 1
+            except AssertionError as error:
+                run.failed.append(f"{case.id} {error}")
             except Exception as error:
-                run.failed.append(f"CRASH {here.id} {type(error).__name__}: {error}\n    {command}")
-                continue
-            for record in result.records:
-                if record.verdict in NOT_RUN:
-                    run.unsupported += 1
-                    continue
-                run.compared += 1
-                if record.verdict == Verdict.MISTRUSTED.value:
-                    run.mistrusted += 1
-                elif record.verdict != Verdict.PASS.value:
-                    run.failed.append(f"{record.message}\n    {record.repro}")
+                run.failed.append(f"CRASH {case.id} {type(error).__name__}: {error}")
     return runs
 
 
-def judge_all(count: int, jobs: int, glob: str | None, step: Callable[[int], None]) -> list[CleanRun]:
-    """`count` runs in `jobs` processes; `step` gets the number of finished runs."""
+def _of_catalogue(seed: int, glob: str | None, limit: int) -> Iterator[tuple[Case, _Ask]]:
+    """The small default cases on the inputs of `seed`, and what counts an engine's tensors into its run."""
+    for case in small_cases(glob, limit):
+        here = case.with_seed(seed)
+        yield here, functools.partial(_judge_tensors, here, Problem.of(here, fresh=True))
+
+
+def _judge_tensors(case: Case, problem: Problem, target: Target, run: CleanRun) -> None:
+    for record in accuracy.check_case(target, case, fresh=True, problem=problem).records:
+        if record.verdict in NOT_RUN:
+            run.unsupported += 1
+            continue
+        run.compared += 1
+        if record.verdict == Verdict.MISTRUSTED.value:
+            run.mistrusted += 1
+        elif record.verdict != Verdict.PASS.value:
+            run.failed.append(f"{record.message}\n    {record.repro}")
+
+
+def _drawn(seed: int, count: int, limit: int) -> Iterator[tuple[Case, _Ask]]:
+    """`count` cases, drawn for one property after the other, and what counts an engine's comparisons into its run."""
+    sizes = property_search.TINY if limit == TINY else property_search.ORDINARY
+    each = -(-count // len(PROPERTIES))
+    found = [
+        (name, case)
+        for name, wanted in PROPERTIES.items()
+        for case in property_search.drawn(name, wanted, each, seed, sizes)
+    ]
+    for name, case in found[:count]:
+        yield case, functools.partial(_judge_property, name, case)
+
+
+def _judge_property(name: str, case: Case, target: Target, run: CleanRun) -> None:
+    try:
+        compared, believed = check_property(target, name, case)
+    except AssertionError as error:
+        again = f"pytest suites/properties -k {name} --case '{case.id}'{registry.option(target.engine)}"
+        raise AssertionError(f"{error}\n    {again}") from error
+    run.compared += compared
+    run.mistrusted += compared - believed
+
+
+def judge_all(
+    count: int,
+    jobs: int,
+    glob: str | None,
+    step: Callable[[int], None],
+    *,
+    engines: str | None = None,
+    drawn: int = 0,
+    first: int = FIRST_SEED,
+) -> list[CleanRun]:
+    """`count` runs in `jobs` processes; `step` gets the number of finished runs. first: the first seed."""
     found: list[CleanRun] = []
     with workers(jobs) as pool:
-        waiting = [pool.submit(_one_seed, seed, wanted, glob) for seed, wanted in _shares(count)]
+        waiting = [pool.submit(_one_seed, seed, wanted, glob, drawn) for seed, wanted in _shares(count, engines, first)]
         for future in as_completed(waiting):
             found += future.result()
             step(len(found))
     return found
 
 
-def _one_seed(seed: int, wanted: list[RightEngine], glob: str | None) -> list[CleanRun]:
+def _one_seed(seed: int, wanted: list[RightEngine], glob: str | None, drawn: int) -> list[CleanRun]:
     runs: list[CleanRun] = []
     for engine in wanted:
         if engine.isa.emulated:
             runs += ChildPool(preload=PRELOAD).call_fresh(
-                judge, env=engine.isa.env, seed=seed, wanted=[engine], glob=glob, limit=TINY
+                judge, env=engine.isa.env, seed=seed, wanted=[engine], glob=glob, limit=TINY, drawn=drawn
             )
     plain = [engine for engine in wanted if not engine.isa.emulated]
-    return runs + (judge(seed, plain, glob) if plain else [])
+    return runs + (judge(seed, plain, glob, drawn=drawn) if plain else [])
 
 
-def _shares(count: int) -> Iterator[tuple[int, list[RightEngine]]]:
+def _shares(count: int, engines: str | None, seed: int) -> Iterator[tuple[int, list[RightEngine]]]:
     """(seed, engines), `count` engines in all."""
-    everyone, seed = right_engines(), FIRST_SEED
+    everyone = right_engines(engines)
     while count > 0:
         yield seed, everyone[:count]
         count -= len(everyone)
         seed += 1
 
 
-def verdict_lines(found: list[CleanRun], glob: str | None) -> list[str]:
+def verdict_lines(found: list[CleanRun], glob: str | None, drawn: int = 0) -> list[str]:
     """The verdict, and what a run is."""
     good = sum(not run.bad for run in found)
+    verdict = f"{'PASS' if good == len(found) else 'FAIL'} {good} of {len(found)} runs of right engines without a FAIL"
+    if drawn:
+        return [verdict, f"a run: {drawn} cases that the properties draw from one seed, each with its property"]
     return [
-        f"{'PASS' if good == len(found) else 'FAIL'} {good} of {len(found)} runs of right engines without a FAIL",
+        verdict,
         f"a run: forward and backward of the {len(small_cases(glob))} small default cases on one seed's inputs;",
         f"emulated AMX: the {len(small_cases(glob, TINY))} tiny ones",
     ]

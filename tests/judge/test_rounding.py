@@ -64,7 +64,9 @@ def test_a_product_gets_the_errors_of_its_parts() -> None:
     at = rounding._Rounding(64)
     a, b = torch.ones(1, 4), torch.tensor([[100.3], [-100.7], [90.1], [-89.9]])
     # each part is below 128, where bf16 has steps of 1/2; the sum is near 0
-    assert float((at.product(a, b)[1:] - a @ b).std()) == pytest.approx((4 * 0.25 / 12) ** 0.5, rel=0.2)
+    for size in (1.0, 2.0**-60, 2.0**60):
+        error = (at.product(a * size, b)[1:] - a @ b * size) / size
+        assert float(error.std()) == pytest.approx((4 * 0.25 / 12) ** 0.5, rel=0.2), size
 
 
 def test_numbers_are_counted() -> None:
