@@ -57,16 +57,16 @@ def init_cpu_infer(
     chunked_prefill_size: most tokens of one engine call; more are computed in pieces. ValueError for an unknown
     backend, RuntimeError for an instruction set that cannot run here.
     """
-    if not BACKENDS.get(backend, False):
-        state = "does not exist yet" if backend in BACKENDS else "is unknown"
-        raise ValueError(f"kt_backend is {backend!r}, which {state}; it takes AMXBF16")
-    for name, value in (("threads", threads), ("threadpool_count", threadpool_count)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it takes 1 or more")
+    if not isinstance(backend, str) or not BACKENDS.get(backend, False):
+        state = "does not exist yet" if isinstance(backend, str) and backend in BACKENDS else "is unknown"
+        raise ValueError(f"kt_backend is {argument_checks.shown(backend)}, which {state}; it takes AMXBF16")
+    if threads is not None:
+        argument_checks.check_count("threads", threads)
+    argument_checks.check_count("threadpool_count", threadpool_count)
+    argument_checks.check_count("max_cache_depth", max_cache_depth)
+    argument_checks.check_count("chunked_prefill_size", chunked_prefill_size)
     if isa is not None:
-        from ktverify import _native
-
-        _native.require_isa(isa)
+        layer.require_isa(isa)
     return CpuInfer(threads or processors(), threadpool_count, isa, max_cache_depth, chunked_prefill_size)
 
 

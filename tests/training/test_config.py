@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 
+from ktverify.training import init_cpu_infer
 from ktverify.training.config import read_config
 from ktverify.training.dataset import EXAMPLE, IGNORED, Exchange, encode, example_data, read_records
 from ktverify.training.pretrained import quiet
@@ -252,3 +255,24 @@ def test_compare_curves(factor: float, code: int, tmp_path: Path) -> None:
     assert text.splitlines()[-1].startswith("PASS" if code == 0 else "FAIL")
     assert drawn.read_bytes().startswith(b"\x89PNG")
     refused(call("compare-curves", tmp_path / "nothing", tmp_path / "new.jsonl"), "has no loss history")
+
+
+@pytest.mark.parametrize("name", ["threads", "threadpool_count", "max_cache_depth", "chunked_prefill_size"])
+def test_settings_of_the_engine_are_counts(name: str) -> None:
+    rows: list[tuple[Any, type[Exception]]] = []
+    mixed: tuple[Any, ...] = ("2", True, 2.0, [], math.nan)
+    rows += [(value, TypeError) for value in mixed]
+    rows += [(value, ValueError) for value in (0, -1, 10**400, 10**5000)]
+    for value, kind in rows:
+        with pytest.raises(kind, match=f"^{name} is .*it takes an? ") as caught:
+            init_cpu_infer(**{name: value})
+        assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_backend_or_instruction_set_is_one_line() -> None:
+    rows: dict[str, list[Any]] = {"kt_backend": [[], 7, None, "x"], "isa": [7, [], "", "avx3", "\ud800"]}
+    for name, values in rows.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} is .*unknown") as caught:
+                init_cpu_infer(**{name.removeprefix("kt_"): value})
+            assert "\n" not in str(caught.value)

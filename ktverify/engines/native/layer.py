@@ -48,7 +48,7 @@ def amx_is_emulated() -> bool:
     return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
 
 
-def _require(isa: str) -> None:
+def require_isa(isa: str) -> None:
     """ValueError for an unknown `isa`, RuntimeError where it cannot run here; for AMX, with how to emulate."""
     if not isinstance(isa, str) or isa not in _native.known_isas():
         known = ", ".join(_native.known_isas())
@@ -126,7 +126,7 @@ class KTMoEWrapper:
         self.layer_idx = layer_idx
         self.weight_path = weight_path
         self.isa: str = chosen_isa() if isa is None else isa
-        _require(self.isa)
+        require_isa(self.isa)
         self._own = threading.local()  # of the calling thread: whether it made a saved forward, its grad_weights
         self._latest_grad_weights: torch.Tensor | None = None
         self.gate_lora_a: torch.Tensor
