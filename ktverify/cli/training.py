@@ -144,21 +144,23 @@ def export_merged(
     out: Annotated[Path, typer.Option(help="the directory to write")],
     base: _Base = None,
     trust_remote_code: _Trust = False,
-    dtype: Annotated[str, typer.Option(help=" or ".join(DTYPES))] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help=f"of what the adapter changes: {' or '.join(DTYPES)} (default: as it was)")
+    ] = None,
 ) -> None:
-    """Merge an adapter into its base model and write an ordinary checkpoint.
+    """Merge an adapter into its base model and write an ordinary checkpoint; what it does not change stays as it was.
 
     \b
     Example:  python -m ktverify export-merged saves/minimal --out merged/minimal
     """
-    if dtype not in DTYPES:
+    if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype is {dtype!r}, it takes {' or '.join(DTYPES)}")
     quiet("training", "peft", "yaml")
-    from ktverify.training.adapter import export_merged as merge
+    from ktverify.training.export import export_merged as merge
 
     with progress("merging"):
         written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code)
-    typer.echo(f"{written}: merged checkpoint, {dtype}")
+    typer.echo(f"{written}: merged checkpoint")
 
 
 def memory(

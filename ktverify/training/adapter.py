@@ -7,7 +7,6 @@ peft's computation of the experts (W + B A, as large as W, at every call).
 from __future__ import annotations
 
 import difflib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import layer as lora_layer
 from peft.utils.save_and_load import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 
-from ktverify.errors import AdapterMismatch
-from ktverify.training.layer import Factors, MOELayerWrapper
-from ktverify.training.output_directory import whole_directory
-from ktverify.training.pretrained import load_pretrained
+from ktverify.errors import AdapterMismatch, one_line
+from ktverify.system.text import read_json
+from ktverify.training.layer import Factors, MOELayerWrapper, uncompiled
 from ktverify.training.wrap import WEIGHTS, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
@@ -57,6 +56,7 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         name = active[0]
         return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
 
+    @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._layer().calling.append(self)
         result: torch.Tensor = self.base_layer(x, *args, **kwargs)
@@ -120,14 +120,18 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     path = Path(directory)
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} holds no adapter: adapter_config.json is missing")
-    config = LoraConfig.from_pretrained(str(path))
+    read_json(path / "adapter_config.json")  # the library would not name the file
+    try:
+        config = LoraConfig.from_pretrained(str(path))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}/adapter_config.json is no configuration of LoRA: {one_line(error)}") from error
     config.inference_mode = not trainable
     _compute_experts_in_engine(model, config)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # reported below, as an error
             adapted: PeftModel = PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {path} does not fit this base model: {first}") from error
     _check_keys(adapted, path)
@@ -155,13 +159,10 @@ def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
 
 def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list[str]]:
     """(names of linear layers, names of stacked parameters) for LoraConfig. ValueError for a name that matches none."""
-    attention = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and "attn" in name
-        }
-    )
+    # the model may have an adapter already, whose own layers are linear as well
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "attn" in name]
+    own = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".lora_" not in name}
+    attention = sorted(own)
     experts = [f"experts.{name}" for name in WEIGHTS] if find_experts(model) else []
     if target == ALL:
         return attention, experts
@@ -194,29 +195,8 @@ def base_of(adapter: Path, base: str | None) -> str:
     config = adapter / "adapter_config.json"
     if not config.is_file():
         raise ValueError(f"{adapter} holds no adapter: adapter_config.json is missing")
-    try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ValueError(f"{config} is no JSON: {error}") from None
+    named = read_json(config).get("base_model_name_or_path")
     path = base or named
     if not path:
         raise ValueError(f"{adapter} does not name its base model: give --base")
     return str(path)
-
-
-def export_merged(
-    adapter: Path, out: Path, *, base: str | None = None, dtype: str = "bfloat16", trust: bool = False
-) -> Path:
-    """Write base + adapter to `out`, whole or not at all, and return `out`.
-
-    base: the base model's path, by default the one that the adapter names. dtype: of the written weights; bfloat16
-    rounds the sum once. ValueError where `out` exists or `adapter` is none.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists: name another directory")
-    model, tokenizer = load_pretrained(base_of(adapter, base), dtype, option="--base", trust=trust)
-    merged = load_adapter(model, adapter).merge_and_unload()
-    with whole_directory(out) as part:
-        merged.save_pretrained(str(part))
-        tokenizer.save_pretrained(str(part))
-    return out

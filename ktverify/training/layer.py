@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,15 @@ from ktverify.training.turns import in_turn, list_of_this_thread
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
 BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """`function`, left out of the graphs of torch.compile, which would trace tensors that have no memory."""
+    disable: Any = torch.compiler.disable
+    reason = "the engine computes the routed experts outside of torch, so a graph ends there: leave fullgraph=True out"
+    left_out: _Function = disable(function, reason=reason)
+    return left_out
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,8 @@ class MOELayerWrapper(nn.Module):
     def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         calling = list(self.calling)
         self.calling.clear()
+        if torch._C._get_tracing_state():
+            raise RuntimeError("torch.jit.trace cannot record what the engine computes: call the model itself")
         lora = self._synchronise(calling, expert_ids.shape[-1], self.auto_update)
         x = hidden_states.to("cpu", torch.bfloat16)
         ids = expert_ids.detach().to("cpu", torch.int64)

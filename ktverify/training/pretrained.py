@@ -11,6 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from ktverify.errors import is_expected, one_line
+
 DTYPES = ("bfloat16", "float32")
 BASE_OPTION = "model_name_or_path"
 _HUB_S = 5.0  # seconds to connect to the hub
@@ -49,6 +51,10 @@ def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> An
     import torch
     from transformers import AutoModelForCausalLM
 
+    from ktverify.engines.native.base_weights import INDEX, read_index
+
+    if (Path(path) / INDEX).is_file():
+        read_index(Path(path) / INDEX)  # the library would not name the file
     return _load(
         AutoModelForCausalLM.from_pretrained, path, option, dtype=getattr(torch, dtype), trust_remote_code=trust
     )
@@ -66,8 +72,10 @@ def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> 
         _require_hub(path, option)
     try:
         return read(path, **settings)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{option} {path!r} cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # of transformers, tokenizers, safetensors, the hub, and of a model's own code
+        if isinstance(error, MemoryError) or not is_expected(error):
+            raise
+        raise ValueError(f"{option} {path!r} cannot be loaded: {one_line(error)[:200]}") from error
 
 
 def _cached(name: str) -> bool:

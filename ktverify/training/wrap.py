@@ -7,6 +7,7 @@ experts leave the model: router, scaling, grouping, normalisation and shared exp
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from ktverify.training.layer import CpuInfer, MOELayerWrapper, init_cpu_infer
+from ktverify.training.layer import CpuInfer, MOELayerWrapper, init_cpu_infer, uncompiled
 
 IMPLEMENTATION = "ktverify"
 # in which torchrun, accelerate and MPI tell a process how many there are
@@ -36,7 +37,6 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
     if getattr(model, "_kt_wrappers", None):
         raise ValueError("this model is wrapped already: wrap_moe_layers takes a freshly loaded one")
     blocks = find_experts(model)
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
     wrappers = []
     for number, block in enumerate(blocks):
         weights = [getattr(block, name).detach().to("cpu", torch.bfloat16) for name in WEIGHTS]
@@ -146,9 +146,26 @@ def _hand_over(block: nn.Module, wrapper: MOELayerWrapper) -> None:
         empty = torch.zeros(1, dtype=old.dtype).expand(old.shape)
         setattr(block, name, nn.Parameter(empty, requires_grad=False))
     # a moved or cast placeholder would become a whole tensor, and a saved one would be zeros
-    block._apply = lambda fn, recurse=True: block  # type: ignore[method-assign]
-    hooked: Any = block
-    hooked.register_state_dict_post_hook(_leave_out)
+    changed: Any = block
+    changed._apply = partial(_stay, block)
+    changed._load_from_state_dict = partial(_load_others, block)
+    changed.register_state_dict_post_hook(_leave_out)
+
+
+def _stay(block: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    return block
+
+
+def _load_others(block: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    """Load what is not in the engine; `more` is (metadata, strict, missing, unexpected, errors), as torch gives it."""
+    *_, missing, _unexpected, errors = more
+    names = [prefix + name for name in WEIGHTS]
+    given = [name for name in names if name in state]
+    if given:
+        errors.append(f"{given[0]} is in the state, but the engine has these weights: load them before wrap_moe_layers")
+    rest = {name: tensor for name, tensor in state.items() if name not in given}
+    type(block)._load_from_state_dict(block, rest, prefix, *more)
+    missing[:] = [name for name in missing if name not in names]
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -156,6 +173,7 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
         state.pop(prefix + name, None)
 
 
+@uncompiled
 def _experts_forward(
     block: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -170,3 +188,7 @@ def _experts_forward(
     layer: MOELayerWrapper = block._kt_layer[0]  # type: ignore[assignment,index]
     output: torch.Tensor = layer(hidden_states, top_k_index, top_k_weights)
     return output
+
+
+# on import, because a model that was saved whole is loaded without wrap_moe_layers
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -166,3 +168,100 @@ def test_a_file_that_was_replaced_is_still_the_mapped_one(tmp_path: Path) -> Non
     path.write_bytes(b"another file")
     again = run_layer(layer, inputs)
     expect_same_bits("replaced", again, run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs))
+
+
+# ---- several towers, and files that disagree
+
+
+def tensors_of(prefix: str, *, layer: int = 0, seed: int = 0, family: str = next(iter(FAMILIES))) -> dict[str, Any]:
+    """The base weights of CASE with that seed as a layer of the tower `prefix`."""
+    inputs = make_inputs(replace(CASE, seed=seed))
+    return {
+        f"{prefix}{pattern.format(layer=layer, expert=expert)}": getattr(inputs, name)[expert].contiguous()
+        for name, pattern in FAMILIES[family].items()
+        for expert in range(CASE.num_experts)
+    }
+
+
+def save(folder: Path, *files: dict[str, Any], index: bool = False) -> Path:
+    """The files in a folder, with an index of them or without."""
+    for number, tensors in enumerate(files):
+        save_file(tensors, folder / f"{number}.safetensors")
+    if index:
+        named = {name: f"{number}.safetensors" for number, tensors in enumerate(files) for name in tensors}
+        (folder / INDEX).write_text(json.dumps({"weight_map": named}))
+    return folder
+
+
+OTHERS = ["mtp.", "model.mtp.", "vision_tower.", "model.visual.", "audio_tower.", "talker.model.", "encoder."]
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("decoder", ["", "model.", "model.language_model.", "thinker.model."])
+def test_the_decoders_experts_are_taken(decoder: str, index: bool, tmp_path: Path) -> None:
+    right = tensors_of(decoder, layer=3)
+    others = {}
+    for number, prefix in enumerate(OTHERS, start=1):
+        others.update(tensors_of(prefix, layer=3, seed=number))
+    layer = loaded(save(tmp_path, right, others, index=index), CASE, layer=3)
+    inputs = make_inputs(CASE)
+    expected = run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs)
+    expect_same_bits("tensors and the decoder's", expected, run_layer(layer, inputs))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("model.", "student.model."), ("model.", ""), ("model.language_model.", "model.backbone.")],
+)
+def test_two_decoders_are_refused_with_both_names(one: str, other: str, tmp_path: Path) -> None:
+    # the second tower has another layer: at the one asked for there would be no doubt, and yet it may be the wrong one
+    text = _refused(save(tmp_path, tensors_of(one), tensors_of(other, layer=1)))
+    first = "mlp.experts.0.gate_proj.weight"
+    assert f"either may be the decoder's: {one}layers.0.{first}, {other}layers.1.{first}" in text
+
+
+@pytest.mark.parametrize("prefix", OTHERS)
+def test_another_towers_experts_alone_are_refused(prefix: str, tmp_path: Path) -> None:
+    # the decoder's first layer is dense
+    text = _refused(save(tmp_path, {**tensors_of(prefix), **tensors_of("model.", layer=1)}))
+    assert f"; {prefix}layers.0.mlp.experts.0.gate_proj.weight is not the decoder's" in text
+
+
+@pytest.mark.parametrize("part", ["eh_proj.weight", "shared_head.norm.weight", "enorm.weight"])
+def test_a_layer_that_predicts_further_tokens_is_none_of_the_decoders(part: str, tmp_path: Path) -> None:
+    further = {**tensors_of("model.", layer=1, seed=1), f"model.layers.1.{part}": torch.zeros(1)}
+    path = save(tmp_path, {**tensors_of("model."), **further})
+    assert f"layer 1 predicts further tokens (model.layers.1.{part})" in _refused(path, layer=1)
+    loaded(path, CASE)
+
+
+def test_a_tensor_in_two_files_needs_an_index(tmp_path: Path) -> None:
+    files = [tensors_of("model."), tensors_of("model.", seed=1)]
+    assert "in 0.safetensors and 1.safetensors, and no model.safetensors.index.json" in _refused(save(tmp_path, *files))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(files[0], "0.safetensors")}))
+    inputs = make_inputs(CASE)
+    expected = run_layer(build_layer(KTMoEWrapper, CASE, inputs), inputs)
+    expect_same_bits("tensors and the index's", expected, run_layer(loaded(tmp_path, CASE), inputs))
+
+
+NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("index", "wanted"),
+    [
+        ("{}", f"{INDEX} has no weight_map"),
+        ("[]", f"{INDEX} holds a list; it takes a dict"),
+        ('{"weight_map": [1]}', "has no weight_map"),
+        ('{"weight_map": ', f"{INDEX}, line 1 is no JSON"),
+        (json.dumps({"weight_map": {NAME: "../a.safetensors"}}), "it takes the name of a file beside it"),
+        (json.dumps({"weight_map": {NAME: 3}}), f"the file of {NAME} is 3"),
+        (json.dumps({"weight_map": {NAME: "no.safetensors"}}), "names no.safetensors, which is not in"),
+        (json.dumps({"weight_map": {NAME: "1.safetensors"}}), f"says that {NAME} is in 1.safetensors, which does not"),
+        (json.dumps({"weight_map": {NAME: "0.safetensors"}}), "has no model.layers.0.mlp.experts.1.gate_proj.weight"),
+    ],
+)
+def test_an_index_that_is_broken_or_disagrees_with_its_files_is_named(index: str, wanted: str, tmp_path: Path) -> None:
+    save(tmp_path, tensors_of("model."), {"other": torch.zeros(1)})
+    (tmp_path / INDEX).write_text(index)
+    assert wanted in _refused(tmp_path)

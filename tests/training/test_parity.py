@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from ktverify.judge.metrics import compare
 from ktverify.training import add_adapter, load_adapter, lora_config, update_lora_pointers, wrap_moe_layers
-from ktverify.training.adapter import export_merged
+from ktverify.training.export import export_merged
 from ktverify.training.pretrained import load_pretrained
 from ktverify.training.tiny import FAMILY_SIZES, build_model, make_tiny
 from ktverify.training.wrap import FAMILIES, find_experts

@@ -6,7 +6,6 @@ Also those of a checkpoint in safetensors: tensors that are views of mapped file
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import sys
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ktverify.spec.names import BASE_NAMES
+from ktverify.system.text import read_json
 
 if TYPE_CHECKING:
     from ktverify._native import Layer
@@ -166,40 +166,95 @@ def expert_weights(
     """gate_proj, up_proj [I, H], down_proj [H, I] bf16 of each expert, by BASE_NAMES, and the files that they are views
     of; shapes: the expected ones.
 
-    ValueError for a missing path or tensor, another shape, or more experts; TypeError for another dtype.
+    A checkpoint may have several towers of layers. Those of _OTHER_TOWERS are never taken; of the others, one alone may
+    have routed experts, and a layer that predicts further tokens is none of the decoder's. ValueError for two towers or
+    files that have the experts, a missing path or tensor, another shape, or more experts; TypeError for another dtype.
     """
-    names = _of_layer(_tensors(weight_path), layer)
-    family = next((f for f in FAMILIES.values() if f[BASE_NAMES[0]].format(layer=layer, expert=0) in names), None)
-    if family is None:
-        wanted = " or ".join(f[BASE_NAMES[0]].format(layer=layer, expert=0) for f in FAMILIES.values())
-        raise ValueError(f"weight_path {weight_path!r} holds no routed experts of layer {layer}: no {wanted}")
-    if family[BASE_NAMES[0]].format(layer=layer, expert=experts) in names:
-        raise ValueError(f"weight_path {weight_path!r}, layer {layer}, has more experts than num_experts ({experts})")
+    tensors, where = _tensors(weight_path), f"weight_path {weight_path!r}"
+    tower, family = _decoder(tensors, where, layer)
+    first = FAMILIES[family][BASE_NAMES[0]]
+    if f"{tower}{first.format(layer=layer, expert=experts)}" in tensors:
+        raise ValueError(f"{where}, layer {layer}, has more experts than num_experts ({experts})")
     files: dict[Path, MappedFile] = {}
     weights = {
         name: [
-            _view(files, names, pattern.format(layer=layer, expert=expert), shapes[name], weight_path)
+            _view(files, tensors, f"{tower}{pattern.format(layer=layer, expert=expert)}", shapes[name], where)
             for expert in range(experts)
         ]
-        for name, pattern in family.items()
+        for name, pattern in FAMILIES[family].items()
     }
     return weights, list(files.values())
 
 
-def _tensors(weight_path: str) -> dict[str, Path]:
-    """The file of each tensor, by its full name."""
+# parts of the names of towers that are not the decoder, as mtp in mtp.layers.0 and talker in talker.model.layers.0
+_OTHER_TOWERS = re.compile(
+    r"(^|[._])(mtp|nextn|vision|visual|vit|image|audio|speech|talker|code2wav|code_predictor|encoder|draft|eagle|medusa)"
+)
+# tensors that only a layer has which predicts further tokens
+_FURTHER_TOKENS = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
+
+
+def _decoder(tensors: Mapping[str, list[Path]], where: str, layer: int) -> tuple[str, str]:
+    """What stands before "layers.N." in the names of the decoder, and its family. ValueError where it is not one."""
+    patterns = {}
+    for family, names in FAMILIES.items():
+        numbered = re.escape(names[BASE_NAMES[0]]).replace(r"\{layer\}", r"(0|[1-9]\d*)")
+        patterns[family] = re.compile(r"((?:.*\.)?)" + numbered.replace(r"\{expert\}", r"\d+"))
+    towers: dict[str, dict[int, dict[str, str]]] = {}  # prefix -> layer -> family -> the first expert's name
+    for name in tensors:
+        for family, pattern in patterns.items():
+            if found := pattern.fullmatch(name):
+                towers.setdefault(found[1], {}).setdefault(int(found[2]), {}).setdefault(family, name)
+    chosen = {prefix: layers for prefix, layers in towers.items() if not _OTHER_TOWERS.search(prefix)}
+    prefix, layers = next(iter(chosen.items()), ("", {}))
+    rivals = [next(iter(found[min(found)].values())) for found in chosen.values()]
+    if len(rivals) < 2:
+        rivals = list(layers.get(layer, {}).values())
+    if len(rivals) > 1:
+        raise ValueError(f"{where} has routed experts twice, either may be the decoder's: {rivals[0]}, {rivals[1]}")
+    if layer not in layers:
+        wanted = " or ".join(names[BASE_NAMES[0]].format(layer=layer, expert=0) for names in FAMILIES.values())
+        others = [name for found in towers.values() for name in found.get(layer, {}).values()]
+        also = f"; {others[0]} is not the decoder's" if others else ""
+        raise ValueError(f"{where} holds no routed experts of layer {layer}: no {wanted}{also}")
+    only_theirs = tuple(f"{prefix}layers.{layer}.{part}" for part in _FURTHER_TOKENS)
+    further = next((name for name in tensors if name.startswith(only_theirs)), "")
+    if further:
+        raise ValueError(
+            f"{where}: layer {layer} predicts further tokens ({further}), it is none of the decoder's; "
+            f"those with routed experts are {min(layers)} to {layer - 1}"
+        )
+    return prefix, next(iter(layers[layer]))
+
+
+def _tensors(weight_path: str) -> dict[str, list[Path]]:
+    """The files of each tensor, by its full name; an index names one for each."""
     path = Path(weight_path).expanduser()
     if not weight_path or not path.exists():
         raise ValueError(f"weight_path is {weight_path!r}; it takes a safetensors file or a folder of them")
     if path.is_file():
-        return dict.fromkeys(_keys(path), path)
+        return {name: [path] for name in _keys(path)}
     if (path / INDEX).is_file():
-        listed: dict[str, str] = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: path / file for name, file in listed.items()}
+        return {name: [path / file] for name, file in read_index(path / INDEX).items()}
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"weight_path {weight_path!r} has no *.safetensors; it takes a safetensors file or a folder")
-    return {name: file for file in files for name in _keys(file)}
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        for name in _keys(file):
+            found.setdefault(name, []).append(file)
+    return found
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """weight_map of an index: the file beside it of each tensor. ValueError, with the index, for anything else."""
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ValueError(f"{path} has no weight_map; it takes the file of each tensor")
+    for name, file in listed.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file:
+            raise ValueError(f"{path}: the file of {name} is {file!r}; it takes the name of a file beside it")
+    return listed
 
 
 def _keys(file: Path) -> Iterable[str]:
@@ -211,30 +266,27 @@ def _keys(file: Path) -> Iterable[str]:
     return keys
 
 
-def _of_layer(tensors: Mapping[str, Path], layer: int) -> dict[str, tuple[str, Path]]:
-    """The tensors of one layer: name from "layers.N." on -> (full name, file)."""
-    pattern = re.compile(rf"(?:^|\.)(layers\.{layer}\..*)")
-    return {match[1]: (name, file) for name, file in tensors.items() if (match := pattern.search(name))}
-
-
 def _view(
-    files: dict[Path, MappedFile],
-    names: Mapping[str, tuple[str, Path]],
-    name: str,
-    shape: tuple[int, int],
-    weight_path: str,
+    files: dict[Path, MappedFile], tensors: Mapping[str, list[Path]], name: str, shape: tuple[int, int], where: str
 ) -> torch.Tensor:
     """A tensor that reads its pages from the file when they are used."""
-    if name not in names:
-        raise ValueError(f"weight_path {weight_path!r} has no {name}")
-    full, file = names[name]
+    if name not in tensors:
+        raise ValueError(f"{where} has no {name}")
+    if len(tensors[name]) > 1:
+        twice = " and ".join(file.name for file in tensors[name][:2])
+        raise ValueError(f"{where} has {name} in {twice}, and no {INDEX} that says which; remove one")
+    file = tensors[name][0]
     if file not in files:
         if not file.is_file():
-            raise ValueError(f"{INDEX} names {file.name}, which is not in {weight_path!r}")
+            raise ValueError(f"{INDEX} names {file.name}, which is not in {str(file.parent)!r}")
+        _keys(file)  # ValueError where it is no safetensors file
         files[file] = MappedFile(file)
-    tensor = files[file].tensor(full)
+    try:
+        tensor = files[file].tensor(name)
+    except SafetensorError:
+        raise ValueError(f"{INDEX} says that {name} is in {file.name}, which does not have it") from None
     if tensor.dtype is not torch.bfloat16:
-        raise TypeError(f"{full} has dtype {tensor.dtype}; it takes torch.bfloat16")
+        raise TypeError(f"{name} has dtype {tensor.dtype}; it takes torch.bfloat16")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{full} has shape {list(tensor.shape)}; the layer takes {list(shape)}")
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; the layer takes {list(shape)}")
     return tensor

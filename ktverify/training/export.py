@@ -1,0 +1,206 @@
+"""export-merged: a checkpoint with an adapter added to it, and everything else as it was, byte for byte.
+
+transformers and peft compute the tensors that the adapter changes and name them as the checkpoint does. Only these are
+replaced: tensors that the model does not load, like a layer that predicts further tokens, stay in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
+
+from ktverify.system.text import read_json
+from ktverify.training.adapter import base_of, load_adapter
+from ktverify.training.output_directory import whole_directory
+from ktverify.training.pretrained import load_model
+
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# names of tensors that an adapter may change, in checkpoints
+_PROJECTIONS = re.compile(r"(proj|\.w[123])(\.weight)?$")
+
+
+def export_merged(
+    adapter: Path, out: Path, *, base: str | None = None, dtype: str | None = None, trust: bool = False
+) -> Path:
+    """Write base + adapter to `out`, whole or not at all, and return `out`.
+
+    base: the base model's path, by default the one that the adapter names. dtype: of the tensors that the adapter
+    changes, by default that of the checkpoint; bfloat16 rounds the sum once. Other tensors and files are copied.
+    ValueError where `out` exists, `adapter` is none, or the base is quantised or has no safetensors files.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: name another directory")
+    path = base_of(adapter, base)
+    folder = Path(path) if Path(path).is_dir() else None
+    loaded = dtype or (_dtype_of(_headers(folder)) if folder else "bfloat16")
+    model = load_model(path, loaded, option="--base", trust=trust)
+    folder = folder or _of_hub(path)
+    headers = _headers(folder)
+    adapted = load_adapter(model, adapter)
+    names = _changed_by(adapted)
+    merged = adapted.merge_and_unload()
+    with whole_directory(out) as part:
+        state = merged.state_dict()
+        merged.save_pretrained(part / ".merged", state_dict={name: state[name] for name in names})
+        changed = {name: file for file in (part / ".merged").glob("*.safetensors") for name in _header(file)}
+        there = {name for header in headers.values() for name in header}
+        if lost := sorted(changed.keys() - there):
+            raise ValueError(f"--base {path} has no {lost[0]}, which the adapter changes ({len(lost)} are missing)")
+        for file in sorted(folder.iterdir()):
+            if file in headers:
+                _write(file, headers[file], part / file.name, changed, _DTYPES_BY_NAME.get(dtype or ""))
+            elif file.is_dir() and not file.name.startswith((".", "checkpoint-")):
+                shutil.copytree(file, part / file.name)
+            elif file.is_file() and not file.name.startswith("."):
+                shutil.copyfile(file, part / file.name)
+        shutil.rmtree(part / ".merged")
+        if dtype:
+            _note_dtype(part, dtype)
+    return out
+
+
+_DTYPES_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def _of_hub(name: str) -> Path:
+    """The folder of the hub's cache with all files of a model."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name))
+
+
+def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The header of each safetensors file. ValueError without one, or for quantised weights."""
+    config = folder / "config.json"
+    if config.is_file() and read_json(config).get("quantization_config"):
+        raise ValueError(f"--base {folder} is quantised: an adapter cannot be merged into it; name one that is not")
+    found = {file: _header(file) for file in sorted(folder.glob("*.safetensors"))}
+    if not found:
+        raise ValueError(f"--base {folder} has no *.safetensors, which an adapter is merged into; convert it first")
+    return found
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """dtype, shape and data_offsets of each tensor. ValueError for a file that is none of safetensors."""
+    with file.open("rb") as stream:
+        try:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(size))
+        except (struct.error, ValueError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{file} is no safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def _dtype_of(headers: Mapping[Path, dict[str, Any]]) -> str:
+    """The dtype that holds every tensor which an adapter may change."""
+    counts: Counter[str] = Counter()
+    for header in headers.values():
+        for name, about in header.items():
+            if about["dtype"] in _DTYPES and _PROJECTIONS.search(name):
+                counts[about["dtype"]] += math.prod(about["shape"])
+    wide = "F32" if counts["F32"] or len(counts) > 1 else next(iter(counts), "BF16")
+    return {name: dtype for dtype, name in _DTYPES_BY_NAME.items()}[wide]
+
+
+def _changed_by(adapted: PeftModel) -> list[str]:
+    """The parameters of the base model that merging changes, by their names in it."""
+    found: set[str] = set()
+    for name, module in adapted.named_modules():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if isinstance(module, LoraLayer):
+            found.add(f"{plain}.{getattr(module, 'parameter_name', 'weight')}")
+            if any(getattr(module, "lora_bias", {}).values()):
+                found.add(f"{plain}.bias")
+        elif isinstance(module, ModulesToSaveWrapper):
+            found.update(f"{plain}.{inner}" for inner, _ in module.original_module.named_parameters())
+    return sorted(found)
+
+
+def _write(source: Path, header: dict[str, Any], target: Path, changed: Mapping[str, Path], dtype: str | None) -> None:
+    """Copy a safetensors file with the tensors of `changed`, by the file that has each, in their place."""
+    shutil.copyfile(source, target)
+    ours = [name for name in header if name in changed]
+    if not ours:
+        return
+    wanted = {name: {**header[name], "dtype": dtype or header[name]["dtype"]} for name in ours}
+    with source.open("rb") as old, target.open("r+b") as new:
+        (size,) = struct.unpack("<Q", old.read(8))
+        text = old.read(size)
+        begin = 8 + size
+        if any(wanted[name] != header[name] for name in ours):
+            whole = json.loads(text)
+            at = 0
+            for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+                about = {**header[name], **wanted.get(name, {})}
+                first, end = header[name]["data_offsets"]
+                count = _bytes_of(about) if name in wanted else end - first
+                whole[name] = {**about, "data_offsets": [at, at + count]}
+                at += count
+            text = json.dumps(whole, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
+            new.truncate(0)
+            new.write(struct.pack("<Q", len(text)) + text)
+            for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+                first, end = header[name]["data_offsets"]
+                if name in wanted:
+                    new.write(_merged(changed[name], name, wanted[name], source))
+                    continue
+                old.seek(begin + first)
+                while first < end:
+                    first += new.write(old.read(min(1 << 24, end - first)))
+            return
+        for name in ours:
+            new.seek(begin + header[name]["data_offsets"][0])
+            new.write(_merged(changed[name], name, wanted[name], source))
+
+
+def _bytes_of(about: dict[str, Any]) -> int:
+    return int(math.prod(about["shape"])) * _DTYPES[about["dtype"]].itemsize
+
+
+def _merged(file: Path, name: str, about: dict[str, Any], source: Path) -> bytes:
+    """The bytes of a merged tensor in the dtype of `about`. ValueError where it is not the checkpoint's shape."""
+    with safe_open(file, "pt") as opened:
+        tensor: torch.Tensor = opened.get_tensor(name)
+    if about["dtype"] not in _DTYPES or list(tensor.shape) != about["shape"]:
+        raise ValueError(
+            f"{source}: {name} is {about['dtype']} {about['shape']}; an adapter of {list(tensor.shape)} in "
+            f"{' or '.join(_DTYPES)} can be merged"
+        )
+    found: bytes = tensor.to(_DTYPES[about["dtype"]]).contiguous().view(torch.uint8).numpy().tobytes()
+    return found
+
+
+def _note_dtype(folder: Path, dtype: str) -> None:
+    """Let the configuration and the index say what was written, where they say something else."""
+    config = folder / "config.json"
+    document = read_json(config)
+    keys = [key for key in ("dtype", "torch_dtype") if document.get(key, dtype) != dtype]
+    if keys:
+        config.write_text(json.dumps({**document, **dict.fromkeys(keys, dtype)}, indent=2) + "\n", encoding="utf-8")
+    index = folder / INDEX
+    if index.is_file():
+        document = read_json(index)
+        size = sum(
+            about["data_offsets"][1] - about["data_offsets"][0]
+            for file in folder.glob("*.safetensors")
+            for about in _header(file).values()
+        )
+        if document.get("metadata", {}).get("total_size", size) != size:
+            document["metadata"]["total_size"] = size
+            index.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
