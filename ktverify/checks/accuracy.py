@@ -24,7 +24,7 @@ from ktverify.checks.repro_commands import isa_name, repro_command, verify_comma
 from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.engines.run import METHOD, run_case
-from ktverify.errors import EngineDied, EngineRaised, GateFailed, NotPassed, Unsupported
+from ktverify.errors import EngineDied, EngineOutOfMemory, EngineRaised, GateFailed, NotPassed, Unsupported
 from ktverify.isolation import hosted
 from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of
 from ktverify.isolation.origin import told
@@ -239,6 +239,24 @@ def check_tensors(target: Target, case: Case, family: str) -> None:
     if bad:
         exceeded = tuple((g.gate, g.used) for record in bad for g in record.gates if g.verdict != "PASS")
         raise GateFailed("\n".join(record.message for record in bad), exceeded, result=result)
+
+
+# a sentence of docs/contract.md
+IDLE_EXPERTS = "An expert that no token has reached costs no memory for its weights."
+
+
+def of_weights(error: EngineOutOfMemory, case: Case) -> EngineOutOfMemory:
+    """The same error, with the weights that the case declares and the sentence of the contract about them."""
+    what, separator, words = str(error).partition("; last words:")
+    reached = min(case.num_experts, case.qlen * case.top_k)
+    each = 6 * case.hidden * case.intermediate
+    declared = f"{case.num_experts} experts of {each / 1e6:.0f} MB, {case.num_experts * each / 1e9:.1f} GB in all"
+    found = EngineOutOfMemory(
+        f"{what}. This shows nothing about its numbers. The case declares {declared}, and its tokens reach at most "
+        f'{reached} of them; docs/contract.md: "{IDLE_EXPERTS}"{separator}{words}'
+    )
+    found.call = error.call
+    return found
 
 
 def assert_passed(records: list[AccuracyRecord]) -> None:

@@ -14,7 +14,8 @@ import typer
 
 from ktverify.bench.c2c import prompts
 from ktverify.cli import options
-from ktverify.cli.options import named, progress
+from ktverify.cli.options import named
+from ktverify.cli.progress import progress
 from ktverify.isolation.interrupt import INTERRUPTED
 from ktverify.system.files import write_whole
 from ktverify.training.pretrained import quiet

@@ -1,4 +1,4 @@
-"""Options that several commands take, the one door of their errors, and a spinner. Light: help needs no torch."""
+"""Options that several commands take, and the one door of their errors. Light: help needs no torch."""
 
 from __future__ import annotations
 
@@ -170,13 +170,6 @@ def check_choice(option: str, value: str | None, allowed: tuple[str, ...]) -> No
     """ValueError where `value` is given and is not one of `allowed`."""
     if value is not None and value not in allowed:
         raise ValueError(f"{option} is {value!r}, it takes one of {', '.join(allowed)}")
-
-
-def progress(text: str) -> Any:
-    """A spinner on stderr while a long step runs; nothing where stderr is not a terminal."""
-    from ktverify.report.console import make_console
-
-    return make_console(stderr=True).status(text)
 
 
 def print_verdict(passed: bool, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.cli.options import ReportsDir, RunName
+from ktverify.cli.progress import progress
 from ktverify.system.files import reports_dir, write_whole
 
 if TYPE_CHECKING:
@@ -117,20 +118,14 @@ def confirm(
     Examples:  python -m ktverify confirm
                python -m ktverify confirm 20250131T0815 --time-limit 300
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from ktverify.report.console import make_console
     from ktverify.reproducer.confirm import FOLDER
     from ktverify.reproducer.confirm import confirm as repeat
     from ktverify.runs import store
 
     found = store.load(store.find_run(run, reports))
-    console = make_console(stderr=True)
-    columns = (TextColumn("cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
+    with progress("confirm") as say:
         confirmations = repeat(
-            found, time_limit=time_limit, done=lambda number, of: bar.update(task, completed=number, total=of)
+            found, time_limit=time_limit, done=lambda number, of: say(f"{number} of {of} cases are done")
         )
     text = _text(found, confirmations)
     write_whole(found.directory / FOLDER / "confirm.md", text)
@@ -144,16 +139,18 @@ def _text(run: Run, confirmations: Sequence[Confirmation]) -> str:
     """Verdict first, then the table, with the unconfirmed claims on top."""
     from ktverify.report.grid import Grid, markdown_table
     from ktverify.reproducer.confirm import FOLDER, without_claim
+    from ktverify.spec.cases import Case
 
     assert run.head is not None
     cases = len({each.claim.where for each in confirmations})
     bad = sum(not each.confirmed for each in confirmations)
     broken = sum(not each.ran for each in confirmations)
     left = without_claim(run.records)
-    if not confirmations:
-        verdict = (
-            f"Nothing to confirm: {run.directory.name} says nothing against {run.head.engine} that a case can show."
-        )
+    memory = [record for record in run.records if record.verdict == "OOM"]
+    if not confirmations and left:
+        verdict = f"Nothing was confirmed: a script can show none of the {left} failures of {run.directory.name}."
+    elif not confirmations:
+        verdict = f"Nothing to confirm: {run.directory.name} says nothing against {run.head.engine}."
     elif bad:
         verdict = f"NOT CONFIRMED: {bad} of {len(confirmations)} claims, in {cases} cases of {run.head.engine}."
         if broken:
@@ -169,6 +166,14 @@ def _text(run: Run, confirmations: Sequence[Confirmation]) -> str:
             rows.append((word, str(claim.where), claim.verdict, claim.tensor, claim.suite, each.script))
         parts.append(markdown_table(Grid("", (), HEADINGS, tuple(rows), left=HEADINGS)))
         parts.append(f"To repeat one: the engine's Python, and {os.path.relpath(run.directory)}/{FOLDER}/CASE/run.py")
-    if left:
-        parts.append(f"Not of one case's forward and backward, and not repeated here: {left} checks.")
+    if left > len(memory):
+        parts.append(f"Not of one case's forward and backward, and not repeated here: {left - len(memory)} checks.")
+    if memory:
+        names = ", ".join(dict.fromkeys(Case.parse(record.case).brief if record.case else "" for record in memory))
+        where = f" of {names}" if names else ""
+        again = f" The numbers, without a limit: {memory[0].repro}" if memory[0].repro else ""
+        parts.append(
+            f"OOM, and not repeated here because a script has no memory limit: {len(memory)} records{where}. They show "
+            f"nothing about the numbers. Each says which call took how much, and what the limit was.{again}"
+        )
     return "\n\n".join(parts) + "\n"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import print_verdict, progress
+from ktverify.cli.options import print_verdict
+from ktverify.cli.progress import progress
 from ktverify.errors import NotFinite
 from ktverify.training.pretrained import DTYPES, quiet
 

@@ -6,7 +6,7 @@ Light: torch is imported inside the functions, before the first step is started.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ktverify.cli import options
-from ktverify.cli.options import check_choice, progress
+from ktverify.cli.options import check_choice
+from ktverify.cli.progress import progress
 from ktverify.errors import EngineDied
 from ktverify.spec.cases import Case
 
@@ -170,7 +171,7 @@ def repro(
 
 @dataclass(frozen=True)
 class Step:
-    """One step: `run`, the text shown meanwhile ("" for none), and what its records are about if its process dies.
+    """One step: `run`, the text shown meanwhile, and what its records are about if its process dies.
 
     tensors: () for a step that judges nothing, such as writing a file. tp, source, family: as in `accuracy.lost`.
     """
@@ -221,7 +222,7 @@ def run_steps(question: Question, steps: Sequence[Step]) -> Found:
         for number, step in enumerate(steps):
             more: list[str] = []
             try:
-                found, more = supervised.value(number, progress(step.shown) if step.shown else nullcontext())
+                found, more = supervised.value(number, progress(step.shown, lines=step.family == "training"))
             except EngineDied as died:
                 if not step.tensors:
                     raise RuntimeError(f"{step.shown}: {died}") from None
@@ -269,7 +270,14 @@ def training_steps(question: Question, degrees: Sequence[int], count: int) -> li
     from ktverify.spec import names
 
     return [
-        Step(partial(_train, question, degree, count), "", names.ALL_TENSORS, degree, _TRAINING_SOURCE, "training")
+        Step(
+            partial(_train, question, degree, count),
+            f"training, TP {degree}",
+            names.ALL_TENSORS,
+            degree,
+            _TRAINING_SOURCE,
+            "training",
+        )
         for degree in degrees
     ]
 

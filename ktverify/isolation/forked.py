@@ -51,16 +51,22 @@ class Parts(Generic[T]):
         self._note = mmap.mmap(-1, _NOTE)
 
     def value(self, number: int, waiting: AbstractContextManager[Any]) -> T:
-        """The value of part `number`. `waiting` is entered meanwhile, after the fork."""
+        """The value of part `number`. `waiting` is entered meanwhile, after the fork. It may give a function: that is
+        called with the method that the engine is in."""
         if not self._forks:
-            with watched(self._time_limit, lambda method: None), waiting:
+            with waiting as say, watched(self._time_limit, say or str):
                 return self._parts[number]()
         if self._process is None or self._connection is None:
             self._process, self._connection = self._start()
         process = self._process
-        with waiting:
+        with waiting as say:
+
+            def watch() -> bool:
+                (say or str)(self._method()[1])
+                return process.poll() is None
+
             try:
-                reply = exchange(self._connection, number, lambda: process.poll() is None)
+                reply = exchange(self._connection, number, watch)
             except EOFError:
                 raise self._ended(process) from None
         try:
@@ -118,11 +124,16 @@ class Parts(Generic[T]):
     def _write_note(self, method: str) -> None:
         self._note[:] = f"{time.monotonic()} {method}".encode()[:_NOTE].ljust(_NOTE, b"\0")
 
+    def _method(self) -> tuple[str, str]:
+        """(since when, which method of the engine the process is in)."""
+        since, _, method = self._note[:].rstrip(b"\0").decode(errors="replace").partition(" ")
+        return since, method
+
     def _ended(self, process: Running) -> EngineDied:
         """How the process ended, and in which call."""
         how, code, now = process.how(), process.poll(), time.monotonic()
         self.close()
-        since, _, method = self._note[:].rstrip(b"\0").decode(errors="replace").partition(" ")
+        since, method = self._method()
         where = f"{method}: " if method else ""
         # faulthandler's watch ends a process with this exit code, once it has written where each thread is
         if code == 1 and method and now - float(since) >= self._time_limit:
@@ -131,7 +142,7 @@ class Parts(Generic[T]):
 
 
 @contextlib.contextmanager
-def watched(time_limit: float, note: Callable[[str], None]) -> Iterator[None]:
+def watched(time_limit: float, note: Callable[[str], object]) -> Iterator[None]:
     """A process that crashes in the body, or in which a call of an engine takes longer, writes a trace and ends.
 
     note: gets the method of the engine that is called, "" when it is over.

@@ -15,7 +15,7 @@ from ktverify.checks.processes import peak_memory
 from ktverify.checks.target import Target, expect
 from ktverify.diagnose.hook import add_cause
 from ktverify.engines.registry import NATIVE
-from ktverify.errors import NotPassed, Unsupported
+from ktverify.errors import EngineOutOfMemory, NotPassed, Unsupported
 from ktverify.isolation.child import ChildPool
 from ktverify.runs.record import AccuracyRecord, AnyRecord
 from ktverify.spec.cases import Case
@@ -79,6 +79,11 @@ class Ask:
             pytest.fail(f"{case.id} cannot be judged: {error}", pytrace=False)
         try:
             records = child.call(judge_family, target, case, family, fresh)
+        except EngineOutOfMemory as error:
+            of_weights = accuracy.of_weights(error, case)
+            self._add(accuracy.lost(of_weights, accuracy.TENSORS[family], target, case))
+            self.recorded(of_weights)
+            raise of_weights from error
         except Exception as error:
             self._add(accuracy.lost(error, accuracy.TENSORS[family], target, case))
             self.recorded(error)

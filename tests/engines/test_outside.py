@@ -11,9 +11,11 @@ from typing import cast
 import pytest
 
 from ktverify.checks import isas
+from ktverify.isolation.child import DEFAULT
 from ktverify.pytest_plugin.selection import judges_an_engine
 from ktverify.runs.record import AccuracyRecord, AnyRecord
 from ktverify.runs.store import load
+from ktverify.spec.cases import select
 from ktverify.system.files import ROOT
 from tests.support import unruly
 from tests.support.command_line import run_pytest
@@ -87,6 +89,15 @@ def test_the_example_is_judged_from_its_own_folder(tmp_path: Path, folder: Path)
     assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
     assert "UNSUPPORTED tensor parallelism" in done.stdout
     assert "(1 UNSUPPORTED)" in (tmp_path / "run" / "accuracy.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_first_command_leaves_the_big_cases_out() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = "pytest suites/forward suites/backward suites/training_loop --tier default --engine path/file.py:factory"
+    assert command in " ".join(text.split())
+    largest = max(case.num_experts * case.hidden * case.intermediate for case in select(None, tier="default"))
+    # all weights of a case are a small part of a call's memory limit, so that an engine may copy them
+    assert 6 * largest < DEFAULT.memory / 8
 
 
 def test_a_relative_path_is_one_from_where_the_run_was_started(tmp_path: Path, folder: Path) -> None:
