@@ -381,7 +381,7 @@ def test_a_data_set_is_read_from_start(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("{", "line 2 is no JSON"),
+        ("{", "line 3 is no JSON"),
         ("[1]", "line 2 is a list, it takes an object with prompt or question"),
         ('{"text": "x"}', "line 2 has text; it takes prompt or question"),
         ('{"prompt": 3}', "line 2: prompt is 3, it takes text"),
