@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ktverify.cli.options import PROGRAM, OneLineErrors
+from ktverify.cli.options import PROGRAM, OneLineErrors, with_paths
 
 app = typer.Typer(cls=OneLineErrors, **PROGRAM)
 
@@ -20,6 +20,7 @@ def main() -> None:
 
 
 @app.command()
+@with_paths
 def regenerate(
     only: Annotated[str | None, typer.Option(metavar="GLOB", help="only the cases whose name matches")] = None,
     check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if anything drifted")] = False,

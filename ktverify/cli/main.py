@@ -22,7 +22,7 @@ from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.list import list_cases
 from ktverify.cli.mutants import clean, mutants
-from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error
+from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.verify import repro, verify
@@ -77,7 +77,7 @@ class DefaultGroup(CommandGroup):
 def _group(help_text: str, commands: dict[str, Callable[..., None]], **settings: Any) -> typer.Typer:
     group = typer.Typer(rich_markup_mode=None, help=help_text, **{"cls": CommandGroup, **settings})
     for name, command in commands.items():
-        group.command(name)(command)
+        group.command(name)(with_paths(command))
     return group
 
 
@@ -107,7 +107,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **TRAINING_COMMANDS,
 }
 for _name, (_command, _settings) in _COMMANDS.items():
-    app.command(_name, context_settings=_settings)(_command)
+    app.command(_name, context_settings=_settings)(with_paths(_command))
 app.add_typer(_group("Look at one thing closely: nan, gradients, tp.", DEBUG, no_args_is_help=True), name="debug")
 # the commands below `bench` take --batch_sizes for --batch-sizes
 _hyphens = {**PROGRAM["context_settings"], "token_normalize_func": lambda name: name.replace("_", "-")}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from typer.core import TyperGroup
 from ktverify.engines import registry
 from ktverify.errors import is_expected, one_line
 from ktverify.isolation.interrupt import in_one_line
-from ktverify.system.files import in_words
+from ktverify.system.files import expand, in_words
 from ktverify.system.printable import shown_line
 
 
@@ -21,6 +23,27 @@ def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
     """An option with underscores, like --max_new_tokens; `bench` takes --max-new-tokens for the same."""
     found: typer.models.OptionInfo = typer.Option(f"--{name}", help=text, **more)
     return found
+
+
+def with_paths(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, with ~ and $VARIABLE replaced in every argument that is a Path: a shell leaves them in --out=~/x."""
+
+    @functools.wraps(command)
+    def call(**arguments: Any) -> None:
+        command(**{name: _expanded(value) for name, value in arguments.items()})
+
+    return call
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    return Path(expand(str(value))) if isinstance(value, Path) else value
+
+
+def expanded(text: str | None) -> str | None:
+    """The callback of an option that is a path or a name: ~ and $VARIABLE are replaced."""
+    return text if text is None else expand(text)
 
 
 EngineName = Annotated[
@@ -39,7 +62,9 @@ Method = Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")
 TimeLimit = Annotated[
     float, typer.Option(metavar="SECONDS", help="for one call of the engine; then say where it hangs", min=1)
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory", callback=expanded)
+]
 ReportsDir = Annotated[Path | None, typer.Option(help="where the runs are (default: reports/ of the checkout)")]
 
 # ---- of the commands that measure

@@ -105,11 +105,17 @@ def verify_training(
     from ktverify.training.acceptance import verify_training as ask
 
     bad = asked = 0
+    not_asked = []
     for answer in ask(directory, base, trust=trust_remote_code):
-        asked += 1
-        bad += not answer.passed
-        typer.echo(f"{'PASS' if answer.passed else 'FAIL'} {answer.name:11} {answer.text}")
-    print_verdict(not bad, f"{directory}: {asked - bad} of {asked}")
+        word = {None: "----", True: "PASS", False: "FAIL"}[answer.passed]
+        typer.echo(f"{word} {answer.name:11} {answer.text}")
+        if answer.passed is None:
+            not_asked.append(answer.name)
+        else:
+            asked += 1
+            bad += not answer.passed
+    more = f"; not asked: {', '.join(not_asked)}" if not_asked else ""
+    print_verdict(not bad, f"{directory}: {asked - bad} of {asked}{more}")
 
 
 def compare_curves(

@@ -22,6 +22,7 @@ from typing import Any
 
 from ktverify.isolation import host, sandbox
 from ktverify.isolation.hosted import Hosted
+from ktverify.system.files import expand
 
 EngineFactory = Callable[..., Any]
 
@@ -53,7 +54,9 @@ def absolute(name: str, folder: str | os.PathLike[str] = "") -> str:
     folder: where a relative path starts; the current directory if "".
     """
     place, colon, attribute = name.partition(":")
-    return f"{os.path.abspath(os.path.join(folder, place))}:{attribute}" if colon and place.endswith(".py") else name
+    if not (colon and place.endswith(".py")):
+        return name
+    return f"{os.path.abspath(os.path.join(folder, expand(place)))}:{attribute}"
 
 
 def option(name: str) -> str:

@@ -28,7 +28,7 @@ from ktverify.judge.rounding import RoundingError
 from ktverify.spec.cases import Case, tensors_of
 from ktverify.spec.generator import GENERATOR_VERSION
 from ktverify.spec.names import ALL_TENSORS
-from ktverify.system.files import ROOT, write_whole
+from ktverify.system.files import ROOT, expand, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -76,7 +76,7 @@ def golden_dir() -> Path:
     """The goldens' directory: KTVERIFY_GOLDEN_DIR, else golden/ beside the package (a checkout), else ./golden."""
     named = os.environ.get("KTVERIFY_GOLDEN_DIR")
     if named:
-        return Path(named)
+        return Path(expand(named))
     beside = ROOT / "golden"
     return beside if (beside / MANIFEST).exists() or not (Path.cwd() / "golden").exists() else Path.cwd() / "golden"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktverify.system.files import reports_dir
+from ktverify.system.files import expand, reports_dir
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
     place = LOCATIONS[need]
     for source, given in ((place.option, options.get(need)), (place.variable, os.environ.get(place.variable))):
         if given:
-            path = Path(given).expanduser()
+            path = Path(expand(given))
             if not path.is_file():
                 raise ValueError(f"{source} is {given!r}, which is no file; it takes {place.what}")
             # not resolved: a virtual environment's python is a link, and Python finds the environment by the link

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from ktverify.errors import AdapterMismatch
 from ktverify.training.adapter import base_of, load_adapter
-from ktverify.training.curves import read_curve
-from ktverify.training.output_directory import ADAPTER_FILES
+from ktverify.training.curves import LOSS_FILE, STATE_FILE, read_curve
+from ktverify.training.output_directory import ADAPTER_FILES, SUMMARY_FILE, step_reached
 from ktverify.training.pretrained import load_pretrained
 
 _PROMPT = "What is the capital of France?"
@@ -23,10 +23,11 @@ _NEW_TOKENS = 12
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's name, whether the directory passes it, and what was found."""
+    """One question's name, whether the directory passes it, and what was found; passed is None where it cannot be
+    asked."""
 
     name: str
-    passed: bool
+    passed: bool | None
     text: str
 
 
@@ -34,7 +35,8 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
     """The answers for `directory`, in order. base: the base model's path (default: the one that the adapter names);
     trust: run the base model's own code.
 
-    Stops at an answer that makes further questions impossible. ValueError where the base model cannot be loaded."""
+    Stops at an answer that makes further questions impossible. A directory that `train` did not write need not have a
+    loss history, nor name a base model that is here. ValueError where the base model cannot be loaded otherwise."""
     missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
     yield Answer("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(ADAPTER_FILES))
     if missing:
@@ -49,29 +51,55 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
     yield Answer("finite", not broken, f"NaN or Inf in {broken[0]}" if broken else "no NaN, no Inf")
     zero = [name for name, tensor in tensors.items() if "lora_B" in name and not bool(tensor.any())]
     count = sum("lora_B" in name for name in tensors)
-    yield Answer(
-        "trained", not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else f"{count} lora_B moved"
-    )
-    yield _loss(directory)
-    yield from _with_base(directory, base, len(tensors), trust)
+    norms = [float(tensor.float().norm()) for name, tensor in tensors.items() if "lora_B" in name]
+    moved = f"{count} lora_B moved, with norms from {min(norms):.3g} to {max(norms):.3g}" if norms else "has no lora_B"
+    yield Answer("trained", bool(norms) and not zero, f"{len(zero)} of {count} lora_B are all zero" if zero else moved)
+    foreign = not (directory / SUMMARY_FILE).is_file()
+    yield _loss(directory, foreign)
+    try:
+        yield from _with_base(directory, base, len(tensors), trust)
+    except NoBase as error:
+        if base is not None or not foreign:
+            raise
+        for name in ("keys", "loads", "logits", "generation"):
+            yield Answer(name, None, f"{error}; give --base")
 
 
-def _loss(directory: Path) -> Answer:
+class NoBase(ValueError):
+    """The base model of an adapter cannot be loaded."""
+
+
+def _loss(directory: Path, foreign: bool) -> Answer:
+    if foreign and not any((directory / name).is_file() for name in (LOSS_FILE, STATE_FILE)):
+        return Answer("loss", None, f"there is no {LOSS_FILE} and no {STATE_FILE}")
     try:
         curve = read_curve(directory)
     except ValueError as error:
         return Answer("loss", False, str(error))
     if curve.problem:
         return Answer("loss", False, curve.problem)
+    reached = _last_step(directory)
+    if curve.steps[-1] < reached:
+        return Answer("loss", False, f"the history ends at step {curve.steps[-1]}, the training at step {reached}")
     if len(curve.losses) < 2:
         return Answer("loss", False, "was logged once, which shows no slope: train longer, or log more often")
     text = f"{curve.losses[0]:.3f} to {curve.losses[-1]:.3f} in {curve.steps[-1]} steps, slope {curve.slope:.2e} a step"
     return Answer("loss", curve.slope < 0, text if curve.slope < 0 else f"does not fall: {text}")
 
 
+def _last_step(directory: Path) -> int:
+    try:
+        return step_reached(directory)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def _with_base(directory: Path, base: str | None, count: int, trust: bool) -> Iterator[Answer]:
-    path = base_of(directory, base)
-    model, tokenizer = load_pretrained(path, option="--base", trust=trust)
+    try:
+        path = base_of(directory, base)
+        model, tokenizer = load_pretrained(path, option="--base", trust=trust)
+    except ValueError as error:
+        raise NoBase(str(error)) from None
     model.eval()
     before = _generate(model, tokenizer)
     try:
@@ -93,10 +121,11 @@ def _with_base(directory: Path, base: str | None, count: int, trust: bool) -> It
 
 
 def _generate(model: Any, tokenizer: Any) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens after the prompt, and the logits of each."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _PROMPT}], tokenize=False, add_generation_prompt=True
-    )
+    """Greedy tokens after the prompt, and the logits of each; without a chat template the prompt stands for itself."""
+    text = _PROMPT
+    if getattr(tokenizer, "chat_template", None):
+        asked = [{"role": "user", "content": _PROMPT}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     given = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     model.eval()
     with torch.no_grad():

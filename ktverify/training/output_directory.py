@@ -36,6 +36,11 @@ def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Pa
     ValueError where `output` is a file, is not empty and not the directory of that checkpoint's run, or has none."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"output_dir {output} is a file")
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir {output} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {output} cannot be written: {there} is read-only for this user")
     start = choose_checkpoint(wanted, output) if wanted else None
     if start is not None and _is_of(start, output):
         return start

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from ktverify.errors import is_expected, one_line
+from ktverify.system.files import expand
 
 DTYPES = ("bfloat16", "float32")
 BASE_OPTION = "model_name_or_path"
@@ -46,6 +47,16 @@ def load_tokenizer(path: str, *, option: str, trust: bool = False) -> Any:
     return _load(AutoTokenizer.from_pretrained, path, option, trust_remote_code=trust)
 
 
+def load_form(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
+    """The model at `path` without its weights, which are on the device meta. ValueError that names `option`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(AutoConfig.from_pretrained, path, option, trust_remote_code=trust)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
+
+
 def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
     """The model at `path`, with floating-point weights in `dtype`. ValueError that names `option`."""
     import torch
@@ -61,6 +72,7 @@ def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> An
 
 
 def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
+    path = expand(path)
     # NAME/MODEL may be on a hub, unless a directory NAME exists here
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if local and not Path(path).is_dir():

@@ -21,6 +21,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ktverify.engines.argument_checks import check_tp
 from ktverify.errors import NotFinite
 from ktverify.runs.jsonl import to_json
 from ktverify.system.files import write_whole
@@ -29,10 +30,10 @@ from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.layer import init_cpu_infer
-from ktverify.training.pretrained import BASE_OPTION, load_model, load_tokenizer
+from ktverify.training.pretrained import BASE_OPTION, load_form, load_model, load_tokenizer
 from ktverify.training.schedule import check_schedule
 from ktverify.training.trainer import LossLog, LossTrainer, Rotation
-from ktverify.training.wrap import require_one_process, wrap_moe_layers
+from ktverify.training.wrap import find_experts, require_one_process, wrap_moe_layers
 
 # keys that the Trainer's arguments have under the same name
 _SAME_KEYS = (
@@ -74,10 +75,12 @@ class Trained:
     note: str = ""
 
 
-def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Trained:
+def run(config: TrainConfig, beside: Path, *, first_steps: int | None = None, one_length: bool = False) -> Trained:
     """Run the training that `config` describes; relative data paths are also searched in the directory `beside`.
 
-    one_length pads every batch to the longest example, because torch keeps memory for each shape that it has seen.
+    first_steps: train only so many of its steps, as the whole training has them. one_length pads every batch to the
+    longest example, because torch keeps memory for each shape that it has seen; the losses are the same but for
+    rounding.
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
     """
     require_one_process()
@@ -93,10 +96,17 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.tp, backend=config.kt_backend)
     path, trust = config.model_name_or_path, config.trust_remote_code
+    _check_form(config)
     tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
     _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
     total = total_steps(config, len(rows))
+    if first_steps is not None and first_steps > total:
+        raise ValueError(
+            f"the training has {total} steps, {WARMUP} of which warm up: give --steps {total - WARMUP} or less"
+            if total > WARMUP
+            else f"the training has {total} steps, and {WARMUP} are needed to warm up: give a larger max_steps"
+        )
     kept = resume.kept_of(config, rows, total)
     if start is not None:
         reached = output_directory.step_reached(start)
@@ -111,7 +121,7 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     rank, alpha, target = config.lora_rank, config.lora_alpha, config.lora_target
     settings = lora_config(model, rank=rank, alpha=alpha, target=target, rslora=config.use_rslora)
     adapted = add_adapter(model, settings, dropout=config.lora_dropout)
-    log = LossLog(output, kept)
+    log = LossLog(output, kept, first_steps)
     longest = max(len(row["input_ids"]) for row in rows)
     padding = {"padding": "max_length", "max_length": longest} if one_length else {"padding": "longest"}
     trainer = LossTrainer(
@@ -150,6 +160,17 @@ def run(config: TrainConfig, beside: Path, *, one_length: bool = False) -> Train
     summary = _summary(log, done - log.begun[0], tokens, seconds)
     _write_summary(summary, log, output)
     return Trained(summary, log, adapted)
+
+
+def _check_form(config: TrainConfig) -> None:
+    """ValueError for a model that the engine cannot compute, for a TP degree and a lora_target that it has not; without
+    its weights, which may take long to load."""
+    trust = config.trust_remote_code
+    form = load_form(config.model_name_or_path, config.torch_dtype, option=BASE_OPTION, trust=trust)
+    if config.use_kt:
+        for block in find_experts(form):
+            check_tp(int(block.down_proj.shape[-1]), config.tp)  # type: ignore[index]
+    lora_config(form, rank=config.lora_rank, alpha=config.lora_alpha, target=config.lora_target)
 
 
 def _close_bar(trainer: LossTrainer) -> None:
@@ -286,10 +307,10 @@ def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> fl
 def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False) -> Trained:
     with tempfile.TemporaryDirectory(prefix="ktverify-") as directory:
         count = steps + WARMUP
-        keys = {"max_steps": count, "logging_steps": 1, "save_steps": count + 1, "resume_from_checkpoint": None}
+        keys = {"logging_steps": 1, "save_steps": count + 1, "resume_from_checkpoint": None}
         short = config.model_copy(update={**keys, "output_dir": f"{directory}/out"})
         try:
-            return run(short, beside, one_length=one_length)
+            return run(short, beside, first_steps=count, one_length=one_length)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without run's hint, which names a directory that is deleted
         except NotFinite as error:

@@ -79,10 +79,11 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     kept: what every checkpoint keeps, beside `running`, in its trainer_state.json. rows: the lines; a resumed run
     removes those after its checkpoint's step. rss: resident bytes after every step, rss_before: before the first;
-    begun: the step and the tokens that a resumed run starts from.
+    begun: the step and the tokens that a resumed run starts from. last: the step to end after, None for all.
     """
 
-    def __init__(self, directory: Path, kept: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, directory: Path, kept: Mapping[str, Any] | None = None, last: int | None = None) -> None:
+        self.last = last
         self.path = directory / curves.LOSS_FILE
         self.kept = dict(kept or {})
         self.running = RunningLoss()
@@ -127,8 +128,9 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._since = (time.perf_counter(), self.begun[1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # so that a run shorter than logging_steps also has a loss
-            control.should_log = True
+        if state.global_step >= (self.last or state.max_steps):
+            # so that a run shorter than logging_steps also has a loss
+            control.should_log = control.should_training_stop = True
         self.rss.append(self._process.memory_info().rss)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

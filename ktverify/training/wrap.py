@@ -37,6 +37,8 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
     if getattr(model, "_kt_wrappers", None):
         raise ValueError("this model is wrapped already: wrap_moe_layers takes a freshly loaded one")
     blocks = find_experts(model)
+    if any(getattr(block, name).is_meta for block in blocks for name in WEIGHTS):
+        raise ValueError("the experts' weights are on the device meta: load them first")
     wrappers = []
     for number, block in enumerate(blocks):
         weights = [getattr(block, name).detach().to("cpu", torch.bfloat16) for name in WEIGHTS]
@@ -118,8 +120,8 @@ def _why_not(block: Any) -> str:
         weight = getattr(block, name, None)
         if not isinstance(weight, torch.Tensor) or weight.dim() != 3:
             return f"{kind} has no stacked {name}"
-        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32) or weight.device.type == "meta":
-            return f"{kind}.{name} is {weight.dtype} on {weight.device}"
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"{kind}.{name} is {weight.dtype}"
     return ""
 
 

@@ -23,6 +23,7 @@ from ktverify.training.dataset import example_data, read_records
 from ktverify.training.pretrained import load_tokenizer
 from ktverify.training.run import Memory, TrainingSummary, growth, measure_memory, measure_throughput
 from ktverify.training.tiny import make_tiny
+from tests.support.command_line import call, ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 EXAMPLES = ROOT / "examples"
@@ -237,7 +238,7 @@ def test_an_incomplete_checkpoint_is_skipped(killed_at: int, made: Made, tmp_pat
 # ---- acceptance
 
 
-def findings(directory: Path, base: Path) -> dict[str, bool]:
+def findings(directory: Path, base: Path) -> dict[str, bool | None]:
     return {finding.name: finding.passed for finding in verify_training(directory, str(base))}
 
 
@@ -286,7 +287,53 @@ def test_every_question_fails_for_its_damage(what: str, made: Made, tmp_path: Pa
         assert found["generation"] is False
 
 
-# ---- memory
+def test_an_adapter_of_another_loop_is_asked_what_can_be_asked(made: Made, tmp_path: Path) -> None:
+    directory = tmp_path / "own"
+    directory.mkdir()
+    for name in output_directory.ADAPTER_FILES:
+        shutil.copyfile(made.trained("deepseek_v2") / name, directory / name)
+    text = ends(call("verify-training", directory), 0)
+    assert text.splitlines()[-1] == f"PASS {directory}: 8 of 8; not asked: loss"
+    assert " lora_B moved, with norms from " in text
+    settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    (directory / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    text = ends(call("verify-training", directory), 0)
+    assert text.splitlines()[-1] == f"PASS {directory}: 4 of 4; not asked: loss, keys, loads, logits, generation"
+
+
+def test_a_history_that_ends_early_is_no_history(made: Made, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(made.trained("deepseek_v2"), directory, ignore=shutil.ignore_patterns("checkpoint-*"))
+    rows = (directory / curves.LOSS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    (directory / curves.LOSS_FILE).write_text("".join(rows[:-3]), encoding="utf-8")
+    answers = {answer.name: answer.text for answer in verify_training(directory, str(made.base("deepseek_v2")))}
+    assert answers["loss"] == "the history ends at step 97, the training at step 100"
+
+
+# ---- memory and throughput
+
+
+def test_every_command_has_the_losses_of_the_training(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # memory pads all batches to one length, so that it rounds, and draws dropout, elsewhere
+    keys = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "lora_dropout": 0.1, "max_steps": 20}
+    keys |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1}
+    config = config_of("minimal", made.base("deepseek_v2"), tmp_path / "out", **keys)
+    whole = run.run(config, EXAMPLES).log.curve
+    found = []
+    original = run.run
+
+    def kept(*arguments: Any, **options: Any) -> run.Trained:
+        found.append(original(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr(run, "run", kept)
+    measure_throughput(config, EXAMPLES, steps=10)
+    measure_memory(config, EXAMPLES, steps=10)
+    throughput, memory = (done.log.curve for done in found)
+    assert throughput.steps == memory.steps == whole.steps[:13]
+    assert throughput.losses == whole.losses[:13]
 
 
 def test_memory_does_not_grow(made: Made, tmp_path: Path) -> None:
@@ -319,9 +366,9 @@ def test_only_repeated_growth_is_a_leak(rss: list[int], leaks: bool) -> None:
 def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"tokens_per_s": rate} for rate in (1.0, 1.0, 1.0, 40.0, 10.0, 30.0, 20.0)]
 
-    def few(config: TrainConfig, beside: Path, *, one_length: bool) -> SimpleNamespace:
+    def few(config: TrainConfig, beside: Path, *, first_steps: int, one_length: bool) -> SimpleNamespace:
         assert not one_length
-        assert config.max_steps == len(rows)
+        assert first_steps == len(rows)
         return SimpleNamespace(log=SimpleNamespace(rows=rows))
 
     monkeypatch.setattr(run, "run", few)

@@ -1,0 +1,88 @@
+"""~ and $VARIABLE in the paths of commands and of environment variables, where no shell has replaced them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from ktverify.cli.golden import app as golden_app
+from ktverify.cli.main import app
+from ktverify.engines import registry
+from ktverify.judge.golden import golden_dir
+from ktverify.system import optional_peers
+from ktverify.system.files import expand
+from tests.support.command_line import call, ends, refused
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path / "place"))
+    monkeypatch.delenv("NOWHERE", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("~/a", "{home}/a"),
+        ("~", "{home}"),
+        ("$PLACE/a", "{home}/place/a"),
+        ("${PLACE}/a", "{home}/place/a"),
+        ("~/$PLACE", "{home}/{home}/place"),
+        ("a/~/b", "a/~/b"),
+        ("./~", "./~"),
+        ("", ""),
+        ("plain", "plain"),
+    ],
+)
+def test_a_path_is_expanded_as_a_shell_does(path: str, wanted: str, home: Path) -> None:
+    assert expand(path) == wanted.format(home=home)
+
+
+def test_what_cannot_be_expanded_is_refused(home: Path) -> None:
+    with pytest.raises(ValueError, match=r"'\$NOWHERE/a' has the variable \$NOWHERE, which is not set"):
+        expand("$NOWHERE/a")
+    with pytest.raises(ValueError, match="begins with ~nobody_here, and there is no such user"):
+        expand("~nobody_here/a")
+    (home / "a$NOWHERE").touch()
+    assert expand(f"{home}/a$NOWHERE") == f"{home}/a$NOWHERE"
+
+
+def _commands(group: typer.Typer) -> Iterator[Any]:
+    yield from (info.callback for info in group.registered_commands)
+    for info in group.registered_groups:
+        assert info.typer_instance is not None
+        yield from _commands(info.typer_instance)
+
+
+def test_the_paths_of_every_command_are_expanded() -> None:
+    commands = [*_commands(app), *_commands(golden_app)]
+    assert len(commands) > 20
+    assert all(hasattr(command, "__wrapped__") for command in commands)
+
+
+@pytest.mark.parametrize("written", ["~/place", "$PLACE", "${HOME}/place"])
+def test_commands_and_variables_find_the_place(written: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = home / "place"
+    ends(call("make-tiny", "mixtral", f"--out={written}/tiny"), 0)
+    assert (place / "tiny" / "config.json").is_file()
+    (place / "loss.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    ends(call("compare-curves", written, f"{written}/loss.jsonl", f"--plot={written}/curves.png"), 0)
+    assert (place / "curves.png").is_file()
+    (place / "c.yaml").write_text(
+        f"model_name_or_path: {written}/no\ndataset: alpaca_tiny\noutput_dir: {written}/out\n"
+    )
+    refused(call("train", f"{written}/c.yaml"), f"model_name_or_path '{place}/no' is no directory")
+    refused(call("report", f"{written}/run"), f"no run at {place}/run")
+    assert registry.absolute(f"{written}/engine.py:make") == f"{place}/engine.py:make"
+    monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", f"{written}/golden")
+    assert golden_dir() == place / "golden"
+    (place / "python").touch()
+    for need, location in optional_peers.LOCATIONS.items():
+        monkeypatch.setenv(location.variable, f"{written}/python")
+        assert optional_peers.find(need, {}) == (place / "python", "")
