@@ -30,7 +30,7 @@ from ktverify.isolation import hosted
 from ktverify.isolation.process import processes_of
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
-from ktverify.spec.inputs import make_inputs
+from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, LORA_NAMES, OUTPUT
 
 # sentences of docs/contract.md
@@ -64,14 +64,14 @@ def peak_memory() -> int:
     return 1024 * max((int(peak.group(1)) for peak in peaks if peak is not None), default=own)
 
 
-def fork_and_run(target: Target, case: Case, layer: object | None = None) -> str:
+def fork_and_run(target: Target, case: Case, layer: object | None = None, inputs: Inputs | None = None) -> str:
     """The digest that a forked child computes, on `layer` or on one of its own. AssertionError if it dies or hangs."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            inputs = make_inputs(case)
+            inputs = make_inputs(case) if inputs is None else inputs
             found = target.run(case, inputs) if layer is None else run_layer(layer, inputs)
             os.write(write, digest(found).encode())
             status = 0

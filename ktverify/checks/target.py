@@ -122,7 +122,10 @@ class Target:
 
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes, so that NaN equals NaN and -0 is not +0."""
-    return tensor.detach().contiguous().view(torch.uint8)
+    whole = tensor.detach().contiguous()
+    # a last dimension of size 1 may have any stride in a contiguous tensor, but not in one that is viewed as bytes
+    odd = whole.dim() > 0 and whole.stride(-1) != 1
+    return (whole.clone(memory_format=torch.contiguous_format) if odd else whole).view(torch.uint8)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

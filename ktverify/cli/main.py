@@ -20,6 +20,7 @@ from ktverify.cli.bench_shapes import bench
 from ktverify.cli.bench_transformer import memory, transformer
 from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
+from ktverify.cli.fuzz import fuzz
 from ktverify.cli.list import list_cases
 from ktverify.cli.mutants import clean, mutants
 from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
@@ -103,7 +104,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "doctor": (doctor, {}),
     "list": (list_cases, {}),
     **{command.__name__: (command, {}) for command in (repro, report, gate, verify)},
-    **{command.__name__: (command, {}) for command in (mutants, clean, diagnose, confirm, profile)},
+    **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
     **TRAINING_COMMANDS,
 }
 for _name, (_command, _settings) in _COMMANDS.items():
