@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 4
+MINUTES ?= 1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
 CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 
-.PHONY: setup verify test lint native-tests golden peers bench report fmt clean
+.PHONY: setup verify test lint native-tests fuzz golden peers bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -25,7 +26,7 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE)
 verify: setup
 	$(BIN)/pytest suites/ -n $(JOBS) && status=0 || status=$$?; $(BIN)/python -m ktverify report; exit $$status
 
-test: lint native-tests
+test: lint native-tests fuzz
 	$(BIN)/pytest suites/ tests/ -n $(JOBS)
 
 lint: setup
@@ -36,6 +37,10 @@ lint: setup
 
 native-tests: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh
+
+# random sequences of calls; native-tests has those of C++
+fuzz: setup
+	$(BIN)/python -m ktverify fuzz --minutes $(MINUTES)
 
 golden: setup
 	$(BIN)/python -m ktverify.golden regenerate

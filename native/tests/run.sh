@@ -2,6 +2,8 @@
 # Builds and runs the C++ tests twice: under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
+# of fuzz_layer, under each sanitizer
+export KTV_FUZZ_SECONDS=${KTV_FUZZ_SECONDS:-30}
 # One test forks a process with workers, as Python's multiprocessing does; by default ThreadSanitizer refuses that.
 export TSAN_OPTIONS=die_after_fork=0:halt_on_error=1
 # The sanitizers' shadow memory needs fixed addresses, which are free without address randomisation.
