@@ -321,9 +321,9 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
     values = [one.spot.value for one in group]
     for what, colour in _COLOURS.items():
         low, high = ([one.ms[what].percentiles[share] for one in group] for share in (25, 75))
+        axes.plot(values, [one.ms[what].median for one in group], "o-", color=colour, label=what, markersize=5)
         band = "25th to 75th percentile" if what == BACKWARD else None
         axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0, label=band)
-        axes.plot(values, [one.ms[what].median for one in group], "o-", color=colour, label=what, markersize=5)
     for name, dashes in (("flops", "--"), ("weights", ":")):
         amounts = [getattr(one.found, name) / one.found.workers for one in group]
         guide = [group[-1].ms[BOTH].median * amount / amounts[-1] for amount in amounts]
