@@ -283,7 +283,8 @@ class Session:
         batch = self._batch()
         self._note(f"fork, T={batch.case.qlen}")
         right = self._alone(batch)
-        expect(fork_and_run(self.target, batch.case, self.layer, batch) == digest(right), "a forked process: other bits")
+        found = fork_and_run(self.target, batch.case, self.layer, batch)
+        expect(found == digest(right), "a forked process computes other bits than a new layer")
 
 
 def run_session(target: Target, seed: int) -> tuple[int, int]:

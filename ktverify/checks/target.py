@@ -122,7 +122,7 @@ class Target:
 
 def bits(tensor: Tensor) -> Tensor:
     """The tensor's bytes, so that NaN equals NaN and -0 is not +0."""
-    whole = tensor.detach().contiguous()
+    whole = tensor.detach().resolve_neg().contiguous()
     # a last dimension of size 1 may have any stride in a contiguous tensor, but not in one that is viewed as bytes
     odd = whole.dim() > 0 and whole.stride(-1) != 1
     return (whole.clone(memory_format=torch.contiguous_format) if odd else whole).view(torch.uint8)

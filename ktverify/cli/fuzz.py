@@ -22,8 +22,8 @@ def fuzz(
     """Random sequences of calls, each result compared with a new layer's bits and with the oracle. Exit code 1 if one
     is wrong.
 
-    A session is one layer of random sizes and a dozen calls: forwards, backwards, updates, new weights, bad input, threads,
-    forks, tensors of any strides. Its seed repeats it; its calls are printed.
+    A session is one layer of random sizes and a dozen calls: forwards, backwards, updates, new weights, bad input,
+    threads, forks, tensors of any strides. Its seed repeats it; its calls are printed.
 
     \b
     Examples:  python -m ktverify fuzz --minutes 5
