@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 
+from ktverify.system import files
 from ktverify.system.files import ROOT
 from tests.support.command_line import every_command
 
@@ -99,3 +100,12 @@ def test_the_source_distribution_has_what_a_build_needs(tmp_path: Path) -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     needed = {name for name in tracked if name.startswith(("ktverify/", "native/"))}
     assert needed | {"LICENSE", "README.md", "pyproject.toml"} <= names
+
+
+def test_hints_name_what_can_be_typed_where_they_are_read(installed: Path, tmp_path: Path) -> None:
+    program = "from ktverify.system import files as f; print(f.install_command('training'), f.RUN_SUITES, f.MAKE_PEERS)"
+    done = run(installed, tmp_path, "-c", program)
+    clone = "in a clone of ktverify"
+    expected = f"pip install 'ktverify[training]' `pytest suites/ -n 4` {clone} `make peers` {clone}"
+    assert done.stdout.strip() == expected, done.stderr
+    assert files.install_command("training") == "pip install -c constraints.txt -e '.[training]'"

@@ -54,7 +54,7 @@ class _Draw(random.Random):
     def tokens(self, layer: Inputs, top_k: int, most: int) -> Inputs:
         """Another batch for a layer: up to `most` tokens with `top_k` experts each."""
         routing = self.choice(_ROUTING if top_k < 2 else (*_ROUTING, "duplicate"))
-        sizes = {"qlen": self.choice((0, 1, self.size(most))), "top_k": top_k, "routing": routing}
+        sizes: dict[str, Any] = {"qlen": self.choice((0, 1, self.size(most))), "top_k": top_k, "routing": routing}
         batch = make_inputs(replace(layer.case, seed=self.randint(0, 2**30), **sizes))
         for name in BASE_NAMES:
             setattr(batch, name, getattr(layer, name))

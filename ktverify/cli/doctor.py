@@ -17,7 +17,7 @@ import typer
 
 from ktverify.isolation import sandbox
 from ktverify.system import limits, machine, optional_peers
-from ktverify.system.files import ROOT, reports_dir
+from ktverify.system.files import ROOT, install_command, pip_install, reports_dir
 from ktverify.system.instruction_sets import ISA_FLAGS
 from ktverify.system.limits import format_bytes
 from ktverify.system.machine import EMULATION_VARIABLE, Machine
@@ -133,7 +133,7 @@ def _packages(_: Machine) -> Iterator[Fact]:
         version = machine.package_version(name)
         (found if version else missing).append(f"{name} {version}".strip())
     if missing:
-        what = f"missing: {', '.join(missing)}; `pip install -c constraints.txt {' '.join(missing)}`"
+        what = f"missing: {', '.join(missing)}; `{pip_install(' '.join(missing))}`"
         yield Fact("no", "packages", what, needed=True)
     if found:
         yield Fact("ok", "packages", ", ".join(found))
@@ -170,7 +170,7 @@ def _extras(_: Machine) -> Iterator[Fact]:
     """What some commands need in addition, and how to get it."""
     runs = "train, make-tiny, verify-training and bench c2c"
     missing = [name for name in _declared("training") if not machine.package_version(name)]
-    how = f"{runs} need {', '.join(missing)}: `pip install -c constraints.txt -e '.[training]'`"
+    how = f"{runs} need {', '.join(missing)}: `{install_command('training')}`"
     yield Fact("note", "training", how) if missing else Fact("ok", "training", f"{runs} run")
     for need in optional_peers.INSTALLED:
         try:

@@ -54,7 +54,7 @@ def _root(
 
     \b
     First:      python -m ktverify doctor            what runs on this machine
-    The suite:  pytest suites/ -n 4                  everything; writes reports/runs/<stamp>/
+    The suite:  pytest suites/ -n 4                  in a clone: everything; writes reports/runs/<stamp>/
     After it:   python -m ktverify report            the last run's summary
                 python -m ktverify gate latest       exit code 1 if anything broke
                 python -m ktverify confirm           its claims again, without the suite

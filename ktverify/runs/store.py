@@ -17,7 +17,7 @@ from typing import Any
 
 from ktverify.runs.jsonl import append_line, read_lines, write_lines
 from ktverify.runs.record import AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, RunRecord, Selection, parse_line
-from ktverify.system.files import reports_dir, write_whole
+from ktverify.system.files import RUN_SUITES, reports_dir, write_whole
 
 MERGED = "records.jsonl"
 _HEAD = b'"kind":"run"'  # quotes in a text are escaped, so that only a head contains this
@@ -165,11 +165,11 @@ def find_run(name: str = "latest", reports: str | os.PathLike[str] | None = None
         if timed:
             raise FileNotFoundError(timed[-1])
     if not known:
-        raise FileNotFoundError(f"no run in {runs}: make one with `pytest suites/ -n 4`")
+        raise FileNotFoundError(f"no run in {runs}: make one with {RUN_SUITES}")
     if name == "latest":
         found = next((path for path in reversed(known) if _has_a_result(path)), None)
         if found is None:
-            raise FileNotFoundError(f"no run in {runs} has a record: make one with `pytest suites/ -n 4`")
+            raise FileNotFoundError(f"no run in {runs} has a record: make one with {RUN_SUITES}")
         return found
     matching = [path for path in known if path.name.startswith(name)]
     if not matching:

@@ -14,6 +14,20 @@ from pathlib import Path
 
 # the folder that contains `ktverify/`: a checkout, or site-packages
 ROOT = Path(__file__).resolve().parents[2]
+IN_CLONE = (ROOT / "suites").is_dir() and (ROOT / "pyproject.toml").is_file()
+# what to type where a clone is needed
+_WHERE = "" if IN_CLONE else " in a clone of ktverify"
+RUN_SUITES, MAKE_PEERS = f"`pytest suites/ -n 4`{_WHERE}", f"`make peers`{_WHERE}"
+
+
+def install_command(extra: str) -> str:
+    """How to install what `extra` of pyproject.toml names: into a clone's environment, or beside an installed wheel."""
+    return pip_install(f"-e '.[{extra}]'" if IN_CLONE else f"'ktverify[{extra}]'")
+
+
+def pip_install(packages: str) -> str:
+    """`pip install`, in a clone with the versions that its constraints name."""
+    return f"pip install {'-c constraints.txt ' if IN_CLONE else ''}{packages}"
 
 
 def expand(path: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ktverify.system.files import expand, reports_dir
+from ktverify.system.files import MAKE_PEERS, expand, reports_dir
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,4 @@ def find(need: str, options: Mapping[str, str | None]) -> tuple[Path | None, str
     if not place.option:
         return None, f"not named: set {place.variable} to {place.what}"
     how = f"{place.option} or {place.variable}" if need in options else place.variable
-    return None, f"not installed: run `make peers`, or name {place.what} by {how}"
+    return None, f"not installed: run {MAKE_PEERS}, or name {place.what} by {how}"

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from ktverify.errors import is_expected, one_line
-from ktverify.system.files import expand
+from ktverify.system.files import expand, install_command
 
 DTYPES = ("bfloat16", "float32")
 BASE_OPTION = "model_name_or_path"
@@ -24,7 +24,7 @@ def quiet(purpose: str, *more: str) -> None:
     transformers or one of the modules `more` is missing."""
     missing = [name for name in ("transformers", *more) if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"{purpose} needs {' and '.join(missing)}: pip install -c constraints.txt -e '.[training]'")
+        raise ImportError(f"{purpose} needs {' and '.join(missing)}: {install_command('training')}")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

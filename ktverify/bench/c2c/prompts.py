@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ktverify.system.files import install_command
 from ktverify.system.text import check_characters, json_rows, no_table, read_text
 
 COLUMNS = ("prompt", "question")
@@ -46,8 +47,7 @@ def of_dataset(name: str, subset: str | None, split: str, start: int, count: int
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"--dataset needs the datasets library ({error}): pip install -c constraints.txt -e '.[datasets]', or give "
-            "--dataset_file"
+            f"--dataset needs the datasets library ({error}): {install_command('datasets')}, or give --dataset_file"
         ) from None
     try:
         table = datasets.load_dataset(name, subset, split=split)
