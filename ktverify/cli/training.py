@@ -173,7 +173,7 @@ def export_merged(
 def memory(
     context: typer.Context,
     config: Annotated[Path, _CONFIG],
-    steps: Annotated[int, typer.Option(help="steps after the warm-up", min=3)] = 10,
+    steps: Annotated[int, typer.Option(help="steps after the warm-up; up to four times as many", min=8)] = 10,
 ) -> None:
     """Resident memory after loading and after each step of a training. Exit code 1 if it grows: a leak.
 
@@ -182,13 +182,14 @@ def memory(
     """
     chosen = _read_config(context, config)
     from ktverify.system.limits import format_bytes
-    from ktverify.training.run import LEAK_BYTES, measure_memory
+    from ktverify.training.memory_trend import MOST
+    from ktverify.training.run import measure_memory
 
     found = measure_memory(chosen, config.resolve().parent, steps)
     typer.echo(f"loaded    {format_bytes(found.loaded):>10}")
     for number, rss in enumerate(found.steps, start=1):
         typer.echo(f"step {number:3}  {format_bytes(rss):>10}")
-    print_verdict(not found.leaks, f"slope {found.slope / 1024:.1f} KiB a step, at most {LEAK_BYTES // 1024}")
+    print_verdict(not found.leaks, f"{found.slope / 1024:.1f} KiB a step where it is calmest, at most {MOST // 1024}")
 
 
 def throughput(

@@ -5,7 +5,6 @@ A training leaves an output directory with the adapter, checkpoints, loss.jsonl,
 
 from __future__ import annotations
 
-import itertools
 import math
 import resource
 import statistics
@@ -25,14 +24,14 @@ from ktverify.engines.argument_checks import check_tp
 from ktverify.errors import NotFinite
 from ktverify.runs.jsonl import to_json
 from ktverify.system.files import write_whole
-from ktverify.training import curves, output_directory, resume
+from ktverify.training import curves, memory_trend, output_directory, resume
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
 from ktverify.training.layer import init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, load_form, load_model, load_tokenizer
 from ktverify.training.schedule import check_schedule
-from ktverify.training.trainer import LossLog, LossTrainer, Rotation
+from ktverify.training.trainer import Enough, LossLog, LossTrainer, Rotation
 from ktverify.training.wrap import find_experts, require_one_process, wrap_moe_layers
 
 # keys that the Trainer's arguments have under the same name
@@ -43,8 +42,7 @@ _SAME_KEYS = (
     *("logging_steps", "save_steps", "seed"),
 )
 _SOME_STEPS = 1000  # a schedule is checked with so many where the examples decide how many there are
-# what allocators add per step until their size has settled; a leak of one token's activations is more
-LEAK_BYTES = 1 << 18
+MORE = 4  # times the steps that were asked for, to see whether memory becomes calm
 WARMUP = 3  # steps that do not count for memory and throughput: pages are touched and experts packed in them
 
 
@@ -75,10 +73,18 @@ class Trained:
     note: str = ""
 
 
-def run(config: TrainConfig, beside: Path, *, first_steps: int | None = None, one_length: bool = False) -> Trained:
+def run(
+    config: TrainConfig,
+    beside: Path,
+    *,
+    first_steps: int | None = None,
+    one_length: bool = False,
+    enough: Enough | None = None,
+) -> Trained:
     """Run the training that `config` describes; relative data paths are also searched in the directory `beside`.
 
-    first_steps: train only so many of its steps, as the whole training has them. one_length pads every batch to the
+    first_steps: train only so many of its steps, as the whole training has them, and more until `enough` is true of
+    the resident bytes after every step. one_length pads every batch to the
     longest example, because torch keeps memory for each shape that it has seen; the losses are the same but for
     rounding.
     ValueError in one line for what cannot be run, before the model is loaded where that is possible.
@@ -121,7 +127,7 @@ def run(config: TrainConfig, beside: Path, *, first_steps: int | None = None, on
     rank, alpha, target = config.lora_rank, config.lora_alpha, config.lora_target
     settings = lora_config(model, rank=rank, alpha=alpha, target=target, rslora=config.use_rslora)
     adapted = add_adapter(model, settings, dropout=config.lora_dropout)
-    log = LossLog(output, kept, first_steps)
+    log = LossLog(output, kept, first_steps, enough)
     longest = max(len(row["input_ids"]) for row in rows)
     padding = {"padding": "max_length", "max_length": longest} if one_length else {"padding": "longest"}
     trainer = LossTrainer(
@@ -269,8 +275,8 @@ def _write_summary(summary: TrainingSummary, log: LossLog, output: Path) -> None
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident bytes after loading and after each step that counts; slope: their growth(); waiting: saved forwards that
-    wait for a backward in the engines at the end."""
+    """Resident bytes after loading and after each step that counts; slope: their calm_growth; waiting: saved forwards
+    that wait for a backward in the engines at the end."""
 
     loaded: int
     steps: tuple[int, ...]
@@ -279,23 +285,23 @@ class Memory:
 
     @property
     def leaks(self) -> bool:
-        return self.slope > LEAK_BYTES or self.waiting > 0
+        return self.slope > memory_trend.MOST or self.waiting > 0
 
 
 def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory:
-    """Train for `steps` steps after WARMUP and measure the resident memory after each."""
-    done = _few_steps(config, beside, steps, one_length=True)
+    """Train for `steps` steps after WARMUP and measure the resident memory after each.
+
+    Up to MORE times as many steps where memory is not calm by then, and the training has so many.
+    """
+
+    def calm(rss: Sequence[int]) -> bool:
+        counted = rss[WARMUP:]
+        return memory_trend.calm_growth(counted) <= memory_trend.MOST or len(counted) >= MORE * steps
+
+    done = _few_steps(config, beside, steps, one_length=True, enough=calm)
     rss = done.log.rss[WARMUP:]
     waiting = sum(w.engine.saved_forwards for w in getattr(done.model, "_kt_wrappers", ()) if w.engine)
-    return Memory(done.log.rss_before, tuple(rss), growth(rss), waiting)
-
-
-def growth(rss: Sequence[int]) -> float:
-    """Bytes per step, fitted, without the largest single rise: an allocator may take more once, a leak repeats it."""
-    rises = [after - before for before, after in itertools.pairwise(rss)]
-    largest = max(range(len(rises)), key=rises.__getitem__, default=0)
-    spared = max(0, rises[largest]) if len(rises) > 1 else 0
-    return curves.slope(range(len(rss)), [r - spared if at > largest else r for at, r in enumerate(rss)])
+    return Memory(done.log.rss_before, tuple(rss), memory_trend.calm_growth(rss), waiting)
 
 
 def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:
@@ -304,13 +310,15 @@ def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> fl
     return float(statistics.median(row["tokens_per_s"] for row in done.log.rows[WARMUP:]))
 
 
-def _few_steps(config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False) -> Trained:
+def _few_steps(
+    config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False, enough: Enough | None = None
+) -> Trained:
     with tempfile.TemporaryDirectory(prefix="ktverify-") as directory:
         count = steps + WARMUP
         keys = {"logging_steps": 1, "save_steps": count + 1, "resume_from_checkpoint": None}
         short = config.model_copy(update={**keys, "output_dir": f"{directory}/out"})
         try:
-            return run(short, beside, first_steps=count, one_length=one_length)
+            return run(short, beside, first_steps=count, one_length=one_length, enough=enough)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without run's hint, which names a directory that is deleted
         except NotFinite as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,27 @@ def _norm_of_gradients(model: torch.nn.Module) -> float:
     return torch.nn.utils.get_total_norm(found).item()
 
 
+# whether a training of first steps may end: from the resident bytes after every step
+Enough = Callable[[Sequence[int]], bool]
+
+
 class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
     """A callback of transformers' Trainer that writes loss.jsonl in `directory`, one line for each logged step.
 
     kept: what every checkpoint keeps, beside `running`, in its trainer_state.json. rows: the lines; a resumed run
     removes those after its checkpoint's step. rss: resident bytes after every step, rss_before: before the first;
-    begun: the step and the tokens that a resumed run starts from. last: the step to end after, None for all.
+    begun: the step and the tokens that a resumed run starts from. last: the step to end after, None for all,
+    or a later one, when `enough` is true of rss.
     """
 
-    def __init__(self, directory: Path, kept: Mapping[str, Any] | None = None, last: int | None = None) -> None:
-        self.last = last
+    def __init__(
+        self,
+        directory: Path,
+        kept: Mapping[str, Any] | None = None,
+        last: int | None = None,
+        enough: Enough | None = None,
+    ) -> None:
+        self.last, self.enough = last, enough or (lambda _: True)
         self.path = directory / curves.LOSS_FILE
         self.kept = dict(kept or {})
         self.running = RunningLoss()
@@ -128,10 +139,11 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._since = (time.perf_counter(), self.begun[1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= (self.last or state.max_steps):
+        self.rss.append(self._process.memory_info().rss)
+        step = state.global_step
+        if step >= state.max_steps or (self.last is not None and step >= self.last and self.enough(self.rss)):
             # so that a run shorter than logging_steps also has a loss
             control.should_log = control.should_training_stop = True
-        self.rss.append(self._process.memory_info().rss)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:

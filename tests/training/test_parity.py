@@ -143,7 +143,10 @@ ACTIVATIONS: list[tuple[Any, bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("activation", "taken"), ACTIVATIONS, ids=str)
+# names without addresses, which differ between processes
+@pytest.mark.parametrize(
+    ("activation", "taken"), ACTIVATIONS, ids=lambda each: getattr(each, "__name__", type(each).__name__)
+)
 def test_an_activation_is_judged_by_what_it_computes(activation: Any, taken: bool) -> None:
     model = build_model("mixtral")
     for layer in model.model.layers:

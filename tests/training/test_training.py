@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +22,9 @@ from ktverify.training.acceptance import verify_training
 from ktverify.training.config import TrainConfig, read_config
 from ktverify.training.dataset import example_data, read_records
 from ktverify.training.pretrained import load_tokenizer
-from ktverify.training.run import Memory, TrainingSummary, growth, measure_memory, measure_throughput
+from ktverify.training.run import Memory, TrainingSummary, measure_memory, measure_throughput
 from ktverify.training.tiny import make_tiny
+from ktverify.training.trainer import LossLog
 from tests.support.command_line import call, ends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -332,13 +334,13 @@ def test_every_command_has_the_losses_of_the_training(
     measure_throughput(config, EXAMPLES, steps=10)
     measure_memory(config, EXAMPLES, steps=10)
     throughput, memory = (done.log.curve for done in found)
-    assert throughput.steps == memory.steps == whole.steps[:13]
+    assert throughput.steps == memory.steps[:13] == whole.steps[:13]
     assert throughput.losses == whole.losses[:13]
 
 
 def test_memory_does_not_grow(made: Made, tmp_path: Path) -> None:
     found = measure_memory(config_of("minimal", made.base("deepseek_v2"), tmp_path), EXAMPLES, steps=30)
-    assert len(found.steps) == 30
+    assert len(found.steps) >= 30
     assert 0 < found.loaded <= found.steps[-1]
     assert not found.leaks, found
     assert found.slope < 2**16, found  # 15 KiB a step is the most that such a run was seen to take
@@ -347,27 +349,25 @@ def test_memory_does_not_grow(made: Made, tmp_path: Path) -> None:
     assert Memory(found.loaded, found.steps, found.slope, waiting=1).leaks
 
 
-@pytest.mark.parametrize(
-    ("rss", "leaks"),
-    [
-        ([at * 2**19 for at in range(10)], True),
-        # every second step
-        ([at // 2 * 2**21 for at in range(10)], True),
-        # behind one large rise
-        ([at * 2**19 + (at > 4) * 2**23 for at in range(10)], True),
-        # one rise alone
-        *[([2**29 + (step >= at) * 2**23 + step * 2**14 for step in range(10)], False) for at in range(1, 10)],
-    ],
-)
-def test_only_repeated_growth_is_a_leak(rss: list[int], leaks: bool) -> None:
-    assert Memory(0, tuple(rss), growth(rss)).leaks is leaks
+def test_a_planted_leak_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bytes] = []
+    original = LossLog.on_step_end
+
+    def leaking(self: LossLog, *given: Any, **more: Any) -> None:
+        kept.append(os.urandom(2**18))
+        original(self, *given, **more)
+
+    monkeypatch.setattr(LossLog, "on_step_end", leaking)
+    found = measure_memory(config_of("minimal", made.base("deepseek_v2"), tmp_path, max_steps=60), EXAMPLES)
+    assert found.leaks, found
+    assert len(found.steps) == run.MORE * 10
 
 
 def test_throughput_is_the_median_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"tokens_per_s": rate} for rate in (1.0, 1.0, 1.0, 40.0, 10.0, 30.0, 20.0)]
 
-    def few(config: TrainConfig, beside: Path, *, first_steps: int, one_length: bool) -> SimpleNamespace:
-        assert not one_length
+    def few(config: TrainConfig, beside: Path, *, first_steps: int, **more: Any) -> SimpleNamespace:
+        assert more == {"one_length": False, "enough": None}
         assert first_steps == len(rows)
         return SimpleNamespace(log=SimpleNamespace(rows=rows))
 
