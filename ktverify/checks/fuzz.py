@@ -8,6 +8,7 @@ the same call on a new layer, and be within the budgets.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import threading
@@ -127,8 +128,10 @@ class Session:
         judged(self.target, f"a new layer, {batch.case.id}", batch.case, found, batch)
         return found
 
-    def _expect(self, what: str, batch: Inputs, found: dict[str, Tensor]) -> None:
+    def _expect(self, what: str, batch: Inputs, call: Callable[[], dict[str, Tensor]]) -> None:
+        # the new layer first, so that the call is the latest of the process
         right = self._alone(batch)
+        found = call()
         for name, tensor in found.items():
             expect(same_bits(tensor, right[name]), f"{what}: {name} has other bits than on a new layer")
         self.compared += len(found)
@@ -144,7 +147,7 @@ class Session:
         self._note(f"forward T={batch.case.qlen} {batch.case.routing}")
         given = self._elsewhere(batch)
         before = [bits(getattr(given, name)).clone() for name in TOKENS]
-        self._expect("forward", batch, {OUTPUT: forward(self.layer, given, save=False)})
+        self._expect("forward", batch, lambda: {OUTPUT: forward(self.layer, given, save=False)})
         kept = all(torch.equal(a, bits(getattr(given, name))) for a, name in zip(before, TOKENS, strict=True))
         expect(kept, "forward wrote to its arguments")
 
@@ -156,8 +159,7 @@ class Session:
         if len(self.waiting) == self.depth:
             self._refused(f"more than {self.depth} saved forwards", lambda: forward(self.layer, given, save=True))
             return
-        output = forward(self.layer, given, save=True)
-        self._expect("saved forward", batch, {OUTPUT: output})
+        self._expect("saved forward", batch, lambda: {OUTPUT: forward(self.layer, given, save=True)})
         self.waiting.append(batch)
 
     def backward(self) -> None:
@@ -167,7 +169,7 @@ class Session:
             self._refused("backward without a forward", lambda: self.layer.backward(self.inputs.grad_output))
             return
         batch = self.waiting.pop()
-        self._expect("backward", batch, backward_of(self.layer, self._elsewhere(batch)))
+        self._expect("backward", batch, lambda: backward_of(self.layer, self._elsewhere(batch)))
 
     def step(self) -> None:
         """Write to some parameters in one of several ways, then update_lora_weights."""
@@ -274,7 +276,7 @@ class Session:
             worker.join()
         expect(len(found) == 3, "a thread's forward raised an exception")
         for index, output in found.items():
-            self._expect("forward in a thread", batches[index], {OUTPUT: output})
+            self._expect("forward in a thread", batches[index], functools.partial(dict, {OUTPUT: output}))
 
     def fork(self) -> None:
         """A forked process computes with this layer."""
