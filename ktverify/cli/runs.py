@@ -87,8 +87,9 @@ def gate(
         kept = files.read(baseline)
     elif usual.is_file():
         kept = files.read(usual)
-    if kept is not None and found.head is not None and kept.engine != found.head.engine:
-        typer.echo(f"note: the baseline is of engine {kept.engine}, this run of {found.head.engine}")
+    if kept is not None and baseline is None and found.head is not None and kept.engine != found.head.engine:
+        typer.echo(f"not compared with {usual}: it is of engine {kept.engine}, this run of {found.head.engine}")
+        kept = None
     finding = gating.judge_run(found, kept)
     against = f"against {kept.stamp}" if kept is not None else "without a baseline"
     broken = "" if finding.passed else f"{len(finding.breaks)} broke of "
