@@ -20,7 +20,8 @@ from torch import nn
 
 from ktverify.errors import AdapterMismatch, one_line
 from ktverify.system.text import read_json
-from ktverify.training.layer import Factors, MOELayerWrapper, uncompiled
+from ktverify.training.factors import Factors
+from ktverify.training.layer import MOELayerWrapper, uncompiled
 from ktverify.training.wrap import WEIGHTS, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
@@ -53,7 +54,13 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
             raise ValueError(
                 f"the engine computes one adapter at a time, {len(active)} are active: {', '.join(active)}"
             )
-        name = active[0]
+        return self._of(active[0])
+
+    def attached(self) -> list[Factors]:
+        """The factors of all adapters, active or not."""
+        return [self._of(name) for name in self.lora_A]
+
+    def _of(self, name: str) -> Factors:
         return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
 
     @uncompiled

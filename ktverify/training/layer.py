@@ -6,23 +6,25 @@ its graph or by a checkpoint that keeps nothing, the engine frees the saved forw
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 from torch.utils.weak import WeakIdRef
 
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
-from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+from ktverify.spec.names import GRAD_NAMES
 from ktverify.system.limits import processors
+from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, rank_of
 from ktverify.training.turns import in_turn, list_of_this_thread
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
@@ -79,29 +81,6 @@ def init_cpu_infer(
     return CpuInfer(threads or processors(), threadpool_count, isa, max_cache_depth, chunked_prefill_size)
 
 
-@dataclass(frozen=True)
-class Factors:
-    """peft's LoRA of one stacked parameter: a [E r, in], b [out, r E] (expert index fastest); delta = scaling B A."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
-
-    def of_experts(self, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """a [E, r, in], b [E, out, r], differentiable, on the CPU."""
-        a, b = self.a.cpu(), self.b.cpu()
-        return a.reshape(num_experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
-
-
-class Adapter(Protocol):
-    """LoRA of one parameter. factors: its Factors, None while it is disabled; held: its Factors in any case."""
-
-    @property
-    def parameter_name(self) -> str: ...
-    def factors(self) -> Factors | None: ...
-    def held(self) -> Factors | None: ...
-
-
 class MOELayerWrapper(nn.Module):
     """E experts: hidden_states [T, H], expert_ids [T, k], weights [T, k] -> output [T, H], any float dtype and device.
 
@@ -123,10 +102,36 @@ class MOELayerWrapper(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.engine: layer.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
+        self._rank, self._scaling = 1, 0.0  # of the engine; scaling 0.0 until it has LoRA
+        self._dtype: torch.dtype | None = None  # of the engine's LoRA
         self._held: object = None  # the key of the engine's present values
         self._taken: dict[object, tuple[object, int]] = {}  # adapter -> key and version of its last values
         self._versions = itertools.count(1)
         self._version = 0  # equal for equal values
+
+    @in_turn
+    def __getstate__(self) -> dict[str, Any]:
+        """The weights as tensors: the engine is built again from them, by the first forward of the copy."""
+        notes: dict[str, Any] = {"_held": None, "_taken": {}, "_versions": None, "_version": 0}
+        return {**self.__dict__, "_sources": self._base(), "engine": None, **notes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_versions": itertools.count(1)})  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MOELayerWrapper:
+        state = self.__getstate__()
+        sources = state.pop("_sources")  # new tensors already, or frozen ones that the copy may share
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__({**copy.deepcopy(state, memo), "_sources": sources})
+        return made
+
+    def _base(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up_proj and down_proj: those given, or, once the engine has them, new tensors with their values."""
+        if self._sources is not None:
+            return self._sources
+        assert self.engine is not None
+        base = self.engine.base_weights()
+        return torch.cat([base["gate_proj"], base["up_proj"]], dim=1), base["down_proj"]
 
     @property
     def calling(self) -> list[Adapter]:
@@ -166,7 +171,6 @@ class MOELayerWrapper(nn.Module):
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w, *lora))
         engine = self.engine
         assert engine is not None
-        self._sources = None  # the engine has them now, and releases what it has packed
         call = Call(engine, self._version, lambda: self._version, save, self.infer.max_cache_depth)
         rows = self.infer.chunked_prefill_size
         apply: Any = MOEAMXFunction.apply
@@ -182,22 +186,21 @@ class MOELayerWrapper(nn.Module):
     def _synchronise(self, calling: Iterable[Adapter], top_k: int, may_update: bool) -> tuple[torch.Tensor, ...]:
         """Give the engine the six LoRA tensors of this call and return them, differentiable; () without LoRA."""
         factors = {a.parameter_name: f for a in calling if (f := a.factors()) is not None}
-        lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
-        if self.engine is None:
-            # also for disabled adapters, so that one that is disabled at first can be enabled
-            held = {a.parameter_name: f for a in self.adapters.values() if (f := a.held()) is not None}
-            self._build(held, top_k)
-        scaling = next(iter(factors.values())).scaling if factors else None
+        # of all that are attached, so that they can be switched
+        attached = [*factors.values(), *(f for a in self.adapters.values() for f in a.attached())]
+        dtype = dtype_of(attached)
+        if self.engine is None or not self._has_room(attached, dtype):
+            self._build(attached, top_k)
+        if dtype != self._dtype:
+            self._dtype, self._held, self._taken = dtype, None, {}
         assert self.engine is not None
+        lora = engine_lora(factors, self.engine.spec, dtype)
         values = self.engine.fingerprint([t for _, f in sorted(factors.items()) for t in (f.a, f.b)])
         key = tuple((name, f.scaling) for name, f in sorted(factors.items())), values
         # a Parameter stays the same object when its values, or even their address, change; a weak reference, because a
         # later object may get the number id() of one that is gone
         adapter = tuple((name, WeakIdRef(f.a), WeakIdRef(f.b)) for name, f in sorted(factors.items()))
-        if self._other(lora, scaling):
-            self._build(factors, top_k)
-            self._took(adapter, key)
-        elif key != self._held:
+        if key != self._held:
             before, version = self._taken.get(adapter, (None, 0))
             same = before == key
             if version and not same and not may_update:
@@ -205,7 +208,7 @@ class MOELayerWrapper(nn.Module):
                     f"the LoRA parameters of MoE layer {self.layer_idx} changed since the engine took them over, and "
                     "auto_update is off: call update_lora_pointers() after the optimizer's step"
                 )
-            self._load(lora)
+            self._load(lora, dtype)
             self._took(adapter, key, version if same else 0)
         return tuple(lora)
 
@@ -214,25 +217,24 @@ class MOELayerWrapper(nn.Module):
         self._version = version or next(self._versions)
         self._held, self._taken[adapter] = key, (key, self._version)
 
-    def _other(self, lora: list[torch.Tensor], scaling: float | None) -> bool:
-        """Whether an engine of another rank, method or scaling is needed."""
+    def _has_room(self, factors: list[Factors], dtype: torch.dtype) -> bool:
+        """Whether the engine takes these factors: a smaller rank is padded, B contains the scaling, and the dtype may
+        change while no forward waits."""
         assert self.engine is not None
         spec = self.engine.spec
-        if scaling is None:
+        if factors and (spec.method != METHOD or rank_of(factors, self.num_experts) > spec.lora_rank):
             return False
-        other_rank = spec.method != METHOD or lora[0].shape[1] != spec.lora_rank
-        return other_rank or abs(spec.scaling - scaling) > 1e-6 * scaling
+        return dtype == self._dtype or not self.engine.saved_forwards
 
-    def _build(self, factors: dict[str, Factors], top_k: int) -> None:
-        lora = _engine_lora(factors, self.num_experts, self.hidden_size, self.intermediate_size)
-        scaling = next(iter(factors.values())).scaling if factors else 1.0
-        if self._sources is None:
-            raise RuntimeError(
-                f"MoE layer {self.layer_idx} has packed its base weights for another LoRA rank or scaling: attach the "
-                "adapter before the first forward, or wrap a freshly loaded model"
-            )
-        rank = lora[0].shape[1] if lora else 1
-        self.engine = layer.KTMoEWrapper(
+    def _build(self, attached: list[Factors], top_k: int) -> None:
+        """Build the engine for the largest rank of `attached` and the scaling of the first, or those of an earlier one,
+        whose results it gives bit for bit."""
+        gate_up, down = self._base()
+        rank, scaling = self._rank, self._scaling
+        if attached:
+            rank = max(rank, rank_of(attached, self.num_experts))
+            scaling = scaling or next((f.scaling for f in attached if 0 < f.scaling < math.inf), 1.0)
+        engine = layer.KTMoEWrapper(
             layer_idx=self.layer_idx,
             num_experts=self.num_experts,
             num_experts_per_tok=top_k,
@@ -241,62 +243,26 @@ class MOELayerWrapper(nn.Module):
             cpuinfer_threads=self.infer.threads,
             threadpool_count=self.infer.tp,
             chunked_prefill_size=self.infer.chunked_prefill_size,
-            method=METHOD if lora else METHOD_WITHOUT_LORA,
+            method=METHOD if attached else METHOD_WITHOUT_LORA,
             lora_rank=rank,
-            lora_alpha=scaling * rank,
+            lora_alpha=(scaling or 1.0) * rank,
             max_cache_depth=self.infer.max_cache_depth,
             isa=self.infer.isa,
         )
-        gate_up, down = self._sources
         half = self.intermediate_size
         identity = torch.arange(self.num_experts, device="cpu")
-        self.engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
-        self._load(lora, first=True)
+        engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
+        self.engine, self._rank, self._scaling = engine, rank, scaling
+        self._sources = None  # the engine has them now, and releases what it has packed
         self._held, self._taken = None, {}
 
-    def _load(self, lora: list[torch.Tensor], *, first: bool = False) -> None:
+    def _load(self, lora: list[torch.Tensor], dtype: torch.dtype) -> None:
         engine = self.engine
         assert engine is not None
+        shapes = engine.spec.lora_shapes.values()
         values = [t.detach().contiguous() for t in lora]
-        if not values:
-            dtype = torch.bfloat16 if first else engine.gate_lora_a.dtype
-            values = [torch.zeros(shape, dtype=dtype, device="cpu") for shape in engine.spec.lora_shapes.values()]
-        if first or values[0].dtype != engine.gate_lora_a.dtype:
-            engine.init_lora_weights(*values)
-        else:
-            for name, value in zip(LORA_NAMES, values, strict=True):
-                setattr(engine, name, value)
-            engine.update_lora_weights()
-
-
-def _engine_lora(factors: dict[str, Factors], num_experts: int, hidden: int, intermediate: int) -> list[torch.Tensor]:
-    """The six tensors in the order of LORA_NAMES, differentiable with respect to the factors; [] without any.
-
-    gate and up share the A of their stacked parameter. Of different ranks, the smaller is padded with zeros; of
-    different scalings, the engine gets the first, and B contains the ratio.
-    """
-    if not factors:
-        return []
-    scaling = next(iter(factors.values())).scaling
-    dtype = torch.bfloat16 if all(f.a.dtype == f.b.dtype == torch.bfloat16 for f in factors.values()) else torch.float32
-    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name, given in factors.items():
-        a, b = given.of_experts(num_experts)
-        pairs[name] = (a.to(dtype), (b if given.scaling == scaling else b * (given.scaling / scaling)).to(dtype))
-    rank = max(a.shape[1] for a, _ in pairs.values())
-    sizes = {"gate_up_proj": (hidden, 2 * intermediate), "down_proj": (intermediate, hidden)}
-    for name, (inputs, outputs) in sizes.items():
-        if name not in pairs:
-            pairs[name] = (
-                torch.zeros(num_experts, rank, inputs, dtype=dtype, device="cpu"),
-                torch.zeros(num_experts, outputs, rank, dtype=dtype, device="cpu"),
-            )
-        a, b = pairs[name]
-        missing = rank - a.shape[1]
-        if missing:
-            pairs[name] = (functional.pad(a, (0, 0, 0, missing)), functional.pad(b, (0, missing)))
-    (a, b), (down_a, down_b) = pairs["gate_up_proj"], pairs["down_proj"]
-    return [a, b[:, :intermediate], a, b[:, intermediate:], down_a, down_b]
+        values = values or [torch.zeros(shape, dtype=dtype, device="cpu") for shape in shapes]
+        engine.init_lora_weights(*values)
 
 
 # ---- autograd

@@ -141,6 +141,12 @@ PYBIND11_MODULE(_native, m) {
             },
             without_gil)
         .def(
+            "unpack",
+            [](const Layer& layer, int expert, std::uintptr_t gate, std::uintptr_t up, std::uintptr_t down) {
+                return layer.unpack(expert, pointer<bf16>(gate), pointer<bf16>(up), pointer<bf16>(down));
+            },
+            without_gil)
+        .def(
             "update_lora", [](Layer& layer, const Six& lora, bool fp32) { layer.update_lora(six(lora, fp32)); },
             without_gil)
         .def("forward",

@@ -87,6 +87,13 @@ void Layer::move_weights(int name, const WeightSource& gate, const WeightSource&
     s.down.experts = down.experts;
 }
 
+bool Layer::unpack(int expert, bf16* gate, bf16* up, bf16* down) const {
+    const std::lock_guard lock(process().mutex);
+    if (expert < 0 || expert >= state_->config.num_experts)
+        throw BadInput("there is no expert " + std::to_string(expert));
+    return state_->unpack(expert, gate, up, down);
+}
+
 void Layer::update_lora(const LoraPointers& lora) {
     State& s = *state_;
     Process& shared = process();

@@ -55,7 +55,37 @@ void put_matrix(const LoraTensor& from, std::size_t offset, std::size_t ld, int 
     }
 }
 
+// The reverse of pack_row, into a contiguous row-major matrix with leading dimension ld.
+void unpack_row(const bf16* from, int rows, int cols, std::size_t ld, bf16* to) {
+    for (int kb = 0; kb < blocks_of(cols); ++kb) {
+        const int have = std::min(kBlock, cols - kb * kBlock);
+        for (int n = 0; n < rows; ++n) {
+            std::memcpy(to + n * ld + kb * kBlock, from + kb * kBlockSize + n * kBlock, have * sizeof(bf16));
+        }
+    }
+}
+
 }  // namespace
+
+bool Layer::State::unpack(int expert, bf16* gate_to, bf16* up_to, bf16* down_to) const {
+    if (!experts[0][expert].block) return false;
+    const std::size_t H = size.H, I = size.I, all_I = I * config.parts;
+    for (int part = 0; part < config.parts; ++part) {
+        const PackedExpert& from = experts[part][expert];
+        for (int row = 0; row < size.ib; ++row) {
+            const std::size_t at = (part * I + row * kBlock) * H;
+            const int rows = std::min(kBlock, size.I - row * kBlock);
+            unpack_row(from.gate + row * gate_up_stride(), rows, size.H, H, gate_to + at);
+            unpack_row(from.up + row * gate_up_stride(), rows, size.H, H, up_to + at);
+        }
+        for (int row = 0; row < size.hb; ++row) {
+            const int rows = std::min(kBlock, size.H - row * kBlock);
+            unpack_row(from.down + row * panel(size.ib), rows, size.I, all_I,
+                       down_to + row * kBlock * all_I + part * I);
+        }
+    }
+    return true;
+}
 
 std::size_t Layer::State::expert_bytes() const {
     return 3 * size.ib * (size.hb * kBlockSize) * sizeof(bf16);

@@ -71,19 +71,30 @@ class Sources:
         Gives the engine the present addresses: `share_memory_`, `Module.share_memory` and a queue of multiprocessing
         move a storage that others refer to. RuntimeError where a storage, OSError where a file has become shorter,
         before its memory is read."""
-        for file in self.files or ():
-            file.check()
-        places = self._places_now()
+        places = self._checked_places()
         if places != self._places:
-            if any(now < before for (_, now), (_, before) in zip(places, self._places, strict=True)):
-                raise RuntimeError(
-                    "the base weights were resized before all experts were packed; an expert is packed when its first "
-                    "token arrives: call load_weights_from_tensors again"
-                )
             native.move_weights(self.name, *map(self._of_native, self.weights))
             self._places = places
         self.going = self.released()
         return self.name if self.going else 0
+
+    def read(self, expert: int, to: list[torch.Tensor]) -> None:
+        """Copy a logical expert's gate_proj, up_proj, down_proj. Errors as before_packing."""
+        self._checked_places()
+        slot = self.slots.index(expert)
+        for matrix, by_slot in zip(to, self.weights, strict=True):
+            matrix.copy_(by_slot[slot])
+
+    def _checked_places(self) -> list[tuple[int, int]]:
+        for file in self.files or ():
+            file.check()
+        places = self._places_now()
+        if any(now < before for (_, now), (_, before) in zip(places, self._places, strict=True)):
+            raise RuntimeError(
+                "the base weights were resized before all experts were packed; an expert is packed when its first "
+                "token arrives: call load_weights_from_tensors again"
+            )
+        return places
 
     def _places_now(self) -> list[tuple[int, int]]:
         """Address and bytes of each storage."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import os
 import threading
@@ -16,7 +18,7 @@ from ktverify.engines.native.base_weights import Sources, alias, expert_weights
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.engines.native.shortage import memory_errors
 from ktverify.engines.plain_tensors import values_of
-from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+from ktverify.spec.names import BASE_NAMES, GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
 from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
 
@@ -196,6 +198,39 @@ class KTMoEWrapper:
         base, files = expert_weights(self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts)
         self._load(Sources(list(base.values()), slots, files=files))
 
+    @memory_errors("base_weights")
+    def base_weights(self) -> dict[str, torch.Tensor]:
+        """New tensors with the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by
+        logical expert. RuntimeError before they were loaded."""
+        argument_checks.check_ready(self._weights_loaded, True, "base_weights")
+        sources, experts = self._sources(), self.spec.num_experts  # without sources, all experts are packed
+        found = {
+            name: torch.empty((experts, *shape), dtype=torch.bfloat16, device="cpu")
+            for name, shape in self.spec.expert_shapes.items()
+        }
+        for expert in range(experts):
+            matrices = [found[name][expert] for name in BASE_NAMES]
+            to = [matrix.data_ptr() for matrix in matrices]
+            if not self._native.unpack(expert, *to):
+                if sources is None:
+                    raise RuntimeError("base weights were loaded by another thread meanwhile: call base_weights again")
+                sources.read(expert, matrices)
+                self._native.unpack(expert, *to)  # another thread may have packed it meanwhile, and released its source
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KTMoEWrapper:
+        arguments, base, lora = self._state()
+        return _made_again(arguments, base, copy.deepcopy(lora, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, self._state()
+
+    def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, list[torch.Tensor] | None]:
+        """All that makes another engine of the same weights; saved forwards stay with this one."""
+        base = self.base_weights() if self._weights_loaded else None
+        lora = [getattr(self, name) for name in LORA_NAMES] if self._lora_dtype is not None else None
+        return dataclasses.asdict(self.spec), base, lora
+
     def _load(self, sources: Sources) -> None:
         sources.load(self._native)
         self._sources = weakref.ref(sources)
@@ -347,3 +382,16 @@ class KTMoEWrapper:
         """Return to the operating system the working buffers that layers share, and the memory of freed LoRA gradients.
         Saved forwards keep their memory."""
         _native.clear_buffer_cache()
+
+
+def _made_again(
+    arguments: dict[str, Any], base: dict[str, torch.Tensor] | None, lora: list[torch.Tensor] | None
+) -> KTMoEWrapper:
+    """A copied engine: its constructor's arguments, base weights by logical expert, LoRA parameters."""
+    made = KTMoEWrapper(**arguments)
+    if base is not None:
+        gate, up, down = (base.pop(name) for name in BASE_NAMES)
+        made.load_weights_from_tensors(gate, up, down, torch.arange(made.spec.num_experts, device="cpu"))
+    if lora is not None:
+        made.init_lora_weights(*lora)
+    return made

@@ -105,6 +105,9 @@ class Layer {
                      const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner = nullptr);
     // The sources of this name are now at other addresses. Does nothing when they are not the present ones.
     void move_weights(int name, const WeightSource& gate, const WeightSource& up, const WeightSource& down);
+    // Writes an expert's base weights, bit for bit, to gate, up [I, H] and down [H, I], contiguous. Returns false, and
+    // writes nothing, where it is not packed yet: then the sources still have it.
+    bool unpack(int expert, bf16* gate, bf16* up, bf16* down) const;
     // Takes a snapshot of all six tensors; the caller may change them afterwards. BadState for another dtype than before
     // while a forward waits.
     void update_lora(const LoraPointers& lora);
