@@ -131,7 +131,7 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     }
     caller_.lap(Phase::allocation);
     layer_.pack_experts(team, wanted);
-    caller_.lap(Phase::pack_weights);
+    if (!wanted.empty()) caller_.lap(Phase::pack_weights);
 
     const int parts = config_.parts, copies = call_.save ? groups_of(call_.rows + 1) : 0;
     TaskQueue copying(1, team, copies), packing(parts, team, groups_), upping(parts, team, active_, size_.ib),
