@@ -71,13 +71,6 @@ def test_any_other_exception_is_a_defect_and_not_hidden(error: Exception) -> Non
     assert raising(error, "report").exception is error
 
 
-@pytest.mark.parametrize("words", [["list", "--nothing"], ["repro"], ["nothing"]])
-def test_wrong_arguments_are_shown_with_the_usage(words: list[str]) -> None:
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 2
-    assert result.stderr.startswith("Usage: ")
-
-
 def test_an_exception_of_any_kind_from_a_librarys_own_code_is_expected() -> None:
     with pytest.raises(AttributeError) as raised:
         yaml.safe_load(3)  # type: ignore[arg-type]
