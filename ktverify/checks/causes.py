@@ -34,6 +34,7 @@ class Cause(enum.Enum):
     REFUSAL = "refusal"  # bad input is accepted, or changes the layer
     DROPOUT = "dropout"  # lora_dropout drops other elements, at another time or in another way than it must
     MEMORY_LAYOUT = "memory_layout"  # strides, addresses, interleaving, writes into the caller's memory
+    CRASH = "crash"  # the engine raises, dies, hangs or takes too much memory where it should compute
     OTHER = "other"
 
 

@@ -5,16 +5,33 @@ Heavy modules are imported inside the commands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import CaseOrMutants, CaseText, EngineName, Isa, Tensors, Tp, print_verdict
+from ktverify.cli.options import (
+    CallMemoryLimit,
+    CallTimeLimit,
+    CaseOrMutants,
+    CaseText,
+    EngineName,
+    Isa,
+    Tensors,
+    Tp,
+    print_verdict,
+)
+from ktverify.cli.progress import progress
 from ktverify.isolation.interrupt import importing, nothing_written
 
 if TYPE_CHECKING:
+    from ktverify.diagnose.asking import Asking
+    from ktverify.diagnose.evidence import Explanation
     from ktverify.diagnose.search import Diagnosis
+
+# checks that a line names before it counts the rest
+_NAMED = 6
 
 
 def diagnose(
@@ -25,18 +42,22 @@ def diagnose(
     tensor: Tensors = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the findings as JSON")] = False,
     mutants: Annotated[bool, typer.Option("--mutants", help="diagnose the engines that are wrong on purpose")] = False,
+    seconds: Annotated[float, typer.Option(help="after this time no further check is begun", min=0)] = 120,
+    time_limit: CallTimeLimit = None,
+    memory_limit: CallMemoryLimit = None,
 ) -> None:
-    """Find the cause of what is wrong with an engine.
+    """Find what is wrong with an engine, and why.
 
-    Hypotheses are tested on the tensors of the case and ranked by how much of the error each explains. Where the case
-    passes, the checks of the contract are run until one fails: repeats, threads, updates, waiting forwards, refusals.
+    Hypotheses are tested on the tensors of the case and ranked by how much of the error each explains. Then it is asked
+    which values go stale, and the checks of the contract are run. All findings are listed, the most telling first. An
+    engine that dies, hangs or takes too much memory ends only its own call.
 
     \b
     Examples:  python -m ktverify diagnose small --engine my_package.layer:make_layer
                python -m ktverify diagnose 'small,T=1' --tensor grad_up_lora_a --json
                python -m ktverify diagnose --mutants lora_scale_one
 
-    Exit code 0: nothing to explain; 1: there is something wrong.
+    Exit code 0: nothing to explain; 1: there is something wrong, or nothing could be computed.
     """
     given = case or []
     if mutants:
@@ -47,36 +68,65 @@ def diagnose(
     from ktverify.checks.accuracy import check_names
     from ktverify.checks.target import Target
     from ktverify.diagnose.diagnose import diagnose as search
-    from ktverify.report.console import make_console
     from ktverify.spec.cases import Case
 
     parsed = Case.parse(given[0] if given else "small")
-    with make_console(stderr=True).status(f"{parsed.id} on {engine}"):
-        target = Target(engine, isa, tp, threads=None)
-        found = search(parsed, target, tensors=check_names(tensor, True), seconds=120.0)
+    target = Target(engine, isa, tp, threads=None)
+    wanted = check_names(tensor, True)
+    with progress(f"{parsed.id} on {engine}") as say, _asking(time_limit, memory_limit) as asking:
+        found = search(parsed, target, tensors=wanted, seconds=seconds, asking=asking, say=say)
     if as_json:
         typer.echo(_as_json(found, engine))
     else:
         _print(found, engine, tp)
-    if found.failing or found.explanations:
+    nothing = bool(found.unsupported) and found.computed == 0
+    if found.failing or found.explanations or nothing:
         raise typer.Exit(1)
+
+
+def _asking(time_limit: float | None, memory_limit: float | None) -> Asking:
+    from ktverify.diagnose.asking import Asking
+    from ktverify.isolation.child import BIG, DEFAULT
+
+    return Asking(DEFAULT.but(time_limit, memory_limit), BIG.but(time_limit, memory_limit))
 
 
 def _print(found: Diagnosis, engine: str, tp: int) -> None:
     typer.echo(found.line)
     where = f"{found.case.id}, engine {engine}, TP {tp}"
-    wrong = f"over budget: {', '.join(found.failing)}" if found.failing else "every tensor is within its budget"
+    if found.failing:
+        wrong = f"over budget: {', '.join(found.failing)}"
+    else:
+        wrong = "every tensor is within its budget" if found.complete else "no tensor that it gave is over budget"
     kind = f"; kind of cause: {found.first.cause.value}" if found.first is not None else ""
     typer.echo(f"{where}: {wrong}; {found.tried} tried{kind}")
     if found.note:
         typer.echo(found.note)
-    for line in found.first.details if found.first is not None else ():
-        typer.echo(f"    {line}")
-    others = found.explanations[1:4]
-    if others:
+    if found.unexplained and found.first is not None:
+        typer.echo(f"no hypothesis fits what is left of {', '.join(found.unexplained)}")
+    for number, each in enumerate(found.explanations, start=1):
+        if number > 1:
+            typer.echo(f"{number}. {each.cause.value}: {each.line}")
+        for line in _evidence(each):
+            typer.echo(f"    {line}")
+    if found.alternatives:
         typer.echo("less likely:")
-    for each in others:
+    for each in found.alternatives[:3]:
         typer.echo(f"    {each.cause.value}: {each.line}")
+    for reason, places in found.unsupported.items():
+        typer.echo(f"UNSUPPORTED {reason} ({_few(places)})")
+
+
+def _evidence(each: Explanation) -> list[str]:
+    """How sure a finding is, what belongs to it, and which checks show it as well."""
+    lines = list(each.details)
+    lines.append(f"{each.level}: {each.proof}" if each.proof else each.level)
+    return [*lines, *([f"shown also by {_few(each.also)}"] if each.also else [])]
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
 
 
 def _as_json(found: Diagnosis, engine: str) -> str:
@@ -88,14 +138,22 @@ def _as_json(found: Diagnosis, engine: str) -> str:
             "text": each.text,
             "explains": each.share,
             "complete": each.complete,
+            "level": each.level,
+            "proof": each.proof,
+            "tensors": list(each.tensors),
             "evidence": list(each.details),
+            "shown_also_by": list(each.also),
         }
-        for each in found.explanations
+        for each in (*found.explanations, *found.alternatives)
     ]
+    for entry in findings[len(found.explanations) :]:
+        entry["level"] = "possible"
     document = {
         "case": found.case.id,
         "engine": engine,
         "failing": list(found.failing),
+        "unexplained": list(found.unexplained),
+        "unsupported": found.unsupported,
         "tried": found.tried,
         "note": found.note,
         "findings": findings,
@@ -133,6 +191,8 @@ def debug_nan(
     isa: Isa = None,
     tp: Tp = 1,
     save: Annotated[Path, typer.Option(help="where to write the tensors")] = Path(".cache/nan.safetensors"),
+    time_limit: CallTimeLimit = None,
+    memory_limit: CallMemoryLimit = None,
 ) -> None:
     """Find the first NaN or Inf: stage, expert, token, index; save the tensors to replay it.
 
@@ -146,7 +206,10 @@ def debug_nan(
     from ktverify.diagnose import debug
     from ktverify.spec.cases import Case
 
-    found = debug.walk_non_finite(Case.parse(case), Target(engine, isa, tp, threads=None), save)
+    parsed, target = Case.parse(case), Target(engine, isa, tp, threads=None)
+    with progress(f"{parsed.id} on {engine}"), _asking(time_limit, memory_limit) as asking:
+        given = asking.compute(target, parsed)
+    found = debug.walk_non_finite(parsed, given, target, save)
     for line in found:
         typer.echo(line)
     if found[0] != debug.FINITE:
@@ -158,20 +221,30 @@ def debug_gradients(
     engine: EngineName = "native",
     isa: Isa = None,
     tp: Tp = 1,
+    time_limit: CallTimeLimit = None,
+    memory_limit: CallMemoryLimit = None,
 ) -> None:
-    """Print differences, norms, cosine and the worst index of each tensor.
+    """Print differences, norms, cosine and the worst index of each tensor. Exit code 1 where one is missing.
 
     \b
     Example:  python -m ktverify debug gradients small --engine my_package.layer:make_layer
     """
     from ktverify.checks.target import Target
-    from ktverify.diagnose.debug import gradient_rows
+    from ktverify.diagnose.debug import fault_lines, gradient_rows
     from ktverify.report.console import make_console, print_grid
     from ktverify.report.grid import Grid
     from ktverify.spec.cases import Case
 
-    note, rows = gradient_rows(Case.parse(case), Target(engine, isa, tp, threads=None))
-    print_grid(make_console(), Grid.of(rows, note, left=("worst",)))
+    parsed = Case.parse(case)
+    with progress(f"{parsed.id} on {engine}"), _asking(time_limit, memory_limit) as asking:
+        given = asking.compute(Target(engine, isa, tp, threads=None), parsed)
+    for line in fault_lines(given):
+        typer.echo(line)
+    note, rows = gradient_rows(parsed, given)
+    if rows:
+        print_grid(make_console(), Grid.of(rows, note, left=("worst",)))
+    if given.fault is not None:
+        raise typer.Exit(1)
 
 
 def debug_tp(

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from ktverify.engines import registry
 from ktverify.errors import is_expected, one_line
 from ktverify.isolation.interrupt import in_one_line
+from ktverify.isolation.origin import of_an_outside_engine, told
 from ktverify.system.files import expand, in_words
 from ktverify.system.printable import shown_line
 
@@ -61,6 +62,12 @@ Threads = Annotated[int | None, typer.Option(help="at most so many threads", min
 Method = Annotated[str, typer.Option(help="AMXBF16_SFT or AMXBF16_SFT_SkipLoRA")]
 TimeLimit = Annotated[
     float, typer.Option(metavar="SECONDS", help="for one call of the engine; then say where it hangs", min=1)
+]
+CallTimeLimit = Annotated[
+    float | None, typer.Option(metavar="SECONDS", help="for one call or check (default: the suites' 300)", min=1)
+]
+CallMemoryLimit = Annotated[
+    float | None, typer.Option(metavar="GIB", help="for one process (default: the suites' 3)", min=0.1)
 ]
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="latest, a stamp or its beginning, or a directory", callback=expanded)
@@ -181,9 +188,11 @@ class OneLineErrors(CommandGroup):
         except Exception as error:
             # wrong arguments have `show`: CommandGroup prints them
             shown = ctx.params.get("traceback") or os.environ.get(TRACEBACK)
-            if shown or hasattr(error, "show") or not is_expected(error):
+            outside = of_an_outside_engine(error)
+            if shown or hasattr(error, "show") or not (outside or is_expected(error)):
                 raise
-            say_error(in_words(error) if isinstance(error, OSError) else one_line(error))
+            text = in_words(error) if isinstance(error, OSError) else one_line(error)
+            say_error(told(error) if outside else text)
             raise typer.Exit(2) from None
 
 

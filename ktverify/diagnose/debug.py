@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 
 from ktverify.checks.target import Target
+from ktverify.diagnose.asking import Given
 from ktverify.diagnose.formulas import label, walk
 from ktverify.diagnose.hook import options
 from ktverify.diagnose.hypotheses.results import first_in, first_of
@@ -23,32 +24,45 @@ from ktverify.system.files import write_whole
 FINITE = "every stage and every tensor is finite"
 
 
-def walk_non_finite(case: Case, target: Target, save: Path) -> list[str]:
-    """Find the first NaN or Inf in the oracle's stages and in the engine's tensors; return it as lines of text.
+def fault_lines(given: Given) -> list[str]:
+    """What the engine did instead of giving some of ALL_TENSORS, and which; the last lines of its output."""
+    if given.fault is None:
+        return []
+    missing = [name for name in ALL_TENSORS if name not in given.actual]
+    declared = "UNSUPPORTED " if given.fault.verdict == "UNSUPPORTED" else ""
+    after = f"; it gave no {', '.join(missing)}" if missing else ""
+    return [f"{declared}{given.fault.text}{after}", *(f"    {line}" for line in given.fault.words)]
 
-    [FINITE] where there is none. Otherwise `save` gets `inputs.*`, `actual.*` and the `stages.*` of the expert with the
-    first one (of the first active expert, if the oracle is finite), as safetensors.
+
+def walk_non_finite(case: Case, given: Given, target: Target, save: Path) -> list[str]:
+    """Find the first NaN or Inf in the oracle's stages and in the tensors that an engine gave; return lines of text.
+
+    [FINITE] where there is none and all tensors are there. Otherwise `save` gets `inputs.*`, `actual.*` and the
+    `stages.*` of the expert with the first one (of the first active expert, if the oracle is finite), as safetensors.
     """
     inputs, note = reduced(make_inputs(case))
     place = first_in(inputs)
-    actual, expected = target.run(case, inputs), forward_backward(inputs)
-    own = first_of(actual, expected)
-    hidden = [n for n in ALL_TENSORS if bool((torch.isfinite(actual[n]) & ~torch.isfinite(expected[n])).any())]
-    if place is None and own is None:
+    actual, expected = given.actual, forward_backward(inputs)
+    fitting = {name: tensor for name, tensor in actual.items() if tensor.shape == expected[name].shape}
+    own = first_of(fitting, expected)
+    hidden = [n for n in fitting if bool((torch.isfinite(actual[n]) & ~torch.isfinite(expected[n])).any())]
+    faults = fault_lines(given)
+    if place is None and own is None and not faults:
         return [FINITE]
-    lines = [note] if note else []
+    lines = [*([note] if note else []), *faults]
     lines.append(f"oracle: {place[1]}" if place is not None else "oracle: every stage is finite on these inputs")
     if own is not None:
         name, index, value = own
         lines.append(f"engine: {value} in {name}{list(index)} ({axis_words(name, index)}), where the oracle is finite")
-    else:
-        lines.append("engine: NaN and Inf only where the oracle has them")
+    elif place is not None or actual:
+        there = "NaN and Inf only where the oracle has them" if place is not None else "what it gave is finite"
+        lines.append(f"engine: {there}" if actual else "engine: it gave no tensor")
     if hidden:
         lines.append(f"engine: finite where the oracle is not, in {', '.join(hidden)}")
     tensors = {f"inputs.{n}": getattr(inputs, n) for n in ("hidden_states", "expert_ids", "weights", "grad_output")}
     tensors.update({f"actual.{name}": tensor for name, tensor in actual.items()})
-    expert = place[0] if place is not None else inputs.active[0]
-    stages = next(v.of for v in walk(inputs) if v.expert == expert)
+    expert = place[0] if place is not None else next(iter(inputs.active), -1)
+    stages = next((v.of for v in walk(inputs) if v.expert == expert), {})
     tensors.update({f"stages.{name}": value for name, value in stages.items()})
     kept = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     write_whole(save, safetensors.torch.save(kept, metadata={"case": case.id}))
@@ -57,15 +71,18 @@ def walk_non_finite(case: Case, target: Target, save: Path) -> list[str]:
     return lines
 
 
-def gradient_rows(case: Case, target: Target) -> tuple[str, list[dict[str, str]]]:
-    """(note, a row per tensor): max and mean of |a - b|, the same relative to max |b| and mean |b|, rel_l2, both norms,
-    the cosine, and the worst index with both values. note: the experts examined, "" for all."""
+def gradient_rows(case: Case, given: Given) -> tuple[str, list[dict[str, str]]]:
+    """(note, a row per tensor that an engine gave): max and mean of |a - b|, the same relative to max |b| and mean |b|,
+    rel_l2, both norms, the cosine, and the worst index with both values. note: the experts examined, "" for all."""
     inputs, note = reduced(make_inputs(case))
-    actual, expected = target.run(case, inputs), forward_backward(inputs)
+    actual, expected = given.actual, forward_backward(inputs)
     headings = ("tensor", "max abs", "mean abs", "max rel", "mean rel", "rel_l2", "norm", "expected", "cosine", "worst")
     rows = []
-    for name in ALL_TENSORS:
+    for name in (name for name in ALL_TENSORS if name in actual):
         a, b = actual[name].double(), expected[name]
+        if a.shape != b.shape:
+            rows.append({"tensor": label(name), "worst": f"it is {list(a.shape)}, expected {list(b.shape)}"})
+            continue
         both = torch.isfinite(a) & torch.isfinite(b)
         apart = torch.where(both, (a - b).abs(), 0.0)
         largest = float(torch.where(both, b, 0.0).abs().max()) if b.numel() else 0.0

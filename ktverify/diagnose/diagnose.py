@@ -1,37 +1,36 @@
-"""Diagnose an engine on a case: the tensors first; where they do not explain enough, the checks of the contract.
+"""Diagnose an engine on a case: the tensors first, then which values go stale, then the checks of the contract.
 
-The checks are those of ktverify.checks.registry. They run in this process, one after the other, until one fails.
+The engine is called in processes that may die (asking.py), and what it does instead of computing is a finding too. All
+findings are kept, best first; a defect that several checks show is one of them.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-import torch
-
-from ktverify.checks.altered_inputs import with_case
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check
-from ktverify.checks.registry import find, of_any_engine, run
-from ktverify.checks.target import Target, same_bits
-from ktverify.diagnose.evidence import Evidence, Explanation, Tensors, certain
-from ktverify.diagnose.hypotheses.operands import stale_since
-from ktverify.diagnose.search import Diagnosis, explain, one_thread, ranked, reduced
-from ktverify.engines.run import run_layer
-from ktverify.errors import GateFailed
-from ktverify.judge.metrics import compare
+from ktverify.checks.judging import NUMBERS
+from ktverify.checks.registry import find, of_any_engine
+from ktverify.checks.target import Target
+from ktverify.diagnose.asked_check import Shown, of_fault, shown_by
+from ktverify.diagnose.asking import Asking, Fault, Given, TimeUpError
+from ktverify.diagnose.evidence import Evidence, Explanation, Tensors, same_words, stated
+from ktverify.diagnose.search import Diagnosis, explain, proved, reduced
+from ktverify.diagnose.stale import stale_values
+from ktverify.errors import EngineDied
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS
 
 SURE = 0.95  # share of the error above which an explanation needs no further calls
-_TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
 _SMALL = 10**8  # floating-point operations of forward and backward, up to which a case is quick
-_CLEAR = 0.9  # share of the error above which a hypothesis overrules the cause that a check suggests
+# gates of numbers: where the case's own numbers are wrong, they show nothing new
+_OF_NUMBERS = frozenset((*NUMBERS, "loss", "tp"))
 # One defect can fail several checks. A check that suggests the right cause of a defect runs before those that suggest a
 # more general one; what takes long (trainings, new processes) runs last. Ties keep the order of the registry.
 _FIRST = (
@@ -55,10 +54,10 @@ _FIRST = (
     "exact/*",
 )
 _LAST = ("training/*", "processes/*")
-# they compare the tensors of a whole case, so the hypotheses know the cause better
-_NUMBERS = ("forward", "backward", "edge", "exact")
-_DRIFT_CASE = Case.parse("E=6,k=2,H=72,I=40,T=40,r=8,alpha=16,lora=float32")
-_DRIFT_STEPS = (1, 2, 3, 4, 6, 10, 20, 35, 50)  # updates after which both layers are compared
+
+
+def _silent(text: str) -> None:
+    """Show no progress."""
 
 
 def diagnose(
@@ -69,33 +68,169 @@ def diagnose(
     inputs: Inputs | None = None,
     actual: Tensors | None = None,
     run_checks: bool = True,
+    first_only: bool = False,
     seconds: float = 20.0,
+    asking: Asking | None = None,
+    say: Callable[[str], None] = _silent,
 ) -> Diagnosis:
-    """Find the cause of what is wrong with `target` on `case`; with `run_checks`, also of what the case does not show.
+    """Find what is wrong with `target` on `case`; with `run_checks`, also what the case does not show.
 
     tensors: examine only these. actual: ALL_TENSORS of the case, if the caller has them. run_checks=False makes no call
-    beyond the case's own. seconds: after this time no further hypothesis or check is begun. Exceptions of the engine
-    on the case itself are not caught.
+    beyond the case's own. first_only: the first finding is enough. seconds: after this time no further hypothesis or
+    check is begun. asking: the processes for the engine's calls. say: gets what is done next, in few words.
+    Raises what the import of the engine raises; all else that it does is a finding.
     """
-    until = time.monotonic() + seconds
-    inputs, note = reduced(make_inputs(case) if inputs is None else inputs)
-    if actual is None or note:
-        # an engine may write to its inputs; the oracle needs them unchanged
-        actual = target.run(case, replace(inputs, **{name: getattr(inputs, name).clone() for name in _TOKENS}))
-    wanted = {name: tensor for name, tensor in actual.items() if name in (tensors or ALL_TENSORS)}
-    diagnosis = explain(Evidence.of(inputs, wanted, target, seconds=seconds))
-    notes = [note] if note else []
-    if run_checks and not (diagnosis.first is not None and diagnosis.first.share > SURE):
-        # the checks of the registry have cases and tensor parallel degrees of their own
-        asked = _on_case(case, target.tp) if diagnosis.failing or target.tp != 1 else []
-        asked += [] if diagnosis.failing else quick()
-        found, tried = _first_failure(target, asked, until)
-        diagnosis.tried += tried
-        if found is None and tried < len(asked):
-            notes.append(f"the time was up after {tried} of {len(asked)} checks")
-        diagnosis.explanations = ranked([*diagnosis.explanations, *([found] if found else [])])
-    diagnosis.note = "; ".join(notes)
-    return diagnosis
+    with contextlib.ExitStack() as stack:
+        asking = asking or stack.enter_context(Asking())
+        asking.until = float("inf")
+        inputs, note = reduced(make_inputs(case) if inputs is None else inputs)
+        strict, fault = None, None
+        if actual is None or note:
+            say(f"forward and backward of {case.id}")
+            given: Given = asking.compute(target, case)
+            actual, strict, fault = given.actual, given.strict, given.fault
+        until = time.monotonic() + seconds
+        wanted = {name: tensor for name, tensor in actual.items() if name in (tensors or ALL_TENSORS)}
+        say("hypotheses about its tensors")
+        # the checks get the other half of the time
+        share = seconds / 2 if run_checks else seconds
+        diagnosis = explain(Evidence.of(inputs, wanted, target, strict=strict, seconds=share))
+        diagnosis.computed = len(actual)
+        findings = _Findings(diagnosis, fault)
+        solved = bool(diagnosis.explanations) and all(each.share > SURE for each in diagnosis.explanations)
+        notes = [note] if note else []
+        if run_checks and not (first_only and solved):
+            asking.until = until
+            if not first_only and not fault:
+                _prove(findings, case, target, asking, until)
+            # the checks of the registry have cases and tensor parallel degrees of their own
+            near = _on_case(case, target.tp) if (diagnosis.failing and not solved) or target.tp != 1 else []
+            far = [] if first_only and diagnosis.failing else quick()
+            notes += _ask(findings, near, far, target, asking, first_only, say)
+        diagnosis.explanations = findings.ranked()
+        diagnosis.note = "; ".join(notes)
+        return diagnosis
+
+
+@dataclass
+class _Findings:
+    """The findings by where they come from. diagnosis: that of the case's tensors, which gets the rest."""
+
+    diagnosis: Diagnosis
+    fault: Fault | None
+    # what each finding is about, to see that another check shows the same
+    near: list[tuple[Explanation, Explanation | None]] = field(default_factory=list)
+    far: list[tuple[Explanation, Explanation | None]] = field(default_factory=list)
+    own: list[tuple[Explanation, Explanation | None]] = field(default_factory=list)
+    died: list[tuple[Explanation, Explanation | None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.own = [(each, each) for each in self.diagnosis.explanations]
+        if self.fault is None:
+            return
+        if self.fault.verdict == "UNSUPPORTED":
+            self.diagnosis.unsupported[self.fault.text] = [self.diagnosis.case.id]
+            return
+        proof = f"this call of {self.diagnosis.case.id} shows it"
+        found = stated(Cause.CRASH, self.fault.text, *self.fault.words, proof=proof)
+        self.died = [(found, found)]
+
+    def ranked(self) -> list[Explanation]:
+        """All, best first: what the engine did, the case's tensors, the checks on the case, the other checks."""
+        clear = [pair for pair in self.own if pair[0].share > SURE]
+        rest = [pair for pair in self.own if pair[0].share <= SURE]
+        return [finding for finding, _ in (*self.died, *clear, *self.near, *rest, *self.far)]
+
+    def add(self, check: str, shown: Shown, near: bool) -> bool:
+        """Take over what a check shows; False where it is nothing new."""
+        if shown.fault is not None and shown.fault.verdict == "UNSUPPORTED":
+            self.diagnosis.unsupported.setdefault(shown.fault.text, []).append(check)
+            return False
+        for kept in (self.died, self.own, self.near, self.far):
+            for place, (finding, about) in enumerate(kept):
+                if self._same(check, finding, about, shown):
+                    kept[place] = replace(finding, also=(*finding.also, check)), about
+                    return False
+        if self._follows(shown):
+            return False
+        (self.near if near else self.far).append((shown.finding, shown.about))
+        return True
+
+    def _same(self, check: str, finding: Explanation, about: Explanation | None, shown: Shown) -> bool:
+        if shown.fault is not None:
+            return about is not None and same_words(about.text, shown.fault.text)
+        if shown.about is not None and about is not None and about.says(shown.about):
+            return True
+        alike = finding.cause is shown.finding.cause and finding.cause is not Cause.OTHER
+        # the bits after new weights show that something is stale, but not what
+        alike = alike or (check == "behaviour/reload" and finding.cause is Cause.STALE_LORA)
+        # a check only suggests a cause, and a proved finding of this cause is more than that
+        return alike and (bool(finding.proof) or (shown.about is None and about is None))
+
+    def _follows(self, shown: Shown) -> bool:
+        """True where the wrong numbers of the case explain it."""
+        return bool(self.diagnosis.failing) and shown.about is None and bool(shown.gates) and shown.gates <= _OF_NUMBERS
+
+
+def _prove(findings: _Findings, case: Case, target: Target, asking: Asking, until: float) -> None:
+    """Test the findings on the engine's tensors for new inputs."""
+    parts = [each for each, _ in findings.own]
+    if not any(each.family is not None and each.left >= 0 for each in parts):
+        return
+    other = case.with_seed(case.seed + 1)
+    with contextlib.suppress(EngineDied, TimeUpError):
+        given = asking.compute(target, other)
+        inputs, _ = reduced(make_inputs(other))
+        left = max(0.0, until - time.monotonic())
+        evidence = Evidence.of(inputs, given.actual, target, strict=given.strict, seconds=left)
+        parts = proved(parts, evidence, f"new inputs (seed {other.seed})")
+        findings.own = [(each, each) for each in parts]
+
+
+def _ask(
+    findings: _Findings,
+    near: Sequence[Check],
+    far: Sequence[Check],
+    target: Target,
+    asking: Asking,
+    first_only: bool,
+    say: Callable[[str], None],
+) -> list[str]:
+    """Run the checks and what finds stale values; notes on what was left out."""
+    asked = [*near, *far]
+    for number, check in enumerate(asked):
+        try:
+            if number == len(near):
+                say("which tensors go stale")
+                found = _stale(target, asking)
+                findings.far += [(each, each) for each in found]
+                if found and first_only:
+                    return []
+            say(f"check {number + 1} of {len(asked)}: {check.id}")
+            shown = _shown(check, target, asking)
+        except TimeUpError:
+            return [f"the time was up after {number} of {len(asked)} checks"]
+        findings.diagnosis.tried += 1
+        if shown is not None and findings.add(check.id, shown, number < len(near)) and first_only:
+            return []
+    return []
+
+
+def _stale(target: Target, asking: Asking) -> list[Explanation]:
+    try:
+        found: list[Explanation] = asking.call(stale_values, target, fresh=True)
+    except EngineDied:
+        # a check shows it
+        return []
+    return found
+
+
+def _shown(check: Check, target: Target, asking: Asking) -> Shown | None:
+    try:
+        shown: Shown | None = asking.call(shown_by, check, target, fresh=check.fresh_process)
+    except EngineDied as died:
+        return of_fault(check, Fault.of(died))
+    return shown
 
 
 def quick() -> list[Check]:
@@ -117,91 +252,3 @@ def _on_case(case: Case, tp: int) -> list[Check]:
     """The checks of what can make `case` fail although every formula is right: writes, repeats, threads, addresses."""
     names = ("nothing_is_written", "repeats", "threads", "odd_addresses")
     return [replace(find(f"behaviour/{name}"), case=case, arguments={}, tp=(tp,)) for name in names]
-
-
-def _first_failure(target: Target, asked: Sequence[Check], until: float) -> tuple[Explanation | None, int]:
-    """(what the first failing check shows, how many ran). No check begins after `until`, a time of time.monotonic."""
-    with one_thread():
-        for number, check in enumerate(asked):
-            if time.monotonic() > until:
-                return None, number
-            found = _failure_of(check, target)
-            if found is not None:
-                return found, number + 1
-    return None, len(asked)
-
-
-def _failure_of(check: Check, target: Target) -> Explanation | None:
-    """What a check shows about the engine; None if it passes, or cannot decide anything about this engine."""
-    try:
-        run(check, target)
-    except GateFailed as failed:
-        return _explained(check, failed, target)
-    except (NotImplementedError, AssertionError):
-        # declared by the engine, or a precondition of the check
-        return None
-    except Exception as error:
-        return certain(check.cause, f"{check.id}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return None
-
-
-def _explained(check: Check, failed: GateFailed, target: Target) -> Explanation:
-    """The hypothesis that fits the tensors of the failed call; otherwise what the check itself suggests."""
-    suggested = failed.cause or check.cause
-    what, *lines = str(failed).splitlines()
-    where = check.id if check.case is not None and check.case.id in what else f"{check.id}: {what}"
-    if failed.result is not None:
-        given, tp = failed.result.problem.inputs, failed.result.tp
-        # a check may judge some tokens of its case
-        inputs = with_case(given, qlen=len(given.hidden_states))
-        best = explain(Evidence.of(inputs, failed.result.actual, replace(target, tp=tp))).first
-        numbers = check.kind in _NUMBERS
-        if best is not None and (numbers or best.cause is suggested or best.share > _CLEAR):
-            where += f" at TP {tp}" if tp != 1 else ""
-            cause = best.cause if numbers else suggested
-            return replace(best, cause=cause, text=f"{where}: {best.text}", complete=True)
-    if "loss" in dict(failed.exceeded):
-        found = _drift(target)
-        if found is not None:
-            return found
-    more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
-    return certain(suggested, f"{where}: {lines[0]}{more}" if lines else where)
-
-
-def _drift(target: Target) -> Explanation | None:
-    """Where a trained layer departs from a new one with the same parameters: from some update on, or ever more.
-
-    Takes fifty small updates of fp32 LoRA; None if the layer has the bits of a new one after each of _DRIFT_STEPS.
-    """
-    inputs = make_inputs(_DRIFT_CASE)
-    layer = target.layer(_DRIFT_CASE, inputs)
-    run_layer(layer, inputs)
-    draw = torch.Generator().manual_seed(7)
-    apart: list[tuple[int, float]] = []
-    for step in range(1, _DRIFT_STEPS[-1] + 1):
-        before = inputs.lora
-        after = {n: t + 0.02 * t.std() * torch.randn(t.shape, generator=draw) for n, t in before.items()}
-        inputs = replace(inputs, lora=after)
-        with torch.no_grad():
-            for name, tensor in after.items():
-                getattr(layer, name).copy_(tensor)
-        layer.update_lora_weights()
-        if step in _DRIFT_STEPS:
-            found, fresh = run_layer(layer, inputs), target.run(_DRIFT_CASE, inputs)
-            odd = [name for name in ALL_TENSORS if not same_bits(fresh[name], found[name])]
-            distance = max((compare(found[name], fresh[name].double()).rel_l2 for name in odd), default=0.0)
-            apart += [(step, distance)] if distance > 0 else []
-    if not apart:
-        return None
-    first, last = apart[0], apart[-1]
-    numbers = ", ".join(f"{distance:.1e} after {step}" for step, distance in (first, apart[len(apart) // 2], last))
-    slope = math.log(last[1] / first[1]) / math.log(last[0] / first[0]) if len(apart) > 2 else 0.0
-    # present from the start and growing: a drift; one that appears and stays: an old value
-    if slope > 0.3 and first[0] == _DRIFT_STEPS[0]:
-        said = f"the error grows with the updates, about as steps^{slope:.1f}: rel_l2 {numbers}"
-        return certain(Cause.ACCUMULATION_TYPE, f"{said}; a running sum of a coarser type than fp32 does that")
-    evidence = Evidence.of(inputs, run_layer(layer, inputs), target)
-    old = next((each for each in stale_since(evidence, before) if each.share > 0.5), None)
-    said = old.line if old is not None else f"{', '.join(evidence.failing)} are wrong after update {_DRIFT_STEPS[-1]}"
-    cause = old.cause if old is not None else Cause.ACCUMULATION_TYPE
-    return certain(cause, f"from update {first[0]} on: {said} (rel_l2 {numbers})")

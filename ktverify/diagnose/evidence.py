@@ -8,9 +8,10 @@ tensors that an engine with some defect would return, explains the share 1 - err
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,16 +28,19 @@ from ktverify.spec.inputs import Inputs
 from ktverify.spec.names import ALL_TENSORS, GRAD_WEIGHTS, TOKEN_TENSORS
 
 Tensors = Mapping[str, Tensor]
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 NEAR = 0.03  # a fitted factor this near to 1 counts as 1
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A tested hypothesis, or what a check found.
+    """A tested hypothesis, or what a call or a check found.
 
     share: of the error that it explains; 1 is all. left: the error that stays, in budgets; negative where nothing was
     fitted. complete: every tensor is within its budget then. rank: 1 a plain statement, 2 the result of a search, 3 a
     fit of several numbers, 4 a hint only; of explanations that fit equally well the lowest rank comes first.
+    tensors: those that it explains, where it does not explain all. family: the function that tests the hypothesis.
+    proof: what a further call showed, "" for none; only that makes a cause certain. also: checks that show the same.
     """
 
     cause: Cause
@@ -46,16 +50,38 @@ class Explanation:
     complete: bool = False
     rank: int = 1
     details: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
+    family: Callable[[Evidence], Iterator[Explanation]] | None = None
+    proof: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
         """`LoRA scaling: found 1.0, expected alpha / rank = 2.0 (explains 99.8 % of the error)`."""
-        return f"{self.text} (explains {100 * self.share:.1f} % of the error)" if self.left >= 0 else self.text
+        of = f"the error of {', '.join(self.tensors)}" if self.tensors else "the error"
+        return f"{self.text} (explains {100 * self.share:.1f} % of {of})" if self.left >= 0 else self.text
+
+    @property
+    def level(self) -> str:
+        """certain: a call proved it; likely: it explains all that is wrong, or a check says so; else possible."""
+        return "certain" if self.proof else "likely" if self.complete else "possible"
+
+    def says(self, other: Explanation) -> bool:
+        """True for the same cause in the same words, where numbers may differ as those of two fits do."""
+        if self.cause is not other.cause or not same_words(self.text, other.text):
+            return False
+        pairs = zip(_NUMBER.findall(self.text), _NUMBER.findall(other.text), strict=True)
+        return all(abs(float(a) - float(b)) <= NEAR * abs(float(a)) for a, b in pairs)
 
 
-def certain(cause: Cause, text: str, *details: str, rank: int = 1) -> Explanation:
+def same_words(text: str, other: str) -> bool:
+    """True for texts that differ in numbers only."""
+    return _NUMBER.sub("", text) == _NUMBER.sub("", other)
+
+
+def stated(cause: Cause, text: str, *details: str, rank: int = 1, proof: str = "") -> Explanation:
     """What a call or a single tensor shows without a fit."""
-    return Explanation(cause, text, 1.0, -1.0, complete=True, rank=rank, details=details)
+    return Explanation(cause, text, 1.0, -1.0, complete=True, rank=rank, details=details, proof=proof)
 
 
 @dataclass
@@ -76,20 +102,33 @@ class Evidence:
     forms: tuple[str, ...]
     tp: int
     deadline: float
+    # of the last explanation
+    predicted: Tensors = field(default_factory=dict)
 
     @classmethod
-    def of(cls, inputs: Inputs, actual: Tensors, target: Target | None = None, *, seconds: float = 20.0) -> Evidence:
+    def of(
+        cls,
+        inputs: Inputs,
+        actual: Tensors,
+        target: Target | None = None,
+        *,
+        strict: bool | None = None,
+        seconds: float = 20.0,
+    ) -> Evidence:
         """Compare `actual`, some of ALL_TENSORS, with the oracle of `inputs`, by the gates.
 
-        target: the engine that returned them; its tensor parallel degree and its strictness matter. seconds: after
-        this time no further hypothesis is tested.
+        target: the engine that returned them; its tensor parallel degree and its strictness matter. strict: that
+        strictness, where the caller knows it; the engine is imported otherwise. seconds: after this time no further
+        hypothesis is tested.
         """
         case, layer = inputs.case, LayerValues.of(inputs)
         rounding, forms = live_oracle(inputs).rounding, wrong_forms(inputs.case, actual)
         found: dict[str, Difference] = {}
         budgets: dict[str, float] = {}
         failing = []
-        strict, isa = (target.strict, target.isa or "") if target is not None else (False, "")
+        isa = (target.isa or "") if target is not None else ""
+        if strict is None:
+            strict = target is not None and target.strict
         for name in (name for name in ALL_TENSORS if name in actual):
             right = layer.tensors[name]
             if actual[name].shape != right.shape:
@@ -159,11 +198,22 @@ class Evidence:
         changed = {name: self.off(name, predicted[name]) for name in self.errors if name in predicted}
         return {**self.errors, **changed}
 
+    def only(self, name: str) -> Evidence:
+        """The evidence of one tensor alone."""
+        return replace(self, actual={name: self.actual[name]}, failing=(name,))
+
+    def under(self, predicted: Tensors) -> Evidence:
+        """What is still wrong beside the defect that predicts these tensors, its last prediction."""
+        found = replace(self, layer=self.layer.under(predicted))
+        wrong = tuple(name for name, error in found.errors.items() if error > 1.0)
+        return replace(found, failing=wrong)
+
     def explanation(
         self, cause: Cause, text: str, predicted: Tensors, *, rank: int = 1, details: tuple[str, ...] = ()
     ) -> Explanation:
         """How much of the error an engine explains that returns `predicted`."""
         left = self.left(predicted)
+        self.predicted = predicted
         total = sum(left.values())
         share = 1 - total / self.error if self.error else 0.0
         return Explanation(cause, text, share, total, all(value <= 1.0 for value in left.values()), rank, details)
@@ -187,7 +237,7 @@ class Evidence:
         if not self.layer.experts:
             return True
         v = max(self.layer.experts, key=lambda each: len(each.rows))
-        here, gain, moves = recomputed(v, change), 0.0, False
+        here, gain, moves = recomputed(v, change, self.layer.formulas), 0.0, False
         for name in reached_tensors(change).intersection(self.errors):
             moved = here[name] - v[name]
             if name in TOKEN_TENSORS:

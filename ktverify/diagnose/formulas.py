@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -187,6 +187,7 @@ class LayerValues:
     inputs: Inputs
     experts: list[ExpertValues]
     tensors: dict[str, Tensor]
+    formulas: Change = field(default_factory=lambda: FORMULAS)
 
     @classmethod
     def of(cls, inputs: Inputs) -> LayerValues:
@@ -194,11 +195,26 @@ class LayerValues:
         experts = list(walk(inputs))
         return cls(inputs, experts, {name: add_up(inputs, experts, name) for name in ALL_TENSORS})
 
-    def changed(self, change: Change) -> dict[str, Tensor]:
+    def changed(self, change: Change) -> Predicted:
         """The tensors that `change` affects, as a layer with these formulas computes them; no others."""
         wanted = reached_tensors(change)
-        experts = [recomputed(v, change) for v in self.experts]
-        return {name: add_up(self.inputs, experts, name) for name in ALL_TENSORS if name in wanted}
+        experts = [recomputed(v, change, self.formulas) for v in self.experts]
+        found = {name: add_up(self.inputs, experts, name) for name in ALL_TENSORS if name in wanted}
+        return Predicted(found, change)
+
+    def under(self, predicted: Mapping[str, Tensor]) -> LayerValues:
+        """The layer with the defect that predicts these tensors: with its formulas where they are known."""
+        tensors, change = {**self.tensors, **predicted}, getattr(predicted, "change", {})
+        experts = [recomputed(v, change, self.formulas) for v in self.experts] if change else self.experts
+        return LayerValues(self.inputs, experts, tensors, {**self.formulas, **change})
+
+
+class Predicted(dict[str, Tensor]):
+    """Tensors by name, and the change of formulas that gives them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], change: Change) -> None:
+        super().__init__(tensors)
+        self.change = change
 
 
 def walk(inputs: Inputs) -> Iterator[ExpertValues]:
@@ -210,13 +226,17 @@ def walk(inputs: Inputs) -> Iterator[ExpertValues]:
         yield v
 
 
-def recomputed(v: ExpertValues, change: Change) -> ExpertValues:
-    """One expert's values with the formulas of `change`; only these stages and their dependents are evaluated again."""
+def recomputed(v: ExpertValues, change: Change, formulas: Change = FORMULAS) -> ExpertValues:
+    """One expert's values with the formulas of `change`; only these stages and their dependents are evaluated again.
+
+    formulas: those of the other stages.
+    """
     here = replace(v, of=dict(v.of))
     touched = {name for name in change if name in LEAVES}
     for name in touched:
         here.of[name] = change[name](v)
-    for stage, formula in FORMULAS.items():
+    for stage in FORMULAS:
+        formula = formulas[stage]
         if stage in change or touched.intersection(operands(stage)):
             here.of[stage] = change.get(stage, formula)(here)
             touched.add(stage)

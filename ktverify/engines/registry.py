@@ -1,7 +1,8 @@
 """Find engines by name.
 
-Input: a name, `package.module:factory` or `path/file.py:factory`. Output: a callable that takes KTMoEWrapper's keyword
-arguments (docs/contract.md, "Calls") and returns a layer.
+Input: a name, `package.module:factory` or `path/file.py:factory`; without `:factory`, the one callable of the module
+that makes a layer. Output: a callable that takes KTMoEWrapper's keyword arguments (docs/contract.md, "Calls") and
+returns a layer.
 A new engine is one file: a module or package in this folder, called like the engine, with the constant
 `ENGINE = "factory"`, or `ENGINE = "module:factory"` for a module of the package.
 """
@@ -11,10 +12,13 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import importlib.util
+import inspect
 import os
 import re
 import shlex
 import traceback
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +31,12 @@ from ktverify.system.files import expand
 EngineFactory = Callable[..., Any]
 
 NATIVE = "native"
+# what every factory is called with
+ARGUMENTS = (
+    "layer_idx", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "num_gpu_experts",
+    "cpuinfer_threads", "threadpool_count", "weight_path", "chunked_prefill_size", "method", "mode", "lora_rank",
+    "lora_alpha",
+)  # fmt: skip
 OWN = "package.module:factory or path/file.py:factory"  # how an engine outside of the package is named
 _ENGINE = re.compile(r'^ENGINE = "(?:([\w.]+):)?(\w+)"$', re.MULTILINE)
 
@@ -54,9 +64,9 @@ def absolute(name: str, folder: str | os.PathLike[str] = "") -> str:
     folder: where a relative path starts; the current directory if "".
     """
     place, colon, attribute = name.partition(":")
-    if not (colon and place.endswith(".py")):
+    if not place.endswith(".py"):
         return name
-    return f"{os.path.abspath(os.path.join(folder, expand(place)))}:{attribute}"
+    return f"{os.path.abspath(os.path.join(folder, expand(place)))}{colon}{attribute}"
 
 
 def option(name: str) -> str:
@@ -67,6 +77,7 @@ def option(name: str) -> str:
 def find(name: str) -> EngineFactory:
     """The factory of engine `name`: one of names(), `package.module:factory` or `path/file.py:factory`.
 
+    Without `:factory` it is the only callable of the module that makes a layer; see `_only_factory`.
     ValueError for a name or path that does not exist, or that is no callable, or that needs an interpreter which is not
     there; ImportError, with the cause, for a module that cannot be imported, whatever it raised.
     """
@@ -79,12 +90,17 @@ def find(name: str) -> EngineFactory:
 def load(name: str) -> EngineFactory:
     """As find, without a check of a hosted engine's interpreter."""
     path = built_in().get(name, name)
-    module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
-        near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"no engine is called {name!r}; {hint}takes {', '.join(names())}, {OWN}")
-    found = _module(module_name, name)
+    module_name, _, attribute = path.partition(":")
+    if not attribute:
+        if not _is_module(module_name):
+            near = difflib.get_close_matches(name, names(), n=1, cutoff=0.6)
+            hint = f"did you mean {near[0]}? " if near else ""
+            what = (
+                f"there is no file {module_name!r}" if module_name.endswith(".py") else f"no engine is called {name!r}"
+            )
+            raise ValueError(f"{what}; {hint}takes {', '.join(names())}, {OWN}")
+        attribute = _only_factory(_module(module_name, name), module_name)
+    found: Any = _module(module_name, name)
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"engine {name!r}: {module_name} has no {attribute}")
@@ -95,9 +111,55 @@ def load(name: str) -> EngineFactory:
     return factory
 
 
-def _module(place: str, name: str) -> Any:
+def _is_module(place: str) -> bool:
+    """Whether there is a file, or an importable module, of that name."""
+    if place.endswith(".py"):
+        return os.path.isfile(place)
     try:
-        return host.module_at(place)
+        return bool(place) and importlib.util.find_spec(place) is not None
+    except (ImportError, ValueError):
+        # a package around it is not there; importing it says which
+        return "." in place and not place.startswith(".")
+
+
+def _only_factory(module: types.ModuleType, place: str) -> str:
+    """The name of the one callable of a module that makes a layer. ValueError where there are none or several.
+
+    It is a class with forward_sft and backward, a hosted engine, or a function that takes KTMoEWrapper's arguments.
+    Those that the module only imports count where it has none of its own.
+    """
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    fitting = {name: value for name, value in public.items() if _makes_a_layer(value)}
+    own = [name for name, value in fitting.items() if getattr(value, "__module__", "") == module.__name__]
+    own += [name for name, value in fitting.items() if isinstance(value, Hosted)]
+    found = own or list(fitting)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        listed = ", ".join(f"{place}:{name}" for name in found)
+        raise ValueError(f"{place} has {len(found)} callables that could make a layer: give one of {listed}")
+    callables = [name for name, value in public.items() if getattr(value, "__module__", "") == module.__name__]
+    has = f"it has {', '.join(callables)}" if callables else "it defines none"
+    raise ValueError(f"{place} has no callable that takes an engine's arguments; {has}: give one as {place}:factory")
+
+
+def _makes_a_layer(value: Any) -> bool:
+    if isinstance(value, Hosted):
+        return True
+    if isinstance(value, type):
+        return all(callable(getattr(value, method, None)) for method in ("forward_sft", "backward"))
+    if not isinstance(value, types.FunctionType):
+        return False
+    try:
+        inspect.signature(value).bind(**dict.fromkeys(ARGUMENTS))
+    except TypeError:
+        return False
+    return True
+
+
+def _module(place: str, name: str) -> types.ModuleType:
+    try:
+        found: types.ModuleType = host.module_at(place)
     except SystemExit as error:
         raise ImportError(f"engine {name!r}: {place} ends the program when it is imported: exit {error}") from None
     except Exception as error:
@@ -108,6 +170,7 @@ def _module(place: str, name: str) -> Any:
         elif not isinstance(error, ImportError):
             cause = f"{type(error).__name__}: {cause}"
         raise ImportError(f"engine {name!r} cannot be imported: {cause}{_raised_at(error)}") from error
+    return found
 
 
 def _raised_at(error: Exception) -> str:
@@ -141,8 +204,9 @@ def facts(name: str) -> Facts:
 
     Code of an engine that is not the package's own runs in another process.
     """
-    # a name that is no address leads to no code
-    if ours(name) or not (":" in name or name.endswith(".py")):
+    # to look for a module inside a package would import the package here
+    outside = not ours(name) and (":" in name or "." in name or _is_module(name))
+    if not outside:
         factory = load(name)
         found = {key: getattr(factory, key, None) for key in ("isas", "fp32_sums", "stand_alone")}
         hosted = factory if isinstance(factory, Hosted) else None

@@ -11,7 +11,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from ktverify.isolation.calls import CONSTRUCTOR, METHODS
+from ktverify.isolation.calls import CONSTRUCTOR, IMPORT, METHODS
 from ktverify.system.printable import shown_line
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,6 +27,8 @@ _ENGINES = (str(_PACKAGE / "engines/"), str(_PACKAGE / "mutants/"))
 _LIBRARIES = tuple({f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 # the attribute of an exception that came from another process, where its traceback is not
 _ORIGIN = "ktverify_origin"
+# the attribute of one that came from an engine's process
+_OUTSIDE = "ktverify_outside"
 
 Origin = tuple[str, str]
 
@@ -58,12 +60,19 @@ def keep_origin(error: BaseException) -> None:
     """Note the origin in the exception itself, so that it is still known in another process."""
     origin = origin_of(error)
     if origin != ("", ""):
-        set_origin(error, *origin)
+        setattr(error, _ORIGIN, origin)
 
 
 def set_origin(error: BaseException, call: str, place: str) -> None:
-    """Note the origin of an exception that another process raised; place: "my_engine.py:7"."""
+    """Note the origin of an exception that an engine's process raised; place: "my_engine.py:7"."""
     setattr(error, _ORIGIN, (call, place))
+    setattr(error, _OUTSIDE, True)
+
+
+def of_an_outside_engine(error: BaseException) -> bool:
+    """True where a call of an engine that is no part of this package raised it, in the engine's own process."""
+    # what the import raises has a text that says where
+    return getattr(error, _OUTSIDE, False) and origin_of(error)[0] != IMPORT
 
 
 def told(error: BaseException, call: str = "") -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ktverify.checks.target import Target
+from ktverify.diagnose.asking import Asking
 from ktverify.diagnose.diagnose import diagnose
 from ktverify.diagnose.search import Diagnosis, one_thread
 from ktverify.mutants.base import Mutant
@@ -43,8 +44,9 @@ class DiagnosedMutant:
 
 
 def diagnosed(mutants: Iterable[Mutant]) -> Iterator[DiagnosedMutant]:
-    """Diagnose each mutant in this process, on the case of the check that must find it."""
-    with one_thread():
+    """Diagnose each mutant, on the case of the check that must find it."""
+    with one_thread(), Asking() as asking:
         for mutant in mutants:
             case = catalogue().get(mutant.check.partition("/")[2], _PLAIN)
-            yield DiagnosedMutant(mutant, diagnose(case, Target(mutant.engine), seconds=SECONDS))
+            found = diagnose(case, Target(mutant.engine), seconds=SECONDS, first_only=True, asking=asking)
+            yield DiagnosedMutant(mutant, found)

@@ -91,7 +91,7 @@ def path_for(engine: str, reports: Path) -> Path:
     if engine == NATIVE:
         return reports / "baseline.json"
     # a path of an engine's file differs between machines, its name does not
-    place, _, attribute = engine.rpartition(":")
+    place, _, attribute = engine.partition(":")
     name = f"{Path(place).stem}-{attribute}" if place.endswith(".py") else engine
     return reports / f"baseline-{re.sub(r'[^A-Za-z0-9._]+', '-', name).strip('-.')}.json"
 

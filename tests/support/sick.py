@@ -7,14 +7,15 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
-from ktverify.mutants.base import Plain
+from ktverify.mutants import lora, numbers, routes, weights
+from ktverify.mutants.base import Gradients, Group, Plain
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
@@ -149,3 +150,103 @@ class SegfaultInUpdate(Plain):
 def RaisesInFactory(**arguments: Any) -> Plain:
     """A factory that wants an argument that there is not."""
     return Plain(layer_idx=arguments["no_such_size"])  # RaisesInFactory raises here
+
+
+# ---- stale values
+
+
+class UpdateDoesNothing(StaleLora):
+    """update_lora_weights changes nothing."""
+
+    stale = LORA_NAMES
+
+
+class StaleBase(Plain):
+    """A second load_weights_from_tensors changes nothing."""
+
+    def load_weights_from_tensors(self, *tensors: Tensor) -> None:
+        if not self._base:
+            super().load_weights_from_tensors(*tensors)
+
+
+class StaleDown(Plain):
+    """A second load_weights_from_tensors does not change down_proj."""
+
+    def load_weights_from_tensors(self, *tensors: Tensor) -> None:
+        before = self._base
+        super().load_weights_from_tensors(*tensors)
+        self._base = (*self._base[:2], *(before or self._base)[2:])
+
+
+class PackedOnce(Plain):
+    """gate_lora_b is packed at the first call, and never again."""
+
+    def lora_of(self, expert: int) -> dict[str, Tensor]:
+        self._packed = getattr(self, "_packed", None) or {}
+        packed = self._packed.setdefault(expert, super().lora_of(expert)["gate_lora_b"].clone())
+        return {**super().lora_of(expert), "gate_lora_b": packed}
+
+
+class StaleInBackward(Plain):
+    """The backward uses the gate_lora_b of before every update."""
+
+    def init_lora_weights(self, *tensors: Tensor) -> None:
+        super().init_lora_weights(*tensors)
+        self._first = self._lora["gate_lora_b"].clone()
+
+    def gate_up_gradients(self, at: Group, dg: Tensor, du: Tensor) -> tuple[Tensor, Gradients]:
+        at.lora = {**at.lora, "gate_lora_b": self._first[at.expert].float()}
+        return super().gate_up_gradients(at, dg, du)
+
+
+class StaleFp32(StaleLora):
+    """gate_lora_b stays what it was, where LoRA is fp32."""
+
+    def update_lora_weights(self) -> None:
+        self.stale = ("gate_lora_b",) if self._lora["gate_lora_b"].dtype is torch.float32 else ()
+        super().update_lora_weights()
+
+
+class OfTheFirstLayer(Plain):
+    """All layers of a process compute with the down_proj of the first one of their size."""
+
+    _kept: ClassVar[dict[torch.Size, Tensor]] = {}
+
+    def load_weights_from_tensors(self, *tensors: Tensor) -> None:
+        super().load_weights_from_tensors(*tensors)
+        down = self._base[2]
+        self._base = (*self._base[:2], self._kept.setdefault(down.shape, down.clone()))
+
+
+# ---- two defects at once
+
+
+def both(*kinds: type[Plain]) -> type[Plain]:
+    """An engine with the defects of several mutants."""
+    return type("_and_".join(kind.__name__ for kind in kinds), kinds, {"__module__": __name__, "__doc__": "Several."})
+
+
+PAIRS = (
+    both(lora.lora_b_gradient_unscaled, routes.routing_gradient_zero),
+    both(numbers.slope_is_sigma, routes.routing_gradient_weighted),
+    both(lora.no_lora_on_down, numbers.slope_is_sigma),
+    both(weights.gate_up_lora_a_exchanged, numbers.slope_is_sigma),
+    both(lora.lora_scale_one, routes.no_routing_weight_in_backward),
+    both(weights.down_b_gradient_transposed, weights.gate_up_gradients_exchanged, lora.grad_input_without_lora),
+    both(weights.experts_0_and_1_exchanged, routes.routing_gradient_zero),
+    both(STALE["gate_lora_b"], routes.routing_gradient_zero),
+    both(STALE["gate_lora_b"], StaleDown),
+    both(routes.routing_gradient_zero, HangInBackward),
+    both(lora.lora_scale_one, StaleDown),
+)
+globals().update({kind.__name__: kind for kind in PAIRS})
+
+
+class ScaledOnce(Plain):
+    """LoRA is scaled by 1, not by alpha / rank, in the first call of each process."""
+
+    _calls: ClassVar[list[int]] = []
+
+    def scale(self) -> float:
+        self._calls.append(1)
+        return 1.0 if len(self._calls) == 1 else super().scale()

@@ -177,8 +177,11 @@ def stale(evidence: Evidence) -> Iterator[Explanation]:
         yield from stale_since(evidence, drawn)
 
 
-def stale_since(evidence: Evidence, before: Mapping[str, Tensor]) -> Iterator[Explanation]:
-    """Which of the six have the values `before`: group by group, each is put back if that lowers the error."""
+def stale_since(evidence: Evidence, before: Mapping[str, Tensor], when: str = "the last") -> Iterator[Explanation]:
+    """Which of the six have the values `before`: group by group, each is put back if that lowers the error.
+
+    when: which update_lora_weights came after these values.
+    """
     lora, error = dict(evidence.inputs.lora), evidence.error
     found: list[str] = []
     predicted = evidence.right
@@ -191,5 +194,16 @@ def stale_since(evidence: Evidence, before: Mapping[str, Tensor]) -> Iterator[Ex
             found += [n for n in names if n not in found and not torch.equal(before[n], evidence.inputs.lora[n])]
     if found:
         which = "all six LoRA tensors" if len(found) == len(LORA_NAMES) else ", ".join(found)
-        said = f"{which} are those of before the last update_lora_weights"
+        verb = "is that" if len(found) == 1 else "are those"
+        said = f"{which} {verb} of before {when} update_lora_weights"
         yield evidence.explanation(Cause.STALE_LORA, said, predicted)
+
+
+def stale_in_a_half(evidence: Evidence, name: str, before: Tensor) -> Iterator[tuple[str, Explanation]]:
+    """(where, explanation): one tensor has the values `before` in the whole layer, its forward or its backward."""
+    short = next(each for each, source in MATRICES.items() if source == name)
+    old: Formula = lambda v: before[v.expert].to(v["x"].dtype)  # noqa: E731
+    for where, stages in _HALVES:
+        change = {stage: with_operands(stage, **{short: old}) for stage in stages if short in operands(stage)}
+        for each in evidence.test(Cause.STALE_LORA, f"{name} is stale{where}", change):
+            yield where, each

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.diagnose.evidence import Evidence, Explanation, certain
+from ktverify.diagnose.evidence import Evidence, Explanation, stated
 from ktverify.diagnose.formulas import FORMULAS, LEAVES, label, leaves_of
 from ktverify.diagnose.hypotheses.tails import axis_name
 from ktverify.judge.reference import routed
@@ -28,7 +28,7 @@ def forms(evidence: Evidence) -> Iterator[Explanation]:
         dtype = not any("[" in text for text in evidence.forms)
         more = f", and {len(evidence.forms) - 1} more" if len(evidence.forms) > 1 else ""
         cause = Cause.ACCUMULATION_TYPE if dtype else Cause.MEMORY_LAYOUT
-        yield certain(cause, evidence.forms[0] + more)
+        yield stated(cause, evidence.forms[0] + more)
 
 
 def stray(evidence: Evidence) -> Iterator[Explanation]:
@@ -44,7 +44,7 @@ def stray(evidence: Evidence) -> Iterator[Explanation]:
     first = int(left.nonzero()[0])
     row = evidence.actual[name][first].flatten()
     what = f"{name} of {axis} {first} is not zero ({float(row[row.ne(0)][0]):.3g})"
-    yield certain(Cause.STALE_VALUES, f"{what}: {int(left.sum())} of {int(idle.sum())} have such values")
+    yield stated(Cause.STALE_VALUES, f"{what}: {int(left.sum())} of {int(idle.sum())} have such values")
 
 
 def moved(evidence: Evidence) -> Iterator[Explanation]:
@@ -126,9 +126,9 @@ def unexpected(evidence: Evidence) -> Iterator[Explanation]:
     if place is not None:
         name, index, value = place
         where = f"{value} in {name}{list(index)} where the oracle is finite"
-        yield certain(Cause.NON_FINITE, f"{where} ({_counts(spread)}){given}")
+        yield stated(Cause.NON_FINITE, f"{where} ({_counts(spread)}){given}")
     else:
-        yield certain(Cause.NON_FINITE, f"NaN or Inf was hidden ({_counts(hidden)}){given}")
+        yield stated(Cause.NON_FINITE, f"NaN or Inf was hidden ({_counts(hidden)}){given}")
 
 
 def _counts(found: dict[str, int]) -> str:
