@@ -8,7 +8,6 @@ the same call on a new layer, and be within the budgets.
 
 from __future__ import annotations
 
-import functools
 import random
 import sys
 import threading
@@ -99,7 +98,7 @@ class Session:
         self.most = self.draw.size(70)
         self.depth = self.draw.randint(1, 3)
         self.inputs = make_inputs(case)
-        self.waiting: list[Inputs] = []
+        self.waiting: list[tuple[Inputs, dict[str, Tensor]]] = []
         how = {"chunked_prefill_size": self.most, "max_cache_depth": self.depth, "num_experts_per_tok": self.top_k}
         self.how: dict[str, Any] = {**how, "tp": case.tp[0], "threads": self.draw.randint(1, 4)}
         self._note(f"{case.id} k={self.top_k} {self.how}")
@@ -128,10 +127,7 @@ class Session:
         judged(self.target, f"a new layer, {batch.case.id}", batch.case, found, batch)
         return found
 
-    def _expect(self, what: str, batch: Inputs, call: Callable[[], dict[str, Tensor]]) -> None:
-        # the new layer first, so that the call is the latest of the process
-        right = self._alone(batch)
-        found = call()
+    def _expect(self, what: str, right: dict[str, Tensor], found: dict[str, Tensor]) -> None:
         for name, tensor in found.items():
             expect(same_bits(tensor, right[name]), f"{what}: {name} has other bits than on a new layer")
         self.compared += len(found)
@@ -147,7 +143,9 @@ class Session:
         self._note(f"forward T={batch.case.qlen} {batch.case.routing}")
         given = self._elsewhere(batch)
         before = [bits(getattr(given, name)).clone() for name in TOKENS]
-        self._expect("forward", batch, lambda: {OUTPUT: forward(self.layer, given, save=False)})
+        # the new layer first, so that this call is the latest of the process
+        right = self._alone(batch)
+        self._expect("forward", right, {OUTPUT: forward(self.layer, given, save=False)})
         kept = all(torch.equal(a, bits(getattr(given, name))) for a, name in zip(before, TOKENS, strict=True))
         expect(kept, "forward wrote to its arguments")
 
@@ -159,8 +157,9 @@ class Session:
         if len(self.waiting) == self.depth:
             self._refused(f"more than {self.depth} saved forwards", lambda: forward(self.layer, given, save=True))
             return
-        self._expect("saved forward", batch, lambda: {OUTPUT: forward(self.layer, given, save=True)})
-        self.waiting.append(batch)
+        right = self._alone(batch)
+        self._expect("saved forward", right, {OUTPUT: forward(self.layer, given, save=True)})
+        self.waiting.append((batch, right))
 
     def backward(self) -> None:
         """Of the newest forward that waits; refused where none does."""
@@ -168,8 +167,8 @@ class Session:
         if not self.waiting:
             self._refused("backward without a forward", lambda: self.layer.backward(self.inputs.grad_output))
             return
-        batch = self.waiting.pop()
-        self._expect("backward", batch, lambda: backward_of(self.layer, self._elsewhere(batch)))
+        batch, right = self.waiting.pop()
+        self._expect("backward", right, backward_of(self.layer, self._elsewhere(batch)))
 
     def step(self) -> None:
         """Write to some parameters in one of several ways, then update_lora_weights."""
@@ -276,7 +275,7 @@ class Session:
             worker.join()
         expect(len(found) == 3, "a thread's forward raised an exception")
         for index, output in found.items():
-            self._expect("forward in a thread", batches[index], functools.partial(dict, {OUTPUT: output}))
+            self._expect("forward in a thread", self._alone(batches[index]), {OUTPUT: output})
 
     def fork(self) -> None:
         """A forked process computes with this layer."""

@@ -88,8 +88,9 @@ def clean(
         from ktverify.report.console import make_console, print_grid
         from ktverify.report.grid import Grid
 
-    if not right_engines.small_cases(cases, right_engines.TINY):
-        raise ValueError(f"--cases {cases}: it matches none of the tiny default cases")
+    if not right_engines.small_cases(cases):
+        known = ", ".join(case.name for case in right_engines.small_cases())
+        raise ValueError(f"--cases {cases}: it matches none of the small default cases: {known}")
     if not right_engines.right_engines(engines):
         known = ", ".join(engine.label for engine in right_engines.right_engines())
         raise ValueError(f"--engines {engines}: it matches none of {known}")

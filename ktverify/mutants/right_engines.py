@@ -152,8 +152,13 @@ def judge_all(
 ) -> list[CleanRun]:
     """`count` runs in `jobs` processes; `step` gets the number of finished runs. first: the first seed."""
     found: list[CleanRun] = []
+    # an emulated engine has tiny cases alone
+    tiny = bool(drawn or small_cases(glob, TINY))
+    everyone = [engine for engine in right_engines(engines) if tiny or not engine.isa.emulated]
     with workers(jobs) as pool:
-        waiting = [pool.submit(_one_seed, seed, wanted, glob, drawn) for seed, wanted in _shares(count, engines, first)]
+        waiting = [
+            pool.submit(_one_seed, seed, wanted, glob, drawn) for seed, wanted in _shares(count, everyone, first)
+        ]
         for future in as_completed(waiting):
             found += future.result()
             step(len(found))
@@ -171,9 +176,8 @@ def _one_seed(seed: int, wanted: list[RightEngine], glob: str | None, drawn: int
     return runs + (judge(seed, plain, glob, drawn=drawn) if plain else [])
 
 
-def _shares(count: int, engines: str | None, seed: int) -> Iterator[tuple[int, list[RightEngine]]]:
+def _shares(count: int, everyone: list[RightEngine], seed: int) -> Iterator[tuple[int, list[RightEngine]]]:
     """(seed, engines), `count` engines in all."""
-    everyone = right_engines(engines)
     while count > 0:
         yield seed, everyone[:count]
         count -= len(everyone)

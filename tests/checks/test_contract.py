@@ -124,6 +124,7 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
 # ---- sentences that no check can ask: sentence -> why
 A_HEADING, A_NAME, SAID_LATER = "says what follows", "defines a word or a symbol", "later sentences say it exactly"
 OF_THE_SUITES = "is about the suites; tests of this project ask it"
+PERMITTED = "permits roundings, which every budget of numbers is made of; tests/judge/test_rounding.py draws them"
 EXPLAINS: dict[str, str] = {
     "What a layer has to compute, how it is called, and what it refuses.": A_HEADING,
     "The oracle (ktverify/judge/reference.py), the checks in suites/ and the engine follow this page; an engine of "
@@ -155,6 +156,23 @@ EXPLAINS: dict[str, str] = {
     "The suites pass max_cache_depth and lora_dropout only where a check is about them, and isa only where the factory "
     "names its isas.": OF_THE_SUITES,
     "These are checked of native alone:": A_HEADING,
+    "A right engine may round to bf16 at all of these points, or at some of them:": PERMITTED,
+    "an operand | w; A and B where they are fp32; LoRA's input after dropout; every value below, each "
+    "time that it is used": PERMITTED,
+    "a product with a matrix | x Gᵀ, x A_gᵀ, (x A_gᵀ) B_gᵀ, dy D, dyᵀ (h A_dᵀ) …, and up to four parts of"
+    " its sum, as those of a tensor-parallel degree": PERMITTED,
+    "a sum or product of two values | s times a LoRA term, base plus LoRA term, σ(g), 1 − σ(g), g σ(g), "
+    "h, each step of dg and du, w y, w dO, each sum of dx, an element of dO times one of y": PERMITTED,
+    "the sum over slots | after each slot, in any order": PERMITTED,
+    "a result | all of them": PERMITTED,
+    "A factor s or w may be multiplied in earlier or later, and a value may be computed again in the "
+    "backward.": PERMITTED,
+    "Beyond these parts, sums over H, I, r and tokens are at least as exact as in fp32, and fp16 is "
+    "nowhere.": PERMITTED,
+    "The budget is what all these roundings at once leave: their root mean square over several draws, "
+    "times what one more draw exceeds once in a million comparisons (ktverify/judge/rounding.py).": PERMITTED,
+    "Where values cancel or few numbers decide, that may be large.": PERMITTED,
+    "It does not depend on any engine; plain torch in bf16 uses two thirds to four fifths of it.": PERMITTED,
 }
 
 # ---- arguments: of the constructor, and "method.argument" of the calls -> checks that give other values than one
