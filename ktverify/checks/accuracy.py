@@ -27,7 +27,7 @@ from ktverify.engines.run import METHOD, run_case
 from ktverify.errors import EngineDied, EngineOutOfMemory, EngineRaised, GateFailed, NotPassed, Unsupported
 from ktverify.isolation import hosted
 from ktverify.isolation.calls import CONSTRUCTOR, ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of
-from ktverify.isolation.origin import told
+from ktverify.isolation.origin import describe
 from ktverify.judge import golden
 from ktverify.judge.gates import GateResult, Judgement, Verdict, judge
 from ktverify.judge.metrics import compare
@@ -39,7 +39,7 @@ from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, GRAD_NAMES, OUTPU
 METHODS = (METHOD, f"{METHOD}_SkipLoRA")
 # the tensors that each family judges
 TENSORS: dict[str, tuple[str, ...]] = {"forward": (OUTPUT,), "backward": BACKWARD_TENSORS}
-# floating-point operations of forward and backward up to which a case is asked with another seed as well
+# most floating-point operations, forward and backward, of a case that is repeated with a secret seed
 _SMALL = 10**9
 # characters of an error that a record keeps
 MESSAGE = 4000
@@ -55,7 +55,7 @@ def crash_or_raise(error: BaseException, method: str) -> Exception:
     refusal = method in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
     if isinstance(error, MemoryError) or refusal:
         raise error
-    return EngineRaised(f"CRASH {told(error, method)}")
+    return EngineRaised(f"CRASH {describe(error, method)}")
 
 
 def check_case(
@@ -117,7 +117,7 @@ def check_case(
         result.records += lost(raised, missing, target, case, source=problem.source)
     small = flops(case, backward=True) <= _SMALL
     if problem.source == "golden" and result.passed and small and not registry.ours(target.engine):
-        # a stored answer can be looked up, that of a seed which nobody knew cannot
+        # an engine could look a stored answer up; it cannot know the answer for a seed that is drawn now
         hosted.end_soiled()
         other = case.with_seed(secrets.randbelow(1 << 31))
         asked_too = check_case(target, other, fresh=True, backward=backward, tensors=tensors)
@@ -168,7 +168,7 @@ def verdict_of(error: BaseException) -> tuple[VerdictName, str]:
         reason = " ".join(str(error).split()) or "the engine gave no reason"
         return "UNSUPPORTED", f"UNSUPPORTED {reason}"[:MESSAGE]
     verdict: VerdictName = getattr(error, "verdict", "CRASH")
-    return verdict, (str(error) if hasattr(error, "verdict") else told(error))[:MESSAGE]
+    return verdict, (str(error) if hasattr(error, "verdict") else describe(error))[:MESSAGE]
 
 
 def check_names(tensors: Sequence[str] | None, backward: bool) -> tuple[str, ...]:

@@ -187,7 +187,10 @@ def _judge_dropped(target: Target, what: str, found: Tensors, inputs: Inputs) ->
         judgements.append(gates.judge(inputs.case, name, difference, rounding[name], gates_off=target.gates_off))
         if not any(bool(mask.all()) for mask in kept.values()):
             apart = metrics.compare(without[name], oracle[name]).rel_l2
-            expect(apart > gates.tolerances()["check"]["tells"], f"the case cannot show dropout in {name}: {apart:.1e}")
+            expect(
+                apart > gates.tolerances()["check"]["least_difference"],
+                f"the case cannot show dropout in {name}: {apart:.1e}",
+            )
     raise_for(f"{what}, beside the oracle with the masks that its gradients show", judgements)
 
 

@@ -82,7 +82,7 @@ class _Draw(random.Random):
 class Session:
     """One layer of `target` with what it must know: `lora` as of its last update, the forwards that wait.
 
-    trace: the calls so far, one line each; it is printed to stderr as well, for a call that ends the process.
+    trace: the calls so far, one line each. Each is also printed to stderr, because the call may end the process.
     """
 
     target: Target

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from ktverify.engines import registry
 from ktverify.errors import is_expected, one_line
 from ktverify.isolation.interrupt import in_one_line
-from ktverify.isolation.origin import of_an_outside_engine, told
+from ktverify.isolation.origin import describe, of_an_outside_engine
 from ktverify.system.files import expand, in_words
 from ktverify.system.printable import shown_line
 
@@ -192,7 +192,7 @@ class OneLineErrors(CommandGroup):
             if shown or hasattr(error, "show") or not (outside or is_expected(error)):
                 raise
             text = in_words(error) if isinstance(error, OSError) else one_line(error)
-            say_error(told(error) if outside else text)
+            say_error(describe(error) if outside else text)
             raise typer.Exit(2) from None
 
 

@@ -19,7 +19,7 @@ from ktverify.engines.run import run_case
 from ktverify.errors import EngineDied, EngineTimeout, Unsupported
 from ktverify.isolation.calls import ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of
 from ktverify.isolation.child import BIG, DEFAULT, ChildPool, Limits
-from ktverify.isolation.origin import origin_of, told
+from ktverify.isolation.origin import describe, origin_of
 from ktverify.runs.record import VerdictName
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
@@ -55,7 +55,7 @@ class Fault:
         if isinstance(error, NotImplementedError):
             return cls("UNSUPPORTED", call, " ".join(str(error).split()) or "the engine gave no reason")
         call = call or origin_of(error)[0]
-        return cls("CRASH", call, f"the engine raises {'in ' if call else ''}{told(error, call)}", raised=True)
+        return cls("CRASH", call, f"the engine raises {'in ' if call else ''}{describe(error, call)}", raised=True)
 
     @classmethod
     def died(cls, error: EngineDied) -> Fault:

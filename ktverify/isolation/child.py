@@ -28,7 +28,7 @@ from ktverify.isolation.calls import CallNote, method_in, noted
 from ktverify.isolation.fork_server import TRACE, fork_server
 from ktverify.isolation.host import end_with_parent
 from ktverify.isolation.interrupt import put_off
-from ktverify.isolation.origin import keep_origin, told
+from ktverify.isolation.origin import describe, keep_origin
 from ktverify.isolation.process import (
     Log,
     Running,
@@ -244,7 +244,7 @@ def _answer(request: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]])
         return function(*given, **named)
     except SystemExit as leaving:
         # an engine may not end the process that calls it
-        raise EngineRaised(f"CRASH {told(leaving)}") from leaving
+        raise EngineRaised(f"CRASH {describe(leaving)}") from leaving
     except Exception as error:
         keep_origin(error)
         raise

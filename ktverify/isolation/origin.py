@@ -75,7 +75,7 @@ def of_an_outside_engine(error: BaseException) -> bool:
     return getattr(error, _OUTSIDE, False) and origin_of(error)[0] != IMPORT
 
 
-def told(error: BaseException, call: str = "") -> str:
+def describe(error: BaseException, call: str = "") -> str:
     """One line on what an engine raised: "forward_sft: ValueError: … (my_engine.py:7)".
 
     call: the method, where the caller knows it. Without an origin and a call only "ValueError: …".

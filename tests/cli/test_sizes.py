@@ -31,8 +31,8 @@ def test_a_case_that_does_not_fit_is_refused(command: str) -> None:
     run = "sys.argv = ['ktverify', *sys.argv[1:]]; runpy.run_module('ktverify', run_name='__main__')"
     done = python("-c", limit + run, *COMMANDS[command])
     assert done.returncode in (1, 2), done.stdout + done.stderr
-    told = done.stdout + done.stderr
-    assert "Traceback" not in told, told
+    text = done.stdout + done.stderr
+    assert "Traceback" not in text, text
     assert re.search(
-        r"needs [\d.e+]+ \w*B.*[\d.]+ \w*B are (available|free); take (a smaller case|fewer experts)", told
-    ), told
+        r"needs [\d.e+]+ \w*B.*[\d.]+ \w*B are (available|free); take (a smaller case|fewer experts)", text
+    ), text

@@ -12,7 +12,7 @@ from ktverify.checks.registry import PRELOAD
 from ktverify.checks.target import Target
 from ktverify.errors import EngineDied
 from ktverify.isolation.child import ChildPool, Limits, raised_by_the_engine
-from ktverify.isolation.origin import told
+from ktverify.isolation.origin import describe
 from tests.support import sick
 
 POOL = Limits(15.0, 2 << 30)
@@ -73,4 +73,4 @@ def test_an_exception_is_told_with_the_engines_own_line(pool: ChildPool, name: s
 def test_what_a_check_finds_has_no_origin() -> None:
     with pytest.raises(AssertionError) as raised:
         Target("torch_bf16").expect(False, "too large", "rel_l2")
-    assert told(raised.value) == "GateFailed: too large"
+    assert describe(raised.value) == "GateFailed: too large"

@@ -218,11 +218,11 @@ def test_each_claim_is_reported_once() -> None:
 def test_too_much_memory_is_said_to_be_left_out_and_why(tmp_path: Path) -> None:
     error = EngineOutOfMemory("judge_family, in load_weights_from_tensors: 7.1 GiB were resident; last words:\nmine.py")
     big = Case.parse("E=256,k=8,H=7168,I=2048,T=4,r=16,alpha=32")
-    told = accuracy.of_weights(error, big)
-    assert "256 experts of 88 MB, 22.5 GB in all, and its tokens reach at most 32 of them" in str(told)
-    assert f'"{accuracy.IDLE_EXPERTS}"; last words:\nmine.py' in str(told)
+    described = accuracy.of_weights(error, big)
+    assert "256 experts of 88 MB, 22.5 GB in all, and its tokens reach at most 32 of them" in str(described)
+    assert f'"{accuracy.IDLE_EXPERTS}"; last words:\nmine.py' in str(described)
     assert accuracy.IDLE_EXPERTS in (ROOT / "docs" / "contract.md").read_text(encoding="utf-8")
-    lost = accuracy.lost(told, ("output",), Target(ENGINE), big)
+    lost = accuracy.lost(described, ("output",), Target(ENGINE), big)
     text = confirm(write(tmp_path / "run", [*lost]), 0)
     assert text.startswith("Nothing was confirmed: a script can show none of the 1 failures of run.")
     assert f"OOM, and not repeated here because a script has no memory limit: 1 records of {big.brief}." in text

@@ -202,8 +202,8 @@ def test_a_suite_on_a_full_disk_ends_with_one_line(tmp_path: Path) -> None:
     done = run_pytest(tmp_path / "run", "-p", "full_disk", "suites/tp_constraint", "-q", path=Path(path))
     assert done.returncode == 2, done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    told = f"FAIL: the run is not whole: {tmp_path}/run/records-controller.jsonl cannot be written: No space left"
-    assert told in done.stdout
+    text = f"FAIL: the run is not whole: {tmp_path}/run/records-controller.jsonl cannot be written: No space left"
+    assert text in done.stdout
     assert len(store.load(tmp_path / "run").checks) == 3
     assert call("gate", tmp_path / "run").exit_code == 1
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ktverify.errors import GateFailed
-from ktverify.isolation.origin import told
+from ktverify.isolation.origin import describe
 from ktverify.report.failure_text import text_of
 from ktverify.runs.record import CheckRecord, parse_line
 from ktverify.runs.store import load
@@ -59,7 +59,7 @@ def test_every_text_of_a_record_is_fit() -> None:
 
 
 def test_what_a_terminal_gets_of_a_failure_is_fit() -> None:
-    for text in (text_of(GateFailed(UNFIT, ()), "pytest"), told(ValueError(UNFIT)), told(KeyError(UNFIT))):
+    for text in (text_of(GateFailed(UNFIT, ()), "pytest"), describe(ValueError(UNFIT)), describe(KeyError(UNFIT))):
         assert text
         assert not FORBIDDEN.search(text)
 

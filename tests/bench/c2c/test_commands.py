@@ -432,10 +432,10 @@ def test_analyze_refuses_what_is_no_record(tmp_path: Path) -> None:
     path.write_text('{"id": 0}\n')
     refused(call("bench", "analyze", str(path)), "line 1 cannot be read: prompt Field required")
     path.write_text('{"id": 0')
-    told = ends(call("bench", "analyze", str(path)), 2)
-    assert "line 1 was cut off while it was written" in told
-    assert "error: " in told
-    assert "there is no whole record" in told
+    text = ends(call("bench", "analyze", str(path)), 2)
+    assert "line 1 was cut off while it was written" in text
+    assert "error: " in text
+    assert "there is no whole record" in text
     refused(call("bench", "analyze", str(tmp_path / "none.jsonl")), "cannot be read")
 
 
