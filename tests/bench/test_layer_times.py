@@ -25,8 +25,7 @@ from ktverify.isolation.interrupt import INTERRUPTED
 from ktverify.report.grid import delimited
 from ktverify.report.pages import View
 from ktverify.spec.cases import Case
-from tests.cli.test_cli import TINY
-from tests.support.command_line import call, ends, refused
+from tests.support.command_line import TINY, call, ends, refused
 from tests.support.records import HEAD
 
 MS = 1_000_000

@@ -24,8 +24,7 @@ from ktverify.report import pages
 from ktverify.spec.cases import Case
 from ktverify.system import timing
 from ktverify.system.timing import PERCENTILES, Clock, Statistics
-from tests.cli.test_cli import TINY
-from tests.support.command_line import call, ends, refused
+from tests.support.command_line import TINY, call, ends, refused
 from tests.support.records import HEAD
 from tests.support.traces import nested, read_trace
 

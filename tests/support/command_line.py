@@ -16,6 +16,10 @@ from typer.testing import CliRunner, Result
 from ktverify.cli.main import app
 from ktverify.system.files import ROOT
 
+# words of a command line: an engine that is right and small, and a case of a second
+TORCH = "--engine torch_bf16"
+TINY = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
+
 
 def call(*arguments: object) -> Result:
     """`python -m ktverify` with `arguments`."""
