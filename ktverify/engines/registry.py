@@ -91,8 +91,8 @@ def load(name: str) -> EngineFactory:
     """As find, without a check of a hosted engine's interpreter."""
     path = built_in().get(name, name)
     module_name, _, attribute = path.partition(":")
-    if not attribute:
-        if not _is_module(module_name):
+    if not attribute or not module_name:
+        if not module_name or not _is_module(module_name):
             near = difflib.get_close_matches(name, names(), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
             what = (

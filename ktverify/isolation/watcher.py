@@ -31,8 +31,8 @@ _TRACE_S = 0.5
 # what the fork server of engines' processes imports
 PRELOAD = ("ktverify.isolation.layers", "ktverify.engines.registry", __name__)
 _LAYERS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "layers.py")
-# what would tell an engine that it is judged, on what, and where the answers are
-_NOT_TOLD = ("PYTEST_", "KTVERIFY_GOLDEN_DIR", "KTVERIFY_SUITES_LOCK_HELD", "KTVERIFY_CALL_NOTE")
+# environment variables that an engine does not get: they show that it is judged, on what, and where the answers are
+_LEFT_OUT = ("PYTEST_", "KTVERIFY_GOLDEN_DIR", "KTVERIFY_SUITES_LOCK_HELD", "KTVERIFY_CALL_NOTE")
 
 
 # ---- the watcher's process
@@ -168,7 +168,7 @@ class Watcher:
             "loader": loader,
             "spec": spec,
             "python": python,
-            "env": {name: value for name, value in environment.items() if not name.startswith(_NOT_TOLD)},
+            "env": {name: value for name, value in environment.items() if not name.startswith(_LEFT_OUT)},
             "cpus": sorted(os.sched_getaffinity(0)),
             "folder": os.getcwd(),
             "path": sys.path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any, ClassVar
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ktverify.checks.causes import Cause
 from ktverify.mutants.base import Gradients, Group, Plain, mutant
+from ktverify.system.limits import processors
 
 
 @mutant(Cause.OTHER, "behaviour/largest_call", "raised")
@@ -60,7 +60,7 @@ class lora_taken_once(Plain):
 
 @mutant(Cause.REFUSAL, "refusals/num_gpu_experts 1", "refusal")
 class gpu_experts_ignored(Plain):
-    """num_gpu_experts is accepted, and nobody computes those experts elsewhere."""
+    """num_gpu_experts is accepted and has no effect."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{**arguments, "num_gpu_experts": 0})
@@ -77,7 +77,7 @@ class one_thread_more_than_processors(Plain):
         # those of the layer before end, so that many layers do not fill the machine
         type(self)._end.set()
         type(self)._end = threading.Event()
-        for _ in range(len(os.sched_getaffinity(0)) + 1):
+        for _ in range(processors() + 1):
             threading.Thread(target=self._end.wait, daemon=True).start()
 
 

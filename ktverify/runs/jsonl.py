@@ -180,7 +180,9 @@ def read_lines(path: Path, parse: Callable[[str], T], *, lost: list[str] | None 
         try:
             found.append(parse(line.decode("utf-8")))
         except ValueError as error:
-            if number == len(lines) or (lost is not None and not line.rstrip().endswith(b"}")):
+            # what was cut off begins as a record does; a disk may have filled the rest of its block with zeros
+            cut = number == len(lines) and (line.lstrip().startswith(b"{") or not line.strip(b"\0"))
+            if cut or (lost is not None and not line.rstrip().endswith(b"}")):
                 named.append(_torn(path, number, line))
                 continue
             text = f"{path}, line {number} cannot be read: {_reason(error)}"

@@ -68,7 +68,7 @@ def read_curve(path: Path) -> Curve:
     try:
         rows: list[Any]
         try:
-            rows = [row for _, row in json_rows(read_text(file), str(file))]
+            rows = [_object(row, where) for where, row in json_rows(read_text(file), str(file))]
         except ValueError:
             if file.suffix != ".jsonl":
                 raise
@@ -82,6 +82,12 @@ def read_curve(path: Path) -> Curve:
     if not found.steps:
         raise ValueError(f"{file} has no losses")
     return found
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} cannot be read: it is a {type(row).__name__}, not an object")
+    return row
 
 
 def curve_of(rows: Sequence[Mapping[str, Any]]) -> Curve:

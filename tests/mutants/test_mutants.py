@@ -76,7 +76,8 @@ def _one_thread_and_little_garbage() -> Iterator[None]:
 
 def test_every_cause_has_a_mutant() -> None:
     assert len(MUTANTS) >= 45
-    assert {mutant.cause for mutant in MUTANTS.values()} == set(Cause)
+    # an engine that ends its process is no mutant, because a mutant runs beside its judge: tests/support/sick.py
+    assert {mutant.cause for mutant in MUTANTS.values()} == set(Cause) - {Cause.CRASH}
     assert all(mutant.what.endswith(".") for mutant in MUTANTS.values())
 
 
