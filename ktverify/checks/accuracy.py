@@ -229,13 +229,14 @@ def check_family(target: Target, case: Case, family: str, fresh: bool) -> Result
 
 
 def check_tensors(target: Target, case: Case, family: str) -> None:
-    """GateFailed unless every tensor of `family` passes: what the registry runs."""
+    """GateFailed unless every tensor of `family` passes, Unsupported where nothing ran: what the registry runs."""
     problem = problem_of(case, False)
     # an engine may write into its inputs; the next one must not get what it wrote
     inputs = replace(problem.inputs, **{name: getattr(problem.inputs, name).clone() for name in TOKENS})
     own = replace(problem, inputs=inputs)
     result = check_case(target, case, backward=family == "backward", tensors=TENSORS[family], problem=own)
     bad = [record for record in result.records if record.verdict != "PASS"]
+    _raise_unsupported(bad)
     if bad:
         exceeded = tuple((g.gate, g.used) for record in bad for g in record.gates if g.verdict != "PASS")
         raise GateFailed("\n".join(record.message for record in bad), exceeded, result=result)
@@ -262,14 +263,18 @@ def of_weights(error: EngineOutOfMemory, case: Case) -> EngineOutOfMemory:
 def assert_passed(records: list[AccuracyRecord]) -> None:
     """NotPassed with the line of every tensor that did not pass and what repeats it; Unsupported where nothing ran."""
     failed = [record for record in records if record.verdict != "PASS"]
-    if failed and all(record.verdict == "UNSUPPORTED" for record in failed):
-        raise Unsupported(failed[0].message.removeprefix("UNSUPPORTED "))
+    _raise_unsupported(failed)
     if failed:
         lines = dict.fromkeys(record.message.partition("\n")[0] for record in failed)
         causes = dict.fromkeys(cause for cause in (cause_of(record.message) for record in failed) if cause)
         raise NotPassed("\n".join([*lines, *causes, failed[0].repro, f"({failed[0].case}: {failed[0].why})"]))
     if not records:
         raise AssertionError("nothing was compared")
+
+
+def _raise_unsupported(failed: list[AccuracyRecord]) -> None:
+    if failed and all(record.verdict == "UNSUPPORTED" for record in failed):
+        raise Unsupported(failed[0].message.removeprefix("UNSUPPORTED "))
 
 
 for _case in cases.catalogue().values():

@@ -23,6 +23,7 @@ from ktverify.isolation.origin import describe, origin_of
 from ktverify.runs.record import VerdictName
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
+from ktverify.system.printable import shown_line
 
 _TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
 _VERBS: dict[str, str] = {"TIMEOUT": "hangs", "OOM": "takes too much memory"}
@@ -53,7 +54,7 @@ class Fault:
         if isinstance(error, EngineDied):
             return cls.died(error)
         if isinstance(error, NotImplementedError):
-            return cls("UNSUPPORTED", call, " ".join(str(error).split()) or "the engine gave no reason")
+            return cls("UNSUPPORTED", call, shown_line(str(error)) or "the engine gave no reason")
         call = call or origin_of(error)[0]
         return cls("CRASH", call, f"the engine raises {'in ' if call else ''}{describe(error, call)}", raised=True)
 
