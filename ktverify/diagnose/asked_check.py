@@ -7,6 +7,7 @@ one that explains them overrules the suggestion.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from ktverify.checks.target import Target, same_bits
 from ktverify.diagnose.asking import Fault
 from ktverify.diagnose.evidence import Evidence, Explanation, stated
 from ktverify.diagnose.hypotheses.operands import stale_since
-from ktverify.diagnose.search import explain, one_thread
+from ktverify.diagnose.search import Family, explain, one_thread
 from ktverify.engines.run import run_layer
 from ktverify.errors import GateFailed
 from ktverify.isolation.calls import ENGINE_EXCEPTIONS
@@ -55,13 +56,16 @@ def of_fault(check: Check, fault: Fault) -> Shown:
     return Shown(stated(cause, text, *fault.words), stated(cause, fault.text), fault=fault)
 
 
-def shown_by(check: Check, target: Target) -> Shown | None:
-    """What a check shows about the engine; None if it passes, or cannot decide anything about this engine."""
+def shown_by(check: Check, target: Target, first: Sequence[Family] = ()) -> Shown | None:
+    """What a check shows about the engine; None if it passes, or cannot decide anything about this engine.
+
+    first: the families of hypotheses to test before all others.
+    """
     with one_thread():
         try:
             check.every_tp(target)
         except GateFailed as failed:
-            return _explained(check, failed, target)
+            return _explained(check, failed, target, first)
         except AssertionError:
             # a precondition of the check
             return None
@@ -70,7 +74,7 @@ def shown_by(check: Check, target: Target) -> Shown | None:
     return None
 
 
-def _explained(check: Check, failed: GateFailed, target: Target) -> Shown:
+def _explained(check: Check, failed: GateFailed, target: Target, first: Sequence[Family]) -> Shown:
     """The hypothesis that fits the tensors of the failed call; otherwise what the check itself suggests."""
     suggested = failed.cause or check.cause
     gates = frozenset(gate for gate, _ in failed.exceeded)
@@ -80,7 +84,7 @@ def _explained(check: Check, failed: GateFailed, target: Target) -> Shown:
         given, tp = failed.result.problem.inputs, failed.result.tp
         # a check may judge some tokens of its case
         inputs = with_case(given, qlen=len(given.hidden_states))
-        best = explain(Evidence.of(inputs, failed.result.actual, replace(target, tp=tp))).first
+        best = explain(Evidence.of(inputs, failed.result.actual, replace(target, tp=tp)), first).first
         numbers = check.kind in _NUMBERS
         if best is not None and (numbers or best.cause is suggested or best.share > _CLEAR):
             where += f" at TP {tp}" if tp != 1 else ""

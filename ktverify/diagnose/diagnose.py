@@ -20,7 +20,7 @@ from ktverify.checks.target import Target
 from ktverify.diagnose.asked_check import Shown, of_fault, shown_by
 from ktverify.diagnose.asking import Asking, Fault, Given, TimeUpError
 from ktverify.diagnose.evidence import Evidence, Explanation, Tensors, same_words, stated
-from ktverify.diagnose.search import Diagnosis, explain, proved, reduced
+from ktverify.diagnose.search import Diagnosis, Family, explain, proved, reduced
 from ktverify.diagnose.stale import stale_values
 from ktverify.errors import EngineDied
 from ktverify.spec.cases import Case, flops
@@ -141,6 +141,10 @@ class _Findings:
         rest = [pair for pair in self.own if pair[0].share <= SURE]
         return [finding for finding, _ in (*self.died, *clear, *self.near, *rest, *self.far)]
 
+    def families(self) -> list[Family]:
+        """The families of the hypotheses that explain a call so far."""
+        return [finding.family for finding in self.ranked() if finding.family is not None and finding.share > SURE]
+
     def add(self, check: str, shown: Shown, near: bool) -> bool:
         """Take over what a check shows; False where it is nothing new."""
         if shown.fault is not None and shown.fault.verdict == "UNSUPPORTED":
@@ -207,7 +211,7 @@ def _ask(
                 if found and first_only:
                     return []
             say(f"check {number + 1} of {len(asked)}: {check.id}")
-            shown = _shown(check, target, asking)
+            shown = _shown(check, target, asking, findings.families())
         except TimeUpError:
             return [f"the time was up after {number} of {len(asked)} checks"]
         findings.diagnosis.tried += 1
@@ -225,9 +229,9 @@ def _stale(target: Target, asking: Asking) -> list[Explanation]:
     return found
 
 
-def _shown(check: Check, target: Target, asking: Asking) -> Shown | None:
+def _shown(check: Check, target: Target, asking: Asking, first: Sequence[Family]) -> Shown | None:
     try:
-        shown: Shown | None = asking.call(shown_by, check, target, fresh=check.fresh_process)
+        shown: Shown | None = asking.call(shown_by, check, target, first, fresh=check.fresh_process)
     except EngineDied as died:
         return of_fault(check, Fault.of(died))
     return shown

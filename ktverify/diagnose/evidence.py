@@ -84,6 +84,11 @@ def stated(cause: Cause, text: str, *details: str, rank: int = 1, proof: str = "
     return Explanation(cause, text, 1.0, -1.0, complete=True, rank=rank, details=details, proof=proof)
 
 
+def _norm(tensor: Tensor) -> float:
+    """The 2-norm of the finite elements; a number above 0 for a tensor of zeros."""
+    return float(torch.nan_to_num(tensor, 0.0, 0.0, 0.0).norm()) or 1e-300
+
+
 @dataclass
 class Evidence:
     """The tensors of one call beside the oracle's, the budgets, and methods that test hypotheses on them.
@@ -161,7 +166,9 @@ class Evidence:
     def weights(self) -> dict[str, float]:
         """By tensor, the factor that turns a squared error into squared budgets."""
         norms = {name: found.norm_expected or found.norm_actual or 1.0 for name, found in self.differences.items()}
-        return {name: 1.0 / (self.budgets[name] * norm) ** 2 for name, norm in norms.items()}
+        # beside a defect, the values with that defect are what the engine rounds
+        here = {name: max(norm, _norm(self.right[name])) for name, norm in norms.items()}
+        return {name: 1.0 / (self.budgets[name] * norm) ** 2 for name, norm in here.items()}
 
     @functools.cached_property
     def finite(self) -> dict[str, Tensor | None]:
@@ -198,6 +205,14 @@ class Evidence:
         changed = {name: self.off(name, predicted[name]) for name in self.errors if name in predicted}
         return {**self.errors, **changed}
 
+    def over(self, left: Mapping[str, float], predicted: Tensors) -> list[str]:
+        """The tensors that `predicted` leaves out of their budgets. left: what it leaves of each.
+
+        A defect that makes a tensor three times as large makes its roundings three times as large too.
+        """
+        grown = {name: _norm(predicted[name]) / _norm(self.right[name]) for name in left if name in predicted}
+        return [name for name, error in left.items() if not error <= max(1.0, grown.get(name, 1.0)) ** 2]
+
     def only(self, name: str) -> Evidence:
         """The evidence of one tensor alone."""
         return replace(self, actual={name: self.actual[name]}, failing=(name,))
@@ -216,7 +231,7 @@ class Evidence:
         self.predicted = predicted
         total = sum(left.values())
         share = 1 - total / self.error if self.error else 0.0
-        return Explanation(cause, text, share, total, all(value <= 1.0 for value in left.values()), rank, details)
+        return Explanation(cause, text, share, total, not self.over(left, predicted), rank, details)
 
     def worth(self, names: Sequence[str] | frozenset[str], least: float = 0.5) -> bool:
         """False where a change of only these tensors cannot explain `least` of the error, or the time is up."""

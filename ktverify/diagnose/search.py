@@ -98,18 +98,19 @@ class Diagnosis:
         return next((f"UNSUPPORTED {reason}" for reason in self.unsupported), "nothing to explain")
 
 
-def explain(evidence: Evidence) -> Diagnosis:
+def explain(evidence: Evidence, first: Sequence[Family] = ()) -> Diagnosis:
     """Test the hypotheses about the tensors of one call. Makes no call of the engine.
 
     Where none explains all of it, several defects at once are looked for: each failing tensor alone, then what the
-    defects found so far leave.
+    defects found so far leave. first: families of hypotheses that other calls of the engine have shown; where one
+    explains all, no other is tested.
     """
     found: list[Explanation] = []
     several: list[Explanation] = []
     unexplained = evidence.failing
     if evidence.failing:
         with one_thread():
-            found = _search(evidence)
+            found = _search(evidence, (tuple(dict.fromkeys(first)), *FAMILIES))
             plain = [each for each in found if each.left < 0]
             best = ranked([each for each in found if each.left >= 0])
             if plain or (best and _solves(best[0])):
@@ -158,7 +159,8 @@ def _several(evidence: Evidence, found: list[Explanation]) -> tuple[list[Explana
             break
         part, predicted = best
         after = here.left(predicted)
-        fixed = tuple(name for name in _over(here) if after[name] <= 1.0)
+        still = here.over(after, predicted)
+        fixed = tuple(name for name in _over(here) if name not in still)
         names = fixed or tuple(name for name in _over(here) if after[name] < here.errors[name])
         before, left = (sum(errors[name] for name in names) for errors in (here.errors, after))
         share = 1 - left / before if before else 0.0
@@ -205,8 +207,9 @@ def _scored(here: Evidence, place: Evidence, candidates: Sequence[Explanation]) 
         predicted = predicted_by(each, place)
         if predicted is not None:
             after = here.left(predicted)
-            broken = any(value > 1.0 and here.errors[name] <= 1.0 for name, value in after.items())
-            fixed = 0 if broken else sum(after[name] <= 1.0 for name in _over(here))
+            over = here.over(after, predicted)
+            broken = any(here.errors[name] <= 1.0 for name in over)
+            fixed = 0 if broken else sum(name not in over for name in _over(here))
             found.append(((fixed, -each.rank, -sum(after.values())), each, predicted))
     return found
 
@@ -234,7 +237,7 @@ def proved(parts: Sequence[Explanation], evidence: Evidence, what: str) -> list[
                     continue
                 after = here.left(predicted)
                 before, left = (sum(errors[name] for name in names) for errors in (here.errors, after))
-                if before and 1 - left / before > SOLVED and all(after[name] <= 1.0 for name in names):
+                if before and 1 - left / before > SOLVED and not set(names) & set(here.over(after, predicted)):
                     shown = f"on {what} it explains {100 * (1 - left / before):.1f} % as well"
                     here = here.under(predicted)
                     break

@@ -204,7 +204,8 @@ def test_passing_case_gets_no_cause() -> None:
 
 
 def test_command_names_the_cause() -> None:
-    done = call("diagnose", SMALL.id, "--engine", MUTANT + "routes:no_routing_weight", "--tensor", OUTPUT, "--json")
+    options = ("--tensor", OUTPUT, "--json", "--seconds", "5")
+    done = call("diagnose", SMALL.id, "--engine", MUTANT + "routes:no_routing_weight", *options)
     ends(done, 1)
     findings = json.loads(done.stdout)["findings"]
     assert findings[0]["cause"] == "routing_weight"
