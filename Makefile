@@ -8,7 +8,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
 CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 
-.PHONY: setup verify test lint native-tests fuzz golden peers bench report fmt clean
+.PHONY: setup verify test kills lint native-tests fuzz golden peers bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -28,6 +28,10 @@ verify: setup
 
 test: lint native-tests fuzz
 	$(BIN)/pytest suites/ tests/ -n $(JOBS)
+
+# 30 times SIGKILL at random moments of train, golden, bench, c2c and the suite; `make test` has 2 of each
+kills: setup
+	KTVERIFY_KILLS=30 $(BIN)/pytest tests/runs/test_sigkill.py -n $(JOBS)
 
 lint: setup
 	$(BIN)/ruff check .

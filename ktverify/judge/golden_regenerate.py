@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 from ktverify.judge.gates import budget
 from ktverify.judge.golden import (
+    MANIFEST,
     Entry,
     Golden,
     StoredTensor,
@@ -236,6 +237,8 @@ def _staging(where: Path) -> Iterator[Path]:
             if (left / _OURS).is_file():
                 _delete_unnamed(where, json.loads((left / _OURS).read_text(encoding="utf-8")))
             shutil.rmtree(left, ignore_errors=True)
+        for left in where.glob(f".{MANIFEST}.*.part"):
+            left.unlink()
         staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=where))
         try:
             yield staging
