@@ -70,8 +70,10 @@ class Target:
             from ktverify.engines.native.layer import chosen_isa
 
             name = chosen_isa()
+        if name != AMX:
+            return name
         state = amx_state()
-        return f"{name} (emulated)" if name == AMX and state.emulated and not state.usable else name
+        return f"{name} (emulated)" if state.emulated and not state.usable else name
 
     def bare(self, case: Case = SMALL, **more: Any) -> Any:
         """A layer without weights; `more` overrides constructor arguments."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -125,18 +125,35 @@ def run_case(
     Exceptions of the engine are not caught.
     """
     given = make_inputs(case) if inputs is None else inputs
-    layer = build_layer(factory, case, given, **settings)
-    unless_first: contextlib.AbstractContextManager[None] = contextlib.suppress(*ENGINE_EXCEPTIONS)
+    with _collect_what_is_new():
+        layer = build_layer(factory, case, given, **settings)
+        unless_first: contextlib.AbstractContextManager[None] = contextlib.suppress(*ENGINE_EXCEPTIONS)
+        try:
+            found = run_layer(layer, given, backward=backward, into=into)
+            unless_first = contextlib.nullcontext()
+            return {name: tensor.detach() for name, tensor in found.items()}
+        finally:
+            # of two exceptions the first is raised
+            with unless_first, call_of("clear_sft_buffer_cache"):
+                clear = getattr(layer, "clear_sft_buffer_cache", None)
+                del layer
+                if clear is not None:
+                    clear()
+                del clear
+
+
+@contextlib.contextmanager
+def _collect_what_is_new() -> Iterator[None]:
+    """Collect the cyclic garbage that the body leaves, so that the memory of its layer is free.
+
+    Objects that exist already are frozen meanwhile: to look at all of torch's takes longer than most cases.
+    """
+    mine = gc.get_freeze_count() == 0
+    if mine:
+        gc.freeze()
     try:
-        found = run_layer(layer, given, backward=backward, into=into)
-        unless_first = contextlib.nullcontext()
-        return {name: tensor.detach() for name, tensor in found.items()}
+        yield
     finally:
-        # of two exceptions the first is raised
-        with unless_first, call_of("clear_sft_buffer_cache"):
-            clear = getattr(layer, "clear_sft_buffer_cache", None)
-            del layer
-            if clear is not None:
-                clear()
-            del clear
-            gc.collect()
+        gc.collect()
+        if mine:
+            gc.unfreeze()
