@@ -1,7 +1,8 @@
 """Measure engines side by side, in interleaved rounds, after their results were compared with the oracle.
 
 One round is the forward of every engine (A B C), then a training step of every engine (A B C), then the machine's
-ceilings. Whatever else the machine does in a round disturbs all engines alike, and ratios are taken within a round.
+ceilings. Whatever else the machine does in a round disturbs all engines alike. There are many short rounds, because the
+minimum of a series is what tells: a neighbour may slow a processor down for seconds.
 Lines are written to the journal as they are made.
 """
 
@@ -67,13 +68,13 @@ class ShapeBenchSettings:
     training steps of the native engine whose stages are recorded, after the rounds.
     """
 
-    rounds: int = 15
+    rounds: int = 40
     warmup: int = 3
     threads: int = 2
     runs: int = 1
     isa: str = ""
     pause_s: float = 0.02
-    patience_s: float = 1.0
+    patience_s: float = 0.2
     timeout_s: float = 900.0
     scratch: Path | None = None
     read_bytes: int = 1 << 29

@@ -1,4 +1,4 @@
-"""Summarise a bench run, whole or cut short: medians, spread, ratios per round, distance from the roofline.
+"""Summarise a bench run, whole or cut short: minima and their spread, ratios of minima, distance from the roofline.
 
 One `ShapeSummary` per shape and run. Pure arithmetic.
 """
@@ -16,24 +16,24 @@ from ktverify.bench.record import EngineLine, Line, RoundCeilingLine, ShapeLine,
 from ktverify.bench.shapes import Work
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.record import VerdictName
-from ktverify.system.timing import BUSY, Statistics
+from ktverify.system.timing import BUSY, Ratio, Statistics
 
 # a round of a group: (group, round)
 Round = tuple[int, int]
 L = TypeVar("L", TurnLine, RoundCeilingLine)
 
-ENOUGH = 5  # the median is of undisturbed turns alone where there are at least so many
+ENOUGH = 5  # the times are those of undisturbed turns alone where there are at least so many
 
 
 @dataclass(frozen=True)
 class EngineTiming:
-    """One engine's times of one kind of call. ms: milliseconds; against_own: its time over the native engine's, round
-    by round; over_roofline: its time over the roofline time of the same round. None: there is nothing to divide by.
+    """One engine's times of one kind of call. ms: milliseconds; against_own: its minimum over the native engine's;
+    over_roofline: its minimum over the smallest roofline time of the same rounds. None: there is nothing to divide by.
     """
 
     ms: Statistics
-    against_own: Statistics | None
-    over_roofline: Statistics | None
+    against_own: Ratio | None
+    over_roofline: Ratio | None
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class EngineSummary:
 
     line: EngineLine
     timings: dict[str, EngineTiming]
-    backward_over_forward: Statistics | None
+    backward_over_forward: Ratio | None
 
     def verdict(self, what: str) -> VerdictName:
         found: VerdictName = getattr(self.line, what)
@@ -51,7 +51,7 @@ class EngineSummary:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The roofline time of one kind of call in milliseconds, and what bounds it: "memory" or "arithmetic"."""
+    """The roofline time of one kind of call in milliseconds, and what bounds its minimum: "memory" or "arithmetic"."""
 
     ms: Statistics
     bound: str
@@ -61,7 +61,7 @@ class Roofline:
 class ShapeSummary:
     """One shape in one run. read: bytes per second; multiply: operations per second; others: the largest share of the
     processors that other programs had during a group of rounds; left_out: disturbed turns of all `turns`; rooflines: by
-    forward, backward; stages: the native engine's recorded calls of median length, forward, then backward."""
+    forward, backward; stages: the native engine's shortest recorded calls, forward, then backward."""
 
     shape: ShapeLine
     run: int
@@ -156,16 +156,16 @@ def _summary(
         turns=sum(map(len, every.values())),
         left_out=sum(map(len, every.values())) - sum(map(len, kept.values())),
         restless=tuple(sorted({name for line in quiet for name in line.restless})),
-        stages=_typical([line.times for line in lines if isinstance(line, StagesLine)]),
+        stages=_shortest([line.times for line in lines if isinstance(line, StagesLine)]),
     )
 
 
-def _typical(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:
-    """The call of median length for each direction: medians of single phases would not add up."""
+def _shortest(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:
+    """The shortest call of each direction: minima of single phases would not add up."""
     found = []
     for direction in ("forward", "backward"):
-        calls = sorted((t for t in recorded if t.direction == direction), key=lambda times: times.wall_ns)
-        found += calls[len(calls) // 2 :][:1]
+        calls = [times for times in recorded if times.direction == direction]
+        found += sorted(calls, key=lambda times: times.wall_ns)[:1]
     return tuple(found)
 
 
@@ -190,14 +190,17 @@ def _states(lines: Sequence[Line]) -> dict[str, EngineLine]:
     return found
 
 
-def _ratio(upper: dict[Round, float], lower: dict[Round, float]) -> Statistics | None:
-    """The spread of upper / lower over the rounds that both have."""
-    return spread(upper[at] / lower[at] for at in upper if lower.get(at, 0) > 0)
+def _ratio(upper: dict[Round, float], lower: dict[Round, float]) -> Ratio | None:
+    """The minimum of `upper` over that of `lower` in the same groups; None without a time in both."""
+    groups = {group for group, _ in upper}
+    beside = [value for (group, _), value in lower.items() if group in groups]
+    over, under = spread(upper.values()), spread(beside)
+    return Ratio.of(over, under) if over is not None and under is not None else None
 
 
 def _roofline(work: Work, ceilings: dict[Round, RoundCeilingLine], times: dict[Round, float]) -> Roofline | None:
     ms = spread(times.values())
     if ms is None:
         return None
-    by_memory = sum(work.bound(line.read, line.multiply) == "memory" for line in ceilings.values())
-    return Roofline(ms, "memory" if 2 * by_memory >= len(ceilings) else "arithmetic")
+    best = ceilings[min(times, key=times.__getitem__)]
+    return Roofline(ms, work.bound(best.read, best.multiply))

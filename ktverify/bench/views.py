@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.engines import OWN
+from ktverify.bench.phases import STAGE_HEADINGS, stage_note, stage_rows
 from ktverify.bench.record import HeadLine
-from ktverify.bench.summary import EngineSummary, Roofline, ShapeSummary
+from ktverify.bench.summary import EngineSummary, EngineTiming, Roofline, ShapeSummary
 from ktverify.bench.timed_run import busy, run_pairs
-from ktverify.engines.native.phase_times import StageTimes
 from ktverify.report import style
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, error, many, number, percent, ratio
+from ktverify.report.numbers import (
+    LOWEST,
+    NOTHING,
+    TOO_NOISY,
+    compared,
+    error,
+    lowest_cells,
+    many,
+    number,
+    percent,
+    ratio,
+)
 from ktverify.report.pages import View
 from ktverify.report.style import INK, bare, beside, label_x, legend, png
 from ktverify.spec.cases import Case
@@ -25,34 +36,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DIRECTIONS = ("forward", "backward")
-# the phases' names on pages; ktverify/engines/native/phase_times.py has the engine's own
-PHASES = {
-    "routing": "routing",
-    "allocation": "buffers",
-    "pack_weights": "pack weights",
-    "pack_input": "pack input",
-    "gate_up_lora_a": "gate, up: x A",
-    "gate_up": "gate + up (+ LoRA B)",
-    "activation": "activation",
-    "down_lora_a": "down: h A",
-    "down": "down (+ LoRA B)",
-    "merge": "merge",
-    "scatter": "scatter",
-    "down_lora_b": "down: dO B",
-    "down_grad": "down grad (+ LoRA A)",
-    "activation_grad": "activation grad",
-    "gate_up_lora_b": "gate, up: dg B, du B",
-    "gate_up_grad": "gate + up grad (+ LoRA A)",
-    "gate_up_lora_grad": "gate, up LoRA grads",
-    "down_lora_grad": "down LoRA grads",
-    "routing_grad": "routing grad",
-    "wait": "waiting",
-}
-STAGE_HEADINGS = ("phase", "ms", "share", "GFLOP/s", "of ceiling", "GB/s", "of ceiling")
 LEGEND = (
     "forward: nothing is saved; saving: a forward that saves what backward needs; x roofline: over the time that the "
-    "machine's ceilings allow; x native: over the native engine's time; memory: growth by loading over the bf16 "
-    "weights; rel_l2: against the fp32 oracle, of the gradients the worst"
+    "machine's ceilings allow; x native: over the native engine's time; all ratios are of minima; "
+    f"{TOO_NOISY}: the difference is smaller than the spread between rounds, which is the larger 10th percentile over "
+    "its minimum; memory: growth by loading over the bf16 weights; rel_l2: against the fp32 oracle, of the gradients "
+    "the worst"
 )
 COLOURS = {
     OWN: style.PURPLE,
@@ -84,14 +73,14 @@ def disturbed(summaries: Sequence[ShapeSummary]) -> str:
 
 
 def verdict(summaries: Sequence[ShapeSummary]) -> str:
-    """One line: the native engine's time over the roofline, median of the shapes that were timed."""
+    """One line: the native engine's minimum over the roofline's, median of the shapes that were timed."""
     texts = []
     for what in DIRECTIONS:
         timings = [own.timings.get(what) for one in summaries if (own := one.engine(OWN)) is not None]
-        overs = [timing.over_roofline.median for timing in timings if timing and timing.over_roofline]
+        overs = [timing.over_roofline.value for timing in timings if timing and timing.over_roofline]
         if overs:
             texts.append(f"{what} {statistics.median(overs):.2f} times the roofline")
-    return ", ".join(texts) or "the native engine was not timed"
+    return f"{', '.join(texts)} (minima)" if texts else "the native engine was not timed"
 
 
 def shown_grids(summary: ShapeSummary, *, stages: bool) -> list[Grid]:
@@ -121,13 +110,13 @@ def shape_grid(summary: ShapeSummary) -> Grid:
     ]
     if summary.read is not None and summary.multiply is not None:
         notes.append(
-            f"ceilings: reading {_between(summary.read, 1e-9)} GB/s, "
-            f"multiplying {_between(summary.multiply, 1e-9)} GFLOP/s ({summary.isa})"
+            f"ceilings: reading {_best(summary.read, 1e-9)} GB/s, "
+            f"multiplying {_best(summary.multiply, 1e-9)} GFLOP/s ({summary.isa})"
         )
         rooflines = [f"{what} {_bound(summary.rooflines.get(what))}" for what in DIRECTIONS]
         notes.append(f"roofline: {', '.join(rooflines)}")
-    more, both = ("quartiles", "x roofline", "x native"), ("bwd / fwd", "memory", "rel_l2 out", "rel_l2 grad")
-    headings = ("engine", "forward ms", *more, "saving ms", "backward ms", *more, *both)
+    more, both = (*LOWEST[1:], "x roofline", "x native"), ("bwd / fwd", "memory", "rel_l2 out", "rel_l2 grad")
+    headings = ("engine", "forward min ms", *more, "saving min ms", "backward min ms", *more, *both)
     cells = tuple(_engine_row(summary, engine) for engine in summary.engines)
     return Grid(title, (*notes, *warnings(summary), *problems(summary)), headings, cells)
 
@@ -138,20 +127,19 @@ def _engine_row(summary: ShapeSummary, engine: EngineSummary) -> tuple[str, ...]
     for what in DIRECTIONS:
         timing = engine.timings.get(what)
         if timing is None:
-            cells += [engine.verdict(what), NOTHING, NOTHING, NOTHING]
+            cells += [engine.verdict(what), *[NOTHING] * 4]
         else:
-            against = NOTHING if own else _median(timing.against_own)
-            quartiles = f"{number(timing.ms.percentiles[25])}–{number(timing.ms.percentiles[75])}"
-            cells += [number(timing.ms.median), quartiles, _median(timing.over_roofline), against]
+            against = NOTHING if own else compared(timing.against_own)
+            cells += [*lowest_cells(timing.ms), _over(timing), against]
         if what == "forward":
             saving = engine.timings.get("forward_saving")
-            cells.append(number(saving.ms.median) if saving is not None else NOTHING)
+            cells.append(number(saving.ms.min) if saving is not None else NOTHING)
     line = engine.line
     resident = ratio(line.resident / summary.shape.weight_bytes) if line.resident else NOTHING
     gradients = [value for name, value in line.rel_l2.items() if name != OUTPUT]
     errors = (line.rel_l2.get(OUTPUT), max(gradients, default=None))
     texts = (NOTHING if found is None else error(found, 1) for found in errors)
-    return (*cells, _median(engine.backward_over_forward), resident, *texts)
+    return (*cells, compared(engine.backward_over_forward), resident, *texts)
 
 
 def problems(summary: ShapeSummary) -> list[str]:
@@ -177,7 +165,7 @@ def warnings(summary: ShapeSummary) -> list[str]:
 
 
 def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
-    """All shapes, forward or backward: the native engine's median, and how many times longer each peer takes."""
+    """All shapes, forward or backward: the native engine's minimum, and how many times longer each peer takes."""
     engines = [engine for summary in summaries for engine in summary.engines]
     peers = {engine.line.engine: engine_title(engine) for engine in engines if engine.line.engine != OWN}
     cells = []
@@ -187,17 +175,18 @@ def overview_grid(summaries: Sequence[ShapeSummary], what: str) -> Grid:
         roofline = summary.rooflines.get(what)
         row = [
             _name(summary, " #"),
-            number(roofline.ms.median) if roofline is not None else NOTHING,
-            number(timing.ms.median) if timing is not None else _word(own, what),
-            _median(timing.over_roofline if timing is not None else None),
+            number(roofline.ms.min) if roofline is not None else NOTHING,
+            *(lowest_cells(timing.ms) if timing is not None else (_word(own, what), NOTHING, NOTHING)),
+            _over(timing),
         ]
         for name in peers:
             peer = summary.engine(name)
             found = None if peer is None else peer.timings.get(what)
-            row.append(_median(found.against_own) if found is not None else _word(peer, what))
+            row.append(compared(found.against_own) if found is not None else _word(peer, what))
         cells.append(tuple(row))
-    headings = ("shape", "roofline ms", "native ms", "x roofline", *(f"{title} / native" for title in peers.values()))
-    return Grid(what, (), headings, tuple(cells))
+    own_cells = ("roofline ms", "native min ms", *LOWEST[1:], "x roofline")
+    headings = ("shape", *own_cells, *(f"{title} / native" for title in peers.values()))
+    return Grid(what, ("ratios of minima",), headings, tuple(cells))
 
 
 def _word(engine: EngineSummary | None, what: str) -> str:
@@ -206,26 +195,26 @@ def _word(engine: EngineSummary | None, what: str) -> str:
     return NOTHING if verdict in ("UNSUPPORTED", "PASS") else verdict
 
 
-def _median(value: Statistics | None) -> str:
-    return NOTHING if value is None else ratio(value.median)
+def _over(timing: EngineTiming | None) -> str:
+    over = timing.over_roofline if timing is not None else None
+    return NOTHING if over is None else ratio(over.value)
 
 
-def _between(value: Statistics, unit: float) -> str:
-    low, high = (number(value.percentiles[share] * unit) for share in (25, 75))
-    return f"{number(value.median * unit)} ({low}–{high})"
+def _best(rate: Statistics, unit: float) -> str:
+    return f"{number(rate.max * unit)} (median {number(rate.median * unit)})"
 
 
 def _bound(roofline: Roofline | None) -> str:
-    return NOTHING if roofline is None else f"{number(roofline.ms.median)} ms ({roofline.bound})"
+    return NOTHING if roofline is None else f"{number(roofline.ms.min)} ms ({roofline.bound})"
 
 
-# ---- phases of the native engine, also for the profile
+# ---- phases of the native engine
 
 
 def stage_grids(summary: ShapeSummary) -> list[Grid]:
     """Where the native engine's time goes, forward and backward: a row for each phase, and their sum."""
-    multiply = summary.multiply.median if summary.multiply is not None else 0.0
-    read = summary.read.median if summary.read is not None else 0.0
+    multiply = summary.multiply.max if summary.multiply is not None else 0.0
+    read = summary.read.max if summary.read is not None else 0.0
     return [
         Grid(
             f"{_name(summary)}: where the native engine's {times.direction} goes",
@@ -237,30 +226,6 @@ def stage_grids(summary: ShapeSummary) -> list[Grid]:
     ]
 
 
-def stage_note(times: StageTimes) -> str:
-    """The number of parallel stages, and how busy the idlest and the busiest worker are."""
-    shares = [times.busy_ns(worker) / times.wall_ns for worker in range(times.workers)]
-    busy = f"busy {percent(min(shares), 0)} to {percent(max(shares), 0)}"
-    return f"{many(times.stages, 'parallel stage')}, {many(times.workers, 'worker')}, {busy}"
-
-
-def stage_rows(times: StageTimes, multiply: float, read: float) -> list[tuple[str, ...]]:
-    """A row of STAGE_HEADINGS for each phase, and one for all. multiply, read: ceilings per second, 0 if not known."""
-
-    def rate(amount: float, ns: float, ceiling: float) -> tuple[str, str]:
-        # operations and bytes per ns are GFLOP/s and GB/s
-        if amount == 0 or ns == 0:
-            return NOTHING, NOTHING
-        return number(amount / ns), percent(1e9 * amount / ns / ceiling, 0) if ceiling else NOTHING
-
-    works = [(PHASES[phase.name], phase.wall_ns, phase.flops, phase.bytes) for phase in times.phases]
-    works.append(("all", times.wall_ns, sum(work[2] for work in works), sum(work[3] for work in works)))
-    return [
-        (name, number(ns / 1e6), percent(ns / times.wall_ns), *rate(flops, ns, multiply), *rate(bytes_, ns, read))
-        for name, ns, flops, bytes_ in works
-    ]
-
-
 # ---- the run
 
 
@@ -268,7 +233,7 @@ def head_pairs(head: HeadLine) -> list[tuple[str, str]]:
     """(name, value) lines about the run."""
     forced = f", all forced to {head.isa}" if head.isa else ""
     memory = f"{format_bytes(head.machine.memory_bytes)}{forced}"
-    method = f"{head.rounds} interleaved rounds after {head.warmup} to warm up; medians, ratios round by round"
+    method = f"{head.rounds} interleaved rounds after {head.warmup} to warm up; minima, ratios of minima"
     run, _, versions, command = run_pairs(head)
     machine = f"{head.machine.cpu}, {many(head.threads, 'thread')}, {memory}"
     return [run, ("machine", machine), versions, ("method", method), command]
@@ -284,10 +249,12 @@ def rows(summaries: Sequence[ShapeSummary]) -> list[dict[str, object]]:
             "what": what,
             "unit": "ms",
             "count": timing.ms.count,
+            "min": timing.ms.min,
+            "p10": timing.ms.percentiles[10],
             "median": timing.ms.median,
-            **{f"p{share}": timing.ms.percentiles[share] for share in (25, 75)},
-            "x_roofline": timing.over_roofline.median if timing.over_roofline else "",
-            "x_native": timing.against_own.median if timing.against_own else "",
+            "x_roofline": timing.over_roofline.value if timing.over_roofline else "",
+            "x_native": timing.against_own.value if timing.against_own else "",
+            "x_native_spread": timing.against_own.spread if timing.against_own else "",
         }
         for summary in summaries
         for engine in summary.engines
@@ -301,8 +268,9 @@ def rows(summaries: Sequence[ShapeSummary]) -> list[dict[str, object]]:
 def draw(summaries: Sequence[ShapeSummary], warning: str = "") -> bytes | None:
     """The picture as PNG; None where there is nothing to draw.
 
-    A row per shape, a lane in it per engine: a dot at the median over the roofline time, a line between the quartiles,
-    the milliseconds beside it; forward on the left, backward on the right, one logarithmic axis for both.
+    A row per shape, a lane in it per engine: a dot at the minimum over the roofline time, a line from it to the 10th
+    percentile, a thin one to the median, the minimum's milliseconds beside it; forward on the left, backward on the
+    right, one logarithmic axis for both.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -315,8 +283,8 @@ def draw(summaries: Sequence[ShapeSummary], warning: str = "") -> bytes | None:
     colours = {name: COLOURS.get(name, _OTHERS[place % len(_OTHERS)]) for place, name in enumerate(names)}
     every = [engine.timings for row in rows for engine in row.engines]
     shown = [timings[what] for timings in every for what in DIRECTIONS if what in timings]
-    ends = [over.percentiles for timing in shown if (over := timing.over_roofline) is not None]
-    lowest, highest = min(1.0, *(over[25] for over in ends)), max(over[75] for over in ends)
+    ends = [places for timing in shown if (places := _places(timing)) is not None]
+    lowest, highest = min(1.0, *(at[0] for at in ends)), max(at[2] for at in ends)
 
     height = len(rows) * (_LANE * len(names) + 0.12)
     figure = Figure(figsize=(12, height + 1.5), dpi=150)
@@ -331,7 +299,7 @@ def draw(summaries: Sequence[ShapeSummary], warning: str = "") -> bytes | None:
         axes.set_xlim(lowest / 1.12, highest * (highest / lowest) ** 0.15)
         ticks = [tick for tick in _TICKS if lowest / 1.1 <= tick <= highest * 1.1]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        label_x(axes, "times the roofline")
+        label_x(axes, "times the roofline: dot minimum, line to the 10th percentile, thin line to the median")
         if column:
             axes.tick_params(labelleft=False)
         else:
@@ -356,15 +324,23 @@ def _panel(axes: Axes, rows: Sequence[ShapeSummary], names: list[str], colours: 
         for place, name in enumerate(names):
             engine = summary.engine(name)
             timing = None if engine is None else engine.timings.get(what)
-            if timing is None or timing.over_roofline is None:
+            at = _places(timing) if timing is not None else None
+            if timing is None or at is None:
                 continue
-            at, y = timing.over_roofline, row - 0.43 + lane * (place + 0.5)
-            own = name == OWN
-            low, high = at.percentiles[25], at.percentiles[75]
-            axes.plot([low, high], [y, y], color=colours[name], linewidth=2, alpha=0.45, solid_capstyle="butt")
-            axes.plot(at.median, y, "o", color=colours[name], markersize=7.5 if own else 6, markeredgewidth=0)
+            y, own = row - 0.43 + lane * (place + 0.5), name == OWN
+            for end, width in ((at[1], 3), (at[2], 1)):
+                axes.plot([at[0], end], [y, y], color=colours[name], linewidth=width, alpha=0.45, solid_capstyle="butt")
+            axes.plot(at[0], y, "o", color=colours[name], markersize=7.5 if own else 6, markeredgewidth=0)
             weight = {"color": INK, "fontweight": "bold"} if own else {"color": style.QUIET}
-            beside(axes, f"{number(timing.ms.median)} ms", (max(high, at.median), y), **weight)
+            beside(axes, f"{number(timing.ms.min)} ms", (at[2], y), **weight)
+
+
+def _places(timing: EngineTiming) -> tuple[float, float, float] | None:
+    """Minimum, 10th percentile and median, as multiples of the roofline's minimum."""
+    if timing.over_roofline is None:
+        return None
+    scale = timing.over_roofline.value / timing.ms.min
+    return scale * timing.ms.min, scale * timing.ms.percentiles[10], scale * timing.ms.median
 
 
 def _label(summary: ShapeSummary) -> str:
@@ -373,5 +349,5 @@ def _label(summary: ShapeSummary) -> str:
     routing = "" if case.routing == "uniform" else f", {case.routing}"
     run = f"  #{summary.run}" if summary.run > 1 else ""
     sizes = f"E{case.num_experts} H{case.hidden} I{case.intermediate}{run}"
-    bounds = [number(r.ms.median) for r in summary.rooflines.values()]
+    bounds = [number(r.ms.min) for r in summary.rooflines.values()]
     return f"{sizes}\nT{case.qlen} k{case.top_k} r{case.rank}{routing}\nroofline {' / '.join(bounds)} ms"

@@ -19,7 +19,7 @@ def bench(
     shapes: Annotated[
         list[str] | None, typer.Argument(metavar="SHAPE", help="names or patterns of shapes, or E=16,k=8,H=…")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="rounds that count", min=1)] = 15,
+    rounds: Annotated[int, typer.Option(help="rounds that count", min=1)] = 40,
     warmup: Annotated[int, typer.Option(help="rounds before them that don't", min=3)] = 3,
     runs: Annotated[int, typer.Option(help="measure each shape so many times, in fresh processes", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="of every engine (default: processors at hand)", min=1)] = None,
@@ -28,7 +28,7 @@ def bench(
     ] = None,
     patience: Annotated[
         float, typer.Option(help="seconds that a turn waits for other programs to leave the processors alone", min=0)
-    ] = 1.0,
+    ] = 0.2,
     isa: Annotated[str | None, typer.Option(help="hold every engine to this instruction set")] = None,
     kt_python: Annotated[
         str | None, typer.Option(help="a Python that has kt-kernel (or KTVERIFY_KT_PYTHON; default: .peers/kt)")
@@ -48,9 +48,10 @@ def bench(
     """Time the engine and its peers side by side, against the machine's ceilings.
 
     Every engine runs in a process of its own and computes in turn, A B C A B C, on the same inputs with the same
-    threads; its results are compared with the fp32 oracle before a time counts. `make peers` installs the peers that
-    are no dependency. Written: bench.jsonl (every call), bench.md, .html, .tsv, .png. Ctrl-C leaves what was
-    measured.
+    threads; its results are compared with the fp32 oracle before a time counts. Ratios are of minima over the rounds;
+    where the spread between rounds is larger than the difference, it is "too noisy to tell". `make peers` installs
+    the peers that are no dependency. Written: bench.jsonl (every call), bench.md, .html, .tsv, .png. Ctrl-C leaves
+    what was measured.
 
     Exit code 1 if the native engine was wrong, died or does not fit.
 

@@ -82,7 +82,7 @@ def print_run(run: Run, console: Console | None = None, *, header: bool = True) 
     if found:
         console.print()
     times = tables.latency_grid(run.latency).only(
-        "case", "what", "ISA", "TP", "mean ± std ms", "median ms", "tokens/s", "GFLOP/s", "GB/s"
+        "case", "what", "ISA", "TP", "min ms", "p10 ms", "median ms", "tokens/s", "GFLOP/s", "GB/s"
     )
     for grid in (tables.overview_grid(tables.overview(run)), tables.strict_grid(run.accuracy), times):
         if grid.rows:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
-from ktverify.system.timing import Statistics
+from ktverify.system.timing import Ratio, Statistics
 
 # a cell that has no value
 NOTHING = "–"
+# a difference that is smaller than the spread between rounds
+TOO_NOISY = "too noisy to tell"
 
 
 def number(value: float, digits: int = 3, like: float | None = None) -> str:
@@ -27,13 +29,19 @@ def mean_and_std(values: Statistics, digits: int = 3) -> str:
     return f"{number(values.mean, digits)} ± {number(values.std, digits, like=values.mean)}"
 
 
-STATISTICS = ("mean ± std ms", "median", "min", "p5", "p95", "max")
+# of times: the two that tell on a machine with neighbours first
+LOWEST = ("min ms", "p10", "median")
+STATISTICS = (*LOWEST, "p95", "max", "mean ± std")
 
 
 def statistics_cells(ms: Statistics) -> tuple[str, ...]:
     """The cells under STATISTICS."""
-    values = (ms.median, ms.min, ms.percentiles[5], ms.percentiles[95], ms.max)
-    return (mean_and_std(ms), *map(number, values))
+    return (*lowest_cells(ms), number(ms.percentiles[95]), number(ms.max), mean_and_std(ms))
+
+
+def lowest_cells(ms: Statistics) -> tuple[str, str, str]:
+    """The cells under LOWEST."""
+    return number(ms.min), number(ms.percentiles[10]), number(ms.median)
 
 
 def count(value: float) -> str:
@@ -49,6 +57,11 @@ def many(count: int, noun: str) -> str:
 def ratio(value: float) -> str:
     """Two decimals, and three significant digits from 10 on."""
     return f"{value:.2f}" if value < 10 else number(value)
+
+
+def compared(found: Ratio | None, unit: str = "") -> str:
+    """The ratio of two series of times; in words where the spread between rounds is larger."""
+    return NOTHING if found is None else f"{ratio(found.value)}{unit}" if found.tells else TOO_NOISY
 
 
 def percent(share: float, decimals: int = 1) -> str:

@@ -126,7 +126,7 @@ def budget_used(records: Sequence[AccuracyRecord]) -> str:
 
 
 def latency_bars(records: Sequence[LatencyRecord]) -> str:
-    """One bar per measurement at its median, a line from the fastest to the slowest, every sample as a dot; ms."""
+    """One bar per measurement to its minimum, a line from there to the 10th percentile, every sample as a dot; ms."""
 
     def group(r: LatencyRecord) -> tuple[str, str, int, int]:
         return (r.case, r.what, r.tp, r.threads)
@@ -151,11 +151,11 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
     left = 10 ** math.floor(math.log10(low)) if wide else 0.0
     for y, (r, ms) in zip(positions, rows, strict=True):
         colour = FAIL if r.verdict != "PASS" else isa_colour(r.isa)
-        axes.barh(y, ms.median - left, left=left, height=0.78, color=colour, alpha=0.32, linewidth=0)
-        axes.plot([ms.min, ms.max], [y, y], color=colour, linewidth=1.2, solid_capstyle="butt")
+        axes.barh(y, ms.min - left, left=left, height=0.78, color=colour, alpha=0.32, linewidth=0)
+        axes.plot([ms.min, ms.percentiles[10]], [y, y], color=colour, linewidth=2.4, solid_capstyle="butt")
         jittered = [y + _jitter(i) * 0.45 for i in range(len(r.samples_ms))]
         axes.scatter(r.samples_ms, jittered, s=5, color=colour, linewidths=0, zorder=3)
-        text = f"{number(ms.median, 4)} ms"
+        text = f"{number(ms.min, 4)} ms"
         axes.annotate(text, (ms.max, y), xytext=(6, 0), textcoords="offset points", va="center", color=INK)
     axes.set_yticks([sum(bars) / len(bars) for bars in ticks], labels)
     axes.set_ylim(max(positions) + 0.7, -0.7)
@@ -169,7 +169,7 @@ def latency_bars(records: Sequence[LatencyRecord]) -> str:
         axes.set_xlim(0, high * 1.14)
     axes.grid(axis="x", color=RULE, linewidth=0.8)
     scale = ", log axis" if wide else ""
-    axes.set_xlabel(f"ms per iteration: bar to the median, line from fastest to slowest, dots are iterations{scale}")
+    axes.set_xlabel(f"ms per iteration: bar to the minimum, line to the 10th percentile, dots are iterations{scale}")
     _legend(axes, sorted({r.isa for r, _ in rows}, key=isa_rank), failed=any(r.verdict != "PASS" for r, _ in rows))
     return _svg(figure, "latency")
 

@@ -142,8 +142,8 @@ class LatencyRecord(CheckedLine):
         return Statistics.of(self.samples_ms) if self.samples_ms else None
 
     def per_second(self, amount: float) -> float:
-        """`amount` per iteration as a rate. At the median: one interrupted iteration must not change it."""
-        return amount / (self.ms.median * 1e-3) if self.ms is not None and self.ms.median > 0 else float("nan")
+        """`amount` per iteration as a rate. At the minimum: interrupted iterations must not change it."""
+        return amount / (self.ms.min * 1e-3) if self.ms is not None and self.ms.min > 0 else float("nan")
 
 
 class CheckRecord(CheckedLine):

@@ -22,7 +22,9 @@ from typing import Any, Protocol, TypeVar
 import psutil
 
 T = TypeVar("T")
-PERCENTILES = (5, 25, 75, 95)
+PERCENTILES = (5, 10, 25, 75, 95)
+# with fewer times than this, the 10th percentile is hardly above the minimum
+ENOUGH_FOR_P10 = 10
 # share of the processors that other programs have, from which on a time counts as disturbed
 BUSY = 0.10
 
@@ -92,6 +94,33 @@ class Statistics:
             max=ordered[-1],
             percentiles={share: cuts[share - 1] for share in PERCENTILES},
         )
+
+    @property
+    def spread(self) -> float:
+        """How far the minimum may be off: the 10th percentile over the minimum, less 1; of few times the maximum."""
+        top = self.percentiles[10] if self.count >= ENOUGH_FOR_P10 else self.max
+        return top / self.min - 1
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The minimum of some times over that of others. spread: the larger one of the two (`Statistics.spread`).
+
+    A neighbour on the same core makes a loop up to four times slower for seconds, and a minute's median with it. The
+    minimum of many short rounds needs one undisturbed round only.
+    """
+
+    value: float
+    spread: float
+
+    @classmethod
+    def of(cls, upper: Statistics, lower: Statistics) -> Ratio:
+        return cls(upper.min / lower.min, max(upper.spread, lower.spread))
+
+    @property
+    def tells(self) -> bool:
+        """Whether the difference is larger than the spread between rounds; otherwise it is too noisy to tell."""
+        return max(self.value, 1 / self.value) - 1 > self.spread
 
 
 @functools.cache

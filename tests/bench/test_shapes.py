@@ -190,12 +190,66 @@ def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal) -> N
     assert ("wrong_gradient", "backward") not in timed
 
 
-def test_ratios_are_taken_round_by_round(journal: BenchJournal) -> None:
-    own = {(line.round, line.what): line.ns for line in turns(journal, "native")}
-    ratios = [line.ns / own[line.round, line.what] for line in turns(journal, "torch_loop") if line.what == "backward"]
+def test_ratios_are_of_minima(journal: BenchJournal) -> None:
+    mine, peers = (
+        [line.ns for line in turns(journal, name) if line.what == "backward"] for name in ("native", "torch_loop")
+    )
     timing = engine_of(journal, "torch_loop").timings["backward"]
     assert timing.against_own is not None
-    assert timing.against_own.median == pytest.approx(sorted(ratios)[1])
+    assert timing.against_own.value == pytest.approx(min(peers) / min(mine))
+
+
+def summary_of(native: list[int], peer: list[int], ceilings: list[float]) -> summary.ShapeSummary:
+    """Of times in ms; a ceiling is the roofline time in ms."""
+    work: dict[str, Any] = {"forward_bytes": 1e6, "forward_flops": 1, "backward_bytes": 1, "backward_flops": 1}
+    verdicts: dict[str, Any] = {"forward": "PASS", "backward": "UNSUPPORTED"}
+    names = {"native": native, "peer": peer}
+    lines: list[record.Line] = [
+        record.ShapeLine(shape="s", why="", case=SHAPE.case.id, active=4, weight_bytes=1, **work),
+        *(EngineLine(shape="s", run=1, group=0, engine=name, title=name, **verdicts) for name in names),
+        *(
+            TurnLine(shape="s", run=1, group=0, round=number, engine=name, what="forward", ns=ms * 1_000_000)
+            for name, times in names.items()
+            for number, ms in enumerate(times)
+        ),
+        *(
+            record.RoundCeilingLine(shape="s", run=1, group=0, round=number, isa="x", read=1e9 / ms, multiply=1e15)
+            for number, ms in enumerate(ceilings)
+        ),
+    ]
+    (found,) = summary.summarise(lines)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("native", "peer", "cell"),
+    [
+        # a neighbour that takes half of the rounds leaves the minima as they are
+        ([100] * 6 + [400] * 6, [120] * 6 + [480] * 6, "1.20"),
+        ([100] * 6 + [400] * 6, [90] * 6 + [360] * 6, "0.90"),
+        # one lucky round is no difference
+        ([100] + [200] * 11, [120] * 12, "too noisy to tell"),
+        ([100] * 12, [80] + [100] * 11, "too noisy to tell"),
+        # of few rounds, all count
+        ([100, 130], [120, 120], "too noisy to tell"),
+        ([100, 110], [120, 120], "1.20"),
+    ],
+)
+def test_a_difference_within_the_spread_of_the_rounds_is_too_noisy_to_tell(
+    native: list[int], peer: list[int], cell: str
+) -> None:
+    found = summary_of(native, peer, [50.0, 80.0])
+    assert views.overview_grid([found], "forward").rows[0][-1] == cell
+    (row,) = (row for row in views.shape_grid(found).rows if row[0] == "peer")
+    assert row[5] == cell
+
+
+def test_the_roofline_is_that_of_the_best_round() -> None:
+    found = summary_of([100] * 12, [120] * 12, [80.0, 50.0, 60.0])
+    assert views.overview_grid([found], "forward").rows[0][1:6] == ("50.0", "100", "100", "100", "2.00")
+    assert views.verdict([found]) == "forward 2.00 times the roofline (minima)"
+    assert "reading 0.0200 (median 0.0167) GB/s" in views.shape_grid(found).notes[1]
+    assert views.rows([found])[1]["x_native_spread"] == 0.0
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktverify.bench.layer.profile import READING
 from ktverify.bench.layer.profile_views import ProfileSummary, RangeSummary, stage_name
-from ktverify.bench.views import PHASES
+from ktverify.bench.phases import PHASES
 from ktverify.engines.native.phase_times import WAIT, StageTimes
 from ktverify.report import style
 from ktverify.report.numbers import number, percent
@@ -37,7 +37,7 @@ def draw(summary: ProfileSummary) -> bytes:
         if found.range == "full_train_loop":
             panels.append((_LANE, functools.partial(_parts, found=found)))
             continue
-        times = found.typical.stages[0]
+        times = found.shortest.stages[0]
         panels.append((_LANE * min(times.workers, _MOST_LANES) + 0.1, functools.partial(_lanes, found=found)))
         panels.append((_BAR * len(times.phases), functools.partial(_bars, summary=summary, times=times)))
     total = sum(height for height, _ in panels) + _GAP * len(panels) + 0.35
@@ -54,7 +54,7 @@ def draw(summary: ProfileSummary) -> bytes:
 
 def _lanes(axes: Axes, found: RangeSummary) -> None:
     """What each worker did."""
-    times = found.typical.stages[0]
+    times = found.shortest.stages[0]
     stages = [_STAGES[stage % len(_STAGES)] for stage in range(times.stages)]
     lanes: dict[str, list[Bar]] = {}
     for worker, spans in enumerate(times.spans[:_MOST_LANES]):
@@ -64,17 +64,17 @@ def _lanes(axes: Axes, found: RangeSummary) -> None:
             bars.append((span.work_end, span.end - span.work_end, style.WAITING))
     colours = {stage_name(times, stage): colour for stage, colour in enumerate(stages)}
     colours |= {"waiting": style.WAITING, "outside the stages": style.BAND}
-    title = f"{found.range}: the call of median length, {number(times.wall_ns / 1e6)} ms in the engine"
+    title = f"{found.range}: the shortest call, {number(times.wall_ns / 1e6)} ms in the engine"
     _timeline(axes, title, "ms since the engine's call began", times.wall_ns, lanes, colours)
 
 
 def _parts(axes: Axes, found: RangeSummary) -> None:
     """A training step: its parts one after the other."""
-    call = found.typical
+    call = found.shortest
     names = dict.fromkeys(part.name for part in call.parts)
     colours = dict(zip(names, (*_STAGES, *_MORE), strict=False)) | {READING: style.WAITING}
     bars = [(part.at, part.ns, colours[part.name]) for part in call.parts]
-    title = f"{found.range}: the step of median length, {number(call.ns / 1e6)} ms"
+    title = f"{found.range}: the shortest step, {number(call.ns / 1e6)} ms"
     _timeline(axes, title, "ms since the step began", call.ns, {"Python": bars}, colours)
 
 

@@ -1,4 +1,4 @@
-"""A profile: the typical call of each range, its tables, joined in a `View`, and its Chrome trace."""
+"""A profile: the shortest call of each range, its tables, joined in a `View`, and its Chrome trace."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from ktverify.bench.layer.profile import READING
 from ktverify.bench.layer.profile_record import RANGES, CallLine, Line, ProfileLine, Range
+from ktverify.bench.phases import PHASES, STAGE_HEADINGS, stage_note, stage_rows
 from ktverify.bench.shapes import Work
 from ktverify.bench.timed_run import CeilingLine, disturbed, run_pairs
-from ktverify.bench.views import PHASES, STAGE_HEADINGS, stage_note, stage_rows
 from ktverify.engines.native.phase_times import Phase, StageTimes
 from ktverify.report import trace_events
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, mean_and_std, number, percent
+from ktverify.report.numbers import NOTHING, STATISTICS, compared, number, percent, statistics_cells
 from ktverify.report.pages import View, statistics_row
-from ktverify.system.timing import Statistics
+from ktverify.system.timing import Ratio, Statistics
 
 # the parallel stages by direction, in the order in which a call passes them; without LoRA the last but one of a
 # backward is missing
@@ -81,19 +81,19 @@ def imbalances(times: StageTimes) -> list[Imbalance]:
 
 @dataclass(frozen=True)
 class RangeSummary:
-    """One range. plain, recorded: milliseconds of the steady calls, without and with recording; typical: the recorded
-    call of median length."""
+    """One range. plain, recorded: milliseconds of the steady calls, without and with recording; shortest: the shortest
+    recorded call."""
 
     range: Range
     first: CallLine
     plain: Statistics
     recorded: Statistics
-    typical: CallLine
+    shortest: CallLine
 
     @property
     def explained(self) -> float:
         """The sum of the stages of its engine calls and of its other parts, over the time seen from Python."""
-        return sum(part.explained_ns for part in self.typical.parts) / self.typical.ns
+        return sum(part.explained_ns for part in self.shortest.parts) / self.shortest.ns
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def _range(name: Range, calls: Sequence[CallLine]) -> RangeSummary | None:
     by = {which: [c for c in calls if c.range == name and c.which == which] for which in ("first", "plain", "recorded")}
     if not all(by.values()):
         return None
-    steady = sorted(by["recorded"], key=lambda call: call.ns)
+    shortest = min(by["recorded"], key=lambda call: call.ns)
     plain, recorded = (Statistics.of([call.ns / 1e6 for call in by[which]]) for which in ("plain", "recorded"))
-    return RangeSummary(name, by["first"][0], plain, recorded, steady[(len(steady) - 1) // 2])
+    return RangeSummary(name, by["first"][0], plain, recorded, shortest)
 
 
 # ---- tables
@@ -144,7 +144,7 @@ def view(summary: ProfileSummary, picture: bytes) -> View:
         if found.range == "full_train_loop":
             grids.append(parts_grid(found))
         else:
-            grids += [phases_grid(summary, found), workers_grid(found.typical.stages[0])]
+            grids += [phases_grid(summary, found), workers_grid(found.shortest.stages[0])]
     return View("profile", verdict(summary), run_pairs(summary.head), grids, rows(summary), picture, summary.warning)
 
 
@@ -152,28 +152,24 @@ def verdict(summary: ProfileSummary) -> str:
     """One line: where most of forward and backward goes."""
     texts = []
     for found in summary.ranges[:2]:
-        times = found.typical.stages[0]
+        times = found.shortest.stages[0]
         most = max(times.phases, key=lambda phase: phase.wall_ns)
         share = percent(most.wall_ns / times.wall_ns)
-        texts.append(f"{times.direction} {number(found.plain.median)} ms, most of it {PHASES[most.name]} ({share})")
+        texts.append(f"{times.direction} {number(found.plain.min)} ms, most of it {PHASES[most.name]} ({share})")
     return "; ".join(texts)
 
 
 def ranges_grid(summary: ProfileSummary) -> Grid:
-    """A row for each range: first call, steady calls, the medians with recording over those without, and what the
+    """A row for each range: first call, steady calls, the minimum with recording over that without, and what the
     stages leave unexplained: Python's checks and new tensors around the engine, and the time between the parts."""
     rows = [
         {
             "range": one.range,
             "first ms": number(one.first.ns / 1e6),
-            "steady ms": mean_and_std(one.plain),
-            "median": number(one.plain.median),
-            "min": number(one.plain.min),
-            "p95": number(one.plain.percentiles[95]),
-            "max": number(one.plain.max),
-            "recorded / plain": f"{one.recorded.median / one.plain.median:.3f}",
+            **dict(zip(STATISTICS, statistics_cells(one.plain), strict=True)),
+            "recorded / plain": compared(Ratio.of(one.recorded, one.plain)),
             "sum of stages / call": percent(one.explained),
-            "outside ms": number(one.typical.ns * (1 - one.explained) / 1e6),
+            "outside ms": number(one.shortest.ns * (1 - one.explained) / 1e6),
         }
         for one in summary.ranges
     ]
@@ -181,14 +177,14 @@ def ranges_grid(summary: ProfileSummary) -> Grid:
     notes = (
         f"ceilings: reading {number(summary.read / 1e9)} GB/s, multiplying {number(summary.multiply / 1e9)} GFLOP/s",
         f"{summary.warmups} warm-ups before {summary.ranges[0].plain.count} steady calls each, recorded and plain in "
-        "turn; the stages are those of the recorded call of median length",
+        "turn; the stages are those of the shortest recorded call",
     )
     return Grid.of(rows, f"{head.case} on {head.isa}, TP {head.tp}, {head.workers} workers", notes=notes)
 
 
 def phases_grid(summary: ProfileSummary, found: RangeSummary) -> Grid:
-    """The phases of the typical call beside those of the first, and how near each is to its roofline."""
-    times, first = found.typical.stages[0], found.first.stages[0]
+    """The phases of the shortest call beside those of the first, and how near each is to its roofline."""
+    times, first = found.shortest.stages[0], found.first.stages[0]
     early = {phase.name: phase.wall_ns for phase in first.phases}
     *texts, total = stage_rows(times, summary.multiply, summary.read)
     lines = []
@@ -245,7 +241,7 @@ def _sums(call: CallLine) -> dict[str, int]:
 
 def parts_grid(found: RangeSummary) -> Grid:
     """The parts of a training step, as Python sees them."""
-    call, early = found.typical, _sums(found.first)
+    call, early = found.shortest, _sums(found.first)
     engine = {part.name: number(part.stages.wall_ns / 1e6) for part in call.parts if part.stages is not None}
     rows = [
         {

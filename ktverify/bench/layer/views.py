@@ -11,12 +11,23 @@ from ktverify.bench.layer.record import SWEEPS, LayerLine, Line, MemoryLine, Rep
 from ktverify.bench.timed_run import busy, run_pairs
 from ktverify.report import style
 from ktverify.report.grid import Grid
-from ktverify.report.numbers import NOTHING, STATISTICS, count, error, number, ratio, statistics_cells
+from ktverify.report.numbers import (
+    LOWEST,
+    NOTHING,
+    STATISTICS,
+    compared,
+    count,
+    error,
+    lowest_cells,
+    number,
+    ratio,
+    statistics_cells,
+)
 from ktverify.report.pages import View, statistics_row
 from ktverify.report.style import INK, bare, beside, label_x, legend, png
 from ktverify.spec.cases import Case
 from ktverify.system.limits import format_bytes
-from ktverify.system.timing import BUSY, Statistics
+from ktverify.system.timing import BUSY, Ratio, Statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +73,12 @@ class SpotSummary:
         return Case.parse(self.spot.case)
 
     def tokens_per_s(self, what: str) -> float:
-        """At the median."""
-        return self.case.qlen / (self.ms[what].median / 1e3)
+        """At the minimum."""
+        return self.case.qlen / (self.ms[what].min / 1e3)
+
+    def times_longer(self, first: SpotSummary, what: str) -> Ratio:
+        """Than the spot `first`."""
+        return Ratio.of(self.ms[what], first.ms[what])
 
 
 def summarise(lines: Sequence[Line]) -> list[SpotSummary]:
@@ -108,19 +123,19 @@ def disturbed(found: Sequence[SpotSummary]) -> str:
 
 
 def _times(one: SpotSummary) -> str:
-    texts = [f"{what} {number(one.ms[what].median)} ms" for what in (FORWARD, BOTH, BACKWARD)]
-    return f"{', '.join(texts)}, {count(one.tokens_per_s(BOTH))} tokens/s"
+    texts = [f"{what} {number(one.ms[what].min)} ms" for what in (FORWARD, BOTH, BACKWARD)]
+    return f"{', '.join(texts)}, {count(one.tokens_per_s(BOTH))} tokens/s (minima)"
 
 
 def _growth(found: Sequence[SpotSummary], groups: dict[str, list[SpotSummary]]) -> str:
     """One line: how much each sweep's time grows."""
     texts = [
         f"{TITLES[varied]} {group[0].spot.value} to {group[-1].spot.value}: "
-        f"{ratio(group[-1].ms[BOTH].median / group[0].ms[BOTH].median)} times the time"
+        f"{compared(group[-1].times_longer(group[0], BOTH), ' times the time')}"
         for varied, group in groups.items()
         if len(group) > 1
     ]
-    return "; ".join(texts) or f"{BOTH} {number(found[0].ms[BOTH].median)} ms"
+    return f"{'; '.join(texts) or f'{BOTH} {number(found[0].ms[BOTH].min)} ms'} (minima)"
 
 
 # ---- tables
@@ -136,7 +151,7 @@ def layer_grids(found: Sequence[SpotSummary], groups: dict[str, list[SpotSummary
 
 
 def times_grid(one: SpotSummary) -> Grid:
-    """A row for each of WHATS; tokens per second at the median."""
+    """A row for each of WHATS; tokens per second at the minimum."""
     lines = []
     for what, ms in one.ms.items():
         rate = count(one.tokens_per_s(what)) if what in (FORWARD, BOTH) else NOTHING
@@ -155,12 +170,15 @@ def tp_grid(group: Sequence[SpotSummary]) -> Grid:
     """A row for each degree, with its speed-up over the first."""
     lines, base = [], group[0]
     for one in group:
-        medians = [(one.ms[what].median, base.ms[what].median) for what in (FORWARD, BOTH)]
-        cells = [cell for ms, first in medians for cell in (number(ms), ratio(first / ms))]
+        cells = []
+        for what in (FORWARD, BOTH):
+            gain = compared(base.times_longer(one, what)) if one is not base else ratio(1)
+            cells += [*lowest_cells(one.ms[what]), gain]
         lines.append((one.name, str(one.found.workers), *cells))
     over = f"x TP {base.spot.tp}"
-    headings = ("degree", "workers", f"{FORWARD} ms", over, f"{BOTH} ms", over)
-    return Grid("tensor parallelism", ("medians, each degree in a process of its own",), headings, tuple(lines))
+    times = [(f"{what} {LOWEST[0]}", *LOWEST[1:], over) for what in (FORWARD, BOTH)]
+    note = "speed-ups of minima, each degree in a process of its own"
+    return Grid("tensor parallelism", (note,), ("degree", "workers", *times[0], *times[1]), tuple(lines))
 
 
 def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
@@ -168,11 +186,12 @@ def throughput_grid(group: Sequence[SpotSummary]) -> Grid:
     lines = []
     for one in group:
         cells = [
-            cell for what in (FORWARD, BOTH) for cell in (number(one.ms[what].median), count(one.tokens_per_s(what)))
+            cell for what in (FORWARD, BOTH) for cell in (*lowest_cells(one.ms[what]), count(one.tokens_per_s(what)))
         ]
         lines.append((one.name, str(one.case.qlen), *cells))
-    headings = ("batch x sequence", "tokens", f"{FORWARD} ms", "tokens/s", f"{BOTH} ms", "tokens/s")
-    return Grid("throughput", ("at the median; each in a process of its own",), headings, tuple(lines))
+    times = [(f"{what} {LOWEST[0]}", *LOWEST[1:], "tokens/s") for what in (FORWARD, BOTH)]
+    headings = ("batch x sequence", "tokens", *times[0], *times[1])
+    return Grid("throughput", ("tokens/s at the minimum; each in a process of its own",), headings, tuple(lines))
 
 
 def memory_grid(found: Sequence[SpotSummary]) -> Grid:
@@ -194,15 +213,16 @@ def sweep_grid(group: Sequence[SpotSummary]) -> Grid:
     """A row for each value of what is varied; growth of time and of operations over the first."""
     lines, base, title = [], group[0], TITLES[group[0].spot.varied]
     for one in group:
-        cells = [number(one.ms[what].median) for what in (FORWARD, BOTH, BACKWARD)]
-        rate = number(one.found.flops / one.ms[FORWARD].median / 1e6)
-        growth = ratio(one.ms[BOTH].median / base.ms[BOTH].median)
+        cells = [cell for what in (FORWARD, BOTH, BACKWARD) for cell in lowest_cells(one.ms[what])]
+        rate = number(one.found.flops / one.ms[FORWARD].min / 1e6)
+        growth = compared(one.times_longer(base, BOTH)) if one is not base else ratio(1)
         work = ratio(one.found.flops / base.found.flops)
         packed = format_bytes(one.memory.packed) if one.memory is not None else NOTHING
         lines.append((str(one.spot.value), *cells, count(one.tokens_per_s(BOTH)), rate, growth, work, packed))
-    times = (f"{FORWARD} ms", f"{BOTH} ms", f"{BACKWARD} ms")
+    times = [heading for what in (FORWARD, BOTH, BACKWARD) for heading in (f"{what} {LOWEST[0]}", *LOWEST[1:])]
     headings = (title, *times, "tokens/s", "forward GFLOP/s", "growth", "of operations", "memory")
-    return Grid(f"over {title}", ("medians, each in a process of its own",), headings, tuple(lines))
+    note = "rates and growth at the minima; each in a process of its own"
+    return Grid(f"over {title}", (note,), headings, tuple(lines))
 
 
 def rows(found: Sequence[SpotSummary]) -> list[dict[str, object]]:
@@ -244,8 +264,8 @@ def draw_layer(
 
 
 def draw_sweeps(case: str, groups: dict[str, list[SpotSummary]], warning: str = "") -> bytes:
-    """A panel for each sweep: medians and quartiles, both axes logarithmic. Dashed and dotted: how the operations and
-    the weights' bytes of a worker grow, drawn through the last point of forward + backward."""
+    """A panel for each sweep: minima, a band to the 10th percentile, both axes logarithmic. Dashed and dotted: how the
+    operations and the weights' bytes of a worker grow, drawn through the last point of forward + backward."""
     figure, places = _figure(case, len(groups))
     for axes, group in zip(places, groups.values(), strict=True):
         _cost(axes, group)
@@ -267,23 +287,24 @@ def _figure(case: str, panels: int) -> tuple[Figure, list[Any]]:
 
 
 def _spread(axes: Axes, one: SpotSummary) -> None:
-    """A line from the 5th to the 95th percentile, a dot at the median."""
+    """A dot at the minimum, a line from it to the 10th percentile, a thin one to the median."""
     for row, (what, ms) in enumerate(one.ms.items()):
         colour = _COLOURS.get(what, style.QUIET)
-        axes.plot([ms.percentiles[5], ms.percentiles[95]], [row, row], color=colour, linewidth=2.5, alpha=0.45)
-        axes.plot(ms.median, row, "o", color=colour, markersize=7)
-        beside(axes, number(ms.median), (ms.percentiles[95], row), fontsize=8.5, bbox=style.PAPER)
-    bare(axes, "median, 5th to 95th percentile", "x")
+        for end, width in ((ms.percentiles[10], 3.5), (ms.median, 1.2)):
+            axes.plot([ms.min, end], [row, row], color=colour, linewidth=width, alpha=0.45)
+        axes.plot(ms.min, row, "o", color=colour, markersize=7)
+        beside(axes, number(ms.min), (ms.median, row), fontsize=8.5, bbox=style.PAPER)
+    bare(axes, "minimum, 10th percentile, median", "x")
     axes.set_ylim(len(one.ms) - 0.5, -0.5)
     axes.set_yticks(range(len(one.ms)), list(one.ms), color=INK)
-    axes.set_xlim(0, 1.18 * max(ms.percentiles[95] for ms in one.ms.values()))
+    axes.set_xlim(0, 1.18 * max(ms.median for ms in one.ms.values()))
     label_x(axes, "ms")
 
 
 def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
-    """Speed-up over the first degree."""
+    """Speed-up over the first degree, of minima."""
     for shift, what in ((-0.19, FORWARD), (0.19, BOTH)):
-        values = [group[0].ms[what].median / one.ms[what].median for one in group]
+        values = [group[0].times_longer(one, what).value for one in group]
         places = [row + shift for row in range(len(group))]
         bars = axes.bar(places, values, width=0.34, color=_COLOURS[what], label=what)
         axes.bar_label(bars, [ratio(value) for value in values], fontsize=8, color=INK, padding=3, bbox=style.PAPER)
@@ -320,13 +341,13 @@ def _cost(axes: Axes, group: Sequence[SpotSummary]) -> None:
 
     values = [one.spot.value for one in group]
     for what, colour in _COLOURS.items():
-        low, high = ([one.ms[what].percentiles[share] for one in group] for share in (25, 75))
-        axes.plot(values, [one.ms[what].median for one in group], "o-", color=colour, label=what, markersize=5)
-        band = "25th to 75th percentile" if what == BACKWARD else None
+        low, high = [one.ms[what].min for one in group], [one.ms[what].percentiles[10] for one in group]
+        axes.plot(values, low, "o-", color=colour, label=what, markersize=5)
+        band = "to the 10th percentile" if what == BACKWARD else None
         axes.fill_between(values, low, high, color=colour, alpha=0.15, linewidth=0, label=band)
     for name, dashes in (("flops", "--"), ("weights", ":")):
         amounts = [getattr(one.found, name) / one.found.workers for one in group]
-        guide = [group[-1].ms[BOTH].median * amount / amounts[-1] for amount in amounts]
+        guide = [group[-1].ms[BOTH].min * amount / amounts[-1] for amount in amounts]
         label = f"as the {'operations' if name == 'flops' else name} grow"
         axes.plot(values, guide, dashes, color=style.QUIET, linewidth=1.1, label=label)
     bare(axes, f"ms, over {TITLES[group[0].spot.varied]}", "both")
