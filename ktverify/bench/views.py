@@ -299,7 +299,7 @@ def draw(summaries: Sequence[ShapeSummary], warning: str = "") -> bytes | None:
         axes.set_xlim(lowest / 1.12, highest * (highest / lowest) ** 0.15)
         ticks = [tick for tick in _TICKS if lowest / 1.1 <= tick <= highest * 1.1]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        label_x(axes, "times the roofline: dot minimum, line to the 10th percentile, thin line to the median")
+        label_x(axes, "times the roofline: minimum, 10th percentile, median")
         if column:
             axes.tick_params(labelleft=False)
         else:

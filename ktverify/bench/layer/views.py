@@ -304,14 +304,16 @@ def _spread(axes: Axes, one: SpotSummary) -> None:
 def _degrees(axes: Axes, group: Sequence[SpotSummary]) -> None:
     """Speed-up over the first degree, of minima."""
     for shift, what in ((-0.19, FORWARD), (0.19, BOTH)):
-        values = [group[0].times_longer(one, what).value for one in group]
+        gains = [group[0].times_longer(one, what) for one in group]
+        values = [gain.value for gain in gains]
+        texts = [ratio(1), *(compared(gain).replace("noisy ", "noisy\n") for gain in gains[1:])]
         places = [row + shift for row in range(len(group))]
         bars = axes.bar(places, values, width=0.34, color=_COLOURS[what], label=what)
-        axes.bar_label(bars, [ratio(value) for value in values], fontsize=8, color=INK, padding=3, bbox=style.PAPER)
+        axes.bar_label(bars, texts, fontsize=8, color=INK, padding=3, bbox=style.PAPER)
     axes.axhline(1, color=INK, linewidth=0.8)
     bare(axes, f"speed-up over TP {group[0].spot.tp}", "y")
     axes.set_xticks(range(len(group)), [f"TP {one.spot.tp}" for one in group], color=INK)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.2)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.3)
     axes.legend(loc="upper left", ncols=2, labelcolor=INK, handlelength=1.0, **_ON_PAPER)
 
 
