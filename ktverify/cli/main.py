@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ktverify.cli.bench_c2c import C2C, C2C_HELP, analyze
+from ktverify.cli.bench_kernels import kernels
 from ktverify.cli.bench_layer import layer, profile, sweep
 from ktverify.cli.bench_shapes import bench
 from ktverify.cli.bench_transformer import memory, transformer
@@ -85,7 +86,7 @@ def _group(help_text: str, commands: dict[str, Callable[..., None]], **settings:
 BENCH_DEFAULT = "shapes"
 BENCH: dict[str, Callable[..., None]] = {
     BENCH_DEFAULT: bench,
-    **{command.__name__: command for command in (layer, sweep, transformer, memory, analyze)},
+    **{command.__name__: command for command in (layer, sweep, kernels, transformer, memory, analyze)},
 }
 BENCH_HELP = """\
 Time a layer, a transformer or a pipeline, or count memory. docs/profile.md and docs/c2c.md show each view.
@@ -94,6 +95,7 @@ Time a layer, a transformer or a pipeline, or count memory. docs/profile.md and 
 python -m ktverify bench [SHAPE]...         the engine beside its peers; options: bench shapes --help
 python -m ktverify bench layer [CASE]       one layer: forward, backward, tensor parallelism, memory
 python -m ktverify bench sweep [WHAT]...    its cost over qlen, rank, threads, experts
+python -m ktverify bench kernels            the kernels' constants against alternatives
 python -m ktverify bench transformer small  forward and backward of a transformer
 python -m ktverify bench memory 2.7b        what a training step of a transformer takes
 python -m ktverify bench c2c single         a pipeline of two models: single, batch, dataset, merge

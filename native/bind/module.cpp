@@ -8,6 +8,7 @@
 #include "instruction_sets.hpp"
 #include "ktv/layer.hpp"
 #include "machine_limits/ceilings.hpp"
+#include "machine_limits/products.hpp"
 #include "memory.hpp"
 #include "process.hpp"
 #include "team.hpp"
@@ -116,6 +117,24 @@ PYBIND11_MODULE(_native, m) {
           "Bytes per second that the threads read together, in the best pass.");
     m.def("multiply_rate", &multiply_rate, "isa"_a, "threads"_a, "seconds"_a, without_gil,
           "Floating-point operations per second of an instruction set, on registers only.");
+    m.def(
+        "kernels_of",
+        [](const std::string& isa) { return reinterpret_cast<std::uintptr_t>(instruction_set(isa).kernels); },
+        "The address of an instruction set's table of kernels, for Products.time. Raises as require_isa does.");
+    py::class_<Products>(m, "Products")
+        .def(py::init<int, std::size_t>(), "threads"_a, "bytes"_a, without_gil)
+        .def(
+            "time",
+            [](Products& products, std::uintptr_t kernels, bool backward, int rows, int n, int k, int matrices,
+               std::size_t window) {
+                const Products::Sizes sizes{backward ? Product::nn : Product::nt, rows, n, k, matrices};
+                const Products::Timed timed = products.time(*pointer<const Kernels>(kernels), sizes, window);
+                return std::tuple(timed.seconds, timed.bytes, timed.flops, timed.bits);
+            },
+            py::kw_only(), "kernels"_a, "backward"_a, "rows"_a, "n"_a, "k"_a, "matrices"_a, "window"_a, without_gil,
+            "(seconds, bytes of weights, operations, bits of the last results). kernels: an address of kernels_of, or "
+            "of "
+            "the same table in another library.");
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });
 
     py::class_<Layer>(m, "Layer")
