@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ktverify.errors import NotFinite
+from ktverify.isolation.layers import trim
 from ktverify.runs.jsonl import append_line, read_objects, to_json, with_named_floats
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory
@@ -84,7 +85,7 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
     kept: what every checkpoint keeps, beside `running`, in its trainer_state.json. rows: the lines; a resumed run
     removes those after its checkpoint's step. rss: resident bytes after every step, rss_before: before the first;
     begun: the step and the tokens that a resumed run starts from. last: the step to end after, None for all,
-    or a later one, when `enough` is true of rss.
+    or a later one, when `enough` is true of rss; with `enough`, these are the bytes in use, which take longer to count.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
         last: int | None = None,
         enough: Enough | None = None,
     ) -> None:
-        self.last, self.enough = last, enough or (lambda _: True)
+        self.last, self.enough = last, enough
         self.path = directory / curves.LOSS_FILE
         self.kept = dict(kept or {})
         self.running = RunningLoss()
@@ -102,8 +103,17 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.rss: list[int] = []
         self.rss_before = 0
         self._process = psutil.Process()
+        self._bytes = self._resident if enough is None else self._used
         self.begun = (0, 0)
         self._since = (0.0, 0)
+
+    def _resident(self) -> int:
+        return int(self._process.memory_info().rss)
+
+    def _used(self) -> int:
+        """Resident bytes without what malloc only holds: a small block that is kept may come from there."""
+        trim()
+        return self._resident()
 
     @property
     def curve(self) -> curves.Curve:
@@ -134,14 +144,15 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
         state.log_history = [row for row in state.log_history if "loss" in row and row["step"] <= since]
         self.read(since)
         self.write()
-        self.rss_before = self._process.memory_info().rss
+        self.rss_before = self._bytes()
         self.begun = (int(state.global_step), int(state.num_input_tokens_seen))
         self._since = (time.perf_counter(), self.begun[1])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.rss.append(self._process.memory_info().rss)
+        self.rss.append(self._bytes())
         step = state.global_step
-        if step >= state.max_steps or (self.last is not None and step >= self.last and self.enough(self.rss)):
+        enough = self.last is not None and step >= self.last and (self.enough is None or self.enough(self.rss))
+        if enough or step >= state.max_steps:
             # so that a run shorter than logging_steps also has a loss
             control.should_log = control.should_training_stop = True
 
@@ -159,7 +170,7 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
             "tokens": tokens,
             # a step that is stopped is not counted yet
             "tokens_per_s": round((tokens - self._since[1]) / seconds, 1) if tokens > self._since[1] else None,
-            "rss": self._process.memory_info().rss,
+            "rss": self._resident(),
         }
         self._since = (now, tokens)
         self.rows.append(row)

@@ -350,14 +350,25 @@ def test_memory_does_not_grow(made: Made, tmp_path: Path) -> None:
     assert Memory(found.loaded, found.steps, found.slope, waiting=1).leaks
 
 
-def test_a_planted_leak_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # pages of its own: a small block may for some steps come from what the allocator holds already
-    kept: list[mmap.mmap] = []
+def _pages() -> mmap.mmap:
+    found = mmap.mmap(-1, 2**18)
+    found.write(os.urandom(2**18))
+    return found
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [_pages, lambda: os.urandom(2**18), lambda: [os.urandom(2**12) for _ in range(64)], lambda: torch.ones(2**16)],
+    ids=["pages", "a block", "many blocks", "a tensor"],
+)
+def test_a_planted_leak_is_found(
+    allocate: Callable[[], Any], made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
     original = LossLog.on_step_end
 
     def leaking(self: LossLog, *given: Any, **more: Any) -> None:
-        kept.append(mmap.mmap(-1, 2**18))
-        kept[-1].write(os.urandom(2**18))
+        kept.append(allocate())
         original(self, *given, **more)
 
     monkeypatch.setattr(LossLog, "on_step_end", leaking)
