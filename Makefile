@@ -26,10 +26,12 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE)
 verify: setup
 	$(BIN)/pytest suites/ -n $(JOBS) && status=0 || status=$$?; $(BIN)/python -m ktverify report; exit $$status
 
-test: lint native-tests fuzz
+# the first three use one processor most of the time
+test: setup
+	$(MAKE) --jobs 3 --output-sync=target lint native-tests fuzz
 	$(BIN)/pytest suites/ tests/ -n $(JOBS)
 
-# 30 times SIGKILL at random moments of train, golden, bench, c2c and the suite; `make test` has 2 of each
+# 30 times SIGKILL at random moments of train, golden, bench, c2c and the suite; `make test` has one of golden
 kills: setup
 	KTVERIFY_KILLS=30 $(BIN)/pytest tests/runs/test_sigkill.py -n $(JOBS)
 
