@@ -8,6 +8,9 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 NATIVE := $(shell git ls-files native 2>/dev/null || find native -type f)
 CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 
+# the tests start some hundred interpreters: without files of byte code each compiles the package again
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup verify test kills lint native-tests fuzz golden peers bench report fmt clean
 .DEFAULT_GOAL := verify
 
