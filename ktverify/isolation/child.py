@@ -136,9 +136,10 @@ class Child(contextlib.AbstractContextManager["Child"]):
         if used > limit:
             text = f"{used / 2**30:.1f} GiB were resident, the limit is {limit / 2**30:.1f} GiB"
             raise self._ended(EngineOutOfMemory, text)
-        if self.alive and time.monotonic() > deadline:
+        alive = self.alive
+        if alive and time.monotonic() > deadline:
             raise self._ended(EngineTimeout, f"no answer after {self.limits.time_s:g} s, ended with SIGKILL")
-        return self.alive
+        return alive
 
     @property
     def _processes(self) -> list[Running]:

@@ -2,7 +2,7 @@
 
 No engine is imported before the fork, nor has torch used a thread, so a forked process is as fresh as any other. Each
 leads a session of its own: what it starts ends with it, also where it crashes.
-`python -m ktverify.isolation.fork_server FD MODULE ...` is the server.
+`python -m ktverify.isolation.fork_server FD` is the first server of a process; those that import more are its forks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 from ktverify.isolation.host import end_with_parent
-from ktverify.isolation.process import WAIT_S, Running, end_group, own_environment, reap
+from ktverify.isolation.process import WAIT_S, Running, children_of, end_group, own_environment, reap
 from ktverify.system.files import ROOT
 
 # what every forked process needs, and what none may have yet
@@ -51,19 +51,10 @@ class ForkedProcess(Running):
 
 
 class ForkServer:
-    """The process that forks. For one thread at a time. preload: modules that it imports before."""
+    """A process that forks, at the other end of a connection. For one thread at a time."""
 
-    def __init__(self, preload: Sequence[str] = ()) -> None:
-        self._connection, other = Pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(other.fileno()), *preload],
-            # one thread: threads that torch had before the fork would be missing after it
-            env={**own_environment(), "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            pass_fds=[other.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-        other.close()
+    def __init__(self, connection: Connection, process: subprocess.Popen[bytes] | ForkedProcess) -> None:
+        self._connection, self._process = connection, process
         atexit.register(self.close)
 
     def fork(self, function: Callable[..., None], fds: list[int], env: dict[str, str], log: int) -> ForkedProcess:
@@ -88,19 +79,39 @@ class ForkServer:
         self._connection.close()
         self._end()
 
-    def _end(self) -> int:
+    def _end(self) -> int | None:
         """The exit code once the connection is closed; the server is ended where it does not end by itself."""
-        try:
-            return self._process.wait(timeout=WAIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if (code := self._process.wait(timeout=WAIT_S)) is not None:
+                return code
+        os.kill(self._process.pid, signal.SIGKILL)
+        return self._process.wait()
 
 
 @functools.cache
 def fork_server(preload: tuple[str, ...]) -> ForkServer:
-    """The fork server of this process for these modules, started on first use."""
-    return ForkServer(preload)
+    """The fork server of this process for these modules, started on first use: a fork of the one without modules."""
+    here, there = Pipe()
+    with there:
+        return ForkServer(
+            here, first_server().fork(functools.partial(serve, preload), [there.fileno()], _environment(), 2)
+        )
+
+
+@functools.cache
+def first_server() -> ForkServer:
+    """The fork server that imports torch, for this process and for its other servers."""
+    here, there = Pipe()
+    with there:
+        fd = there.fileno()
+        command = [sys.executable, "-m", __name__, str(fd)]
+        process = subprocess.Popen(command, env=_environment(), cwd=ROOT, pass_fds=[fd], stdin=subprocess.DEVNULL)
+    return ForkServer(here, process)
+
+
+def _environment() -> dict[str, str]:
+    # one thread: threads that torch had before the fork would be missing after it
+    return {**own_environment(), "OMP_NUM_THREADS": "1"}
 
 
 def collect_orphans() -> None:
@@ -108,19 +119,10 @@ def collect_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def children() -> list[int]:
-    """The pids of this process's children."""
-    found: list[int] = []
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/children", encoding="ascii") as listed:
-            found += [int(pid) for pid in listed.read().split()]
-    return found
-
-
 def end_children(kept: Callable[[int], bool] = lambda pid: False, codes: dict[int, int] | None = None) -> None:
     """End all children but those that are kept, and what becomes a child thereby. codes: gets their exit codes."""
     deadline = time.monotonic() + WAIT_S
-    while (others := [pid for pid in children() if not kept(pid)]) and time.monotonic() < deadline:
+    while (others := [pid for pid in children_of("self") if not kept(pid)]) and time.monotonic() < deadline:
         for pid in others:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -184,8 +186,8 @@ def _serve_forks(connection: Connection) -> None:
     end_children()
 
 
-def _main(fd: int, preload: Sequence[str]) -> None:
-    faulthandler.enable()
+def serve(preload: Sequence[str], fd: int) -> None:
+    """Import modules, then fork on request until the other end of the connection closes."""
     # Ctrl-C is for the other end, which then closes the connection; until then its children have to be ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
@@ -196,7 +198,7 @@ def _main(fd: int, preload: Sequence[str]) -> None:
     collect_orphans()
     early = [module for module in _NOT_YET if module in sys.modules]
     if early:
-        raise SystemExit(f"{early[0]} is imported by a preloaded module; engines belong into the forked processes")
+        raise RuntimeError(f"{early[0]} is imported by a preloaded module; engines belong into the forked processes")
     # shared pages stay shared, and a child's collections need not look through torch's half a million objects
     gc.collect()
     gc.freeze()
@@ -204,4 +206,5 @@ def _main(fd: int, preload: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]), sys.argv[2:])
+    faulthandler.enable()
+    serve((), int(sys.argv[1]))
