@@ -8,6 +8,7 @@ directory. Tests elsewhere may use the fixtures; they leave no records.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -116,6 +117,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=urgency)
     # the process that was asked for the engine's instruction sets
     hosted.end_all()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    # releasing a layer collects garbage, and need not look through the million objects of pytest and torch
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

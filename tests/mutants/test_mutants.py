@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections.abc import Iterator
@@ -63,14 +62,10 @@ NEEDED: dict[str, tuple[str, str]] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_thread_and_little_garbage() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    # releasing a layer collects garbage; exclude the half million objects of pytest and torch
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(before)
 
 
