@@ -13,7 +13,7 @@ from ktverify.cli.golden import app as golden_app
 from ktverify.cli.main import app
 from ktverify.runs import store
 from ktverify.spec.cases import catalogue
-from tests.support.command_line import TINY, TORCH, call, ends, every_command, python, refused
+from tests.support.command_line import TINY, TORCH, call, ends, every_command, refused, started
 from tests.support.records import accuracy, check, latency, write
 
 COMMANDS = "doctor,list,repro,report,gate,verify,profile,make-tiny,train,verify-training,compare-curves,export-merged"
@@ -32,7 +32,7 @@ COMMANDS = "doctor,list,repro,report,gate,verify,profile,make-tiny,train,verify-
     ],
 )
 def test_help_refusals_and_light_commands_import_no_torch(arguments: list[str], code: int, errors: str) -> None:
-    done = python("-X", "importtime", "-m", "ktverify", *arguments)
+    done = started("-X", "importtime", "-m", "ktverify", *arguments)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == code, lines
     assert not re.search(r"\| +(torch|matplotlib|numpy)$", done.stderr, re.MULTILINE)

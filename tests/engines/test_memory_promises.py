@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,10 @@ def under_limits(kind: int) -> dict[str, int]:
     """A training step under ever higher limits: what was raised how often. The same step works without a limit."""
     counts: dict[str, int] = {}
     key = "VmSize" if kind == resource.RLIMIT_AS else "VmData"
+    # few tokens, because it is computed twice at each limit
+    case = replace(CASE, qlen=CASE.qlen // 4)
     for extra in (*range(0, 64, 4), *range(64, 200, 16)):
-        call = Call()
+        call = Call(case)
         call.load()
         call.layer.clear_sft_buffer_cache()
         status = Path("/proc/self/status").read_text(encoding="ascii")

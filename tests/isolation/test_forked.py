@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,20 +19,15 @@ from ktverify.isolation.calls import call_of
 from ktverify.isolation.forked import Parts
 from ktverify.spec.cases import Case
 from ktverify.spec.names import ALL_TENSORS
-from ktverify.system.files import ROOT
 from tests.support import unruly
+from tests.support.command_line import python, started
 
 CASE = "E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1"
 DIES = "tests.support.unruly:DiesInParts"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ktverify", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
 def test_a_signal_costs_only_the_degrees_that_it_came_in() -> None:
-    done = run("verify", "--engine", DIES, "--case", CASE, "--tp", "all", "--steps", "2")
+    done = python("-m", "ktverify", "verify", "--engine", DIES, "--case", CASE, "--tp", "all", "--steps", "2")
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stderr
     # of TP 1, 2 and 4, each judged and trained, the first is right, and so is the output of the others
@@ -47,11 +40,13 @@ def test_a_signal_costs_only_the_degrees_that_it_came_in() -> None:
 def test_repro_reports_an_exit_and_still_writes_the_reproducer(tmp_path: Path) -> None:
     case = f"E=4,k=2,H=32,I=32,T={unruly.EXITS},r=4,alpha=8"
     target = str(tmp_path / "case.safetensors")
-    done = run("repro", case, "--engine", "tests.support.unruly:Unruly", "--dump", target)
+    done = python("-m", "ktverify", "repro", case, "--engine", "tests.support.unruly:Unruly", "--dump", target)
     assert done.returncode == 1, done.stderr
     assert "CRASH forward_sft: the process ended with exit code 3\n" in done.stdout
     assert f"tensors in {target}" in done.stdout
-    done = run("repro", CASE, "--engine", DIES, "--tp", "2", "--stand-alone", str(tmp_path / "alone"))
+    done = python(
+        "-m", "ktverify", "repro", CASE, "--engine", DIES, "--tp", "2", "--stand-alone", str(tmp_path / "alone")
+    )
     assert done.returncode == 1, done.stderr
     assert "CRASH backward: the process died of SIGSEGV\n" in done.stdout
     assert {path.name for path in (tmp_path / "alone").iterdir()} == {"case.safetensors", "run.py"}
@@ -71,10 +66,10 @@ class Engine(TorchBf16):
 """
     engine.write_text(text, encoding="utf-8")
     arguments = ["repro", CASE, "--engine", f"{engine}:Engine", "--stand-alone", str(tmp_path / "alone")]
-    assert run(*arguments).returncode == 0
+    assert started("-m", "ktverify", *arguments).returncode == 0
     assert (tmp_path / "alone" / "run.py").is_file()
     engine.write_text("import os\nos.abort()\n", encoding="utf-8")
-    done = run(*arguments)
+    done = started("-m", "ktverify", *arguments)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         f"error: the stand-alone script of {engine}:Engine: CRASH import: the process died of SIGABRT"
@@ -103,18 +98,18 @@ def test_a_part_without_tensors_that_ends_its_process_is_an_error() -> None:
 
 
 def test_an_error_in_the_forked_process_is_an_error_of_the_command() -> None:
-    done = run("repro", CASE, "--engine", "torch_bf16", "--tp", "5")
+    done = python("-m", "ktverify", "repro", CASE, "--engine", "torch_bf16", "--tp", "5")
     case = CASE.replace("@", ",data=gaussian,routing=uniform,lora=bfloat16@")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: TP 5 does not divide I = 32 of {case}\n"
-    done = run("--traceback", "repro", CASE, "--engine", "torch_bf16", "--tp", "5")
+    done = python("-m", "ktverify", "--traceback", "repro", CASE, "--engine", "torch_bf16", "--tp", "5")
     assert "in check_case" in done.stderr
 
 
 def test_an_engine_that_leaves_when_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a_script.py").write_text("import sys\n\nsys.exit('usage: a_script')\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = run("repro", CASE, "--engine", "a_script:make")
+    done = python("-m", "ktverify", "repro", CASE, "--engine", "a_script:make")
     assert done.returncode == 2
     assert done.stderr == (
         "error: engine 'a_script:make': a_script ends the program when it is imported: exit usage: a_script\n"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from ktverify.cli.main import app
 from ktverify.system.files import ROOT
+from tests.support import warm
 
 # words of a command line: an engine that is right and small, and a case of a second
 TORCH = "--engine torch_bf16"
@@ -35,23 +36,36 @@ def every_command(group: Any = None, words: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def python(*arguments: object, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A new interpreter with `arguments`, in `folder`, `environment` added to this one's; no worker of xdist."""
+    """A new process of Python with `arguments`, in `folder`, `environment` added to this one's; no worker of xdist.
+
+    It has imported torch already; see warm.py. The first argument is -m or -c.
+    """
+    return warm.run([str(argument) for argument in arguments], folder, _variables() | environment, timeout=300)
+
+
+def started(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in a new interpreter, which has imported nothing yet."""
     command = [sys.executable, *map(str, arguments)]
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | environment
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    variables = _variables() | environment
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def run_pytest(
     run_dir: Path, *arguments: str, folder: Path = ROOT, path: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     """A pytest run started in `folder`, with its records in `run_dir` and `path` on PYTHONPATH."""
-    options = ("-p", "no:cacheprovider", "--run-dir", run_dir, *arguments)
+    # the plug-in of hypothesis imports it at the end of each run
+    options = ("-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--run-dir", run_dir, *arguments)
     return python("-m", "pytest", *options, folder=folder, PYTHONPATH=str(path))
 
 
 def loaded_modules(statement: str) -> list[str]:
     """Top-level modules that a new interpreter has loaded after `statement`."""
-    done = python("-c", f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))")
+    done = started("-c", f"{statement}\nimport sys\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))")
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

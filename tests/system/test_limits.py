@@ -17,7 +17,7 @@ from ktverify.engines.run import layer_arguments
 from ktverify.system import limits
 from ktverify.system.files import ROOT
 from ktverify.system.machine import read_machine
-from tests.support.command_line import python
+from tests.support.command_line import started
 
 CGROUP = "sys/fs/cgroup"
 
@@ -102,7 +102,7 @@ def test_everything_goes_by_the_quota(system: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     limits.limit_libraries()
-    assert python("-c", "import torch; print(torch.get_num_threads())").stdout == "1\n"
+    assert started("-c", "import torch; print(torch.get_num_threads())").stdout == "1\n"
 
 
 def test_no_other_code_counts_processors() -> None:

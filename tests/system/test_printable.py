@@ -75,7 +75,7 @@ def test_an_engine_that_says_anything(engine: str, verdict: str, tmp_path: Path)
     assert {record.verdict for record in load(run).records} == {verdict}
     texts = {"stdout": done.stdout, "stderr": done.stderr, "xml": xml.read_text(encoding="utf-8")}
     texts |= {path.name: path.read_text(encoding="utf-8") for path in run.iterdir() if path.suffix != ".png"}
-    for command in ("repro", "diagnose", "verify --mode forward --case"):
+    for command in ("repro", "diagnose --seconds 3", "verify --mode forward --case"):
         said = call(*command.split(), "tiny", "--engine", name)
         assert "Traceback" not in said.output
         texts[command] = said.output
