@@ -17,6 +17,8 @@ from ktverify.system import files
 from ktverify.system.files import ROOT
 from tests.support.command_line import every_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:

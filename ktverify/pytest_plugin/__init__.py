@@ -119,11 +119,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     hosted.end_all()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
-    # releasing a layer collects garbage, and need not look through the million objects of pytest and torch
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    # a third of the time of the imports would go into looking for garbage, which they do not make
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        # nor need later collections look through the million objects of pytest and torch
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -104,9 +104,14 @@ def group_of(nodeid: str) -> str:
 
 
 def urgency(item: pytest.Item) -> tuple[int, str]:
-    """Sort key: long groups first, so that no worker begins one when the others are done; timings last."""
+    """Sort key: long groups first, so that no worker begins one when the others are done; timings last.
+
+    A group begins with its first test, so one slow test takes its file to the front.
+    """
     if item.get_closest_marker("big"):
         spec = getattr(item, "callspec", None)
         check = spec.params.get("check") if spec is not None else None
         return 0, check.case.name if check is not None and check.case is not None else ""
-    return (2 if item.get_closest_marker("latency") else 1), ""
+    if item.get_closest_marker("latency"):
+        return 3, ""
+    return (1 if item.get_closest_marker("slow") else 2), ""

@@ -30,6 +30,7 @@ from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, BACKWARD_TENSORS, BASE_NAMES, GRAD_NAMES, OUTPUT
 from tests.support.command_line import call, ends
 
+pytestmark = pytest.mark.slow
 SMALL = Case.parse("E=5,k=2,H=72,I=40,T=20,r=8,alpha=16")
 ODD = Case.parse("E=5,k=3,H=33,I=21,T=9,r=3,alpha=5,routing=masked")
 MUTANT = "ktverify.mutants."

@@ -23,6 +23,7 @@ from ktverify.spec.names import LORA_NAMES
 from tests.support import sick
 from tests.support.command_line import call, ends
 
+pytestmark = pytest.mark.slow
 CASE = Case.parse("E=5,k=2,H=72,I=40,T=20,r=8,alpha=16")
 SICK = f"{sick.__name__}:"
 UPDATED = "stale after update_lora_weights: "

@@ -18,6 +18,7 @@ from ktverify.engines.run import layer_arguments
 from ktverify.spec.cases import Case
 from tests.support.command_line import python
 
+pytestmark = pytest.mark.slow
 # tens of megabytes in every part: working block, saved block, packed experts, gradients
 CASE = Case.parse("E=6,k=2,H=1024,I=768,T=1024,r=64,alpha=128")
 MIB = 1 << 20

@@ -18,6 +18,7 @@ from ktverify.spec.cases import Case
 from tests.support import cheats, unruly
 from tests.support.command_line import call, run_pytest
 
+pytestmark = pytest.mark.slow
 # it has a golden, and is small
 CASE = Case.parse("small")
 CHEATS = [cheat.__name__ for cheat in cheats.CHEATS]

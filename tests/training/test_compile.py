@@ -11,7 +11,8 @@ from torch import Tensor
 from ktverify.training.tiny import build_model
 from tests.support import models
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile warns of its own parts
+# torch.compile warns of its own parts
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 IDS = models.token_ids(4, 17)
 COMPILER = [{"backend": "eager"}, {"backend": "aot_eager"}, {"backend": "eager", "dynamic": True}, {}]
 
