@@ -40,6 +40,8 @@ def run(
 
     TimeoutExpired after `timeout` seconds. What it leaves running is ended with it.
     """
+    if arguments[0] not in ("-m", "-c"):
+        raise ValueError(f"the first argument is {arguments[0]!r}, it takes -m or -c")
     variables = dict(environment)
     with contextlib.ExitStack() as ends, concurrent.futures.ThreadPoolExecutor(2) as readers:
         (said, out), (complained, err) = Pipe(duplex=False), Pipe(duplex=False)
