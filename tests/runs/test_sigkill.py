@@ -33,7 +33,7 @@ from ktverify.training import output_directory
 from ktverify.training.curves import LOSS_FILE
 from ktverify.training.tiny import make_tiny
 from tests.support import c2c
-from tests.support.command_line import call, python
+from tests.support.command_line import call, started
 
 KILLS = int(os.environ.get("KTVERIFY_KILLS", "1"))
 SEED = int(os.environ.get("KTVERIFY_KILL_SEED", "1"))
@@ -270,10 +270,10 @@ def test_a_kill_tears_nothing(name: str, tmp_path: Path) -> None:
 
 def finish(what: Killed, folder: Path, expected: Any, reached: list[str]) -> None:
     """Let the command run to its end: it must end like the one that was never killed. Then start it once more."""
-    done = python(*what.program(folder), OMP_NUM_THREADS="1")
+    done = started(*what.program(folder), OMP_NUM_THREADS="1")
     assert done.returncode == what.code, (reached, done.stdout, done.stderr)
     what.whole(folder)
     assert what.ended(folder) == expected, reached
     if what.again:
-        assert python(*what.program(folder), OMP_NUM_THREADS="1").returncode == what.code
+        assert started(*what.program(folder), OMP_NUM_THREADS="1").returncode == what.code
         assert what.ended(folder) == expected, reached
