@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+FACTORY := .llamafactory
+FACTORY_PIP := $(FACTORY)/bin/pip --disable-pip-version-check install --quiet
 JOBS ?= 4
 MINUTES ?= 1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -11,7 +13,7 @@ CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 # the tests start some hundred interpreters: without files of byte code each compiles the package again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup verify test kills lint native-tests fuzz golden peers bench report fmt clean
+.PHONY: setup verify test kills lint native-tests fuzz golden peers llamafactory llamafactory-test bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -58,6 +60,20 @@ golden: setup
 peers: setup
 	$(BIN)/python ktverify/bench/setup_peers.py
 
+# an environment of its own for `python -m ktverify llamafactory`: stock LLaMA-Factory with the versions that it asks for
+llamafactory: $(FACTORY)/.built
+
+$(FACTORY)/.built: pyproject.toml llamafactory.txt $(NATIVE)
+	$(PYTHON) -m venv $(FACTORY)
+	$(FACTORY_PIP) --constraint llamafactory.txt torch
+	$(FACTORY_PIP) --no-deps --requirement llamafactory.txt
+	PATH="$(CURDIR)/$(FACTORY)/bin:$$PATH" $(FACTORY_PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+# trainings of minutes, so no part of `make test`
+llamafactory-test: llamafactory
+	$(FACTORY)/bin/pytest tests/llamafactory
+
 bench: setup
 	$(BIN)/python -m ktverify bench
 
@@ -70,4 +86,4 @@ fmt: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build .cache reports/runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FACTORY) build .cache reports/runs .pytest_cache .mypy_cache .ruff_cache

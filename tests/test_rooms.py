@@ -37,6 +37,7 @@ ROOMS = (
     "mutants",
     "report",
     "training",
+    "llamafactory",
     "bench",
     "cli",
     "pytest_plugin",

@@ -23,10 +23,12 @@ from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.fuzz import fuzz
 from ktverify.cli.list import list_cases
+from ktverify.cli.llamafactory import llamafactory
 from ktverify.cli.mutants import clean, mutants
 from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
+from ktverify.cli.training import PASS_THROUGH
 from ktverify.cli.verify import repro, verify
 from ktverify.system import limits
 from ktverify.system.files import in_words
@@ -108,6 +110,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **{command.__name__: (command, {}) for command in (repro, report, gate, verify)},
     **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
     **TRAINING_COMMANDS,
+    "llamafactory": (llamafactory, PASS_THROUGH),
 }
 for _name, (_command, _settings) in _COMMANDS.items():
     app.command(_name, context_settings=_settings)(with_paths(_command))

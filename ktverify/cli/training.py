@@ -222,7 +222,8 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
 
 def _read_config(context: typer.Context, path: Path) -> TrainConfig:
     quiet("training", "peft", "yaml")
-    from ktverify.training.config import WrongKeys, read_config
+    from ktverify.training.config import read_config
+    from ktverify.training.kt_keys import WrongKeys
 
     try:
         return read_config(path, context.args)

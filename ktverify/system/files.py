@@ -18,6 +18,7 @@ IN_CLONE = (ROOT / "suites").is_dir() and (ROOT / "pyproject.toml").is_file()
 # what to type where a clone is needed
 _WHERE = "" if IN_CLONE else " in a clone of ktverify"
 RUN_SUITES, MAKE_PEERS = f"`pytest suites/ -n 4`{_WHERE}", f"`make peers`{_WHERE}"
+MAKE_LLAMAFACTORY = f"`make llamafactory`{_WHERE}"
 
 
 def install_command(extra: str) -> str:

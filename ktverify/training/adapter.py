@@ -28,6 +28,8 @@ ALL, ALL_ATTENTION = "all", "all_attention"
 # name of a separate projection, as in older checkpoints -> the stacked parameter that contains it
 _STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 _STACKED |= {"down_proj": "down_proj", "w2": "down_proj", "gate_up_proj": "gate_up_proj"}
+# projections that most families have; one list is used for all families, and DeepSeek has no k_proj and v_proj
+_USUAL = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds its wrappers by this name
@@ -61,7 +63,9 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         return [self._of(name) for name in self.lora_A]
 
     def _of(self, name: str) -> Factors:
-        return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
+        # peft before 0.19 takes the middle dimension of a stacked parameter for its input
+        turned = not getattr(self, "_did_swap_in_out_features", False)
+        return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]), turned)
 
     @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -165,7 +169,8 @@ def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list[str]]:
-    """(names of linear layers, names of stacked parameters) for LoraConfig. ValueError for a name that matches none."""
+    """(names of linear layers, names of stacked parameters) for LoraConfig. ValueError for a name that matches none,
+    unless it is one of _USUAL: peft passes over those as well."""
     # the model may have an adapter already, whose own layers are linear as well
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "attn" in name]
     own = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".lora_" not in name}
@@ -184,7 +189,7 @@ def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list
             parameters.update(experts)
         elif name in _STACKED:
             parameters.add(f"experts.{_STACKED[name]}")
-        else:
+        elif name not in _USUAL:
             known = [*attention, "experts", *_STACKED]
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; it takes {ALL}, {ALL_ATTENTION} or {', '.join(known)}"
@@ -193,7 +198,8 @@ def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list
         if len(set(pair) & set(names)) == 1:
             raise ValueError(f"lora_target has one of {' and '.join(pair)}: they are one stacked parameter, name both")
     if not modules and not parameters:
-        raise ValueError(f"lora_target is empty; it takes {ALL}, {ALL_ATTENTION} or names")
+        has = f"names none of {', '.join([*attention, 'experts'])}" if names else "is empty"
+        raise ValueError(f"lora_target {has}; it takes {ALL}, {ALL_ATTENTION} or names")
     return modules, sorted(parameters)
 
 

@@ -9,33 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ktverify.system.files import expand
+from ktverify.training.kt_keys import MOST, Count, KtKeys, WrongKeys, problems_of
 from ktverify.training.llama_factory import sort_out
 from ktverify.training.yaml_file import parse_yaml, read_yaml
 
 OWN_TEMPLATES = ("default", "tokenizer")
-# keys of LLaMA-Factory's files that have one value here -> how it may be written, and the error for another value
-ONLY: dict[str, tuple[tuple[object, ...], str]] = {
-    "kt_use_wrapper": ((True,), "the engine has no other way in; it takes true. use_kt: false trains without engine"),
-    "kt_num_gpu_experts": ((0,), "experts on a GPU do not exist yet; it takes 0"),
-    "kt_weight_path": (("", None), "the experts' weights come from model_name_or_path; leave it out"),
-}
-
-
 PATHS = ("model_name_or_path", "dataset", "output_dir", "resume_from_checkpoint")
-_MOST = 2**31 - 1  # of any count
-Count = Annotated[int, Field(ge=1, le=_MOST)]
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(KtKeys):
     """Keys and defaults of a training; docs/training.md says what each does. Paths are expanded (~, $VARIABLE)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     model_name_or_path: str = Field(min_length=1)
     trust_remote_code: bool = False
@@ -43,15 +32,6 @@ class TrainConfig(BaseModel):
     stage: Literal["sft"] = "sft"
     do_train: Literal[True] = True
     finetuning_type: Literal["lora"] = "lora"
-
-    use_kt: bool = True
-    kt_backend: str = "AMXBF16"
-    kt_num_threads: Count | None = None
-    kt_tp_enabled: bool = False
-    kt_tp_count: Count = 1
-    kt_use_wrapper: Literal[True] = True
-    kt_num_gpu_experts: Literal[0] = 0
-    kt_weight_path: Literal[""] | None = ""
 
     lora_rank: Count = 8
     lora_alpha: float | None = Field(None, gt=0)
@@ -62,7 +42,7 @@ class TrainConfig(BaseModel):
     dataset: str | list[str] = Field(min_length=1)
     max_samples: Count | None = None
     template: str = "default"  # whatever the name, the tokenizer's own
-    cutoff_len: int = Field(2048, ge=2, le=_MOST)
+    cutoff_len: int = Field(2048, ge=2, le=MOST)
     preprocessing_num_workers: Count | None = None
 
     per_device_train_batch_size: Count = 1
@@ -76,11 +56,11 @@ class TrainConfig(BaseModel):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, ge=0)
     num_train_epochs: float = Field(3.0, gt=0, le=1e6)
-    max_steps: int = Field(-1, ge=-1, le=_MOST)  # -1 leaves it to num_train_epochs
+    max_steps: int = Field(-1, ge=-1, le=MOST)  # -1 leaves it to num_train_epochs
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, float | int | str | bool | None] = Field({})
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    warmup_steps: int = Field(0, ge=0, le=_MOST)  # goes before warmup_ratio
+    warmup_steps: int = Field(0, ge=0, le=MOST)  # goes before warmup_ratio
     seed: int = Field(42, ge=0, lt=2**32)  # numpy takes no more
     logging_steps: Count = 10
     save_steps: Count = 500
@@ -140,28 +120,6 @@ class TrainConfig(BaseModel):
             raise PydanticCustomError("no_steps", "it takes 1 or more, or -1, which leaves it to num_train_epochs")
         return value
 
-    @field_validator(*ONLY, mode="before")
-    @classmethod
-    def _only_value(cls, value: Any, info: ValidationInfo) -> Any:
-        wanted, reason = ONLY[str(info.field_name)]
-        if any(value == one and type(value) is type(one) for one in wanted):
-            return value
-        raise PydanticCustomError("does_not_exist", reason)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where a number is wanted: pydantic would take true as 1."""
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind is not bool and not any(a is bool or a is True for a in get_args(kind)):
-            raise PydanticCustomError("no_bool", "true and false are not what it takes")
-        return value
-
-    @property
-    def tp(self) -> int:
-        """The tensor parallel degree: kt_tp_count where kt_tp_enabled, else 1."""
-        return self.kt_tp_count if self.kt_tp_enabled else 1
-
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration at `path`, changed by `overrides` ("--key", "value", …). ValueError in one line."""
@@ -170,44 +128,26 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise ValueError(f"{path} holds a {type(document).__name__}; it takes keys and values")
-    kept, notes, problems = sort_out({**document, **_pairs(overrides)}, list(TrainConfig.model_fields))
+    kept, notes, problems = sort_out({**document, **pairs(overrides)}, list(TrainConfig.model_fields))
     try:
         config = TrainConfig(**kept)
     except ValidationError as error:
-        problems += _problems_of(error)
+        problems += problems_of(error)
     if problems:
         raise WrongKeys([f"{path}: {problem}" for problem in problems])
     config._notes = tuple(notes)
     return config
 
 
-class WrongKeys(ValueError):
-    """A configuration cannot be used. lines: what is wrong with each key."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("; ".join(lines))
-        self.lines = lines
-
-
-def _problems_of(error: ValidationError) -> list[str]:
-    """One line for each key: with several types to choose from, pydantic has an error for each of them."""
-    found: dict[str, str] = {}
-    for problem in error.errors():
-        key = str(problem["loc"][0])
-        got = "nothing" if problem["type"] == "missing" else repr(problem["input"])[:200]
-        found.setdefault(key, f"{key} got {got}: {problem['msg']}")
-    return list(found.values())
-
-
-def _pairs(words: Sequence[str]) -> dict[str, Any]:
-    """{"key": value} of "--key value" and "--key=value"; values are read as YAML, and 1e-3 is a number."""
+def pairs(words: Sequence[str]) -> dict[str, Any]:
+    """{"key": value} of "--key value", "--key=value" and "key=value"; values are read as YAML, and 1e-3 is a number."""
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--"):
-            raise ValueError(f"{word!r} stands where a --key is expected: keys are given as --key value")
-        key, equals, value = word[2:].partition("=")
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") and not equals:
+            raise ValueError(f"{word!r} stands where a --key is expected: keys are given as --key value or key=value")
         if not equals:
             if not rest:
                 raise ValueError(f"--{key} has no value: keys are given as --key value")

@@ -14,16 +14,21 @@ from ktverify.engines.argument_checks import LayerSpec
 
 @dataclass(frozen=True)
 class Factors:
-    """peft's LoRA of one stacked parameter: a [E r, in], b [out, r E] (expert index fastest); delta = scaling B A."""
+    """peft's LoRA of one stacked parameter: a [E r, in], b [out, r E] (expert index fastest); delta = scaling B A.
+
+    turned: as peft before 0.19 has them, a [E r, out], b [in, r E], delta = scaling (B A)ᵀ.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    turned: bool = False
 
     def of_experts(self, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
         """a [E, r, in], b [E, out, r], differentiable, on the CPU."""
         a, b = self.a.cpu(), self.b.cpu()
-        return a.reshape(num_experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
+        a, b = a.reshape(num_experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
+        return (b.transpose(1, 2), a.transpose(1, 2)) if self.turned else (a, b)
 
 
 class Adapter(Protocol):

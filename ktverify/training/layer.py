@@ -29,7 +29,7 @@ from ktverify.training.turns import in_turn, list_of_this_thread
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether it exists
-BACKENDS = {"AMXBF16": True, "AMXInt8": False, "AMXInt4": False}
+BACKENDS = {"AMXBF16": True, "AMXBF16_SFT": True, "AMXInt8": False, "AMXInt4": False}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

@@ -137,9 +137,7 @@ def sort_out(given: Mapping[str, Any], own: Sequence[str]) -> tuple[dict[str, An
         elif name in _UNUSED:
             notes.append(f"{name}: {value} is not used: {_UNUSED[name]}")
         elif name in _ONE_EFFECT:
-            accepted, reason = _ONE_EFFECT[name]
-            if not any(type(value) is type(one) and value == one for one in _with_floats(accepted)):
-                problems.append(f"{name} got {value!r}: {reason}; leave it out")
+            problems += filter(None, [why_not(name, value)])
         else:
             problems.append(f"unknown key {name!r}{_hint(name, own)}")
     if given.get("bf16") is True and given.get("torch_dtype", "bfloat16") != "bfloat16":
@@ -147,6 +145,13 @@ def sort_out(given: Mapping[str, Any], own: Sequence[str]) -> tuple[dict[str, An
     elif given.get("bf16") is False:
         notes.append(f"bf16: False is not used: torch_dtype is {given.get('torch_dtype', 'bfloat16')}")
     return kept, notes, problems
+
+
+def why_not(name: str, value: Any) -> str:
+    """Why the key `name`, which has one effect here, cannot have `value`; "" where it can."""
+    accepted, reason = _ONE_EFFECT[name]
+    same = any(type(value) is type(one) and value == one for one in _with_floats(accepted))
+    return "" if same else f"{name} got {value!r}: {reason}; leave it out"
 
 
 def _with_floats(values: tuple[object, ...]) -> tuple[object, ...]:

@@ -45,8 +45,9 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
         wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen)
         wrapper.auto_update = auto_update
         wrappers.append(wrapper)
-    model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
     for block, wrapper in zip(blocks, wrappers, strict=True):
+        # not by the model's method, which takes only transformers' own names in some releases
+        block.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         _hand_over(block, wrapper)
     model._kt_wrappers = wrappers  # type: ignore[assignment]
     return model
@@ -83,7 +84,8 @@ def _count_of(variable: str) -> int:
 
 def find_experts(model: nn.Module) -> list[nn.Module]:
     """The blocks of routed experts, in the model's order. ValueError for none, or for a form that is not supported."""
-    blocks = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
+    # transformers' experts interface gives its blocks both; newer releases of it give them more
+    blocks = [module for module in model.modules() if hasattr(module, "has_gate") and hasattr(module, "_apply_gate")]
     reasons = [reason for block in blocks if (reason := _why_not(block))]
     if not blocks:
         reasons = ["it has no routed experts behind transformers' experts interface"]

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from ktverify.training import run
-from ktverify.training.config import TrainConfig, WrongKeys, read_config
+from ktverify.training.config import TrainConfig, read_config
+from ktverify.training.kt_keys import WrongKeys
 from ktverify.training.tiny import make_tiny
 from tests.support.command_line import call, ends
 

@@ -1,0 +1,122 @@
+"""The engine's keys in LLaMA-Factory's configurations: taken out, checked, refused. Needs no LLaMA-Factory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from ktverify.llamafactory import stock
+from ktverify.llamafactory.keys import part, read_configuration
+from ktverify.system.files import ROOT
+from ktverify.training.kt_keys import WrongKeys
+from tests.support.command_line import call, refused
+
+CONFIGURATIONS = sorted((ROOT / "tests" / "documents" / "configurations").glob("*.yaml"))
+BASE: dict[str, Any] = {"model_name_or_path": "x", "stage": "sft", "finetuning_type": "lora", "use_kt": True}
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_the_documents_configurations_are_taken_as_they_are(path: Path) -> None:
+    given = read_configuration(path, ["--kt_num_threads", "80", "output_dir=saves/test-run"])
+    parted = part(given, trains=True)
+    assert parted.engine.use_kt
+    assert parted.engine.kt_num_threads == 80
+    assert parted.engine.tp == (given.get("kt_tp_count", 1) if given.get("kt_tp_enabled") else 1)
+    assert parted.arguments["output_dir"] == "saves/test-run"
+    assert parted.arguments["do_train"] is True
+    assert parted.arguments["template"] in ("deepseek", "deepseek3")
+    assert not [name for name in parted.arguments if name.startswith(("kt_", "use_kt")) or name == "torch_dtype"]
+    assert parted.dtype == given.get("torch_dtype")
+    assert parted.arguments.keys() - {"do_train"} == {
+        name for name in given if not name.startswith(("kt_", "use_kt")) and name != "torch_dtype"
+    }
+
+
+def test_the_engines_keys_may_be_nested_or_have_other_programs_names() -> None:
+    nested = {"kt_config": {"backend": "AMXBF16", "kt_num_threads": 3, "tp_enabled": True, "tp_count": 2}}
+    engine = part({**BASE, **nested}, trains=True).engine
+    assert (engine.kt_backend, engine.kt_num_threads, engine.tp) == ("AMXBF16", 3, 2)
+    other = part({**BASE, "cpu_infer": 5, "kt_threadpool_count": 4, "kt_tp_enabled": True}, trains=True)
+    assert (other.engine.kt_num_threads, other.engine.tp) == (5, 4)
+    assert len(other.notes) == 2
+
+
+def test_without_the_engine_every_key_is_llamafactorys() -> None:
+    given = {"stage": "ppo", "finetuning_type": "full", "deepspeed": "ds.json", "do_eval": True}
+    parted = part(given, trains=True)
+    assert not parted.engine.use_kt
+    assert parted.arguments == given
+    assert not parted.compares
+    assert part({**BASE, "use_kt": False}, trains=True).compares
+    assert not part({**BASE, "export_dir": "out"}, trains=False).engine.use_kt
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ({"kt_bakend": "AMXBF16"}, "unknown key 'kt_bakend'; did you mean kt_backend"),
+        ({"kt_num_threads": 0}, "kt_num_threads got 0: .*greater than or equal to 1"),
+        ({"kt_num_threads": True}, "kt_num_threads got True: true and false are not what it takes"),
+        ({"kt_num_gpu_experts": 4}, "kt_num_gpu_experts got 4: experts on a GPU do not exist yet"),
+        ({"kt_weight_path": "/w"}, "kt_weight_path got '/w': the experts' weights come from model_name_or_path"),
+        ({"kt_expert_checkpoint_path": "/w"}, "kt_expert_checkpoint_path got '/w': all weights come from"),
+        ({"kt_config": 3}, "kt_config got 3; it takes keys and values"),
+        ({"kt_config": {"num_threads": 3}, "kt_num_threads": 4}, "kt_num_threads 4 and kt_config.num_threads 3 are"),
+        ({"stage": "ppo"}, "stage got 'ppo'; with use_kt: true it takes sft, dpo, kto, rm, pt"),
+        ({"finetuning_type": "full"}, "finetuning_type got 'full'; with use_kt: true it takes lora"),
+        ({"quantization_bit": 4}, "quantization_bit got 4: the weights are"),
+        ({"deepspeed": "ds.json"}, "deepspeed got 'ds.json': a training is one process"),
+        ({"adapter_name_or_path": "a,b"}, "adapter_name_or_path got 'a,b'; with use_kt: true it takes one adapter"),
+        ({"torch_dtype": "float8"}, "torch_dtype got 'float8'; it takes"),
+        ({"do_train": False}, "there is nothing to do"),
+    ],
+)
+def test_what_cannot_be_is_refused(keys: dict[str, Any], text: str) -> None:
+    with pytest.raises(WrongKeys, match=text) as raised:
+        part({**BASE, **keys}, trains=True)
+    assert len(raised.value.lines) == 1
+
+
+def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"use_kt: true\nkt_tp_count: none\noutput_dir: {tmp_path}/out\n")
+    refused(call("llamafactory", "train", file), "kt_tp_count got 'none'")
+    refused(call("llamafactory", "train", file, "more"), "'more' stands where a --key is expected")
+    refused(call("llamafactory", "train", tmp_path / "no.yaml"), "there is no configuration .*no.yaml")
+    refused(call("llamafactory", "eval", file), "llamafactory takes train, export, chat, not 'eval'")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_fork_is_refused_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        return "5.6.0.post6" if name == "transformers-kt" else real(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.metadata, "version", version)
+        with pytest.raises(
+            ImportError, match=r"^transformers-kt 5\.6\.0\.post6 is installed in the place of transformers"
+        ):
+            stock.require_stock()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^llamafactory is not installed for .*make llamafactory"):
+        stock.require_stock()
+
+
+def test_another_form_of_llamafactory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(model: Any) -> Any:
+        return model
+
+    loader = ModuleType("llamafactory.model.loader")
+    loader.init_adapter = other  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, loader.__name__, loader)
+    monkeypatch.setattr(stock, "require_stock", lambda: None)
+    monkeypatch.setattr(stock, "_import_without_torchaudio", lambda: None)
+    with pytest.raises(ImportError, match=r"has another init_adapter than 0\.9\.5"):
+        stock.connect()
