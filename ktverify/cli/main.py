@@ -26,6 +26,7 @@ from ktverify.cli.list import list_cases
 from ktverify.cli.llamafactory import llamafactory
 from ktverify.cli.mutants import clean, mutants
 from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
+from ktverify.cli.run import run
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.training import PASS_THROUGH
@@ -111,6 +112,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
     **TRAINING_COMMANDS,
     "llamafactory": (llamafactory, PASS_THROUGH),
+    "run": (run, {**PASS_THROUGH, "allow_interspersed_args": False}),
 }
 for _name, (_command, _settings) in _COMMANDS.items():
     app.command(_name, context_settings=_settings)(with_paths(_command))

@@ -1,4 +1,5 @@
-"""The training commands: make-tiny, train, verify-training, compare-curves, export-merged, memory, throughput.
+"""The training commands: make-tiny, train, verify-training, compare-curves, export-merged,
+export-adapter, memory, throughput.
 
 Light until a command is called: help needs no torch.
 """
@@ -170,6 +171,25 @@ def export_merged(
     typer.echo(f"{written}: merged checkpoint")
 
 
+def export_adapter(
+    adapter: Annotated[Path, typer.Argument(help="a directory with an adapter")],
+    out: Annotated[Path, typer.Option(help="the directory to write")],
+    form: Annotated[str, typer.Option("--format", help="peft (fused) or per-expert (vLLM's and SGLang's)")],
+    base: _Base = None,
+    trust_remote_code: _Trust = False,
+) -> None:
+    """Write an adapter's LoRA of the experts in another format, without changing what it computes.
+
+    \b
+    Example:  python -m ktverify export-adapter saves/minimal --out saves/served --format per-expert
+    """
+    quiet("training", "peft", "yaml")
+    from ktverify.training import adapter_formats
+
+    written = adapter_formats.export_adapter(adapter, out, form, base=base, trust=trust_remote_code)
+    typer.echo(f"{written}: {form}")
+
+
 def memory(
     context: typer.Context,
     config: Annotated[Path, _CONFIG],
@@ -214,6 +234,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "verify-training": (verify_training, {}),
     "compare-curves": (compare_curves, {}),
     "export-merged": (export_merged, {}),
+    "export-adapter": (export_adapter, {}),
     "memory": (memory, PASS_THROUGH),
     "throughput": (throughput, PASS_THROUGH),
 }

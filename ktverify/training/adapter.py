@@ -25,6 +25,8 @@ from ktverify.training.layer import MOELayerWrapper, uncompiled
 from ktverify.training.wrap import WEIGHTS, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
+# what peft before 0.19 says of every block of experts, which it supports
+_OLD_NOTE = "Unsupported layer type"
 # name of a separate projection, as in older checkpoints -> the stacked parameter that contains it
 _STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
 _STACKED |= {"down_proj": "down_proj", "w2": "down_proj", "gate_up_proj": "gate_up_proj"}
@@ -115,7 +117,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout is {dropout}; it takes a number from 0 up to, not including, 1")
     _compute_experts_in_engine(model, config)
-    adapted: PeftModel = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
+        adapted: PeftModel = get_peft_model(model, config)
     if dropout:
         for module in adapted.modules():
             if isinstance(module, lora_layer.Linear):
@@ -141,6 +145,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # reported below, as an error
+            warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
             adapted: PeftModel = PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
     except (RuntimeError, ValueError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]

@@ -99,6 +99,7 @@ class MOELayerWrapper(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = down_proj.shape
         argument_checks.check_tp(self.intermediate_size, infer.tp)
         self.auto_update = True
+        self.block: tuple[nn.Module] | None = None  # the model's block around the experts; in a tuple: no submodule
         self.adapters: dict[str, Adapter] = {}
         self.engine: layer.KTMoEWrapper | None = None
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
@@ -112,7 +113,7 @@ class MOELayerWrapper(nn.Module):
     @in_turn
     def __getstate__(self) -> dict[str, Any]:
         """The weights as tensors: the engine is built again from them, by the first forward of the copy."""
-        notes: dict[str, Any] = {"_held": None, "_taken": {}, "_versions": None, "_version": 0}
+        notes: dict[str, Any] = {"block": None, "_held": None, "_taken": {}, "_versions": None, "_version": 0}
         return {**self.__dict__, "_sources": self._base(), "engine": None, **notes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,8 +159,23 @@ class MOELayerWrapper(nn.Module):
         if self.engine is not None:
             self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok, True)
 
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """With hidden_states alone, of any shape that the model gives it, the model's whole block: its router chooses
+        ids and weights. RuntimeError in a copy, which belongs to no model."""
+        if expert_ids is not None and weights is not None:
+            return self._experts(hidden_states, expert_ids, weights)
+        if self.block is None:
+            raise RuntimeError("these experts have no router: give expert_ids and weights, or call the model's block")
+        output: torch.Tensor = self.block[0](hidden_states)
+        return output
+
     @in_turn
-    def forward(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _experts(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         calling = list(self.calling)
         self.calling.clear()
         if torch._C._get_tracing_state():

@@ -45,7 +45,9 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
         wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen)
         wrapper.auto_update = auto_update
         wrappers.append(wrapper)
+    around = {id(child): module for module in model.modules() for child in module.children()}
     for block, wrapper in zip(blocks, wrappers, strict=True):
+        wrapper.block = (around[id(block)],)
         # not by the model's method, which takes only transformers' own names in some releases
         block.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         _hand_over(block, wrapper)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ktverify.cli.main import app
+from ktverify.llamafactory import stock
 from ktverify.system.files import ROOT
 from ktverify.training import load_adapter
 from ktverify.training.dataset import example_data
@@ -94,6 +95,7 @@ def mean(values: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    stock.connect()  # before a test imports a part of LLaMA-Factory
     return Place(tmp_path_factory.mktemp("stock"))
 
 
@@ -203,3 +205,59 @@ def test_an_adapter_is_trained_further_and_merged(place: Place, tmp_path: Path) 
     with torch.no_grad():
         difference = (merged(ids).logits - stock(ids).logits).norm() / stock(ids).logits.norm()
     assert difference < 0.02  # the sum is rounded to bf16
+
+
+def test_a_script_trains_by_llamafactorys_own_functions(place: Place, tmp_path: Path) -> None:
+    """The second document's section 5.2: get_train_args with the engine's keys, run_sft, resuming."""
+    from ktverify import as_kt_kernel
+
+    as_kt_kernel.install()
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model.model_utils.kt_moe import MOELayerWrapper
+    from llamafactory.train.sft.workflow import run_sft
+
+    keys = {
+        "model_name_or_path": str(place.models["deepseek_v2"]),
+        "stage": "sft",
+        "finetuning_type": "lora",
+        "use_kt": True,
+        "kt_backend": "AMXBF16",
+        "kt_num_threads": 8,
+        "lora_rank": 8,
+        "lora_target": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        "dataset": "alpaca_tiny",
+        "dataset_dir": str(place.data),
+        "template": "deepseek2",
+        "cutoff_len": 256,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "save_steps": 5,
+        "logging_steps": 1,
+        "output_dir": str(tmp_path / "out"),
+    }
+    names = ("model_args", "data_args", "training_args", "finetuning_args", "generating_args")
+    for more in (
+        {"max_steps": 10},
+        {"max_steps": 20, "resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-10")},
+    ):
+        run_sft(**dict(zip(names, get_train_args({**keys, **more}), strict=True)))
+        assert (tmp_path / "out" / "trainer_state.json").is_file()
+    assert len(losses(tmp_path / "out")) == 20
+    assert MOELayerWrapper.__module__ == "ktverify.training.layer"
+
+
+def test_a_trained_adapter_answers_in_a_chat(
+    place: Place, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.train("no_tp", "qwen3_moe", tmp_path / "adapter", max_steps=30, per_device_train_batch_size=8)
+    lines: dict[str, object] = {"model_name_or_path": place.models["qwen3_moe"], "use_kt": "true"}
+    lines |= {"adapter_name_or_path": tmp_path / "adapter", "template": "deepseek2"}
+    lines |= {"infer_backend": "huggingface", "max_new_tokens": 8, "do_sample": "false"}
+    chat = tmp_path / "chat.yaml"
+    chat.write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+    said = iter(["What is the capital of France?", "exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(said))
+    capfd.readouterr()
+    assert (app(["llamafactory", "chat", str(chat)], standalone_mode=False) or 0) == 0
+    answer = capfd.readouterr().out.partition("Assistant:")[2].strip()
+    assert answer
