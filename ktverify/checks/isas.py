@@ -68,7 +68,7 @@ def _native() -> list[Isa]:
 def native_on(available: Sequence[str], trapped: bool) -> list[Isa]:
     """The instruction sets of the native engine on a machine that runs `available`; trapped: AMX is emulated there."""
     isas = [Isa(name, emulated=trapped and name == AMX) for name in available]
-    # the trap handler emulates the tile instructions only; the kernels around them are AVX-512 BF16
+    # the trap handler emulates the tile instructions only; the kernels around them are AVX-512, which this one implies
     if AVX512_BF16 in available and AMX not in available:
         isas.append(Isa(AMX, emulated=True))
     return isas

@@ -22,12 +22,14 @@ class InstructionSet:
 AMX = "amx_bf16"
 AVX512_BF16 = "avx512_bf16"
 SCALAR = "scalar"
-_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 
 INSTRUCTION_SETS = (
     InstructionSet(AMX, ("amx_tile", "amx_bf16", *_AVX512)),
     InstructionSet(
-        AVX512_BF16, _AVX512, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "KT_KERNEL_CPU_VARIANT": "avx512_bf16"}
+        AVX512_BF16,
+        (*_AVX512, "avx512_bf16"),
+        {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "KT_KERNEL_CPU_VARIANT": "avx512_bf16"},
     ),
     InstructionSet(
         "avx2",

@@ -25,13 +25,13 @@ KTV_INLINE __m256i broadcast_pair(const bf16* p) {
     return _mm256_set1_epi32(pair);
 }
 
-// Lanes are tokens: N rows of W by one group, or by its first eight tokens.
+// Lanes are tokens: N rows of W by one group, or by its first eight tokens; c [N][16].
 template <int N, int halves>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, std::size_t ldc, bool add) {
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, bool add) {
     __m256 sum[N][halves];
     for (int n = 0; n < N; ++n) {
         for (int half = 0; half < halves; ++half)
-            sum[n][half] = add ? _mm256_loadu_ps(c + n * ldc + half * 8) : _mm256_setzero_ps();
+            sum[n][half] = add ? _mm256_loadu_ps(c + n * kGroup + half * 8) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
         for (int pair = 0; pair < kBlock / 2; ++pair) {
@@ -53,13 +53,13 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, int kblocks, float* c, st
         }
     }
     for (int n = 0; n < N; ++n) {
-        for (int half = 0; half < halves; ++half) _mm256_storeu_ps(c + n * ldc + half * 8, sum[n][half]);
+        for (int half = 0; half < halves; ++half) _mm256_storeu_ps(c + n * kGroup + half * 8, sum[n][half]);
     }
 }
 
-void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
+void nt_strip(const NtSegment* segments, int count, int tokens, float* c) {
     constexpr int chunk = 8, N = 4, M = 8;  // rows of W in a register block: N, or M with half a group
-    const int groups = (rows + kGroup - 1) / kGroup;
+    const int groups = (tokens + kGroup - 1) / kGroup;
     bool add = false;
     for (int s = 0; s < count; ++s) {
         const NtSegment& seg = segments[s];
@@ -68,25 +68,30 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
             for (int g = 0; g < groups; ++g) {
                 const bf16* x = seg.tokens + g * seg.group_stride + kb * kPackSize;
                 const bf16* w = seg.weights + kb * kBlockSize;
-                float* out = c + g * kGroup;
-                if (rows - g * kGroup > kGroup / 2) {
+                float* out = c + g * kResultSize;
+                if (tokens - g * kGroup > kGroup / 2) {
                     for (int n = 0; n < kBlock; n += N)
-                        nt_block<N, 2>(w + n * kBlock, x, blocks, out + n * ldc, ldc, add);
+                        nt_block<N, 2>(w + n * kBlock, x, blocks, out + n * kGroup, add);
                 } else {
                     for (int n = 0; n < kBlock; n += M)
-                        nt_block<M, 1>(w + n * kBlock, x, blocks, out + n * ldc, ldc, add);
+                        nt_block<M, 1>(w + n * kBlock, x, blocks, out + n * kGroup, add);
                 }
             }
         }
     }
 }
 
+void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) {
+    const std::size_t result = (tokens + kGroup - 1) / kGroup * kResultSize;
+    for (int s = 0; s < strips; ++s) nt_strip(segments + s * count, count, tokens, c + s * result);
+}
+
 // Lanes are columns: R rows of G by one block of 32 columns (four registers), W widened to fp32 once per block.
 template <int R>
-KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const float* panel, float* c, std::size_t ldc, bool add) {
+KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const float* panel, float* c, bool add) {
     __m256 sum[R][4];
     for (int r = 0; r < R; ++r) {
-        for (int q = 0; q < 4; ++q) sum[r][q] = add ? _mm256_loadu_ps(c + r * ldc + q * 8) : _mm256_setzero_ps();
+        for (int q = 0; q < 4; ++q) sum[r][q] = add ? _mm256_loadu_ps(c + r * kBlock + q * 8) : _mm256_setzero_ps();
     }
     for (int k = 0; k < kBlock; ++k) {
         __m256 w[4];
@@ -97,13 +102,13 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, const float* panel, floa
         }
     }
     for (int r = 0; r < R; ++r) {
-        for (int q = 0; q < 4; ++q) _mm256_storeu_ps(c + r * ldc + q * 8, sum[r][q]);
+        for (int q = 0; q < 4; ++q) _mm256_storeu_ps(c + r * kBlock + q * 8, sum[r][q]);
     }
 }
 
-void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
     alignas(64) float panel[kBlockSize];
-    for (int cb = 0; cb < cblocks; ++cb) {
+    for (int cb = 0; cb < cblocks; ++cb, c += nn_stride(rows)) {
         bool add = false;
         for (int s = 0; s < count; ++s) {
             const NnSegment& seg = segments[s];
@@ -117,11 +122,10 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
                         _mm256_store_ps(panel + k * kBlock + q * 8, _mm256_castsi256_ps(wide));
                     }
                 }
-                float* out = c + cb * kBlock;
                 const bf16* g = seg.rows + kb * kBlock;
                 int r = 0;
-                for (; r + 2 <= rows; r += 2) nn_block<2>(g + r * seg.ld, seg.ld, panel, out + r * ldc, ldc, add);
-                for (; r < rows; ++r) nn_block<1>(g + r * seg.ld, seg.ld, panel, out + r * ldc, ldc, add);
+                for (; r + 2 <= rows; r += 2) nn_block<2>(g + r * seg.ld, seg.ld, panel, c + r * kBlock, add);
+                for (; r < rows; ++r) nn_block<1>(g + r * seg.ld, seg.ld, panel, c + r * kBlock, add);
             }
         }
     }
@@ -130,7 +134,15 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels{
-    .enter = nothing, .leave = nothing, .nt = nt, .few_rows = 0, .nt_few = nullptr, .nn = nn, KTV_ELEMENTWISE};
+const Kernels avx2_kernels{.enter = nothing,
+                           .leave = nothing,
+                           .strips = one_strip,
+                           .cblocks = one_panel,
+                           .most_rows = kMostRows,
+                           .nt = nt,
+                           .few_rows = 0,
+                           .nt_few = nullptr,
+                           .nn = nn,
+                           KTV_ELEMENTWISE};
 
 }  // namespace ktv

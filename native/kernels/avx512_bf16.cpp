@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "tuning.hpp"
 
 namespace ktv {
 namespace {
@@ -39,16 +40,22 @@ KTV_INLINE __m256i lower_half(__m512i v) {
     return (__m256i)__builtin_shufflevector((Lanes)v, (Lanes)v, 0, 1, 2, 3, 4, 5, 6, 7);
 }
 
+// The products other than those of few tokens are compiled once: their counts are the same on all processors.
+constexpr tuning::Avx512 kTune = tuning::kAvx512;
+using NtUpcoming = Upcoming<kTune.nt.times>;
+
 // Lanes are tokens. A register block is N rows of W by G groups, with `half` by eight more tokens. A k-pair of W is
 // broadcast, a k-pair of the tokens is loaded. It needs at most N * (G + half) + G + half + 1 of the 32 registers.
+// c [group][..][16]: kResultSize elements a group.
 template <int N, int G, bool half>
-KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Upcoming<2> upcoming,
-                         float* c, std::size_t ldc, bool add) {
+KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, NtUpcoming upcoming,
+                         float* c, bool add) {
     __m512 sum[N][G + 1];
     __m256 rest[N];
+    const auto at = [&](int n, int g) { return c + g * kResultSize + n * kGroup; };
     for (int n = 0; n < N; ++n) {
-        for (int g = 0; g < G; ++g) sum[n][g] = add ? _mm512_loadu_ps(c + n * ldc + g * kGroup) : _mm512_setzero_ps();
-        if constexpr (half) rest[n] = add ? _mm256_loadu_ps(c + n * ldc + G * kGroup) : _mm256_setzero_ps();
+        for (int g = 0; g < G; ++g) sum[n][g] = add ? _mm512_loadu_ps(at(n, g)) : _mm512_setzero_ps();
+        if constexpr (half) rest[n] = add ? _mm256_loadu_ps(at(n, G)) : _mm256_setzero_ps();
     }
     for (int kb = 0; kb < kblocks; ++kb, w += kBlockSize, x += kPackSize) {
         for (int pair = 0; pair < kBlock / 2; ++pair) {
@@ -67,44 +74,45 @@ KTV_INLINE void nt_block(const bf16* w, const bf16* x, std::size_t group_stride,
         }
     }
     for (int n = 0; n < N; ++n) {
-        for (int g = 0; g < G; ++g) _mm512_storeu_ps(c + n * ldc + g * kGroup, sum[n][g]);
-        if constexpr (half) _mm256_storeu_ps(c + n * ldc + G * kGroup, rest[n]);
+        for (int g = 0; g < G; ++g) _mm512_storeu_ps(at(n, g), sum[n][g]);
+        if constexpr (half) _mm256_storeu_ps(at(n, G), rest[n]);
     }
 }
 
 template <int N, int G, bool half>
-void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, Upcoming<2> upcoming, float* c,
-             std::size_t ldc, bool add) {
+void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks, NtUpcoming upcoming, float* c,
+             bool add) {
     for (int n = 0; n < kBlock; n += N) {
         nt_block<N, G, half>(w + n * kBlock, x, group_stride, kblocks, upcoming ? upcoming + n * kBlock : upcoming,
-                             c + n * ldc, ldc, add);
+                             c + n * kGroup, add);
     }
 }
 
 // k is split into chunks, so that W's 32 rows stay in the first-level cache while all groups are multiplied by them: W is
 // read from memory once.
-void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
-    constexpr int chunk = 8;
+void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) {
     // [groups at once][with half a group]: as many rows of W as the registers allow
     constexpr decltype(&nt_rows<16, 1, false>) run[5][2] = {{nullptr, nt_rows<16, 0, true>},
                                                             {nt_rows<16, 1, false>, nt_rows<8, 1, true>},
                                                             {nt_rows<8, 2, false>, nt_rows<8, 2, true>},
                                                             {nt_rows<8, 3, false>, nt_rows<4, 3, true>},
                                                             {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
-    const int rest = rows % kGroup, groups = rows / kGroup + (rest > kGroup / 2);
+    const int rest = tokens % kGroup, groups = tokens / kGroup + (rest > kGroup / 2);
     const bool half = rest > 0 && rest <= kGroup / 2;
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, Upcoming<2> upcoming, bool add) {
+    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, NtUpcoming upcoming, bool add) {
         const bf16* w = seg.weights + kb * kBlockSize;
         for (int g = 0, at_once;; g += at_once) {
             const int left = groups - g;
             at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
             const bool last = at_once == left;
             run[at_once][last && half](w, seg.tokens + g * seg.group_stride + kb * kPackSize, seg.group_stride, blocks,
-                                       g == 0 ? upcoming : Upcoming<2>(), c + g * kGroup, ldc, add);
+                                       g == 0 ? upcoming : NtUpcoming(), c + g * kResultSize, add);
             if (last) break;
         }
     };
-    visit_chunks<2>(segments, count, chunk, chunk, multiply);
+    for (int s = 0; s < strips; ++s, c += (tokens + kGroup - 1) / kGroup * kResultSize)
+        visit_chunks<kTune.nt.times>(segments + s * count, count, following(segments, count, strips, s, 1),
+                                     kTune.nt.chunk, kTune.nt.step, multiply);
 }
 
 // Few tokens. Lanes are k: one load of W serves every token, because the time of such a product is that of reading W
@@ -113,17 +121,17 @@ void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ld
 // k-blocks to the next. The sixteen lanes of a sum are added up after the last k-block.
 constexpr int few_rows = 11;
 static_assert(few_rows <= kGroup, "few tokens lie in one group");
-template <int T>  // tokens
+// T tokens on one class of processors.
+template <int T, tuning::Avx512 tune>
 struct Few {
-    static constexpr int block = T <= 6 ? 4 : 2, chunk = T <= 4 ? 2 : 8;  // rows of W in a register block; k-blocks
-    // How often a line of W is prefetched, and how many k-blocks apart (see prefetch_schedule.inl).
-    static constexpr int times = T <= 4 ? 6 : 4, step = T <= 4 ? 2 : 4;
+    static constexpr int block = T <= 6 ? 4 : 2;  // rows of W in a register block
+    static constexpr tuning::Stream stream = T <= 4 ? tune.few_to_four : tune.few;
 };
 
 // One k-block of N rows of W. The upcoming lines are prefetched one by one between the products, because in a burst they
 // would find the miss buffers full. Up to two rows stay in registers, with more rows the tokens do.
-template <int T, int N>
-KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Upcoming<Few<T>::times>& upcoming) {
+template <int T, int N, typename Ahead>
+KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Ahead& upcoming) {
     const auto row = [&](int n) {
         prefetch_lines(upcoming + n * kBlock, 1);
         return _mm512_loadu_si512(w + n * kBlock);
@@ -145,10 +153,8 @@ KTV_INLINE void dots(__m512 (&sum)[N][T], const bf16* w, const bf16* x, const Up
     }
 }
 
-template <int T>
-KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Upcoming<Few<T>::times>& upcoming,
-                           float* sums, bool add) {
-    constexpr int N = Few<T>::block;
+template <int T, int N, typename Ahead>
+KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Ahead& upcoming, float* sums, bool add) {
     __m512 sum[N][T];
     for (int n = 0; n < N; ++n) {
         for (int t = 0; t < T; ++t) sum[n][t] = add ? _mm512_load_ps(sums + (n * T + t) * 16) : _mm512_setzero_ps();
@@ -160,35 +166,37 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Upco
     }
 }
 
-template <int T>
-void sum_chunks(const NtSegment* segments, int count, float* sums) {
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& upcoming, bool add) {
-        const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * T * kBlock;
-        for (int n = 0; n < kBlock; n += Few<T>::block)
-            dots_block<T>(w + n * kBlock, x, blocks, upcoming + n * blocks * kBlock, sums + n * T * 16, add);
-    };
-    visit_chunks<Few<T>::times>(segments, count, Few<T>::chunk, Few<T>::step, multiply);
-}
-
-// One token: all rows at once for all of k, which is nearest to a plain reading of W. The compiler keeps some of the 32
-// sums in memory; that costs less than chunks.
-template <>
-void sum_chunks<1>(const NtSegment* segments, int count, float* sums) {
-    __m512 sum[kBlock][1];
-    for (auto& s : sum) s[0] = _mm512_setzero_ps();
-    for (const NtSegment* seg = segments; seg != segments + count; ++seg) {
-        for (int kb = 0; kb < seg->kblocks; ++kb) {
-            dots(sum, seg->weights + kb * kBlockSize, seg->tokens + kb * kBlock,
-                 upcoming_after<Few<1>::times>(*seg, kb, Few<1>::step, Few<1>::step, 1));
+template <int T, tuning::Avx512 tune>
+void sum_chunks(const NtSegment* segments, int count, const bf16* next, float* sums) {
+    using Counts = Few<T, tune>;
+    if constexpr (T > 1) {
+        constexpr int N = Counts::block;
+        const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& upcoming, bool add) {
+            const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * T * kBlock;
+            for (int n = 0; n < kBlock; n += N)
+                dots_block<T, N>(w + n * kBlock, x, blocks, upcoming + n * blocks * kBlock, sums + n * T * 16, add);
+        };
+        visit_chunks<Counts::stream.times>(segments, count, next, Counts::stream.chunk, Counts::stream.step, multiply);
+    } else {
+        // One token: all rows at once for all of k, which is nearest to a plain reading of W. The compiler keeps some of
+        // the 32 sums in memory; that costs less than chunks.
+        constexpr int step = Counts::stream.step;
+        __m512 sum[kBlock][1];
+        for (auto& s : sum) s[0] = _mm512_setzero_ps();
+        for (const NtSegment* seg = segments; seg != segments + count; ++seg, next = nullptr) {
+            for (int kb = 0; kb < seg->kblocks; ++kb) {
+                dots(sum, seg->weights + kb * kBlockSize, seg->tokens + kb * kBlock,
+                     upcoming_after<Counts::stream.times>(*seg, next, kb, step, step, 1));
+            }
         }
+        for (int n = 0; n < kBlock; ++n) _mm512_store_ps(sums + n * 16, sum[n][0]);
     }
-    for (int n = 0; n < kBlock; ++n) _mm512_store_ps(sums + n * 16, sum[n][0]);
 }
 
-template <int T>
-void nt_dots(const NtSegment* segments, int count, float* c) {
+template <int T, tuning::Avx512 tune>
+void nt_dots(const NtSegment* segments, int count, const bf16* next, float* c) {
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
-    sum_chunks<T>(segments, count, sums);
+    sum_chunks<T, tune>(segments, count, next, sums);
     for (int t = 0; t < T; ++t) {
         for (int half = 0; half < kBlock; half += 16) {
             F lanes[16];
@@ -201,12 +209,14 @@ void nt_dots(const NtSegment* segments, int count, float* c) {
     }
 }
 
-void nt_few(const NtSegment* segments, int count, int tokens, float* c) {
-    constexpr void (*dots[])(const NtSegment*, int, float*) = {nt_dots<1>, nt_dots<2>,  nt_dots<3>, nt_dots<4>,
-                                                               nt_dots<5>, nt_dots<6>,  nt_dots<7>, nt_dots<8>,
-                                                               nt_dots<9>, nt_dots<10>, nt_dots<11>};
+template <tuning::Avx512 tune>
+void nt_few(const NtSegment* segments, int count, int strips, int tokens, float* c) {
+    constexpr decltype(&nt_dots<1, tune>) dots[] = {
+        nt_dots<1, tune>, nt_dots<2, tune>, nt_dots<3, tune>, nt_dots<4, tune>,  nt_dots<5, tune>, nt_dots<6, tune>,
+        nt_dots<7, tune>, nt_dots<8, tune>, nt_dots<9, tune>, nt_dots<10, tune>, nt_dots<11, tune>};
     static_assert(sizeof dots / sizeof *dots == few_rows);
-    dots[tokens - 1](segments, count, c);
+    for (int s = 0; s < strips; ++s, c += tokens * kBlock)
+        dots[tokens - 1](segments + s * count, count, following(segments, count, strips, s, 1), c);
 }
 
 // Where the blocks of a panel come from: either they are interleaved already, or they are interleaved while the first rows
@@ -233,12 +243,12 @@ struct Interleaving {
 // Lanes are columns. A register block is R rows of G by one block of 32 columns.
 template <int R, typename Blocks>
 KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, UpcomingPanels upcoming,
-                         float* c, std::size_t ldc, bool add) {
-    constexpr int times = R <= 2 ? UpcomingPanels::most : 2;  // prefetches of a line
+                         float* c, bool add) {
+    constexpr int times = R <= 2 ? kTune.nn_few_times : kTune.nn_times;
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) {
         for (int half = 0; half < 2; ++half)
-            sum[r][half] = add ? _mm512_loadu_ps(c + r * ldc + half * 16) : _mm512_setzero_ps();
+            sum[r][half] = add ? _mm512_loadu_ps(c + r * kBlock + half * 16) : _mm512_setzero_ps();
     }
     for (int kb = 0; kb < panel.count; ++kb, g += kBlock) {
         const auto now = upcoming.at<times>(kb, panel.blocks);
@@ -254,29 +264,30 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Pan
         }
     }
     for (int r = 0; r < R; ++r) {
-        for (int half = 0; half < 2; ++half) _mm512_storeu_ps(c + r * ldc + half * 16, sum[r][half]);
+        for (int half = 0; half < 2; ++half) _mm512_storeu_ps(c + r * kBlock + half * 16, sum[r][half]);
     }
 }
 
 template <int R, typename Blocks>
 void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, UpcomingPanels upcoming,
-             float* c, std::size_t ldc, bool add) {
-    if (rows == R) return nn_block<R>(g, ld, blocks, panel, upcoming, c, ldc, add);
-    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, upcoming, c, ldc, add);
+             float* c, bool add) {
+    if (rows == R) return nn_block<R>(g, ld, blocks, panel, upcoming, c, add);
+    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, upcoming, c, add);
 }
 
-void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
+void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
+    const std::size_t stride = nn_stride(rows);
     constexpr int most = 12;
     // With few rows, reading W takes longer than the arithmetic: small panels shorten the time between two prefetches of
     // a line.
-    const int depth = rows <= 4 ? kNnBlocks / 2 : kNnBlocks;
+    const int depth = rows <= kTune.nn_few ? kTune.nn_depth / 2 : kTune.nn_depth;
     visit_panels(segments, count, cblocks, depth,
                  [&](const NnSegment& seg, const Panel& panel, UpcomingPanels upcoming, bool add) {
                      const int some = even_chunk(rows, most);
                      for (int r = 0; r < rows; r += some) {
                          const auto run = [&](auto blocks) {
                              nn_rows<most>(std::min(rows - r, some), seg.rows + panel.kb * kBlock + r * seg.ld, seg.ld,
-                                           blocks, panel, upcoming, c + r * ldc + panel.cb * kBlock, ldc, add);
+                                           blocks, panel, upcoming, c + panel.cb * stride + r * kBlock, add);
                          };
                          if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});
                          else if (seg.weights) run(Interleaving<false>{seg, panel});
@@ -286,15 +297,24 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
                  });
 }
 
+template <tuning::Avx512 tune>
+constexpr Kernels kernels_of() {
+    return {.enter = nothing,
+            .leave = wait_for_streams,
+            .strips = one_strip,
+            .cblocks = one_panel,
+            .most_rows = kMostRows,
+            .nt = nt,
+            .few_rows = few_rows,
+            .nt_few = nt_few<tune>,
+            .nn = nn,
+            KTV_ELEMENTWISE};
+}
+
 }  // namespace
 
-extern const Kernels avx512_bf16_kernels;
-const Kernels avx512_bf16_kernels{.enter = nothing,
-                                  .leave = wait_for_streams,
-                                  .nt = nt,
-                                  .few_rows = few_rows,
-                                  .nt_few = nt_few,
-                                  .nn = nn,
-                                  KTV_ELEMENTWISE};
+extern const Kernels avx512_bf16_kernels, avx512_bf16_kernels_intel;
+const Kernels avx512_bf16_kernels = kernels_of<tuning::kAvx512>(),
+              avx512_bf16_kernels_intel = kernels_of<tuning::kAvx512Intel>();
 
 }  // namespace ktv

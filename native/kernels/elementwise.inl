@@ -9,6 +9,16 @@ using S = std::int32_t __attribute__((vector_size(64)));
 using H16 = std::uint16_t __attribute__((vector_size(32)));
 #define KTV_INLINE [[gnu::always_inline]] inline
 
+// Calls of the instruction sets that do not share a chunk of x among strips of W: one strip, one panel, and as many rows
+// as the second-level cache holds with their results.
+inline int one_strip(int) {
+    return 1;
+}
+inline int one_panel(int) {
+    return kPanelBlocks;
+}
+inline constexpr int kMostRows = 256;
+
 KTV_INLINE F load(const float* p) {
     F v;
     __builtin_memcpy(&v, p, sizeof v);
@@ -148,23 +158,21 @@ KTV_INLINE F silu_times(const float* g, const float* u) {
     return gate * sigmoid(gate).value * load(u);
 }
 
-void silu_mul(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
-              float* keep_g, float* keep_u, std::size_t keep_ld) {
-    for (int group = 0; group < groups; ++group) {
-        const float* gg = g + group * kGroup;
-        const float* uu = u + group * kGroup;
+void silu_mul(const float* g, const float* u, int groups, bf16* pack, std::size_t group_stride, float* keep_g,
+              float* keep_u, std::size_t keep_ld) {
+    for (int group = 0; group < groups; ++group, g += kResultSize, u += kResultSize) {
         for (int n = 0; n < kBlock; n += 2) {
             F h[2];
-            for (int i = 0; i < 2; ++i) h[i] = silu_times(gg + (n + i) * ldc, uu + (n + i) * ldc);
+            for (int i = 0; i < 2; ++i) h[i] = silu_times(g + (n + i) * kGroup, u + (n + i) * kGroup);
             store_pairs(pack + group * group_stride + n * kGroup, h[0], h[1]);
         }
         if (!keep_g) continue;
         // Past the caches, because a layer or a whole model passes through them before backward reads g and u.
         for (int half = 0; half < kBlock; half += 16) {
             F m[16];
-            load_transposed(gg + half * ldc, ldc, m);
+            load_transposed(g + half * kGroup, kGroup, m);
             for (int t = 0; t < 16; ++t) KTV_STREAM(keep_g + (group * kGroup + t) * keep_ld + half, m[t]);
-            load_transposed(uu + half * ldc, ldc, m);
+            load_transposed(u + half * kGroup, kGroup, m);
             for (int t = 0; t < 16; ++t) KTV_STREAM(keep_u + (group * kGroup + t) * keep_ld + half, m[t]);
         }
     }
@@ -180,15 +188,20 @@ void silu_mul_few(const float* g, const float* u, int tokens, bf16* pack, float*
     }
 }
 
-void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g,
+// Column col, a multiple of 16, of a row of an nn result.
+KTV_INLINE const float* in_nn(const float* c, std::size_t stride, int row, int col) {
+    return c + col / kBlock * stride + row * kBlock + col % kBlock;
+}
+
+void silu_mul_grad(const float* c, std::size_t stride, int rows, int cblocks, const float* weight, const float* g,
                    const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot,
                    std::size_t dot_stride) {
     for (int row = 0; row < rows; ++row) {
         F sum{};
         const F w = splat(weight[row]);
-        for (int col = 0; col < cols; col += 16) {
+        for (int col = 0; col < cblocks * kBlock; col += 16) {
             const std::size_t at = row * ld + col;
-            const F gate = load(g + at), up = load(u + at), unweighted = load(c + row * ldc + col);
+            const F gate = load(g + at), up = load(u + at), unweighted = load(in_nn(c, stride, row, col));
             const Sigmoid s = sigmoid(gate);
             const F silu = gate * s.value;
             const F hidden = silu * up;
@@ -202,13 +215,13 @@ void silu_mul_grad(const float* c, std::size_t ldc, int rows, int cols, const fl
     }
 }
 
-void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight,
-                    float* sum, std::size_t ld) {
-    for (int first = 0; first < rows; first += kGroup) {
+void add_transposed(const float* c, int rows, const std::int32_t* token, const float* weight, float* sum,
+                    std::size_t ld) {
+    for (int first = 0; first < rows; first += kGroup, c += kResultSize) {
         const int count = rows - first < kGroup ? rows - first : kGroup;
         for (int half = 0; half < kBlock; half += 16) {
             F m[16];
-            load_transposed(c + half * ldc + first, ldc, m);
+            load_transposed(c + half * kGroup, kGroup, m);
             for (int t = 0; t < count; ++t) {
                 float* out = sum + token[first + t] * ld + half;
                 store(out, load(out) + splat(weight[first + t]) * m[t]);
@@ -217,12 +230,13 @@ void add_transposed(const float* c, std::size_t ldc, int rows, const std::int32_
     }
 }
 
-void add_rows(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token, const float* weight,
+void add_rows(const float* c, std::size_t stride, int rows, int cblocks, const std::int32_t* token, const float* weight,
               float* sum, std::size_t ld) {
     for (int row = 0; row < rows; ++row) {
         float* out = sum + token[row] * ld;
         const F w = splat(weight ? weight[row] : 1.0f);
-        for (int col = 0; col < cols; col += 16) store(out + col, load(out + col) + w * load(c + row * ldc + col));
+        for (int col = 0; col < cblocks * kBlock; col += 16)
+            store(out + col, load(out + col) + w * load(in_nn(c, stride, row, col)));
     }
 }
 
@@ -240,13 +254,13 @@ void round_sum(const float* const* in, int parts, std::size_t count, bf16* out) 
     }
 }
 
-void transpose(const float* c, std::size_t ldc, int rows, int cols, float* out) {
+void transpose(const float* c, std::size_t stride, int rows, int cols, float* out) {
     const std::size_t ld = static_cast<std::size_t>(rows);
     for (int col = 0; col < cols; col += 16) {
         const int width = cols - col < 16 ? cols - col : 16;
         for (int row = 0; row < rows; row += 16) {
             F m[16];
-            load_transposed(c + row * ldc + col, ldc, m);
+            load_transposed(in_nn(c, stride, row, col), kBlock, m);
             float* to = out + col * ld + row;
             if (rows - row >= 16) {
                 for (int i = 0; i < width; ++i) store(to + i * ld, m[i]);

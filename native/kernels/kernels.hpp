@@ -10,6 +10,12 @@
 //   rows           [row][K]                                  natural; kernels may read up to a multiple of 16 rows, but
 //                                                            no result depends on those beyond the last
 // N and K are padded with zeros to multiples of 32, the tokens of a token pack to multiples of 16.
+//
+// Results lie in the worker's scratch, fp32, so that a tile of AMX is one piece of 1 KB or a half of one piece of 2 KB:
+//   nt results     [strip][group][32 n][16 tokens]           a strip is 32 rows of W
+//   few results    [strip][token][32 n]
+//   nn results     [column block][row][32 columns]           rows padded to a multiple of 16: nn_stride
+// Rows of one wide array, a power of two apart, would share a few sets of the first-level cache.
 #pragma once
 
 #include <array>
@@ -20,13 +26,17 @@
 
 namespace ktv {
 
-inline constexpr int kBlock = 32;                           // edge of a weight block
-inline constexpr int kGroup = 16;                           // tokens in a group
-inline constexpr std::size_t kBlockSize = kBlock * kBlock;  // elements of a weight block
-inline constexpr std::size_t kPackSize = kBlock * kGroup;   // elements of one k-block of one token pack
-inline constexpr int kChunkGroups = 16;                     // groups that one kernel call may cover
-inline constexpr int kChunkRows = kChunkGroups * kGroup;
-inline constexpr int kPanelBlocks = 4;  // column blocks of one nn task
+inline constexpr int kBlock = 32;                            // edge of a weight block
+inline constexpr int kGroup = 16;                            // tokens in a group
+inline constexpr std::size_t kBlockSize = kBlock * kBlock;   // elements of a weight block
+inline constexpr std::size_t kPackSize = kBlock * kGroup;    // elements of one k-block of one token pack
+inline constexpr std::size_t kResultSize = kBlock * kGroup;  // elements of an nt result of one strip and one group
+inline constexpr int kPanelBlocks = 4;                       // the column blocks of an nn call are a multiple of it
+inline constexpr int kMostStrips = 16;                       // of W in one nt call
+// Elements from one column block of an nn result to the next.
+[[gnu::always_inline]] inline constexpr std::size_t nn_stride(int rows) {
+    return static_cast<std::size_t>((rows + kGroup - 1) / kGroup) * kGroup * kBlock;
+}
 
 // Chunk size when `left` is split into the fewest near-equal chunks of at most `most`. Near-equal, because one chunk
 // prefetches the next, and a small last chunk would be slow.
@@ -41,13 +51,14 @@ struct NtSegment {
     const bf16* tokens;        // [group][..][16][16][2], the segment's first k-block of the first group
     std::size_t group_stride;  // elements between groups of `tokens`; few tokens have none
     int kblocks;
-    // The weights that are multiplied after these, if known: as many k-blocks.
+    // Where the worker goes on, if known: the weights of the same strip of its next call, as many k-blocks.
     const bf16* next = nullptr;
-    // The address of `blocks` existing k-blocks that are read from kb on; kb may lie behind the end.
-    [[gnu::always_inline]] const bf16* from(int kb, int blocks) const {
+    // The address of `blocks` existing k-blocks that are read from kb on; kb may lie behind the end, in the weights
+    // that follow, if any.
+    [[gnu::always_inline]] const bf16* from(int kb, int blocks, const bf16* following) const {
         const int last = kblocks - blocks, beyond = kb - kblocks;
         if (beyond < 0) return weights + (kb < last ? kb : last) * kBlockSize;
-        return next ? next + (beyond < last ? beyond : last) * kBlockSize : weights;
+        return following ? following + (beyond < last ? beyond : last) * kBlockSize : weights;
     }
 };
 
@@ -64,6 +75,9 @@ struct NnSegment {
     int idle_pairs = 0;
     // For gathered rows: the caller's next product uses the kPanelBlocks column blocks behind these.
     bool goes_on = false;
+    // Where the worker goes on, if known: the weights of its next call, with the same stride, as many k-blocks and at
+    // least as many column blocks.
+    const bf16* next = nullptr;
 };
 
 struct Kernels {
@@ -71,47 +85,53 @@ struct Kernels {
     void (*enter)();
     void (*leave)();
 
-    // c [32][ldc] fp32, overwritten; columns beyond the tokens are undefined; tokens <= kChunkRows, in groups. The order
-    // of a token's sums depends neither on its place nor on the number of tokens.
-    void (*nt)(const NtSegment* segments, int count, int tokens, float* c, std::size_t ldc);
-    // The same product for 1 to few_rows tokens in the layout of few tokens; c [tokens][32]. The order of a token's sums
-    // is again fixed, but differs from that of nt. Null where few_rows is 0.
+    // How the engine cuts the products of an expert of so many rows into calls. Bits do not depend on it.
+    int (*strips)(int rows);   // strips of an nt call: a power of two, at most kMostStrips
+    int (*cblocks)(int rows);  // column blocks of an nn call: a multiple of kPanelBlocks
+    int most_rows;             // of one call, a multiple of 16
+
+    // segments [strips][count]: the summands of each strip, of equal lengths in k-blocks and with the same groups of
+    // tokens; tokens <= most_rows. c: an nt result, overwritten; tokens beyond the last are undefined. The order of a
+    // token's sums depends neither on its place nor on the number of tokens or of strips.
+    void (*nt)(const NtSegment* segments, int count, int strips, int tokens, float* c);
+    // The same product for 1 to few_rows tokens in the layout of few tokens; c: a few result. The order of a token's
+    // sums is again fixed, but differs from that of nt. Null where few_rows is 0.
     int few_rows;
-    void (*nt_few)(const NtSegment* segments, int count, int tokens, float* c);
-    // c [rows rounded up to 16][ldc] fp32, overwritten; 32 * cblocks columns, cblocks <= kPanelBlocks; at least one
-    // row.
-    void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc);
+    void (*nt_few)(const NtSegment* segments, int count, int strips, int tokens, float* c);
+    // c: an nn result of 32 * cblocks columns, overwritten; 1 to most_rows rows.
+    void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c);
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.
     void (*pack_tokens)(const bf16* const* rows, int k, int kblocks, bf16* pack);
-    // h = silu(g) * u for one block of 32 rows of I: g, u [32][ldc] fp32 -> packs, one k-block a group. When keep_g is
-    // not null, also g and u, transposed to [row][keep_ld] fp32; both start at a cache line, and keep_ld is a multiple
-    // of 16.
-    void (*silu_mul)(const float* g, const float* u, std::size_t ldc, int groups, bf16* pack, std::size_t group_stride,
-                     float* keep_g, float* keep_u, std::size_t keep_ld);
+    // h = silu(g) * u for one block of 32 rows of I: g, u: nt results of one strip -> packs, one k-block a group. When
+    // keep_g is not null, also g and u, transposed to [row][keep_ld] fp32; both start at a cache line, and keep_ld is a
+    // multiple of 16.
+    void (*silu_mul)(const float* g, const float* u, int groups, bf16* pack, std::size_t group_stride, float* keep_g,
+                     float* keep_u, std::size_t keep_ld);
     // The same for few tokens: g, u [tokens][32] fp32 -> pack [tokens][32].
     void (*silu_mul_few)(const float* g, const float* u, int tokens, bf16* pack, float* keep_g, float* keep_u,
                          std::size_t keep_ld);
-    // c [rows][ldc] = dO Wd + s (dO Bd) Ad, without the routing weight; g, u [rows][ld] fp32. Writes grad_g, grad_u, h
-    // [rows][ld] bf16 and the partial sums of <grad_h, h> over these columns to dot[rows * dot_stride].
-    void (*silu_mul_grad)(const float* c, std::size_t ldc, int rows, int cols, const float* weight, const float* g,
-                          const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot,
-                          std::size_t dot_stride);
-    // c [32][ldc] (rows: columns of the output) -> sum[token[i]][0..32) += weight[i] * c[.][i], sum rows ld apart,
-    // fp32.
-    void (*add_transposed)(const float* c, std::size_t ldc, int rows, const std::int32_t* token, const float* weight,
-                           float* sum, std::size_t ld);
-    // c [rows][ldc] -> sum[token[i]][0..cols) += weight[i] * c[i]; null weights are 1.
-    void (*add_rows)(const float* c, std::size_t ldc, int rows, int cols, const std::int32_t* token,
+    // c: an nn result with `stride` elements from one of its `cblocks` column blocks to the next, dO Wd + s (dO Bd) Ad
+    // without the routing weight; g, u [rows][ld] fp32. Writes grad_g, grad_u, h [rows][ld] bf16 and the partial sums
+    // of <grad_h, h> over these columns to dot[rows * dot_stride].
+    void (*silu_mul_grad)(const float* c, std::size_t stride, int rows, int cblocks, const float* weight,
+                          const float* g, const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h,
+                          float* dot, std::size_t dot_stride);
+    // c: an nt result of one strip (columns of the output) -> sum[token[i]][0..32) += weight[i] * c[.][i], sum rows ld
+    // apart, fp32.
+    void (*add_transposed)(const float* c, int rows, const std::int32_t* token, const float* weight, float* sum,
+                           std::size_t ld);
+    // c: an nn result -> sum[token[i]][0..32 * cblocks) += weight[i] * c[i]; null weights are 1.
+    void (*add_rows)(const float* c, std::size_t stride, int rows, int cblocks, const std::int32_t* token,
                      const float* weight, float* sum, std::size_t ld);
     // out[i] = bf16(sum over parts of in[p][i]), the parts in order.
     void (*round_sum)(const float* const* in, int parts, std::size_t count, bf16* out);
-    // c [rows up to a multiple of 16][ldc up to a multiple of 16] -> out [cols][rows], its transpose.
-    void (*transpose)(const float* c, std::size_t ldc, int rows, int cols, float* out);
-    // `bytes` bytes -> state [16], by which two equally long pieces of memory are told apart. A change within one word of
-    // 8 bytes always changes the state: one sum has the word itself as a term, and every later step is a bijection of
-    // the state. Other changes are missed with a chance of about 2^-64: a second sum has the products of the halves of the
-    // words, as XXH3 has, with other keys for neighbours.
+    // c: an nn result of `cols` columns -> out [cols][rows], its transpose.
+    void (*transpose)(const float* c, std::size_t stride, int rows, int cols, float* out);
+    // `bytes` bytes -> state [16], by which two equally long pieces of memory are told apart. A change within one word
+    // of 8 bytes always changes the state: one sum has the word itself as a term, and every later step is a bijection
+    // of the state. Other changes are missed with a chance of about 2^-64: a second sum has the products of the halves
+    // of the words, as XXH3 has, with other keys for neighbours.
     void (*fingerprint)(const std::uint8_t* data, std::size_t bytes, std::uint64_t* state);
 };
 

@@ -28,26 +28,33 @@ template <int times>
 
 // ---- nt: chunks of k-blocks
 
+// The weights that follow those of strip s where a call multiplies its strips `at_once` at a time.
+inline const bf16* following(const NtSegment* segments, int count, int strips, int s, int at_once) {
+    return s + at_once < strips ? segments[(s + at_once) * count].weights : segments[s % at_once * count].next;
+}
+
 // The blocks `first` k-blocks after kb, and `step` further on each; `blocks` of them, as many as a chunk has.
 template <int times>
-[[gnu::always_inline]] inline Upcoming<times> upcoming_after(const NtSegment& seg, int kb, int first, int step,
-                                                             int blocks) {
+[[gnu::always_inline]] inline Upcoming<times> upcoming_after(const NtSegment& seg, const bf16* next, int kb, int first,
+                                                             int step, int blocks) {
     Upcoming<times> upcoming;
-    for (int i = 0; i < times; ++i) upcoming.at[i] = seg.from(kb + first + i * step, blocks);
+    for (int i = 0; i < times; ++i) upcoming.at[i] = seg.from(kb + first + i * step, blocks, next);
     return upcoming;
 }
 
 // Calls multiply(segment, kb, blocks, upcoming, add) for each segment's chunks of at most `most` k-blocks. add is false
 // for the first chunk only. `upcoming` has `times` windows of a chunk's size: the next chunk, and the others `step`
-// k-blocks further on each (at most a chunk), so that a line lies in the windows of about `times` chunks.
+// k-blocks further on each (at most a chunk), so that a line lies in the windows of about `times` chunks. `next` follows
+// the weights of the first segment, which are the wide ones.
 template <int times, typename Multiply>
-inline void visit_chunks(const NtSegment* segments, int count, int most, int step, const Multiply& multiply) {
+inline void visit_chunks(const NtSegment* segments, int count, const bf16* next, int most, int step,
+                         const Multiply& multiply) {
     bool add = false;
-    for (int s = 0; s < count; ++s) {
+    for (int s = 0; s < count; ++s, next = nullptr) {
         for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
             blocks = even_chunk(segments[s].kblocks - kb, most);
             multiply(segments[s], kb, blocks,
-                     upcoming_after<times>(segments[s], kb, blocks, std::min(step, blocks), blocks), add);
+                     upcoming_after<times>(segments[s], next, kb, blocks, std::min(step, blocks), blocks), add);
         }
     }
 }
@@ -93,6 +100,15 @@ class BlockColumn {
         stride_ = seg.kblock_stride;
         count_ = seg.kblocks - at.kb;
     }
+    // Column block cb of the weights that the next call multiplies.
+    BlockColumn(const NnSegment& first, int cb) {
+        if (!first.next) return;
+        block_ = first.next + cb * kBlockSize;
+        stride_ = first.kblock_stride;
+        count_ = first.kblocks;
+    }
+    int count() const { return count_; }
+    std::size_t stride() const { return stride_; }
     // The i-th of them, or null.
     const bf16* at(int i) const { return i < count_ ? block_ + i * stride_ : nullptr; }
 

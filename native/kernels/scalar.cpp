@@ -10,32 +10,34 @@ namespace {
 
 void nothing() {}
 
-void nt(const NtSegment* segments, int count, int rows, float* c, std::size_t ldc) {
-    const int groups = (rows + kGroup - 1) / kGroup;
-    for (int n = 0; n < kBlock; ++n) {
+void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) {
+    const int groups = (tokens + kGroup - 1) / kGroup;
+    for (int strip = 0; strip < strips; ++strip, segments += count) {
         for (int group = 0; group < groups; ++group) {
-            float sum[kGroup] = {};
-            for (int s = 0; s < count; ++s) {
-                const NtSegment& seg = segments[s];
-                for (int kb = 0; kb < seg.kblocks; ++kb) {
-                    const bf16* w = seg.weights + kb * kBlockSize + n * kBlock;
-                    const bf16* x = seg.tokens + group * seg.group_stride + kb * kPackSize;
-                    for (int pair = 0; pair < kBlock / 2; ++pair) {
-                        const float even = to_float(w[2 * pair]), odd = to_float(w[2 * pair + 1]);
-                        for (int t = 0; t < kGroup; ++t) {
-                            const bf16* two = x + (pair * kGroup + t) * 2;
-                            sum[t] += even * to_float(two[0]) + odd * to_float(two[1]);
+            for (int n = 0; n < kBlock; ++n, c += kGroup) {
+                float sum[kGroup] = {};
+                for (int s = 0; s < count; ++s) {
+                    const NtSegment& seg = segments[s];
+                    for (int kb = 0; kb < seg.kblocks; ++kb) {
+                        const bf16* w = seg.weights + kb * kBlockSize + n * kBlock;
+                        const bf16* x = seg.tokens + group * seg.group_stride + kb * kPackSize;
+                        for (int pair = 0; pair < kBlock / 2; ++pair) {
+                            const float even = to_float(w[2 * pair]), odd = to_float(w[2 * pair + 1]);
+                            for (int t = 0; t < kGroup; ++t) {
+                                const bf16* two = x + (pair * kGroup + t) * 2;
+                                sum[t] += even * to_float(two[0]) + odd * to_float(two[1]);
+                            }
                         }
                     }
                 }
+                std::memcpy(c, sum, sizeof sum);
             }
-            std::memcpy(c + n * ldc + group * kGroup, sum, sizeof sum);
         }
     }
 }
 
-void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, std::size_t ldc) {
-    for (int cb = 0; cb < cblocks; ++cb) {
+void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
+    for (int cb = 0; cb < cblocks; ++cb, c += nn_stride(rows)) {
         for (int row = 0; row < rows; ++row) {
             float sum[kBlock] = {};
             for (int s = 0; s < count; ++s) {
@@ -48,7 +50,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
                     for (int j = 0; j < kBlock; ++j) sum[j] += g * to_float(w[j]);
                 }
             }
-            std::memcpy(c + row * ldc + cb * kBlock, sum, sizeof sum);
+            std::memcpy(c + row * kBlock, sum, sizeof sum);
         }
     }
 }
@@ -56,7 +58,15 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c, s
 }  // namespace
 
 extern const Kernels scalar_kernels;
-const Kernels scalar_kernels{
-    .enter = nothing, .leave = nothing, .nt = nt, .few_rows = 0, .nt_few = nullptr, .nn = nn, KTV_ELEMENTWISE};
+const Kernels scalar_kernels{.enter = nothing,
+                             .leave = nothing,
+                             .strips = one_strip,
+                             .cblocks = one_panel,
+                             .most_rows = kMostRows,
+                             .nt = nt,
+                             .few_rows = 0,
+                             .nt_few = nullptr,
+                             .nn = nn,
+                             KTV_ELEMENTWISE};
 
 }  // namespace ktv

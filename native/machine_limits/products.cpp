@@ -39,41 +39,50 @@ struct Call {
 
     std::size_t matrix() const { return static_cast<std::size_t>(sizes.n) * sizes.k; }
 
-    void nt(int matrix_index, int strip) {
+    void nt(int matrix_index, int first, int strips) {
         const int kblocks = sizes.k / kBlock;
-        const std::size_t panel = kblocks * kBlockSize, ldc = (sizes.rows + kGroup - 1) / kGroup * kGroup;
-        const bf16* w = weights + matrix_index * matrix() + strip * panel;
-        const NtSegment segment{w, rows + matrix_index * rows_size, kblocks * kPackSize, kblocks, w + panel};
+        const std::size_t panel = kblocks * kBlockSize;
+        NtSegment segments[kMostStrips];
+        for (int i = 0; i < strips; ++i) {
+            const bf16* w = weights + matrix_index * matrix() + (first + i) * panel;
+            segments[i] = {w, rows + matrix_index * rows_size, kblocks * kPackSize, kblocks, w + strips * panel};
+        }
+        const int groups = (sizes.rows + kGroup - 1) / kGroup;
         if (sizes.rows <= kernels.few_rows) {
-            kernels.nt_few(&segment, 1, sizes.rows, c);
-            bits = bits_of(c, static_cast<std::size_t>(sizes.rows) * kBlock);
+            kernels.nt_few(segments, 1, strips, sizes.rows, c);
+            bits = bits_of(c, static_cast<std::size_t>(strips) * sizes.rows * kBlock);
         } else {
-            kernels.nt(&segment, 1, sizes.rows, c, ldc);
+            kernels.nt(segments, 1, strips, sizes.rows, c);
             bits = 0;
-            for (int n = 0; n < kBlock; ++n) bits = bits * 31 + bits_of(c + n * ldc, sizes.rows);
+            for (int i = 0; i < strips * groups * kBlock;
+                 ++i) {  // the tokens that there are, of each row of each group
+                const int tokens = std::min(kGroup, sizes.rows - i / kBlock % groups * kGroup);
+                bits = bits * 31 + bits_of(c + i * kGroup, tokens);
+            }
         }
     }
-    void nn(int matrix_index, int panel) {
-        const int blocks = sizes.n / kBlock, first = panel * kPanelBlocks,
-                  cblocks = std::min(kPanelBlocks, blocks - first);
+    void nn(int matrix_index, int first, int cblocks) {
         NnSegment segment{};
         segment.rows = rows + matrix_index * rows_size;
         segment.ld = sizes.k + kBlock;
         segment.weights = weights + matrix_index * matrix() + first * kBlockSize;
-        segment.kblock_stride = blocks * kBlockSize;
+        segment.kblock_stride = sizes.n / kBlock * kBlockSize;
         segment.kblocks = sizes.k / kBlock;
-        const std::size_t ldc = kPanelBlocks * kBlock;
-        kernels.nn(&segment, 1, sizes.rows, cblocks, c, ldc);
+        kernels.nn(&segment, 1, sizes.rows, cblocks, c);
         bits = 0;
-        for (int row = 0; row < sizes.rows; ++row) bits = bits * 31 + bits_of(c + row * ldc, cblocks * kBlock);
+        for (int cb = 0; cb < cblocks; ++cb)
+            bits = bits * 31 + bits_of(c + cb * nn_stride(sizes.rows), static_cast<std::size_t>(sizes.rows) * kBlock);
     }
     // Neighbouring pieces of every matrix, as a worker's lane.
     void share(int worker, int workers) {
         const bool forward = sizes.product == Product::nt;
-        const int width = forward ? kBlock : kPanelBlocks * kBlock, pieces = (sizes.n + width - 1) / width;
+        const int width = forward ? kernels.strips(sizes.rows) : kernels.cblocks(sizes.rows), all = sizes.n / kBlock,
+                  pieces = (all + width - 1) / width;
         for (int m = 0; m < sizes.matrices; ++m) {
-            for (int piece = worker * pieces / workers; piece < (worker + 1) * pieces / workers; ++piece)
-                forward ? nt(m, piece) : nn(m, piece);
+            for (int piece = worker * pieces / workers; piece < (worker + 1) * pieces / workers; ++piece) {
+                const int first = piece * width, count = std::min(width, all - first);
+                forward ? nt(m, first, count) : nn(m, first, count);
+            }
         }
     }
 };
@@ -89,17 +98,18 @@ Products::Products(int threads, std::size_t bytes)
 Products::Timed Products::time(const Kernels& kernels, const Sizes& sizes, std::size_t window) {
     const std::size_t matrix = static_cast<std::size_t>(std::max(sizes.n, 0)) * std::max(sizes.k, 0);
     const std::size_t used = matrix * std::max(sizes.matrices, 0), all = weights_.size() / sizeof(bf16);
-    if (sizes.rows < 1 || sizes.rows > kChunkRows || used == 0 || sizes.n % kBlock != 0 || sizes.k % kBlock != 0 ||
-        used + kBlockSize > all)
+    if (sizes.rows < 1 || sizes.rows > kernels.most_rows || used == 0 || sizes.n % kBlock != 0 ||
+        sizes.k % kBlock != 0 || used + kBlockSize > all)
         throw BadInput("a product of " + std::to_string(sizes.rows) + " rows with " + std::to_string(sizes.matrices) +
                        " matrices of " + std::to_string(sizes.n) + " x " + std::to_string(sizes.k) +
-                       "; it takes 1 to " + std::to_string(kChunkRows) +
+                       "; it takes 1 to " + std::to_string(kernels.most_rows) +
                        " rows, multiples of 32, and at most the weights that there are");
     // rows of any layout, and a cache line more than a row of nn
     const std::size_t padded = (sizes.rows + kGroup - 1) / kGroup * kGroup, rows_size = padded * (sizes.k + kBlock);
     const Block rows(rows_size * sizes.matrices * sizeof(bf16));
     fill(reinterpret_cast<bf16*>(rows.data()), rows.size() / sizeof(bf16));
-    const std::size_t scratch = std::size_t{kChunkRows} * kPanelBlocks * kBlock;
+    const std::size_t scratch =
+        nn_stride(sizes.rows) * std::max(kernels.strips(sizes.rows), kernels.cblocks(sizes.rows));
     const Block results(threads_ * scratch * sizeof(float));
     const std::size_t blocks = (all - used) / kBlockSize, first = window * (used / kBlockSize) % blocks * kBlockSize;
     std::vector<std::uint64_t> bits(threads_ * 8);

@@ -17,7 +17,7 @@ class Products {
   public:
     struct Sizes {
         Product product;
-        int rows;      // 1 to kChunkRows
+        int rows;      // 1 to Kernels::most_rows
         int n, k;      // multiples of 32
         int matrices;  // that one call multiplies, one after the other
     };

@@ -3,24 +3,6 @@
 #include <cstring>
 
 namespace ktv {
-namespace {
-
-// nn segments of (activation) · W for a small activation of `depth` columns stored as hi + lo; W is bf16, or fp32 as hi + lo.
-int nn_lora_segments(const Pair& activation, std::size_t ld, const Pair& w, std::size_t stride, int depth,
-                     NnSegment* out) {
-    const int kblocks = (depth + kBlock - 1) / kBlock, idle = (kblocks * kBlock - depth) / 2;
-    out[0] = {activation.hi, ld, w.hi, stride, nullptr, 0, kblocks, idle};
-    out[1] = {activation.lo, ld, w.hi, stride, nullptr, 0, kblocks, idle};
-    if (!w.lo) return 2;
-    out[2] = {activation.hi, ld, w.lo, stride, nullptr, 0, kblocks, idle};
-    return 3;
-}
-
-NnSegment segment(const bf16* rows, std::size_t ld, const bf16* weights, std::size_t kblock_stride, int kblocks) {
-    return {rows, ld, weights, kblock_stride, nullptr, 0, kblocks};
-}
-
-}  // namespace
 
 std::vector<std::size_t> Layer::State::grad_sizes() const {
     const std::size_t E = config.num_experts, H = config.hidden, I = config.intermediate, r = config.rank;
@@ -87,7 +69,7 @@ void Backward::carve(Carver& carver) {
         take(carver, part.xa_t, K * size_.rank2_rows());
     }
     carver.take(zeros_, std::max(hidden_, inter_));
-    carver.take(scratch_, layer_.workers * 2 * kScratch);
+    carver.take(scratch_, layer_.workers * (scratch_size_ + kGradRows * kPanelCols));
     sums_.carve(carver, layer_.workers);
     carver.take(segments_, layer_.workers * 2 * config_.parts);
 }
@@ -101,14 +83,17 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
     prepare_sums();
     prepare_rows_of_x();
 
-    const int parts = config_.parts, token_chunks = (call_.rows + kChunkRows - 1) / kChunkRows;
-    TaskQueue gathering(parts, team, groups_), downing(parts, team, active_, i_panels_), ranking(parts, team, groups_),
-        inputs(parts, team, active_, h_panels_), loras(1, team, active_, lora_tasks_),
-        idles(1, team, static_cast<int>(idle_.size())), routings(1, team, token_chunks);
+    constexpr int tokens = 256;  // of a task of weight_grad
+    const int parts = config_.parts, token_chunks = (call_.rows + tokens - 1) / tokens;
+    TaskQueue gathering(parts, team, groups_),
+        downing(parts, team, active_, (i_panels_ + down_panels_ - 1) / down_panels_), ranking(parts, team, groups_),
+        inputs(parts, team, active_, (h_panels_ + input_panels_ - 1) / input_panels_),
+        loras(1, team, active_, lora_tasks_), idles(1, team, static_cast<int>(idle_.size())),
+        routings(1, team, token_chunks);
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
-        float* scratch = scratch_ + index * 2 * kScratch;
-        Worker worker{index, scratch, scratch + kScratch, recording.watch(index)};
+        float* scratch = scratch_ + index * (scratch_size_ + kGradRows * kPanelCols);
+        Worker worker{index, scratch, scratch + scratch_size_, recording.watch(index)};
         kernels_.enter();
         gathering.work(index, [&](const Task& task) { gather(worker, task.part, task.row); });
         end_stage(worker.watch, team);
@@ -122,7 +107,7 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         loras.work(index, [&](const Task& task) { lora_grad(worker, task); });
         idles.work(index, [&](const Task& task) { fill_idle(idle_[task.row]); });
         worker.watch.lap(Phase::allocation);
-        routings.work(index, [&](const Task& task) { weight_grad(task.row * kChunkRows); });
+        routings.work(index, [&](const Task& task) { weight_grad(task.row * tokens, (task.row + 1) * tokens); });
         worker.watch.lap(Phase::routing_grad);
         kernels_.leave();
         worker.watch.tasks_done();
@@ -185,20 +170,22 @@ void Backward::prepare_rows_of_x() {
     }
 }
 
-// Stores columns 0..cols of c [16][128] twice: without padding rows in `plain`; all columns of the group in `transposed`,
-// where padding is zero.
+// Stores columns 0..cols of c, an nn result of one group, twice: without padding rows in `plain`; all columns of the
+// group in `transposed`, where padding is zero.
 void Backward::put_small(const float* c, int cols, int group, const Small& to) const {
     const Routing::Columns place = routing_.columns(group);
     const std::size_t row0 = group * kGroup;
+    const auto scaled = [&](int t, int n) {
+        return config_.scaling * c[n / kBlock * nn_stride(1) + t * kBlock + n % kBlock];
+    };
     for (int t = 0; t < place.rows; ++t) {
-        for (int n = 0; n < cols; ++n)
-            put(to.plain, (row0 + t) * to.ld + to.first + n, config_.scaling * c[t * kPanelCols + n]);
+        for (int n = 0; n < cols; ++n) put(to.plain, (row0 + t) * to.ld + to.first + n, scaled(t, n));
     }
     for (int n = 0; n < cols && to.first + n < to.rows; ++n) {
         const std::size_t at_row = (to.first + n) * place.ld + place.first;
         for (int t = 0; t < static_cast<int>(place.width); ++t) {
             const bool real = t < place.rows;
-            const float value = real ? config_.scaling * c[t * kPanelCols + n] : 0.0f;
+            const float value = real ? scaled(t, n) : 0.0f;
             const float w = to.weighted && real ? routing_.weight[row0 + t] : 1.0f;
             put(to.transposed, at_row + t, w * value);
         }
@@ -214,7 +201,7 @@ void Backward::multiply_b(Worker& worker, int group, const bf16* from, std::size
         for (int term = 0; term < layer_.terms(); ++term)
             segments[term] =
                 segment(from, ld, (term == 0 ? b.hi : b.lo) + nb * kBlockSize, layer_.panel(size_.rb), kblocks);
-        kernels_.nn(segments, layer_.terms(), routing_.columns(group).rows, cblocks, worker.c, kPanelCols);
+        kernels_.nn(segments, layer_.terms(), routing_.columns(group).rows, cblocks, worker.c);
         put_small(worker.c, std::min(cblocks * kBlock, columns - nb * kBlock), group, to);
     }
 }
@@ -245,39 +232,6 @@ void Backward::gather(Worker& worker, int p, int group) {
     worker.watch.lap(Phase::down_lora_b);
 }
 
-void Backward::down_grad(Worker& worker, const Task& task) {
-    const int p = task.part, ip = task.column;
-    Part& part = parts_[p];
-    const Saved::Part& was = kept_.parts[p];
-    const Routing::Expert& expert = routing_.experts[task.row];
-    const int cblocks = std::min(kPanelBlocks, size_.ib - ip * kPanelBlocks);
-    const std::size_t cb = ip * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.ib);
-    const bf16* base = layer_.experts[p][expert.expert].down + cb;
-    const Pair a = at(lora_.down_a[p], expert.expert * layer_.lora_strides().down_a + cb);
-    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
-        const int count = chunk.rows;
-        const std::size_t row = expert.first_row + chunk.first, to = row * inter_ + ip * kPanelCols;
-        NnSegment segments[4];
-        segments[0] = segment(part.out + row * hidden_, hidden_, base, stride, size_.hb);
-        const int more = nn_lora_segments(at(part.ob, row * rank_), rank_, a, stride, size_.r, segments + 1);
-        const auto product = [&](const NnSegment* first_segment, int used, int slot) {
-            kernels_.nn(first_segment, used, count, cblocks, worker.c, kPanelCols);
-            worker.watch.lap(Phase::down_grad);
-            kernels_.silu_mul_grad(worker.c, kPanelCols, count, cblocks * kBlock, routing_.weight.data() + row,
-                                   was.g + to, was.u + to, inter_, part.g + to, part.u + to, part.h + to,
-                                   part.dot + row * dots_ + slot, dots_);
-            worker.watch.lap(Phase::activation_grad);
-        };
-        if (with_lora_) {
-            product(segments, 1 + more, ip);
-        } else {
-            // dw is <dO, y> of the forward, with its LoRA; the other gradients contain the base alone.
-            product(segments + 1, more, i_panels_ + ip);
-            product(segments, 1, ip);
-        }
-    }
-}
-
 void Backward::rank_grad(Worker& worker, int p, int group) {
     Part& part = parts_[p];
     const Routing::Expert& expert = routing_.expert_at(group);
@@ -299,36 +253,9 @@ void Backward::rank_grad(Worker& worker, int p, int group) {
     worker.watch.lap(Phase::gate_up_lora_b);
 }
 
-void Backward::input_grad(Worker& worker, const Task& task) {
-    const int p = task.part, hp = task.column;
-    Part& part = parts_[p];
-    const Routing::Expert& expert = routing_.experts[task.row];
-    const PackedExpert& base = layer_.experts[p][expert.expert];
-    const int cblocks = std::min(kPanelBlocks, size_.hb - hp * kPanelBlocks);
-    const std::size_t cb = hp * kPanelBlocks * kBlockSize, stride = layer_.panel(size_.hb);
-    const Pair a = at(lora_.gate_up_a, expert.expert * layer_.lora_strides().gate_up_a + cb);
-    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
-        const int count = chunk.rows;
-        const std::size_t row = expert.first_row + chunk.first;
-        NnSegment segments[5];
-        segments[0] = segment(part.g + row * inter_, inter_, base.gate + cb, layer_.gate_up_stride(), size_.ib);
-        segments[1] = segment(part.u + row * inter_, inter_, base.up + cb, layer_.gate_up_stride(), size_.ib);
-        int used = 2;
-        if (with_lora_)
-            used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, 2 * size_.r, segments + 2);
-        kernels_.nn(segments, used, count, cblocks, worker.c, kPanelCols);
-        worker.watch.lap(Phase::gate_up_grad);
-        if (chunk.first == 0) sums_.begin(task, worker.watch);
-        kernels_.add_rows(worker.c, kPanelCols, count, cblocks * kBlock, routing_.token.data() + row, nullptr,
-                          sums_.strip(p, hp), kPanelCols);
-    }
-    sums_.end(task, worker.index);
-    worker.watch.lap(Phase::merge);
-}
-
-// dw of kChunkRows tokens from `first` on.
-void Backward::weight_grad(int first) {
-    const std::size_t slots = routing_.slots, end = std::min<std::size_t>(T_, first + kChunkRows) * slots;
+// dw of tokens `first` to `last`, if there are so many.
+void Backward::weight_grad(int first, int last) {
+    const std::size_t slots = routing_.slots, end = std::min<std::size_t>(T_, last) * slots;
     for (std::size_t i = first * slots; i < end; ++i) {
         float sum = 0.0f;
         const int row = routing_.row_of[i];

@@ -1,10 +1,13 @@
 // One backward call: its working buffers, and a function for each kind of task.
 //
 //   1 gather  per (part, group of 16 rows):         rows of dO by expert, and dO Bd
-//   2 down    per (part, expert, 128 columns of I): dh with its LoRA; dg, du, h, and partial sums of dw
+//   2 down    per (part, expert, panels of I):      dh with its LoRA; dg, du, h, and partial sums of dw
 //   3 rank    per (part, group):                    dg Bg, du Bu
-//   4 input   per (part, expert, 128 columns of H): dx with its LoRA, added in the order of the experts; and the six
+//   4 input   per (part, expert, panels of H):      dx with its LoRA, added in the order of the experts; and the six
 //             LoRA gradients (lora_grads.cpp), as products whose reduction runs over the tokens
+//
+// A panel is 128 columns. A worker's scratch holds the result of one call of nn (kernels.hpp), which the activation's
+// gradient and sums read where they are.
 //
 // docs/engine.md (The numbers): why the wide products do not contain the routing weight w.
 #pragma once
@@ -16,9 +19,15 @@
 
 namespace ktv {
 
-inline constexpr int kPanelCols = kPanelBlocks * kBlock;  // columns of one nn task
+inline constexpr int kPanelCols = kPanelBlocks * kBlock;
+inline constexpr int kGradRows = 256;  // most rows of a LoRA gradient that are computed at once
 inline constexpr int panels_of(int blocks) {
     return (blocks + kPanelBlocks - 1) / kPanelBlocks;
+}
+
+inline NnSegment segment(const bf16* rows, std::size_t ld, const bf16* weights, std::size_t kblock_stride,
+                         int kblocks) {
+    return {rows, ld, weights, kblock_stride, nullptr, 0, kblocks};
 }
 
 // Writes one LoRA tensor's gradient in the parameter's dtype. With `sums` it first adds the gradient to them, in fp32.
@@ -48,13 +57,11 @@ class Backward {
     void run(Process& shared, Team& team, Recording& recording);
 
   private:
-    static constexpr std::size_t kScratch = std::size_t{kChunkRows} * kPanelCols;  // fp32: one nn result
-
     // The resources of one worker.
     struct Worker {
         int index;
-        float* c;           // [kScratch]
-        float* transposed;  // [kScratch], the transpose of a LoRA gradient's piece
+        float* c;           // [scratch_size_]
+        float* transposed;  // [kGradRows * kPanelCols], the transpose of a LoRA gradient's piece
         Watch watch;
     };
     struct Part {
@@ -66,8 +73,8 @@ class Backward {
         float* dot;                               // partial sums of dw: [rows][dots]
         Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
     };
-    // The two destinations of a small activation of 16 rows: rows [row][ld] from column `first` on, and its transpose, of
-    // which the first `rows` rows are stored.
+    // The two destinations of a small activation of 16 rows: rows [row][ld] from column `first` on, and its transpose,
+    // of which the first `rows` rows are stored.
     struct Small {
         const Pair& plain;
         std::size_t ld, first;
@@ -81,8 +88,8 @@ class Backward {
         int panel;
         bool goes_on;  // the worker's next task is the next panel
     };
-    // One LoRA gradient, or its transpose: a sum over parts of small [small_rows][tokens] x gathered [tokens][cols]. The
-    // rows from used_rows on are padding.
+    // One LoRA gradient, or its transpose: a sum over parts of small [small_rows][tokens] x gathered [tokens][cols].
+    // The rows from used_rows on are padding.
     struct Product {
         int small_rows, used_rows, blocks, cols;
     };
@@ -90,14 +97,15 @@ class Backward {
         Pair small;
         const bf16* const* gathered;  // row pointers of the expert's tokens
     };
-    // `count` rows of a result, which start at row n and column col of the gradient.
+    // `count` rows of a result, which start at row n and column col of the gradient; `stride` as in kernels.hpp.
     struct Piece {
         int n, count;
-        std::size_t col, width;
+        std::size_t col, width, stride;
     };
 
     void carve(Carver& carver);
     Need results_need() const;
+    std::size_t scratch_size() const;
     void prepare_sums();
     void prepare_rows_of_x();
 
@@ -105,7 +113,15 @@ class Backward {
     void down_grad(Worker& worker, const Task& task);
     void rank_grad(Worker& worker, int p, int group);
     void input_grad(Worker& worker, const Task& task);
-    void weight_grad(int first);
+    // Column blocks of a task, multiplied `batch` at a time.
+    struct Panels {
+        int first, end, batch, of_task, all;
+    };
+    Panels panels_of_task(const Task& task, int panels, int blocks) const;
+    template <typename WeightsOf>
+    const bf16* next_weights(const Task& task, const Panels& panels, int at, bool last_rows,
+                             const WeightsOf& weights_of) const;
+    void weight_grad(int first, int last);
     void put_small(const float* c, int cols, int group, const Small& to) const;
     void multiply_b(Worker& worker, int group, const bf16* from, std::size_t ld, const Pair& b, int kblocks,
                     int columns, Small to) const;
@@ -134,6 +150,11 @@ class Backward {
     const int i_panels_ = panels_of(size_.ib), h_panels_ = panels_of(size_.hb);
     // Partial sums of dw, a row. Without LoRA in the gradients, it needs further ones for the LoRA of the forward.
     const int dots_ = with_lora_ ? i_panels_ : 2 * i_panels_;
+    // Panels of a task.
+    const int most_panels_ = kernels_.cblocks(routing_.mean_rows()) / kPanelBlocks;
+    const int down_panels_ = columns_of_task(most_panels_, active_, i_panels_, layer_.workers_of_part());
+    const int input_panels_ = columns_of_task(most_panels_, active_, h_panels_, layer_.workers_of_part());
+    const std::size_t scratch_size_ = scratch_size();
     // Tasks of lora_grad, an expert: dA of gate and up, dB of down; for each part dB of gate, dB of up, dA of down.
     const int lora_tasks_ = with_lora_ ? 2 * h_panels_ + 3 * config_.parts * i_panels_ : 0;
     const std::size_t T_ = call_.rows, H_ = size_.H, I_ = size_.I, r_ = size_.r;
@@ -150,8 +171,9 @@ class Backward {
     std::vector<GradWriter> write_;    // in the order of LoraPointers
     std::vector<const bf16*> x_rows_;  // [k_rows]
     std::vector<int> idle_;            // experts without a token whose gradients are written
-    // Of grad_input, in strips of 128 columns.
-    ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, kPanelCols, call_.grad_input};
+    // Of grad_input, in the columns of a task.
+    ExpertSums sums_{kernels_,        config_.parts, active_, call_.rows, size_.H, input_panels_ * kPanelCols,
+                     call_.grad_input};
 };
 
 }  // namespace ktv

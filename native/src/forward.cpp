@@ -21,24 +21,6 @@ void clear(const Pair& to, std::size_t at, std::size_t count) {
     std::memset(to.lo + at, 0, count * sizeof(bf16));
 }
 
-// A small activation as operands: token packs [group][rb], group_stride elements a group.
-struct LoraFactor {
-    Pair b;           // one row of weight blocks
-    Pair activation;  // from the first group on
-    std::size_t group_stride;
-    int kblocks;
-    bool side_by_side;  // activation.hi contains lo as well
-};
-
-// nt segments of B (s A x)ᵀ: hi and lo of the small activation, and lo of an fp32 B. Returns their number.
-int nt_lora_segments(const LoraFactor& lora, NtSegment* out) {
-    int used = 0;
-    out[used++] = {lora.b.hi, lora.activation.hi, lora.group_stride, lora.kblocks};
-    if (!lora.side_by_side) out[used++] = {lora.b.hi, lora.activation.lo, lora.group_stride, lora.kblocks};
-    if (lora.b.lo) out[used++] = {lora.b.lo, lora.activation.hi, lora.group_stride, lora.kblocks};
-    return used;
-}
-
 }  // namespace
 
 Costs Layer::State::forward_costs(const Routing& routing) const {
@@ -98,7 +80,7 @@ void Forward::carve_work(Carver& carver) {
         carver.take(part.h_pack, groups_ * h_stride_);
         take(carver, part.ha, groups_ * r_stride_);
     }
-    carver.take(scratch_, layer_.workers * kScratch);
+    carver.take(scratch_, layer_.workers * scratch_size_);
     sums_.carve(carver, layer_.workers);
 }
 
@@ -134,11 +116,12 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     if (!wanted.empty()) caller_.lap(Phase::pack_weights);
 
     const int parts = config_.parts, copies = call_.save ? groups_of(call_.rows + 1) : 0;
-    TaskQueue copying(1, team, copies), packing(parts, team, groups_), upping(parts, team, active_, size_.ib),
-        ranking(parts, team, groups_), downing(parts, team, active_, size_.hb);
+    TaskQueue copying(1, team, copies), packing(parts, team, groups_),
+        upping(parts, team, active_, (size_.ib + up_strips_ - 1) / up_strips_), ranking(parts, team, groups_),
+        downing(parts, team, active_, (size_.hb + down_strips_ - 1) / down_strips_);
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
-        Worker worker{index, scratch_ + index * kScratch, recording.watch(index)};
+        Worker worker{index, scratch_ + index * scratch_size_, recording.watch(index)};
         kernels_.enter();
         packing.work(index, [&](const Task& task) { pack(worker, task.part, task.row); });
         copying.work(index, [&](const Task& task) { keep_rows(worker, task.row); });
@@ -165,13 +148,6 @@ std::vector<int> Forward::new_experts() const {
     return wanted;
 }
 
-// nt for `rows` tokens of an expert: c [32][ldc], or [rows][32] where they are few.
-void Forward::multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int rows, float* c,
-                       std::size_t ldc) const {
-    if (is_few(expert)) return kernels_.nt_few(segments, used, rows, c);
-    kernels_.nt(segments, used, rows, c, ldc);
-}
-
 // The first `columns` rows of a LoRA A, whose pack starts at `a`, times the tokens of one group; store(n, t, value) gets
 // each element, scaled.
 template <typename Store>
@@ -179,14 +155,16 @@ void Forward::multiply_a(Worker& worker, int group, const Pair& a, int columns, 
                          int kblocks, const Store& store) const {
     const Routing::Expert& expert = routing_.expert_at(group);
     const Order order = order_of(expert);
-    const int rows = routing_.columns(group).rows;
-    for (int first = 0; first < columns; first += kBlock) {
-        NtSegment segments[2];
-        for (int term = 0; term < layer_.terms(); ++term)
-            segments[term] = {(term == 0 ? a.hi : a.lo) + first / kBlock * layer_.panel(kblocks), tokens, stride,
-                              kblocks};
-        multiply(expert, segments, layer_.terms(), rows, worker.c, kGroup);
-        for (int j = 0; j < kBlock && first + j < columns; ++j) {
+    const int rows = routing_.columns(group).rows, terms = layer_.terms();
+    constexpr int most = 2;  // strips of a call
+    for (int first = 0; first < columns; first += most * kBlock) {
+        NtSegment segments[most * 2];
+        const int strips = std::min(most, blocks_of(columns - first));
+        for (int i = 0; i < strips * terms; ++i)
+            segments[i] = {(i % terms == 0 ? a.hi : a.lo) + (first / kBlock + i / terms) * layer_.panel(kblocks),
+                           tokens, stride, kblocks};
+        multiply(expert, segments, terms, strips, rows, worker.c);
+        for (int j = 0; j < strips * kBlock && first + j < columns; ++j) {
             for (int t = 0; t < rows; ++t) store(first + j, t, config_.scaling * worker.c[order.in_result(j, t)]);
         }
     }
@@ -253,51 +231,6 @@ void Forward::pack(Worker& worker, int p, int group) {
     worker.watch.lap(Phase::gate_up_lora_a);
 }
 
-// The rows of W, `stride` apart, that the worker's next task starts with, or null.
-const bf16* Forward::next_weights(const Task& task, bf16* PackedExpert::* matrix, std::size_t stride) const {
-    if (task.next_row < 0) return nullptr;
-    const Routing::Expert& expert = routing_.experts[task.next_row];
-    return layer_.experts[task.part][expert.expert].*matrix + task.next_column * stride;
-}
-
-void Forward::up(Worker& worker, const Task& task) {
-    const int p = task.part, ib = task.column;
-    Part& part = parts_[p];
-    Saved::Part& kept = kept_.parts[p];
-    const Routing::Expert& expert = routing_.experts[task.row];
-    const PackedExpert& base = layer_.experts[p][expert.expert];
-    const std::size_t b_at = expert.expert * strides_.gate_b + ib * layer_.panel(size_.rb),
-                      w_at = ib * layer_.gate_up_stride(), keep_ld = size_.inter_ld();
-    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
-        const int rows = chunk.rows;
-        const std::size_t group = (expert.first_row + chunk.first) / kGroup, ldc = chunk.groups * kGroup;
-        const auto product = [&](const bf16* w, const Pair& b, const Pair& xa, float* c, const bf16* next) {
-            NtSegment segments[4];
-            segments[0] = {w + w_at, part.x_pack + group * x_stride_, x_stride_, size_.hb, next};
-            const int more = nt_lora_segments(
-                {at(b, b_at), at(xa, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
-            multiply(expert, segments, 1 + more, rows, c, ldc);
-        };
-        float* g = worker.c;
-        float* u = worker.c + kBlock * ldc;
-        product(base.gate, lora_.gate_b[p], part.gate_xa, g, base.up + w_at);
-        product(base.up, lora_.up_b[p], part.up_xa, u,
-                chunk.last ? next_weights(task, &PackedExpert::gate, layer_.gate_up_stride()) : base.gate + w_at);
-        worker.watch.lap(Phase::gate_up);
-        const std::size_t keep_at = group * kGroup * keep_ld + ib * kBlock;
-        const Order order = order_of(expert);
-        bf16* h = part.h_pack + group * h_stride_ + ib * order.k_block();
-        float* keep_g = call_.save ? kept.g + keep_at : nullptr;
-        float* keep_u = call_.save ? kept.u + keep_at : nullptr;
-        if (order.few > 0) {
-            kernels_.silu_mul_few(g, u, rows, h, keep_g, keep_u, keep_ld);
-        } else {
-            kernels_.silu_mul(g, u, ldc, chunk.groups, h, h_stride_, keep_g, keep_u, keep_ld);
-        }
-        worker.watch.lap(Phase::activation);
-    }
-}
-
 void Forward::rank(Worker& worker, int p, int group) {
     Part& part = parts_[p];
     const Routing::Expert& expert = routing_.expert_at(group);
@@ -314,43 +247,6 @@ void Forward::rank(Worker& worker, int p, int group) {
                    if (keep_lora_) put(kept_to, kept_at + n * to.ld + to.first + t, weight[t] * value);
                });
     worker.watch.lap(Phase::down_lora_a);
-}
-
-void Forward::down(Worker& worker, const Task& task) {
-    const int p = task.part, hb = task.column;
-    Part& part = parts_[p];
-    const Routing::Expert& expert = routing_.experts[task.row];
-    const bf16* base = layer_.experts[p][expert.expert].down + hb * layer_.panel(size_.ib);
-    const Pair b = at(lora_.down_b, expert.expert * strides_.down_b + hb * layer_.panel(size_.rb));
-    float* sum = sums_.strip(p, hb);
-    for (RowChunk chunk(expert, 0); chunk.rows > 0; chunk = RowChunk(expert, chunk.first + chunk.rows)) {
-        const int rows = chunk.rows;
-        const std::size_t row = expert.first_row + chunk.first, group = row / kGroup, ldc = chunk.groups * kGroup;
-        const std::int32_t* token = routing_.token.data() + row;
-        const float* weight = routing_.weight.data() + row;
-        NtSegment segments[4];
-        segments[0] = {base, part.h_pack + group * h_stride_, h_stride_, size_.ib,
-                       chunk.last ? next_weights(task, &PackedExpert::down, layer_.panel(size_.ib)) : base};
-        const int more = nt_lora_segments(
-            {b, at(part.ha, group * r_stride_), r_stride_, size_.rb, size_.side_by_side()}, segments + 1);
-        // Prefetches the strip's sums during the product, because the sums and weights of other strips have displaced them
-        // from the near caches. With the first expert there are no sums yet.
-        for (int i = 0; task.row > 0 && i < rows; ++i) {
-            const float* to = sum + wide(token[i]) * kBlock;
-            __builtin_prefetch(to, 0, 2);
-            __builtin_prefetch(to + kBlock / 2, 0, 2);
-        }
-        multiply(expert, segments, 1 + more, rows, worker.c, ldc);
-        worker.watch.lap(Phase::down);
-        if (chunk.first == 0) sums_.begin(task, worker.watch);
-        if (is_few(expert)) {
-            kernels_.add_rows(worker.c, kBlock, rows, kBlock, token, weight, sum, kBlock);
-        } else {
-            kernels_.add_transposed(worker.c, ldc, rows, token, weight, sum, kBlock);
-        }
-    }
-    sums_.end(task, worker.index);
-    worker.watch.lap(Phase::merge);
 }
 
 }  // namespace ktv

@@ -1,9 +1,12 @@
 // One forward call: its working buffers, and a function for each kind of task.
 //
 //   1 pack    per (part, group of 16 rows):      token pack of x, and x Aᵀ of gate and up while the pack is in cache
-//   2 up      per (part, expert, 32 rows of I):  g, u with their LoRA in one product each; h = silu(g) u, packed
+//   2 up      per (part, expert, strips of I):   g, u with their LoRA in one product; h = silu(g) u, packed
 //   3 rank    per (part, group):                 h Adᵀ
-//   4 down    per (part, expert, 32 rows of H):  y with its LoRA, added to the output in the order of the experts
+//   4 down    per (part, expert, strips of H):   y with its LoRA, added to the output in the order of the experts
+//
+// A strip is 32 rows. A worker's scratch holds the results of one call of nt (kernels.hpp), which activation and sums
+// read where they are.
 #pragma once
 
 #include <vector>
@@ -22,12 +25,10 @@ class Forward {
     void run(Process& shared, Team& team, Recording& recording);
 
   private:
-    static constexpr std::size_t kScratch = 2 * std::size_t{kBlock} * kChunkRows;  // fp32: two nt results
-
     // The resources of one worker.
     struct Worker {
         int index;
-        float* c;  // [kScratch]
+        float* c;  // [scratch_size_]
         Watch watch;
     };
     struct Part {
@@ -56,18 +57,29 @@ class Forward {
             const int at = few > 0 ? t * kBlock + n % kBlock : (n % kBlock / 2 * kGroup + t) * 2 + n % 2;
             return n / kBlock * k_block() + at;
         }
-        int in_result(int n, int t) const { return few > 0 ? t * kBlock + n : n * kGroup + t; }
+        std::size_t in_result(int n, int t) const {
+            return few > 0 ? (n / kBlock * few + t) * kBlock + n % kBlock : n * kGroup + t;
+        }
     };
 
     bool is_few(const Routing::Expert& expert) const { return expert.rows <= kernels_.few_rows; }
     Order order_of(const Routing::Expert& expert) const { return {is_few(expert) ? expert.rows : 0}; }
-    void multiply(const Routing::Expert& expert, const NtSegment* segments, int used, int rows, float* c,
-                  std::size_t ldc) const;
+    void multiply(const Routing::Expert& expert, const NtSegment* segments, int count, int strips, int rows,
+                  float* c) const;
+    std::size_t result_size(const Routing::Expert& expert, int rows) const;
+    std::size_t scratch_size() const;
     template <typename Store>
     void multiply_a(Worker& worker, int group, const Pair& a, int columns, const bf16* tokens, std::size_t stride,
                     int kblocks, const Store& store) const;
     void put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const;
-    const bf16* next_weights(const Task& task, bf16* PackedExpert::* matrix, std::size_t stride) const;
+    // Strips of a task, multiplied `batch` at a time, and how their weights lie.
+    struct Strips {
+        int first, end, batch, of_task, all;
+        bf16* PackedExpert::* matrix;
+        std::size_t stride;
+    };
+    const bf16* next_weights(const Task& task, const Strips& strips, int at, bool last_rows) const;
+    void prefetch_sums(const float* sum, const RowChunk& chunk, const std::int32_t* token) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
 
     Layer::State& layer_;
@@ -88,10 +100,16 @@ class Forward {
     const std::size_t x_stride_ = size_.hb * kPackSize, h_stride_ = size_.ib * kPackSize,
                       r_stride_ = size_.rb * kPackSize;
 
+    // Strips of a task: of gate, with as many of up; and of down.
+    const int most_strips_ = kernels_.strips(routing_.mean_rows());
+    const int up_strips_ = columns_of_task(std::max(1, most_strips_ / 2), active_, size_.ib, layer_.workers_of_part());
+    const int down_strips_ = columns_of_task(most_strips_, active_, size_.hb, layer_.workers_of_part());
+    const std::size_t scratch_size_ = scratch_size();
+
     std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     float* scratch_ = nullptr;
-    // Of the output, in strips of 32 columns.
-    ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, kBlock, call_.output};
+    // Of the output, in the columns of a task.
+    ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, down_strips_ * kBlock, call_.output};
 };
 
 }  // namespace ktv

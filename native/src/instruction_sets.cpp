@@ -14,14 +14,16 @@
 #define KTV_X86(pointer) pointer
 // The CPU has the feature, and the OS saves its registers on a context switch.
 #define KTV_CPU_HAS(feature) __builtin_cpu_supports(feature)
+#define KTV_CPU_IS(maker) __builtin_cpu_is(maker)
 #else
 #define KTV_X86(pointer) nullptr
 #define KTV_CPU_HAS(feature) false
+#define KTV_CPU_IS(maker) false
 #endif
 
 namespace ktv {
 
-extern const Kernels amx_bf16_kernels, avx512_bf16_kernels, avx2_kernels, scalar_kernels;
+extern const Kernels amx_bf16_kernels, avx512_bf16_kernels, avx512_bf16_kernels_intel, avx2_kernels, scalar_kernels;
 
 namespace {
 
@@ -42,17 +44,18 @@ const char* missing_for_scalar() {
 const char* missing_for_avx2() {
     return KTV_CPU_HAS("avx2") && KTV_CPU_HAS("fma") ? "" : "AVX2 with FMA not supported on this CPU";
 }
+bool has_avx512() {
+    return KTV_CPU_HAS("avx512f") && KTV_CPU_HAS("avx512dq") && KTV_CPU_HAS("avx512bw") && KTV_CPU_HAS("avx512vl");
+}
 const char* missing_for_avx512_bf16() {
-    const bool has = KTV_CPU_HAS("avx512f") && KTV_CPU_HAS("avx512dq") && KTV_CPU_HAS("avx512bw") &&
-                     KTV_CPU_HAS("avx512vl") && KTV_CPU_HAS("avx512bf16");
-    return has ? "" : "AVX-512 BF16 not supported on this CPU";
+    return has_avx512() && KTV_CPU_HAS("avx512bf16") ? "" : "AVX-512 BF16 not supported on this CPU";
 }
 
 bool amx_is_emulated = false;
 
 const char* missing_for_amx_bf16() {
     // The kernels around the tile instructions are AVX-512 code.
-    if (*missing_for_avx512_bf16()) return "Intel AMX not supported on this CPU (its kernels also need AVX-512 BF16)";
+    if (!has_avx512()) return "Intel AMX not supported on this CPU (its kernels also need AVX-512)";
     if (amx_is_emulated) return "";
     if (!KTV_CPU_HAS("amx-bf16") || !KTV_CPU_HAS("amx-tile")) return "Intel AMX not supported on this CPU";
     return os_permits_tiles() ? "" : "the operating system does not permit Intel AMX to this process";
@@ -60,7 +63,8 @@ const char* missing_for_amx_bf16() {
 
 constexpr InstructionSet kTable[] = {
     {"amx_bf16", missing_for_amx_bf16, KTV_X86(&amx_bf16_kernels), KTV_X86(peak_of_amx_bf16)},
-    {"avx512_bf16", missing_for_avx512_bf16, KTV_X86(&avx512_bf16_kernels), KTV_X86(peak_of_avx512_bf16)},
+    {"avx512_bf16", missing_for_avx512_bf16, KTV_X86(&avx512_bf16_kernels), KTV_X86(peak_of_avx512_bf16),
+     KTV_X86(&avx512_bf16_kernels_intel)},
     {"avx2", missing_for_avx2, KTV_X86(&avx2_kernels), KTV_X86(peak_of_avx2)},
     {"scalar", missing_for_scalar, &scalar_kernels, peak_of_scalar},
 };
@@ -83,6 +87,10 @@ const InstructionSet& row_of(const std::string& name) {
 
 const char* InstructionSet::why_not() const {
     return kernels ? missing() : "its kernels are not compiled into this build";
+}
+
+const Kernels& InstructionSet::kernels_here() const {
+    return on_intel && KTV_CPU_IS("intel") ? *on_intel : *kernels;
 }
 
 std::span<const InstructionSet> instruction_sets() {

@@ -32,7 +32,7 @@ const LayerConfig& checked(const LayerConfig& c) {
 Layer::State::State(const LayerConfig& c)
     : config(checked(c)),
       size(sizes_of(c)),
-      kernels(*instruction_set(c.isa).kernels),
+      kernels(instruction_set(c.isa).kernels_here()),
       workers(std::max(1, std::min(c.threads, allowed_processors()))),
       experts(c.parts) {
     for (auto& part : experts) part.resize(c.num_experts);

@@ -38,7 +38,7 @@ void Backward::fill_idle(int expert) const {
     }
 }
 
-// Computes the product into worker.c, in pieces of at most kChunkRows rows; emit(piece) stores each.
+// Computes the product into worker.c, in pieces of at most kGradRows rows; emit(piece) stores each.
 template <typename TermOf, typename Emit>
 void Backward::multiply(Worker& worker, const Slice& slice, const Product& product, int parts, const TermOf& term_of,
                         const Emit& emit) {
@@ -48,7 +48,7 @@ void Backward::multiply(Worker& worker, const Slice& slice, const Product& produ
     const int width = std::min(cblocks * kBlock, product.cols - slice.panel * kPanelCols);
     const int idle = (expert.kblocks * kBlock - expert.rows) / 2;
     NnSegment* segments = segments_ + (worker.index * 2 * config_.parts);
-    for (int first = 0; first < product.small_rows; first += kChunkRows) {
+    for (int first = 0; first < product.small_rows; first += kGradRows) {
         int used = 0;
         for (int p = 0; p < parts; ++p) {
             const Term term = term_of(p);
@@ -56,23 +56,28 @@ void Backward::multiply(Worker& worker, const Slice& slice, const Product& produ
                 segments[used++] = {half + first * ld, ld,   nullptr,      0, term.gathered + expert.first_k, col,
                                     expert.kblocks,    idle, slice.goes_on};
         }
-        const int chunk = std::min(kChunkRows, product.small_rows - first);
-        kernels_.nn(segments, used, chunk, cblocks, worker.c, kPanelCols);
-        emit(Piece{first, std::min(chunk, product.used_rows - first), col, wide(width)});
+        const int chunk = std::min(kGradRows, product.small_rows - first);
+        kernels_.nn(segments, used, chunk, cblocks, worker.c);
+        emit(Piece{first, std::min(chunk, product.used_rows - first), col, wide(width), nn_stride(chunk)});
     }
 }
 
-// Rows of c into a gradient [..][cols] of which `to` is row 0.
+// Rows of c into a gradient [..][cols] of which `to` is row 0. A row is collected from its column blocks first, because
+// one addition to the sums and one rounding of a whole row cost less than those of its pieces.
 void Backward::put_rows(const float* c, const GradWriter& writer, std::size_t to, std::size_t cols,
                         const Piece& piece) const {
-    for (int i = 0; i < piece.count; ++i)
-        writer.put(to + (piece.n + i) * cols + piece.col, c + i * kPanelCols, piece.width);
+    float row[kPanelCols];
+    for (int i = 0; i < piece.count; ++i, c += kBlock) {
+        for (std::size_t at = 0; at < piece.width; at += kBlock)
+            std::memcpy(row + at, c + at / kBlock * piece.stride, kBlock * sizeof(float));
+        writer.put(to + (piece.n + i) * cols + piece.col, row, piece.width);
+    }
 }
 
 // worker.c into a gradient [cols][r], which begins at `to`: its transpose.
 void Backward::put_columns(const Worker& worker, const GradWriter& writer, std::size_t to, const Piece& piece) const {
     const std::size_t count = piece.count;
-    kernels_.transpose(worker.c, kPanelCols, piece.count, static_cast<int>(piece.width), worker.transposed);
+    kernels_.transpose(worker.c, piece.stride, piece.count, static_cast<int>(piece.width), worker.transposed);
     if (count == r_) return writer.put(to + piece.col * r_, worker.transposed, piece.width * r_);
     for (std::size_t j = 0; j < piece.width; ++j)
         writer.put(to + (piece.col + j) * r_ + piece.n, worker.transposed + j * count, count);
@@ -94,9 +99,9 @@ void Backward::lora_grad(Worker& worker, const Task& task) {
             [&](int p) { return Term{at(parts_[p].xa_t, first_k * rank2_rows), x_rows_.data()}; },
             [&](const Piece& piece) {
                 const int of_gate = std::clamp(size_.r - piece.n, 0, piece.count);
-                put_rows(worker.c, write_[0], to, H_, {piece.n, of_gate, piece.col, piece.width});
-                put_rows(worker.c + of_gate * kPanelCols, write_[2], to, H_,
-                         {piece.n + of_gate - size_.r, piece.count - of_gate, piece.col, piece.width});
+                put_rows(worker.c, write_[0], to, H_, {piece.n, of_gate, piece.col, piece.width, piece.stride});
+                put_rows(worker.c + of_gate * kBlock, write_[2], to, H_,
+                         {piece.n + of_gate - size_.r, piece.count - of_gate, piece.col, piece.width, piece.stride});
             });
         return worker.watch.lap(Phase::gate_up_lora_grad);
     }

@@ -34,6 +34,12 @@ struct Routing {
         int rows;  // of the 16, without padding
         std::size_t ld, first, width;
     };
+    // Rows of an expert in the mean, rounded up.
+    int mean_rows() const {
+        int all = 0;
+        for (const Expert& e : experts) all += e.rows;
+        return experts.empty() ? 1 : (all + static_cast<int>(experts.size()) - 1) / static_cast<int>(experts.size());
+    }
     const Expert& expert_at(int group) const { return experts[expert_of_group[group]]; }
     Columns columns(int group) const;
 };

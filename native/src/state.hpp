@@ -27,17 +27,24 @@ inline constexpr std::size_t wide(int n) {
     return static_cast<std::size_t>(n);
 }
 
-// Rows of an expert that one kernel call takes: `rows` rows from `first` on, in `groups` groups. An expert has the fewest
-// possible chunks, of nearly equal size; after the last one, rows is 0.
+// Rows of an expert that one kernel call takes, at most `most`: `rows` rows from `first` on, in `groups` groups. An
+// expert has the fewest possible chunks, of nearly equal size; after the last one, rows is 0.
 struct RowChunk {
-    RowChunk(const Routing::Expert& expert, int from)
+    RowChunk(const Routing::Expert& expert, int from, int most)
         : first(from),
-          groups(from < expert.rows ? even_chunk(expert.groups - from / kGroup, kChunkGroups) : 0),
+          groups(from < expert.rows ? even_chunk(expert.groups - from / kGroup, most / kGroup) : 0),
           rows(std::min(expert.rows - from, groups * kGroup)),
           last(from + rows == expert.rows) {}
     int first, groups, rows;
     bool last;
 };
+
+// Neighbouring columns of an expert that one task takes: `most`, a power of two, or so few that each of a part's
+// workers has twelve tasks. Then waiting for the last task costs at most a twelfth.
+inline int columns_of_task(int most, int experts, int columns, int workers) {
+    while (most > 1 && experts * ((columns + most - 1) / most) < 12 * workers) most /= 2;
+    return most;
+}
 
 // Sizes of one part: I is the part's share of the intermediate size.
 struct Sizes {
@@ -50,8 +57,8 @@ struct Sizes {
     int hidden_ld() const { return hidden() + kBlock; }
     int inter_ld() const { return inter() + kBlock; }
     int rank() const { return rb * kBlock; }
-    // A rank of at most 16 fills half of a block's depth: hi and lo of a small activation are side by side in it, next to
-    // B twice.
+    // A rank of at most 16 fills half of a block's depth: hi and lo of a small activation are side by side in it, next
+    // to B twice.
     bool side_by_side() const { return r <= kBlock / 2; }
     int rank2() const { return ab * kBlock; }
     int rank_rows() const { return groups_of(r) * kGroup; }  // rows of a transposed [r, tokens] operand
@@ -73,8 +80,8 @@ inline Pair at(const Pair& p, std::size_t by) {
     return {p.hi + by, p.lo ? p.lo + by : nullptr};
 }
 
-// Base weights of one expert in one part, as weight blocks: gate next to up [ib][2][hb], because the forward reads a row
-// of each alternately (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
+// Base weights of one expert in one part, as weight blocks: gate next to up [ib][2][hb], because the forward reads a
+// row of each alternately (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
 struct PackedExpert {
     Block block;
     bf16* gate = nullptr;
@@ -153,6 +160,7 @@ struct Layer::State {
     Costs forward_costs(const Routing& routing) const;
     Costs backward_costs(const Routing& routing) const;
 
+    int workers_of_part() const { return std::max(1, workers / config.parts); }
     int terms() const { return lora->fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;  // packed, of one part
     std::size_t source_bytes() const { return 3 * wide(config.hidden) * config.intermediate * sizeof(bf16); }

@@ -9,6 +9,10 @@ export TSAN_OPTIONS=die_after_fork=0:halt_on_error=1
 # The sanitizers' shadow memory needs fixed addresses, which are free without address randomisation.
 plain=()
 setarch "$(uname -m)" -R true 2>/dev/null && plain=(setarch "$(uname -m)" -R)
+if [ "$(uname -m)" = x86_64 ]; then
+    echo "== what the inner loops of the AMX kernels execute"
+    python3 "$here/count_tile_instructions.py" "${CXX:-g++}"
+fi
 build=$here/../../build/sanitized
 mkdir -p "$build"
 jobs=$(nproc)

@@ -21,11 +21,19 @@ using namespace ktv;
 namespace {
 
 void check_kernels(const char* name, const Kernels& k) {
-    check(k.enter && k.leave && k.nt && k.nn && k.pack_tokens && k.silu_mul && k.silu_mul_few && k.silu_mul_grad &&
-              k.add_transposed && k.add_rows && k.round_sum && k.transpose && k.fingerprint,
+    check(k.enter && k.leave && k.strips && k.cblocks && k.nt && k.nn && k.pack_tokens && k.silu_mul &&
+              k.silu_mul_few && k.silu_mul_grad && k.add_transposed && k.add_rows && k.round_sum && k.transpose &&
+              k.fingerprint,
           "%s: a kernel is missing", name);
     check(k.few_rows >= 0 && k.few_rows <= kGroup && (k.few_rows > 0) == (k.nt_few != nullptr),
           "%s: nt_few does not match few_rows", name);
+    bool cut = k.most_rows > 0 && k.most_rows % kGroup == 0;
+    for (int rows = 1; rows <= k.most_rows; ++rows) {
+        const int strips = k.strips(rows), cblocks = k.cblocks(rows);
+        cut = cut && strips >= 1 && strips <= kMostStrips && (strips & (strips - 1)) == 0;
+        cut = cut && cblocks >= kPanelBlocks && cblocks % kPanelBlocks == 0;
+    }
+    check(cut, "%s: how calls are cut", name);
     k.enter();
     k.leave();
 }
@@ -39,6 +47,8 @@ void check_row(const InstructionSet& row) {
     if (row.runs_here()) {
         require_isa(row.name);
         check_kernels(row.name, *row.kernels);
+        check(&row.kernels_here() == row.kernels || &row.kernels_here() == row.on_intel, "%s: kernels_here", row.name);
+        if (row.on_intel) check_kernels(row.name, *row.on_intel);
         check(multiply_rate(row.name, 1, 1e-4) > 0, "%s: register peak", row.name);
     } else {
         check(throws<BadState>([&] { require_isa(row.name); }), "%s is accepted, but: %s", row.name, reason.c_str());
@@ -59,6 +69,12 @@ void check_table() {
     check(throws<BadInput>([] { require_isa("avx9"); }) && throws<BadInput>([] { (void)why_not("avx9"); }),
           "an unknown name is refused");
 }
+
+// Kernels under test; one instruction set may have them with the counts of several processors.
+struct Set {
+    const char* name;
+    const Kernels* kernels;
+};
 
 constexpr float kGuard = 12345.0f;
 
@@ -100,10 +116,9 @@ void prefetched_weights() {
         };
         for (int blocks = 1; blocks <= std::min(kblocks, 16); ++blocks) {
             for (int kb = 0; kb <= kblocks + 2 * blocks; ++kb) {
-                const NtSegment alone{w.data(), nullptr, 0, kblocks},
-                    followed{w.data(), nullptr, 0, kblocks, next.data()};
-                inside &= lies_in(w, alone.from(kb, blocks), blocks);
-                inside &= lies_in(kb < kblocks ? w : next, followed.from(kb, blocks), blocks);
+                const NtSegment segment{w.data(), nullptr, 0, kblocks};
+                inside &= lies_in(w, segment.from(kb, blocks, nullptr), blocks);
+                inside &= lies_in(kb < kblocks ? w : next, segment.from(kb, blocks, next.data()), blocks);
             }
         }
     }
@@ -115,7 +130,6 @@ struct Tokens {
     int count;
     bool few;
     int groups() const { return (count + kGroup - 1) / kGroup; }
-    std::size_t ldc() const { return groups() * kGroup; }
     std::size_t elements(int kblocks) const { return kblocks * (few ? count * kBlock : groups() * kPackSize); }
     std::size_t group_stride(int kblocks) const { return few ? 0 : kblocks * kPackSize; }
     // Element k of token t in a segment of `kblocks`.
@@ -124,51 +138,61 @@ struct Tokens {
         return t / kGroup * group_stride(kblocks) + k / kBlock * kPackSize +
                (k % kBlock / 2 * kGroup + t % kGroup) * 2 + k % 2;
     }
-    std::size_t result(int n, int t) const { return few ? t * kBlock + n : n * ldc() + t; }
-    std::size_t results() const { return few ? count * kBlock : kBlock * ldc(); }
+    // Element (n, t) of one strip's result, and how many it has.
+    std::size_t result(int n, int t) const {
+        return few ? t * kBlock + n : t / kGroup * kResultSize + n * kGroup + t % kGroup;
+    }
+    std::size_t results() const { return few ? count * kBlock : groups() * kResultSize; }
 
-    void multiply(const Kernels& k, const std::vector<NtSegment>& segments, float* c) const {
+    // segments [strips][..]
+    void multiply(const Kernels& k, const std::vector<NtSegment>& segments, int strips, float* c) const {
+        const int terms = static_cast<int>(segments.size()) / strips;
         k.enter();
-        if (few) k.nt_few(segments.data(), static_cast<int>(segments.size()), count, c);
-        else k.nt(segments.data(), static_cast<int>(segments.size()), count, c, ldc());
+        (few ? k.nt_few : k.nt)(segments.data(), terms, strips, count, c);
         k.leave();
     }
 };
 
-// Segments of these lengths in k-blocks. The first names weights to prefetch next.
-void nt(const InstructionSet& set, Random& random, const Tokens& tokens, const std::vector<int>& lengths) {
-    std::vector<Fenced> w, x;
+// Strips of segments of these lengths in k-blocks. The first segment of each names weights to prefetch next.
+void nt(const Set& set, Random& random, const Tokens& tokens, const std::vector<int>& lengths, int strips = 1) {
+    std::vector<Fenced> w, x, next;
     std::vector<NtSegment> segments;
-    for (const int kblocks : lengths) {
-        w.emplace_back(random.bf16s(kblocks * kBlockSize, 1));
-        x.emplace_back(random.bf16s(tokens.elements(kblocks), 1));
-        segments.push_back({w.back().data(), x.back().data(), tokens.group_stride(kblocks), kblocks});
+    const std::size_t terms = lengths.size();
+    for (const int kblocks : lengths) x.emplace_back(random.bf16s(tokens.elements(kblocks), 1));
+    for (int strip = 0; strip < strips; ++strip) {
+        next.emplace_back(random.bf16s(lengths[0] * kBlockSize, 1));
+        for (std::size_t s = 0; s < terms; ++s) {
+            w.emplace_back(random.bf16s(lengths[s] * kBlockSize, 1));
+            segments.push_back({w.back().data(), x[s].data(), tokens.group_stride(lengths[s]), lengths[s],
+                                s == 0 ? next.back().data() : nullptr});
+        }
     }
-    const Fenced next(random.bf16s(lengths[0] * kBlockSize, 1));
-    segments[0].next = next.data();
-    std::vector<float> c(tokens.results() + kGroup, kGuard);
-    tokens.multiply(*set.kernels, segments, c.data());
+    std::vector<float> c(strips * tokens.results() + kGroup, kGuard);
+    tokens.multiply(*set.kernels, segments, strips, c.data());
     std::vector<double> got, expected;
-    for (int n = 0; n < kBlock; ++n) {
-        for (int t = 0; t < tokens.count; ++t) {
-            double sum = 0;
-            for (std::size_t s = 0; s < lengths.size(); ++s) {
-                for (int k = 0; k < lengths[s] * kBlock; ++k)
-                    sum += double(w[s][k / kBlock * kBlockSize + n * kBlock + k % kBlock]) *
-                           double(x[s][tokens.at(lengths[s], t, k)]);
+    for (int strip = 0; strip < strips; ++strip) {
+        for (int n = 0; n < kBlock; ++n) {
+            for (int t = 0; t < tokens.count; ++t) {
+                double sum = 0;
+                for (std::size_t s = 0; s < terms; ++s) {
+                    const Fenced& from = w[strip * terms + s];
+                    for (int k = 0; k < lengths[s] * kBlock; ++k)
+                        sum += double(from[k / kBlock * kBlockSize + n * kBlock + k % kBlock]) *
+                               double(x[s][tokens.at(lengths[s], t, k)]);
+                }
+                expected.push_back(sum);
+                got.push_back(c[strip * tokens.results() + tokens.result(n, t)]);
             }
-            expected.push_back(sum);
-            got.push_back(c[tokens.result(n, t)]);
         }
     }
     const char* product = tokens.few ? "nt_few" : "nt";
-    check(c[tokens.results()] == kGuard, "%s %s: wrote beyond its result", set.name, product);
-    check(rel_l2(got, expected) < kSumError, "%s %s tokens=%d kblocks=%d segments=%zu", set.name, product, tokens.count,
-          lengths[0], lengths.size());
+    check(c[strips * tokens.results()] == kGuard, "%s %s: wrote beyond its result", set.name, product);
+    check(rel_l2(got, expected) < kSumError, "%s %s tokens=%d kblocks=%d segments=%zu strips=%d", set.name, product,
+          tokens.count, lengths[0], terms, strips);
 }
 
-// A token's sums have the same bits whatever its place and whatever the number of tokens.
-void nt_in_any_place(const InstructionSet& set, Random& random, int most, bool few) {
+// A token's sums have the same bits whatever its place, and whatever the number of tokens and of strips.
+void nt_in_any_place(const Set& set, Random& random, int most, bool few) {
     const std::vector<int> lengths = {11, 2};
     std::vector<std::vector<bf16>> w, one;
     for (const int kblocks : lengths) {
@@ -188,30 +212,35 @@ void nt_in_any_place(const InstructionSet& set, Random& random, int most, bool f
             }
             segments.push_back({w[s].data(), pack.data(), tokens.group_stride(lengths[s]), lengths[s]});
         }
-        std::vector<float> c(tokens.results());
-        tokens.multiply(*set.kernels, segments, c.data());
+        const int strips = few ? 1 : set.kernels->strips(count);
+        const std::size_t terms = segments.size();
+        for (std::size_t i = terms; i < strips * terms; ++i) segments.push_back(segments[i % terms]);
+        std::vector<float> c(strips * tokens.results());
+        tokens.multiply(*set.kernels, segments, strips, c.data());
         for (int n = 0; n < kBlock; ++n) {
             if (count == 1) first.push_back(c[tokens.result(n, 0)]);
-            for (int t = 0; t < count; ++t) same &= c[tokens.result(n, t)] == first[n];
+            for (int strip = 0; strip < strips; ++strip) {
+                for (int t = 0; t < count; ++t) same &= c[strip * tokens.results() + tokens.result(n, t)] == first[n];
+            }
         }
     }
     check(same, "%s %s: bits depend on a token's place", set.name, few ? "nt_few" : "nt");
 }
 
-// Segments of these lengths in k-blocks, by `cblocks` of four column blocks. Neighbours of the same length share W, as
+// Segments of these lengths in k-blocks, by `cblocks` column blocks of W, which has four or more. Neighbours of the same length share W, as
 // the halves of an operand do. The last idle_pairs row pairs of such a W, and one row more, are padding. W comes as
 // blocks, or as gathered rows of which the first 32 columns are skipped.
-void nn(const InstructionSet& set, Random& random, int rows, const std::vector<int>& lengths, int cblocks,
-        bool gathered, int idle_pairs = 0) {
-    constexpr int width = 4 * kBlock;
+void nn(const Set& set, Random& random, int rows, const std::vector<int>& lengths, int cblocks, bool gathered,
+        int idle_pairs = 0) {
+    const int wide = std::max(cblocks, 4), width = wide * kBlock;
     const int padded = (rows + 15) / 16 * 16;
     const std::size_t count = lengths.size();
     std::vector<std::vector<bf16>> g(count), blocks(count), natural(count);
     std::vector<std::vector<const bf16*>> pointers(count);
     std::vector<NnSegment> segments;
     std::size_t from = 0;
-    const auto in_blocks = [](int k, int col) {
-        return (k / kBlock * 4 + col / kBlock) * kBlockSize + k % kBlock * kBlock + col % kBlock;
+    const auto in_blocks = [wide](int k, int col) {
+        return (k / kBlock * wide + col / kBlock) * kBlockSize + k % kBlock * kBlock + col % kBlock;
     };
     for (std::size_t s = 0; s < count; ++s) {
         const int depth = lengths[s] * kBlock;
@@ -233,14 +262,16 @@ void nn(const InstructionSet& set, Random& random, int rows, const std::vector<i
             blocks[s] = blocks[from];
         }
         const std::size_t ld = depth;
-        NnSegment segment{g[s].data(), ld, blocks[from].data(), 4 * kBlockSize, nullptr, 0, lengths[s]};
+        NnSegment segment{g[s].data(), ld, blocks[from].data(), wide * kBlockSize, nullptr, 0, lengths[s]};
         if (gathered) segment = {g[s].data(), ld, nullptr, 0, pointers[from].data(), kBlock, lengths[s]};
         if (from == 0) segment.idle_pairs = idle_pairs;
+        if (s == 0 && !gathered) segment.next = blocks[0].data();
         segments.push_back(segment);
     }
-    std::vector<float> c(padded * width + 16, kGuard);
+    const std::size_t stride = nn_stride(rows);
+    std::vector<float> c(cblocks * stride + 16, kGuard);
     set.kernels->enter();
-    set.kernels->nn(segments.data(), static_cast<int>(count), rows, cblocks, c.data(), width);
+    set.kernels->nn(segments.data(), static_cast<int>(count), rows, cblocks, c.data());
     set.kernels->leave();
     std::vector<double> got, expected;
     for (int row = 0; row < rows; ++row) {
@@ -252,17 +283,16 @@ void nn(const InstructionSet& set, Random& random, int rows, const std::vector<i
                     sum += double(to_float(g[s][row * depth + k])) * double(to_float(blocks[s][in_blocks(k, col)]));
             }
             expected.push_back(sum);
-            got.push_back(c[row * width + col]);
+            got.push_back(c[col / kBlock * stride + row * kBlock + col % kBlock]);
         }
     }
-    check(c[padded * width] == kGuard, "%s nn: wrote beyond its result", set.name);
-    check(cblocks == 4 || c[width - 1] == kGuard, "%s nn: wrote beyond its columns", set.name);
+    check(c[cblocks * stride] == kGuard, "%s nn: wrote beyond its result", set.name);
     check(rel_l2(got, expected) < kSumError, "%s nn rows=%d kblocks=%d segments=%zu cblocks=%d%s", set.name, rows,
           lengths[0], count, cblocks, gathered ? " gathered" : "");
 }
 
 // Of two groups, or of few tokens.
-void activation(const InstructionSet& set, Random& random, int few) {
+void activation(const Set& set, Random& random, int few) {
     const Kernels& k = *set.kernels;
     constexpr int groups = 2;
     const Tokens tokens{few > 0 ? few : groups * kGroup, few > 0};
@@ -285,7 +315,7 @@ void activation(const InstructionSet& set, Random& random, int few) {
     const auto pack_with = [&](float* to_g, float* to_u) {
         std::vector<bf16> pack(g.size() + 1, 7);
         if (few > 0) k.silu_mul_few(g.data(), u.data(), few, pack.data(), to_g, to_u, kBlock);
-        else k.silu_mul(g.data(), u.data(), tokens.ldc(), groups, pack.data(), kPackSize, to_g, to_u, kBlock);
+        else k.silu_mul(g.data(), u.data(), groups, pack.data(), kPackSize, to_g, to_u, kBlock);
         return pack;
     };
     const auto alone = pack_with(nullptr, nullptr), pack = pack_with(keep_g, keep_u);
@@ -308,20 +338,21 @@ void activation(const InstructionSet& set, Random& random, int few) {
     check(right, "%s silu_mul", set.name);
 }
 
-void transpose(const InstructionSet& set, int rows, int cols) {
-    constexpr int ldc = 128;
-    std::vector<float> c((rows + 15) / 16 * 16 * ldc), out(rows * cols + 1, kGuard);
+void transpose(const Set& set, int rows, int cols) {
+    const std::size_t stride = nn_stride(rows);
+    const auto at = [&](int i, int j) { return j / kBlock * stride + i * kBlock + j % kBlock; };
+    std::vector<float> c((cols + kBlock - 1) / kBlock * stride), out(rows * cols + 1, kGuard);
     for (std::size_t i = 0; i < c.size(); ++i) c[i] = float(i);
-    set.kernels->transpose(c.data(), ldc, rows, cols, out.data());
+    set.kernels->transpose(c.data(), stride, rows, cols, out.data());
     bool right = out.back() == kGuard;
     for (int i = 0; i < rows; ++i) {
-        for (int j = 0; j < cols; ++j) right = right && out[j * rows + i] == c[i * ldc + j];
+        for (int j = 0; j < cols; ++j) right = right && out[j * rows + i] == c[at(i, j)];
     }
     check(right, "%s transpose %d x %d", set.name, rows, cols);
 }
 
 // The memory has exactly `bytes` bytes, so that a sanitizer reports an access beyond it.
-void fingerprint(const InstructionSet& set, Random& random, std::size_t bytes) {
+void fingerprint(const Set& set, Random& random, std::size_t bytes) {
     using State = std::array<std::uint64_t, 16>;
     std::vector<std::uint8_t> data(bytes);
     random.fill(data.data(), bytes);
@@ -351,21 +382,29 @@ void fingerprint(const InstructionSet& set, Random& random, std::size_t bytes) {
     }
 }
 
-void test(const InstructionSet& set) {
+void test(const Set& set) {
     const int few_rows = set.kernels->few_rows;
     Random random{7};
     for (int tokens = 1; tokens <= 9 * kGroup; ++tokens) nt(set, random, {tokens, false}, {3});
-    nt(set, random, {kChunkRows, false}, {17});
+    nt(set, random, {256, false}, {17});
     nt(set, random, {37, false}, {2, 2, 2, 2});
     for (const int tokens : {1, 19, 40}) nt(set, random, {tokens, false}, {17, 1, 2});
+    for (const int tokens : {5, 30, 50, 70, 130, 290}) {
+        if (tokens > set.kernels->most_rows) continue;
+        for (const int strips : {2, 3, 8}) nt(set, random, {tokens, false}, {10, 1}, strips);
+    }
     for (int tokens = 1; tokens <= few_rows; ++tokens) {
-        for (const int kblocks : {1, 2, 3, 4, 5, 8, 9, 17}) nt(set, random, {tokens, true}, {kblocks, 1, 2});
+        for (const int kblocks : {1, 2, 3, 4, 5, 8, 9, 17})
+            nt(set, random, {tokens, true}, {kblocks, 1, 2}, 1 + kblocks % 2);
     }
     nt_in_any_place(set, random, 9 * kGroup, false);
     nt_in_any_place(set, random, few_rows, true);
     for (const int rows : {1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 14, 16, 17, 31, 33, 48, 64, 65})
         nn(set, random, rows, {2}, 2, false);
     nn(set, random, 40, {19}, 4, false);
+    for (const int rows : {128, 129, 225, 300}) {
+        if (rows <= set.kernels->most_rows) nn(set, random, rows, {9, 9, 2}, set.kernels->cblocks(rows), false);
+    }
     nn(set, random, 7, {9}, 1, true);
     nn(set, random, 32, {3}, 3, true);
     for (const int rows : {3, 8, 16, 21}) {
@@ -384,8 +423,10 @@ int main() {
     emulate_amx();
     check_table();
     prefetched_weights();
-    for (const InstructionSet& set : instruction_sets()) {
-        if (set.runs_here()) test(set);
+    for (const InstructionSet& row : instruction_sets()) {
+        if (!row.runs_here()) continue;
+        test({row.name, row.kernels});
+        if (row.on_intel) test({row.name, row.on_intel});
     }
     return finish();
 }

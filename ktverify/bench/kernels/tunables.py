@@ -24,7 +24,8 @@ _FLAGS_LINE = "// x86-64 flags: "
 
 @dataclass(frozen=True)
 class Tunable:
-    """One constant of one instruction set's kernels. text: its place in the source, {} for the value."""
+    """One constant of one instruction set's kernels. text: its place in the source, {} for the value; file: which of
+    native/kernels/ has it, where that is not the instruction set's own."""
 
     isa: str
     name: str
@@ -33,10 +34,15 @@ class Tunable:
     others: tuple[str, ...]
     product: ProductName
     rows: tuple[int, ...]
+    file: str = ""
+
+    @property
+    def kernels(self) -> Path:
+        return NATIVE / "kernels" / f"{self.isa}.cpp"
 
     @property
     def source(self) -> Path:
-        return NATIVE / "kernels" / f"{self.isa}.cpp"
+        return self.kernels.with_name(self.file or self.kernels.name)
 
     def changed(self, value: str) -> str:
         """The source with another value. ValueError unless it has the constant, with the value of today, once."""
@@ -60,6 +66,7 @@ def tunables(isa: str) -> list[Tunable]:
             others=tuple(row["others"]),
             product=cast(ProductName, row["product"]),
             rows=tuple(row["rows"]),
+            file=row.get("file", ""),
         )
         for row in read_toml(TABLE).get(isa, ())
     ]
@@ -77,8 +84,10 @@ def compiler() -> str:
 def compile_kernels(tunable: Tunable, value: str, folder: Path) -> Path:
     """A library in `folder` with the kernels of `tunable`, that has `value` instead of today's. RuntimeError with the
     compiler's words."""
-    source = folder / f"{tunable.isa}.cpp"
-    source.write_text(tunable.changed(value), encoding="utf-8")
+    source = folder / tunable.kernels.name
+    # a copy of the kernels beside a changed header, which they include from their own folder first
+    shutil.copy(tunable.kernels, source)
+    (folder / tunable.source.name).write_text(tunable.changed(value), encoding="utf-8")
     flags = next(
         line.removeprefix(_FLAGS_LINE).split()
         for line in source.read_text(encoding="utf-8").splitlines()
