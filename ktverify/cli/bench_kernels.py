@@ -53,9 +53,8 @@ def kernels(
         _conclude(show, record.read(show), as_json)
         return
     chosen_isa = isa or str(_native.available_isas()[0])
-    if not list_tunables:
-        _native.require_isa(chosen_isa)
-    known = tunables(chosen_isa)
+    intel = None if list_tunables else _native.kernels_of(chosen_isa)[1]
+    known = tunables(chosen_isa, intel=intel)
     chosen = [one for one in known if not names or any(fnmatch.fnmatchcase(one.name, name) for name in names)]
     if not chosen:
         there = "; ".join(one.name for one in known) or "none"
@@ -63,7 +62,8 @@ def kernels(
     if list_tunables:
         for one in chosen:
             rows = ", ".join(map(str, one.rows))
-            typer.echo(f"{one.name}: {one.today}; others: {', '.join(one.others)}; at {rows} rows")
+            where = f" ({one.processors} processors)" if one.processors else ""
+            typer.echo(f"{one.name}{where}: {one.today}; others: {'; '.join(one.others)}; at {rows} rows")
         return
     n, k = _size(size)
     compiler()

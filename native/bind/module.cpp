@@ -119,20 +119,28 @@ PYBIND11_MODULE(_native, m) {
           "Floating-point operations per second of an instruction set, on registers only.");
     m.def(
         "kernels_of",
-        [](const std::string& isa) { return reinterpret_cast<std::uintptr_t>(instruction_set(isa).kernels); },
-        "The address of an instruction set's table of kernels, for Products.time. Raises as require_isa does.");
+        [](const std::string& isa) {
+            const InstructionSet& set = instruction_set(isa);
+            const Kernels* here = &set.kernels_here();
+            return std::pair(reinterpret_cast<std::uintptr_t>(here), here == set.on_intel);
+        },
+        "The address of the kernels that this processor gets, for Products.time, and whether they are those with "
+        "Intel's "
+        "counts. Raises as require_isa does.");
     py::class_<Products>(m, "Products")
         .def(py::init<int, std::size_t>(), "threads"_a, "bytes"_a, without_gil)
         .def(
             "time",
             [](Products& products, std::uintptr_t kernels, bool backward, int rows, int n, int k, int matrices,
-               std::size_t window) {
-                const Products::Sizes sizes{backward ? Product::nn : Product::nt, rows, n, k, matrices};
+               std::size_t window, bool check) {
+                const Products::Sizes sizes{backward ? Product::nn : Product::nt, rows, n, k, matrices, check};
                 const Products::Timed timed = products.time(*pointer<const Kernels>(kernels), sizes, window);
                 return std::tuple(timed.seconds, timed.bytes, timed.flops, timed.bits);
             },
-            py::kw_only(), "kernels"_a, "backward"_a, "rows"_a, "n"_a, "k"_a, "matrices"_a, "window"_a, without_gil,
-            "(seconds, bytes of weights, operations, bits of the last results). kernels: an address of kernels_of, or "
+            py::kw_only(), "kernels"_a, "backward"_a, "rows"_a, "n"_a, "k"_a, "matrices"_a, "window"_a,
+            "check"_a = false, without_gil,
+            "(seconds, bytes of weights, operations, with check the bits of all results). kernels: an address of "
+            "kernels_of, or "
             "of "
             "the same table in another library.");
     m.def("compiler", [] { return std::string("g++ " __VERSION__); });

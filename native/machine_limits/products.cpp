@@ -21,10 +21,11 @@ void fill(bf16* to, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) to[i] = to_bf16(0.0625f + 0.0001f * static_cast<float>(i % 997));
 }
 
-std::uint64_t bits_of(const float* values, std::size_t count) {
-    std::uint64_t sum = 0;
-    for (std::size_t i = 0; i < count; ++i) sum = sum * 31 + std::bit_cast<std::uint32_t>(values[i]);
-    return sum;
+// One value of a result and its place, as a term of a sum that does not depend on the order of the calls.
+std::uint64_t bits_at(std::size_t place, float value) {
+    std::uint64_t z = place * 0x9e3779b97f4a7c15 + std::bit_cast<std::uint32_t>(value);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    return z ^ (z >> 27);
 }
 
 // One call's operands, and the worker's share of its products.
@@ -38,50 +39,61 @@ struct Call {
     std::uint64_t bits = 0;
 
     std::size_t matrix() const { return static_cast<std::size_t>(sizes.n) * sizes.k; }
+    void add_bits(int m, int n, int row, float value) {
+        bits += bits_at((static_cast<std::size_t>(m) * sizes.n + n) * sizes.rows + row, value);
+    }
 
-    void nt(int matrix_index, int first, int strips) {
+    // Strips first to first + count of matrix m.
+    void nt(int m, int first, int count, int batch) {
         const int kblocks = sizes.k / kBlock;
         const std::size_t panel = kblocks * kBlockSize;
+        const bf16* w = weights + m * matrix() + first * panel;
+        const bool few = sizes.rows <= kernels.few_rows;
         NtSegment segments[kMostStrips];
-        for (int i = 0; i < strips; ++i) {
-            const bf16* w = weights + matrix_index * matrix() + (first + i) * panel;
-            segments[i] = {w, rows + matrix_index * rows_size, kblocks * kPackSize, kblocks, w + strips * panel};
-        }
-        const int groups = (sizes.rows + kGroup - 1) / kGroup;
-        if (sizes.rows <= kernels.few_rows) {
-            kernels.nt_few(segments, 1, strips, sizes.rows, c);
-            bits = bits_of(c, static_cast<std::size_t>(strips) * sizes.rows * kBlock);
-        } else {
-            kernels.nt(segments, 1, strips, sizes.rows, c);
-            bits = 0;
-            for (int i = 0; i < strips * groups * kBlock;
-                 ++i) {  // the tokens that there are, of each row of each group
-                const int tokens = std::min(kGroup, sizes.rows - i / kBlock % groups * kGroup);
-                bits = bits * 31 + bits_of(c + i * kGroup, tokens);
+        for (int i = 0; i < count; ++i)
+            segments[i] = {w + i * panel, rows + m * rows_size, kblocks * kPackSize, kblocks, w + (batch + i) * panel};
+        (few ? kernels.nt_few : kernels.nt)(segments, 1, count, sizes.rows, c);
+        if (!sizes.check) return;
+        const std::size_t result = few ? sizes.rows * std::size_t{kBlock} : nt_result();
+        for (int i = 0; i < count * kBlock; ++i) {
+            const float* strip = c + i / kBlock * result;
+            const int n = i % kBlock;
+            for (int t = 0; t < sizes.rows; ++t) {
+                const float value =
+                    few ? strip[t * kBlock + n] : strip[t / kGroup * kResultSize + n * kGroup + t % kGroup];
+                add_bits(m, first * kBlock + i, t, value);
             }
         }
     }
-    void nn(int matrix_index, int first, int cblocks) {
+    std::size_t nt_result() const { return (sizes.rows + kGroup - 1) / kGroup * kResultSize; }
+
+    // Column blocks first to first + count of matrix m.
+    void nn(int m, int first, int count) {
+        const int blocks = sizes.n / kBlock;
         NnSegment segment{};
-        segment.rows = rows + matrix_index * rows_size;
+        segment.rows = rows + m * rows_size;
         segment.ld = sizes.k + kBlock;
-        segment.weights = weights + matrix_index * matrix() + first * kBlockSize;
-        segment.kblock_stride = sizes.n / kBlock * kBlockSize;
+        segment.weights = weights + m * matrix() + first * kBlockSize;
+        segment.kblock_stride = blocks * kBlockSize;
         segment.kblocks = sizes.k / kBlock;
-        kernels.nn(&segment, 1, sizes.rows, cblocks, c);
-        bits = 0;
-        for (int cb = 0; cb < cblocks; ++cb)
-            bits = bits * 31 + bits_of(c + cb * nn_stride(sizes.rows), static_cast<std::size_t>(sizes.rows) * kBlock);
+        if (first + 2 * count <= blocks) segment.next = segment.weights + count * kBlockSize;
+        kernels.nn(&segment, 1, sizes.rows, count, c);
+        if (!sizes.check) return;
+        for (int i = 0; i < count * kBlock; ++i) {
+            const float* block = c + i / kBlock * nn_stride(sizes.rows);
+            for (int row = 0; row < sizes.rows; ++row)
+                add_bits(m, first * kBlock + i, row, block[row * kBlock + i % kBlock]);
+        }
     }
     // Neighbouring pieces of every matrix, as a worker's lane.
     void share(int worker, int workers) {
         const bool forward = sizes.product == Product::nt;
-        const int width = forward ? kernels.strips(sizes.rows) : kernels.cblocks(sizes.rows), all = sizes.n / kBlock,
-                  pieces = (all + width - 1) / width;
+        const int most = forward ? kernels.strips(sizes.rows) : kernels.cblocks(sizes.rows), blocks = sizes.n / kBlock,
+                  pieces = (blocks + most - 1) / most;
         for (int m = 0; m < sizes.matrices; ++m) {
             for (int piece = worker * pieces / workers; piece < (worker + 1) * pieces / workers; ++piece) {
-                const int first = piece * width, count = std::min(width, all - first);
-                forward ? nt(m, first, count) : nn(m, first, count);
+                const int first = piece * most, count = std::min(most, blocks - first);
+                forward ? nt(m, first, count, most) : nn(m, first, count);
             }
         }
     }
@@ -108,8 +120,8 @@ Products::Timed Products::time(const Kernels& kernels, const Sizes& sizes, std::
     const std::size_t padded = (sizes.rows + kGroup - 1) / kGroup * kGroup, rows_size = padded * (sizes.k + kBlock);
     const Block rows(rows_size * sizes.matrices * sizeof(bf16));
     fill(reinterpret_cast<bf16*>(rows.data()), rows.size() / sizeof(bf16));
-    const std::size_t scratch =
-        nn_stride(sizes.rows) * std::max(kernels.strips(sizes.rows), kernels.cblocks(sizes.rows));
+    const std::size_t pieces = std::max(kMostStrips, kernels.cblocks(sizes.rows)),
+                      scratch = pieces * nn_stride(sizes.rows);
     const Block results(threads_ * scratch * sizeof(float));
     const std::size_t blocks = (all - used) / kBlockSize, first = window * (used / kBlockSize) % blocks * kBlockSize;
     std::vector<std::uint64_t> bits(threads_ * 8);
@@ -132,7 +144,7 @@ Products::Timed Products::time(const Kernels& kernels, const Sizes& sizes, std::
     });
     const double took = std::chrono::duration<double>(Clock::now() - start).count();
     std::uint64_t sum = 0;
-    for (const std::uint64_t one : bits) sum = sum * 31 + one;
+    for (const std::uint64_t one : bits) sum += one;
     return {took, static_cast<double>(used * sizeof(bf16)), 2.0 * sizes.rows * static_cast<double>(used), sum};
 }
 

@@ -17,14 +17,15 @@ class Products {
   public:
     struct Sizes {
         Product product;
-        int rows;      // 1 to Kernels::most_rows
+        int rows;      // 1 to the kernels' most_rows
         int n, k;      // multiples of 32
         int matrices;  // that one call multiplies, one after the other
+        bool check;    // also computes Timed::bits, within the time
     };
     struct Timed {
         double seconds;
         double bytes, flops;  // of W read; of the rows, without padding
-        std::uint64_t bits;   // of the last results of each worker: equal where two kernels compute the same
+        std::uint64_t bits;   // of all results, with check: equal where two kernels compute the same
     };
     // Fills `bytes` of weights; OutOfMemory where there is not enough.
     Products(int threads, std::size_t bytes);

@@ -18,7 +18,7 @@ from tests.support.records import HEAD
 EVERY = [one for isa in _native.known_isas() for one in tunables.tunables(isa)]
 
 
-@pytest.mark.parametrize("tunable", EVERY, ids=lambda one: f"{one.isa}: {one.name}")
+@pytest.mark.parametrize("tunable", EVERY, ids=lambda one: f"{one.isa}, {one.processors}: {one.name}")
 def test_the_table_has_the_constants_that_the_sources_have(tunable: Tunable) -> None:
     assert tunable.today not in tunable.others
     sources = {tunable.changed(value) for value in (tunable.today, *tunable.others)}
@@ -28,7 +28,7 @@ def test_the_table_has_the_constants_that_the_sources_have(tunable: Tunable) -> 
 
 
 def test_a_constant_that_moved_is_named() -> None:
-    gone = Tunable("avx2", "gone", "nowhere = {};", "8", ("4",), "nt", (1,))
+    gone = Tunable("avx2", "gone", "avx2.cpp", "nowhere = {};", "8", ("4",), "nt", (1,))
     with pytest.raises(ValueError, match=r"avx2, gone: avx2.cpp has 'nowhere = 8;' 0 times, it takes 1"):
         gone.changed("4")
 
@@ -78,14 +78,16 @@ def test_a_better_value_is_named_where_the_rounds_tell(others: list[int], cell: 
 @pytest.mark.parametrize("isa", _native.available_isas())
 @pytest.mark.parametrize(("backward", "rows"), [(False, 1), (False, 37), (True, 5)])
 def test_every_instruction_set_multiplies_a_window(isa: str, backward: bool, rows: int) -> None:
-    products, table = _native.Products(2, 1 << 20), _native.kernels_of(isa)
+    products, (table, _) = _native.Products(2, 1 << 20), _native.kernels_of(isa)
     sizes: dict[str, Any] = {"backward": backward, "rows": rows, "n": 96, "k": 64, "matrices": 3}
-    found = [products.time(kernels=table, window=window, **sizes) for window in (0, 0, 40)]
+    found = [products.time(kernels=table, window=window, check=True, **sizes) for window in (0, 0, 40)]
     seconds, size, flops, bits = found[0]
     assert seconds > 0
     assert (size, flops) == (2 * 3 * 96 * 64, 2 * rows * 3 * 96 * 64)
     assert found[1][3] == bits, "the same window has the same results"
     assert found[2][3] != bits, "another window has other weights"
+    alone = _native.Products(1, 1 << 20).time(kernels=table, window=0, check=True, **sizes)
+    assert alone[3] == bits, "whichever worker computes"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_every_instruction_set_multiplies_a_window(isa: str, backward: bool, row
 def test_sizes_that_do_not_fit_are_refused(change: dict[str, int], wanted: str) -> None:
     sizes: dict[str, Any] = {"backward": False, "rows": 4, "n": 96, "k": 64, "matrices": 1, **change}
     with pytest.raises(ValueError, match=wanted):
-        _native.Products(1, 1 << 16).time(kernels=_native.kernels_of("scalar"), window=0, **sizes)
+        _native.Products(1, 1 << 16).time(kernels=_native.kernels_of("scalar")[0], window=0, **sizes)
 
 
 def test_a_run_compiles_and_times_other_values_in_turn(tmp_path: Path) -> None:

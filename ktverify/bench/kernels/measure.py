@@ -60,9 +60,9 @@ class KernelTimes:
         s = self.settings
         load = OtherLoad()
         with tempfile.TemporaryDirectory(prefix="ktverify-kernels-") as name:
-            tables = self._compiled(Path(name))
+            today, intel = _native.kernels_of(s.isa)
+            tables = self._compiled(Path(name), intel)
             products = _native.Products(s.threads, s.arena)
-            today = _native.kernels_of(s.isa)
             number = 0
             for tunable in self.chosen:
                 kernels = {tunable.today: today, **{v: tables[tunable.name, v] for v in tunable.others}}
@@ -71,7 +71,7 @@ class KernelTimes:
                     number += 1
         yield OtherLoadLine(others=load.share())
 
-    def _compiled(self, folder: Path) -> dict[tuple[str, str], int]:
+    def _compiled(self, folder: Path, intel: bool) -> dict[tuple[str, str], int]:
         wanted = [(tunable, value) for tunable in self.chosen for value in tunable.others]
         places = [folder / str(number) for number in range(len(wanted))]
         for place in places:
@@ -79,7 +79,7 @@ class KernelTimes:
         with ThreadPoolExecutor(processors()) as pool:
             libraries = pool.map(compile_kernels, *zip(*wanted, strict=True), places)
             return {
-                (tunable.name, value): address_of_kernels(library, tunable.isa)
+                (tunable.name, value): address_of_kernels(library, tunable.isa, intel=intel)
                 for (tunable, value), library in zip(wanted, libraries, strict=True)
             }
 
@@ -90,16 +90,17 @@ class KernelTimes:
         matrices = max(1, s.window // (2 * s.n * s.k))
         sizes = {"backward": tunable.product == "nn", "rows": rows, "n": s.n, "k": s.k, "matrices": matrices}
 
-        def call(value: str, window: int) -> tuple[float, float, float, int]:
-            found: tuple[float, float, float, int] = products.time(kernels=kernels[value], window=window, **sizes)
+        def call(value: str, window: int, check: bool = False) -> tuple[float, float, float, int]:
+            table = kernels[value]
+            found: tuple[float, float, float, int] = products.time(kernels=table, window=window, check=check, **sizes)
             return found
 
-        _, size, flops, bits = call(tunable.today, 0)
+        _, size, flops, bits = call(tunable.today, 0, True)
         facts = {"tunable": tunable.name, "today": tunable.today, "product": tunable.product, "rows": rows}
         yield TunableLine.model_validate({"number": number, "bytes": size, "flops": flops, **facts})
         timed = [tunable.today]
         for value in tunable.others:
-            if call(value, 0)[3] == bits:
+            if call(value, 0, True)[3] == bits:
                 timed.append(value)
             else:
                 yield OtherBitsLine(number=number, value=value)

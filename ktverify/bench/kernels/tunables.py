@@ -14,6 +14,7 @@ from ktverify.system.files import ROOT
 
 TABLE = Path(__file__).with_name("tunables.toml")
 NATIVE = ROOT / "native"
+KERNELS = NATIVE / "kernels"
 TODAY = "today"
 ProductName = Literal["nt", "nn"]
 
@@ -24,52 +25,53 @@ _FLAGS_LINE = "// x86-64 flags: "
 
 @dataclass(frozen=True)
 class Tunable:
-    """One constant of one instruction set's kernels. text: its place in the source, {} for the value; file: which of
-    native/kernels/ has it, where that is not the instruction set's own."""
+    """One constant of one instruction set's kernels. text: its place in `file` of native/kernels/, {} for the value;
+    processors: "intel" or "other" where it is in the kernels of these alone, else ""."""
 
     isa: str
     name: str
+    file: str
     text: str
     today: str
     others: tuple[str, ...]
     product: ProductName
     rows: tuple[int, ...]
-    file: str = ""
-
-    @property
-    def kernels(self) -> Path:
-        return NATIVE / "kernels" / f"{self.isa}.cpp"
+    processors: str = ""
 
     @property
     def source(self) -> Path:
-        return self.kernels.with_name(self.file or self.kernels.name)
+        return KERNELS / self.file
 
     def changed(self, value: str) -> str:
-        """The source with another value. ValueError unless it has the constant, with the value of today, once."""
+        """The file with another value. ValueError unless it has the constant, with the value of today, once."""
         text, now = self.source.read_text(encoding="utf-8"), self.text.format(self.today)
         if text.count(now) != 1:
             raise ValueError(
-                f"{TABLE.name}, {self.isa}, {self.name}: {self.source.name} has {now!r} {text.count(now)} times, it "
+                f"{TABLE.name}, {self.isa}, {self.name}: {self.file} has {now!r} {text.count(now)} times, it "
                 "takes 1; correct `text` and `today`"
             )
         return text.replace(now, self.text.format(value))
 
 
-def tunables(isa: str) -> list[Tunable]:
-    """Those of an instruction set, in the table's order; none where it has none."""
-    return [
+def tunables(isa: str, *, intel: bool | None = None) -> list[Tunable]:
+    """Those of an instruction set, in the table's order; none where it has none. intel: only those of its kernels with
+    Intel's counts, or of the others; None for all."""
+    left_out = "" if intel is None else "other" if intel else "intel"
+    found = [
         Tunable(
             isa=isa,
             name=row["name"],
+            file=row["file"],
             text=row["text"],
             today=row["today"],
             others=tuple(row["others"]),
             product=cast(ProductName, row["product"]),
             rows=tuple(row["rows"]),
-            file=row.get("file", ""),
+            processors=row.get("processors", ""),
         )
         for row in read_toml(TABLE).get(isa, ())
     ]
+    return [one for one in found if not left_out or one.processors != left_out]
 
 
 def compiler() -> str:
@@ -84,26 +86,26 @@ def compiler() -> str:
 def compile_kernels(tunable: Tunable, value: str, folder: Path) -> Path:
     """A library in `folder` with the kernels of `tunable`, that has `value` instead of today's. RuntimeError with the
     compiler's words."""
-    source = folder / tunable.kernels.name
-    # a copy of the kernels beside a changed header, which they include from their own folder first
-    shutil.copy(tunable.kernels, source)
-    (folder / tunable.source.name).write_text(tunable.changed(value), encoding="utf-8")
+    # a copy of all files, because an include is looked for beside the file that has it
+    copied = folder / KERNELS.name
+    shutil.copytree(KERNELS, copied)
+    (copied / tunable.file).write_text(tunable.changed(value), encoding="utf-8")
+    source = copied / f"{tunable.isa}.cpp"
     flags = next(
         line.removeprefix(_FLAGS_LINE).split()
         for line in source.read_text(encoding="utf-8").splitlines()
         if line.startswith(_FLAGS_LINE)
     )
     library = folder / "kernels.so"
-    places = [f"-I{NATIVE / 'include'}", f"-I{NATIVE / 'kernels'}"]
-    command = [compiler(), *_FLAGS, *flags, *places, str(source), "-o", str(library)]
+    command = [compiler(), *_FLAGS, *flags, f"-I{NATIVE / 'include'}", str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{tunable.name} = {value} does not compile: {done.stderr.strip()[:400]}")
     return library
 
 
-def address_of_kernels(library: Path, isa: str) -> int:
-    """The address of ktv::<isa>_kernels in a library, which stays loaded."""
-    name = f"{isa}_kernels"
+def address_of_kernels(library: Path, isa: str, *, intel: bool) -> int:
+    """The address of ktv::<isa>_kernels, or of those with Intel's counts, in a library, which stays loaded."""
+    name = f"{isa}_kernels{'_intel' if intel else ''}"
     symbol = f"_ZN3ktv{len(name)}{name}E"  # as the C++ ABI spells it
     return ctypes.addressof(ctypes.c_char.in_dll(ctypes.CDLL(str(library)), symbol))
