@@ -22,5 +22,8 @@ for sanitizer in address,undefined thread; do
     cmake -S "$here/.." -B "$dir" -G Ninja -DKTV_PYTHON=OFF -DKTV_TESTS=ON -DKTV_WERROR=ON -DKTV_SANITIZE="$sanitizer" >"$dir.log" 2>&1 ||
         { cat "$dir.log"; exit 1; }
     cmake --build "$dir" -j "$jobs" >"$dir.log" 2>&1 || { cat "$dir.log"; exit 1; }
-    "${plain[@]}" ctest --test-dir "$dir" --output-on-failure -j 1
+    # these use one thread, so ThreadSanitizer has nothing to find
+    of_one_thread=()
+    [ "$sanitizer" = thread ] && of_one_thread=(-E 'test_(kernels|task_schedule|amx_instructions)')
+    "${plain[@]}" ctest --test-dir "$dir" --output-on-failure -j "$jobs" "${of_one_thread[@]}"
 done
