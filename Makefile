@@ -63,10 +63,10 @@ peers: setup
 # an environment of its own for `python -m ktverify llamafactory`: stock LLaMA-Factory with the versions that it asks for
 llamafactory: $(FACTORY)/.built
 
-$(FACTORY)/.built: pyproject.toml llamafactory.txt $(NATIVE)
+$(FACTORY)/.built: pyproject.toml ktverify/llamafactory/requirements.txt $(NATIVE)
 	$(PYTHON) -m venv $(FACTORY)
-	$(FACTORY_PIP) --constraint llamafactory.txt torch
-	$(FACTORY_PIP) --no-deps --requirement llamafactory.txt
+	$(FACTORY_PIP) --constraint ktverify/llamafactory/requirements.txt torch
+	$(FACTORY_PIP) --no-deps --requirement ktverify/llamafactory/requirements.txt
 	PATH="$(CURDIR)/$(FACTORY)/bin:$$PATH" $(FACTORY_PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
