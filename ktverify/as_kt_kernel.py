@@ -1,4 +1,4 @@
-"""Make kt-kernel's names importable, with this engine behind them, for the life of this process.
+"""Make kt-kernel's names importable in this process, with this engine behind them.
 
 `import ktverify.as_kt_kernel` in front of a script, `python -m ktverify run --as-kt-kernel SCRIPT`, or
 `pytest -p ktverify.as_kt_kernel`. Then these work: `from kt_kernel.experts import KTMoEWrapper`,
@@ -11,7 +11,6 @@ ImportError where kt-kernel, or a LLaMA-Factory with a kt_moe of its own, is ins
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ktverify.engines.native import layer
+from ktverify.system.machine import package_version
 from ktverify.training import layer as training
 
 _PARENTS = ("llamafactory", "llamafactory.model", "llamafactory.model.model_utils")
@@ -56,12 +56,9 @@ def install() -> None:
 def _refuse_installed() -> None:
     """ImportError where a name belongs to a package that is installed."""
     if "kt_kernel" in sys.modules or importlib.util.find_spec("kt_kernel") is not None:
-        try:
-            version = f" {importlib.metadata.version('kt-kernel')}"
-        except importlib.metadata.PackageNotFoundError:
-            version = ""
+        name = " ".join(filter(None, ["kt-kernel", package_version("kt-kernel")]))
         raise ImportError(
-            f"kt-kernel{version} is installed for {sys.executable}: scripts use it as they are; to run them on this "
+            f"{name} is installed for {sys.executable}: scripts use it as they are; to run them on this "
             "engine, use an environment without it"
         )
     found = importlib.util.find_spec("llamafactory")

@@ -1,8 +1,8 @@
 """Measure engines side by side, in interleaved rounds, after their results were compared with the oracle.
 
 One round is the forward of every engine (A B C), then a training step of every engine (A B C), then the machine's
-ceilings. Whatever else the machine does in a round disturbs all engines alike. There are many short rounds, because the
-minimum of a series is what tells: a neighbour may slow a processor down for seconds.
+ceilings. Whatever else the machine does in a round disturbs all engines alike. There are many short rounds, because
+minima are compared, and another program may slow a processor down for seconds: the minimum needs one quiet round.
 Lines are written to the journal as they are made.
 """
 

@@ -35,7 +35,7 @@ def llamafactory(
 
     given = keys.read_configuration(config, context.args)
     # first without LLaMA-Factory, whose import takes seconds
-    keys.part(given, trains=command == "train")
+    keys.split_keys(given, trains=command == "train")
     stock.connect()
     run: Callable[[dict[str, Any]], Any] = _RUN[command]
     run(given)

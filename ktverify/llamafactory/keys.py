@@ -1,4 +1,4 @@
-"""Part a configuration into the engine's keys and those that LLaMA-Factory itself reads. Imports no torch."""
+"""Split a configuration into the engine's keys and those that LLaMA-Factory itself reads. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DTYPES = get_args(TrainConfig.model_fields["torch_dtype"].annotation)
 
 
 @dataclass(frozen=True)
-class Parted:
+class SplitKeys:
     """engine: the engine's keys. arguments: LLaMA-Factory's. dtype: of the model's weights, None for the checkpoint's.
     notes: lines on keys that are not used, or are used as others.
 
@@ -50,14 +50,15 @@ def read_configuration(path: Path, words: Sequence[str] = ()) -> dict[str, Any]:
         raise ValueError(f"there is no configuration {path}")
     document = read_yaml(path)
     if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__}; it takes keys and values")
+        raise ValueError(f"{path} contains a {type(document).__name__}; it takes keys and values")
     return {**document, **pairs(words)}
 
 
-def part(given: Mapping[str, Any], *, trains: bool) -> Parted:
-    """`given` in two parts. trains: for a training, which do_train: true is added to where nothing else is to be done.
+def split_keys(given: Mapping[str, Any], *, trains: bool) -> SplitKeys:
+    """The keys of `given` by who reads them. trains: do_train: true is added where nothing else is to be done.
 
-    WrongKeys, a ValueError, for a key of the engine that cannot be used, and for what the engine cannot serve."""
+    Raises WrongKeys (a ValueError) for a value that the engine cannot take, and for a key of LLaMA-Factory that cannot
+    be used with the engine."""
     rest = dict(given)
     problems: list[str] = []
     engine = _engine_keys(rest, problems)
@@ -90,7 +91,7 @@ def part(given: Mapping[str, Any], *, trains: bool) -> Parted:
         rest["do_train"] = True
     if problems:
         raise WrongKeys(problems)
-    return Parted(keys, rest, None if dtype == "auto" else dtype, tuple(notes), compares)
+    return SplitKeys(keys, rest, None if dtype == "auto" else dtype, tuple(notes), compares)
 
 
 def _engine_keys(rest: dict[str, Any], problems: list[str]) -> dict[str, Any]:

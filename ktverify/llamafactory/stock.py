@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -19,8 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from ktverify.engines.argument_checks import check_tp
-from ktverify.llamafactory.keys import Parted, part
+from ktverify.llamafactory.keys import SplitKeys, split_keys
 from ktverify.system.files import MAKE_LLAMAFACTORY
+from ktverify.system.machine import package_version
 from ktverify.system.text import read_json
 
 # distributions that replace transformers or accelerate by changed copies
@@ -37,9 +37,9 @@ _READERS = {
 def require_stock() -> None:
     """ImportError in one line where LLaMA-Factory is missing, or a fork stands in a stock package's place."""
     for fork, stock in _FORKS.items():
-        if _version(fork):
+        if package_version(fork):
             raise ImportError(
-                f"{fork} {_version(fork)} is installed in the place of {stock}: the engine needs the stock one, "
+                f"{fork} {package_version(fork)} is installed in the place of {stock}: the engine needs the stock one, "
                 f"pip uninstall {fork} {stock}, then install {stock}; or make a new environment by {MAKE_LLAMAFACTORY}"
             )
     if importlib.util.find_spec("llamafactory") is None:
@@ -58,7 +58,7 @@ def connect() -> None:
         return
     if tuple(inspect.signature(loader.init_adapter).parameters) != _PARAMETERS:
         raise ImportError(
-            f"llamafactory {_version('llamafactory')} has another init_adapter than 0.9.5, which was tried: "
+            f"llamafactory {package_version('llamafactory')} has another init_adapter than 0.9.5, which was tried: "
             f"{MAKE_LLAMAFACTORY} installs that one"
         )
     loader.init_adapter = _init_adapter(loader.init_adapter)
@@ -71,13 +71,6 @@ def connect() -> None:
         for each in modules:
             module = importlib.import_module(f"llamafactory.{each}")
             setattr(module, name, _reader(getattr(module, name), trains=name == "get_train_args"))
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _import_without_torchaudio() -> None:
@@ -111,25 +104,25 @@ def _reader(original: Callable[..., Any], *, trains: bool) -> Callable[..., Any]
             args = importlib.import_module("llamafactory.hparams").read_args()
         if not isinstance(args, Mapping):
             return original(args)
-        parted = part(args, trains=trains)
-        found = original(_without_own_code(parted))
+        split = split_keys(args, trains=trains)
+        found = original(_without_own_code(split))
         model_args, finetuning_args = found[0], next(each for each in found if hasattr(each, "lora_target"))
-        setattr(model_args, _KEYS, parted)
-        for note in parted.notes:
+        setattr(model_args, _KEYS, split)
+        for note in split.notes:
             print(note, file=sys.stderr)
-        if parted.engine.use_kt:
-            _check(model_args, finetuning_args, parted)
+        if split.engine.use_kt:
+            _check(model_args, finetuning_args, split)
         return found
 
     return read
 
 
-def _without_own_code(parted: Parted) -> dict[str, Any]:
+def _without_own_code(split: SplitKeys) -> dict[str, Any]:
     """The arguments, with trust_remote_code off where transformers has the model's family itself: a model's own code
-    has not the experts interface that the engine needs."""
-    arguments = parted.arguments
+    does not have the experts interface that the engine needs."""
+    arguments = split.arguments
     path = Path(str(arguments.get("model_name_or_path"))) / "config.json"
-    if not (parted.engine.use_kt and arguments.get("trust_remote_code") and path.is_file()):
+    if not (split.engine.use_kt and arguments.get("trust_remote_code") and path.is_file()):
         return arguments
     from transformers import CONFIG_MAPPING
 
@@ -139,7 +132,7 @@ def _without_own_code(parted: Parted) -> dict[str, Any]:
     return {**arguments, "trust_remote_code": False}
 
 
-def _check(model_args: Any, finetuning_args: Any, parted: Parted) -> None:
+def _check(model_args: Any, finetuning_args: Any, split: SplitKeys) -> None:
     """ValueError for what the engine cannot compute, before the weights are loaded."""
     import torch
 
@@ -151,7 +144,7 @@ def _check(model_args: Any, finetuning_args: Any, parted: Parted) -> None:
     require_one_process()
     if (count := torch.cuda.device_count()) > 1:
         raise ValueError(f"{count} GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES")
-    keys = parted.engine
+    keys = split.engine
     init_cpu_infer(keys.kt_num_threads, keys.tp, backend=keys.kt_backend)
     trust = model_args.trust_remote_code
     form = load_form(model_args.model_name_or_path, "bfloat16", option=BASE_OPTION, trust=trust)
@@ -170,8 +163,8 @@ def _init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def init_adapter(config: Any, model: Any, model_args: Any, finetuning_args: Any, is_trainable: bool) -> Any:
-        parted: Parted | None = getattr(model_args, _KEYS, None)
-        if parted is None or not (parted.engine.use_kt or (parted.compares and _has_experts(model))):
+        split: SplitKeys | None = getattr(model_args, _KEYS, None)
+        if split is None or not (split.engine.use_kt or (split.compares and _has_experts(model))):
             return original(config, model, model_args, finetuning_args, is_trainable)
         import torch
 
@@ -179,7 +172,7 @@ def _init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         from ktverify.training.layer import init_cpu_infer
         from ktverify.training.wrap import wrap_moe_layers
 
-        keys, asked = parted.engine, finetuning_args
+        keys, asked = split.engine, finetuning_args
         if keys.use_kt:
             wrap_moe_layers(model, init_cpu_infer(keys.kt_num_threads, keys.tp, backend=keys.kt_backend))
         if model_args.adapter_name_or_path:
@@ -216,18 +209,19 @@ def _load_config(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def load_config(model_args: Any) -> Any:
         config = original(model_args)
-        parted: Parted | None = getattr(model_args, _KEYS, None)
-        if parted is not None and parted.dtype:
+        split: SplitKeys | None = getattr(model_args, _KEYS, None)
+        if split is not None and split.dtype:
             import torch
 
-            config.dtype = getattr(torch, parted.dtype)
+            config.dtype = getattr(torch, split.dtype)
         return config
 
     return load_config
 
 
 def _checkpoint_any_layer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """get_custom_gradient_checkpointing_func, for the calls of newer transformers, which are of no module's method."""
+    """get_custom_gradient_checkpointing_func, which takes any function as well; it takes bound methods alone, and newer
+    versions of transformers give it others."""
 
     @wraps(original)
     def get(gradient_checkpointing_func: Callable[..., Any]) -> Callable[..., Any]:

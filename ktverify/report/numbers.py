@@ -61,7 +61,7 @@ def ratio(value: float) -> str:
 
 def compared(found: Ratio | None, unit: str = "") -> str:
     """The ratio of two series of times; in words where the spread between rounds is larger."""
-    return NOTHING if found is None else f"{ratio(found.value)}{unit}" if found.tells else TOO_NOISY
+    return NOTHING if found is None else f"{ratio(found.value)}{unit}" if found.clear else TOO_NOISY
 
 
 def percent(share: float, decimals: int = 1) -> str:

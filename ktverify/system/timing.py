@@ -118,8 +118,8 @@ class Ratio:
         return cls(upper.min / lower.min, max(upper.spread, lower.spread))
 
     @property
-    def tells(self) -> bool:
-        """Whether the difference is larger than the spread between rounds; otherwise it is too noisy to tell."""
+    def clear(self) -> bool:
+        """Whether the difference is larger than the spread between rounds."""
         return max(self.value, 1 / self.value) - 1 > self.spread
 
 

@@ -43,8 +43,6 @@ const Kernels amx_bf16_kernels{.enter = enter,
                                .cblocks = cblocks,
                                .most_rows = kTune.most_rows,
                                .nt = nt,
-                               .few_rows = 0,
-                               .nt_few = nullptr,
                                .nn = nn,
                                KTV_ELEMENTWISE};
 

@@ -11,8 +11,6 @@ namespace {
 
 #include "elementwise.inl"
 
-void nothing() {}
-
 KTV_INLINE __m256 even(__m256i pairs) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
 }
@@ -134,15 +132,6 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
 }  // namespace
 
 extern const Kernels avx2_kernels;
-const Kernels avx2_kernels{.enter = nothing,
-                           .leave = nothing,
-                           .strips = one_strip,
-                           .cblocks = one_panel,
-                           .most_rows = kMostRows,
-                           .nt = nt,
-                           .few_rows = 0,
-                           .nt_few = nullptr,
-                           .nn = nn,
-                           KTV_ELEMENTWISE};
+const Kernels avx2_kernels{.enter = nothing, .leave = nothing, KTV_SMALL_CALLS, .nt = nt, .nn = nn, KTV_ELEMENTWISE};
 
 }  // namespace ktv

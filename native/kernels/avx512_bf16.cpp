@@ -13,8 +13,6 @@ namespace {
 
 #include "avx512.inl"
 
-void nothing() {}
-
 KTV_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
@@ -301,9 +299,7 @@ template <tuning::Avx512 tune>
 constexpr Kernels kernels_of() {
     return {.enter = nothing,
             .leave = wait_for_streams,
-            .strips = one_strip,
-            .cblocks = one_panel,
-            .most_rows = kMostRows,
+            KTV_SMALL_CALLS,
             .nt = nt,
             .few_rows = few_rows,
             .nt_few = nt_few<tune>,

@@ -18,6 +18,10 @@ inline int one_panel(int) {
     return kPanelBlocks;
 }
 inline constexpr int kMostRows = 256;
+#define KTV_SMALL_CALLS .strips = one_strip, .cblocks = one_panel, .most_rows = kMostRows
+
+// What an instruction set does that has no state to enter or leave.
+inline void nothing() {}
 
 KTV_INLINE F load(const float* p) {
     F v;

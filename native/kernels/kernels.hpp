@@ -96,8 +96,8 @@ struct Kernels {
     void (*nt)(const NtSegment* segments, int count, int strips, int tokens, float* c);
     // The same product for 1 to few_rows tokens in the layout of few tokens; c: a few result. The order of a token's
     // sums is again fixed, but differs from that of nt. Null where few_rows is 0.
-    int few_rows;
-    void (*nt_few)(const NtSegment* segments, int count, int strips, int tokens, float* c);
+    int few_rows = 0;
+    void (*nt_few)(const NtSegment* segments, int count, int strips, int tokens, float* c) = nullptr;
     // c: an nn result of 32 * cblocks columns, overwritten; 1 to most_rows rows.
     void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c);
 

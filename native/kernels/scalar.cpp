@@ -8,8 +8,6 @@ namespace {
 
 #include "elementwise.inl"
 
-void nothing() {}
-
 void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) {
     const int groups = (tokens + kGroup - 1) / kGroup;
     for (int strip = 0; strip < strips; ++strip, segments += count) {
@@ -58,15 +56,6 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
 }  // namespace
 
 extern const Kernels scalar_kernels;
-const Kernels scalar_kernels{.enter = nothing,
-                             .leave = nothing,
-                             .strips = one_strip,
-                             .cblocks = one_panel,
-                             .most_rows = kMostRows,
-                             .nt = nt,
-                             .few_rows = 0,
-                             .nt_few = nullptr,
-                             .nn = nn,
-                             KTV_ELEMENTWISE};
+const Kernels scalar_kernels{.enter = nothing, .leave = nothing, KTV_SMALL_CALLS, .nt = nt, .nn = nn, KTV_ELEMENTWISE};
 
 }  // namespace ktv

@@ -38,7 +38,7 @@ def test_layer(ask: Ask, record: Callable[[AnyRecord], None]) -> None:
     times = {(timing.what, timing.tp): Statistics.of(timing.samples_ms) for timing in timings}
     for timing in timings:
         gain = Ratio.of(times[timing.what, 1], times[timing.what, timing.tp])
-        text = f"{gain.value:.2f} times as fast as TP 1" if gain.tells else f"{TOO_NOISY} whether faster than TP 1"
+        text = f"{gain.value:.2f} times as fast as TP 1" if gain.clear else f"{TOO_NOISY} whether faster than TP 1"
         message = text if timing.tp > 1 else ""
         record(latency.record_of(timing, ask.engine, CASE, isa=isa.label, message=message))
     if unsupported:

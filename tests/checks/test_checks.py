@@ -221,13 +221,13 @@ def test_run_of_a_broken_engine_fails(tmp_path: Path) -> None:
 
 
 def test_run_of_a_dying_engine_fails(tmp_path: Path) -> None:
-    done = run_pytest(tmp_path, "suites/forward", "--engine=tests.support.unruly:Dies", GOLDEN, "-n", "1")
+    done = run_pytest(tmp_path, "suites/forward", "--engine=tests.support.unruly:Dies", GOLDEN, "-n", "2")
     assert done.returncode == 1, done.stdout
     assert {record.verdict for record in load(tmp_path).accuracy} == {"CRASH"}
     assert "SIGSEGV" in (tmp_path / "accuracy.md").read_text() + done.stdout
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_run_that_compared_nothing_fails(tmp_path: Path, workers: tuple[str, ...]) -> None:
     plugin = "import pytest\ndef pytest_runtest_setup(item):\n    pytest.skip('nothing runs')\n"
     (tmp_path / "skip_everything.py").write_text(plugin)

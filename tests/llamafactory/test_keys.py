@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ktverify.llamafactory import stock
-from ktverify.llamafactory.keys import part, read_configuration
+from ktverify.llamafactory.keys import read_configuration, split_keys
 from ktverify.system.files import ROOT
 from ktverify.training.kt_keys import WrongKeys
 from tests.support.command_line import call, refused
@@ -23,37 +23,37 @@ BASE: dict[str, Any] = {"model_name_or_path": "x", "stage": "sft", "finetuning_t
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_the_documents_configurations_are_taken_as_they_are(path: Path) -> None:
     given = read_configuration(path, ["--kt_num_threads", "80", "output_dir=saves/test-run"])
-    parted = part(given, trains=True)
-    assert parted.engine.use_kt
-    assert parted.engine.kt_num_threads == 80
-    assert parted.engine.tp == (given.get("kt_tp_count", 1) if given.get("kt_tp_enabled") else 1)
-    assert parted.arguments["output_dir"] == "saves/test-run"
-    assert parted.arguments["do_train"] is True
-    assert parted.arguments["template"] in ("deepseek", "deepseek3")
-    assert not [name for name in parted.arguments if name.startswith(("kt_", "use_kt")) or name == "torch_dtype"]
-    assert parted.dtype == given.get("torch_dtype")
-    assert parted.arguments.keys() - {"do_train"} == {
+    split = split_keys(given, trains=True)
+    assert split.engine.use_kt
+    assert split.engine.kt_num_threads == 80
+    assert split.engine.tp == (given.get("kt_tp_count", 1) if given.get("kt_tp_enabled") else 1)
+    assert split.arguments["output_dir"] == "saves/test-run"
+    assert split.arguments["do_train"] is True
+    assert split.arguments["template"] in ("deepseek", "deepseek3")
+    assert not [name for name in split.arguments if name.startswith(("kt_", "use_kt")) or name == "torch_dtype"]
+    assert split.dtype == given.get("torch_dtype")
+    assert split.arguments.keys() - {"do_train"} == {
         name for name in given if not name.startswith(("kt_", "use_kt")) and name != "torch_dtype"
     }
 
 
 def test_the_engines_keys_may_be_nested_or_have_other_programs_names() -> None:
     nested = {"kt_config": {"backend": "AMXBF16", "kt_num_threads": 3, "tp_enabled": True, "tp_count": 2}}
-    engine = part({**BASE, **nested}, trains=True).engine
+    engine = split_keys({**BASE, **nested}, trains=True).engine
     assert (engine.kt_backend, engine.kt_num_threads, engine.tp) == ("AMXBF16", 3, 2)
-    other = part({**BASE, "cpu_infer": 5, "kt_threadpool_count": 4, "kt_tp_enabled": True}, trains=True)
+    other = split_keys({**BASE, "cpu_infer": 5, "kt_threadpool_count": 4, "kt_tp_enabled": True}, trains=True)
     assert (other.engine.kt_num_threads, other.engine.tp) == (5, 4)
     assert len(other.notes) == 2
 
 
 def test_without_the_engine_every_key_is_llamafactorys() -> None:
     given = {"stage": "ppo", "finetuning_type": "full", "deepspeed": "ds.json", "do_eval": True}
-    parted = part(given, trains=True)
-    assert not parted.engine.use_kt
-    assert parted.arguments == given
-    assert not parted.compares
-    assert part({**BASE, "use_kt": False}, trains=True).compares
-    assert not part({**BASE, "export_dir": "out"}, trains=False).engine.use_kt
+    split = split_keys(given, trains=True)
+    assert not split.engine.use_kt
+    assert split.arguments == given
+    assert not split.compares
+    assert split_keys({**BASE, "use_kt": False}, trains=True).compares
+    assert not split_keys({**BASE, "export_dir": "out"}, trains=False).engine.use_kt
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_without_the_engine_every_key_is_llamafactorys() -> None:
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], text: str) -> None:
     with pytest.raises(WrongKeys, match=text) as raised:
-        part({**BASE, **keys}, trains=True)
+        split_keys({**BASE, **keys}, trains=True)
     assert len(raised.value.lines) == 1
 
 

@@ -1,7 +1,7 @@
 """Python processes that need not import torch: forks of one that has, as the engines' processes are.
 
-Such a process has an environment, a folder, a path and a session of its own, as one that is started. What a test says
-about the start itself, or about what is imported, it has to ask of a started one.
+Such a process has an environment, a folder, a path and a session of its own, as a new interpreter has. Tests of the
+start itself, or of what is imported, use a new interpreter: command_line.started.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from ktverify.isolation import fork_server
 from ktverify.system.files import ROOT
 
-# what takes a command or a run of pytest a second or more; not what pytest rewrites when it imports it
+# what a command or a run of pytest imports for a second or more, without what pytest rewrites on import
 _PRELOAD = ("ktverify.checks.registry", "ktverify.diagnose.diagnose", "ktverify.report.pages", "matplotlib.figure")
 
 
@@ -81,7 +81,7 @@ def _become_python(arguments: Sequence[str], folder: str, server: int, out: int,
     os.dup2(err, 2)
     for fd in (out, err):
         os.close(fd)
-    # those of the server may be files, which can be sought in
+    # new ones, because the server's may be files, and a pipe cannot seek
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)  # type: ignore[misc]
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # type: ignore[misc]
     faulthandler.disable()
@@ -114,7 +114,7 @@ def _become_python(arguments: Sequence[str], folder: str, server: int, out: int,
 
 
 class _Elsewhere(fork_server.ForkedProcess):
-    """The process of a server that somebody else waits for."""
+    """The process of a server that `run` waits for."""
 
     def __init__(self) -> None:
         pass

@@ -35,7 +35,7 @@ class TunableSummary:
         """The value that is faster than today's by more than GAIN, the fastest of several; None where there is none."""
         fastest = min(self.ms, key=lambda value: self.ms[value].min)
         over = self.against_today(fastest)
-        return fastest if over.tells and over.value < 1 / (1 + GAIN) else None
+        return fastest if over.clear and over.value < 1 / (1 + GAIN) else None
 
     @property
     def roofline_ms(self) -> float:
