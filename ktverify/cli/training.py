@@ -174,14 +174,17 @@ def export_merged(
 def export_adapter(
     adapter: Annotated[Path, typer.Argument(help="a directory with an adapter")],
     out: Annotated[Path, typer.Option(help="the directory to write")],
-    form: Annotated[str, typer.Option("--format", help="peft (fused) or per-expert (vLLM's and SGLang's)")],
+    form: Annotated[str, typer.Option("--format", help="peft, per-expert (vLLM, SGLang) or kt (kt-kernel)")],
     base: _Base = None,
     trust_remote_code: _Trust = False,
 ) -> None:
     """Write an adapter's LoRA of the experts in another format, without changing what it computes.
 
+    Adapters of all formats are read: --format peft is the way back.
+
     \b
-    Example:  python -m ktverify export-adapter saves/minimal --out saves/served --format per-expert
+    Examples:  python -m ktverify export-adapter saves/minimal --out saves/served --format per-expert
+               python -m ktverify export-adapter saves/served --out saves/again --format peft
     """
     quiet("training", "peft", "yaml")
     from ktverify.training import adapter_formats

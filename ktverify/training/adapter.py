@@ -25,6 +25,7 @@ from ktverify.training.layer import MOELayerWrapper, uncompiled
 from ktverify.training.wrap import WEIGHTS, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
+KT_TENSORS = "fused_expert_lora.safetensors"  # the experts' part of an adapter in kt-kernel's format
 # what peft before 0.19 says of every block of experts, which it supports
 _OLD_NOTE = "Unsupported layer type"
 # name of a separate projection, as in older checkpoints -> the stacked parameter that contains it
@@ -136,6 +137,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} holds no adapter: adapter_config.json is missing")
     read_json(path / "adapter_config.json")  # the library would not name the file
+    if (path / KT_TENSORS).is_file():
+        raise ValueError(
+            f"the adapter in {path} is in kt-kernel's format, and peft would leave out {KT_TENSORS}: "
+            f"python -m ktverify export-adapter {path} --out NEW --format peft"
+        )
     try:
         config = LoraConfig.from_pretrained(str(path))
     except (ValueError, KeyError, TypeError) as error:

@@ -1,81 +1,130 @@
-"""export-adapter: LoRA of the routed experts from one file format to another, without changing a value.
+"""export-adapter: LoRA of the routed experts from one file format to another, without changing what it computes.
 
-fused: peft's for stacked parameters, where gate and up share their A. per-expert: one LoRA for each projection of each
-expert, `experts.{e}.gate_proj.lora_A.weight` …, as vLLM and SGLang name them.
+peft: stock peft's for stacked parameters, where gate and up share their A. per-expert: one LoRA for each projection of
+each expert, by the names of the base's checkpoint, as vLLM and SGLang read them. kt: that of kt-kernel 0.7.2,
+fused_expert_lora.safetensors in bfloat16 with a manifest. LoRA beside the experts has the same names in all three.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers.core_model_loading import revert_weight_conversion
 
+from ktverify.errors import one_line
 from ktverify.system.text import read_json
-from ktverify.training.adapter import base_of
+from ktverify.training.adapter import KT_TENSORS, base_of
 from ktverify.training.factors import Factors
 from ktverify.training.output_directory import whole_directory
 from ktverify.training.pretrained import load_form
-from ktverify.training.wrap import find_experts
+from ktverify.training.wrap import WEIGHTS, find_experts
 
-FORMATS = ("peft", "per-expert")
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FORMATS = ("peft", "per-expert", "kt")
+CONFIG, TENSORS, KT_MANIFEST = "adapter_config.json", "adapter_model.safetensors", "kt_adapter_manifest.json"
 _PREFIX = "base_model.model."
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_STACKED = ("gate_up_proj", "down_proj")
+_KINDS = ("gate", "up", "down")
 # keys of a configuration by which ranks or scalings differ between tensors
 _UNEVEN = ("rank_pattern", "alpha_pattern")
-# (A [E, r, in], B [E, out, r]) of gate, up and down
-Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+_FIRST_EXPERT = re.compile(r"\.0\.(\w+)\.weight$")
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """config: its adapter_config.json. others: tensors beside the experts, by name. blocks: (A [E, r, in],
+    B [E, out, r]) of gate, up and down, by the name that a block of experts has in the model. names: those of gate, up
+    and down of one expert of a block in the base's checkpoint, with {} for its number; none where it has them stacked.
+    """
+
+    config: dict[str, Any]
+    others: dict[str, Tensor]
+    blocks: dict[str, list[Pair]]
+    names: dict[str, list[str]]
+
+    @property
+    def projections(self) -> set[str]:
+        """The last parts of `names`, like gate_proj or w1."""
+        return {name.rpartition(".")[2] for names in self.names.values() for name in names}
+
+    def beside(self, projection: str) -> list[str]:
+        """The tensors of `others` with LoRA of a module of this name, like shared experts' gate_proj."""
+        return [name for name in self.others if f".{projection}.lora_" in name]
 
 
 def export_adapter(adapter: Path, out: Path, form: str, *, base: str | None = None, trust: bool = False) -> Path:
-    """Write the adapter in the directory `adapter`, of either format, to `out` in the format `form`; return `out`.
+    """Write the adapter in the directory `adapter`, of any of the FORMATS, to `out` in the format `form`; return `out`.
 
     base: the base model's path, by default the one that the adapter names; its weights are not read. To peft's format,
-    gate and up with different A get one of twice the rank, and everything else is padded with zeros: no delta changes.
-    ValueError for a format that is unknown, an adapter without LoRA on all experts, or a base whose experts have other
-    names than gate_proj, up_proj and down_proj.
+    gate and up with different A get one of twice the rank, and all else is padded with zeros; such a padding is taken
+    away again on the way back. rslora becomes an alpha with the same scaling, because not every reader knows it. To
+    kt's format, the experts' factors are rounded to bfloat16.
+    ValueError for a format that is unknown, an adapter without LoRA on all experts or with several ranks, and for LoRA
+    that the format has no name for.
     """
     if form not in FORMATS:
-        raise ValueError(f"--format is {form!r}, it takes {' or '.join(FORMATS)}")
+        raise ValueError(f"--format is {form!r}, it takes {', '.join(FORMATS)}")
     if out.exists():
         raise ValueError(f"{out} exists: name another directory")
-    model = load_form(base_of(adapter, base), "bfloat16", option="--base", trust=trust)
-    config = read_json(adapter / CONFIG)
-    if uneven := [name for name in _UNEVEN if config.get(name)]:
-        raise ValueError(
-            f"{adapter}/{CONFIG} has a {uneven[0]}: one rank and one alpha for all tensors can be converted"
-        )
-    if isinstance(config.get("target_modules"), str):
-        raise ValueError(f"{adapter}/{CONFIG} has a pattern as target_modules: a list of names can be converted")
-    if getattr(model.config, "model_type", "") == "mixtral":
-        raise ValueError("the experts of mixtral are w1, w2 and w3: their per-expert names are not converted yet")
-    tensors = peft.utils.save_and_load.load_peft_weights(str(adapter), device="cpu")
-    found = {name: _read(tensors, name, block) for name, block in _blocks(model)}
-    if form == "per-expert":
-        for name, pairs in found.items():
-            tensors |= _per_expert(name, pairs)
-        config["target_modules"] = sorted({*(config["target_modules"] or ()), *_PROJECTIONS})
-        config["target_parameters"] = None
+    path = base_of(adapter, base)
+    read = _read(adapter, load_form(path, "bfloat16", option="--base", trust=trust))
+    if form == "peft":
+        found, kt = _to_peft(read), None
     else:
-        config["target_modules"] = sorted({*(config["target_modules"] or ())} - set(_PROJECTIONS))
-        config["target_parameters"] = [f"experts.{name}" for name in _STACKED]
-        if any(not torch.equal(pairs[0][0], pairs[1][0]) for pairs in found.values()):
-            config["lora_alpha"] *= math.sqrt(2) if config.get("use_rslora") else 2
-            config["r"] *= 2
-            tensors = {name: _padded(name, tensor) for name, tensor in tensors.items()}
-        for name, pairs in found.items():
-            tensors |= _fused(name, pairs, int(config["r"]))
+        read.config.update(lora_alpha=_alpha(read.config), use_rslora=False)
+        found, kt = (_to_kt if form == "kt" else _to_per_expert)(_halved(read))
     with whole_directory(out) as part:
-        (part / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS, {"format": "pt"})
+        (part / CONFIG).write_text(json.dumps(found.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors = {name: tensor.contiguous() for name, tensor in found.others.items()}
+        save_file(tensors, part / TENSORS, {"format": "pt"})
+        if kt is not None:
+            save_file(kt, part / KT_TENSORS)
+            _write_manifest(part, path, found.config, kt)
     return out
+
+
+# ---- reading
+
+
+def _read(folder: Path, model: Any) -> _Adapter:
+    config = read_json(folder / CONFIG)
+    if uneven := [name for name in _UNEVEN if config.get(name)]:
+        raise ValueError(f"{folder}/{CONFIG} has a {uneven[0]}: adapters of one rank and one alpha can be converted")
+    if isinstance(config.get("target_modules"), str):
+        raise ValueError(f"{folder}/{CONFIG} has a pattern as target_modules: a list of names can be converted")
+    try:
+        others = peft.utils.save_and_load.load_peft_weights(str(folder), device="cpu")
+        kt = load_file(folder / KT_TENSORS) if (folder / KT_TENSORS).is_file() else None
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be read: {one_line(error)}") from error
+    if kt is not None:
+        _check_manifest(folder / KT_MANIFEST, config)
+    found = _Adapter(config, others, {}, {})
+    for name, block in _blocks(model):
+        found.names[name] = names = _names_in_checkpoint(model, name)
+        if kt is not None:
+            pairs = [(_take(kt, f"{key}_a"), _take(kt, f"{key}_b")) for key in _kt_keys(name)]
+        elif names and _lora_of(names[0], 0)[0] in others:
+            pairs = [_stacked(others, projection, len(block.down_proj)) for projection in names]
+        else:
+            pairs = _of_peft(others, name, block)
+        _check_sizes(pairs, config["r"], name, block)
+        found.blocks[name] = pairs
+    if kt:
+        raise ValueError(f"{folder / KT_TENSORS} has {min(kt)}, which the base has not: it is of another base")
+    return found
 
 
 def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
@@ -86,76 +135,227 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _read(tensors: dict[str, torch.Tensor], name: str, block: Any) -> Pairs:
-    """The pairs of one block, taken out of `tensors`."""
+def _names_in_checkpoint(model: Any, block: str) -> list[str]:
+    """`names` of _Adapter. They may differ from the model's own, like block_sparse_moe.experts.{}.w1 in Mixtral."""
+    # transformers renames tensors as it saves them; the values tell which part comes out under which name
+    marks = torch.arange(3.0).view(1, 3, 1)
+    parts = {f"{block}.{WEIGHTS[0]}": marks[:, :2], f"{block}.{WEIGHTS[1]}": marks[:, 2:]}
+    saved = revert_weight_conversion(model, parts)
+    single = [name for name, tensor in saved.items() if tensor.numel() == 1 and _FIRST_EXPERT.search(name)]
+    names = [_FIRST_EXPERT.sub(r".{}.\1", name) for name in sorted(single, key=lambda name: float(saved[name]))]
+    return names if len(names) == len(_KINDS) else []
+
+
+def _lora_of(projection: str, expert: int) -> tuple[str, str]:
+    """The names of A and B of an expert's projection."""
+    module = _PREFIX + projection.format(expert)
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _stacked(tensors: dict[str, Tensor], projection: str, experts: int) -> Pair:
+    pairs = [[_take(tensors, name) for name in _lora_of(projection, e)] for e in range(experts)]
+    if any(a.shape != pairs[0][0].shape or b.shape != pairs[0][1].shape for a, b in pairs):
+        raise ValueError(f"the adapter's LoRA of {projection} differs in size from expert to expert")
+    return torch.stack([a for a, _ in pairs]), torch.stack([b for _, b in pairs])
+
+
+def _of_peft(tensors: dict[str, Tensor], name: str, block: Any) -> list[Pair]:
     experts, hidden, intermediate = block.down_proj.shape
-    one = f"{_PREFIX}{name}.0.gate_proj.lora_A.weight"
-    if one in tensors:
-        return [
-            (
-                torch.stack([_take(tensors, f"{_PREFIX}{name}.{e}.{kind}.lora_A.weight") for e in range(experts)]),
-                torch.stack([_take(tensors, f"{_PREFIX}{name}.{e}.{kind}.lora_B.weight") for e in range(experts)]),
-            )
-            for kind in _PROJECTIONS
-        ]
-    stacked = {}
-    for place in (".base_layer", ""):
-        a, b = (_take(tensors, f"{_PREFIX}{name}{place}.lora_{letter}.weight") for letter in "AB")
-        for kind, sizes in (("gate_up_proj", (hidden, 2 * intermediate)), ("down_proj", (intermediate, hidden))):
+    found = {}
+    for a_name, b_name in _peft_names(name):
+        a, b = _take(tensors, a_name), _take(tensors, b_name)
+        for kind, sizes in zip(WEIGHTS, ((hidden, 2 * intermediate), (intermediate, hidden)), strict=True):
             have = (a.shape[1], b.shape[0])
             if have in (sizes, sizes[::-1]):
                 turned = have != sizes or (sizes[0] == sizes[1] and _turned_here())
-                stacked[kind] = Factors(a, b, 1.0, turned).of_experts(experts)
-    if len(stacked) != 2:
+                found[kind] = Factors(a, b, 1.0, turned).of_experts(experts)
+    if len(found) != len(WEIGHTS):
         raise ValueError(f"the adapter's LoRA of {name} has other sizes than the base: {experts} experts of {hidden}")
-    (a, b), down = stacked["gate_up_proj"], stacked["down_proj"]
+    (a, b), down = found[WEIGHTS[0]], found[WEIGHTS[1]]
     return [(a, b[:, :intermediate]), (a, b[:, intermediate:]), down]
 
 
-def _take(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+def _peft_names(block: str) -> list[tuple[str, str]]:
+    """The names of A and B of gate_up_proj, which is the inner of two wrappers, and of down_proj, the outer."""
+    return [
+        (f"{_PREFIX}{block}{place}.lora_A.weight", f"{_PREFIX}{block}{place}.lora_B.weight")
+        for place in (".base_layer", "")
+    ]
+
+
+def _kt_keys(block: str) -> list[str]:
+    """What the names of gate, up and down begin with in kt's file."""
+    number = re.search(r"\blayers\.(\d+)\.", block)
+    if number is None:
+        raise ValueError(f"the block {block} has no number of a layer, by which kt's format names it")
+    return [f"layers.{number.group(1)}.experts.{kind}_lora" for kind in _KINDS]
+
+
+def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise ValueError(f"the adapter has no {name}: it takes one with LoRA on every expert's gate, up and down")
     return tensors.pop(name)
 
 
-def _per_expert(name: str, pairs: Pairs) -> dict[str, torch.Tensor]:
+def _check_sizes(pairs: list[Pair], rank: int, name: str, block: Any) -> None:
+    experts, hidden, intermediate = block.down_proj.shape
+    for kind, (a, b) in zip(_KINDS, pairs, strict=True):
+        inputs, outputs = (intermediate, hidden) if kind == "down" else (hidden, intermediate)
+        wanted = [experts, rank, inputs], [experts, outputs, rank]
+        if (list(a.shape), list(b.shape)) != wanted:
+            raise ValueError(
+                f"the adapter's LoRA of {kind} in {name} is A {list(a.shape)} and B {list(b.shape)}; the base and r in "
+                f"{CONFIG} ask for A {wanted[0]} and B {wanted[1]}"
+            )
+
+
+def _check_manifest(manifest: Path, config: dict[str, Any]) -> None:
+    """ValueError unless kt's manifest, which its older versions did not write, has the configuration's scaling."""
+    if not manifest.is_file():
+        return
+    lora = read_json(manifest).get("lora") or {}
+    if lora.get("rank") != config["r"] or lora.get("alpha") != _alpha(config):
+        raise ValueError(
+            f"{manifest} has rank {lora.get('rank')} and alpha {lora.get('alpha')}, {CONFIG} beside it {config['r']} "
+            f"and {config['lora_alpha']}: both must be the same"
+        )
+
+
+# ---- ranks and scalings
+
+
+def _alpha(config: dict[str, Any], *, times: float = 1) -> float:
+    """The alpha that gives `times` the scaling by alpha / r; an int where it is one, as configurations have it."""
+    alpha = times * config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
+    return int(alpha) if alpha == int(alpha) else float(alpha)
+
+
+def _doubled(adapter: _Adapter) -> _Adapter:
+    """The adapter with one A for gate and up, their two together, and zeros up to twice the rank in all else.
+
+    The adapter itself where they are equal."""
+    if all(torch.equal(gate[0], up[0]) for gate, up, _ in adapter.blocks.values()):
+        return adapter
+    rank, blocks = int(adapter.config["r"]), {}
+    for name, (gate, up, down) in adapter.blocks.items():
+        a = torch.cat([gate[0], up[0]], dim=1)
+        blocks[name] = [
+            (a, functional.pad(gate[1], (0, rank))),
+            (a, functional.pad(up[1], (rank, 0))),
+            (functional.pad(down[0], (0, 0, 0, rank)), functional.pad(down[1], (0, rank))),
+        ]
+    others = {
+        name: functional.pad(tensor, (0, 0, 0, rank) if "lora_A" in name else (0, rank)) if "lora_" in name else tensor
+        for name, tensor in adapter.others.items()
+    }
+    alpha = _alpha(adapter.config, times=2)
+    config = {**adapter.config, "r": 2 * rank, "lora_alpha": alpha, "use_rslora": False}
+    return replace(adapter, config=config, others=others, blocks=blocks)
+
+
+def _halved(adapter: _Adapter) -> _Adapter:
+    """The adapter that `_doubled` made this one of; the adapter itself where it is none of those."""
+    rank = int(adapter.config["r"])
+    half = rank // 2
+    zeros = [tensor[half:] if "lora_A" in name else tensor[:, half:] for name, tensor in adapter.others.items()]
+    for gate, up, down in adapter.blocks.values():
+        zeros += [gate[1][..., half:], up[1][..., :half], down[0][:, half:], down[1][..., half:]]
+    # a fresh adapter has B of zeros, but no A
+    if rank % 2 or any(bool(tensor.any()) for tensor in zeros):
+        return adapter
+    blocks = {
+        name: [
+            (gate[0][:, :half], gate[1][..., :half]),
+            (up[0][:, half:], up[1][..., half:]),
+            (down[0][:, :half], down[1][..., :half]),
+        ]
+        for name, (gate, up, down) in adapter.blocks.items()
+    }
+    others = {
+        name: tensor[:half] if "lora_A" in name else tensor[:, :half] if "lora_B" in name else tensor
+        for name, tensor in adapter.others.items()
+    }
+    config = {**adapter.config, "r": half, "lora_alpha": _alpha(adapter.config, times=0.5)}
+    return replace(adapter, config=config, others=others, blocks=blocks)
+
+
+# ---- writing: (configuration and tensors, the tensors of kt's own file)
+
+
+def _to_peft(adapter: _Adapter) -> _Adapter:
+    if named := [name for projection in sorted(adapter.projections) for name in adapter.beside(projection)]:
+        raise ValueError(
+            f"the adapter has {named[0]} beside the routed experts: peft takes such a name for the experts', so its "
+            "format cannot have both; --format per-expert can"
+        )
+    wide = _doubled(adapter)
+    tensors = dict(wide.others)
+    for name, (gate, up, down) in wide.blocks.items():
+        joined = gate[0], torch.cat([gate[1], up[1]], dim=1)
+        for names, (a, b) in zip(_peft_names(name), (joined, down), strict=True):
+            if _turned_here():
+                a, b = b.transpose(1, 2), a.transpose(1, 2)
+            # the expert's index is the slowest of A's rows, and the fastest of B's columns
+            tensors[names[0]] = a.reshape(-1, a.shape[2])
+            tensors[names[1]] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
+    config = _with_targets(wide, set(), [f"experts.{name}" for name in WEIGHTS])
+    return replace(wide, config=config, others=tensors)
+
+
+def _to_per_expert(adapter: _Adapter) -> tuple[_Adapter, None]:
+    tensors = dict(adapter.others)
+    for block, pairs in adapter.blocks.items():
+        if not adapter.names[block]:
+            raise ValueError(f"the base's checkpoint has the experts of {block} stacked: a single one has no name")
+        for projection, pair in zip(adapter.names[block], pairs, strict=True):
+            for e in range(len(pair[0])):
+                for name, tensor in zip(_lora_of(projection, e), pair, strict=True):
+                    # gate and up may share their A, and one file has no memory twice
+                    tensors[name] = tensor[e].clone()
+    return replace(adapter, config=_with_targets(adapter, adapter.projections, None), others=tensors), None
+
+
+def _to_kt(adapter: _Adapter) -> tuple[_Adapter, dict[str, Tensor]]:
+    kt = {
+        f"{key}_{letter}": tensor.to(torch.bfloat16).clone(memory_format=torch.contiguous_format)
+        for block, pairs in adapter.blocks.items()
+        for key, pair in zip(_kt_keys(block), pairs, strict=True)
+        for letter, tensor in zip("ab", pair, strict=True)
+    }
+    return replace(adapter, config=_with_targets(adapter, set(), None)), kt
+
+
+def _with_targets(adapter: _Adapter, projections: set[str], parameters: list[str] | None) -> dict[str, Any]:
+    """The configuration whose targets are those beside the experts, `projections` and `parameters`."""
+    experts = adapter.projections
+    given = adapter.config.get("target_modules") or ()
+    beside = {name for name in given if (last := name.rpartition(".")[2]) not in experts or adapter.beside(last)}
+    # what kt-kernel leaves to its own file, it excludes by a pattern
     return {
-        # gate and up may share their A, and one file holds no tensor twice
-        f"{_PREFIX}{name}.{e}.{kind}.lora_{letter}.weight": tensor[e].clone()
-        for kind, pair in zip(_PROJECTIONS, pairs, strict=True)
-        for letter, tensor in zip("AB", pair, strict=True)
-        for e in range(len(tensor))
+        **adapter.config,
+        "target_modules": sorted(beside | projections),
+        "target_parameters": parameters,
+        "exclude_modules": None,
     }
 
 
-def _fused(name: str, pairs: Pairs, rank: int) -> dict[str, torch.Tensor]:
-    """peft's names: gate_up_proj is the inner of two wrappers, down_proj the outer. rank: what the tensors get."""
-    (gate_a, gate_b), (up_a, up_b), down = pairs
-    if torch.equal(gate_a, up_a) and gate_a.shape[1] == rank:
-        joined = gate_a, torch.cat([gate_b, up_b], dim=1)
-    else:
-        a, zeros = torch.cat([gate_a, up_a], dim=1), torch.zeros_like(gate_b)
-        joined = a, torch.cat([torch.cat([gate_b, zeros], dim=2), torch.cat([zeros, up_b], dim=2)], dim=1)
-    missing = rank - down[0].shape[1]
-    down = (
-        torch.nn.functional.pad(down[0], (0, 0, 0, missing)),
-        torch.nn.functional.pad(down[1], (0, missing)),
-    )
-    found = {}
-    for place, (a, b) in ((".base_layer", joined), ("", down)):
-        if _turned_here():
-            a, b = b.transpose(1, 2), a.transpose(1, 2)
-        # the expert's index is the slowest of A's rows, and the fastest of B's columns
-        found[f"{_PREFIX}{name}{place}.lora_A.weight"] = a.reshape(-1, a.shape[2])
-        found[f"{_PREFIX}{name}{place}.lora_B.weight"] = b.permute(1, 2, 0).reshape(b.shape[1], -1)
-    return found
-
-
-def _padded(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor beside the experts with twice its rank, the new half zero."""
-    if name.endswith("lora_A.weight"):
-        return torch.cat([tensor, torch.zeros_like(tensor)])
-    return torch.cat([tensor, torch.zeros_like(tensor)], dim=1) if name.endswith("lora_B.weight") else tensor
+def _write_manifest(folder: Path, base: str, config: dict[str, Any], kt: dict[str, Tensor]) -> None:
+    """Write the file without which kt-kernel takes no adapter: base, rank, alpha, sizes and hashes of the others."""
+    files: dict[str, Any] = {}
+    for name in (CONFIG, TENSORS, KT_TENSORS):
+        content = (folder / name).read_bytes()
+        files[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    shapes = {name: {"shape": list(tensor.shape), "dtype": "BF16"} for name, tensor in sorted(kt.items())}
+    files[KT_TENSORS] |= {"tensor_count": len(kt), "tensors": shapes}
+    manifest = {
+        "version": 1,
+        "status": "ready",
+        "expert_weight_format": "bf16",
+        "base": {"model_name_or_path": base},
+        "lora": {"rank": config["r"], "alpha": float(config["lora_alpha"])},
+        "artifacts": files,
+    }
+    (folder / KT_MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _turned_here() -> bool:
