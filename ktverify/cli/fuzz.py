@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ktverify.cli import options
+from ktverify.cli.progress import progress
 from ktverify.isolation.interrupt import importing
 
 
@@ -30,8 +31,6 @@ def fuzz(
                python -m ktverify fuzz --seed 1234 --sessions 1 --isa avx2
     """
     with importing():
-        from rich.progress import Progress, TextColumn, TimeElapsedColumn
-
         from ktverify.checks import fuzz as fuzzing
         from ktverify.checks import isas
         from ktverify.checks.registry import PRELOAD
@@ -39,19 +38,15 @@ def fuzz(
         from ktverify.engines import registry
         from ktverify.errors import Unsupported
         from ktverify.isolation.child import DEFAULT, ChildPool
-        from ktverify.report.console import make_console
 
     planned = isas.planned(engine, isa)
     made = calls = compared = 0
     reasons: dict[str, int] = {}
     deadline = time.monotonic() + 60 * minutes
-    console = make_console(stderr=True)
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
     with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        progress("fuzz") as say,
         ChildPool(DEFAULT.but(time_limit, None), preload=PRELOAD) as pool,
     ):
-        task = bar.add_task("sessions", total=None)
         while time.monotonic() < deadline and (sessions is None or made < sessions):
             # sessions of one instruction set follow each other, because each set needs a process of its own
             chosen = planned[made // 16 % len(planned)]
@@ -67,7 +62,7 @@ def fuzz(
                 typer.echo(f"    python -m ktverify fuzz{registry.option(engine)} {again}")
                 raise typer.Exit(1) from None
             made, calls, compared = made + 1, calls + found[0], compared + found[1]
-            bar.update(task, description=f"{made} sessions, {calls} calls")
+            say(f"{made} sessions, {calls} calls")
     for reason, times in reasons.items():
         typer.echo(f"UNSUPPORTED {times} sessions: {reason}")
     passed = compared > 0

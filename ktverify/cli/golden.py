@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ktverify.cli.options import PROGRAM, OneLineErrors, with_paths
+from ktverify.cli.progress import progress
 
 app = typer.Typer(cls=OneLineErrors, **PROGRAM)
 
@@ -32,17 +31,9 @@ def regenerate(
     # imported late: --help need not wait for torch
     from ktverify.judge import golden, golden_regenerate
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("goldens", total=1.0)
+    with progress("goldens", total=1.0) as say:
         result = golden_regenerate.regenerate(
-            only,
-            directory=directory,
-            check=check,
-            force=force,
-            full=full,
-            progress=lambda text, share: bar.update(task, description=text or "done", completed=share),
+            only, directory=directory, check=check, force=force, full=full, progress=say
         )
     for line in result.lines:
         typer.echo(f"drifted: {line}" if check else line)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ktverify.cli.progress import progress
 from ktverify.isolation.interrupt import importing, nothing_written
 from ktverify.system.files import reports_dir, write_whole
 
@@ -27,8 +28,6 @@ def mutants(
                python -m ktverify mutants lora_scale_one tp_part_lost
     """
     with importing():
-        from rich.progress import Progress
-
         from ktverify.mutants import MUTANTS, kills
         from ktverify.report.console import make_console, print_grid
         from ktverify.report.grid import Grid
@@ -36,14 +35,11 @@ def mutants(
     unknown = [name for name in names or [] if name not in MUTANTS]
     if unknown:
         raise ValueError(f"no mutant is called {unknown[0]}; it takes some of {', '.join(MUTANTS)}")
-    with nothing_written():
-        with Progress(console=make_console(stderr=True)) as progress:
-            tasks = {kind: progress.add_task(kind, total=None) for kind in ("checks", "gates")}
-
-            def step(kind: str, done: int, of: int, what: str) -> None:
-                progress.update(tasks[kind], total=of, completed=done, description=f"{kind}: {what}"[:60].ljust(60))
-
-            result = kills.run([MUTANTS[name] for name in names or MUTANTS], jobs, step)
+    result = kills.KillTable.of(names or MUTANTS)
+    with nothing_written(lambda: kills.so_far(result)):
+        with progress("mutants") as say:
+            for what in kills.run(result, jobs):
+                say(what)
         console = make_console()
         console.print(kills.verdict_line(result))
         if not names:
@@ -82,8 +78,6 @@ def clean(
                python -m ktverify clean --engines 'torch_bf16,*_in_bf16' --drawn 100 --runs 20
     """
     with importing():
-        from rich.progress import Progress
-
         from ktverify.mutants import right_engines
         from ktverify.report.console import make_console, print_grid
         from ktverify.report.grid import Grid
@@ -94,18 +88,20 @@ def clean(
     if not right_engines.right_engines(engines):
         known = ", ".join(engine.label for engine in right_engines.right_engines())
         raise ValueError(f"--engines {engines}: it matches none of {known}")
-    with nothing_written():
-        with Progress(console=make_console(stderr=True)) as progress:
-            task = progress.add_task("runs", total=runs)
-            found = right_engines.judge_all(
-                runs,
-                jobs,
-                cases,
-                lambda done: progress.update(task, completed=done),
-                engines=engines,
-                drawn=drawn,
-                first=seed,
-            )
+    found: list[right_engines.CleanRun] = []
+
+    def so_far() -> str:
+        bad = sum(run.bad for run in found)
+        return f"{len(found)} of {runs} runs, {bad} with a FAIL" if found else ""
+
+    with nothing_written(so_far):
+        with progress("clean", total=runs) as say:
+            for more in right_engines.judge_all(runs, jobs, cases, engines=engines, drawn=drawn, first=seed):
+                found += more
+                # at once: the end may be hours away
+                for line in right_engines.failures_of(more):
+                    typer.echo(line, err=True)
+                say(so_far(), len(found))
         for line in right_engines.verdict_lines(found, cases, drawn):
             typer.echo(line)
         print_grid(make_console(), Grid.of(right_engines.rows_of(found)))

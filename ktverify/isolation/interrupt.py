@@ -9,7 +9,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 USUAL = "stopped; no file is half-written, and what was not yet written is lost"
@@ -45,12 +45,16 @@ def in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nothing_written() -> Iterator[None]:
-    """Make Ctrl-C in the body report NOTHING_WRITTEN. For commands that write their file last, or none."""
+def nothing_written(so_far: Callable[[], str] = str) -> Iterator[None]:
+    """Make Ctrl-C in the body report NOTHING_WRITTEN. For commands that write their file last, or none.
+
+    so_far: gives what was done until then, for a command that takes long; "" for nothing.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(NOTHING_WRITTEN) from None
+        done = so_far()
+        raise KeyboardInterrupt(f"stopped after {done}; nothing was written" if done else NOTHING_WRITTEN) from None
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from ktverify.checks.target import Target
 from ktverify.errors import GateFailed
 from ktverify.isolation.child import workers
 from ktverify.judge.gates import GATES, gates_off
-from ktverify.mutants import MUTANTS, Mutant
+from ktverify.mutants import MUTANTS
 
 # judges the case, not the engine; tests/mutants/test_mutants.py shows what it catches
 NOT_OF_ENGINES = "trust"
@@ -55,6 +55,11 @@ class KillTable:
     checks: int
     kills: dict[str, dict[str, list[Exceeded]]]
     only: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, mutants: Iterable[str]) -> KillTable:
+        """The table of these mutants before the first check."""
+        return cls(0, {name: {} for name in mutants})
 
     @property
     def alive(self) -> list[str]:
@@ -94,19 +99,19 @@ def candidates(kills: dict[str, dict[str, list[Exceeded]]], gate: str) -> list[s
     return sorted(names, key=lambda name: len(kills[name]))
 
 
-def run(mutants: list[Mutant], jobs: int, step: Callable[[str, int, int, str], None]) -> KillTable:
-    """Run all checks on `mutants` in `jobs` processes; `step` gets ("checks" or "gates", done, of, what) after each."""
-    names = [mutant.name for mutant in mutants]
-    table = [check.id for check in registry.of_any_engine()]
-    result = KillTable(len(table), {name: {} for name in names})
+def run(result: KillTable, jobs: int) -> Iterator[str]:
+    """Run all checks on the mutants of `result` in `jobs` processes and fill it; yields what was done, step by step."""
+    names = list(result.kills)
+    table = _asked()
     with workers(jobs) as pool:
         waiting = [pool.submit(_one_check, key, names) for key in table]
-        for done, future in enumerate(as_completed(waiting), start=1):
+        for future in as_completed(waiting):
             key, found = future.result()
             for name, exceeded in found.items():
                 if exceeded:
                     result.kills[name][key] = exceeded
-            step("checks", done, len(waiting), key)
+            result.checks += 1
+            yield f"{so_far(result)}; {key}"
         for name, kills in result.kills.items():
             result.kills[name] = {key: kills[key] for key in table if key in kills}
         result.only = {gate: [] for gate in GATES if gate != NOT_OF_ENGINES}
@@ -116,10 +121,22 @@ def run(mutants: list[Mutant], jobs: int, step: Callable[[str, int, int, str], N
             gate, name, lives = trial.result()
             if lives:
                 result.only[gate].append(name)
-            step("gates", done, len(turned_off), f"{name} without {gate}")
+            yield f"gates left out: {done} of {len(turned_off)}; {name} without {gate}"
     for lived in result.only.values():
         lived.sort(key=names.index)
-    return result
+
+
+def _asked() -> list[str]:
+    return [check.id for check in registry.of_any_engine()]
+
+
+def so_far(result: KillTable) -> str:
+    """`12 of 426 checks, which kill 40 of 126 mutants`; "" before the first check."""
+    killed = len(result.kills) - len(result.alive)
+    of = len(_asked())
+    return (
+        f"{result.checks} of {of} checks, which kill {killed} of {len(result.kills)} mutants" if result.checks else ""
+    )
 
 
 def verdict_line(result: KillTable) -> str:

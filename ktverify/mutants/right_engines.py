@@ -141,17 +141,9 @@ def _judge_property(name: str, case: Case, target: Target, run: CleanRun) -> Non
 
 
 def judge_all(
-    count: int,
-    jobs: int,
-    glob: str | None,
-    step: Callable[[int], None],
-    *,
-    engines: str | None = None,
-    drawn: int = 0,
-    first: int = FIRST_SEED,
-) -> list[CleanRun]:
-    """`count` runs in `jobs` processes; `step` gets the number of finished runs. first: the first seed."""
-    found: list[CleanRun] = []
+    count: int, jobs: int, glob: str | None, *, engines: str | None = None, drawn: int = 0, first: int = FIRST_SEED
+) -> Iterator[list[CleanRun]]:
+    """`count` runs in `jobs` processes, those of one seed as soon as they are made. first: the first seed."""
     # an emulated engine has tiny cases alone
     tiny = bool(drawn or small_cases(glob, TINY))
     everyone = [engine for engine in right_engines(engines) if tiny or not engine.isa.emulated]
@@ -160,9 +152,7 @@ def judge_all(
             pool.submit(_one_seed, seed, wanted, glob, drawn) for seed, wanted in _shares(count, everyone, first)
         ]
         for future in as_completed(waiting):
-            found += future.result()
-            step(len(found))
-    return found
+            yield future.result()
 
 
 def _one_seed(seed: int, wanted: list[RightEngine], glob: str | None, drawn: int) -> list[CleanRun]:

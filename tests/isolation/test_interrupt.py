@@ -8,18 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
+from ktverify.checks import registry
 from ktverify.cli import doctor
 from ktverify.cli.golden import app as golden_app
 from ktverify.isolation.interrupt import INTERRUPTED, USUAL
 from ktverify.isolation.process import processes_of
 from ktverify.judge import golden_regenerate
+from ktverify.mutants import kills, right_engines
+from ktverify.mutants.kills import Exceeded, KillTable
+from ktverify.mutants.right_engines import CleanRun
 from ktverify.system.files import ROOT
 from tests.support import unruly
 from tests.support.command_line import call, ends
@@ -150,3 +154,28 @@ def test_a_stopped_training_reports_what_is_kept(tmp_path: Path, monkeypatch: py
     again = "the same command with --resume_from_checkpoint true goes on from there"
     assert line == f"stopped at step 3 of 4; {output}/checkpoint-2 and loss.jsonl are kept: {again}"
     assert early.startswith(f"stopped at step 3 of 4; {output} has no checkpoint yet: begin anew with --")
+
+
+def test_a_stopped_search_for_false_alarms_tells_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def judged(*_: object, **__: object) -> Iterator[list[CleanRun]]:
+        yield [CleanRun("torch_bf16", 7, compared=9)]
+        yield [CleanRun("everything", 7, compared=9, failed=["output of small"])]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(right_engines, "judge_all", judged)
+    result = call("clean")
+    assert stopped_line(result) == "stopped after 2 of 200 runs, 1 with a FAIL; nothing was written"
+    assert result.stderr.splitlines()[0] == "everything: output of small"
+
+
+def test_a_stopped_table_of_mutants_tells_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(result: KillTable, jobs: int) -> Iterator[str]:
+        result.checks = 3
+        result.kills["lora_scale_one"]["forward/small"] = [Exceeded("rel_l2", 30.0, "output of small")]
+        yield "forward/small"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kills, "run", run)
+    line = stopped_line(call("mutants", "lora_scale_one", "tp_part_lost"))
+    of = len(registry.of_any_engine())
+    assert line == f"stopped after 3 of {of} checks, which kill 1 of 2 mutants; nothing was written"
