@@ -63,6 +63,7 @@ def connect() -> None:
         )
     loader.init_adapter = _init_adapter(loader.init_adapter)
     loader.load_config = _load_config(loader.load_config)
+    loader.AutoModelForCausalLM = _models(loader.AutoModelForCausalLM)
     checkpointing: Any = importlib.import_module("llamafactory.model.model_utils.checkpointing")
     checkpointing.get_custom_gradient_checkpointing_func = _checkpoint_any_layer(
         checkpointing.get_custom_gradient_checkpointing_func
@@ -204,19 +205,43 @@ def _has_experts(model: Any) -> bool:
 
 
 def _load_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """load_config, with the configuration's torch_dtype: LLaMA-Factory loads a model in the dtype of its config."""
+    """load_config, with the configuration's torch_dtype: LLaMA-Factory loads a model in the dtype of its config. That a
+    checkpoint is in FP8 is put aside for `_models`."""
 
     @wraps(original)
     def load_config(model_args: Any) -> Any:
+        from ktverify.training.fp8 import blocks_of
+
         config = original(model_args)
         split: SplitKeys | None = getattr(model_args, _KEYS, None)
         if split is not None and split.dtype:
             import torch
 
             config.dtype = getattr(torch, split.dtype)
+        if split is not None and blocks_of(config):
+            setattr(config, _KEYS, config.quantization_config)
+            del config.quantization_config
         return config
 
     return load_config
+
+
+def _models(original: Any) -> Any:
+    """AutoModelForCausalLM, which reads FP8 by training/fp8.py: transformers needs a GPU or triton, and full blocks."""
+
+    class AutoModelForCausalLM(original):  # type: ignore[misc]
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **settings: Any) -> Any:
+            from ktverify.training.pretrained import load_fp8
+
+            config: Any = settings.get("config")
+            if not hasattr(config, _KEYS):
+                return original.from_pretrained(pretrained_model_name_or_path, *args, **settings)
+            config.quantization_config = config.__dict__.pop(_KEYS)
+            trust = bool(settings.get("trust_remote_code"))
+            return load_fp8(pretrained_model_name_or_path, config.dtype, config=config, trust_remote_code=trust)
+
+    return AutoModelForCausalLM
 
 
 def _checkpoint_any_layer(original: Callable[..., Any]) -> Callable[..., Any]:

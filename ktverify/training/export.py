@@ -25,7 +25,7 @@ from safetensors import safe_open
 from ktverify.system.text import read_json
 from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.output_directory import whole_directory
-from ktverify.training.pretrained import load_model
+from ktverify.training.pretrained import load_model, of_hub
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -48,7 +48,7 @@ def export_merged(
     folder = Path(path) if Path(path).is_dir() else None
     loaded = dtype or (_dtype_of(_headers(folder)) if folder else "bfloat16")
     model = load_model(path, loaded, option="--base", trust=trust)
-    folder = folder or _of_hub(path)
+    folder = folder or of_hub(path)
     headers = _headers(folder)
     adapted = load_adapter(model, adapter)
     names = _changed_by(adapted)
@@ -74,13 +74,6 @@ def export_merged(
 
 
 _DTYPES_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-def _of_hub(name: str) -> Path:
-    """The folder of the hub's cache with all files of a model."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name))
 
 
 def _headers(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -58,7 +58,9 @@ def load_form(path: str, dtype: str, *, option: str, trust: bool = False) -> Any
 
 
 def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
-    """The model at `path`, with floating-point weights in `dtype`. ValueError that names `option`."""
+    """The model at `path`, with floating-point weights in `dtype`; those of a checkpoint in FP8 are dequantised.
+
+    ValueError that names `option`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -66,9 +68,45 @@ def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> An
 
     if (Path(path) / INDEX).is_file():
         read_index(Path(path) / INDEX)  # the library would not name the file
-    return _load(
-        AutoModelForCausalLM.from_pretrained, path, option, dtype=getattr(torch, dtype), trust_remote_code=trust
-    )
+    wanted = getattr(torch, dtype)
+
+    def read(path: str, **settings: Any) -> Any:
+        return load_fp8(path, wanted, **settings) or AutoModelForCausalLM.from_pretrained(
+            path, dtype=wanted, **settings
+        )
+
+    return _load(read, path, option, trust_remote_code=trust)
+
+
+def load_fp8(path: str, dtype: Any, *, config: Any = None, trust_remote_code: bool = False) -> Any:
+    """The model at `path`, a directory or a name on the hub, dequantised, where its checkpoint is in FP8; else None.
+
+    config: its configuration where that is at hand. ValueError for FP8 of a form that is not read."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from ktverify.training import fp8
+
+    config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if (blocks := fp8.blocks_of(config)) is None:
+        return None
+    import torch
+
+    folder = Path(path) if Path(path).is_dir() else of_hub(path)
+    del config.quantization_config
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    model = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=fp8.tensors_in(folder, blocks))
+    model.config.name_or_path = model.name_or_path = path
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def of_hub(name: str) -> Path:
+    """The folder of the hub's cache with all files of a model."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name))
 
 
 def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
@@ -87,6 +125,11 @@ def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> 
     except Exception as error:  # of transformers, tokenizers, safetensors, the hub, and of a model's own code
         if isinstance(error, MemoryError) or not is_expected(error):
             raise
+        if "trust_remote_code" in str(error) and not settings["trust_remote_code"]:
+            raise ValueError(
+                f"{option} {path!r} needs code of its own, which runs with trust_remote_code: true or "
+                "--trust-remote-code alone; read it first"
+            ) from error
         raise ValueError(f"{option} {path!r} cannot be loaded: {one_line(error)[:200]}") from error
 
 

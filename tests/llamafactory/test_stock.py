@@ -20,6 +20,7 @@ from ktverify.training import load_adapter
 from ktverify.training.dataset import example_data
 from ktverify.training.pretrained import load_model
 from ktverify.training.tiny import make_tiny
+from tests.support.checkpoints import FP8, in_fp8, tensors_of, written
 from tests.support.models import token_ids
 
 if importlib.util.find_spec("llamafactory") is None:
@@ -261,3 +262,21 @@ def test_a_trained_adapter_answers_in_a_chat(
     assert (app(["llamafactory", "chat", str(chat)], standalone_mode=False) or 0) == 0
     answer = capfd.readouterr().out.partition("Assistant:")[2].strip()
     assert answer
+
+
+def test_an_fp8_checkpoint_trains_as_its_dequantised_weights(place: Place, tmp_path: Path) -> None:
+    plain = make_tiny("qwen3_moe", tmp_path / "plain", sizes={"hidden_size": 200, "moe_intermediate_size": 136})
+    quantised, dequantised = in_fp8(tensors_of(plain))
+    bases = (
+        written(plain, tmp_path / "fp8", quantised, files=2, quantization_config=FP8),
+        written(plain, tmp_path / "dequantised", dequantised),
+    )
+    keys = {"max_steps": 3, "per_device_train_batch_size": 2}
+    found, wanted = (
+        place.train("no_tp", "qwen3_moe", tmp_path / f"out-{base.name}", model_name_or_path=base, **keys)
+        for base in bases
+    )
+    assert len(found) == 3
+    assert found == wanted
+    about = json.loads((tmp_path / "out-fp8" / "adapter_config.json").read_text())
+    assert about["base_model_name_or_path"] == str(bases[0])
