@@ -52,7 +52,13 @@ def gate(
     baseline: Annotated[
         Path | None, typer.Option(help="compare with this baseline (default: the engine's own in reports/)")
     ] = None,
+    known_failures: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="what may fail, and must: a TOML file")
+    ] = None,
     write_baseline: Annotated[bool, typer.Option("--write-baseline", help="make this run the baseline")] = False,
+    update_known_failures: Annotated[
+        bool, typer.Option("--update-known-failures", help="write what fails in this run into --known-failures")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="also in place of one with more checks")] = False,
     reports: ReportsDir = None,
 ) -> None:
@@ -63,23 +69,39 @@ def gate(
     in tolerances.toml. Checks that this machine or the run's command line leaves out are counted, no more. Times are
     never gated.
 
+    Known failures do not break a run, and one that passes does: each entry of the file has a check and a reason, and
+    may have cases, an instruction set, a verdict and a link.
+
     The native engine's baseline is reports/baseline.json, another engine's reports/baseline-ENGINE.json.
 
     \b
     Examples:  python -m ktverify gate latest
                python -m ktverify gate latest --baseline reports/baseline.json
                python -m ktverify gate latest --write-baseline
+               python -m ktverify gate latest --known-failures known.toml --update-known-failures
     """
     from ktverify.report import baseline as files
     from ktverify.report import gate as gating
+    from ktverify.report import known_failures as knowing
     from ktverify.runs import store
 
+    if update_known_failures and known_failures is None:
+        raise ValueError("--update-known-failures: into which file? Name it by --known-failures FILE")
     home = reports if reports is not None else reports_dir()
     found = store.load(store.find_run(run, home))
+    expected = None
+    if known_failures is not None and not (update_known_failures and not known_failures.exists()):
+        expected = knowing.read(known_failures)
+    if update_known_failures and known_failures is not None:
+        expected = knowing.updated(expected, found)
+        knowing.write(expected, known_failures)
+        unexplained = sum(entry.reason == knowing.UNEXPLAINED for entry in expected.entries)
+        typer.echo(f"{known_failures}: {len(expected.entries)} entries, {unexplained} of them {knowing.UNEXPLAINED}")
+        return
     usual = files.path_for(found.head.engine if found.head is not None else "", home)
     if write_baseline:
         target = baseline if baseline is not None else usual
-        written = gating.write_baseline(found, target, force=force)
+        written = gating.write_baseline(found, target, force=force, known_failures=expected)
         typer.echo(f"{target}: {len(written.checks)} checks of {found.directory.name}")
         return
     kept = None
@@ -90,11 +112,12 @@ def gate(
     if kept is not None and baseline is None and found.head is not None and kept.engine != found.head.engine:
         typer.echo(f"not compared with {usual}: it is of engine {kept.engine}, this run of {found.head.engine}")
         kept = None
-    finding = gating.judge_run(found, kept)
+    finding = gating.judge_run(found, kept, known_failures=expected)
     against = f"against {kept.stamp}" if kept is not None else "without a baseline"
     broken = "" if finding.passed else f"{len(finding.breaks)} broke of "
+    failing = f", {finding.known} of them known failures" if expected is not None else ""
     verdict = "PASS" if finding.passed else "FAIL"
-    typer.echo(f"{verdict} {found.directory.name}: {broken}{finding.checked} checks, {against}")
+    typer.echo(f"{verdict} {found.directory.name}: {broken}{finding.checked} checks{failing}, {against}")
     for line in finding.breaks:
         typer.echo(line)
     for line in finding.notes:

@@ -16,6 +16,7 @@ from ktverify.checks import isas
 from ktverify.engines.registry import NATIVE
 from ktverify.report import baseline as files
 from ktverify.report.baseline import Baseline, BaselineEntry, by_key, key_of
+from ktverify.report.known_failures import Compared, KnownFailures, compare
 from ktverify.report.numbers import error
 from ktverify.report.problems import problem_text
 from ktverify.report.tables import base_isa, run_verdict
@@ -35,11 +36,13 @@ class Growth:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What the gate found: `breaks` make it fail; `notes` do not; `checked` checks ran."""
+    """What the gate found: `breaks` make it fail; `notes` do not; `checked` checks ran, `known` of which fail as a file
+    of known failures says."""
 
     breaks: tuple[str, ...]
     notes: tuple[str, ...]
     checked: int
+    known: int = 0
 
     @property
     def passed(self) -> bool:
@@ -54,13 +57,19 @@ def growth() -> Growth:
     return Growth(factor=float(table["rel_l2_growth"]), floor=float(table["rel_l2_floor"]))
 
 
-def judge_run(run: Run, baseline: Baseline | None = None, allowed: Growth | None = None) -> GateReport:
+def judge_run(
+    run: Run,
+    baseline: Baseline | None = None,
+    allowed: Growth | None = None,
+    known_failures: KnownFailures | None = None,
+) -> GateReport:
     """Judge a run. These break it: a verdict that is not a pass, no check that ran, a run that did not finish; against
     `baseline`, a check that is missing or no longer runs, an error that grew by more than `allowed`, else growth().
+    What `known_failures` covers must fail: it breaks the run where it passes.
     """
     breaks: list[str] = []
     notes: list[str] = []
-    known = baseline.checks if baseline is not None else {}
+    earlier = baseline.checks if baseline is not None else {}
     ran = sum(record.verdict not in NOT_RUN for record in run.records)
     if ran == 0:
         breaks.append(run_verdict(run)[1])
@@ -70,13 +79,19 @@ def judge_run(run: Run, baseline: Baseline | None = None, allowed: Growth | None
         # a collection error or an interrupted session leaves no record
         breaks.append(f"pytest ended with exit status {run.head.exit_status}, but no record says why.")
     breaks += [f"A record is lost: {sentence}" for sentence in run.lost]
+    beside = Compared() if known_failures is None else compare(known_failures, run)
+    breaks += beside.wrong
+    notes += beside.notes
+    as_known = set(map(id, beside.known))
     for record in worst_first(run.records):
+        if id(record) in as_known:
+            continue
         if record.verdict == "PASS":
             if isinstance(record, AccuracyRecord) and not record.gates:
                 breaks.append(f"{key_of(record)}: PASS without a single gate")
             continue
         line, key = problem_text(record), key_of(record)
-        before = known.get(key)
+        before = earlier.get(key)
         if record.verdict not in NOT_RUN:
             breaks.append(line)
         elif before is not None and before.verdict == "PASS" and not _left_out(key, before, run):
@@ -85,7 +100,7 @@ def judge_run(run: Run, baseline: Baseline | None = None, allowed: Growth | None
             notes.append(line.splitlines()[0])
     if baseline is not None:
         _compare(by_key(run), baseline, allowed or growth(), run, breaks, notes)
-    return GateReport(tuple(breaks), tuple(notes), ran)
+    return GateReport(tuple(breaks), tuple(notes), ran, len(beside.known))
 
 
 def _compare(
@@ -159,9 +174,11 @@ def _left_out(key: str, before: BaselineEntry, run: Run) -> str:
     return ""
 
 
-def write_baseline(run: Run, path: str | os.PathLike[str], *, force: bool = False) -> Baseline:
-    """Make a run the baseline at `path`; see `baseline.write`. ValueError if the run does not pass the gate alone."""
-    found = judge_run(run)
+def write_baseline(
+    run: Run, path: str | os.PathLike[str], *, force: bool = False, known_failures: KnownFailures | None = None
+) -> Baseline:
+    """Make a run the baseline at `path`; see `baseline.write`. ValueError if the run does not pass without one."""
+    found = judge_run(run, known_failures=known_failures)
     if not found.passed:
         more = f" (and {len(found.breaks) - 1} more)" if len(found.breaks) > 1 else ""
         first = found.breaks[0].splitlines()[0]

@@ -11,13 +11,23 @@ from typing import get_args
 from ktverify.report.grid import Grid, markdown_table
 from ktverify.report.numbers import error, many, mean_and_std, number, used_budget
 from ktverify.report.problems import ENDED, group_text, problems
-from ktverify.runs.record import NOT_RUN, VERDICT_ORDER, AccuracyRecord, LatencyRecord, VerdictName, worst_first
+from ktverify.runs.record import (
+    NOT_RUN,
+    VERDICT_ORDER,
+    AccuracyRecord,
+    AnyRecord,
+    CheckRecord,
+    LatencyRecord,
+    VerdictName,
+    worst_first,
+)
 from ktverify.runs.store import Run
 from ktverify.spec.names import ALL_TENSORS
 from ktverify.system.instruction_sets import ISA_FLAGS
 from ktverify.system.limits import format_bytes
 
 NO_ISA = "no ISA"
+REFUSALS = "test_refused["  # of suites/contract: calls that must be refused
 NEAREST = "nearest to its budget"
 
 OVERVIEW_VERDICTS: tuple[VerdictName, ...] = get_args(VerdictName)
@@ -53,7 +63,7 @@ def run_verdict(run: Run) -> tuple[bool, str]:
         return False, f"Nothing was checked: {not_run or 'the run has no records'}."
     checks, aside = many(ran, "check"), f" ({not_run})" if not_run else ""
     if bad:
-        return False, f"{', '.join(bad)} of {checks}{aside}."
+        return False, _what_failed(run.records, f"{', '.join(bad)} of {checks}", aside)
     if not run.finished:
         return False, f"The run did not finish: {checks} passed so far{aside}."
     if run.head is not None and run.head.exit_status not in (0, None):
@@ -62,6 +72,16 @@ def run_verdict(run: Run) -> tuple[bool, str]:
     if run.lost:
         return False, f"{checks} passed{aside}, but {many(len(run.lost), 'record')} could not be read: {run.lost[0]}."
     return True, f"{'All ' if ran > 1 else ''}{checks} passed{aside}."
+
+
+def _what_failed(records: Sequence[AnyRecord], counts: str, aside: str) -> str:
+    """The sentence of a run with failures: whether numbers are wrong, or bad arguments are only not refused."""
+    failed = [record for record in records if record.verdict not in (*NOT_RUN, "PASS")]
+    missing = sum(isinstance(record, CheckRecord) and record.name.startswith(REFUSALS) for record in failed)
+    refusals = many(missing, "refusal")
+    if missing == len(failed) and any(isinstance(r, AccuracyRecord) and r.verdict == "PASS" for r in records):
+        return f"Right numbers, {refusals} missing: {counts}{aside}."
+    return f"{counts}{aside}{f'; {refusals} missing among them' if missing else ''}."
 
 
 def head_lines(run: Run) -> list[tuple[str, str]]:

@@ -226,10 +226,13 @@ def flops(case: Case, *, backward: bool = False) -> int:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The document at `path`. OSError where it cannot be read, ValueError for a file that is not TOML."""
+    """The document at `path`. OSError where it cannot be read, ValueError that names it for a file that is not TOML."""
     # tomllib came with Python 3.11; tomli is the same code, and a dependency before that
     parser = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    document: dict[str, Any] = parser.loads(path.read_text(encoding="utf-8"))
+    try:
+        document: dict[str, Any] = parser.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
     return document
 
 
