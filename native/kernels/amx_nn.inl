@@ -194,15 +194,17 @@ void interleave_gathered(const NnSegment& seg, const Panel& panel, int cblocks) 
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
     constexpr int row_lines = kTune.many.row_lines;
-    static_assert(kTune.few.row_lines == 0 && std::max(kTune.few.depth, kTune.many.depth) <= kNnBlocks);
+    static_assert(kTune.few.row_lines == 0 && std::max(kTune.few.depth, kTune.many.depth) <= kNnBlocks &&
+                  kTune.shared_depth <= kNnBlocks);
     const tuning::Amx::Panels tune = panels_for(rows);
+    const PanelDepth depth{tune.depth, kTune.shared_depth};
     const std::size_t result = nn_stride(rows);
     const int passes = (rows + 31) / 32;
     const PanelShare share = panel_share(passes);
     const bool many = tune.row_lines > 0;
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
     Unstored before;
-    const auto next = [&](PanelPosition at) { return next_position(segments, count, cblocks, tune.depth, at); };
+    const auto next = [&](PanelPosition at) { return next_position(segments, count, cblocks, depth, at); };
     // The panel that is prefetched: in this call, or the first ones of the worker's next.
     PanelPosition coming;
     int beyond = 0;  // panels of the next call that have been prefetched
@@ -213,7 +215,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
     for (int i = 0; i < tune.ahead; ++i) advance();
     for (PanelPosition at; at.s < count; at = next(at), advance()) {
         const NnSegment& seg = segments[at.s];
-        const Panel panel{blocks, at.kb, at.cb, even_chunk(seg.kblocks - at.kb, tune.depth), kBlock / 2, true};
+        const Panel panel{blocks, at.kb, at.cb, blocks_at(segments, count, depth, at), kBlock / 2, true};
         if (at.cb == 0 && at.kb == 0) prefetch_gathered(seg, 0, panel.count, cblocks);
         const BlockColumn ahead = coming.s < count ? BlockColumn(segments, count, coming)
                                                    : BlockColumn(segments[0], std::min(beyond, cblocks - 1));
@@ -230,12 +232,11 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
             // The column blocks of this chunk of G share the prefetches of the next chunk's rows.
             RowLines rows_ahead;
             if (many) {
-                const int next_kb = at.kb + panel.count;
-                const bool ends = next_kb == of.kblocks;
+                const bool ends = at.kb + panel.count == of.kblocks;
+                const int next_kb = ends ? 0 : at.kb + panel.count;
                 const int each = (rows + cblocks - 1) / cblocks, first = std::min(at.cb * each, rows - 1);
-                rows_ahead = RowLines(of.rows + first * of.ld + (ends ? 0 : next_kb) * kBlock, of.ld,
-                                      std::min(each, rows - first),
-                                      even_chunk(of.kblocks - (ends ? 0 : next_kb), tune.depth), row_lines);
+                rows_ahead = RowLines(of.rows + first * of.ld + next_kb * kBlock, of.ld, std::min(each, rows - first),
+                                      blocks_at(segments, count, depth, {at.s, next_kb, 0}), row_lines);
             }
             for (int pass = 0; pass < passes; ++pass) {
                 const int row = 32 * pass;

@@ -72,15 +72,16 @@ struct Panel {
     int pairs(int i) const { return i + 1 < count ? kBlock / 2 : last_pairs; }
 };
 
-// Visits the panels of W, of at most `depth` k-blocks, one after the other: calls multiply(segment, panel, upcoming, add)
+// Visits the panels of W one after the other: calls multiply(segment, panel, upcoming, add)
 // for each segment that multiplies that W. add is false for the first k-blocks of a column block.
 template <typename Multiply>
-inline void visit_panels(const NnSegment* segments, int count, int cblocks, int depth, const Multiply& multiply) {
+inline void visit_panels(const NnSegment* segments, int count, int cblocks, PanelDepth depth,
+                         const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
     const auto next = [&](PanelPosition at) { return next_position(segments, count, cblocks, depth, at); };
     for (PanelPosition at; at.s < count; at = next(at)) {
         const NnSegment& seg = segments[at.s];
-        const int have = even_chunk(seg.kblocks - at.kb, depth);
+        const int have = blocks_at(segments, count, depth, at);
         const int last_pairs = kBlock / 2 - (at.kb + have == seg.kblocks ? seg.idle_pairs : 0);
         if (at.cb == 0) prefetch_gathered(seg, at.kb, have, cblocks);
         UpcomingPanels upcoming;

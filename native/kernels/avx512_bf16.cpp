@@ -278,7 +278,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
     constexpr int most = 12;
     // With few rows, reading W takes longer than the arithmetic: small panels shorten the time between two prefetches of
     // a line.
-    const int depth = rows <= kTune.nn_few ? kTune.nn_depth / 2 : kTune.nn_depth;
+    const PanelDepth depth{rows <= kTune.nn_few ? kTune.nn_depth / 2 : kTune.nn_depth, kTune.nn_depth};
     visit_panels(segments, count, cblocks, depth,
                  [&](const NnSegment& seg, const Panel& panel, UpcomingPanels upcoming, bool add) {
                      const int some = even_chunk(rows, most);

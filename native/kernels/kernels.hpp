@@ -98,7 +98,8 @@ struct Kernels {
     // sums is again fixed, but differs from that of nt. Null where few_rows is 0.
     int few_rows = 0;
     void (*nt_few)(const NtSegment* segments, int count, int strips, int tokens, float* c) = nullptr;
-    // c: an nn result of 32 * cblocks columns, overwritten; 1 to most_rows rows.
+    // c: an nn result of 32 * cblocks columns, overwritten; 1 to most_rows rows. The order of a row's sums depends
+    // neither on its place nor on the number of rows or of column blocks.
     void (*nn)(const NnSegment* segments, int count, int rows, int cblocks, float* c);
 
     // rows[16] (null = zeros) of `k` elements -> one group of a token pack, k padded with zeros to 32 * kblocks.

@@ -78,14 +78,26 @@ inline int sharing_weights(const NnSegment* segments, int count, int s) {
     return same;
 }
 
-// The position that nn visits after `at`, in panels of at most `depth` k-blocks: s is `count` at the end.
-inline PanelPosition next_position(const NnSegment* segments, int count, int cblocks, int depth, PanelPosition at) {
+// Most k-blocks of a panel: of a W that one segment multiplies, and of one that several share. These add to a result in
+// turn, panel by panel, so `shared` decides the order of a sum and is the same for every number of rows.
+struct PanelDepth {
+    int alone, shared;
+};
+
+// The k-blocks of the panel at a position.
+inline int blocks_at(const NnSegment* segments, int count, PanelDepth depth, PanelPosition at) {
+    const int most = sharing_weights(segments, count, at.s) > 1 ? depth.shared : depth.alone;
+    return even_chunk(segments[at.s].kblocks - at.kb, most);
+}
+
+// The position that nn visits after `at`: s is `count` at the end.
+inline PanelPosition next_position(const NnSegment* segments, int count, int cblocks, PanelDepth depth,
+                                   PanelPosition at) {
     if (at.s == count) return at;
-    const int kblocks = segments[at.s].kblocks;
     if (++at.cb < cblocks) return at;
     at.cb = 0;
-    at.kb += even_chunk(kblocks - at.kb, depth);
-    if (at.kb < kblocks) return at;
+    at.kb += blocks_at(segments, count, depth, at);
+    if (at.kb < segments[at.s].kblocks) return at;
     return {at.s + sharing_weights(segments, count, at.s), 0, 0};
 }
 

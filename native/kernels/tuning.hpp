@@ -14,8 +14,8 @@ struct Stream {
 
 // AVX-512. nt: groups of tokens; few: dot products along k for fewer than 12 tokens, few_to_four for up to 4 of them.
 // nn: panels of nn_depth k-blocks, half of that for up to nn_few rows; a line is prefetched nn_times times,
-// nn_few_times times by register blocks of up to two rows. (The depth also decides the order of sums of two operands
-// that share W.)
+// nn_few_times times by register blocks of up to two rows. nn_depth is also the depth of panels that two operands share,
+// where it decides the order of their sums: other depths, other bits.
 struct Avx512 {
     Stream nt, few, few_to_four;
     int nn_depth, nn_few, nn_times, nn_few_times;
@@ -53,6 +53,7 @@ struct Amx {
     };
     int few_rows;
     Panels few, many;
+    int shared_depth;  // of a panel that two operands share, for any number of rows: other depths, other bits
 };
 // Measured on Intel Emerald Rapids (2 MB of second-level cache), two threads, W cold, at 7168 x 2048 unless stated;
 // "before": loops of 2 x 2 tiles that prefetched each line of W six times (nn: three times) and nothing of x. Figures
@@ -79,6 +80,7 @@ inline constexpr Amx kAmxIntel{.chunk = 16,
                                .most_rows = 2048,
                                .few_rows = 128,
                                .few = {.depth = 4, .cblocks = 4, .ahead = 4, .row_lines = 0},
-                               .many = {.depth = 8, .cblocks = 16, .ahead = 2, .row_lines = 4}};
+                               .many = {.depth = 8, .cblocks = 16, .ahead = 2, .row_lines = 4},
+                               .shared_depth = 4};
 
 }  // namespace ktv::tuning

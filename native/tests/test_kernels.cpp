@@ -338,6 +338,46 @@ void activation(const Set& set, Random& random, int few) {
     check(right, "%s silu_mul", set.name);
 }
 
+// A row's sums have the same bits whatever its place, and whatever the number of rows and of column blocks. Two operands
+// share a W of `kblocks`, as the halves of a small activation do, behind a W of one operand.
+void nn_in_any_place(const Set& set, Random& random, int kblocks) {
+    const std::vector<int> lengths = {9, kblocks, kblocks};
+    constexpr int wide = 16;
+    std::vector<std::vector<bf16>> one, w;
+    for (const int length : lengths) {
+        one.push_back(random.bf16s(length * kBlock, 1));
+        w.push_back(random.bf16s(length * wide * kBlockSize, 1));
+    }
+    w[2] = w[1];
+    std::vector<float> first;
+    bool same = true;
+    for (const int rows : {1, 4, 5, 16, 33, 128, 129, 256}) {
+        std::vector<std::vector<bf16>> g;
+        std::vector<NnSegment> segments;
+        for (std::size_t s = 0; s < lengths.size(); ++s) {
+            auto& all = g.emplace_back();
+            const std::size_t padded = nn_stride(rows) / kBlock;
+            for (std::size_t row = 0; row < padded; ++row) all.insert(all.end(), one[s].begin(), one[s].end());
+            const auto& from = w[std::min<std::size_t>(s, 1)];
+            segments.push_back(
+                {all.data(), one[s].size(), from.data(), wide * kBlockSize, nullptr, 0, lengths[s], 0, false, nullptr});
+        }
+        const int cblocks = std::min(set.kernels->cblocks(rows), wide);
+        std::vector<float> c(cblocks * nn_stride(rows));
+        set.kernels->enter();
+        set.kernels->nn(segments.data(), static_cast<int>(segments.size()), rows, cblocks, c.data());
+        set.kernels->leave();
+        for (int cb = 0; cb < kPanelBlocks; ++cb) {
+            for (int col = 0; col < kBlock; ++col) {
+                if (rows == 1) first.push_back(c[cb * nn_stride(rows) + col]);
+                for (int row = 0; row < rows; ++row)
+                    same &= c[cb * nn_stride(rows) + row * kBlock + col] == first[cb * kBlock + col];
+            }
+        }
+    }
+    check(same, "%s nn, %d k-blocks: bits depend on the number of rows", set.name, kblocks);
+}
+
 void transpose(const Set& set, int rows, int cols) {
     const std::size_t stride = nn_stride(rows);
     const auto at = [&](int i, int j) { return j / kBlock * stride + i * kBlock + j % kBlock; };
@@ -410,6 +450,7 @@ void test(const Set& set) {
     for (const int rows : {3, 8, 16, 21}) {
         for (const bool gathered : {false, true}) nn(set, random, rows, {10, 10, 3}, 4, gathered, 3);
     }
+    for (const int kblocks : {4, 5, 6, 8}) nn_in_any_place(set, random, kblocks);
     for (const int rows : {1, 8, 16, 17, 32, 40}) {
         for (const int cols : {1, 15, 16, 100, 128}) transpose(set, rows, cols);
     }

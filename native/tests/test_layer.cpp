@@ -50,6 +50,29 @@ void test_shape(const Shape& s) {
     }
 }
 
+// A token's output and gradients have the same bits with many and with few other tokens of its expert.
+void test_rows(int rank) {
+    const Shape many{1, 1, 33, 66, 130, rank, 1, true};
+    Shape few = many;
+    few.T = 12;  // more than any instruction set's few_rows
+    Problem all(many), some(few);
+    some.gate = all.gate, some.up = all.up, some.down = all.down, some.lora32 = all.lora32;
+    std::copy_n(all.x.begin(), some.x.size(), some.x.begin());
+    std::copy_n(all.grad_output.begin(), some.x.size(), some.grad_output.begin());
+    std::copy_n(all.weights.begin(), few.T, some.weights.begin());
+    for (const std::string& isa : available_isas()) {
+        const auto of_all = all.run(*all.layer(isa, 1)), of_some = some.run(*some.layer(isa, 1));
+        const auto same = [&](const char* what, auto from_all, auto from_some, std::size_t count) {
+            check(std::equal(from_some, from_some + static_cast<std::ptrdiff_t>(count), from_all),
+                  "%s, rank %d: the %s of %d tokens depends on the others", isa.c_str(), rank, what, few.T);
+        };
+        const auto rows = [](const Problem& p) { return static_cast<std::ptrdiff_t>(p.x.size()); };
+        same("output", of_all.begin(), of_some.begin(), some.x.size());
+        same("grad_input", of_all.begin() + rows(all), of_some.begin() + rows(some), some.x.size());
+        same("routing gradient", of_all.end() - many.T, of_some.end() - few.T, static_cast<std::size_t>(few.T));
+    }
+}
+
 // Layers of different sizes from several threads; two threads share one of them, whose experts are packed meanwhile.
 // Another thread reads the counts, which wait for no computation.
 void test_threads(Problem& small) {
@@ -185,6 +208,7 @@ int main() {
              {1, 1, 97, 47, 11, 16, 1, false},
              {1, 1, 97, 47, 12, 16, 1, false}})
         test_shape(shape);
+    for (const int rank : {65, 96, 128, 160}) test_rows(rank);
     test_threads(small);
     test_changes_meanwhile(small);
     return finish();
