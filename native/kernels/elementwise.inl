@@ -198,8 +198,7 @@ KTV_INLINE const float* in_nn(const float* c, std::size_t stride, int row, int c
 }
 
 void silu_mul_grad(const float* c, std::size_t stride, int rows, int cblocks, const float* weight, const float* g,
-                   const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot,
-                   std::size_t dot_stride) {
+                   const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot) {
     for (int row = 0; row < rows; ++row) {
         F sum{};
         const F w = splat(weight[row]);
@@ -215,7 +214,7 @@ void silu_mul_grad(const float* c, std::size_t stride, int rows, int cblocks, co
             store_bf16(grad_u + at, dh * silu);
             store_bf16(grad_g + at, dh * up * (s.value * (splat(1.0f) + gate * s.complement)));
         }
-        dot[row * dot_stride] = sum_of_lanes(sum);
+        dot[row] = sum_of_lanes(sum);
     }
 }
 

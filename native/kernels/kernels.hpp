@@ -114,10 +114,10 @@ struct Kernels {
                          std::size_t keep_ld);
     // c: an nn result with `stride` elements from one of its `cblocks` column blocks to the next, dO Wd + s (dO Bd) Ad
     // without the routing weight; g, u [rows][ld] fp32. Writes grad_g, grad_u, h [rows][ld] bf16 and the partial sums
-    // of <grad_h, h> over these columns to dot[rows * dot_stride].
+    // of <grad_h, h> over these columns to dot[rows].
     void (*silu_mul_grad)(const float* c, std::size_t stride, int rows, int cblocks, const float* weight,
                           const float* g, const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h,
-                          float* dot, std::size_t dot_stride);
+                          float* dot);
     // c: an nt result of one strip (columns of the output) -> sum[token[i]][0..32) += weight[i] * c[.][i], sum rows ld
     // apart, fp32.
     void (*add_transposed)(const float* c, int rows, const std::int32_t* token, const float* weight, float* sum,

@@ -71,7 +71,7 @@ void Backward::carve(Carver& carver) {
     carver.take(zeros_, std::max(hidden_, inter_));
     carver.take(scratch_, layer_.workers * (scratch_size_ + kGradRows * kPanelCols));
     sums_.carve(carver, layer_.workers);
-    carver.take(segments_, layer_.workers * 2 * config_.parts);
+    carver.take(segments_, layer_.workers * segments_of_worker_);
 }
 
 void Backward::run(Process& shared, Team& team, Recording& recording) {
@@ -85,8 +85,8 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
 
     constexpr int tokens = 256;  // of a task of weight_grad
     const int parts = config_.parts, token_chunks = (call_.rows + tokens - 1) / tokens;
-    TaskQueue gathering(parts, team, groups_),
-        downing(parts, team, active_, (i_panels_ + down_panels_ - 1) / down_panels_), ranking(parts, team, groups_),
+    TaskQueue gathering(parts, team, kblocks_),
+        downing(parts, team, active_, (i_panels_ + down_panels_ - 1) / down_panels_), ranking(parts, team, kblocks_),
         inputs(parts, team, active_, (h_panels_ + input_panels_ - 1) / input_panels_),
         loras(1, team, active_, lora_tasks_), idles(1, team, static_cast<int>(idle_.size())),
         routings(1, team, token_chunks);
@@ -95,12 +95,12 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         float* scratch = scratch_ + index * (scratch_size_ + kGradRows * kPanelCols);
         Worker worker{index, scratch, scratch + scratch_size_, recording.watch(index)};
         kernels_.enter();
-        gathering.work(index, [&](const Task& task) { gather(worker, task.part, task.row); });
+        gathering.work(index, [&](const Task& task) { gather(worker, task.part, routing_.kblock(task.row)); });
         end_stage(worker.watch, team);
         downing.work(index, [&](const Task& task) { down_grad(worker, task); });
         end_stage(worker.watch, team);
         if (with_lora_) {
-            ranking.work(index, [&](const Task& task) { rank_grad(worker, task.part, task.row); });
+            ranking.work(index, [&](const Task& task) { rank_grad(worker, task.part, routing_.kblock(task.row)); });
             end_stage(worker.watch, team);
         }
         inputs.work(index, [&](const Task& task) { input_grad(worker, task); });
@@ -170,21 +170,20 @@ void Backward::prepare_rows_of_x() {
     }
 }
 
-// Stores columns 0..cols of c, an nn result of one group, twice: without padding rows in `plain`; all columns of the
-// group in `transposed`, where padding is zero.
-void Backward::put_small(const float* c, int cols, int group, const Small& to) const {
-    const Routing::Columns place = routing_.columns(group);
-    const std::size_t row0 = group * kGroup;
+// Stores columns 0..cols of c, the nn result of a k-block, twice: without padding rows in `plain`; all columns of the
+// k-block in `transposed`, where padding is zero.
+void Backward::put_small(const float* c, int cols, const Routing::KBlock& block, const Small& to) const {
+    const std::size_t row0 = block.row, stride = nn_stride(block.rows);
     const auto scaled = [&](int t, int n) {
-        return config_.scaling * c[n / kBlock * nn_stride(1) + t * kBlock + n % kBlock];
+        return config_.scaling * c[n / kBlock * stride + t * kBlock + n % kBlock];
     };
-    for (int t = 0; t < place.rows; ++t) {
+    for (int t = 0; t < block.rows; ++t) {
         for (int n = 0; n < cols; ++n) put(to.plain, (row0 + t) * to.ld + to.first + n, scaled(t, n));
     }
     for (int n = 0; n < cols && to.first + n < to.rows; ++n) {
-        const std::size_t at_row = (to.first + n) * place.ld + place.first;
-        for (int t = 0; t < static_cast<int>(place.width); ++t) {
-            const bool real = t < place.rows;
+        const std::size_t at_row = (to.first + n) * block.ld + block.first;
+        for (int t = 0; t < kBlock; ++t) {
+            const bool real = t < block.rows;
             const float value = real ? scaled(t, n) : 0.0f;
             const float w = to.weighted && real ? routing_.weight[row0 + t] : 1.0f;
             put(to.transposed, at_row + t, w * value);
@@ -192,31 +191,29 @@ void Backward::put_small(const float* c, int cols, int group, const Small& to) c
     }
 }
 
-// `from` [16][ld], rows of one group, times a LoRA B of `kblocks` rows of blocks, whose first `columns` columns count.
-void Backward::multiply_b(Worker& worker, int group, const bf16* from, std::size_t ld, const Pair& b, int kblocks,
-                          int columns, Small to) const {
+// `from` [..][ld], the rows of a k-block, times a LoRA B of `kblocks` rows of blocks, whose first `columns` columns count.
+void Backward::multiply_b(Worker& worker, const Routing::KBlock& block, const bf16* from, std::size_t ld, const Pair& b,
+                          int kblocks, int columns, Small to) const {
     for (int nb = 0; nb < size_.rb; nb += kPanelBlocks, to.first += kPanelCols) {
         const int cblocks = std::min(kPanelBlocks, size_.rb - nb);
         NnSegment segments[2];
         for (int term = 0; term < layer_.terms(); ++term)
             segments[term] =
                 segment(from, ld, (term == 0 ? b.hi : b.lo) + nb * kBlockSize, layer_.panel(size_.rb), kblocks);
-        kernels_.nn(segments, layer_.terms(), routing_.columns(group).rows, cblocks, worker.c);
-        put_small(worker.c, std::min(cblocks * kBlock, columns - nb * kBlock), group, to);
+        kernels_.nn(segments, layer_.terms(), block.rows, cblocks, worker.c);
+        put_small(worker.c, std::min(cblocks * kBlock, columns - nb * kBlock), block, to);
     }
 }
 
-void Backward::gather(Worker& worker, int p, int group) {
+void Backward::gather(Worker& worker, int p, const Routing::KBlock& block) {
     Part& part = parts_[p];
-    const Routing::Expert& expert = routing_.expert_at(group);
-    const Routing::Columns place = routing_.columns(group);
-    const std::size_t row0 = group * kGroup, k = expert.first_k + place.first, rows = place.rows;
+    const std::size_t row0 = block.row, k = block.expert.first_k + block.first, rows = block.rows;
     for (std::size_t t = 0; t < rows; ++t) {
         bf16* row = part.out + (row0 + t) * hidden_;
         std::memcpy(row, call_.grad_output + routing_.token[row0 + t] * H_, H_ * sizeof(bf16));
         std::memset(row + H_, 0, (hidden_ - H_) * sizeof(bf16));
     }
-    for (std::size_t t = 0; t < place.width; ++t) {
+    for (std::size_t t = 0; t < kBlock; ++t) {
         const bool real = t < rows;
         const std::size_t row = row0 + t;
         part.out_rows[k + t] = real ? part.out + row * hidden_ : zeros_;
@@ -225,29 +222,27 @@ void Backward::gather(Worker& worker, int p, int group) {
         part.h_rows[k + t] = real ? part.h + row * inter_ : zeros_;
     }
     worker.watch.lap(Phase::scatter);
-    const Pair b = at(lora_.down_b, expert.expert * layer_.lora_strides().down_b);
-    const Pair transposed = at(part.ob_t, wide(expert.first_k) * size_.rank_rows());
-    multiply_b(worker, group, part.out + row0 * hidden_, hidden_, b, size_.hb, size_.rank(),
+    const Pair b = at(lora_.down_b, block.expert.expert * layer_.lora_strides().down_b);
+    const Pair transposed = at(part.ob_t, wide(block.expert.first_k) * size_.rank_rows());
+    multiply_b(worker, block, part.out + row0 * hidden_, hidden_, b, size_.hb, size_.rank(),
                {part.ob, rank_, 0, transposed, wide(size_.rank_rows()), true});
     worker.watch.lap(Phase::down_lora_b);
 }
 
-void Backward::rank_grad(Worker& worker, int p, int group) {
+void Backward::rank_grad(Worker& worker, int p, const Routing::KBlock& block) {
     Part& part = parts_[p];
-    const Routing::Expert& expert = routing_.expert_at(group);
-    const Routing::Columns place = routing_.columns(group);
-    const std::size_t row0 = group * kGroup, rows2 = size_.rank2_rows();
-    const Pair transposed = at(part.xa_t, expert.first_k * rows2);
+    const std::size_t row0 = block.row, rows2 = size_.rank2_rows();
+    const Pair transposed = at(part.xa_t, block.expert.first_k * rows2);
     // Rows and columns beyond 2 r are multiplied with padding: they must be zero, not a value of the last call.
     for (std::size_t n = 2 * r_; n < rows2; ++n) {
-        for (std::size_t t = 0; t < place.width; ++t) put(transposed, n * place.ld + place.first + t, 0.0f);
+        for (std::size_t t = 0; t < kBlock; ++t) put(transposed, n * block.ld + block.first + t, 0.0f);
     }
-    for (int t = 0; t < place.rows; ++t) {
+    for (int t = 0; t < block.rows; ++t) {
         for (std::size_t n = 2 * r_; n < rank2_; ++n) put(part.xa, (row0 + t) * rank2_ + n, 0.0f);
     }
-    const std::size_t at_b = expert.expert * layer_.lora_strides().gate_b;
+    const std::size_t at_b = block.expert.expert * layer_.lora_strides().gate_b;
     for (const bool up : {false, true})
-        multiply_b(worker, group, (up ? part.u : part.g) + row0 * inter_, inter_,
+        multiply_b(worker, block, (up ? part.u : part.g) + row0 * inter_, inter_,
                    at((up ? lora_.up_b : lora_.gate_b)[p], at_b), size_.ib, size_.r,
                    {part.xa, rank2_, up ? r_ : 0, transposed, rows2, false});
     worker.watch.lap(Phase::gate_up_lora_b);
@@ -260,7 +255,7 @@ void Backward::weight_grad(int first, int last) {
         float sum = 0.0f;
         const int row = routing_.row_of[i];
         for (std::size_t p = 0; row >= 0 && p < parts_.size(); ++p) {
-            for (int dot = 0; dot < dots_; ++dot) sum += parts_[p].dot[wide(row) * dots_ + dot];
+            for (int dot = 0; dot < dots_; ++dot) sum += parts_[p].dot[wide(dot) * routing_.rows + row];
         }
         call_.grad_weights[i] = sum;
     }

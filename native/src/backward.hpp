@@ -1,8 +1,8 @@
 // One backward call: its working buffers, and a function for each kind of task.
 //
-//   1 gather  per (part, group of 16 rows):         rows of dO by expert, and dO Bd
+//   1 gather  per (part, 32 rows of an expert):     rows of dO by expert, and dO Bd
 //   2 down    per (part, expert, panels of I):      dh with its LoRA; dg, du, h, and partial sums of dw
-//   3 rank    per (part, group):                    dg Bg, du Bu
+//   3 rank    per (part, 32 rows of an expert):     dg Bg, du Bu
 //   4 input   per (part, expert, panels of H):      dx with its LoRA, added in the order of the experts; and the six
 //             LoRA gradients (lora_grads.cpp), as products whose reduction runs over the tokens
 //
@@ -70,10 +70,10 @@ class Backward {
         Pair ob, ob_t;                            // s dO Bd: [rows][rank]; (w s dO Bd)ᵀ: per expert [rank_rows][tokens]
         bf16 *g, *u, *h;                          // dg, du, h: [rows][inter_ld]
         const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
-        float* dot;                               // partial sums of dw: [rows][dots]
+        float* dot;                               // partial sums of dw: [dots][rows]
         Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
     };
-    // The two destinations of a small activation of 16 rows: rows [row][ld] from column `first` on, and its transpose,
+    // The two destinations of a small activation of a k-block: rows [row][ld] from column `first` on, and its transpose,
     // of which the first `rows` rows are stored.
     struct Small {
         const Pair& plain;
@@ -109,9 +109,9 @@ class Backward {
     void prepare_sums();
     void prepare_rows_of_x();
 
-    void gather(Worker& worker, int p, int group);
+    void gather(Worker& worker, int p, const Routing::KBlock& block);
     void down_grad(Worker& worker, const Task& task);
-    void rank_grad(Worker& worker, int p, int group);
+    void rank_grad(Worker& worker, int p, const Routing::KBlock& block);
     void input_grad(Worker& worker, const Task& task);
     // Column blocks of a task, multiplied `batch` at a time.
     struct Panels {
@@ -122,9 +122,9 @@ class Backward {
     const bf16* next_weights(const Task& task, const Panels& panels, int at, bool last_rows,
                              const WeightsOf& weights_of) const;
     void weight_grad(int first, int last);
-    void put_small(const float* c, int cols, int group, const Small& to) const;
-    void multiply_b(Worker& worker, int group, const bf16* from, std::size_t ld, const Pair& b, int kblocks,
-                    int columns, Small to) const;
+    void put_small(const float* c, int cols, const Routing::KBlock& block, const Small& to) const;
+    void multiply_b(Worker& worker, const Routing::KBlock& block, const bf16* from, std::size_t ld, const Pair& b,
+                    int kblocks, int columns, Small to) const;
 
     // lora_grads.cpp
     void lora_grad(Worker& worker, const Task& task);
@@ -146,7 +146,7 @@ class Backward {
     const Routing& routing_ = kept_.routing;
     const LoraPack& lora_ = *kept_.lora;
     const bool with_lora_ = config_.lora_backward;
-    const int groups_ = routing_.rows / kGroup, active_ = static_cast<int>(routing_.experts.size());
+    const int kblocks_ = routing_.k_rows / kBlock, active_ = static_cast<int>(routing_.experts.size());
     const int i_panels_ = panels_of(size_.ib), h_panels_ = panels_of(size_.hb);
     // Partial sums of dw, a row. Without LoRA in the gradients, it needs further ones for the LoRA of the forward.
     const int dots_ = with_lora_ ? i_panels_ : 2 * i_panels_;
@@ -164,8 +164,9 @@ class Backward {
     std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     bf16* zeros_ = nullptr;
     float* scratch_ = nullptr;
-    // [worker][2 parts]. Workers allocate nothing, because no caller could catch what an allocation throws.
+    // [worker][segments_of_worker_]. Workers allocate nothing, because no caller could catch what an allocation throws.
     NnSegment* segments_ = nullptr;
+    const std::size_t segments_of_worker_ = whole_lines<NnSegment>(2 * config_.parts);
 
     std::vector<std::size_t> grad_sizes_ = layer_.grad_sizes();
     std::vector<GradWriter> write_;    // in the order of LoraPointers

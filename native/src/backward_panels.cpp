@@ -79,7 +79,7 @@ void Backward::down_grad(Worker& worker, const Task& task) {
                     kernels_.silu_mul_grad(worker.c + cb * nn_stride(count), nn_stride(count), count,
                                            std::min(kPanelBlocks, cblocks - cb), routing_.weight.data() + row,
                                            was.g + to, was.u + to, inter_, part.g + to, part.u + to, part.h + to,
-                                           part.dot + row * dots_ + slot + panel, dots_);
+                                           part.dot + wide(slot + panel) * routing_.rows + row);
                 }
                 worker.watch.lap(Phase::activation_grad);
             };

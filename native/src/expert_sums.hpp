@@ -31,7 +31,7 @@ class ExpertSums {
     // an allocation throws.
     void carve(Carver& carver, int workers) {
         carver.take(sums_, parts_ * strips_ * tokens_ * width_);
-        carver.take(pointers_, workers * parts_);
+        carver.take(pointers_, workers * pointers_of_worker_);
     }
     float* strip(int part, int column) const { return sums_ + (part * strips_ + column) * tokens_ * width_; }
     // Waits until the earlier experts have added to the task's strip, and clears it for the first one.
@@ -44,8 +44,8 @@ class ExpertSums {
     void end(const Task& task, int worker) {
         turns_.pass(task);
         if (task.row < experts_ - 1) return;
-        if (parts_done_[task.column].fetch_add(1, std::memory_order_acq_rel) < parts_ - 1) return;
-        const float** sums = pointers_ + worker * parts_;
+        if (parts_done_[task.column].value.fetch_add(1, std::memory_order_acq_rel) < parts_ - 1) return;
+        const float** sums = pointers_ + worker * pointers_of_worker_;
         const int first = task.column * width_, count = std::min(width_, columns_ - first);
         for (std::size_t t = 0; t < tokens_; ++t) {
             for (int part = 0; part < parts_; ++part) sums[part] = strip(part, task.column) + t * width_;
@@ -59,9 +59,10 @@ class ExpertSums {
     const std::size_t tokens_;
     bf16* const out_;
     float* sums_ = nullptr;
-    const float** pointers_ = nullptr;  // [worker][part]
+    const float** pointers_ = nullptr;  // [worker][pointers_of_worker_], of the parts
+    const std::size_t pointers_of_worker_ = whole_lines<const float*>(parts_);
     Turns turns_{parts_, strips_};
-    std::vector<std::atomic<int>> parts_done_ = std::vector<std::atomic<int>>(strips_);
+    std::vector<Counter> parts_done_ = std::vector<Counter>(strips_);
 };
 
 }  // namespace ktv

@@ -116,19 +116,19 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     if (!wanted.empty()) caller_.lap(Phase::pack_weights);
 
     const int parts = config_.parts, copies = call_.save ? groups_of(call_.rows + 1) : 0;
-    TaskQueue copying(1, team, copies), packing(parts, team, groups_),
-        upping(parts, team, active_, (size_.ib + up_strips_ - 1) / up_strips_), ranking(parts, team, groups_),
+    TaskQueue copying(1, team, copies), packing(parts, team, kblocks_),
+        upping(parts, team, active_, (size_.ib + up_strips_ - 1) / up_strips_), ranking(parts, team, kblocks_),
         downing(parts, team, active_, (size_.hb + down_strips_ - 1) / down_strips_);
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
         Worker worker{index, scratch_ + index * scratch_size_, recording.watch(index)};
         kernels_.enter();
-        packing.work(index, [&](const Task& task) { pack(worker, task.part, task.row); });
+        packing.work(index, [&](const Task& task) { pack(worker, task.part, routing_.kblock(task.row)); });
         copying.work(index, [&](const Task& task) { keep_rows(worker, task.row); });
         end_stage(worker.watch, team);
         upping.work(index, [&](const Task& task) { up(worker, task); });
         end_stage(worker.watch, team);
-        ranking.work(index, [&](const Task& task) { rank(worker, task.part, task.row); });
+        ranking.work(index, [&](const Task& task) { rank(worker, task.part, routing_.kblock(task.row)); });
         end_stage(worker.watch, team);
         downing.work(index, [&](const Task& task) { down(worker, task); });
         kernels_.leave();
@@ -148,14 +148,13 @@ std::vector<int> Forward::new_experts() const {
     return wanted;
 }
 
-// The first `columns` rows of a LoRA A, whose pack starts at `a`, times the tokens of one group; store(n, t, value) gets
+// The first `columns` rows of a LoRA A, whose pack starts at `a`, times the tokens of a k-block; store(n, t, value) gets
 // each element, scaled.
 template <typename Store>
-void Forward::multiply_a(Worker& worker, int group, const Pair& a, int columns, const bf16* tokens, std::size_t stride,
-                         int kblocks, const Store& store) const {
-    const Routing::Expert& expert = routing_.expert_at(group);
-    const Order order = order_of(expert);
-    const int rows = routing_.columns(group).rows, terms = layer_.terms();
+void Forward::multiply_a(Worker& worker, const Routing::KBlock& block, const Pair& a, int columns, const bf16* tokens,
+                         std::size_t stride, int kblocks, const Store& store) const {
+    const Order order = order_of(block.expert);
+    const int terms = layer_.terms();
     constexpr int most = 2;  // strips of a call
     for (int first = 0; first < columns; first += most * kBlock) {
         NtSegment segments[most * 2];
@@ -163,27 +162,28 @@ void Forward::multiply_a(Worker& worker, int group, const Pair& a, int columns, 
         for (int i = 0; i < strips * terms; ++i)
             segments[i] = {(i % terms == 0 ? a.hi : a.lo) + (first / kBlock + i / terms) * layer_.panel(kblocks),
                            tokens, stride, kblocks};
-        multiply(expert, segments, terms, strips, rows, worker.c);
+        multiply(block.expert, segments, terms, strips, block.rows, worker.c);
         for (int j = 0; j < strips * kBlock && first + j < columns; ++j) {
-            for (int t = 0; t < rows; ++t) store(first + j, t, config_.scaling * worker.c[order.in_result(j, t)]);
+            for (int t = 0; t < block.rows; ++t)
+                store(first + j, t, config_.scaling * worker.c[order.in_result(j, t, block.groups)]);
         }
     }
 }
 
-// Stores element n of token t of a small activation into its group's pack, which starts at `from`.
+// Stores element n of token t of a small activation into its pack; that of the first token's group starts at `from`.
 void Forward::put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const {
     const Split s = split(value);
-    to.hi[from + order.in_pack(n, t)] = s.hi;
+    to.hi[from + order.in_pack(n, t, r_stride_)] = s.hi;
     if (size_.side_by_side()) {
-        to.hi[from + order.in_pack(n + kBlock / 2, t)] = s.lo;
+        to.hi[from + order.in_pack(n + kBlock / 2, t, r_stride_)] = s.lo;
     } else {
-        to.lo[from + order.in_pack(n, t)] = s.lo;
+        to.lo[from + order.in_pack(n, t, r_stride_)] = s.lo;
     }
 }
 
-// Clears a group's columns of the first `rows` rows of an operand whose reduction index is the token.
-void Forward::clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const {
-    for (int row = 0; row < rows; ++row) clear(to, at + row * columns.ld + columns.first, columns.width);
+// Clears a k-block of the first `rows` rows of an operand whose reduction index is the token.
+void Forward::clear_kept(const Pair& to, std::size_t at, int rows, const Routing::KBlock& block) const {
+    for (int row = 0; row < rows; ++row) clear(to, at + row * block.ld + block.first, kBlock);
 }
 
 // Copies 16 of the rows of x for backward, padded to whole blocks; a zero row follows the last.
@@ -198,53 +198,52 @@ void Forward::keep_rows(Worker& worker, int first_group) {
     worker.watch.lap(Phase::pack_input);
 }
 
-void Forward::pack(Worker& worker, int p, int group) {
+void Forward::pack(Worker& worker, int p, const Routing::KBlock& block) {
     Part& part = parts_[p];
-    const Routing::Expert& expert = routing_.expert_at(group);
-    const Order order = order_of(expert);
-    const bf16* token[kGroup];
-    for (int t = 0; t < kGroup; ++t) {
-        const int id = routing_.token[group * kGroup + t];
-        token[t] = id < 0 ? nullptr : call_.x + wide(id) * size_.H;
-    }
-    bf16* packed_x = part.x_pack + group * x_stride_;
-    if (order.few > 0) {
-        pack_few(token, order.few, size_.H, size_.hb, packed_x);
-    } else {
-        kernels_.pack_tokens(token, size_.H, size_.hb, packed_x);
+    const Order order = order_of(block.expert);
+    bf16* packed_x = part.x_pack + block.group * x_stride_;
+    for (int group = 0; group < block.groups; ++group) {
+        const bf16* token[kGroup];
+        for (int t = 0; t < kGroup; ++t) {
+            const int id = routing_.token[block.row + group * kGroup + t];
+            token[t] = id < 0 ? nullptr : call_.x + wide(id) * size_.H;
+        }
+        if (order.few > 0) {
+            pack_few(token, order.few, size_.H, size_.hb, packed_x);
+        } else {
+            kernels_.pack_tokens(token, size_.H, size_.hb, packed_x + group * x_stride_);
+        }
     }
     worker.watch.lap(Phase::pack_input);
 
     const bool keep = keep_lora_ && p == 0;  // the same for every part
-    const Routing::Columns to = routing_.columns(group);
-    const std::size_t kept_at = wide(expert.first_k) * 2 * size_.rank_rows(), pack_at = group * r_stride_;
-    clear(part.gate_xa, pack_at, r_stride_);
-    clear(part.up_xa, pack_at, r_stride_);
-    if (keep) clear_kept(kept_.xa_t, kept_at, 2 * size_.rank_rows(), to);
-    multiply_a(worker, group, at(lora_.gate_up_a, expert.expert * strides_.gate_up_a), 2 * size_.r, packed_x, x_stride_,
+    const int expert = block.expert.expert, rank_rows = size_.rank_rows();
+    const std::size_t kept_at = wide(block.expert.first_k) * 2 * rank_rows, pack_at = block.group * r_stride_;
+    clear(part.gate_xa, pack_at, block.groups * r_stride_);
+    clear(part.up_xa, pack_at, block.groups * r_stride_);
+    if (keep) clear_kept(kept_.xa_t, kept_at, 2 * rank_rows, block);
+    multiply_a(worker, block, at(lora_.gate_up_a, expert * strides_.gate_up_a), 2 * size_.r, packed_x, x_stride_,
                size_.hb, [&](int row, int t, float value) {
                    const bool is_up = row >= size_.r;
-                   const int n = is_up ? row - size_.r : row, kept_row = is_up ? size_.rank_rows() + n : n;
+                   const int n = is_up ? row - size_.r : row, kept_row = is_up ? rank_rows + n : n;
                    put_packed(is_up ? part.up_xa : part.gate_xa, pack_at, n, t, order, value);
-                   if (keep) put(kept_.xa_t, kept_at + kept_row * to.ld + to.first + t, value);
+                   if (keep) put(kept_.xa_t, kept_at + kept_row * block.ld + block.first + t, value);
                });
     worker.watch.lap(Phase::gate_up_lora_a);
 }
 
-void Forward::rank(Worker& worker, int p, int group) {
+void Forward::rank(Worker& worker, int p, const Routing::KBlock& block) {
     Part& part = parts_[p];
-    const Routing::Expert& expert = routing_.expert_at(group);
     const Pair& kept_to = kept_.parts[p].ha_t;
-    const Routing::Columns to = routing_.columns(group);
-    const std::size_t kept_at = wide(expert.first_k) * size_.rank_rows(), pack_at = group * r_stride_;
-    const float* weight = routing_.weight.data() + group * kGroup;
-    const Order order = order_of(expert);
-    clear(part.ha, pack_at, r_stride_);
-    if (keep_lora_) clear_kept(kept_to, kept_at, size_.rank_rows(), to);
-    multiply_a(worker, group, at(lora_.down_a[p], expert.expert * strides_.down_a), size_.r,
-               part.h_pack + group * h_stride_, h_stride_, size_.ib, [&](int n, int t, float value) {
+    const std::size_t kept_at = wide(block.expert.first_k) * size_.rank_rows(), pack_at = block.group * r_stride_;
+    const float* weight = routing_.weight.data() + block.row;
+    const Order order = order_of(block.expert);
+    clear(part.ha, pack_at, block.groups * r_stride_);
+    if (keep_lora_) clear_kept(kept_to, kept_at, size_.rank_rows(), block);
+    multiply_a(worker, block, at(lora_.down_a[p], block.expert.expert * strides_.down_a), size_.r,
+               part.h_pack + block.group * h_stride_, h_stride_, size_.ib, [&](int n, int t, float value) {
                    put_packed(part.ha, pack_at, n, t, order, value);
-                   if (keep_lora_) put(kept_to, kept_at + n * to.ld + to.first + t, weight[t] * value);
+                   if (keep_lora_) put(kept_to, kept_at + n * block.ld + block.first + t, weight[t] * value);
                });
     worker.watch.lap(Phase::down_lora_a);
 }

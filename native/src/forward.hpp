@@ -1,11 +1,11 @@
 // One forward call: its working buffers, and a function for each kind of task.
 //
-//   1 pack    per (part, group of 16 rows):      token pack of x, and x Aᵀ of gate and up while the pack is in cache
+//   1 pack    per (part, 32 rows of an expert):  token packs of x, and x Aᵀ of gate and up while they are in cache
 //   2 up      per (part, expert, strips of I):   g, u with their LoRA in one product; h = silu(g) u, packed
-//   3 rank    per (part, group):                 h Adᵀ
+//   3 rank    per (part, 32 rows of an expert):  h Adᵀ
 //   4 down    per (part, expert, strips of H):   y with its LoRA, added to the output in the order of the experts
 //
-// A strip is 32 rows. A worker's scratch holds the results of one call of nt (kernels.hpp), which activation and sums
+// A strip is 32 rows of W. A worker's scratch holds the results of one call of nt (kernels.hpp), which activation and sums
 // read where they are.
 #pragma once
 
@@ -43,22 +43,23 @@ class Forward {
     std::vector<int> new_experts() const;
 
     void keep_rows(Worker& worker, int first_group);
-    void pack(Worker& worker, int p, int group);
+    void pack(Worker& worker, int p, const Routing::KBlock& block);
     void up(Worker& worker, const Task& task);
-    void rank(Worker& worker, int p, int group);
+    void rank(Worker& worker, int p, const Routing::KBlock& block);
     void down(Worker& worker, const Task& task);
 
     // The order of an expert's tokens in packs and in the results of multiply_a; see kernels.hpp.
     struct Order {
         int few;  // the number of few tokens; 0: groups of 16
         std::size_t k_block() const { return few > 0 ? few * kBlock : kPackSize; }
-        // Element (token t, index n), in one group's pack and in multiply_a's c.
-        std::size_t in_pack(int n, int t) const {
-            const int at = few > 0 ? t * kBlock + n % kBlock : (n % kBlock / 2 * kGroup + t) * 2 + n % 2;
-            return n / kBlock * k_block() + at;
+        // Element (token t, index n), in packs `stride` apart, and in a result of `groups` groups.
+        std::size_t in_pack(int n, int t, std::size_t stride) const {
+            if (few > 0) return (n / kBlock * few + t) * kBlock + n % kBlock;
+            return t / kGroup * stride + n / kBlock * kPackSize + (n % kBlock / 2 * kGroup + t % kGroup) * 2 + n % 2;
         }
-        std::size_t in_result(int n, int t) const {
-            return few > 0 ? (n / kBlock * few + t) * kBlock + n % kBlock : n * kGroup + t;
+        std::size_t in_result(int n, int t, int groups) const {
+            if (few > 0) return (n / kBlock * few + t) * kBlock + n % kBlock;
+            return (n / kBlock * groups + t / kGroup) * kResultSize + n % kBlock * kGroup + t % kGroup;
         }
     };
 
@@ -69,8 +70,8 @@ class Forward {
     std::size_t result_size(const Routing::Expert& expert, int rows) const;
     std::size_t scratch_size() const;
     template <typename Store>
-    void multiply_a(Worker& worker, int group, const Pair& a, int columns, const bf16* tokens, std::size_t stride,
-                    int kblocks, const Store& store) const;
+    void multiply_a(Worker& worker, const Routing::KBlock& block, const Pair& a, int columns, const bf16* tokens,
+                    std::size_t stride, int kblocks, const Store& store) const;
     void put_packed(const Pair& to, std::size_t from, int n, int t, Order order, float value) const;
     // Strips of a task, multiplied `batch` at a time, and how their weights lie.
     struct Strips {
@@ -80,7 +81,7 @@ class Forward {
     };
     const bf16* next_weights(const Task& task, const Strips& strips, int at, bool last_rows) const;
     void prefetch_sums(const float* sum, const RowChunk& chunk, const std::int32_t* token) const;
-    void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::Columns& columns) const;
+    void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::KBlock& block) const;
 
     Layer::State& layer_;
     Saved& kept_;
@@ -94,7 +95,8 @@ class Forward {
     const LoraPack& lora_ = *kept_.lora;
     const LoraStrides strides_ = layer_.lora_strides();
     const bool keep_lora_ = call_.save && config_.lora_backward;  // for backward's LoRA gradients
-    const int groups_ = routing_.rows / kGroup, active_ = static_cast<int>(routing_.experts.size());
+    const int groups_ = routing_.rows / kGroup, kblocks_ = routing_.k_rows / kBlock,
+              active_ = static_cast<int>(routing_.experts.size());
     const std::size_t T_ = call_.rows;
     // Elements of a group in a token pack.
     const std::size_t x_stride_ = size_.hb * kPackSize, h_stride_ = size_.ib * kPackSize,

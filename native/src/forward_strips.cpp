@@ -37,7 +37,7 @@ std::size_t Forward::result_size(const Routing::Expert& expert, int rows) const 
 
 // Elements of the largest result of a call.
 std::size_t Forward::scratch_size() const {
-    std::size_t most = 2 * kResultSize;  // multiply_a
+    std::size_t most = 2 * 2 * kResultSize;  // multiply_a: strips, groups
     for (const Routing::Expert& e : routing_.experts) {
         const int rows = RowChunk(e, 0, kernels_.most_rows).groups * kGroup;
         most = std::max(most, std::max(2, kernels_.strips(e.rows)) * (rows * wide(kBlock)));

@@ -47,7 +47,7 @@ void Backward::multiply(Worker& worker, const Slice& slice, const Product& produ
     const int cblocks = std::min(kPanelBlocks, product.blocks - slice.panel * kPanelBlocks);
     const int width = std::min(cblocks * kBlock, product.cols - slice.panel * kPanelCols);
     const int idle = (expert.kblocks * kBlock - expert.rows) / 2;
-    NnSegment* segments = segments_ + (worker.index * 2 * config_.parts);
+    NnSegment* segments = segments_ + worker.index * segments_of_worker_;
     for (int first = 0; first < product.small_rows; first += kGradRows) {
         int used = 0;
         for (int p = 0; p < parts; ++p) {

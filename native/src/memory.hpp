@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -71,6 +72,14 @@ class Carver {
     std::byte* base_;
     std::size_t used_ = 0;
 };
+
+// At least `count` elements, in whole cache lines: the share of a worker, because a line that two workers write moves
+// between their caches with each write.
+template <typename T>
+constexpr std::size_t whole_lines(std::size_t count) {
+    constexpr std::size_t each = 64 / std::gcd(std::size_t{64}, sizeof(T));
+    return (count + each - 1) / each * each;
+}
 
 // carve(Carver&) lists the arrays: the bytes that they take, and the cut of a block of so many bytes.
 template <typename Carve>

@@ -32,7 +32,7 @@ Routing route(const std::vector<std::int64_t>& ids, const float* weights, int to
         next[e] = r.rows;
         if (have == 0) continue;
         const int groups = (have + kGroup - 1) / kGroup, kblocks = (have + kBlock - 1) / kBlock;
-        r.expert_of_group.insert(r.expert_of_group.end(), groups, static_cast<std::int32_t>(r.experts.size()));
+        r.expert_of_kblock.insert(r.expert_of_kblock.end(), kblocks, static_cast<std::int32_t>(r.experts.size()));
         r.experts.push_back({e, have, r.rows, groups, r.k_rows, kblocks});
         r.rows += groups * kGroup;
         r.k_rows += kblocks * kBlock;
@@ -50,12 +50,11 @@ Routing route(const std::vector<std::int64_t>& ids, const float* weights, int to
     return r;
 }
 
-Routing::Columns Routing::columns(int group) const {
-    const Expert& e = expert_at(group);
-    const int local = group - e.first_row / kGroup;
-    const bool closes = local == e.groups - 1 && e.groups % 2 == 1;
-    return {std::min(kGroup, e.rows - local * kGroup), std::size_t(e.kblocks * kBlock), std::size_t(local * kGroup),
-            std::size_t(closes ? kBlock : kGroup)};
+Routing::KBlock Routing::kblock(int index) const {
+    const Expert& e = experts[expert_of_kblock[index]];
+    const int first = index * kBlock - e.first_k, row = e.first_row + first, rows = std::min(kBlock, e.rows - first);
+    return {
+        e, row, row / kGroup, (rows + kGroup - 1) / kGroup, rows, std::size_t(e.kblocks) * kBlock, std::size_t(first)};
 }
 
 }  // namespace ktv

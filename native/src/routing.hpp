@@ -20,19 +20,21 @@ struct Routing {
         int kblocks;    // rows / 32, rounded up
     };
     int tokens = 0, slots = 0;
-    int rows = 0;                               // padded, all experts
-    int k_rows = 0;                             // padded to 32, all experts
-    std::vector<Expert> experts;                // those with rows
-    std::vector<std::int32_t> token;            // [rows]
-    std::vector<float> weight;                  // [rows]
-    std::vector<std::int32_t> row_of;           // [tokens * slots], -1 for an empty slot
-    std::vector<std::int32_t> expert_of_group;  // [rows / 16] index into experts
+    int rows = 0;                                // padded, all experts
+    int k_rows = 0;                              // padded to 32, all experts
+    std::vector<Expert> experts;                 // those with rows
+    std::vector<std::int32_t> token;             // [rows]
+    std::vector<float> weight;                   // [rows]
+    std::vector<std::int32_t> row_of;            // [tokens * slots], -1 for an empty slot
+    std::vector<std::int32_t> expert_of_kblock;  // [k_rows / 32] index into experts
 
-    // A group's 16 rows where the row is the reduction index: columns first..first + width of an operand [..][ld] of its
-    // expert. width is 32 where the group is alone in the last k-block.
-    struct Columns {
-        int rows;  // of the 16, without padding
-        std::size_t ld, first, width;
+    // 32 rows of an expert, the last ones maybe padding, in one or two groups. Where the row is the reduction index, they
+    // are a k-block: columns first..first + 32 of an operand [..][ld] of the expert, which are whole cache lines.
+    struct KBlock {
+        const Expert& expert;
+        int row, group, groups;  // the first row and its group, and how many groups
+        int rows;                // without padding
+        std::size_t ld, first;
     };
     // Rows of an expert in the mean, rounded up.
     int mean_rows() const {
@@ -40,8 +42,7 @@ struct Routing {
         for (const Expert& e : experts) all += e.rows;
         return experts.empty() ? 1 : (all + static_cast<int>(experts.size()) - 1) / static_cast<int>(experts.size());
     }
-    const Expert& expert_at(int group) const { return experts[expert_of_group[group]]; }
-    Columns columns(int group) const;
+    KBlock kblock(int index) const;
 };
 
 // Throws BadInput with the position of an id that is neither -1 nor an expert. Takes a copy, and route() likewise, because
