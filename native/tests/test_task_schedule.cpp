@@ -1,5 +1,8 @@
-// The engine's own tasks on 60 workers in virtual time: barriers and balance.
+// The engine's own tasks on 60 workers in virtual time: barriers, balance, and which worker writes which cache line.
 #include <sys/mman.h>
+
+#include <cstring>
+#include <map>
 
 #include "instruction_sets.hpp"
 #include "problem.hpp"
@@ -172,6 +175,121 @@ void test_balance() {
     check(narrow > 5 && narrow_back > 5, "60 workers have no use for two strips");
 }
 
+// Memory in whole cache lines, with the worker that wrote each word of it in the present stage.
+class Watched {
+  public:
+    Watched(const char* name, void* data, std::size_t bytes)
+        : name_(name), data_(static_cast<std::byte*>(data)), before_(data_, data_ + bytes / kLine * kLine) {}
+    // What has changed was written by `worker`. Most has not, so it compares whole pages first.
+    void attribute(int worker) {
+        constexpr std::size_t page = 4096;
+        for (std::size_t from = 0; from < before_.size(); from += page) {
+            const std::size_t end = std::min(from + page, before_.size());
+            if (std::memcmp(data_ + from, &before_[from], end - from) == 0) continue;
+            for (std::size_t line = from; line < end; line += kLine) attribute_line(line, worker);
+        }
+    }
+    // Ends a stage: no two workers may have written different words of one line. The same words, one worker after the
+    // other, are a sum that is handed on in turn.
+    void end_stage(const char* direction, std::size_t stage) {
+        std::size_t shared = 0, first = 0;
+        for (const auto& [line, writers] : writers_) {
+            unsigned words = 0;
+            bool apart = false;
+            for (const auto& [worker, written] : writers) {
+                apart |= words != 0 && (words & written) == 0;
+                words |= written;
+            }
+            if (apart && shared++ == 0) first = line;
+        }
+        writers_.clear();
+        check(shared == 0, "%s, stage %zu: %zu cache lines of the %s have two writers, the first at byte %zu",
+              direction, stage, shared, name_, first);
+    }
+
+  private:
+    static constexpr std::size_t kLine = 64, kWord = 2;
+    void attribute_line(std::size_t line, int worker) {
+        const std::byte* now = data_ + line;
+        std::byte* then = &before_[line];
+        for (std::size_t at = 0; at < kLine; at += kWord) {
+            if (std::memcmp(now + at, then + at, kWord) != 0) writers_[line][worker] |= 1u << (at / kWord);
+        }
+        std::memcpy(then, now, kLine);
+    }
+    const char* name_;
+    std::byte* data_;
+    std::vector<std::byte> before_;
+    std::map<std::size_t, std::map<int, unsigned>> writers_;  // of a line at so many bytes, words by worker
+};
+
+struct alignas(64) Line {
+    std::byte bytes[64];
+};
+
+// No cache line is written by two workers in one stage, on sizes whose rows fill whole lines.
+void test_lines(const Shape& shape, int workers) {
+    real = true;
+    Problem problem(shape);
+    const auto layer = problem.layer("", workers);
+    const auto lines = [](std::size_t bytes) { return std::vector<Line>((bytes + 63) / 64); };
+    auto output = lines(problem.x.size() * sizeof(bf16)), grad_input = output, dw = lines(problem.ids.size() * 4);
+    std::vector<std::vector<Line>> grads;
+    for (const int size : problem.sizes) grads.push_back(lines(size * (shape.fp32 ? sizeof(float) : sizeof(bf16))));
+    const LoraPointers pointers{grads[0].data(), grads[1].data(), grads[2].data(), grads[3].data(),
+                                grads[4].data(), grads[5].data(), shape.fp32};
+    std::vector<Watched> watched;
+    const char* direction = "";
+    std::size_t stage = 0;
+    const auto call = [&](const char* name, const auto& compute) {
+        direction = name;
+        simulated::clock().stages.clear();
+        stage = 0;
+        simulated::clock().on_slice = [&](int worker) {
+            const std::size_t ended = simulated::clock().stages.size();
+            for (; stage < ended; ++stage) {
+                for (Watched& one : watched) one.end_stage(direction, stage + 1);
+            }
+            for (Watched& one : watched) one.attribute(worker);
+        };
+        compute();
+        simulated::clock().on_slice = [](int) {};
+        for (Watched& one : watched) one.end_stage(direction, stage + 1);
+    };
+    const auto both = [&] {
+        call("forward", [&] {
+            layer->forward({shape.T, problem.x.data(), problem.ids.data(), problem.weights.data(),
+                            reinterpret_cast<bf16*>(output.data()), true});
+        });
+        call("backward", [&] {
+            layer->backward({shape.T, problem.grad_output.data(), reinterpret_cast<bf16*>(grad_input.data()), pointers,
+                             false, reinterpret_cast<float*>(dw.data()), false});
+        });
+    };
+    clear_buffer_cache();
+    both();  // packs the experts, and leaves the calls' blocks in the cache
+    std::size_t most = 0;
+    for (const Block& block : process().cache.take({1, 1, 1}, {}, "blocks")) most = std::max(most, block.size());
+    clear_buffer_cache();
+    // so large that every call takes them and frees none
+    for (const char* name : {"first working block", "second working block", "third working block"}) {
+        Block block(most);
+        std::memset(static_cast<void*>(block.data()), 0x5a, most);
+        watched.emplace_back(name, block.data(), most);
+        process().cache.give(std::move(block));
+    }
+    const auto watch = [&](const char* name, std::vector<Line>& memory) {
+        watched.emplace_back(name, memory.data(), memory.size() * sizeof(Line));
+    };
+    watch("output", output);
+    watch("grad_input", grad_input);
+    watch("routing gradient", dw);
+    for (auto& grad : grads) watch("LoRA gradients", grad);
+    both();
+    process().teams.clear();
+    clear_buffer_cache();
+}
+
 }  // namespace
 
 int main() {
@@ -182,6 +300,7 @@ int main() {
     for (const Kernels* cut : cuts) {
         count_calls_as(*cut);
         test_balance();
+        for (const int parts : {1, 2}) test_lines({2, 1, 128, 256 * parts, 80, 4, parts, false}, 4);
     }
     return finish();
 }
