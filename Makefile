@@ -1,4 +1,4 @@
-# Nothing here that a person could not type. `make verify` judges the native engine; `make test` checks everything.
+# Nothing here that a person could not type. `make verify` judges the native engine; `make test-all` checks everything.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 # the tests start some hundred interpreters: without files of byte code each compiles the package again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup verify test kills lint native-tests fuzz golden peers llamafactory llamafactory-test bench report fmt clean
+.PHONY: setup verify test test-all kills lint native-tests fuzz golden peers llamafactory llamafactory-test bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -31,12 +31,18 @@ $(VENV)/.built: $(VENV)/.packages $(NATIVE)
 verify: setup
 	$(BIN)/pytest suites/ -n $(JOBS) && status=0 || status=$$?; $(BIN)/python -m ktverify report; exit $$status
 
+# before a commit: without this project's tests of more than two seconds, and without ThreadSanitizer
+test: TESTS := --quick
+test: SANITIZERS := address,undefined
+# what CI runs: everything
+test-all: TESTS :=
+test-all: SANITIZERS := address,undefined thread
 # the first three use one processor most of the time
-test: setup
-	$(MAKE) --jobs 3 --output-sync=target lint native-tests fuzz
-	$(BIN)/pytest suites/ tests/ -n $(JOBS)
+test test-all: setup
+	$(MAKE) --jobs 3 --output-sync=target lint native-tests fuzz SANITIZERS="$(SANITIZERS)"
+	$(BIN)/pytest suites/ tests/ -n $(JOBS) $(TESTS)
 
-# 30 times SIGKILL at random moments of train, golden, bench, c2c and the suite; `make test` has one of golden
+# 30 times SIGKILL at random moments of train, golden, bench, c2c and the suite; `make test-all` has one of golden
 kills: setup
 	KTVERIFY_KILLS=30 $(BIN)/pytest tests/runs/test_sigkill.py -n $(JOBS)
 
@@ -47,7 +53,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 native-tests: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh $(SANITIZERS)
 
 # random sequences of calls; native-tests has those of C++
 fuzz: setup

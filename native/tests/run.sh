@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Builds and runs the C++ tests twice: under AddressSanitizer with UndefinedBehaviorSanitizer, and under ThreadSanitizer.
+# Builds and runs the C++ tests under each of the sanitizers given. The default is all: AddressSanitizer with
+# UndefinedBehaviorSanitizer (address,undefined), and ThreadSanitizer (thread).
 set -euo pipefail
+[ $# -gt 0 ] || set -- address,undefined thread
 here=$(cd "$(dirname "$0")" && pwd)
 # of fuzz_layer, under each sanitizer
 export KTV_FUZZ_SECONDS=${KTV_FUZZ_SECONDS:-30}
@@ -16,7 +18,7 @@ fi
 build=$here/../../build/sanitized
 mkdir -p "$build"
 jobs=$(nproc)
-for sanitizer in address,undefined thread; do
+for sanitizer in "$@"; do
     dir=$build/${sanitizer/,/-}
     echo "== native tests under -fsanitize=$sanitizer"
     cmake -S "$here/.." -B "$dir" -G Ninja -DKTV_PYTHON=OFF -DKTV_TESTS=ON -DKTV_WERROR=ON -DKTV_SANITIZE="$sanitizer" >"$dir.log" 2>&1 ||
