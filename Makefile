@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 FACTORY := .llamafactory
 FACTORY_PIP := $(FACTORY)/bin/pip --disable-pip-version-check install --quiet
+VERSIONS := .versions
+OLDEST := transformers==5.6.0 peft==0.18.1 accelerate==1.11.0
+NEWEST := --upgrade transformers peft accelerate
 JOBS ?= 4
 MINUTES ?= 1
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -13,7 +16,7 @@ CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 # the tests start some hundred interpreters: without files of byte code each compiles the package again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup verify test test-all kills lint native-tests fuzz golden peers llamafactory llamafactory-test bench report fmt clean
+.PHONY: setup verify test test-all kills lint native-tests fuzz golden peers llamafactory llamafactory-test versions bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -80,6 +83,20 @@ $(FACTORY)/.built: pyproject.toml ktverify/llamafactory/requirements.txt $(NATIV
 llamafactory-test: llamafactory
 	$(FACTORY)/bin/pytest tests/llamafactory
 
+# training's tests on the oldest and on the newest transformers, peft and accelerate that pyproject.toml takes
+versions: $(VERSIONS)/oldest/.built $(VERSIONS)/newest/.built
+	for each in oldest newest; do $(VERSIONS)/$$each/bin/pytest tests/training -n $(JOBS) || exit 1; done
+
+$(VERSIONS)/oldest/.built: CHOSEN := $(OLDEST)
+$(VERSIONS)/newest/.built: CHOSEN := $(NEWEST)
+$(VERSIONS)/%/.built: pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt torch
+	$(@D)/bin/pip --disable-pip-version-check install --quiet scikit-build-core pybind11 cmake ninja
+	PATH="$(CURDIR)/$(@D)/bin:$$PATH" $(@D)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation \
+		--editable '.[dev]' $(CHOSEN)
+	touch $@
+
 bench: setup
 	$(BIN)/python -m ktverify bench
 
@@ -92,4 +109,4 @@ fmt: setup
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) $(FACTORY) build .cache reports/runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(FACTORY) $(VERSIONS) build .cache reports/runs .pytest_cache .mypy_cache .ruff_cache

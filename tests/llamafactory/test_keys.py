@@ -74,6 +74,8 @@ def test_without_the_engine_every_key_is_llamafactorys() -> None:
         ({"adapter_name_or_path": "a,b"}, "adapter_name_or_path got 'a,b'; with use_kt: true it takes one adapter"),
         ({"torch_dtype": "float8"}, "torch_dtype got 'float8'; it takes"),
         ({"do_train": False}, "there is nothing to do"),
+        ({"do_predict": True}, "do_predict got True: nothing is predicted"),
+        ({"predict_with_generate": True}, "predict_with_generate got True: nothing is predicted"),
     ],
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], text: str) -> None:
@@ -92,18 +94,21 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_fork_is_refused_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_is_refused_and_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
 
     def version(name: str) -> str:
         return "5.6.0.post6" if name == "transformers-kt" else real(name)
 
+    file = tmp_path / "c.yaml"
+    file.write_text(f"use_kt: true\nmodel_name_or_path: x\noutput_dir: {tmp_path}/out\n")
     with monkeypatch.context() as patched:
         patched.setattr(importlib.metadata, "version", version)
-        with pytest.raises(
-            ImportError, match=r"^transformers-kt 5\.6\.0\.post6 is installed in the place of transformers"
-        ):
+        fork = r"transformers-kt 5\.6\.0\.post6 is installed in the place of transformers"
+        with pytest.raises(ImportError, match=f"^{fork}"):
             stock.require_stock()
+        refused(call("llamafactory", "train", file), fork)
+    assert list(tmp_path.iterdir()) == [file]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^llamafactory is not installed for .*make llamafactory"):
         stock.require_stock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -280,3 +281,23 @@ def test_an_fp8_checkpoint_trains_as_its_dequantised_weights(place: Place, tmp_p
     assert found == wanted
     about = json.loads((tmp_path / "out-fp8" / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(bases[0])
+
+
+@pytest.mark.usefixtures("place")
+def test_the_documents_log_level_reaches_llamafactorys_own_logger() -> None:
+    """The second document's section 7.1."""
+    from llamafactory.extras import logging as theirs
+
+    said: list[str] = []
+    root, child = logging.getLogger("llamafactory"), theirs.get_logger("llamafactory.model.loader")
+    handler, level = logging.Handler(), root.level
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    root.addHandler(handler)
+    try:
+        child.debug("before")
+        root.setLevel(logging.DEBUG)
+        child.debug("after")
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+    assert said == ["after"]

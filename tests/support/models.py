@@ -15,6 +15,7 @@ from ktverify.judge.gates import tolerances
 from ktverify.judge.metrics import compare
 from ktverify.training import add_adapter, init_cpu_infer, lora_config, wrap_moe_layers
 from ktverify.training.tiny import build_model
+from ktverify.training.wrap import find_experts
 
 RANK = 4
 PEER = "ktverify_suites_bf16"
@@ -43,7 +44,13 @@ def with_engine(model: Any, *, depth: int = 4, tp: int = 1, auto_update: bool = 
 def with_peer(model: Any) -> Any:
     """`model` with its experts in plain bf16 torch, whose error the budgets are multiples of."""
     ALL_EXPERTS_FUNCTIONS.register(PEER, _plain_bf16)
-    model.set_experts_implementation(PEER)
+    return choose_experts(model, PEER)
+
+
+def choose_experts(model: Any, implementation: str) -> Any:
+    """`model` with this implementation of experts. The model's own method takes transformers' names alone in 5.6."""
+    for block in find_experts(model):
+        block.config._experts_implementation = implementation  # type: ignore[union-attr]
     return model
 
 
@@ -54,9 +61,7 @@ def adapted(model: Any, *, seed: int = 3, **settings: Any) -> Any:
 
 def eager(family: str) -> Any:
     """The stock model in fp32, its experts one after the other."""
-    model = build_model(family).float()
-    model.set_experts_implementation("eager")
-    return model
+    return choose_experts(build_model(family).float(), "eager")
 
 
 def trio(family: str) -> tuple[Any, Any, Any]:
@@ -105,8 +110,7 @@ def routing_of(model: Any, into: list[Tensor]) -> Iterator[None]:
     def collect(module: Any, inputs: tuple[Tensor, ...]) -> None:
         into.append(inputs[1].sort(dim=-1).values)
 
-    blocks = [module for module in model.modules() if hasattr(module, "_is_expert_parallel")]
-    hooks = [block.register_forward_pre_hook(collect) for block in blocks]
+    hooks = [block.register_forward_pre_hook(collect) for block in find_experts(model)]
     try:
         yield
     finally:

@@ -52,6 +52,7 @@ def test_logits_and_gradients(family: str, device: str) -> None:
     with models.routing_of(engine, routes["engine"]):
         actual = models.forward_backward(engine, ids.to(device))
     # another expert for a token is another function; then the errors below would say nothing about the engine
+    assert routes["stock"]
     assert all(torch.equal(a, b.cpu()) for a, b in zip(routes["stock"], routes["engine"], strict=True))
     assert sum("experts" in name for name in expected) >= 4
     actual = {name: tensor.cpu() for name, tensor in actual.items()}
@@ -179,7 +180,7 @@ def test_a_family_that_names_silu_as_a_function() -> None:
     for name, parameter in stock.named_parameters():
         if "experts." in name or "gate." in name:
             nn.init.normal_(parameter, std=0.15)
-    stock.set_experts_implementation("eager")
+    models.choose_experts(stock, "eager")
     expected = logits(stock)
     assert compare(logits(models.with_engine(copy.deepcopy(stock))), expected).rel_l2 <= models.budget_beside(
         compare(logits(models.with_peer(stock)), expected).rel_l2
@@ -231,9 +232,23 @@ def expect_adapter_of(family: str, folder: Path, engine: Any) -> None:
     """Stock peft and the engine compute the same with the adapter in `folder`, and another result than without."""
     stock = load_adapter(models.eager(family), folder)
     assert "ktverify" not in {type(module).__module__.partition(".")[0] for module in stock.modules()}
-    expected = logits(stock)
+    expected, routes = routed_logits(stock)
     assert compare(expected, logits(models.eager(family))).rel_l2 > 0.05
-    expect_same_model(logits(engine), expected, load_adapter(models.eager(family), folder))
+    peer = models.with_peer(load_adapter(models.eager(family), folder))
+    (actual, engines), (plain, peers) = routed_logits(engine), routed_logits(peer)
+    # another expert for a token, by a rounding, is another function: such an example is left out
+    same = ((routes == engines) & (routes == peers)).flatten(1).all(1)
+    assert same.any()
+    allowed = compare(plain[same], expected[same]).rel_l2
+    assert compare(actual[same], expected[same]).rel_l2 <= models.budget_beside(allowed)
+
+
+def routed_logits(model: Any) -> tuple[Tensor, Tensor]:
+    """Logits, and the experts of every token [examples, layers, tokens, k]."""
+    found: list[Tensor] = []
+    with models.routing_of(model, found):
+        computed = logits(model)
+    return computed, torch.stack([layer.view(len(computed), -1, layer.shape[-1]) for layer in found], dim=1)
 
 
 @pytest.mark.parametrize("family", FAMILY_SIZES)
@@ -312,7 +327,7 @@ def test_merged_weights_give_the_same_logits(tmp_path: Path) -> None:
     export_merged(adapter, merged, base=str(base), dtype="float32")
     expected, merged_tokenizer = load_pretrained(str(merged), "float32")
     assert merged_tokenizer.chat_template == tokenizer.chat_template
-    expected.set_experts_implementation("eager")
+    models.choose_experts(expected, "eager")
     peer, _ = load_pretrained(str(base), "float32")
     expect_same_model(logits(engine), logits(expected), load_adapter(peer, adapter))
     with pytest.raises(ValueError, match="exists: name another directory"):
