@@ -23,12 +23,13 @@ constexpr tuning::Amx kTune = tuning::kAmxIntel;  // only Intel's processors hav
 #include "amx_nn.inl"
 
 int strips(int rows) {
-    const int groups = (rows + kGroup - 1) / kGroup;
+    const int groups = (std::min(rows, kTune.most_rows) + kGroup - 1) / kGroup;
     int count = groups <= kTune.few_groups ? kTune.few_strips : kTune.strips;
     while (count > 2 && count * groups * kResultSize * sizeof(float) > kTune.results) count /= 2;
     return count;
 }
 int cblocks(int rows) {
+    rows = std::min(rows, kTune.most_rows);
     int count = panels_for(rows).cblocks;
     while (count > kPanelBlocks && count * nn_stride(rows) * sizeof(float) > kTune.results) count /= 2;
     return count;

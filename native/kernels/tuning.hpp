@@ -45,7 +45,7 @@ struct Amx {
     int few_strips, strips;  // of W in a call: with up to few_groups groups, and with more
     // Bytes of a call's results, which share the second-level cache with chunks of W and x: more rows, fewer strips.
     std::size_t results;
-    int most_rows;  // of a call: a chunk of so many rows of x is half of the second-level cache
+    int most_rows;  // of a call: with it, an expert's further rows multiply the same strips of W again
     // nn: up to few_rows rows, and more: k-blocks of a panel, column blocks of a call, how many panels ahead W is
     // prefetched, lines of the next chunk of the rows that are prefetched with each k-block.
     struct Panels {
@@ -70,6 +70,10 @@ struct Amx {
 //        64 rows: 2.92 ms, before 3.57, with an interleaving by unpacking that gains up to 2 % and is not used here
 //        256 rows at 2048 x 7168: panels of 8 by 16 blocks 5.68 ms, before 9.51, with rows packed by chunks, which they
 //        are not here; between 96 and 128 rows is not measured
+// most_rows is counted, not measured. In a call, an element of x has 32 products with each strip and an element of W one
+// with each row; more rows leave room for fewer strips of results. So 2048 rows by 2 strips read a byte for 62
+// operations, 512 rows by 8 strips for 171. W is then read again for the next 512 rows, soon enough to come from the
+// third level.
 // Prefetching two to four chunks ahead gained at most 2 %; every other line, into the first level, or not at all lost.
 inline constexpr Amx kAmxIntel{.chunk = 16,
                                .quad_chunk = 8,
@@ -77,7 +81,7 @@ inline constexpr Amx kAmxIntel{.chunk = 16,
                                .few_strips = 2,
                                .strips = 8,
                                .results = 512 * 1024,
-                               .most_rows = 2048,
+                               .most_rows = 512,
                                .few_rows = 128,
                                .few = {.depth = 4, .cblocks = 4, .ahead = 4, .row_lines = 0},
                                .many = {.depth = 8, .cblocks = 16, .ahead = 2, .row_lines = 4},
