@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+
 from ktverify.checks.target import Target
 from ktverify.engines import registry
 from ktverify.engines.run import METHOD
@@ -20,6 +23,12 @@ def repro_command(target: Target, case: Case, *, tensor: str = "", fresh: bool =
     words += ["--fresh"] if fresh else []
     words += [f"--tensor {tensor}"] if tensor else []
     return " ".join(words)
+
+
+def replay_command(target: Target, path: str | os.PathLike[str]) -> str:
+    """The command line that repeats the comparison of a captured call."""
+    words = _command(target, f"replay {shlex.quote(os.fspath(path))}")
+    return " ".join([*words, *([f"--tp {target.tp}"] if target.tp != 1 else [])])
 
 
 def verify_command(target: Target, case: Case) -> str:

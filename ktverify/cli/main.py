@@ -26,6 +26,7 @@ from ktverify.cli.list import list_cases
 from ktverify.cli.llamafactory import llamafactory
 from ktverify.cli.mutants import clean, mutants
 from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
+from ktverify.cli.replay import replay
 from ktverify.cli.run import run
 from ktverify.cli.runs import confirm, gate, report
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
@@ -108,7 +109,7 @@ python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution
 _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "doctor": (doctor, {}),
     "list": (list_cases, {}),
-    **{command.__name__: (command, {}) for command in (repro, report, gate, verify)},
+    **{command.__name__: (command, {}) for command in (repro, replay, report, gate, verify)},
     **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
     **TRAINING_COMMANDS,
     "llamafactory": (llamafactory, PASS_THROUGH),

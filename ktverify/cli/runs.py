@@ -70,7 +70,7 @@ def gate(
     never gated.
 
     Known failures do not break a run, and one that passes does: each entry of the file has a check and a reason, and
-    may have cases, an instruction set, a verdict and a link.
+    may have cases, an instruction set, a verdict and a link. --update-known-failures writes the file.
 
     The native engine's baseline is reports/baseline.json, another engine's reports/baseline-ENGINE.json.
 
@@ -78,7 +78,7 @@ def gate(
     Examples:  python -m ktverify gate latest
                python -m ktverify gate latest --baseline reports/baseline.json
                python -m ktverify gate latest --write-baseline
-               python -m ktverify gate latest --known-failures known.toml --update-known-failures
+               python -m ktverify gate latest --known-failures known.toml
     """
     from ktverify.report import baseline as files
     from ktverify.report import gate as gating

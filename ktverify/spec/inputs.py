@@ -60,13 +60,14 @@ class Inputs:
         return tensor if torch.equal(self.physical_map, identity) else tensor[self.physical_map].contiguous()
 
 
-def make_inputs(case: Case) -> Inputs:
+def make_inputs(case: Case, *, expert_ids: npt.NDArray[np.int64] | None = None) -> Inputs:
     """Inputs of `case`. Takes about 2 ns per element; idle experts take no time.
 
-    MemoryError, before anything is made, where the case does not fit into memory.
+    expert_ids: int64 [T, k] in place of the case's own routing. MemoryError, before anything is made, where the case
+    does not fit into memory.
     """
     limits.require_memory(least_bytes(case), f"the case {case.id}", "take a smaller case")
-    expert_ids = route(case)
+    expert_ids = route(case) if expert_ids is None else expert_ids
     active = sorted(set(expert_ids[expert_ids >= 0].tolist()))
     draw = Integer(case) if case.exact else Gaussian(case)
     e, h, i = case.num_experts, case.hidden, case.intermediate

@@ -17,6 +17,7 @@ _MODULES = {
     "init_cpu_infer": "layer",
     "wrap_moe_layers": "wrap",
     "update_lora_pointers": "wrap",
+    "capturing": "capture",
     "add_adapter": "adapter",
     "load_adapter": "adapter",
     "lora_config": "adapter",

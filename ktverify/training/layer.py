@@ -24,6 +24,7 @@ from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
 from ktverify.spec.names import GRAD_NAMES
 from ktverify.system.limits import processors
+from ktverify.training import capture
 from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, rank_of
 from ktverify.training.turns import in_turn, list_of_this_thread
 
@@ -78,6 +79,7 @@ def init_cpu_infer(
     argument_checks.check_count("chunked_prefill_size", chunked_prefill_size)
     if isa is not None:
         layer.require_isa(isa)
+    capture.current()  # refuses a wrong environment now
     return CpuInfer(threads or processors(), threadpool_count, isa, max_cache_depth, chunked_prefill_size)
 
 
@@ -320,7 +322,13 @@ class MOEAMXFunction(torch.autograd.Function):
     ) -> torch.Tensor:
         engine = call.engine
         output, ticket = engine.forward_with_ticket(hidden_states, expert_ids, weights, save=call.save, room=call.room)
+        captured = capture.current()
+        noted = None
+        if captured is not None:
+            dtype = lora[0].dtype if lora else torch.bfloat16
+            noted = captured.forward(engine, hidden_states, expert_ids, weights, dtype)
         if call.save:
+            ctx.noted = (captured, noted)
             ctx.call = call
             ctx.trained = len(lora)
             ctx.save_for_backward(hidden_states, expert_ids, weights, _ticket_tensor(engine, ticket))
@@ -334,7 +342,11 @@ class MOEAMXFunction(torch.autograd.Function):
         number = int(ticket)
         if number == 0:
             number = _forward_again(ctx.call, hidden_states, expert_ids, weights)
-        grad_input, grads, grad_weights = engine.backward_of(number, grad_output.to(torch.bfloat16))
+        grad_output = grad_output.to(torch.bfloat16)
+        grad_input, grads, grad_weights = engine.backward_of(number, grad_output)
+        captured, noted = ctx.noted
+        if noted is not None:
+            captured.backward(noted, grad_output)
         # written through numpy, because autograd refuses a changed saved tensor and a used ticket is none
         ticket.numpy()[...] = 0
         d_lora = [grads[name] for name in GRAD_NAMES] if ctx.trained else []
