@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -142,18 +143,24 @@ def run_case(
                 del clear
 
 
+_collecting = threading.local()
+
+
 @contextlib.contextmanager
 def _collect_what_is_new() -> Iterator[None]:
     """Collect the cyclic garbage that the body leaves, so that the memory of its layer is free.
 
-    Objects that exist already are frozen meanwhile: to look at all of torch's takes longer than most cases.
+    Objects that exist already are frozen meanwhile: to look at all of torch's takes longer than most cases. So are
+    those that came after an earlier freeze of this process, which ends here.
     """
-    mine = gc.get_freeze_count() == 0
-    if mine:
+    outermost = not getattr(_collecting, "now", False)
+    if outermost:
+        _collecting.now = True
         gc.freeze()
     try:
         yield
     finally:
         gc.collect()
-        if mine:
+        if outermost:
+            _collecting.now = False
             gc.unfreeze()
