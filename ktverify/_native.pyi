@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_Source = tuple[Sequence[int], int, int, bool]  # addresses by slot, row stride, column stride, disposable
+# addresses by slot, row stride, column stride, disposable, addresses of scales, of zero points
+_Source = tuple[Sequence[int], int, int, bool, Sequence[int], Sequence[int]]
 
 def known_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
@@ -72,7 +73,13 @@ class Layer:
     def record_stages(self, on: bool) -> None: ...
     def stage_times(self) -> dict[str, Any]: ...
     def load_weights(
-        self, gate: _Source, up: _Source, down: _Source, physical_map: Sequence[int], owner: object
+        self,
+        gate: _Source,
+        up: _Source,
+        down: _Source,
+        physical_map: Sequence[int],
+        owner: object,
+        format: tuple[str, int, bool],
     ) -> int: ...
     def move_weights(self, name: int, gate: _Source, up: _Source, down: _Source) -> None: ...
     def unpack(self, expert: int, gate: int, up: int, down: int) -> bool: ...

@@ -16,7 +16,13 @@ from ktverify.spec.names import LORA_NAMES, lora_shapes
 if TYPE_CHECKING:
     import torch
 
-METHODS: Mapping[str, bool] = {"AMXBF16_SFT": True, "AMXBF16_SFT_SkipLoRA": False}
+FORMATS: Mapping[str, str] = {
+    "AMXBF16_SFT": "bf16", "AMXFP8_SFT": "fp8", "AMXINT8_SFT": "int8", "AMXINT4_SFT": "int4", "MXFP4_SFT": "mxfp4",
+}  # fmt: skip
+"""The format of the base weights, by method."""
+
+WITHOUT_LORA = "_SkipLoRA"
+METHODS: Mapping[str, bool] = {f"{name}{end}": not end for name in FORMATS for end in ("", WITHOUT_LORA)}
 """Supported methods, and whether their backward includes LoRA."""
 
 MODES = ("sft",)
@@ -105,6 +111,16 @@ class LayerSpec:
     @property
     def lora_backward(self) -> bool:
         return METHODS[self.method]
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the base weights: bf16, fp8, int8, int4 or mxfp4."""
+        return FORMATS[self.method.removesuffix(WITHOUT_LORA)]
+
+    @property
+    def bf16_method(self) -> str:
+        """The method of the same layer with bf16 base weights."""
+        return "AMXBF16_SFT" if self.lora_backward else f"AMXBF16_SFT{WITHOUT_LORA}"
 
     @property
     def expert_shapes(self) -> dict[str, tuple[int, int]]:

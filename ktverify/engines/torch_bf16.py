@@ -39,8 +39,12 @@ class TorchBf16:
     threadpool_count and cpuinfer_threads are checked but change nothing: torch has its own threads. isa is ignored.
     """
 
+    formats: tuple[str, ...] = ("bf16",)  # of base weights
+
     def __init__(self, **arguments: Any) -> None:
         self.spec = argument_checks.LayerSpec(**arguments)
+        if self.spec.weight_format not in self.formats:
+            raise NotImplementedError(f"method is {self.spec.method!r}; this engine's base weights are bf16")
         if self.spec.weight_path:
             raise ValueError(
                 f"weight_path is {self.spec.weight_path!r}; this engine takes its weights from "

@@ -25,6 +25,7 @@ DTYPES = frozenset(
     (
         *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
         *("bool", "float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e8m0fnu"),
     )
 )
 _MOST_HEADER = 1 << 26

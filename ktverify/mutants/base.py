@@ -7,7 +7,7 @@ rounding of each result. Each step of the layer is a method; a mutant overrides 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
+from ktverify.engines.quantised import check_codes
 from ktverify.engines.torch_bf16 import TorchBf16
 from ktverify.judge.reference import routed, zeros
-from ktverify.spec.names import GRAD_NAMES, LORA_NAMES
+from ktverify.mutants.codes import CodedExpert, of_slots
+from ktverify.spec.names import BASE_NAMES, GRAD_NAMES, LORA_NAMES
 
 Matrices = tuple[Tensor, Tensor, Tensor]
 Gradients = dict[str, Tensor]
@@ -63,6 +65,7 @@ class Plain(TorchBf16):
     """A right engine. Sums over I are split by threadpool_count; cpuinfer_threads has no effect."""
 
     fp32_sums = True
+    formats = ("bf16", "fp8", "int8", "int4", "mxfp4")
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -98,6 +101,38 @@ class Plain(TorchBf16):
 
     def sum_of_parts(self, parts: list[Tensor]) -> Tensor:
         return functools.reduce(torch.add, parts)
+
+    # ---- quantised base weights
+
+    def load_weights_from_tensors(self, *given: Any, **named: Any) -> None:
+        if self.spec.weight_format != "bf16":
+            given, named = self._as_bf16(*given, **named), {}
+        super().load_weights_from_tensors(*given, **named)
+
+    def _as_bf16(
+        self,
+        gate_proj: Tensor,
+        up_proj: Tensor,
+        down_proj: Tensor,
+        physical_map: Tensor,
+        scales: Sequence[Tensor] | None = None,
+        zero_points: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        found = check_codes(self.spec, (gate_proj, up_proj, down_proj), scales, zero_points)
+        made = [torch.stack([self.weight(one) for one in of_slots(found, name)]) for name in BASE_NAMES]
+        return *made, physical_map
+
+    def q(self, of: CodedExpert) -> Tensor:
+        """q, less the zero point, of one expert's matrix: fp32 [N, K]."""
+        return of.q() - of.zero_point()
+
+    def code_scale(self, of: CodedExpert) -> Tensor:
+        """The scale of each weight of one expert's matrix: fp32 [N, K]."""
+        return of.scale()
+
+    def weight(self, of: CodedExpert) -> Tensor:
+        """bf16 [N, K] of one expert's matrix."""
+        return (self.q(of) * self.code_scale(of)).to(torch.bfloat16)
 
     # ---- routing and weights
 

@@ -24,13 +24,31 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// (addresses by slot, row stride, column stride, disposable), strides in elements.
-using Source = std::tuple<std::vector<std::uintptr_t>, std::ptrdiff_t, std::ptrdiff_t, bool>;
+// (addresses by slot, row stride, column stride, disposable, addresses of scales, of zero points); strides in elements.
+using Addresses = std::vector<std::uintptr_t>;
+using Source = std::tuple<Addresses, std::ptrdiff_t, std::ptrdiff_t, bool, Addresses, Addresses>;
 WeightSource source(const Source& s) {
-    WeightSource from;
-    for (const std::uintptr_t address : std::get<0>(s)) from.experts.push_back(pointer<const bf16>(address));
-    std::tie(std::ignore, from.row_stride, from.col_stride, from.disposable) = s;
-    return from;
+    const auto pointers = [](const Addresses& addresses) {
+        std::vector<const void*> found;
+        for (const std::uintptr_t address : addresses) found.push_back(pointer<const void>(address));
+        return found;
+    };
+    return {pointers(std::get<0>(s)), std::get<1>(s),           std::get<2>(s),
+            std::get<3>(s),           pointers(std::get<4>(s)), pointers(std::get<5>(s))};
+}
+
+// (name, group, zeros): WeightFormat.
+using FormatOf = std::tuple<std::string, int, bool>;
+WeightFormat weight_format(const FormatOf& f) {
+    const std::pair<const char*, Format> known[] = {{"bf16", Format::bf16},
+                                                    {"fp8", Format::fp8},
+                                                    {"int8", Format::int8},
+                                                    {"int4", Format::int4},
+                                                    {"mxfp4", Format::mxfp4}};
+    for (const auto& [name, format] : known) {
+        if (std::get<0>(f) == name) return {format, std::get<1>(f), std::get<2>(f)};
+    }
+    throw BadInput("there is no weight format " + std::get<0>(f));
 }
 
 py::dict as_dict(const StageTimes& t) {
@@ -156,10 +174,11 @@ PYBIND11_MODULE(_native, m) {
              "threads"_a, "max_rows"_a, "max_cache_depth"_a, "lora_backward"_a, "isa"_a)
         .def("load_weights",
              [](Layer& layer, const Source& gate, const Source& up, const Source& down,
-                const std::vector<std::int64_t>& map, py::object owner) {
+                const std::vector<std::int64_t>& map, py::object owner, const FormatOf& format) {
                  std::shared_ptr<const void> kept = shared(std::move(owner));
                  const py::gil_scoped_release release;
-                 return layer.load_weights(source(gate), source(up), source(down), map, std::move(kept));
+                 return layer.load_weights(source(gate), source(up), source(down), map, std::move(kept),
+                                           weight_format(format));
              })
         .def(
             "move_weights",

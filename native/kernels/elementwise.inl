@@ -316,8 +316,10 @@ void fingerprint(const std::uint8_t* data, std::size_t bytes, std::uint64_t* sta
     __builtin_memcpy(state + 8, product, sizeof product);
 }
 
+#include "unpack.inl"
+
 // The initialisers of these functions in a table of Kernels.
 #define KTV_ELEMENTWISE                                                                                             \
     .pack_tokens = pack_tokens, .silu_mul = silu_mul, .silu_mul_few = silu_mul_few, .silu_mul_grad = silu_mul_grad, \
     .add_transposed = add_transposed, .add_rows = add_rows, .round_sum = round_sum, .transpose = transpose,         \
-    .fingerprint = fingerprint
+    .fingerprint = fingerprint, .unpack = {unpack_fp8, unpack_int8, unpack_int4, unpack_mxfp4}

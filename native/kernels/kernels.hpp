@@ -23,6 +23,7 @@
 #include <cstdint>
 
 #include "ktv/bf16.hpp"
+#include "ktv/weight_format.hpp"
 
 namespace ktv {
 
@@ -134,6 +135,11 @@ struct Kernels {
     // of the state. Other changes are missed with a chance of about 2^-64: a second sum has the products of the halves
     // of the words, as XXH3 has, with other keys for neighbours.
     void (*fingerprint)(const std::uint8_t* data, std::size_t bytes, std::uint64_t* state);
+    // A block of codes [32 n][32 k], 8 or 4 bits each (the even one of a byte in its low half), of the row's scale
+    // [32 n] and of int4's zero point [32 n], null for 0 -> out [32 n][32 k]. By format; int4's q is its code less 8.
+    using Unpack = void (*)(const std::uint8_t* codes, const float* scales, const std::int8_t* zeros, bf16* out);
+    Unpack unpack[kCodeFormats];
+    Unpack unpack_of(Format format) const { return unpack[static_cast<int>(format) - 1]; }
 };
 
 // Stripes of 64 bytes that are added before the sums are mixed, and a key for each.

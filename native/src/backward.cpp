@@ -15,13 +15,13 @@ Costs Layer::State::backward_costs(const Routing& routing) const {
     for (const Routing::Expert& e : routing.experts) rows += e.rows;
     const double H = config.hidden, I = config.intermediate, r = config.lora_backward ? config.rank : 0,
                  T = routing.tokens, experts = static_cast<double>(routing.experts.size()), element = sizeof(bf16),
-                 lora = element * terms();
+                 lora = element * terms(), weight = weight_bytes();
     costs.set(Phase::scatter, 0, T * H * element);
     costs.set(Phase::down_lora_b, 2 * rows * config.rank * H, experts * config.rank * H * lora);
-    costs.set(Phase::down_grad, 2 * rows * I * (H + config.rank), experts * I * (H * element + config.rank * lora));
+    costs.set(Phase::down_grad, 2 * rows * I * (H + config.rank), experts * I * (H * weight + config.rank * lora));
     costs.set(Phase::activation_grad, 0, rows * I * 2 * sizeof(float));
     costs.set(Phase::gate_up_lora_b, 4 * rows * I * r, experts * 2 * I * r * lora);
-    costs.set(Phase::gate_up_grad, 4 * rows * H * (I + r), experts * 2 * H * (I * element + r * lora));
+    costs.set(Phase::gate_up_grad, 4 * rows * H * (I + r), experts * 2 * H * (I * weight + r * lora));
     costs.set(Phase::gate_up_lora_grad, 4 * rows * r * (H + I), experts * 2 * r * (H + I) * lora);
     costs.set(Phase::down_lora_grad, 2 * rows * r * (H + I), experts * r * (H + I) * lora);
     costs.set(Phase::merge, rows * H, T * H * element);
@@ -70,6 +70,7 @@ void Backward::carve(Carver& carver) {
     }
     carver.take(zeros_, std::max(hidden_, inter_));
     carver.take(scratch_, layer_.workers * (scratch_size_ + kGradRows * kPanelCols));
+    carver.take(unpacked_, layer_.workers * unpacked_size());
     sums_.carve(carver, layer_.workers);
     carver.take(segments_, layer_.workers * segments_of_worker_);
 }
@@ -93,7 +94,8 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
         float* scratch = scratch_ + index * (scratch_size_ + kGradRows * kPanelCols);
-        Worker worker{index, scratch, scratch + scratch_size_, recording.watch(index)};
+        Worker worker{index, scratch, scratch + scratch_size_, unpacked_ + index * unpacked_size(),
+                      recording.watch(index)};
         kernels_.enter();
         gathering.work(index, [&](const Task& task) { gather(worker, task.part, routing_.kblock(task.row)); });
         end_stage(worker.watch, team);

@@ -12,6 +12,7 @@
 // docs/engine.md (The numbers): why the wide products do not contain the routing weight w.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "expert_sums.hpp"
@@ -62,6 +63,7 @@ class Backward {
         int index;
         float* c;           // [scratch_size_]
         float* transposed;  // [kGradRows * kPanelCols], the transpose of a LoRA gradient's piece
+        bf16* unpacked;     // [unpacked_size()]
         Watch watch;
     };
     struct Part {
@@ -106,6 +108,7 @@ class Backward {
     void carve(Carver& carver);
     Need results_need() const;
     std::size_t scratch_size() const;
+    std::size_t unpacked_size() const;
     void prepare_sums();
     void prepare_rows_of_x();
 
@@ -118,6 +121,8 @@ class Backward {
         int first, end, batch, of_task, all;
     };
     Panels panels_of_task(const Task& task, int panels, int blocks) const;
+    void multiply_base(Worker& worker, const Task& task, std::span<NnSegment> segments, std::span<const Matrix> base,
+                       int rows, int first, int cblocks) const;
     template <typename WeightsOf>
     const bf16* next_weights(const Task& task, const Panels& panels, int at, bool last_rows,
                              const WeightsOf& weights_of) const;
@@ -164,6 +169,7 @@ class Backward {
     std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     bf16* zeros_ = nullptr;
     float* scratch_ = nullptr;
+    bf16* unpacked_ = nullptr;  // base weights of a call of nn, where they are quantised: [worker][unpacked_size()]
     // [worker][segments_of_worker_]. Workers allocate nothing, because no caller could catch what an allocation throws.
     NnSegment* segments_ = nullptr;
     const std::size_t segments_of_worker_ = whole_lines<NnSegment>(2 * config_.parts);

@@ -28,6 +28,39 @@ std::size_t Backward::scratch_size() const {
     return most;
 }
 
+// Elements of the most base weights that a call unpacks: column blocks of down, or of gate and up.
+std::size_t Backward::unpacked_size() const {
+    if (!layer_.format.quantised()) return 0;
+    const auto elements = [&](int panels, int kblocks) {
+        return layer_.unpacked_at_once(panels * kPanelBlocks, kblocks) * layer_.panel(kblocks);
+    };
+    return std::max(elements(down_panels_, size_.hb), elements(input_panels_, 2 * size_.ib));
+}
+
+// nn for `cblocks` column blocks from `first` on into worker.c. The first segments have the base matrices `base`: where
+// those are quantised, this unpacks them, some column blocks at a time.
+void Backward::multiply_base(Worker& worker, const Task& task, std::span<NnSegment> segments,
+                             std::span<const Matrix> base, int rows, int first, int cblocks) const {
+    const int used = static_cast<int>(segments.size());
+    if (!layer_.format.quantised() || base.empty()) return kernels_.nn(segments.data(), used, rows, cblocks, worker.c);
+    const PackedExpert& expert = layer_.experts[task.part][routing_.experts[task.row].expert];
+    int kblocks = 0;
+    for (std::size_t i = 0; i < base.size(); ++i) kblocks += segments[i].kblocks;
+    const int most = layer_.unpacked_at_once(cblocks, kblocks);
+    for (int cb = 0, some; cb < cblocks; cb += some) {
+        some = even_chunk(cblocks - cb, most);
+        bf16* to = worker.unpacked;
+        for (std::size_t i = 0; i < base.size(); ++i) {
+            layer_.unpack_codes(expert, task.part, base[i], {0, segments[i].kblocks, first + cb, some}, to);
+            segments[i].weights = to;
+            segments[i].kblock_stride = some * kBlockSize;
+            to += segments[i].kblocks * some * kBlockSize;
+        }
+        kernels_.nn(segments.data(), used, rows, some, worker.c + cb * nn_stride(rows));
+        for (std::size_t i = base.size(); i < segments.size(); ++i) segments[i].weights += some * kBlockSize;
+    }
+}
+
 // The column blocks of a task of `panels` panels; the matrix has `blocks`.
 Backward::Panels Backward::panels_of_task(const Task& task, int panels, int blocks) const {
     const int width = panels * kPanelBlocks, first = task.column * width;
@@ -41,6 +74,7 @@ Backward::Panels Backward::panels_of_task(const Task& task, int panels, int bloc
 template <typename WeightsOf>
 const bf16* Backward::next_weights(const Task& task, const Panels& panels, int at, bool last_rows,
                                    const WeightsOf& weights_of) const {
+    if (layer_.format.quantised()) return nullptr;
     const int cblocks = std::min(panels.batch, panels.end - at);
     int next = at + panels.batch, row = task.row;
     if (next >= panels.end) {
@@ -66,11 +100,13 @@ void Backward::down_grad(Worker& worker, const Task& task) {
             const std::size_t row = expert.first_row + chunk.first, at_block = first * kBlockSize;
             const Pair a = at(lora_.down_a[p], expert.expert * layer_.lora_strides().down_a + at_block);
             NnSegment segments[4];
-            segments[0] = segment(part.out + row * hidden_, hidden_, base_of(expert) + at_block, stride, size_.hb);
+            const bf16* base = layer_.format.quantised() ? nullptr : base_of(expert) + at_block;
+            segments[0] = segment(part.out + row * hidden_, hidden_, base, stride, size_.hb);
             segments[0].next = next_weights(task, panels, first, chunk.last, base_of);
             const int more = nn_lora_segments(at(part.ob, row * rank_), rank_, a, stride, size_.r, segments + 1);
-            const auto product = [&](const NnSegment* first_segment, int used, int slot) {
-                kernels_.nn(first_segment, used, count, cblocks, worker.c);
+            constexpr Matrix down[] = {Matrix::down};
+            const auto product = [&](std::span<NnSegment> of, std::span<const Matrix> bases, int slot) {
+                multiply_base(worker, task, of, bases, count, first, cblocks);
                 worker.watch.lap(Phase::down_grad);
                 // A panel at a time, because a partial sum of dw is that of a panel.
                 for (int cb = 0; cb < cblocks; cb += kPanelBlocks) {
@@ -84,11 +120,11 @@ void Backward::down_grad(Worker& worker, const Task& task) {
                 worker.watch.lap(Phase::activation_grad);
             };
             if (with_lora_) {
-                product(segments, 1 + more, 0);
+                product({segments, 1u + more}, down, 0);
             } else {
                 // dw is <dO, y> of the forward, with its LoRA; the other gradients contain the base alone.
-                product(segments + 1, more, i_panels_);
-                product(segments, 1, 0);
+                product({segments + 1, 0u + more}, {}, i_panels_);
+                product({segments, 1}, down, 0);
             }
         }
     }
@@ -111,15 +147,17 @@ void Backward::input_grad(Worker& worker, const Task& task) {
             const Pair a = at(lora_.gate_up_a, expert.expert * layer_.lora_strides().gate_up_a + at_block);
             NnSegment segments[5];
             const auto wide_segment = [&](const bf16* rows, const bf16* weights) {
-                return segment(rows + row * inter_, inter_, weights + at_block, layer_.gate_up_stride(), size_.ib);
+                return segment(rows + row * inter_, inter_, weights ? weights + at_block : nullptr,
+                               layer_.gate_up_stride(), size_.ib);
             };
             segments[0] = wide_segment(part.g, base.gate);
             segments[1] = wide_segment(part.u, base.up);
             segments[0].next = next_weights(task, panels, first, chunk.last, gate_of);
-            int used = 2;
+            std::size_t used = 2;
             if (with_lora_)
                 used += nn_lora_segments(at(part.xa, row * rank2_), rank2_, a, stride, 2 * size_.r, segments + 2);
-            kernels_.nn(segments, used, count, cblocks, worker.c);
+            constexpr Matrix gate_and_up[] = {Matrix::gate, Matrix::up};
+            multiply_base(worker, task, {segments, used}, gate_and_up, count, first, cblocks);
             worker.watch.lap(Phase::gate_up_grad);
             if (!begun) sums_.begin(task, worker.watch);
             begun = true;

@@ -29,12 +29,12 @@ Costs Layer::State::forward_costs(const Routing& routing) const {
     for (const Routing::Expert& e : routing.experts) rows += e.rows;
     const double H = config.hidden, I = config.intermediate, r = config.rank, T = routing.tokens,
                  experts = static_cast<double>(routing.experts.size()), element = sizeof(bf16),
-                 lora = element * terms();
+                 lora = element * terms(), weight = weight_bytes();
     costs.set(Phase::pack_input, 0, T * H * element);
     costs.set(Phase::gate_up_lora_a, 4 * rows * r * H, experts * 2 * r * H * lora);
-    costs.set(Phase::gate_up, 4 * rows * I * (H + r), experts * 2 * I * (H * element + r * lora));
+    costs.set(Phase::gate_up, 4 * rows * I * (H + r), experts * 2 * I * (H * weight + r * lora));
     costs.set(Phase::down_lora_a, 2 * rows * r * I, experts * r * I * lora);
-    costs.set(Phase::down, 2 * rows * H * (I + r), experts * H * (I * element + r * lora));
+    costs.set(Phase::down, 2 * rows * H * (I + r), experts * H * (I * weight + r * lora));
     costs.set(Phase::merge, 2 * rows * H, T * H * element);
     return costs;
 }
@@ -81,6 +81,7 @@ void Forward::carve_work(Carver& carver) {
         take(carver, part.ha, groups_ * r_stride_);
     }
     carver.take(scratch_, layer_.workers * scratch_size_);
+    carver.take(unpacked_, layer_.workers * unpacked_size());
     sums_.carve(carver, layer_.workers);
 }
 
@@ -121,7 +122,8 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
         downing(parts, team, active_, (size_.hb + down_strips_ - 1) / down_strips_);
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
-        Worker worker{index, scratch_ + index * scratch_size_, recording.watch(index)};
+        Worker worker{index, scratch_ + index * scratch_size_, unpacked_ + index * unpacked_size(),
+                      recording.watch(index)};
         kernels_.enter();
         packing.work(index, [&](const Task& task) { pack(worker, task.part, routing_.kblock(task.row)); });
         copying.work(index, [&](const Task& task) { keep_rows(worker, task.row); });

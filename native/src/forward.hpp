@@ -28,7 +28,8 @@ class Forward {
     // The resources of one worker.
     struct Worker {
         int index;
-        float* c;  // [scratch_size_]
+        float* c;        // [scratch_size_]
+        bf16* unpacked;  // [unpacked_size()]
         Watch watch;
     };
     struct Part {
@@ -69,6 +70,7 @@ class Forward {
                   float* c) const;
     std::size_t result_size(const Routing::Expert& expert, int rows) const;
     std::size_t scratch_size() const;
+    std::size_t unpacked_size() const;
     template <typename Store>
     void multiply_a(Worker& worker, const Routing::KBlock& block, const Pair& a, int columns, const bf16* tokens,
                     std::size_t stride, int kblocks, const Store& store) const;
@@ -76,8 +78,7 @@ class Forward {
     // Strips of a task, multiplied `batch` at a time, and how their weights lie.
     struct Strips {
         int first, end, batch, of_task, all;
-        bf16* PackedExpert::* matrix;
-        std::size_t stride;
+        Matrix matrix;
     };
     const bf16* next_weights(const Task& task, const Strips& strips, int at, bool last_rows) const;
     void prefetch_sums(const float* sum, const RowChunk& chunk, const std::int32_t* token) const;
@@ -110,6 +111,7 @@ class Forward {
 
     std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     float* scratch_ = nullptr;
+    bf16* unpacked_ = nullptr;  // base weights of a call of nt, where they are quantised: [worker][unpacked_size()]
     // Of the output, in the columns of a task.
     ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, down_strips_ * kBlock, call_.output};
 };

@@ -45,9 +45,17 @@ std::size_t Forward::scratch_size() const {
     return most;
 }
 
+// Elements of the most base weights that a call unpacks.
+std::size_t Forward::unpacked_size() const {
+    if (!layer_.format.quantised()) return 0;
+    return std::max(layer_.unpacked_at_once(up_strips_, 2 * size_.hb) * 2 * layer_.panel(size_.hb),
+                    layer_.unpacked_at_once(down_strips_, size_.ib) * layer_.panel(size_.ib));
+}
+
 // Where a worker goes on after strip `at`: in its task, in the task's first strips with the next rows, or in its next
-// task. Null where that is not known.
+// task. Null where that is not known, or where the weights are quantised.
 const bf16* Forward::next_weights(const Task& task, const Strips& strips, int at, bool last_rows) const {
+    if (layer_.format.quantised()) return nullptr;
     const int place = (at - strips.first) % strips.batch;
     int strip = at + strips.batch, row = task.row;
     if (strip >= strips.end) {
@@ -58,7 +66,8 @@ const bf16* Forward::next_weights(const Task& task, const Strips& strips, int at
         }
         if (row < 0 || strip >= strips.all) return nullptr;
     }
-    return layer_.experts[task.part][routing_.experts[row].expert].*strips.matrix + strip * strips.stride;
+    return layer_.strip(layer_.experts[task.part][routing_.experts[row].expert], task.part, strips.matrix, strip,
+                        nullptr);
 }
 
 void Forward::up(Worker& worker, const Task& task) {
@@ -68,10 +77,10 @@ void Forward::up(Worker& worker, const Task& task) {
     const Routing::Expert& expert = routing_.experts[task.row];
     const PackedExpert& base = layer_.experts[p][expert.expert];
     const Order order = order_of(expert);
-    const std::size_t w_stride = layer_.gate_up_stride(), b_stride = layer_.panel(size_.rb), keep_ld = size_.inter_ld();
-    const int batch = std::clamp(kernels_.strips(expert.rows) / 2, 1, up_strips_);
-    const Strips strips{
-        first, std::min(first + up_strips_, size_.ib), batch, up_strips_, size_.ib, &PackedExpert::gate, w_stride};
+    const std::size_t b_stride = layer_.panel(size_.rb), keep_ld = size_.inter_ld();
+    const int batch =
+        layer_.unpacked_at_once(std::clamp(kernels_.strips(expert.rows) / 2, 1, up_strips_), 2 * size_.hb);
+    const Strips strips{first, std::min(first + up_strips_, size_.ib), batch, up_strips_, size_.ib, Matrix::gate};
     for (RowChunk chunk(expert, 0, kernels_.most_rows); chunk.rows > 0;
          chunk = RowChunk(expert, chunk.first + chunk.rows, kernels_.most_rows)) {
         const std::size_t group = (expert.first_row + chunk.first) / kGroup, result = result_size(expert, chunk.rows);
@@ -80,12 +89,15 @@ void Forward::up(Worker& worker, const Task& task) {
             const int pairs = std::min(batch, strips.end - ib);
             NtSegment segments[kMostStrips * 4];
             int count = 0, used = 0;
+            bf16* unpacked = worker.unpacked;
             for (int i = ib; i < ib + pairs; ++i) {  // a strip of gate, then the same of up, as they lie in memory
                 const std::size_t b_at = expert.expert * strides_.gate_b + i * b_stride;
                 for (const bool is_up : {false, true}) {
                     const bf16* next = next_weights(task, strips, i, chunk.last);
                     if (next && is_up) next += layer_.panel(size_.hb);
-                    segments[used] = {(is_up ? base.up : base.gate) + i * w_stride, x, x_stride_, size_.hb, next};
+                    const bf16* w = layer_.strip(base, p, is_up ? Matrix::up : Matrix::gate, i, unpacked);
+                    segments[used] = {w, x, x_stride_, size_.hb, next};
+                    if (w == unpacked) unpacked += layer_.panel(size_.hb);
                     const Pair& b = (is_up ? lora_.up_b : lora_.gate_b)[p];
                     const Pair& xa = is_up ? part.up_xa : part.gate_xa;
                     count = 1 + nt_lora_segments(
@@ -127,12 +139,11 @@ void Forward::down(Worker& worker, const Task& task) {
     const int p = task.part, first = task.column * down_strips_;
     Part& part = parts_[p];
     const Routing::Expert& expert = routing_.experts[task.row];
-    const bf16* base = layer_.experts[p][expert.expert].down;
+    const PackedExpert& base = layer_.experts[p][expert.expert];
     const Pair b = at(lora_.down_b, expert.expert * strides_.down_b);
-    const std::size_t w_stride = layer_.panel(size_.ib), b_stride = layer_.panel(size_.rb), ld = down_strips_ * kBlock;
-    const int batch = std::min(kernels_.strips(expert.rows), down_strips_);
-    const Strips strips{
-        first, std::min(first + down_strips_, size_.hb), batch, down_strips_, size_.hb, &PackedExpert::down, w_stride};
+    const std::size_t b_stride = layer_.panel(size_.rb), ld = down_strips_ * kBlock;
+    const int batch = layer_.unpacked_at_once(std::min(kernels_.strips(expert.rows), down_strips_), size_.ib);
+    const Strips strips{first, std::min(first + down_strips_, size_.hb), batch, down_strips_, size_.hb, Matrix::down};
     bool begun = false;
     for (RowChunk chunk(expert, 0, kernels_.most_rows); chunk.rows > 0;
          chunk = RowChunk(expert, chunk.first + chunk.rows, kernels_.most_rows)) {
@@ -145,9 +156,12 @@ void Forward::down(Worker& worker, const Task& task) {
             float* sum = sums_.strip(p, task.column) + (hb - first) * kBlock;
             NtSegment segments[kMostStrips * 4];
             int terms = 0, used = 0;
+            bf16* unpacked = worker.unpacked;
             for (int i = hb; i < hb + count; ++i, used += terms) {
-                segments[used] = {base + i * w_stride, part.h_pack + group * h_stride_, h_stride_, size_.ib,
+                const bf16* w = layer_.strip(base, p, Matrix::down, i, unpacked);
+                segments[used] = {w, part.h_pack + group * h_stride_, h_stride_, size_.ib,
                                   next_weights(task, strips, i, chunk.last)};
+                if (w == unpacked) unpacked += layer_.panel(size_.ib);
                 terms = 1 + nt_lora_segments({at(b, i * b_stride), at(part.ha, group * r_stride_), r_stride_, size_.rb,
                                               size_.side_by_side()},
                                              segments + used + 1);

@@ -43,7 +43,8 @@ Layer::Layer(const LayerConfig& config) : state_(std::make_unique<State>(config)
 Layer::~Layer() = default;  // blocks of saved forwards without a backward go back to the kernel, not to the cache
 
 int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
-                        const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner) {
+                        const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner,
+                        const WeightFormat& format) {
     State& s = *state_;
     const std::size_t E = s.config.num_experts;
     std::vector<int> slot_of(E, -1);
@@ -58,11 +59,16 @@ int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const 
             throw BadInput("base weights of " + std::to_string(from->experts.size()) + " experts; the layer has " +
                            std::to_string(E));
     }
+    const int of_part = s.config.intermediate / s.config.parts;
+    if ((format.format == Format::int4 || format.format == Format::mxfp4) && of_part % format.group != 0)
+        throw BadInput("a part of " + std::to_string(of_part) + " columns of down begins inside a group of " +
+                       std::to_string(format.group));
     if (!permutation) throw BadInput("physical_map must be a permutation of 0.." + std::to_string(E - 1));
     const std::lock_guard lock(process().mutex);
     if (!s.saved.empty())
         throw BadState("load_weights_from_tensors while " + std::to_string(s.saved.size()) +
                        " saved forwards wait for their backward: call backward first");
+    s.format = format;
     s.gate = gate;
     s.up = up;
     s.down = down;
@@ -82,9 +88,11 @@ void Layer::move_weights(int name, const WeightSource& gate, const WeightSource&
     State& s = *state_;
     const std::lock_guard lock(process().mutex);
     if (name != s.source_name) return;
-    s.gate.experts = gate.experts;
-    s.up.experts = up.experts;
-    s.down.experts = down.experts;
+    for (const auto& [to, from] : {std::pair{&s.gate, &gate}, std::pair{&s.up, &up}, std::pair{&s.down, &down}}) {
+        to->experts = from->experts;
+        to->scales = from->scales;
+        to->zeros = from->zeros;
+    }
 }
 
 bool Layer::unpack(int expert, bf16* gate, bf16* up, bf16* down) const {

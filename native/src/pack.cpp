@@ -72,23 +72,26 @@ bool Layer::State::unpack(int expert, bf16* gate_to, bf16* up_to, bf16* down_to)
     const std::size_t H = size.H, I = size.I, all_I = I * config.parts;
     for (int part = 0; part < config.parts; ++part) {
         const PackedExpert& from = experts[part][expert];
+        std::vector<bf16> unpacked(format.quantised() ? panel(std::max(size.hb, size.ib)) : 0);
+        const auto strip_of = [&](Matrix matrix, int row) { return strip(from, part, matrix, row, unpacked.data()); };
         for (int row = 0; row < size.ib; ++row) {
             const std::size_t at = (part * I + row * kBlock) * H;
             const int rows = std::min(kBlock, size.I - row * kBlock);
-            unpack_row(from.gate + row * gate_up_stride(), rows, size.H, H, gate_to + at);
-            unpack_row(from.up + row * gate_up_stride(), rows, size.H, H, up_to + at);
+            unpack_row(strip_of(Matrix::gate, row), rows, size.H, H, gate_to + at);
+            unpack_row(strip_of(Matrix::up, row), rows, size.H, H, up_to + at);
         }
         for (int row = 0; row < size.hb; ++row) {
             const int rows = std::min(kBlock, size.H - row * kBlock);
-            unpack_row(from.down + row * panel(size.ib), rows, size.I, all_I,
-                       down_to + row * kBlock * all_I + part * I);
+            unpack_row(strip_of(Matrix::down, row), rows, size.I, all_I, down_to + row * kBlock * all_I + part * I);
         }
     }
     return true;
 }
 
 std::size_t Layer::State::expert_bytes() const {
-    return 3 * size.ib * (size.hb * kBlockSize) * sizeof(bf16);
+    if (!format.quantised()) return 3 * size.ib * (size.hb * kBlockSize) * sizeof(bf16);
+    PackedExpert measured_only;
+    return measured([&](Carver& carver) { carve_codes(carver, measured_only); });
 }
 
 Need Layer::State::packing_need(std::size_t count) const {
@@ -116,6 +119,10 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         for (PackedExpert& expert : part) {
             expert.block = Block(expert_bytes());
             Carver carver(expert.block.data());
+            if (format.quantised()) {
+                carve_codes(carver, expert);
+                continue;
+            }
             carver.take(expert.gate, size.ib * gate_up_stride());
             expert.up = expert.gate + panel(size.hb);
             carver.take(expert.down, size.hb * panel(size.ib));
@@ -128,16 +135,22 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
             const int part = task.part, e = wanted[task.row], slot = slot_of[e];
             int row = task.column;
             PackedExpert& to = made[part][task.row];
-            if (row < 2 * size.ib) {
+            const Matrix matrix = row < size.ib ? Matrix::gate : row < 2 * size.ib ? Matrix::up : Matrix::down;
+            if (format.quantised()) {
+                row -= static_cast<int>(matrix) * size.ib;
+                pack_codes(slot, part, matrix, row, to.codes[static_cast<int>(matrix)]);
+            } else if (matrix != Matrix::down) {
                 const WeightSource& from = row < size.ib ? gate : up;
                 bf16* out = row < size.ib ? to.gate : to.up;
                 row %= size.ib;
-                pack_row(from.experts[slot] + (part * size.I + row * kBlock) * from.row_stride, from.row_stride,
-                         from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
-                         out + row * gate_up_stride());
+                pack_row(
+                    static_cast<const bf16*>(from.experts[slot]) + (part * size.I + row * kBlock) * from.row_stride,
+                    from.row_stride, from.col_stride, std::min(kBlock, size.I - row * kBlock), size.H,
+                    out + row * gate_up_stride());
             } else {
                 row -= 2 * size.ib;
-                pack_row(down.experts[slot] + row * kBlock * down.row_stride + part * size.I * down.col_stride,
+                pack_row(static_cast<const bf16*>(down.experts[slot]) + row * kBlock * down.row_stride +
+                             part * size.I * down.col_stride,
                          down.row_stride, down.col_stride, std::min(kBlock, size.H - row * kBlock), size.I,
                          to.down + row * panel(size.ib));
             }
@@ -152,7 +165,7 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
             const int rows = from == &down ? config.hidden : config.intermediate,
                       cols = from == &down ? config.intermediate : config.hidden;
             const std::ptrdiff_t last = (rows - 1) * from->row_stride + (cols - 1) * from->col_stride;
-            release_pages(from->experts[slot_of[e]], (last + 1) * sizeof(bf16));
+            release_pages(from->experts[slot_of[e]], format.bytes(last + 1));
         }
     }
     // Last, because the sources' owner is dropped when all experts are packed.

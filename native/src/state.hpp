@@ -80,6 +80,28 @@ inline Pair at(const Pair& p, std::size_t by) {
     return {p.hi + by, p.lo ? p.lo + by : nullptr};
 }
 
+// One of an expert's base matrices.
+enum class Matrix { gate, up, down };
+
+// A quantised base matrix in one part: blocks of codes, and a scale and a zero point for each row and group, [rows of
+// blocks][groups][32 n]; fp8 has two scales there.
+struct PackedCodes {
+    std::uint8_t* blocks = nullptr;
+    std::byte* scales = nullptr;
+    std::int8_t* zeros = nullptr;
+};
+// How it lies: its size, the place of its first element in the whole matrix, bytes from one row of blocks to the next,
+// and the groups of columns that it touches.
+struct CodeLayout {
+    int rows, cols, row0, col0;
+    std::size_t stride;
+    int first_group, groups;
+};
+// Blocks of a base matrix: `rows` rows from n on, `cols` column blocks from k on.
+struct BlockRange {
+    int n, rows, k, cols;
+};
+
 // Base weights of one expert in one part, as weight blocks: gate next to up [ib][2][hb], because the forward reads a
 // row of each alternately (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
 struct PackedExpert {
@@ -87,6 +109,7 @@ struct PackedExpert {
     bf16* gate = nullptr;
     bf16* up = nullptr;  // gate's neighbour
     bf16* down = nullptr;
+    PackedCodes codes[3];  // instead of them, by Matrix
 };
 
 // LoRA of all experts as weight blocks, each with its second bf16 (lo) when the parameters are fp32. Per expert:
@@ -130,6 +153,7 @@ struct Layer::State {
 
     // Atomic, like the counts below, because readers that must not wait for a computation read them without the lock.
     std::atomic<bool> weights_loaded{false}, lora_loaded{false}, lora_fp32{false};
+    WeightFormat format;
     WeightSource gate, up, down;
     int source_name = 0;                             // name of these three: see load_weights
     std::shared_ptr<const void> owner;               // keeps them alive
@@ -163,13 +187,24 @@ struct Layer::State {
     int workers_of_part() const { return std::max(1, workers / config.parts); }
     int terms() const { return lora->fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;  // packed, of one part
-    std::size_t source_bytes() const { return 3 * wide(config.hidden) * config.intermediate * sizeof(bf16); }
+    std::size_t source_bytes() const { return format.bytes(3 * wide(config.hidden) * config.intermediate); }
+    double weight_bytes() const { return format.bits() / 8.0; }  // of one base weight
     // Elements of one row of weight blocks.
     std::size_t panel(int kblocks) const { return kblocks * kBlockSize; }
     std::size_t gate_up_stride() const { return 2 * panel(size.hb); }
     LoraStrides lora_strides() const {
         return {size.ab * panel(size.hb), size.ib * panel(size.rb), size.rb * panel(size.ib), size.hb * panel(size.rb)};
     }
+
+    // quantised.cpp
+    CodeLayout layout_of(Matrix matrix, int part) const;
+    void carve_codes(Carver& carver, PackedExpert& expert) const;
+    void pack_codes(int slot, int part, Matrix matrix, int row, const PackedCodes& to) const;
+    void unpack_codes(const PackedExpert& expert, int part, Matrix matrix, const BlockRange& range, bf16* to) const;
+    // How many of `most` strips or column blocks, each of `blocks` blocks, are unpacked at once.
+    int unpacked_at_once(int most, int blocks) const;
+    // A strip of a base matrix as weight blocks: where it is packed, or unpacked to `to`.
+    const bf16* strip(const PackedExpert& expert, int part, Matrix matrix, int n, bf16* to) const;
 
     Need packing_need(std::size_t experts) const;
     void pack_experts(Team& team, const std::vector<int>& wanted);

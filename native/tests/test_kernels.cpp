@@ -23,7 +23,7 @@ namespace {
 void check_kernels(const char* name, const Kernels& k) {
     check(k.enter && k.leave && k.strips && k.cblocks && k.nt && k.nn && k.pack_tokens && k.silu_mul &&
               k.silu_mul_few && k.silu_mul_grad && k.add_transposed && k.add_rows && k.round_sum && k.transpose &&
-              k.fingerprint,
+              k.fingerprint && std::all_of(std::begin(k.unpack), std::end(k.unpack), [](auto f) { return f; }),
           "%s: a kernel is missing", name);
     check(k.few_rows >= 0 && k.few_rows <= kGroup && (k.few_rows > 0) == (k.nt_few != nullptr),
           "%s: nt_few does not match few_rows", name);

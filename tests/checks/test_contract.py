@@ -15,6 +15,7 @@ from ktverify.system.files import ROOT
 
 # ---- sentences that are asked, but not by a check whose own sentence they are: sentence -> checks
 EVERY_CASE = ("forward/small", "backward/small")
+MADE_INT8, MADE_INT4 = ("quantised/made_of_bf16/int8",), ("quantised/made_of_bf16/int4_32",)
 ORDER = ("property/permuted_tokens", "property/permuted_slots", "property/permuted_experts")
 ASKED_BY: dict[str, tuple[str, ...]] = {
     "hidden_states, output; grad_output, grad_input | [T, H] | bf16": (
@@ -100,6 +101,7 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
         "refusals/weights float64",
         "refusals/hidden_states device",
         "refusals/expert_ids None",
+        "quantised_refusals/fp8 codes of bytes",
         "refusals/grad_output dtype",
         "refusals/grad_output None",
     ),
@@ -115,6 +117,28 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
         "refusals/grad_output dimensions",
     ),
     "update_lora_weights with a parameter of another shape, dtype, or none": ("behaviour/failed_update",),
+    "AMXFP8_SFT | float8_e4m3fn [E, N, K] | fp32 [E, ⌈N / 128⌉, ⌈K / 128⌉], of 128 × 128 weights": (
+        "quantised/weights/fp8",
+        "quantised_refusals/fp8 codes of bytes",
+    ),
+    "AMXINT8_SFT | int8 [E, N, K] | fp32 [E, N], of a row": ("quantised/weights/int8",),
+    "AMXINT4_SFT | int32 [E, N, K / 8], eight codes each, the first in the lowest four bits; q is the code less 8 | "
+    "bf16 [E, N, K / group], group 32 or 128; zero points, where given, int8 of this shape, −8 to 7": (
+        "quantised/weights/int4_32",
+        "quantised/weights/int4_128",
+        "quantised/weights/int4_zeros",
+    ),
+    "MXFP4_SFT | uint8 [E, N, K / 2], two codes of e2m1 each, the first in the lower half | e8m0 as uint8 "
+    "[E, N, K / 32]": ("quantised/weights/mxfp4",),
+    "int8, of a row: s = w.float().abs().amax(-1, keepdim=True) / 127": MADE_INT8,
+    "int4, of 32 in it: s = (w.float().abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16).float()": MADE_INT4,
+    "q = (w.float() / s).round().clamp(-127, 127)": MADE_INT8,
+    "q = (w.float() / s).round().clamp(-8, 7)": MADE_INT4,
+    "s is 1 where it would be 0": (*MADE_INT8, *MADE_INT4),
+    "The methods of this table, each also with _SkipLoRA, take the base weights as codes: a matrix [N, K] of each of E "
+    "experts as here, by slot, in load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map, "
+    "scales=(gate, up, down), zero_points=None).": ("quantised/same_bits/fp8", "quantised/same_bits/int4_zeros"),
+    "Both directions read the same W.": ("quantised/weights/fp8", "quantised/weights/int4_32"),
     "Another engine whose backward takes accumulate is asked for the same, within its own budget.": (
         "property/accumulated_gradients",
     ),
@@ -150,6 +174,7 @@ EXPLAINS: dict[str, str] = {
     "lora_dropout is peft's: each LoRA drops elements of its own input, x for gate and for up, h for down, in forwards "
     "with save_for_backward=True.": SAID_LATER,
     "With the probability p:": A_HEADING,
+    "An engine that has no such method declares it, or refuses it as unknown: both are UNSUPPORTED.": OF_THE_SUITES,
     "The README shows them in order.": A_HEADING,
     "An engine is any callable that takes the constructor's keyword arguments and returns an object with the "
     "methods.": ("every check does it"),
@@ -197,6 +222,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "load_weights_from_tensors.gate_proj": ("refusals/gate_proj shape",),
     "load_weights_from_tensors.up_proj": ("refusals/up_proj shape",),
     "load_weights_from_tensors.down_proj": ("refusals/down_proj shape",),
+    "load_weights_from_tensors.scales": ("quantised/weights/fp8", "quantised_refusals/fp8 scales of rows"),
+    "load_weights_from_tensors.zero_points": ("quantised/weights/int4_zeros", "quantised_refusals/int4 zero point 8"),
     "load_weights_from_tensors.physical_map": ("behaviour/physical_map", "refusals/physical_map twice"),
     "load_weights.physical_map": ("native/weight_path",),
     **{

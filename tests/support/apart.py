@@ -7,10 +7,12 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     from ktverify.engines.torch_bf16 import TorchBf16
-    from ktverify.mutants import MUTANTS
+    from ktverify.mutants import MUTANTS, Plain
 
     if name == "right":
         return TorchBf16
+    if name == "right_with_codes":
+        return Plain
     if name not in MUTANTS:
         raise AttributeError(name)
     return MUTANTS[name].factory

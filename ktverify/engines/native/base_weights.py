@@ -11,13 +11,15 @@ import re
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ktverify.engines.argument_checks import LayerSpec, check_base_weights, check_physical_map
+from ktverify.engines.quantised import check_codes, dequantised
 from ktverify.spec.names import BASE_NAMES
 from ktverify.system.text import read_json
 
@@ -42,16 +44,26 @@ class Sources:
     """The base weights until they are packed. The engine owns this object until then, and reads by address.
 
     weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot. files: those that the weights are views of, which are
-    never written, so that their pages may be released and read again; None for tensors in memory.
+    never written, so that their pages may be released and read again; None for tensors in memory. quantised: the
+    format, the columns of a group, and whether there are zero points, where the weights are codes with `scales` and
+    `zeros`, by matrix and slot.
     """
 
     def __init__(
-        self, weights: list[list[torch.Tensor]], slots: list[int], *, files: Iterable[MappedFile] | None = None
+        self,
+        weights: list[list[torch.Tensor]],
+        slots: list[int],
+        *,
+        files: Iterable[MappedFile] | None = None,
+        quantised: tuple[str, int, bool] = ("bf16", 0, False),
+        scales: list[list[torch.Tensor]] | None = None,
+        zeros: list[list[torch.Tensor]] | None = None,
     ) -> None:
         self.weights, self.slots, self.files = weights, slots, files
+        self.quantised, self.scales, self.zeros = quantised, scales or [[], [], []], zeros or [[], [], []]
         self.name = 0  # the engine's name for these sources
         self.going = False  # being released: what is packed no longer exists here
-        tensors = [tensor for matrix in weights for tensor in matrix]
+        tensors = [tensor for matrix in (*weights, *self.scales, *self.zeros) for tensor in matrix]
         counts = Counter(tensor.untyped_storage()._cdata for tensor in tensors)
         one_of = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
         self._storages = [(tensor, counts[storage]) for storage, tensor in one_of.items()]
@@ -62,8 +74,8 @@ class Sources:
 
     def load(self, native: Layer) -> None:
         """Give the engine their addresses, and this object to keep. All experts of a matrix have the same strides."""
-        gate, up, down = map(self._of_native, self.weights)
-        self.name = native.load_weights(gate, up, down, self.slots, self)
+        gate, up, down = self._all_of_native()
+        self.name = native.load_weights(gate, up, down, self.slots, self, self.quantised)
 
     def before_packing(self, native: Layer) -> int:
         """The name of these sources where the engine may release them while it packs them, else 0.
@@ -73,7 +85,7 @@ class Sources:
         before its memory is read."""
         places = self._checked_places()
         if places != self._places:
-            native.move_weights(self.name, *map(self._of_native, self.weights))
+            native.move_weights(self.name, *self._all_of_native())
             self._places = places
         self.going = self.released()
         return self.name if self.going else 0
@@ -81,9 +93,13 @@ class Sources:
     def read(self, expert: int, to: list[torch.Tensor]) -> None:
         """Copy a logical expert's gate_proj, up_proj, down_proj. Errors as before_packing."""
         self._checked_places()
-        slot = self.slots.index(expert)
-        for matrix, by_slot in zip(to, self.weights, strict=True):
-            matrix.copy_(by_slot[slot])
+        slot, (format, group, zeros) = self.slots.index(expert), self.quantised
+        for number, matrix in enumerate(to):
+            weight = self.weights[number][slot]
+            if format != "bf16":
+                zero_points = self.zeros[number][slot] if zeros else None
+                weight = dequantised(format, group, weight, self.scales[number][slot], zero_points)
+            matrix.copy_(weight)
 
     def _checked_places(self) -> list[tuple[int, int]]:
         for file in self.files or ():
@@ -101,9 +117,15 @@ class Sources:
         storages = [tensor.untyped_storage() for tensor, _ in self._storages]
         return [(storage.data_ptr(), storage.nbytes()) for storage in storages]
 
-    def _of_native(self, matrix: list[torch.Tensor]) -> tuple[list[int], int, int, bool]:
-        row, column = matrix[0].stride()
-        return [tensor.data_ptr() for tensor in matrix], row, column, self.files is not None
+    def _all_of_native(self) -> list[tuple[list[int], int, int, bool, list[int], list[int]]]:
+        found = []
+        for matrices in zip(self.weights, self.scales, self.zeros, strict=True):
+            weights, scales, zeros = ([tensor.data_ptr() for tensor in matrix] for matrix in matrices)
+            row, column = matrices[0][0].stride()
+            if self.quantised[0] in ("int4", "mxfp4"):  # in weights, not in bytes
+                row *= 2 * matrices[0][0].itemsize
+            found.append((weights, row, column, self.files is not None, scales, zeros))
+        return found
 
     def released(self) -> bool:
         """Whether their memory may be released: it is torch's own, and no other tensor uses it.
@@ -168,7 +190,42 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     return alone.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
+def sources_of(
+    spec: LayerSpec, weights: Sequence[Any], physical_map: Any, scales: Any = None, zero_points: Any = None
+) -> Sources:
+    """The Sources of the arguments of load_weights_from_tensors, which are checked."""
+
+    def by_slot(matrices: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+        return [[alias(expert) for expert in tensor] for tensor in matrices.values()]
+
+    if spec.weight_format == "bf16":
+        if scales is not None or zero_points is not None:
+            raise TypeError(f"scales or zero_points were given; method {spec.method} takes bf16 weights alone")
+        base = check_base_weights(spec, *weights)
+        return Sources(by_slot(base), check_physical_map(spec, physical_map))
+    found, slots = check_codes(spec, weights, scales, zero_points), check_physical_map(spec, physical_map)
+    zeros = found.zero_points
+    return Sources(
+        by_slot(found.codes),
+        slots,
+        quantised=(found.format, found.group, zeros is not None),
+        scales=by_slot(found.scales),
+        zeros=None if zeros is None else by_slot(zeros),
+    )
+
+
 # ---- checkpoints
+
+
+def sources_in_files(spec: LayerSpec, slots: list[int]) -> Sources:
+    """The Sources of layer spec.layer_idx in the checkpoint at spec.weight_path. Errors as expert_weights."""
+    if spec.weight_format != "bf16":
+        raise NotImplementedError(
+            f"method is {spec.method!r}; load_weights reads bf16 checkpoints: give the codes and scales to "
+            "load_weights_from_tensors"
+        )
+    base, files = expert_weights(str(spec.weight_path), spec.layer_idx, spec.expert_shapes, spec.num_experts)
+    return Sources(list(base.values()), slots, files=files)
 
 
 def expert_weights(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ktverify.engines import argument_checks
-from ktverify.engines.native.base_weights import Sources, alias, expert_weights
+from ktverify.engines.native.base_weights import Sources, sources_in_files, sources_of
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.engines.native.shortage import memory_errors
 from ktverify.engines.plain_tensors import values_of
@@ -173,16 +173,20 @@ class KTMoEWrapper:
 
     @memory_errors("load_weights_from_tensors")
     def load_weights_from_tensors(
-        self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
+        self,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        physical_map: torch.Tensor,
+        scales: Sequence[torch.Tensor] | None = None,
+        zero_points: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Take base weights: gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by slot, of any strides.
 
         physical_map int64 [E]: slot p contains logical expert physical_map[p]. expert_ids, LoRA tensors and gradients
-        are in logical order.
+        are in logical order. Quantised methods take codes, scales, zero points: docs/contract.md, and quantised.py.
         """
-        base = argument_checks.check_base_weights(self.spec, gate_proj, up_proj, down_proj)
-        slots = argument_checks.check_physical_map(self.spec, physical_map)
-        self._load(Sources([[alias(expert) for expert in tensor] for tensor in base.values()], slots))
+        self._load(sources_of(self.spec, (gate_proj, up_proj, down_proj), physical_map, scales, zero_points))
 
     @memory_errors("load_weights")
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
@@ -195,13 +199,12 @@ class KTMoEWrapper:
         if physical_map is None:
             physical_map = torch.arange(self.spec.num_experts, device="cpu")
         slots = argument_checks.check_physical_map(self.spec, physical_map)
-        base, files = expert_weights(self.weight_path, self.layer_idx, self.spec.expert_shapes, self.spec.num_experts)
-        self._load(Sources(list(base.values()), slots, files=files))
+        self._load(sources_in_files(self.spec, slots))
 
     @memory_errors("base_weights")
     def base_weights(self) -> dict[str, torch.Tensor]:
         """New tensors with the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by
-        logical expert. RuntimeError before they were loaded."""
+        logical expert; of codes, the bf16 that they stand for. RuntimeError before they were loaded."""
         argument_checks.check_ready(self._weights_loaded, True, "base_weights")
         sources, experts = self._sources(), self.spec.num_experts  # without sources, all experts are packed
         found = {
@@ -226,10 +229,10 @@ class KTMoEWrapper:
         return _made_again, self._state()
 
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, list[torch.Tensor] | None]:
-        """All that makes another engine of the same weights; saved forwards stay with this one."""
+        """All that makes another engine of the same weights, of codes their bf16; saved forwards stay with this one."""
         base = self.base_weights() if self._weights_loaded else None
         lora = [getattr(self, name) for name in LORA_NAMES] if self._lora_dtype is not None else None
-        return dataclasses.asdict(self.spec), base, lora
+        return {**dataclasses.asdict(self.spec), "method": self.spec.bf16_method}, base, lora
 
     def _load(self, sources: Sources) -> None:
         sources.load(self._native)

@@ -14,6 +14,7 @@
 #include "ktv/errors.hpp"
 #include "ktv/isa.hpp"
 #include "ktv/stage_times.hpp"
+#include "ktv/weight_format.hpp"
 
 namespace ktv {
 
@@ -32,13 +33,16 @@ struct LayerConfig {
     std::string isa = "scalar";  // one of available_isas()
 };
 
-// E matrices [rows, cols] of bf16, by slot, anywhere in memory; strides in elements.
+// E matrices [rows, cols], by slot, anywhere in memory: bf16 with strides in elements, or codes, which are contiguous.
 struct WeightSource {
-    std::vector<const bf16*> experts;
+    std::vector<const void*> experts;
     std::ptrdiff_t row_stride = 0, col_stride = 0;
     // Pages may be released after packing, because no other owner reads them. True of a private file mapping that
     // nothing writes, and of memory that only this layer can reach.
     bool disposable = false;
+    // Of codes, by slot, contiguous: scales, one for each group_rows() rows and group columns, finite and not negative;
+    // zero points, int8, where the format has them.
+    std::vector<const void*> scales = {}, zeros = {};
 };
 
 // The six LoRA tensors, contiguous, in the contract's order: gate_a [E,r,H], gate_b [E,I,r], up_a, up_b,
@@ -101,11 +105,13 @@ class Layer {
     // gate, up [E, I, H], down [E, H, I], in slot order: slot p contains logical expert physical_map[p]. The sources
     // must stay alive as long as `owner` does: it is kept until every expert is packed, because an expert is packed when
     // its first token arrives, and dropped without a lock. Returns the number that names these sources, never 0.
+    // BadInput where a part would begin inside a group of int4 or mxfp4.
     int load_weights(const WeightSource& gate, const WeightSource& up, const WeightSource& down,
-                     const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner = nullptr);
+                     const std::vector<std::int64_t>& physical_map, std::shared_ptr<const void> owner = nullptr,
+                     const WeightFormat& format = {});
     // The sources of this name are now at other addresses. Does nothing when they are not the present ones.
     void move_weights(int name, const WeightSource& gate, const WeightSource& up, const WeightSource& down);
-    // Writes an expert's base weights, bit for bit, to gate, up [I, H] and down [H, I], contiguous. Returns false, and
+    // Writes an expert's base weights, as the products use them, to gate, up [I, H] and down [H, I], contiguous. Returns false, and
     // writes nothing, where it is not packed yet: then the sources still have it.
     bool unpack(int expert, bf16* gate, bf16* up, bf16* down) const;
     // Takes a snapshot of all six tensors; the caller may change them afterwards. BadState for another dtype than before

@@ -1,0 +1,97 @@
+"""The bf16 weights that codes stand for, by docs/contract.md's rule in plain torch: the right answer, from no engine.
+
+A Kind says how base weights are stored. Codes are plain here, one number [0, 256) or [0, 16) for each weight [E, N, K];
+`packed` puts them into the tensors that an engine takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to store base weights. group: columns that share a scale, 0 for a whole row; zeros: zero points."""
+
+    label: str
+    method: str
+    group: int
+    zeros: bool = False
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.method in ("AMXFP8_SFT", "AMXINT8_SFT") else 4
+
+    def scale_shape(self, experts: int, rows: int, columns: int) -> tuple[int, ...]:
+        """The shape of the scales of a matrix [rows, columns]."""
+        if self.group == 0:
+            return experts, rows
+        return experts, -(-rows // 128) if self.method == "AMXFP8_SFT" else rows, -(-columns // self.group)
+
+
+KINDS = {
+    kind.label: kind
+    for kind in (
+        Kind("fp8", "AMXFP8_SFT", 128),
+        Kind("int8", "AMXINT8_SFT", 0),
+        Kind("int4_32", "AMXINT4_SFT", 32),
+        Kind("int4_128", "AMXINT4_SFT", 128),
+        Kind("int4_zeros", "AMXINT4_SFT", 32, zeros=True),
+        Kind("mxfp4", "MXFP4_SFT", 32),
+    )
+}
+
+
+def _minifloat(code: int, exponent_bits: int, mantissa_bits: int) -> float:
+    """The number of sign, exponent and mantissa, from the highest bit on; the bias is 2^(exponent_bits - 1) - 1."""
+    sign, rest = divmod(code, 1 << (exponent_bits + mantissa_bits))
+    exponent, mantissa = divmod(rest, 1 << mantissa_bits)
+    least = 2 - (1 << (exponent_bits - 1))
+    fraction = mantissa / (1 << mantissa_bits)
+    value = fraction * 2.0**least if exponent == 0 else (1 + fraction) * 2.0 ** (least + exponent - 1)
+    return -value if sign else value
+
+
+VALUES = {
+    "AMXFP8_SFT": [_minifloat(code, 4, 3) for code in range(256)],
+    "AMXINT8_SFT": [float(code - 256 if code >= 128 else code) for code in range(256)],
+    "AMXINT4_SFT": [float(code - 8) for code in range(16)],
+    "MXFP4_SFT": [_minifloat(code, 2, 1) for code in range(16)],
+}
+# in e4m3: the two codes that are no number
+NAN_CODES = (0x7F, 0xFF)
+
+
+def weights_of(kind: Kind, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """bf16 [E, N, K] of uint8 codes [E, N, K]; scales as an engine gets them, zeros int8 of their shape."""
+    q = torch.tensor(VALUES[kind.method], device="cpu")[codes.long()]
+    scale = (2.0 ** (scales.double() - 127)).float() if kind.method == "MXFP4_SFT" else scales.float()
+    if zeros is not None:
+        q = q - over_weights(kind, zeros.float(), codes.shape)
+    return (q * over_weights(kind, scale, codes.shape)).to(torch.bfloat16)
+
+
+def over_weights(kind: Kind, values: Tensor, shape: torch.Size) -> Tensor:
+    """A number of each group [E, …] as one of each weight, `shape`."""
+    if kind.group == 0:
+        return values[..., None].expand(shape)
+    if kind.method == "AMXFP8_SFT":
+        values = values.repeat_interleave(128, 1)[:, : shape[1]]
+    return values.repeat_interleave(kind.group, 2)[..., : shape[2]]
+
+
+def packed(kind: Kind, codes: Tensor) -> Tensor:
+    """The tensor of uint8 codes [E, N, K] that load_weights_from_tensors takes."""
+    if kind.method == "AMXFP8_SFT":
+        return codes.contiguous().view(torch.float8_e4m3fn)
+    if kind.method == "AMXINT8_SFT":
+        return codes.contiguous().view(torch.int8)
+    if kind.method == "MXFP4_SFT":
+        return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    words = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int64, device="cpu")
+    for place in range(8):
+        words |= codes[..., place::8].long() << (4 * place)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)

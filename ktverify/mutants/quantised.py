@@ -1,0 +1,70 @@
+"""Mutants of quantised base weights: other codes, scales or zero points than those of the checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ktverify.checks.causes import Cause
+from ktverify.engines.quantised import dequantised, int8_of
+from ktverify.mutants.base import Gradients, Group, Plain, mutant
+from ktverify.mutants.codes import CodedExpert
+
+
+@mutant(Cause.QUANTISATION, "quantised/weights/fp8", "bits")
+class scale_rounded_first(Plain):
+    """A scale is rounded to bf16 before it is multiplied."""
+
+    def code_scale(self, of: CodedExpert) -> Tensor:
+        return super().code_scale(of).to(torch.bfloat16).float()
+
+
+@mutant(Cause.QUANTISATION, "quantised/weights/mxfp4", "bits")
+class halves_of_a_byte_exchanged(Plain):
+    """The even code of a byte is read from its high half."""
+
+    def q(self, of: CodedExpert) -> Tensor:
+        q = super().q(of)
+        return q if of.format in ("fp8", "int8") else q.view(len(q), -1, 2).flip(-1).flatten(-2)
+
+
+@mutant(Cause.QUANTISATION, "quantised/weights/int4_32", "bits")
+class backward_quantised_again(Plain):
+    """Backward multiplies by weights that are quantised again, a scale for each column."""
+
+    def _of_columns(self, at: Group) -> None:
+        if self.spec.weight_format != "bf16":
+            gate, up, down = (dequantised("int8", 0, *int8_of(weight.T), None).float().T for weight in at.base)
+            at.base = (gate, up, down)
+
+    def down_gradients(self, at: Group, dy: Tensor) -> tuple[Tensor, Gradients]:
+        self._of_columns(at)
+        return super().down_gradients(at, dy)
+
+
+@mutant(Cause.QUANTISATION, "quantised/weights/int4_128", "bits")
+class scale_of_the_neighbouring_block(Plain):
+    """A group takes the scale of the group before it; the first one takes its own."""
+
+    def code_scale(self, of: CodedExpert) -> Tensor:
+        return of.narrow_scales()[:, (of.groups() - 1).clamp(min=0)]
+
+
+@mutant(Cause.QUANTISATION, "quantised/weights/int4_zeros", "bits")
+class zero_point_forgotten(Plain):
+    """Zero points are not subtracted."""
+
+    def q(self, of: CodedExpert) -> Tensor:
+        return of.q()
+
+
+@mutant(Cause.QUANTISATION, "quantised/parts/mxfp4", "bits")
+class groups_counted_from_the_part(Plain):
+    """A tensor-parallel part of down_proj takes its scales from the first group on, not from its own first group."""
+
+    def code_scale(self, of: CodedExpert) -> Tensor:
+        groups = of.groups()
+        if of.name == "down_proj":
+            size = self.spec.moe_intermediate_size // self.spec.threadpool_count
+            groups = groups[torch.arange(len(groups)) % size]
+        return of.narrow_scales()[:, groups]

@@ -1,0 +1,27 @@
+// How base weights are stored. docs/contract.md (Quantised base weights) has the rule that makes numbers of codes.
+#pragma once
+
+#include <cstddef>
+
+namespace ktv {
+
+// fp8: e4m3, a scale for 128 x 128 weights. int8: a scale for each row. int4, mxfp4 (e2m1): a scale for `group`
+// neighbours in a row.
+enum class Format { bf16, fp8, int8, int4, mxfp4 };
+inline constexpr int kCodeFormats = 4;  // all but bf16
+
+struct WeightFormat {
+    Format format = Format::bf16;
+    int group = 0;       // columns that share a scale; 0: all of a row
+    bool zeros = false;  // int4 with a zero point for each group
+
+    bool quantised() const { return format != Format::bf16; }
+    int bits() const { return format == Format::bf16 ? 16 : format == Format::fp8 || format == Format::int8 ? 8 : 4; }
+    std::size_t bytes(std::size_t weights) const { return weights * static_cast<std::size_t>(bits()) / 8; }
+    // Rows that share a scale.
+    int group_rows() const { return format == Format::fp8 ? 128 : 1; }
+    // fp32 (fp8, int8), bf16 (int4), e8m0 (mxfp4).
+    std::size_t scale_bytes() const { return format == Format::mxfp4 ? 1 : format == Format::int4 ? 2 : sizeof(float); }
+};
+
+}  // namespace ktv

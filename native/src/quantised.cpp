@@ -1,0 +1,162 @@
+// Base weights that stay codes: how they are packed, and the one function that makes bf16 blocks of them.
+#include <bit>
+#include <cstring>
+
+#include "state.hpp"
+
+namespace ktv {
+namespace {
+
+// Scales that are packed for the 32 rows of a block. Those of fp8 are two: of its first rows, and of those behind a
+// multiple of 128, if there is one inside.
+std::size_t packed_scales(Format format) {
+    return format == Format::fp8 ? 2 : kBlock;
+}
+
+// Scales as they are packed, as fp32, one for each row; row0: the first row's place in the whole matrix.
+void widen(const std::byte* from, const WeightFormat& of, int row0, float* to) {
+    const Format format = of.format;
+    if (format == Format::fp8) {
+        float both[2];
+        std::memcpy(both, from, sizeof both);
+        for (int n = 0; n < kBlock; ++n) to[n] = both[(row0 + n) / of.group_rows() > row0 / of.group_rows()];
+    } else if (format == Format::int4) {
+        bf16 narrow[kBlock];
+        std::memcpy(narrow, from, sizeof narrow);
+        for (int n = 0; n < kBlock; ++n) to[n] = to_float(narrow[n]);
+    } else if (format == Format::mxfp4) {
+        for (int n = 0; n < kBlock; ++n) {
+            // 2^(code - 127); 2^-127 is subnormal
+            const auto code = std::to_integer<std::uint32_t>(from[n]);
+            to[n] = std::bit_cast<float>(code == 0 ? 1u << 22 : code << 23);
+        }
+    } else {
+        std::memcpy(to, from, kBlock * sizeof(float));
+    }
+}
+
+}  // namespace
+
+// The part's slice: rows of gate and up, columns of down.
+CodeLayout Layer::State::layout_of(Matrix matrix, int part) const {
+    const bool is_down = matrix == Matrix::down;
+    const int begin = part * size.I;
+    CodeLayout at{};
+    at.rows = is_down ? size.H : size.I;
+    at.cols = is_down ? size.I : size.H;
+    at.row0 = is_down ? 0 : begin;
+    at.col0 = is_down ? begin : 0;
+    at.stride = format.bytes((is_down ? 1 : 2) * panel(blocks_of(at.cols)));  // rows of gate and of up alternate
+    at.first_group = format.group > 0 ? at.col0 / format.group : 0;
+    at.groups = format.group > 0 ? (at.col0 + at.cols - 1) / format.group - at.first_group + 1 : 1;
+    return at;
+}
+
+void Layer::State::carve_codes(Carver& carver, PackedExpert& expert) const {
+    std::uint8_t* gate_up = nullptr;
+    carver.take(gate_up, size.ib * format.bytes(gate_up_stride()));
+    carver.take(expert.codes[static_cast<int>(Matrix::down)].blocks, format.bytes(size.hb * panel(size.ib)));
+    if (gate_up) {
+        expert.codes[static_cast<int>(Matrix::gate)].blocks = gate_up;
+        expert.codes[static_cast<int>(Matrix::up)].blocks = gate_up + format.bytes(panel(size.hb));
+    }
+    for (const Matrix matrix : {Matrix::gate, Matrix::up, Matrix::down}) {
+        PackedCodes& to = expert.codes[static_cast<int>(matrix)];
+        // The part with most groups decides, so that all parts take the same memory.
+        int groups = 0;
+        for (int part = 0; part < config.parts; ++part) groups = std::max(groups, layout_of(matrix, part).groups);
+        const std::size_t count = wide(matrix == Matrix::down ? size.hb : size.ib) * groups * kBlock;
+        carver.take(to.scales, count / kBlock * packed_scales(format.format) * format.scale_bytes());
+        if (format.zeros) carver.take(to.zeros, count);
+    }
+}
+
+// Packs one row of blocks. Beyond the matrix, q is 0: so W is +0 there, as in padded bf16 blocks.
+void Layer::State::pack_codes(int slot, int part, Matrix matrix, int row, const PackedCodes& to) const {
+    const WeightSource& from = matrix == Matrix::gate ? gate : matrix == Matrix::up ? up : down;
+    const CodeLayout at = layout_of(matrix, part);
+    const std::size_t whole_cols = matrix == Matrix::down ? config.intermediate : config.hidden;
+    const int rows = std::min(kBlock, at.rows - row * kBlock), kblocks = blocks_of(at.cols);
+    const auto* codes = static_cast<const std::uint8_t*>(from.experts[slot]);
+    const std::size_t row_bytes = format.bytes(kBlock);
+    const int zero = format.format == Format::int4 ? 0x88 : 0;
+    std::uint8_t* out = to.blocks + row * at.stride;
+    for (int kb = 0; kb < kblocks; ++kb) {
+        const std::size_t have = format.bytes(std::min(kBlock, at.cols - kb * kBlock));
+        for (int n = 0; n < kBlock; ++n, out += row_bytes) {
+            const std::size_t taken = n < rows ? have : 0;
+            const std::size_t first = (at.row0 + row * kBlock + n) * whole_cols + at.col0 + kb * kBlock;
+            if (taken) std::memcpy(out, codes + format.bytes(first), taken);
+            std::memset(out + taken, zero, row_bytes - taken);
+        }
+    }
+    const std::size_t groups = format.group > 0 ? (whole_cols + format.group - 1) / format.group : 1;
+    const auto* scales = static_cast<const std::byte*>(from.scales[slot]);
+    const auto* zeros = format.zeros ? static_cast<const std::int8_t*>(from.zeros[slot]) : nullptr;
+    const std::size_t each = format.scale_bytes(), count = packed_scales(format.format);
+    for (int group = 0; group < at.groups; ++group) {
+        const std::size_t to_at = wide(row) * at.groups + group;
+        const auto place = [&](int n) {
+            const int absolute = (at.row0 + row * kBlock + std::min(n, rows - 1)) / format.group_rows();
+            return absolute * groups + at.first_group + group;
+        };
+        for (std::size_t i = 0; i < count; ++i) {
+            const int n = count == kBlock ? static_cast<int>(i) : i == 0 ? 0 : kBlock - 1;
+            std::memcpy(to.scales + (to_at * count + i) * each, scales + place(n) * each, each);
+        }
+        for (int n = 0; zeros && n < kBlock; ++n)
+            to.zeros[to_at * kBlock + n] = n < rows ? zeros[place(n)] : std::int8_t{0};
+    }
+}
+
+void Layer::State::unpack_codes(const PackedExpert& expert, int part, Matrix matrix, const BlockRange& range,
+                                bf16* to) const {
+    const PackedCodes& from = expert.codes[static_cast<int>(matrix)];
+    const CodeLayout at = layout_of(matrix, part);
+    const Kernels::Unpack unpack = kernels.unpack_of(format.format);
+    const std::size_t block = format.bytes(kBlockSize);
+    for (int n = range.n; n < range.n + range.rows; ++n) {
+        for (int k = range.k; k < range.k + range.cols; ++k, to += kBlockSize) {
+            const auto with_group = [&](int group, bf16* out) {
+                const std::size_t first = wide(n) * at.groups + group;
+                float scales[kBlock];
+                widen(from.scales + first * packed_scales(format.format) * format.scale_bytes(), format,
+                      at.row0 + n * kBlock, scales);
+                unpack(from.blocks + n * at.stride + k * block, scales,
+                       format.zeros ? from.zeros + first * kBlock : nullptr, out);
+            };
+            if (format.group == 0) {
+                with_group(0, to);
+                continue;
+            }
+            const int column = at.col0 + k * kBlock, group = column / format.group - at.first_group;
+            with_group(group, to);
+            // A part may begin inside a group; then a block may have columns of two.
+            const int left = format.group - column % format.group;
+            if (left >= kBlock || group + 1 >= at.groups) continue;
+            alignas(64) bf16 other[kBlockSize];
+            with_group(group + 1, other);
+            for (int row = 0; row < kBlock; ++row)
+                std::memcpy(to + row * kBlock + left, other + row * kBlock + left, (kBlock - left) * sizeof(bf16));
+        }
+    }
+}
+
+int Layer::State::unpacked_at_once(int most, int blocks) const {
+    if (!format.quantised()) return most;
+    // What is unpacked is read again at once: it should stay in the second-level cache, of which processors have 1 or 2
+    // MB. No measurement has chosen this number.
+    constexpr std::size_t bytes = std::size_t{1} << 20;
+    return std::clamp(static_cast<int>(bytes / (blocks * kBlockSize * sizeof(bf16))), 1, most);
+}
+
+const bf16* Layer::State::strip(const PackedExpert& expert, int part, Matrix matrix, int n, bf16* to) const {
+    if (format.quantised()) {
+        unpack_codes(expert, part, matrix, {n, 1, 0, matrix == Matrix::down ? size.ib : size.hb}, to);
+        return to;
+    }
+    if (matrix == Matrix::down) return expert.down + n * panel(size.ib);
+    return (matrix == Matrix::up ? expert.up : expert.gate) + n * gate_up_stride();
+}
+
+}  // namespace ktv

@@ -1,0 +1,17 @@
+"""Base weights of FP8, INT8, INT4 and MXFP4: the bits of the weights that their codes stand for, refusals, memory."""
+
+from __future__ import annotations
+
+from ktverify.checks.check import Check
+from ktverify.checks.isas import Isa
+from ktverify.pytest_plugin import Ask, each
+
+
+@each("quantised")
+def test_quantised(ask: Ask, check: Check, isa: Isa) -> None:
+    ask(check, isa)
+
+
+@each("quantised_refusals", "quantised_memory")
+def test_refused_and_held(ask: Ask, check: Check) -> None:
+    ask(check)
