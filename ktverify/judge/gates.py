@@ -108,15 +108,51 @@ def allowance(rounding: RoundingError) -> float:
     """How many times its root mean square an error may have: the `deviations` quantile, at least 1.
 
     The square of an error that n independent numbers make up, over its mean from `draws` such errors, has an F
-    distribution of n and n draws degrees of freedom; its quantile by E. Paulson's approximation (1942).
+    distribution of n and n draws degrees of freedom; its quantile by E. Paulson's approximation (1942). With fewer than
+    FEWEST degrees that has no value; there the quantile is sought in the distribution itself.
     """
     if math.isinf(rounding.numbers):
         return 1.0
     z = float(tolerances()["rounding"]["deviations"])
+    if not rounding.enough_draws:
+        return math.sqrt(_quantile(rounding.numbers, rounding.numbers * rounding.draws, 0.5 * math.erfc(z / 2**0.5)))
     above, below = 2 / (9 * rounding.numbers), 2 / (9 * rounding.numbers * rounding.draws)
     root = math.sqrt((1 - above) ** 2 * below + (1 - below) ** 2 * above - z * z * above * below)
     # the cube root of F
     return float((((1 - above) * (1 - below) + z * root) / ((1 - below) ** 2 - z * z * below)) ** 1.5)
+
+
+def _quantile(n: float, m: float, tail: float) -> float:
+    """The value that an F distribution of n and m degrees of freedom exceeds with the probability `tail`, by halving
+    its logarithm's interval; 0.1 % near."""
+    low, high = 0.0, 100.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        if _incomplete_beta(m / 2, n / 2, m / (m + n * math.exp(middle))) > tail:
+            low = middle
+        else:
+            high = middle
+    return math.exp(high)
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularised incomplete beta function I_x(a, b), 0 <= x <= 1, by the continued fraction 8.17.22 of NIST's
+    Digital Library of Mathematical Functions. It converges below (a + 1) / (a + b + 2); above, I_x = 1 - I_1-x(b, a).
+    """
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(b, a, 1 - x)
+    fraction = 1.0
+    for i in range(200, 0, -1):
+        half = i // 2
+        if i % 2:
+            step = -(a + half) * (a + b + half) * x / ((a + i - 1) * (a + i))
+        else:
+            step = half * (b - half) * x / ((a + i - 1) * (a + i))
+        fraction = 1 + step / fraction
+    factor = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    return math.exp(factor) / (a * fraction)
 
 
 def budget(rounding: RoundingError) -> float:

@@ -187,6 +187,16 @@ def test_allowance_by_hand() -> None:
     assert allowance(RoundingError(1.0, 1.0, 64, 4)) > allowance(of(1.0, 64))
 
 
+# (numbers, draws) -> `scipy.stats.f.isf(1.017e-6, numbers, numbers * draws) ** 0.5`, 1.017e-6 beyond 4.75 deviations
+FEW = {(1.0, 4): 49.249, (1.2, 4): 29.957, (2.0, 4): 11.043, (2.9, 4): 6.8358, (1.0, 1): 625927.0}
+
+
+@pytest.mark.parametrize("few", FEW, ids=str)
+def test_allowance_of_few_numbers_and_few_draws(few: tuple[float, int]) -> None:
+    found = allowance(RoundingError(1.0, 1.0, *few))
+    assert found == pytest.approx(FEW[few], rel=2e-3)
+
+
 def test_budget_by_hand() -> None:
     assert tolerances()["rounding"]["floor"] == 2**-8
     assert budget(of(7e-3)) == pytest.approx(7e-3, rel=1e-3)

@@ -10,6 +10,7 @@ import torch
 
 from ktverify.checks.altered_inputs import rows_of
 from ktverify.judge import rounding
+from ktverify.judge.gates import allowance
 from ktverify.judge.metrics import compare
 from ktverify.judge.reference import forward_backward
 from ktverify.judge.rounding import LEAST, MOST, draws_for, rounded_draws, rounding_error, rounding_errors
@@ -79,6 +80,18 @@ def test_numbers_are_counted() -> None:
         assert found.numbers == pytest.approx(independent, rel=0.6)
         assert found.rel_l2 == pytest.approx(0.01, rel=0.5 if independent == 1 else 0.2)
         assert (found.draws, found.strays) == (MOST, False)
+
+
+@pytest.mark.parametrize("seed", [1016, 1018])
+def test_few_numbers_that_err_are_drawn_more_often(seed: int) -> None:
+    """Of integers nearly every value is a bf16 number, so that now and then one or two numbers make up all errors."""
+    inputs = make_inputs(Case.parse(f"exact_wide@seed={seed}"))
+    assert draws_for(inputs) == LEAST
+    found = rounding_errors(inputs)
+    assert min(each.numbers for each in found.values()) < 4
+    assert {each.draws for each in found.values()} == {MOST}
+    assert all(each.enough_draws for each in found.values())
+    assert all(1 <= allowance(each) < 8.1 for each in found.values())
 
 
 def test_equal_tokens_err_alike() -> None:
