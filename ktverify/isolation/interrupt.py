@@ -48,7 +48,7 @@ def in_one_line() -> Iterator[None]:
 def nothing_written(so_far: Callable[[], str] = str) -> Iterator[None]:
     """Make Ctrl-C in the body report NOTHING_WRITTEN. For commands that write their file last, or none.
 
-    so_far: gives what was done until then, for a command that takes long; "" for nothing.
+    so_far: returns what the command has found until then, as "3 of 200 runs"; "" where that is nothing.
     """
     try:
         yield

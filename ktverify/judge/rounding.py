@@ -42,7 +42,7 @@ class RoundingError:
 
     @property
     def enough_draws(self) -> bool:
-        """False where so few numbers err that the draws hardly tell how far another one may err."""
+        """False where the draws are too few to estimate the error of a further draw: numbers × draws below FEWEST."""
         return self.numbers * self.draws >= FEWEST
 
 

@@ -192,7 +192,8 @@ def read(path: str | os.PathLike[str]) -> KnownFailures:
 
 def write(known: KnownFailures, path: str | os.PathLike[str]) -> None:
     """Write `known` as a file that `read` takes, whole or not at all."""
-    parts = [f"# what is known to fail; `python -m ktverify gate RUN` reads it\nengine = {_quoted(known.engine)}\n"]
+    about = "# what is known to fail, for `python -m ktverify gate RUN --known-failures FILE`"
+    parts = [f"{about}\nengine = {_quoted(known.engine)}\n"]
     for entry in known.entries:
         lines = ["[[failure]]", f"check = {_quoted(entry.check)}"]
         if entry.case != ("*",):

@@ -27,7 +27,7 @@ from ktverify.system.instruction_sets import ISA_FLAGS
 from ktverify.system.limits import format_bytes
 
 NO_ISA = "no ISA"
-REFUSALS = "test_refused["  # of suites/contract: calls that must be refused
+REFUSALS = "test_refused["  # the test of every family whose calls must be refused
 NEAREST = "nearest to its budget"
 
 OVERVIEW_VERDICTS: tuple[VerdictName, ...] = get_args(VerdictName)

@@ -137,7 +137,7 @@ def _blocks(model: Any) -> Iterator[tuple[str, Any]]:
 
 def _names_in_checkpoint(model: Any, block: str) -> list[str]:
     """`names` of _Adapter. They may differ from the model's own, like block_sparse_moe.experts.{}.w1 in Mixtral."""
-    # transformers renames tensors as it saves them; the values tell which part comes out under which name
+    # transformers saves tensors under other names than the model has: each gets its own value, by which it is found
     marks = torch.arange(3.0).view(1, 3, 1)
     parts = {f"{block}.{WEIGHTS[0]}": marks[:, :2], f"{block}.{WEIGHTS[1]}": marks[:, 2:]}
     saved = revert_weight_conversion(model, parts)

@@ -130,7 +130,7 @@ def _of_environment(directory: str, calls: str, tensors: bool) -> Capture:
 def _range(part: str, calls: str) -> range:
     found = _PART.fullmatch(part)
     if not found:
-        raise ValueError(f"{CALLS_VARIABLE} is {calls!r}; it takes numbers and ranges, as 0,10,100:200:10")
+        raise ValueError(f"the calls to capture ({CALLS_VARIABLE}) are {calls!r}; it takes such as 0,10,100:200:10")
     first, last, step = found.groups()
     if last is None:
         return range(int(first), int(first) + 1)

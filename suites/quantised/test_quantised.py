@@ -12,6 +12,11 @@ def test_quantised(ask: Ask, check: Check, isa: Isa) -> None:
     ask(check, isa)
 
 
-@each("quantised_refusals", "quantised_memory")
-def test_refused_and_held(ask: Ask, check: Check) -> None:
+@each("quantised_refusals")
+def test_refused(ask: Ask, check: Check) -> None:
+    ask(check)
+
+
+@each("quantised_memory")
+def test_memory(ask: Ask, check: Check) -> None:
     ask(check)

@@ -19,9 +19,10 @@ from ktverify.report.known_failures import (
     updated,
     write,
 )
-from ktverify.report.tables import run_verdict
+from ktverify.report.tables import REFUSALS, run_verdict
 from ktverify.runs import store
 from ktverify.runs.record import AnyRecord, VerdictName
+from ktverify.system.files import ROOT
 from tests.support.command_line import call, ends
 from tests.support.records import accuracy, check, latency
 from tests.support.records import write as write_run
@@ -229,3 +230,8 @@ VERDICTS: dict[str, tuple[list[AnyRecord], str]] = {
 def test_a_report_begins_with_whether_numbers_are_wrong(name: str, tmp_path: Path) -> None:
     more, sentence = VERDICTS[name]
     assert run_verdict(run_of(tmp_path, *more)) == (False, sentence)
+
+
+def test_the_suites_call_their_refusals_so() -> None:
+    families = [file.parent.name for file in ROOT.glob("suites/*/*.py") if f"def {REFUSALS[:-1]}(" in file.read_text()]
+    assert sorted(families) == ["contract", "quantised"]
