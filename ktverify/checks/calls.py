@@ -106,8 +106,8 @@ def check_cleared_memory_comes_back(target: Target) -> None:
 
 @check(
     "native",
-    "weight_path= is a safetensors file or folder; load_weights() then takes the experts of layer layer_idx from it, "
-    "with the bits of load_weights_from_tensors.",
+    "weight_path= is a safetensors file or folder of bf16 weights; load_weights() then takes the experts of layer "
+    "layer_idx from it, with the bits of load_weights_from_tensors.",
     native=True,
     internal=True,
 )

@@ -197,7 +197,7 @@ EXPLAINS: dict[str, str] = {
     "The budget is what all these roundings at once leave: their root mean square over several draws, "
     "times what one more draw exceeds once in a million comparisons (ktverify/judge/rounding.py).": PERMITTED,
     "Where values cancel or few numbers decide, that may be large.": PERMITTED,
-    "It does not depend on any engine; plain torch in bf16 uses two thirds to four fifths of it.": PERMITTED,
+    "It does not depend on any engine; plain torch in bf16 uses 51 to 75 % of it.": PERMITTED,
 }
 
 # ---- arguments: of the constructor, and "method.argument" of the calls -> checks that give other values than one
