@@ -170,3 +170,16 @@ def raise_for(what: str, judgements: list[gates.Judgement], result: Result | Non
         exceeded = tuple((gate.gate, gate.used) for judgement in bad for gate in judgement.exceeded)
         lines = [judgement.line.partition("\n")[0] for judgement in bad]
         raise GateFailed("\n".join([what, *lines]), exceeded, result=result)
+
+
+def judge_refusal(
+    target: Target, what: str, error: Exception, errors: tuple[type[Exception], ...], mentions: tuple[str, ...]
+) -> None:
+    """GateFailed unless `error` is of one of these classes, has one line, and contains `mentions`."""
+    kinds, text = " or ".join(kind.__name__ for kind in errors), str(error)
+    # RuntimeError has children (NotImplementedError, RecursionError) with another meaning
+    right = type(error) in errors
+    target.expect(right, f"{what}: must raise {kinds}, raised {type(error).__name__}: {text}", "refusal")
+    missing = [mention for mention in mentions if mention not in text]
+    target.expect(not missing, f"{what}: the error must contain {missing}, it says {text!r}", "refusal")
+    target.expect(len(text.splitlines()) == 1, f"{what}: an error is one line, this has more: {text!r}", "refusal")

@@ -52,7 +52,8 @@ def _quantised(contract: str, kind: str = "quantised", **more: Any) -> Callable[
 
 @_quantised(RULE, variants=VARIANTS)
 def check_weights(target: Target, label: str) -> None:
-    """One-hot rows read each matrix back: all codes, every place, both directions."""
+    """One-hot rows read the matrices back, with all codes: up_proj and down_proj in both directions, gate_proj in the
+    backward; without the last column of gate_proj and up_proj. Values are compared, the sign of a zero is not."""
     kind = KINDS[label]
     for what, one in readings(kind, _case(kind, READ, READ_128)).items():
         case = one.inputs.case
@@ -83,7 +84,7 @@ def check_same_bits(target: Target, label: str) -> None:
 
 @_quantised(SAME, variants=VARIANTS)
 def check_parts(target: Target, label: str) -> None:
-    """The same with tensor-parallel degrees 2 and 4, whose parts begin inside blocks of 128 and of 32."""
+    """The same with tensor-parallel degrees 2 and 4. Of 8 bits, parts begin inside blocks of 128 and of 32."""
     kind = KINDS[label]
     case = _case(kind, PARTS, PARTS_128)
     coded, inputs = draw(kind, case), make_inputs(case)

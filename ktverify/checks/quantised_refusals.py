@@ -11,6 +11,7 @@ import torch
 
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, Where, enter
+from ktverify.checks.judging import judge_refusal
 from ktverify.checks.quantised_inputs import bare_of, draw, layer_of
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
@@ -23,7 +24,8 @@ CASE = Case.parse("E=3,k=2,H=128,I=64,T=5,r=2,alpha=4")
 
 # rows of the contract's table
 SHAPE = "codes, scales or zero points of another shape, or groups that do not divide a row"
-MISSING = "a quantised method without scales, or with fewer than three; zero points for a format that has none"
+DTYPE = "… of another dtype or device, or no tensor"
+MISSING = "codes without scales, or with fewer than three; zero points for a format that has none"
 VALUE = "a code that is NaN; a scale that is NaN, infinite or below 0; a zero point outside −8 … 7"
 CUT = "a tensor-parallel part that begins inside a group of INT4 or MXFP4"
 
@@ -72,13 +74,13 @@ ROWS = {
     "int4 zero points too few": Row(SHAPE, "int4_zeros", _changed("zero_points", 2, lambda z: z[:1]), ("down_proj",)),
     "int4 codes unpacked": Row(SHAPE, "int4_32", _codes("up_proj", lambda c: c.repeat(1, 1, 8)), ("up_proj",)),
     "mxfp4 scales too few": Row(SHAPE, "mxfp4", _changed("scales", 2, lambda s: s[..., :1]), ("down_proj",)),
-    "fp8 scales of bf16": Row(SHAPE, "fp8", _changed("scales", 0, lambda s: s.half()), ("gate_proj",), EITHER),
+    "fp8 scales of bf16": Row(DTYPE, "fp8", _changed("scales", 0, lambda s: s.bfloat16()), ("gate_proj",), EITHER),
     "fp8 codes of bytes": Row(
-        SHAPE, "fp8", _codes("down_proj", lambda c: c.view(torch.uint8)), ("down_proj", "float8_e4m3fn"), EITHER
+        DTYPE, "fp8", _codes("down_proj", lambda c: c.view(torch.uint8)), ("down_proj", "float8_e4m3fn"), EITHER
     ),
     "no scales": Row(MISSING, "fp8", lambda given: given.update(scales=None), ("scales", "gate_proj"), EITHER),
     "two scales": Row(MISSING, "int8", lambda given: given.update(scales=given["scales"][:2]), ("scales",), EITHER),
-    "one scale None": Row(MISSING, "mxfp4", _changed("scales", 2, lambda _: None), ("down_proj",), EITHER),
+    "one scale None": Row(DTYPE, "mxfp4", _changed("scales", 2, lambda _: None), ("down_proj",), EITHER),
     "zero points of int8": Row(
         MISSING, "int8", lambda given: given.update(zero_points=given["scales"]), ("zero_points",), EITHER
     ),
@@ -92,6 +94,9 @@ ROWS = {
     "fp8 scale NaN": Row(VALUE, "fp8", _changed("scales", 0, lambda s: _with(s, float("nan"))), ("gate_proj", "nan")),
     "int8 scale infinite": Row(VALUE, "int8", _changed("scales", 2, lambda s: _with(s, float("inf"))), ("down_proj",)),
     "int4 scale below 0": Row(VALUE, "int4_32", _changed("scales", 0, lambda s: _with(s, -1.0)), ("gate_proj", "-1")),
+    "int4 zero point -9": Row(
+        VALUE, "int4_zeros", _changed("zero_points", 1, lambda z: _with(z, -9)), ("up_proj", "-9")
+    ),
     "int4 zero point 8": Row(VALUE, "int4_zeros", _changed("zero_points", 1, lambda z: _with(z, 8)), ("up_proj", "8")),
 }
 
@@ -109,7 +114,7 @@ def check_refused(target: Target, name: str) -> None:
     except (EngineDied, Unsupported):
         raise
     except Exception as error:
-        _judge(target, name, error, row.errors, row.mentions)
+        judge_refusal(target, name, error, row.errors, row.mentions)
     else:
         target.accepted(f"{name}:")
     target.expect_same_bits(f"{name}: before the refusal and after it", before, run_layer(layer, inputs))
@@ -125,22 +130,11 @@ def check_cut(target: Target, label: str) -> None:
     except NotImplementedError:
         raise
     except RuntimeError as error:
-        _judge(target, f"{label} in two parts", error, (RuntimeError,), ("96", "32"))
+        judge_refusal(target, f"{label} in two parts", error, (RuntimeError,), ("96", "32"))
         named = set(map(int, re.findall(r"\d+", str(error).rpartition(":")[2])))
         target.expect(named == {1, 3}, f"degrees 1 and 3 work, the error says {error}", "refusal")
     else:
         target.accepted(f"{label} with groups that two parts share")
-
-
-def _judge(
-    target: Target, what: str, error: Exception, errors: tuple[type[Exception], ...], mentions: tuple[str, ...]
-) -> None:
-    kinds, text = " or ".join(kind.__name__ for kind in errors), str(error)
-    right = type(error) in errors
-    target.expect(right, f"{what}: must raise {kinds}, raised {type(error).__name__}: {text}", "refusal")
-    missing = [mention for mention in mentions if mention not in text]
-    target.expect(not missing, f"{what}: the error must contain {missing}, it says {text!r}", "refusal")
-    target.expect(len(text.splitlines()) == 1, f"{what}: an error is one line, this has more: {text!r}", "refusal")
 
 
 def _check(id: str, function: Callable[..., object], contract: str, **arguments: object) -> Check:

@@ -56,7 +56,9 @@ def replay(
             add_cause(result, target)
             return result.records, []
 
-        typer.echo(f"{path}: layer {call.layer}, call {call.call}: {call.case.spec}")
+        without = "" if "grad_output" in call.spread else "; it had no backward, so grad_output has a spread of 1"
+        sizes = call.case.spec.replace("routing=uniform", "routing=captured")
+        typer.echo(f"{path}: layer {call.layer}, call {call.call}: {sizes}{without}")
         question = Question(target, call.case, True, time_limit, isinstance(context.obj, options.OwnProgram))
         step = Step(run, f"{path.name} on {engine}", ALL_TENSORS, tp, "fresh")
         again = replay_command(target, path)

@@ -113,7 +113,7 @@ def gate(
         typer.echo(f"not compared with {usual}: it is of engine {kept.engine}, this run of {found.head.engine}")
         kept = None
     finding = gating.judge_run(found, kept, known_failures=expected)
-    against = f"against {kept.stamp}" if kept is not None else "without a baseline"
+    against = f"against the baseline of {kept.stamp} ({kept.cpu})" if kept is not None else "without a baseline"
     broken = "" if finding.passed else f"{len(finding.breaks)} broke of "
     failing = f", {finding.known} of them known failures" if expected is not None else ""
     verdict = "PASS" if finding.passed else "FAIL"

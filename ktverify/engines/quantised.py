@@ -80,7 +80,8 @@ def _given(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_points: An
     codes, found_scales, zeros = {}, {}, {}
     for position, (name, (rows, columns)) in enumerate(spec.expert_shapes.items()):
         if kind in ("int4", "mxfp4") and columns % 32:
-            raise ValueError(f"{name} has rows of {columns} weights; method {spec.method} takes groups of 32 or more")
+            groups = "groups of 32 or 128" if kind == "int4" else "groups of 32"
+            raise ValueError(f"{name} has rows of {columns} weights; method {spec.method} takes {groups}")
         per_code = {"int4": 8, "mxfp4": 2}.get(kind, 1)
         codes[name] = _plain(name, weights[position], (experts, rows, columns // per_code), (code_dtype,))
         if kind == "int4":

@@ -108,8 +108,8 @@ def allowance(rounding: RoundingError) -> float:
     """How many times its root mean square an error may have: the `deviations` quantile, at least 1.
 
     The square of an error that n independent numbers make up, over its mean from `draws` such errors, has an F
-    distribution of n and n draws degrees of freedom; its quantile by E. Paulson's approximation (1942). With fewer than
-    FEWEST degrees that has no value; there the quantile is sought in the distribution itself.
+    distribution of n and n draws degrees of freedom; its quantile by E. Paulson's approximation (1942). With few
+    degrees that is too large, and below 5.5 it has no value; there the quantile is sought in the distribution itself.
     """
     if math.isinf(rounding.numbers):
         return 1.0

@@ -210,20 +210,37 @@ def _load_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def load_config(model_args: Any) -> Any:
-        from ktverify.training.fp8 import blocks_of
-
         config = original(model_args)
         split: SplitKeys | None = getattr(model_args, _KEYS, None)
         if split is not None and split.dtype:
             import torch
 
             config.dtype = getattr(torch, split.dtype)
-        if split is not None and blocks_of(config):
+        if split is not None and _blocks(config, split):
             setattr(config, _KEYS, config.quantization_config)
             del config.quantization_config
         return config
 
     return load_config
+
+
+def _blocks(config: Any, split: SplitKeys) -> tuple[int, int] | None:
+    """Rows and columns of a block of a checkpoint in FP8 that `_models` reads, else None. ValueError where use_kt asks
+    for FP8 of another form, or of a model that LLaMA-Factory loads by another class."""
+    import transformers
+
+    from ktverify.training.fp8 import blocks_of
+
+    try:
+        found = blocks_of(config)
+        for name in ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTextToWaveform"):
+            if found and type(config) in getattr(getattr(transformers, name, None), "_model_mapping", {}):
+                raise ValueError("its FP8 is that of no causal language model, which alone is read")
+    except ValueError as error:
+        if split.engine.use_kt or split.compares:
+            raise ValueError(f"model_name_or_path {config.name_or_path!r}: {error}") from None
+        return None
+    return found
 
 
 def _models(original: Any) -> Any:
@@ -239,7 +256,10 @@ def _models(original: Any) -> Any:
                 return original.from_pretrained(pretrained_model_name_or_path, *args, **settings)
             config.quantization_config = config.__dict__.pop(_KEYS)
             trust = bool(settings.get("trust_remote_code"))
-            return load_fp8(pretrained_model_name_or_path, config.dtype, config=config, trust_remote_code=trust)
+            hub = {name: settings[name] for name in ("revision", "cache_dir", "token") if settings.get(name)}
+            return load_fp8(
+                pretrained_model_name_or_path, config.dtype, config=config, trust_remote_code=trust, hub=hub
+            )
 
     return AutoModelForCausalLM
 

@@ -17,7 +17,7 @@ from ktverify.engines.registry import NATIVE
 from ktverify.report import baseline as files
 from ktverify.report.baseline import Baseline, BaselineEntry, by_key, key_of
 from ktverify.report.known_failures import Compared, KnownFailures, compare
-from ktverify.report.numbers import error
+from ktverify.report.numbers import error, many
 from ktverify.report.problems import problem_text
 from ktverify.report.tables import base_isa, run_verdict
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, worst_first
@@ -83,6 +83,7 @@ def judge_run(
     breaks += beside.wrong
     notes += beside.notes
     as_known = set(map(id, beside.known))
+    left: dict[str, list[str]] = {}
     for record in worst_first(run.records):
         if id(record) in as_known:
             continue
@@ -97,7 +98,11 @@ def judge_run(
         elif before is not None and before.verdict == "PASS" and not _left_out(key, before, run):
             breaks.append(f"{line.splitlines()[0]} (it was PASS in the baseline)")
         else:
-            notes.append(line.splitlines()[0])
+            left.setdefault(line.splitlines()[0].partition(": ")[2], []).append(line.splitlines()[0])
+    # one note for all checks that were left out for the same reason
+    for lines in left.values():
+        more = f" (and {many(len(lines) - 1, 'more check')})" if lines[1:] else ""
+        notes.append(lines[0] + more)
     if baseline is not None:
         _compare(by_key(run), baseline, allowed or growth(), run, breaks, notes)
     return GateReport(tuple(breaks), tuple(notes), ran, len(beside.known))

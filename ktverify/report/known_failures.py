@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from ktverify.report.tables import base_isa
 from ktverify.runs.jsonl import JsonLine
-from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, LatencyRecord, VerdictName
+from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, LatencyRecord, VerdictName, worst_first
 from ktverify.runs.store import Run
 from ktverify.spec.cases import read_toml
 from ktverify.system.files import write_whole
@@ -109,17 +109,16 @@ def compare(known: KnownFailures, run: Run) -> Compared:
     if head is not None and head.engine != known.engine:
         raise ValueError(f"{known.path} has the known failures of engine {known.engine}, this run is of {head.engine}")
     found = Compared(known=[record for record in run.records if known.cover(record)])
-    part = head is not None and head.selection != type(head.selection)()
+    worst = _worst(run)
     for entry in known.entries:
-        named = [record for record in run.records if entry.names(record)]
+        named = [record for record in worst if entry.names(record)]
         passed = [record for record in named if record.verdict == "PASS"]
         if passed:
             first = " ".join(filter(None, (check_of(passed[0]), _case_of(passed[0]), base_isa(passed[0].isa))))
             count = f", and {len(passed) - 1} more" if len(passed) > 1 else ""
             found.wrong.append(f"passes, though {known.path} says that it fails: {first}{count} (entry {entry})")
         elif not any(map(_failed, named)):
-            # what this machine or the command line leaves out may fail elsewhere
-            aside = part or named or entry.isa != "*"
+            aside = named or _may_be_elsewhere(entry, run)
             line = f"{known.path}: no record of this run is one of entry {entry}"
             (found.notes if aside else found.wrong).append(line)
     return found
@@ -127,7 +126,7 @@ def compare(known: KnownFailures, run: Run) -> Compared:
 
 def updated(known: KnownFailures | None, run: Run) -> KnownFailures:
     """The known failures of `run`: entries of `known` whose every check fails as they say, or does not run here, and
-    new ones for all other failures.
+    new ones for all other failures. Entries of checks that there are no more are left out.
 
     ValueError where the run did not finish, or has lost records: what it lacks would look as if it passed.
     """
@@ -135,12 +134,32 @@ def updated(known: KnownFailures | None, run: Run) -> KnownFailures:
     if head is None or not run.finished or run.lost:
         raise ValueError(f"{run.directory.name} did not finish or has lost records: run the suites again to the end")
     old = known.entries if known is not None else ()
-    named = {entry: [record for record in run.records if entry.names(record)] for entry in old}
-    kept = [e for e, records in named.items() if all(e.covers(r) or r.verdict in NOT_RUN for r in records)]
-    new = [r for r in run.records if _failed(r) and not any(entry.covers(r) for entry in kept)]
-    reasons = {id(r): entry for entry in reversed(old) for r in named[entry]}
-    entries = [*kept, *_entries(new, run.records, reasons)]
+    worst = _worst(run)
+    named = {entry: [record for record in worst if entry.names(record)] for entry in old}
+    kept = [
+        entry
+        for entry, records in named.items()
+        if all(entry.covers(record) or record.verdict in NOT_RUN for record in records)
+        and (records or _may_be_elsewhere(entry, run))
+    ]
+    new = [record for record in worst if _failed(record) and not any(entry.covers(record) for entry in kept)]
+    reasons = {id(record): entry for entry in reversed(old) for record in named[entry]}
+    entries = [*kept, *_entries(new, worst, reasons)]
     return KnownFailures(head.engine, tuple(sorted(entries, key=lambda each: (each.check, each.case))))
+
+
+def _worst(run: Run) -> list[AnyRecord]:
+    """One record, the worst, of each check, case and instruction set: seeds and degrees are not told apart."""
+    found: dict[tuple[str, str, str], AnyRecord] = {}
+    for record in worst_first(run.records):
+        found.setdefault((check_of(record), _case_of(record), base_isa(record.isa)), record)
+    return list(found.values())
+
+
+def _may_be_elsewhere(entry: KnownFailure, run: Run) -> bool:
+    """True where this machine, or what the command line left out, may be why the run has no record of an entry."""
+    part = run.head is not None and run.head.selection != type(run.head.selection)()
+    return part or entry.isa != "*"
 
 
 def _entries(

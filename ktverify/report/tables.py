@@ -77,7 +77,11 @@ def run_verdict(run: Run) -> tuple[bool, str]:
 def _what_failed(records: Sequence[AnyRecord], counts: str, aside: str) -> str:
     """The sentence of a run with failures: whether numbers are wrong, or bad arguments are only not refused."""
     failed = [record for record in records if record.verdict not in (*NOT_RUN, "PASS")]
-    missing = sum(isinstance(record, CheckRecord) and record.name.startswith(REFUSALS) for record in failed)
+    # one that dies of bad arguments is worse than one that takes them
+    missing = sum(
+        isinstance(record, CheckRecord) and record.name.startswith(REFUSALS) and record.verdict == "FAIL"
+        for record in failed
+    )
     refusals = many(missing, "refusal")
     if missing == len(failed) and any(isinstance(r, AccuracyRecord) and r.verdict == "PASS" for r in records):
         return f"Right numbers, {refusals} missing: {counts}{aside}."

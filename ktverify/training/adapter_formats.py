@@ -38,6 +38,7 @@ _PREFIX = "base_model.model."
 _KINDS = ("gate", "up", "down")
 # keys of a configuration by which ranks or scalings differ between tensors
 _UNEVEN = ("rank_pattern", "alpha_pattern")
+_FACTOR = re.compile(r"\.lora_[AB]\.")
 _FIRST_EXPERT = re.compile(r"\.0\.(\w+)\.weight$")
 Pair = tuple[Tensor, Tensor]
 
@@ -102,6 +103,8 @@ def _read(folder: Path, model: Any) -> _Adapter:
     config = read_json(folder / CONFIG)
     if uneven := [name for name in _UNEVEN if config.get(name)]:
         raise ValueError(f"{folder}/{CONFIG} has a {uneven[0]}: adapters of one rank and one alpha can be converted")
+    if config.get("use_dora"):
+        raise ValueError(f"{folder}/{CONFIG} has use_dora: LoRA without magnitudes can be converted")
     if isinstance(config.get("target_modules"), str):
         raise ValueError(f"{folder}/{CONFIG} has a pattern as target_modules: a list of names can be converted")
     try:
@@ -109,6 +112,8 @@ def _read(folder: Path, model: Any) -> _Adapter:
         kt = load_file(folder / KT_TENSORS) if (folder / KT_TENSORS).is_file() else None
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"the adapter in {folder} cannot be read: {one_line(error)}") from error
+    if odd := [name for name in others if "lora_" in name and not _FACTOR.search(name)]:
+        raise ValueError(f"the adapter in {folder} has {odd[0]}: lora_A and lora_B of linear modules can be converted")
     if kt is not None:
         _check_manifest(folder / KT_MANIFEST, config)
     found = _Adapter(config, others, {}, {})
@@ -122,6 +127,9 @@ def _read(folder: Path, model: Any) -> _Adapter:
             pairs = _of_peft(others, name, block)
         _check_sizes(pairs, config["r"], name, block)
         found.blocks[name] = pairs
+        left = [each for each in others for projection in names if _of_an_expert(each, projection)]
+        if left:
+            raise ValueError(f"{folder / TENSORS} has {min(left)}, which the base has not: it is of another base")
     if kt:
         raise ValueError(f"{folder / KT_TENSORS} has {min(kt)}, which the base has not: it is of another base")
     return found
@@ -150,6 +158,12 @@ def _lora_of(projection: str, expert: int) -> tuple[str, str]:
     """The names of A and B of an expert's projection."""
     module = _PREFIX + projection.format(expert)
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
+def _of_an_expert(name: str, projection: str) -> bool:
+    """True for a tensor of this projection of any expert, whatever its number."""
+    before, _, after = projection.partition("{}")
+    return re.fullmatch(rf"{re.escape(_PREFIX + before)}\d+{re.escape(after)}\.lora_.*", name) is not None
 
 
 def _stacked(tensors: dict[str, Tensor], projection: str, experts: int) -> Pair:
@@ -257,7 +271,8 @@ def _halved(adapter: _Adapter) -> _Adapter:
     """The adapter that `_doubled` made this one of; the adapter itself where it is none of those."""
     rank = int(adapter.config["r"])
     half = rank // 2
-    zeros = [tensor[half:] if "lora_A" in name else tensor[:, half:] for name, tensor in adapter.others.items()]
+    factors = {name: tensor for name, tensor in adapter.others.items() if _FACTOR.search(name)}
+    zeros = [tensor[half:] if "lora_A" in name else tensor[:, half:] for name, tensor in factors.items()]
     for gate, up, down in adapter.blocks.values():
         zeros += [gate[1][..., half:], up[1][..., :half], down[0][:, half:], down[1][..., half:]]
     # a fresh adapter has B of zeros, but no A

@@ -29,7 +29,7 @@ from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, r
 from ktverify.training.turns import in_turn, list_of_this_thread
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
-# kt_backend of the users' configurations -> whether it exists
+# kt_backend of the users' configurations -> whether trainings can use it
 BACKENDS = {"AMXBF16": True, "AMXBF16_SFT": True, "AMXInt8": False, "AMXInt4": False}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -70,7 +70,7 @@ def init_cpu_infer(
     backend, RuntimeError for an instruction set that cannot run here.
     """
     if not isinstance(backend, str) or not BACKENDS.get(backend, False):
-        state = "does not exist yet" if isinstance(backend, str) and backend in BACKENDS else "is unknown"
+        state = "trainings cannot use yet" if isinstance(backend, str) and backend in BACKENDS else "is unknown"
         raise ValueError(f"kt_backend is {argument_checks.shown(backend)}, which {state}; it takes AMXBF16")
     if threads is not None:
         argument_checks.check_count("threads", threads)

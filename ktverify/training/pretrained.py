@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,10 +78,13 @@ def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> An
     return _load(read, path, option, trust_remote_code=trust)
 
 
-def load_fp8(path: str, dtype: Any, *, config: Any = None, trust_remote_code: bool = False) -> Any:
+def load_fp8(
+    path: str, dtype: Any, *, config: Any = None, trust_remote_code: bool = False, hub: Mapping[str, Any] | None = None
+) -> Any:
     """The model at `path`, a directory or a name on the hub, dequantised, where its checkpoint is in FP8; else None.
 
-    config: its configuration where that is at hand. ValueError for FP8 of a form that is not read."""
+    config: its configuration where that is at hand. hub: further arguments of snapshot_download, as revision and token.
+    ValueError for FP8 of a form that is not read."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from ktverify.training import fp8
@@ -91,7 +94,7 @@ def load_fp8(path: str, dtype: Any, *, config: Any = None, trust_remote_code: bo
         return None
     import torch
 
-    folder = Path(path) if Path(path).is_dir() else of_hub(path)
+    folder = Path(path) if Path(path).is_dir() else of_hub(path, **(hub or {}))
     del config.quantization_config
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
@@ -102,11 +105,11 @@ def load_fp8(path: str, dtype: Any, *, config: Any = None, trust_remote_code: bo
     return model
 
 
-def of_hub(name: str) -> Path:
-    """The folder of the hub's cache with all files of a model."""
+def of_hub(name: str, **settings: Any) -> Path:
+    """The folder of the hub's cache with all files of a model. settings: those of snapshot_download."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name))
+    return Path(snapshot_download(name, **settings))
 
 
 def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:

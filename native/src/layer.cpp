@@ -60,7 +60,8 @@ int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const 
                            std::to_string(E));
     }
     const int of_part = s.config.intermediate / s.config.parts;
-    if ((format.format == Format::int4 || format.format == Format::mxfp4) && of_part % format.group != 0)
+    const bool grouped = format.format == Format::int4 || format.format == Format::mxfp4;
+    if (grouped && (format.group <= 0 || of_part % format.group != 0))
         throw BadInput("a part of " + std::to_string(of_part) + " columns of down begins inside a group of " +
                        std::to_string(format.group));
     if (!permutation) throw BadInput("physical_map must be a permutation of 0.." + std::to_string(E - 1));

@@ -191,7 +191,7 @@ def test_gate_uses_the_baseline_of_the_reports_directory(reports: Path) -> None:
         return ends(call("gate", "latest", *options, "--reports", reports), code)
 
     gate("--write-baseline")
-    assert "against 20250102T000000Z" in gate()
+    assert "against the baseline of 20250102T000000Z (Imagined CPU 9000)" in gate()
     write(reports / "runs" / "20250104T000000Z", [accuracy(), latency()])
     assert "missing: check contract test_refusal[rank]" in gate(code=1)
     other = reports / "other.json"

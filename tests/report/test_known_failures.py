@@ -156,6 +156,24 @@ def test_an_update_keeps_reasons_and_drops_what_passes(tmp_path: Path) -> None:
     assert read(tmp_path / "known.toml").entries == narrowed.entries
 
 
+def test_an_update_drops_entries_of_checks_that_there_are_no_more(tmp_path: Path) -> None:
+    gone, elsewhere = entry("backward/no_such_tensor"), entry("backward/grad_input", isa="amx_bf16")
+    run = run_of(tmp_path, ODD)
+    kept = updated(known(gone, elsewhere), run)
+    assert gone not in kept.entries
+    assert elsewhere in kept.entries
+    assert judge_run(run, known_failures=kept).passed
+
+
+@pytest.mark.parametrize("change", [{"case": "odd_sizes@seed=7"}, {"tp": 2}], ids=["seed", "degree"])
+def test_seeds_and_degrees_of_a_check_are_one(change: dict[str, object], tmp_path: Path) -> None:
+    passing = accuracy(case="odd_sizes@seed=0", tensor="grad_input", family="backward").model_copy(update=change)
+    run = run_of(tmp_path, ODD, passing)
+    found = updated(None, run)
+    assert len(found.entries) == 1
+    assert judge_run(run, known_failures=found).passed
+
+
 def test_no_file_is_written_from_a_run_that_did_not_finish(tmp_path: Path) -> None:
     run = run_of(tmp_path, ODD)
     assert run.head is not None
@@ -218,8 +236,12 @@ def test_a_run_with_known_failures_can_be_a_baseline(tmp_path: Path) -> None:
 
 VERDICTS: dict[str, tuple[list[AnyRecord], str]] = {
     "refusals alone": (
+        [check("FAIL", REFUSED), check("FAIL", "test_refused[k 0]")],
+        "Right numbers, 2 refusals missing: 2 FAIL of 6 checks.",
+    ),
+    "a crash at bad arguments": (
         [check("FAIL", REFUSED), check("CRASH", "test_refused[k 0]")],
-        "Right numbers, 2 refusals missing: 1 CRASH, 1 FAIL of 6 checks.",
+        "1 CRASH, 1 FAIL of 6 checks; 1 refusal missing among them.",
     ),
     "numbers and refusals": ([ODD, check("FAIL", REFUSED)], "2 FAIL of 6 checks; 1 refusal missing among them."),
     "numbers alone": ([ODD], "1 FAIL of 5 checks."),

@@ -267,6 +267,7 @@ def test_the_command_and_what_it_refuses(one: Made, tmp_path: Path) -> None:
         (fused, {"rank_pattern": {"q_proj": 8}}, "has a rank_pattern: adapters of one rank and one alpha can be"),
         (fused, {"alpha_pattern": {"q_proj": 8}}, "has a alpha_pattern: adapters of one rank and one alpha can be"),
         (fused, {"target_modules": ".*_proj"}, "has a pattern as target_modules"),
+        (fused, {"use_dora": True}, "has use_dora: LoRA without magnitudes can be converted"),
         (
             fused,
             {"r": 8},
@@ -296,6 +297,15 @@ def test_files_that_do_not_fit_are_refused(one: Made, tmp_path: Path) -> None:
     is_refused("kt", without("layers.1.experts.up_lora_a"), r"has no layers\.1\.experts\.up_lora_a: it", KT_TENSORS)
     more = {"layers.7.experts.gate_lora_a": torch.zeros(1)}
     is_refused("kt", lambda tensors: tensors | more, r"has layers\.7\..*of another base", KT_TENSORS)
+    attention = "base_model.model.model.layers.0.self_attn.q_proj"
+    magnitude = {f"{attention}.lora_magnitude_vector": torch.ones(6)}
+    is_refused(
+        "peft", lambda tensors: tensors | magnitude, "lora_magnitude_vector: lora_A and lora_B of linear modules"
+    )
+    ninth = {
+        f"base_model.model.model.layers.0.mlp.experts.8.up_proj.lora_{part}.weight": torch.zeros(1) for part in "AB"
+    }
+    is_refused("per-expert", lambda tensors: tensors | ninth, r"experts\.8\.up_proj.*of another base")
     wide = {"base_model.model.model.layers.0.mlp.experts.2.up_proj.lora_B.weight": torch.zeros(41, RANK)}
     is_refused("per-expert", lambda tensors: tensors | wide, "up_proj differs in size from expert to expert")
     shared = {"base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight": torch.zeros(RANK, 72)}
@@ -386,3 +396,21 @@ def test_kt_kernels_own_converter_reads_a_kt_adapter(one: Made, tmp_path: Path) 
         assert all(
             torch.equal(found[name.removeprefix("base_model.model.")], tensor) for name, tensor in wanted.items()
         )
+
+
+def test_a_tensor_that_is_no_lora_stays_as_it_is(one: Made, tmp_path: Path) -> None:
+    """Also where gate and up have an A of their own, so that peft's format has twice the rank."""
+    source = "own-per-expert"
+    beside = {
+        "base_model.model.model.norm.weight": torch.arange(6.0),
+        "base_model.model.score.weight": torch.ones(6, 6),
+    }
+    copy_adapter(one.folder / source, tmp_path / "given")
+    tensors = load_file(one.folder / source / TENSORS)
+    save_file(tensors | beside, tmp_path / "given" / TENSORS)
+    wide = export_adapter(tmp_path / "given", tmp_path / "wide", "peft")
+    back = export_adapter(wide, tmp_path / "back", "per-expert")
+    found = load_file(back / TENSORS)
+    assert config_of(wide)["r"] == 2 * config_of(back)["r"]
+    for name, tensor in (tensors | beside).items():
+        assert torch.equal(found[name], tensor), name

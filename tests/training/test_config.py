@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
         ("kt_weight_path: /models", "kt_weight_path got '/models': the experts' weights come from model_name_or_path"),
         ("kt_num_gpu_experts: 4", "kt_num_gpu_experts got 4: experts on a GPU do not exist yet; it takes 0"),
         ("kt_use_wrapper: false", "kt_use_wrapper got False: the engine has no other way in; it takes true"),
-        ("kt_backend: AMXInt8", "kt_backend is 'AMXInt8', which does not exist yet; it takes AMXBF16"),
+        ("kt_backend: AMXInt8", "kt_backend is 'AMXInt8', which trainings cannot use yet; it takes AMXBF16"),
         ("kt_backend: CUDA", "kt_backend is 'CUDA', which is unknown; it takes AMXBF16"),
         ("dataset: nothing.json", "dataset 'nothing.json' is no file"),
         ("resume_from_checkpoint: true", "holds no checkpoint to resume from"),

@@ -12,7 +12,7 @@ inline constexpr int kCodeFormats = 4;  // all but bf16
 
 struct WeightFormat {
     Format format = Format::bf16;
-    int group = 0;       // columns that share a scale; 0: all of a row
+    int group = 0;       // columns that share a scale, for int4 and mxfp4 above 0; 0: all of a row
     bool zeros = false;  // int4 with a zero point for each group
 
     bool quantised() const { return format != Format::bf16; }
