@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -103,6 +104,8 @@ def check_cleared_memory_comes_back(target: Target) -> None:
 
 # ---- the native engine alone
 
+MAKES_CODES = ("AMXINT8_SFT", "AMXINT4_SFT", "AMXFP8_SFT")
+
 
 @check(
     "native",
@@ -112,7 +115,8 @@ def check_cleared_memory_comes_back(target: Target) -> None:
     internal=True,
 )
 def check_weight_path(target: Target) -> None:
-    """load_weights takes the experts of layer layer_idx, and their bits are those of load_weights_from_tensors."""
+    """load_weights takes the experts of layer layer_idx, and their bits are those of load_weights_from_tensors; with
+    methods that make codes of bf16 weights too."""
     every = [make_inputs(SMALL.with_seed(seed)) for seed in (0, 8)]
     with tempfile.TemporaryDirectory() as folder:
         tensors = {
@@ -130,6 +134,12 @@ def check_weight_path(target: Target) -> None:
                 layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
                 what = f"layer {index} of {path.name or 'a folder'}"
                 target.expect_same_bits(what, target.run(SMALL, inputs), run_layer(layer, inputs))
+        for method in MAKES_CODES:
+            made = replace(target, method=method)
+            layer = made.bare(SMALL, weight_path=str(file), layer_idx=1)
+            layer.load_weights()
+            layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
+            target.expect_same_bits(f"method {method}", made.run(SMALL, inputs), run_layer(layer, inputs))
 
 
 @check("native", "Sizes up to 2^24.", gates=(), native=True, internal=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import changed
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Function, Where, check
-from ktverify.checks.quantised_inputs import as_bf16, bare_of, draw, layer_of, readings, shapes_of
+from ktverify.checks.quantised_inputs import Coded, as_bf16, bare_of, draw, layer_of, readings, shapes_of
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
 from ktverify.isolation import hosted
-from ktverify.judge.dequantise import KINDS, Kind
+from ktverify.judge.dequantise import KINDS, Kind, codes_of
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES
@@ -24,7 +25,12 @@ from ktverify.spec.names import BASE_NAMES, LORA_NAMES
 RULE = "The weights are W = bf16(q · s), with q and s in fp32; with zero points W = bf16((q − z) · s)."
 SAME = "A layer of codes has the bits of the bf16 layer that is loaded with W, at every tensor-parallel degree."
 MADE = (
-    "AMXINT8_SFT and AMXINT4_SFT also take bf16 weights without scales, and make the codes themselves, by these lines:"
+    "AMXINT8_SFT, AMXINT4_SFT and AMXFP8_SFT also take bf16 weights without scales, and make the codes (q, s) of each "
+    "expert's matrix w [N, K] by these lines, those of int4 in groups of 32:"
+)
+MADE_ONE_BY_ONE = (
+    "It makes codes of bf16 weights a few rows at a time: beside the given weights and the codes, loading takes less "
+    "than one expert's bf16."
 )
 COMPACT = (
     "Codes stay codes in memory: with all experts packed they take at most 1.05 times the bytes of codes, scales and "
@@ -94,34 +100,38 @@ def check_parts(target: Target, label: str) -> None:
         target.expect_same_bits(f"{label} and bf16, TP {tp}", expected, found)
 
 
-def _int8(weight: Tensor) -> Tensor:
-    """W of bf16 [E, N, K]: a scale for each row, as the contract has it."""
-    s = weight.float().abs().amax(-1, keepdim=True) / 127
-    s = torch.where(s > 0, s, 1.0)
-    return ((weight.float() / s).round().clamp(-127, 127) * s).to(torch.bfloat16)
-
-
-def _int4(weight: Tensor) -> Tensor:
-    """W of bf16 [E, N, K]: a scale for 32 weights of a row, as the contract has it."""
-    w = weight.float().view(*weight.shape[:2], -1, 32)
-    s = (w.abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16).float()
-    s = torch.where(s > 0, s, 1.0)
-    return ((w / s).round().clamp(-8, 7) * s).to(torch.bfloat16).view(weight.shape)
-
-
-@_quantised(MADE, variants={f"/{label}": {"label": label} for label in ("int8", "int4_32")})
+@_quantised(MADE, variants={f"/{label}": {"label": label} for label in ("int8", "int4_32", "fp8")})
 def check_made_of_bf16(target: Target, label: str) -> None:
-    """bf16 weights without scales, a row of zeros among them, give the bits of the W that the contract's lines make."""
+    """bf16 weights without scales give the bits of the codes that the contract's lines make, and of their W. Among them
+    are zeros, the smallest and the largest numbers, and numbers in the middle between two codes."""
     kind = KINDS[label]
     inputs = make_inputs(_case(kind, DRAWN, ""))
-    inputs.gate_proj[0, 1] = 0
+    inputs = changed(inputs, **{name: _with_rare(getattr(inputs, name)) for name in BASE_NAMES})
     layer = bare_of(target, kind, inputs.case)
     layer.load_weights_from_tensors(*(inputs.slotted(name) for name in BASE_NAMES), inputs.physical_map)
     layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
-    made = _int8 if label == "int8" else _int4
-    weights = {name: made(getattr(inputs, name)) for name in BASE_NAMES}
-    expected = target.run(inputs.case, changed(inputs, **weights))
-    target.expect_same_bits(f"{label} of bf16", expected, run_layer(layer, inputs))
+    made = {name: codes_of(kind, getattr(inputs, name)) for name in BASE_NAMES}
+    coded = Coded(kind, {name: made[name][0] for name in made}, {name: made[name][1] for name in made}, None)
+    found = run_layer(layer, inputs)
+    given = run_layer(layer_of(target, coded, inputs.case, inputs), inputs)
+    target.expect_same_bits(f"{label} of bf16 and given codes", given, found)
+    target.expect_same_bits(f"{label} of bf16 and bf16", target.run(inputs.case, as_bf16(coded, inputs)), found)
+
+
+def _with_rare(weight: Tensor) -> Tensor:
+    """A copy of [E, N, K] in which the first three experts each have a row, a group or a block of its own kind."""
+    found = weight.clone()
+    found[0, 1] = 0
+    found[0, :, 32:64] = 0
+    found[1, 2] = torch.arange(weight.shape[2]).to(torch.bfloat16) * 2.0**-133  # subnormal, its scale is 0 for int4
+    # with one of the numbers after it, the scale is 1 for int8, int4 and fp8: halves lie between two codes
+    found[2, 3] = (torch.arange(weight.shape[2]) % 8 - 3.5).to(torch.bfloat16)
+    found[2, 3, ::32] = 7
+    found[2, 4] = (torch.arange(weight.shape[2]) % 128 - 63.5).to(torch.bfloat16)
+    found[2, 4, 0] = 127
+    found[2, 128:, :] = (torch.arange(weight.shape[2]) % 448 + 0.5).to(torch.bfloat16)
+    found[2, -1, ::128] = 448
+    return found
 
 
 @_quantised(
@@ -154,6 +164,42 @@ def check_compact(target: Target) -> None:
         text = f"{label}: {held / 1e6:.1f} MB are held for {size / 1e6:.1f} MB of codes, scales and zero points"
         target.expect(not measured or held <= 1.05 * size, text, "resources", held / (1.05 * size))
         del layer
+
+
+@_quantised(
+    MADE_ONE_BY_ONE,
+    "quantised_memory",
+    gates=("resources",),
+    where=Where.OWN_CHOICE,
+    fresh_process=True,
+    native=True,
+    internal=True,
+)
+def check_made_one_by_one(target: Target) -> None:
+    """The most memory that loading bf16 weights takes, in each format that is made of them."""
+    for label in ("int8", "int4_32", "fp8"):
+        # the small layer is not measured: it loads libraries and starts threads
+        _loading(target, KINDS[label], Case.parse("E=1,k=1,H=512,I=512,T=1,r=1,alpha=1"))
+        beside, one = _loading(target, KINDS[label], Case.parse("E=4,k=1,H=2048,I=2048,T=1,r=1,alpha=1"))
+        text = (
+            f"{label}: loading takes {beside / 1e6:.1f} MB beside the codes, an expert has {one / 1e6:.1f} MB of bf16"
+        )
+        target.expect(beside < one, text, "resources", beside / one)
+
+
+def _loading(target: Target, kind: Kind, case: Case) -> tuple[int, int]:
+    """The most bytes beside given weights and codes while a layer takes bf16 weights, and those of an expert's bf16."""
+    shapes = shapes_of(case)
+    given = {name: torch.ones(case.num_experts, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    one = sum(tensor.nbytes for tensor in given.values()) // case.num_experts
+    scales = sum(torch.Size(kind.scale_shape(case.num_experts, *shape)).numel() for shape in shapes.values())
+    codes = case.num_experts * one * kind.bits // 16 + 4 * scales
+    layer = bare_of(target, kind, case)
+    before = hosted.resident()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
+    layer.load_weights_from_tensors(**given, physical_map=torch.arange(case.num_experts))
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return peak - before - codes, one
 
 
 def _constant(kind: Kind, case: Case) -> dict[str, Any]:

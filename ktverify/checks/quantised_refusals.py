@@ -12,7 +12,7 @@ import torch
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Check, Where, enter
 from ktverify.checks.judging import judge_refusal
-from ktverify.checks.quantised_inputs import bare_of, draw, layer_of
+from ktverify.checks.quantised_inputs import bare_of, draw, layer_of, shapes_of
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
 from ktverify.errors import EngineDied, Unsupported
@@ -27,6 +27,7 @@ SHAPE = "codes, scales or zero points of another shape, or groups that do not di
 DTYPE = "… of another dtype or device, or no tensor"
 MISSING = "codes without scales, or with fewer than three; zero points for a format that has none"
 VALUE = "a code that is NaN; a scale that is NaN, infinite or below 0; a zero point outside −8 … 7"
+MADE = "a bf16 weight that is NaN or infinite, without scales"
 CUT = "a tensor-parallel part that begins inside a group of INT4 or MXFP4"
 
 Arguments = dict[str, Any]
@@ -52,6 +53,18 @@ def _with(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 def _codes(name: str, change: Callable[[torch.Tensor], Any]) -> Callable[[Arguments], None]:
     return lambda given: given.update({name: change(given[name])})
+
+
+def _of_bf16(name: str, value: float) -> Callable[[Arguments], None]:
+    """bf16 weights without scales, of which one of matrix `name` has this value."""
+
+    def act(given: Arguments) -> None:
+        for each, shape in shapes_of(CASE).items():
+            given[each] = torch.ones(CASE.num_experts, *shape, dtype=torch.bfloat16)
+        given[name] = _with(given[name], value)
+        del given["scales"]
+
+    return act
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,9 @@ ROWS = {
     "zero points of int8": Row(
         MISSING, "int8", lambda given: given.update(zero_points=given["scales"]), ("zero_points",), EITHER
     ),
+    "int8 of NaN": Row(MADE, "int8", _of_bf16("up_proj", float("nan")), ("up_proj", "[2, 63, 127]", "nan")),
+    "int4 of Inf": Row(MADE, "int4_32", _of_bf16("gate_proj", float("-inf")), ("gate_proj", "[2, 63, 127]", "-inf")),
+    "fp8 of Inf": Row(MADE, "fp8", _of_bf16("down_proj", float("inf")), ("down_proj", "[2, 127, 63]", "inf")),
     "fp8 code NaN": Row(
         VALUE,
         "fp8",

@@ -1,4 +1,5 @@
-"""The bf16 weights that codes stand for, by docs/contract.md's rule in plain torch: the right answer, from no engine.
+"""The bf16 weights that codes stand for, and the codes of bf16 weights, by docs/contract.md: the right answer, from no
+engine.
 
 A Kind says how base weights are stored. Codes are plain here, one number [0, 256) or [0, 16) for each weight [E, N, K];
 `packed` puts them into the tensors that an engine takes.
@@ -72,6 +73,33 @@ def weights_of(kind: Kind, codes: Tensor, scales: Tensor, zeros: Tensor | None) 
     if zeros is not None:
         q = q - over_weights(kind, zeros.float(), codes.shape)
     return (q * over_weights(kind, scale, codes.shape)).to(torch.bfloat16)
+
+
+def codes_of(kind: Kind, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 codes [E, N, K] and scales, as an engine takes them, of finite bf16 weights [E, N, K]. No zero points."""
+    experts, rows, columns = weights.shape
+    height, width = (128 if kind.method == "AMXFP8_SFT" else 1), kind.group or columns
+    most = {"AMXFP8_SFT": 448, "AMXINT8_SFT": 127, "AMXINT4_SFT": 7}[kind.method]
+    scales = torch.empty(experts, -(-rows // height), -(-columns // width), device="cpu")
+    for row in range(scales.shape[1]):
+        for column in range(scales.shape[2]):
+            block = weights[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
+            scales[:, row, column] = block.abs().flatten(1).max(1).values.float() / most
+    if kind.bits == 4:
+        scales = scales.to(torch.bfloat16)
+    scales[scales == 0] = 1
+    scales = scales.reshape(kind.scale_shape(experts, rows, columns))
+    quotients = weights.float() / over_weights(kind, scales.float(), weights.shape)
+    if kind.method == "AMXFP8_SFT":
+        # of the numbers 0 to 448, whose codes are 0 to 126: the nearest, of two the one with an even code
+        numbers = torch.tensor(VALUES[kind.method][: NAN_CODES[0]], device="cpu")
+        middle = (numbers[1:] + numbers[:-1]) / 2
+        below = torch.searchsorted(middle, quotients.abs())
+        tie = (quotients.abs() == middle[below.clamp(max=len(middle) - 1)]) & (below % 2 == 1)
+        return (below + tie.long() + 128 * quotients.signbit()).to(torch.uint8), scales
+    # codes count up from -8, or are the two's complement
+    codes = quotients.round().clamp(-most - (kind.bits == 4), most).long()
+    return (codes + 8 if kind.bits == 4 else codes % 256).to(torch.uint8), scales
 
 
 def over_weights(kind: Kind, values: Tensor, shape: torch.Size) -> Tensor:

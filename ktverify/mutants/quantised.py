@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.engines.quantised import dequantised, int8_of
+from ktverify.engines.quantise import codes_of
+from ktverify.engines.quantised import dequantised
 from ktverify.mutants.base import Gradients, Group, Plain, mutant
 from ktverify.mutants.codes import CodedExpert
 
@@ -34,7 +35,8 @@ class backward_quantised_again(Plain):
 
     def _of_columns(self, at: Group) -> None:
         if self.spec.weight_format != "bf16":
-            gate, up, down = (dequantised("int8", 0, *int8_of(weight.T), None).float().T for weight in at.base)
+            again = (codes_of(weight.T, "int8", 0) for weight in at.base)
+            gate, up, down = (dequantised("int8", 0, *codes, None).float().T for codes in again)
             at.base = (gate, up, down)
 
     def down_gradients(self, at: Group, dy: Tensor) -> tuple[Tensor, Gradients]:

@@ -15,7 +15,7 @@ from ktverify.system.files import ROOT
 
 # ---- sentences that are asked, but not by a check whose own sentence they are: sentence -> checks
 EVERY_CASE = ("forward/small", "backward/small")
-MADE_INT8, MADE_INT4 = ("quantised/made_of_bf16/int8",), ("quantised/made_of_bf16/int4_32",)
+MADE_INT8, MADE_INT4, MADE_FP8 = ((f"quantised/made_of_bf16/{label}",) for label in ("int8", "int4_32", "fp8"))
 ORDER = ("property/permuted_tokens", "property/permuted_slots", "property/permuted_experts")
 ASKED_BY: dict[str, tuple[str, ...]] = {
     "hidden_states, output; grad_output, grad_input | [T, H] | bf16": (
@@ -130,11 +130,23 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
     ),
     "MXFP4_SFT | uint8 [E, N, K / 2], two codes of e2m1 each, the first in the lower half | e8m0 as uint8 "
     "[E, N, K / 32]": ("quantised/weights/mxfp4",),
-    "int8, of a row: s = w.float().abs().amax(-1, keepdim=True) / 127": MADE_INT8,
-    "int4, of 32 in it: s = (w.float().abs().amax(-1, keepdim=True) / 7).to(torch.bfloat16).float()": MADE_INT4,
-    "q = (w.float() / s).round().clamp(-127, 127)": MADE_INT8,
-    "q = (w.float() / s).round().clamp(-8, 7)": MADE_INT4,
-    "s is 1 where it would be 0": (*MADE_INT8, *MADE_INT4),
+    "def int8(w):": MADE_INT8,
+    "s = w.float().abs().amax(1, keepdim=True) / 127": MADE_INT8,
+    "return (w.float() / s).round().clamp(-127, 127), s": MADE_INT8,
+    "def int4(w, group):": MADE_INT4,
+    "g = w.float().unflatten(1, (-1, group))": MADE_INT4,
+    "s = (g.abs().amax(2, keepdim=True) / 7).bfloat16().float()": MADE_INT4,
+    "return (g / s).round().clamp(-8, 7), s": MADE_INT4,
+    "def fp8(w):": MADE_FP8,
+    "b = pad(w.float(), (0, -w.shape[1] % 128, 0, -w.shape[0] % 128))"
+    ".unflatten(1, (-1, 128)).unflatten(0, (-1, 128))": MADE_FP8,
+    "s = b.abs().amax((1, 3), keepdim=True) / 448": MADE_FP8,
+    "return (b / s).clamp(-448, 448).to(torch.float8_e4m3fn), s": MADE_FP8,
+    "s = s.where(s != 0, 1)": (*MADE_INT8, *MADE_INT4, *MADE_FP8),
+    "round and to take the nearest number, of two the even one.": (*MADE_INT8, *MADE_INT4, *MADE_FP8),
+    "A row, group or block of zeros has the scale 1.": (*MADE_INT8, *MADE_INT4, *MADE_FP8),
+    "pad is torch.nn.functional's: a block at an edge has fewer weights.": MADE_FP8,
+    "Methods that make codes make them of these weights.": ("native/weight_path",),
     "The methods of this table, each also with _SkipLoRA, take the base weights as codes: a matrix [N, K] of each of E "
     "experts as here, by slot, in load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map, "
     "scales=(gate, up, down), zero_points=None).": ("quantised/same_bits/fp8", "quantised/same_bits/int4_zeros"),

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ktverify.engines.argument_checks import LayerSpec, check_base_weights, check_physical_map
-from ktverify.engines.quantised import check_codes, dequantised
+from ktverify.engines.quantise import MADE
+from ktverify.engines.quantised import Codes, check_codes, check_cut, dequantised, made_codes
 from ktverify.spec.names import BASE_NAMES
 from ktverify.system.text import read_json
 
@@ -194,24 +195,28 @@ def sources_of(
     spec: LayerSpec, weights: Sequence[Any], physical_map: Any, scales: Any = None, zero_points: Any = None
 ) -> Sources:
     """The Sources of the arguments of load_weights_from_tensors, which are checked."""
-
-    def by_slot(matrices: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
-        return [[alias(expert) for expert in tensor] for tensor in matrices.values()]
-
     if spec.weight_format == "bf16":
         if scales is not None or zero_points is not None:
             raise TypeError(f"scales or zero_points were given; method {spec.method} takes bf16 weights alone")
         base = check_base_weights(spec, *weights)
-        return Sources(by_slot(base), check_physical_map(spec, physical_map))
-    found, slots = check_codes(spec, weights, scales, zero_points), check_physical_map(spec, physical_map)
+        return Sources(_by_slot(base), check_physical_map(spec, physical_map))
+    slots = check_physical_map(spec, physical_map)
+    return _sources_of_codes(check_codes(spec, weights, scales, zero_points), slots)
+
+
+def _sources_of_codes(found: Codes, slots: list[int]) -> Sources:
     zeros = found.zero_points
     return Sources(
-        by_slot(found.codes),
+        _by_slot(found.codes),
         slots,
         quantised=(found.format, found.group, zeros is not None),
-        scales=by_slot(found.scales),
-        zeros=None if zeros is None else by_slot(zeros),
+        scales=_by_slot(found.scales),
+        zeros=None if zeros is None else _by_slot(zeros),
     )
+
+
+def _by_slot(matrices: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    return [[alias(expert) for expert in tensor] for tensor in matrices.values()]
 
 
 # ---- checkpoints
@@ -219,13 +224,16 @@ def sources_of(
 
 def sources_in_files(spec: LayerSpec, slots: list[int]) -> Sources:
     """The Sources of layer spec.layer_idx in the checkpoint at spec.weight_path. Errors as expert_weights."""
-    if spec.weight_format != "bf16":
+    if spec.weight_format not in ("bf16", *MADE):
         raise NotImplementedError(
             f"method is {spec.method!r}; load_weights reads bf16 checkpoints: give the codes and scales to "
             "load_weights_from_tensors"
         )
     base, files = expert_weights(str(spec.weight_path), spec.layer_idx, spec.expert_shapes, spec.num_experts)
-    return Sources(list(base.values()), slots, files=files)
+    if spec.weight_format == "bf16":
+        return Sources(list(base.values()), slots, files=files)
+    check_cut(spec, MADE[spec.weight_format])
+    return _sources_of_codes(made_codes(spec, base), slots)
 
 
 def expert_weights(
