@@ -1,6 +1,6 @@
 // What the AVX-512 and the AMX kernels share. Include it inside an unnamed namespace, instead of elementwise.inl.
 
-#define KTV_STREAM(to, lanes) _mm512_stream_ps(to, (__m512)(lanes))
+#define KTV_STREAM(to, lanes) _mm512_stream_ps(to, (lanes).part[0])
 // Makes streamed data visible to other threads that read it after the parallel region.
 inline void wait_for_streams() {
     _mm_sfence();

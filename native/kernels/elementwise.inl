@@ -3,11 +3,7 @@
 // the same operations in the same order everywhere, so that all instruction sets compute the same bits. A file may
 // define KTV_STREAM(to, lanes), a store of a whole line past the caches; its Kernels::leave then waits for the stores.
 
-using F = float __attribute__((vector_size(64)));
-using U = std::uint32_t __attribute__((vector_size(64)));
-using S = std::int32_t __attribute__((vector_size(64)));
-using H16 = std::uint16_t __attribute__((vector_size(32)));
-#define KTV_INLINE [[gnu::always_inline]] inline
+#include "lanes.inl"
 
 // Calls of the instruction sets that do not share a chunk of x among strips of W: one strip, one panel, and as many rows
 // as the second-level cache holds with their results.
@@ -23,114 +19,57 @@ inline constexpr int kMostRows = 256;
 // What an instruction set does that has no state to enter or leave.
 inline void nothing() {}
 
-KTV_INLINE F load(const float* p) {
-    F v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-}
-KTV_INLINE void store(float* p, F v) {
-    __builtin_memcpy(p, &v, sizeof v);
-}
 #ifndef KTV_STREAM
 #define KTV_STREAM(to, lanes) store(to, lanes)
 #endif
-// Adds halves: 16 lanes, 8, 4, 2, 1.
-KTV_INLINE float sum_of_lanes(F v) {
-    float lane[16];
-    store(lane, v);
-    for (int width = 8; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    }
-    return lane[0];
-}
-KTV_INLINE U bits(F v) {
-    return (U)v;
-}
-KTV_INLINE F splat(float v) {
-    return F{} + v;
-}
 
 // bf16 in the low half of each lane. Nearest even; a NaN stays a quiet NaN. The same rounding as ktv::to_bf16.
-KTV_INLINE U round_bf16(F v) {
-    const U b = bits(v);
+KTV_INLINE U round_bf16(const F& v) {
+    const U b = bits_as<std::uint32_t>(v);
     const U rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     const U nan = (b >> 16) | 0x40u;
-    return (b & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+    return select(greater(bits_as<std::int32_t>(b & 0x7fffffffu), 0x7f800000), nan, rounded);
 }
-KTV_INLINE void store_bf16(bf16* p, F v) {
-    const H16 narrow = __builtin_convertvector(round_bf16(v), H16);
-    __builtin_memcpy(p, &narrow, sizeof narrow);
+KTV_INLINE void store_bf16(bf16* p, const F& v) {
+    store_halves(p, round_bf16(v));
 }
 // Two rows of 16 values as 16 pairs: one row of a token pack.
-KTV_INLINE void store_pairs(bf16* p, F even, F odd) {
-    const U pairs = round_bf16(even) | (round_bf16(odd) << 16);
-    __builtin_memcpy(p, &pairs, sizeof pairs);
+KTV_INLINE void store_pairs(bf16* p, const F& even, const F& odd) {
+    store(p, round_bf16(even) | (round_bf16(odd) << 16));
 }
 
 // exp(-|x|), to about 1 ulp; 0 where it would be subnormal; NaN stays NaN. Cody-Waite reduction by ln 2 in two parts,
 // then the Taylor series, whose first omitted term is (ln2/2)^8/8! = 5e-9, below half an ulp.
-KTV_INLINE F exp_of_minus_abs(F x) {
-    const F a = (F)(bits(x) & 0x7fffffffu);
-    const S tiny = a > splat(87.3f);
-    const F y = -(tiny ? splat(87.3f) : a);
-    const F shifted =
-        y * splat(1.44269504088896341f) + splat(12582912.0f);  // 1.5 * 2^23: the integer is in the low bits
-    const F n = shifted - splat(12582912.0f);
-    const F r = (y - n * splat(0.693145751953125f)) - n * splat(1.42860682030941723e-6f);
+KTV_INLINE F exp_of_minus_abs(const F& x) {
+    const F a = bits_as<float>(bits_as<std::uint32_t>(x) & 0x7fffffffu);
+    const S tiny = greater(a, 87.3f);
+    const F y = -select(tiny, splat(87.3f), a);
+    const F shifted = y * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits
+    const F n = shifted - 12582912.0f;
+    const F r = (y - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
     F p = splat(1.0f / 5040.0f);
-    p = p * r + splat(1.0f / 720.0f);
-    p = p * r + splat(1.0f / 120.0f);
-    p = p * r + splat(1.0f / 24.0f);
-    p = p * r + splat(1.0f / 6.0f);
-    p = p * r + splat(0.5f);
-    p = p * r + splat(1.0f);
-    p = p * r + splat(1.0f);
-    const S exponent = ((S)bits(shifted) - 0x4b400000 + 127) << 23;
-    return tiny ? F{} : p * (F)exponent;
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const S exponent = (bits_as<std::int32_t>(shifted) - (0x4b400000 - 127)) << 23;
+    return select(tiny, F{}, p * bits_as<float>(exponent));
 }
 
 struct Sigmoid {
     F value, complement;  // sigma(x) and 1 - sigma(x), each to full relative precision
 };
-KTV_INLINE Sigmoid sigmoid(F x) {
+KTV_INLINE Sigmoid sigmoid(const F& x) {
     const F z = exp_of_minus_abs(x);
-    const F p = splat(1.0f) / (splat(1.0f) + z);
+    const F p = splat(1.0f) / (z + 1.0f);
     const F q = z * p;
-    const S positive = (S)bits(x) >= 0;
-    return {positive ? p : q, positive ? q : p};
+    const S positive = greater(bits_as<std::int32_t>(x), -1);
+    return {select(positive, p, q), select(positive, q, p)};
 }
 
-// 16 x 16 in place: four rounds of merging rows at distance 8, 4, 2, 1.
-KTV_INLINE void transpose_16x16(F (&m)[16]) {
-    constexpr S lo8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-    constexpr S hi8 = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-    constexpr S lo4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-    constexpr S hi4 = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-    constexpr S lo2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-    constexpr S hi2 = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-    constexpr S lo1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-    constexpr S hi1 = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-    for (int i = 0; i < 8; ++i) {
-        const F a = m[i], b = m[i + 8];
-        m[i] = __builtin_shuffle(a, b, lo8);
-        m[i + 8] = __builtin_shuffle(a, b, hi8);
-    }
-    for (int i = 0; i < 16; i += (i & 3) == 3 ? 5 : 1) {
-        const F a = m[i], b = m[i + 4];
-        m[i] = __builtin_shuffle(a, b, lo4);
-        m[i + 4] = __builtin_shuffle(a, b, hi4);
-    }
-    for (int i = 0; i < 16; i += (i & 1) == 1 ? 3 : 1) {
-        const F a = m[i], b = m[i + 2];
-        m[i] = __builtin_shuffle(a, b, lo2);
-        m[i + 2] = __builtin_shuffle(a, b, hi2);
-    }
-    for (int i = 0; i < 16; i += 2) {
-        const F a = m[i], b = m[i + 1];
-        m[i] = __builtin_shuffle(a, b, lo1);
-        m[i + 1] = __builtin_shuffle(a, b, hi1);
-    }
-}
 KTV_INLINE void load_transposed(const float* c, std::size_t ldc, F (&m)[16]) {
     for (int i = 0; i < 16; ++i) m[i] = load(c + i * ldc);
     transpose_16x16(m);
@@ -145,15 +84,15 @@ void pack_tokens(const bf16* const* rows, int k, int kblocks, bf16* pack) {
             if (!rows[t]) {
                 unit[t] = F{};
             } else if (have >= kBlock) {
-                __builtin_memcpy(&unit[t], rows[t] + kb * kBlock, sizeof(F));
+                unit[t] = load(rows[t] + kb * kBlock);
             } else {
                 bf16 padded[kBlock] = {};
                 __builtin_memcpy(padded, rows[t] + kb * kBlock, sizeof(bf16) * static_cast<std::size_t>(have));
-                __builtin_memcpy(&unit[t], padded, sizeof(F));
+                unit[t] = load(padded);
             }
         }
         transpose_16x16(unit);
-        __builtin_memcpy(pack + static_cast<std::size_t>(kb) * kPackSize, unit, sizeof unit);
+        for (int pair = 0; pair < 16; ++pair) store(pack + kb * kPackSize + pair * 2 * kGroup, unit[pair]);
     }
 }
 
@@ -197,13 +136,29 @@ KTV_INLINE const float* in_nn(const float* c, std::size_t stride, int row, int c
     return c + col / kBlock * stride + row * kBlock + col % kBlock;
 }
 
+// Rows of g, u and the results that silu_mul_grad prefetches ahead. Of each row it has only some lines, a page or more
+// from those of the next, and they are in no cache: the processor itself does not prefetch them. On an Intel Xeon, built
+// for AVX-512, one thread, 8192 rows of 2048, ns an element: 4.0 without, 2.0 to 2.4 with 2 or 4 rows, 2.1 to 2.8 with 8.
+constexpr int kGradAhead = 4;
+
 void silu_mul_grad(const float* c, std::size_t stride, int rows, int cblocks, const float* weight, const float* g,
                    const float* u, std::size_t ld, bf16* grad_g, bf16* grad_u, bf16* h, float* dot) {
+    const std::size_t ahead = kGradAhead * ld;
     for (int row = 0; row < rows; ++row) {
         F sum{};
         const F w = splat(weight[row]);
+        const bool prefetches = row + kGradAhead < rows;
         for (int col = 0; col < cblocks * kBlock; col += 16) {
             const std::size_t at = row * ld + col;
+            if (prefetches) {
+                __builtin_prefetch(g + at + ahead);
+                __builtin_prefetch(u + at + ahead);
+                if (col % kBlock == 0) {
+                    __builtin_prefetch(h + at + ahead, 1);
+                    __builtin_prefetch(grad_u + at + ahead, 1);
+                    __builtin_prefetch(grad_g + at + ahead, 1);
+                }
+            }
             const F gate = load(g + at), up = load(u + at), unweighted = load(in_nn(c, stride, row, col));
             const Sigmoid s = sigmoid(gate);
             const F silu = gate * s.value;
@@ -212,7 +167,7 @@ void silu_mul_grad(const float* c, std::size_t stride, int rows, int cblocks, co
             sum += unweighted * hidden;
             store_bf16(h + at, hidden);
             store_bf16(grad_u + at, dh * silu);
-            store_bf16(grad_g + at, dh * up * (s.value * (splat(1.0f) + gate * s.complement)));
+            store_bf16(grad_g + at, dh * up * (s.value * (gate * s.complement + 1.0f)));
         }
         dot[row] = sum_of_lanes(sum);
     }
@@ -235,11 +190,17 @@ void add_transposed(const float* c, int rows, const std::int32_t* token, const f
 
 void add_rows(const float* c, std::size_t stride, int rows, int cblocks, const std::int32_t* token, const float* weight,
               float* sum, std::size_t ld) {
+    // Rows of the sum, which is in no near cache where there are many tokens. On the same Xeon 0.35 to 0.50 ns an element
+    // with 1024 and 4096 tokens, 0.37 to 0.75 without.
+    constexpr int ahead = 2;
     for (int row = 0; row < rows; ++row) {
         float* out = sum + token[row] * ld;
+        const float* after = sum + token[row + ahead < rows ? row + ahead : row] * ld;
         const F w = splat(weight ? weight[row] : 1.0f);
-        for (int col = 0; col < cblocks * kBlock; col += 16)
+        for (int col = 0; col < cblocks * kBlock; col += 16) {
+            __builtin_prefetch(after + col, 1);
             store(out + col, load(out + col) + w * load(in_nn(c, stride, row, col)));
+        }
     }
 }
 
@@ -268,9 +229,7 @@ void transpose(const float* c, std::size_t stride, int rows, int cols, float* ou
             if (rows - row >= 16) {
                 for (int i = 0; i < width; ++i) store(to + i * ld, m[i]);
             } else {
-                for (int i = 0; i < width; ++i) {
-                    for (int lane = 0; lane < rows - row; ++lane) to[i * ld + lane] = m[i][lane];
-                }
+                for (int i = 0; i < width; ++i) __builtin_memcpy(to + i * ld, &m[i], (rows - row) * sizeof(float));
             }
         }
     }

@@ -1,5 +1,7 @@
 // Portable kernels: plain loops, for any CPU. The tests compare the others with them.
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "kernels.hpp"
 

@@ -43,49 +43,56 @@ struct Call {
         bits += bits_at((static_cast<std::size_t>(m) * sizes.n + n) * sizes.rows + row, value);
     }
 
-    // Strips first to first + count of matrix m.
-    void nt(int m, int first, int count, int batch) {
+    // Strips first to first + count of matrix m, by `tokens` rows from `row` on.
+    void nt(int m, int first, int count, int batch, int row, int tokens) {
         const int kblocks = sizes.k / kBlock;
         const std::size_t panel = kblocks * kBlockSize;
         const bf16* w = weights + m * matrix() + first * panel;
         const bool few = sizes.rows <= kernels.few_rows;
         NtSegment segments[kMostStrips];
+        const std::size_t group_stride = kblocks * kPackSize;
+        const bf16* x = rows + m * rows_size + row / kGroup * group_stride;
+        const bool last = row + tokens == sizes.rows;
         for (int i = 0; i < count; ++i)
-            segments[i] = {w + i * panel, rows + m * rows_size, kblocks * kPackSize, kblocks, w + (batch + i) * panel};
-        (few ? kernels.nt_few : kernels.nt)(segments, 1, count, sizes.rows, c);
+            segments[i] = {w + i * panel, x, group_stride, kblocks, w + ((last ? batch : 0) + i) * panel};
+        (few ? kernels.nt_few : kernels.nt)(segments, 1, count, tokens, c);
         if (!sizes.check) return;
-        const std::size_t result = few ? sizes.rows * std::size_t{kBlock} : nt_result();
+        const std::size_t result =
+            few ? tokens * std::size_t{kBlock} : (tokens + kGroup - 1) / kGroup * std::size_t{kResultSize};
         for (int i = 0; i < count * kBlock; ++i) {
             const float* strip = c + i / kBlock * result;
             const int n = i % kBlock;
-            for (int t = 0; t < sizes.rows; ++t) {
+            for (int t = 0; t < tokens; ++t) {
                 const float value =
                     few ? strip[t * kBlock + n] : strip[t / kGroup * kResultSize + n * kGroup + t % kGroup];
-                add_bits(m, first * kBlock + i, t, value);
+                add_bits(m, first * kBlock + i, row + t, value);
             }
         }
     }
-    std::size_t nt_result() const { return (sizes.rows + kGroup - 1) / kGroup * kResultSize; }
 
-    // Column blocks first to first + count of matrix m.
-    void nn(int m, int first, int count) {
+    // Column blocks first to first + count of matrix m, by `count_rows` rows from `row` on.
+    void nn(int m, int first, int count, int row, int count_rows) {
         const int blocks = sizes.n / kBlock;
         NnSegment segment{};
-        segment.rows = rows + m * rows_size;
         segment.ld = sizes.k + kBlock;
+        segment.rows = rows + m * rows_size + row * segment.ld;
         segment.weights = weights + m * matrix() + first * kBlockSize;
         segment.kblock_stride = blocks * kBlockSize;
         segment.kblocks = sizes.k / kBlock;
-        if (first + 2 * count <= blocks) segment.next = segment.weights + count * kBlockSize;
-        kernels.nn(&segment, 1, sizes.rows, count, c);
+        if (row + count_rows < sizes.rows) {
+            segment.next = segment.weights;
+        } else if (first + 2 * count <= blocks) {
+            segment.next = segment.weights + count * kBlockSize;
+        }
+        kernels.nn(&segment, 1, count_rows, count, c);
         if (!sizes.check) return;
         for (int i = 0; i < count * kBlock; ++i) {
-            const float* block = c + i / kBlock * nn_stride(sizes.rows);
-            for (int row = 0; row < sizes.rows; ++row)
-                add_bits(m, first * kBlock + i, row, block[row * kBlock + i % kBlock]);
+            const float* block = c + i / kBlock * nn_stride(count_rows);
+            for (int at = 0; at < count_rows; ++at)
+                add_bits(m, first * kBlock + i, row + at, block[at * kBlock + i % kBlock]);
         }
     }
-    // Neighbouring pieces of every matrix, as a worker's lane.
+    // Neighbouring pieces of every matrix, as a worker's lane. A piece is multiplied by at most most_rows rows at once.
     void share(int worker, int workers) {
         const bool forward = sizes.product == Product::nt;
         const int most = forward ? kernels.strips(sizes.rows) : kernels.cblocks(sizes.rows), blocks = sizes.n / kBlock,
@@ -93,7 +100,10 @@ struct Call {
         for (int m = 0; m < sizes.matrices; ++m) {
             for (int piece = worker * pieces / workers; piece < (worker + 1) * pieces / workers; ++piece) {
                 const int first = piece * most, count = std::min(most, blocks - first);
-                forward ? nt(m, first, count, most) : nn(m, first, count);
+                for (int row = 0; row < sizes.rows; row += kernels.most_rows) {
+                    const int at_once = std::min(kernels.most_rows, sizes.rows - row);
+                    forward ? nt(m, first, count, most, row, at_once) : nn(m, first, count, row, at_once);
+                }
             }
         }
     }
@@ -110,18 +120,18 @@ Products::Products(int threads, std::size_t bytes)
 Products::Timed Products::time(const Kernels& kernels, const Sizes& sizes, std::size_t window) {
     const std::size_t matrix = static_cast<std::size_t>(std::max(sizes.n, 0)) * std::max(sizes.k, 0);
     const std::size_t used = matrix * std::max(sizes.matrices, 0), all = weights_.size() / sizeof(bf16);
-    if (sizes.rows < 1 || sizes.rows > kernels.most_rows || used == 0 || sizes.n % kBlock != 0 ||
-        sizes.k % kBlock != 0 || used + kBlockSize > all)
+    if (sizes.rows < 1 || sizes.rows > kMostTokens || used == 0 || sizes.n % kBlock != 0 || sizes.k % kBlock != 0 ||
+        used + kBlockSize > all)
         throw BadInput("a product of " + std::to_string(sizes.rows) + " rows with " + std::to_string(sizes.matrices) +
                        " matrices of " + std::to_string(sizes.n) + " x " + std::to_string(sizes.k) +
-                       "; it takes 1 to " + std::to_string(kernels.most_rows) +
+                       "; it takes 1 to " + std::to_string(kMostTokens) +
                        " rows, multiples of 32, and at most the weights that there are");
     // rows of any layout, and a cache line more than a row of nn
     const std::size_t padded = (sizes.rows + kGroup - 1) / kGroup * kGroup, rows_size = padded * (sizes.k + kBlock);
     const Block rows(rows_size * sizes.matrices * sizeof(bf16));
     fill(reinterpret_cast<bf16*>(rows.data()), rows.size() / sizeof(bf16));
     const std::size_t pieces = std::max(kMostStrips, kernels.cblocks(sizes.rows)),
-                      scratch = pieces * nn_stride(sizes.rows);
+                      scratch = pieces * nn_stride(std::min(sizes.rows, kernels.most_rows));
     const Block results(threads_ * scratch * sizeof(float));
     const std::size_t blocks = (all - used) / kBlockSize, first = window * (used / kBlockSize) % blocks * kBlockSize;
     std::vector<std::uint64_t> bits(threads_ * 8);

@@ -15,9 +15,10 @@ enum class Product { nt, nn };
 
 class Products {
   public:
+    static constexpr int kMostTokens = 1 << 16;
     struct Sizes {
         Product product;
-        int rows;      // 1 to the kernels' most_rows
+        int rows;      // 1 to kMostTokens; by more than the kernels' most_rows in several calls, as in a layer
         int n, k;      // multiples of 32
         int matrices;  // that one call multiplies, one after the other
         bool check;    // also computes Timed::bits, within the time

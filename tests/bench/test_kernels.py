@@ -76,7 +76,7 @@ def test_a_better_value_is_named_where_the_rounds_tell(others: list[int], cell: 
 
 
 @pytest.mark.parametrize("isa", _native.available_isas())
-@pytest.mark.parametrize(("backward", "rows"), [(False, 1), (False, 37), (True, 5)])
+@pytest.mark.parametrize(("backward", "rows"), [(False, 1), (False, 37), (False, 300), (True, 5), (True, 300)])
 def test_every_instruction_set_multiplies_a_window(isa: str, backward: bool, rows: int) -> None:
     products, (table, _) = _native.Products(2, 1 << 20), _native.kernels_of(isa)
     sizes: dict[str, Any] = {"backward": backward, "rows": rows, "n": 96, "k": 64, "matrices": 3}
