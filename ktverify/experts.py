@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from ktverify.engines.native.layer import KTMoEWrapper, amx_is_emulated, available_isas, chosen_isa
+from ktverify.engines.native.isa import amx_is_emulated, available_isas, chosen_isa
+from ktverify.engines.native.layer import KTMoEWrapper
 
 __all__ = ["KTMoEWrapper", "amx_is_emulated", "available_isas", "chosen_isa"]

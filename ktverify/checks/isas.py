@@ -60,7 +60,7 @@ def _declared(engine: str) -> list[Isa]:
 
 
 def _native() -> list[Isa]:
-    from ktverify.engines.native.layer import amx_is_emulated, available_isas
+    from ktverify.engines.native.isa import amx_is_emulated, available_isas
 
     return native_on(available_isas(), amx_is_emulated())
 

@@ -247,7 +247,7 @@ def check_sentinels(target: Target) -> None:
             guards = Guards()
             with (
                 mock.patch.object(torch, "empty", guards.empty),
-                mock.patch.object(native_layer, "_gradients", guards.gradients),
+                mock.patch.object(native_layer, "gradient_tensors", guards.gradients),
             ):
                 found = run_layer(layer, inputs)
             expect(len(guards.blocks) >= len(found), f"{len(guards.blocks)} guarded results of {len(found)}")

@@ -108,13 +108,23 @@ def _constructor() -> Rows:
 
 def native_alone() -> Rows:
     """What the contract asks of the native engine alone."""
-    for value in (1, -1):
-        mentions = ("num_gpu_experts", str(value))
-
-        def act(setup: Setup, value: int = value) -> object:
-            return setup.target.bare(SMALL, num_gpu_experts=value)
-
-        yield f"num_gpu_experts {value}", Refusal(VALUE, mentions, act)
+    most, mask = SMALL.num_experts, "gpu_experts_mask"
+    half: list[Any] = [True, False] * (most // 2)
+    rows: list[tuple[str, tuple[type[Exception], ...], tuple[str, ...], dict[str, Any]]] = [
+        *((f"num_gpu_experts {n}", VALUE, ("num_gpu_experts", str(n)), {"num_gpu_experts": n}) for n in (-1, most + 1)),
+        (f"{mask} too short", VALUE, (mask, "5", "6"), {mask: half[1:]}),
+        (f"{mask} too long", VALUE, (mask, "7", "6"), {mask: torch.tensor([*half, True])}),
+        (f"{mask} of two dimensions", VALUE, (mask, "6"), {mask: torch.tensor([half])}),
+        (f"{mask} of numbers", WRONG, (mask, "bool"), {mask: [1, 0] * (most // 2)}),
+        (f"{mask} dtype", WRONG, (mask, "int64", "bool"), {mask: torch.tensor(half).long()}),
+        (f"{mask} no list", WRONG, (mask, "bool"), {mask: 3}),
+        (f"{mask} of another number", VALUE, ("num_gpu_experts", mask, "2", "3"), {mask: half, "num_gpu_experts": 2}),
+        ("gpu_device unknown", VALUE, ("gpu_device", "tpu"), {mask: half, "gpu_device": "tpu"}),
+        ("gpu_device no text", WRONG, ("gpu_device", "7"), {mask: half, "gpu_device": 7}),
+        ("gpu_device not there", (RuntimeError,), ("gpu_device", "cuda:99"), {mask: half, "gpu_device": "cuda:99"}),
+    ]
+    for name, errors, mentions, given in rows:
+        yield name, Refusal(errors, mentions, lambda setup, given=given: setup.target.bare(SMALL, **given))  # type: ignore[misc]
 
 
 def _weights() -> Rows:

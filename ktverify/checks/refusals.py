@@ -22,6 +22,8 @@ from ktverify.spec.names import lora_shapes
 
 REFUSALS: dict[str, Refusal] = {name: refusal for _, part in PARTS for name, refusal in part()} | dict(native_alone())
 
+GPU_EXPERTS = "num_gpu_experts below 0 or above E (native alone)"
+
 
 def check_refusal(target: Target, name: str) -> None:
     """AssertionError unless REFUSALS[name] is refused as it says and the layer works on, with the same bits."""
@@ -92,10 +94,5 @@ def _check(id: str, function: Callable[..., object], contract: str, **arguments:
 
 
 enter(_check(name, check_refusal, contract, name=name) for contract, part in PARTS for name in dict(part()))
-enter(
-    [
-        replace(_check(name, check_refusal, "num_gpu_experts other than 0 (native alone)", name=name), native=True)
-        for name in dict(native_alone())
-    ]
-)
+enter([replace(_check(name, check_refusal, GPU_EXPERTS, name=name), native=True) for name in dict(native_alone())])
 enter([_check("out of memory", check_out_of_memory, "more memory than there is")])

@@ -67,7 +67,7 @@ class Target:
         name = self.isa or ""
         if not name and self.engine == registry.NATIVE:
             # importing it loads the compiled engine
-            from ktverify.engines.native.layer import chosen_isa
+            from ktverify.engines.native.isa import chosen_isa
 
             name = chosen_isa()
         if name != AMX:

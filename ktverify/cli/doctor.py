@@ -187,7 +187,7 @@ def _native(here: Machine) -> Iterator[Fact]:
         yield Fact("no", "native engine", "not built; `pip install .` builds it", needed=True)
         return
     try:
-        from ktverify.engines.native.layer import available_isas
+        from ktverify.engines.native.isa import available_isas
 
         isas = available_isas()
     # any error that stops the import also stops every run, so the user must see it

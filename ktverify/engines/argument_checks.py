@@ -55,6 +55,8 @@ class LayerSpec:
     hidden_size: int
     moe_intermediate_size: int
     num_gpu_experts: int = 0
+    gpu_experts_mask: Any = None
+    gpu_device: str = "cuda"
     cpuinfer_threads: int
     threadpool_count: int = 1
     weight_path: str = ""
@@ -89,11 +91,7 @@ class LayerSpec:
                 f"num_experts_per_tok is {top_k}, more than num_experts ({self.num_experts}); "
                 f"it takes 1 to {self.num_experts}"
             )
-        if _integer("num_gpu_experts", self.num_gpu_experts) != 0:
-            raise ValueError(
-                f"num_gpu_experts is {shown(self.num_gpu_experts)}; it takes 0: this layer computes every expert on "
-                "the CPU. Give the slots of experts that another device computes the id -1"
-            )
+        self._check_gpu_experts()
         smallest, largest = (self.lora_rank * scaling for scaling in SCALINGS)
         if not smallest <= _number("lora_alpha", self.lora_alpha) <= largest:
             raise ValueError(
@@ -103,6 +101,32 @@ class LayerSpec:
         if not 0 <= _number("lora_dropout", dropout) < 1:
             raise ValueError(f"lora_dropout is {shown(dropout)}; it takes a number from 0 up to, not including, 1")
         check_tp(self.moe_intermediate_size, self.threadpool_count)
+
+    def _check_gpu_experts(self) -> None:
+        """Make gpu_experts_mask a tuple of bool where one is given, and num_gpu_experts its count."""
+        count = _integer("num_gpu_experts", self.num_gpu_experts)
+        if not 0 <= count <= self.num_experts:
+            raise ValueError(f"num_gpu_experts is {shown(count)}; it takes 0 to num_experts ({self.num_experts})")
+        if not isinstance(self.gpu_device, str):
+            raise TypeError(f"gpu_device is {shown(self.gpu_device)}; it takes a device of torch as text, like cuda:0")
+        if self.gpu_experts_mask is not None:
+            self._take_mask(count)
+        if self.num_gpu_experts:
+            check_gpu_device(self.gpu_device)
+
+    def _take_mask(self, count: int) -> None:
+        mask = check_gpu_experts_mask(self.num_experts, self.gpu_experts_mask)
+        if count not in (0, sum(mask)):
+            raise ValueError(f"num_gpu_experts is {count}, gpu_experts_mask has {sum(mask)} experts: give one of them")
+        object.__setattr__(self, "gpu_experts_mask", mask)
+        object.__setattr__(self, "num_gpu_experts", sum(mask))
+
+    @property
+    def gpu_experts(self) -> tuple[int, ...]:
+        """The logical experts that `gpu_device` computes, ascending: those of the mask, or the first of all."""
+        if self.gpu_experts_mask is None:
+            return tuple(range(self.num_gpu_experts))
+        return tuple(expert for expert, there in enumerate(self.gpu_experts_mask) if there)
 
     @property
     def scaling(self) -> float:
@@ -234,6 +258,39 @@ def check_physical_map(spec: LayerSpec, physical_map: Any) -> list[int]:
             "the logical expert that each slot holds"
         )
     return slots
+
+
+def check_gpu_experts_mask(num_experts: int, mask: Any) -> tuple[bool, ...]:
+    """bool [E], a tensor or a list: True for the experts that a torch device computes."""
+    import torch
+
+    from ktverify.engines.plain_tensors import values_of
+
+    if isinstance(mask, torch.Tensor):
+        mask = values_of(check_tensor("gpu_experts_mask", mask, (num_experts,), (torch.bool,))).tolist()
+    if not isinstance(mask, (list, tuple)) or not all(isinstance(there, bool) for there in mask):
+        raise TypeError(f"gpu_experts_mask is {shown(mask)}; it takes a tensor or a list, bool [{num_experts}]")
+    if len(mask) != num_experts:
+        raise ValueError(f"gpu_experts_mask has {len(mask)} values; it takes one for each of {num_experts} experts")
+    return tuple(mask)
+
+
+def check_gpu_device(name: str) -> torch.device:
+    """The device of this name: cuda, cuda:N, or cpu, which stands in for a GPU. ValueError for another name,
+    RuntimeError for a GPU that is not there; it is never replaced."""
+    import torch
+
+    takes = "it takes cuda, cuda:N, or cpu, which stands in for a GPU"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"gpu_device is {shown(name)}; {takes}") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"gpu_device is {shown(name)}; {takes}")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise RuntimeError(f"gpu_device is {shown(name)}, and torch sees {count} GPUs here; {takes}")
+    return device
 
 
 def check_lora(spec: LayerSpec, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:

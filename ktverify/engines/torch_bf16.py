@@ -40,11 +40,16 @@ class TorchBf16:
     """
 
     formats: tuple[str, ...] = ("bf16",)  # of base weights
+    takes_mask = False  # whether another device may compute some experts
 
     def __init__(self, **arguments: Any) -> None:
         self.spec = argument_checks.LayerSpec(**arguments)
         if self.spec.weight_format not in self.formats:
             raise NotImplementedError(f"method is {self.spec.method!r}; this engine's base weights are bf16")
+        if self.spec.num_gpu_experts and not self.takes_mask:
+            raise NotImplementedError(
+                f"num_gpu_experts is {self.spec.num_gpu_experts}; this engine computes all experts in one place: pass 0"
+            )
         if self.spec.weight_path:
             raise ValueError(
                 f"weight_path is {self.spec.weight_path!r}; this engine takes its weights from "

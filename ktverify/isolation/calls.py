@@ -16,7 +16,7 @@ METHODS = {
         name: name
         for name in (
             "load_weights_from_tensors", "load_weights", "init_lora_weights", "update_lora_weights", "forward_sft",
-            "backward", "clear_sft_buffer_cache",
+            "backward", "set_gpu_experts_mask", "clear_sft_buffer_cache",
         )
     },
 }  # fmt: skip

@@ -180,6 +180,9 @@ class HostedLayer:
     def load_weights(self, *given: Any, **named: Any) -> None:
         self._call("load_weights", given, named)
 
+    def set_gpu_experts_mask(self, *given: Any, **named: Any) -> None:
+        self._call("set_gpu_experts_mask", given, named)
+
     def clear_sft_buffer_cache(self) -> None:
         self._call("clear_sft_buffer_cache", (), {})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Plain(TorchBf16):
 
     fp32_sums = True
     formats = ("bf16", "fp8", "int8", "int4", "mxfp4")
+    takes_mask = True
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -134,6 +135,23 @@ class Plain(TorchBf16):
         """bf16 [N, K] of one expert's matrix."""
         return (self.q(of) * self.code_scale(of)).to(torch.bfloat16)
 
+    # ---- experts on another device
+
+    def sides(self, expert_ids: Tensor) -> list[Tensor]:
+        """The ids [T, k] of the slots of each side, this one's first; -1 for a slot of the other."""
+        if not self.spec.num_gpu_experts:
+            return [expert_ids]
+        there = torch.isin(expert_ids, torch.tensor(self.spec.gpu_experts))
+        return [torch.where(there, -1, expert_ids), torch.where(there, expert_ids, -1)]
+
+    def there(self, expert: int) -> bool:
+        """Whether the other device computes this expert."""
+        return expert in self.spec.gpu_experts
+
+    def set_gpu_experts_mask(self, gpu_experts_mask: Any) -> None:
+        self.spec = replace(self.spec, num_gpu_experts=0, gpu_experts_mask=gpu_experts_mask)
+        self.update_lora_weights()
+
     # ---- routing and weights
 
     def routes(self, expert_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -201,7 +219,7 @@ class Plain(TorchBf16):
         output.index_add_(0, at.rows, at.w * at.y)
 
     def _forward(self, hidden_states: Tensor, expert_ids: Tensor, weights: Tensor, save: bool) -> Tensor:
-        groups = self.groups(hidden_states, expert_ids, weights)
+        groups = [at for ids in self.sides(expert_ids) for at in self.groups(hidden_states, ids, weights)]
         output = torch.zeros(hidden_states.shape)
         for at in groups:
             at.masks = self.drawn(at) if save else {}

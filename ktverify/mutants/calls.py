@@ -58,9 +58,9 @@ class lora_taken_once(Plain):
         self._lora = before or self._lora
 
 
-@mutant(Cause.REFUSAL, "refusals/num_gpu_experts 1", "refusal")
+@mutant(Cause.REFUSAL, "refusals/num_gpu_experts -1", "refusal")
 class gpu_experts_ignored(Plain):
-    """num_gpu_experts is accepted and has no effect."""
+    """num_gpu_experts has no effect, and any number is accepted."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**{**arguments, "num_gpu_experts": 0})

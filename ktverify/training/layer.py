@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdRef
 
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
+from ktverify.engines.native.isa import require_isa
 from ktverify.spec.names import GRAD_NAMES
 from ktverify.system.limits import processors
 from ktverify.training import capture
@@ -78,7 +79,7 @@ def init_cpu_infer(
     argument_checks.check_count("max_cache_depth", max_cache_depth)
     argument_checks.check_count("chunked_prefill_size", chunked_prefill_size)
     if isa is not None:
-        layer.require_isa(isa)
+        require_isa(isa)
     capture.current()  # refuses a wrong environment now
     return CpuInfer(threads or processors(), threadpool_count, isa, max_cache_depth, chunked_prefill_size)
 

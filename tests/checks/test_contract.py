@@ -150,6 +150,16 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
     "The methods of this table, each also with _SkipLoRA, take the base weights as codes: a matrix [N, K] of each of E "
     "experts as here, by slot, in load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map, "
     "scales=(gate, up, down), zero_points=None).": ("quantised/same_bits/fp8", "quantised/same_bits/int4_zeros"),
+    "gpu_experts_mask of another shape, or of another number than num_gpu_experts (native alone) | ValueError": (
+        "refusals/gpu_experts_mask too short",
+        "refusals/gpu_experts_mask of another number",
+    ),
+    "gpu_experts_mask that is no tensor or list of bool, gpu_device that is no text (native alone) | ValueError or "
+    "TypeError": ("refusals/gpu_experts_mask dtype", "refusals/gpu_device no text"),
+    "gpu_device that torch does not know (native alone) | ValueError": ("refusals/gpu_device unknown",),
+    "gpu_device that is not there (native alone) | RuntimeError": ("refusals/gpu_device not there",),
+    "With gpu_experts_mask, bool [E], torch computes the experts of the mask on gpu_device, cuda:N or cpu, and the "
+    "engine the others; num_gpu_experts=n names the first n.": ("hybrid/masks/one", "hybrid/count"),
     "Both directions read the same W.": ("quantised/weights/fp8", "quantised/weights/int4_32"),
     "Another engine whose backward takes accumulate is asked for the same, within its own budget.": (
         "property/accumulated_gradients",
@@ -187,6 +197,11 @@ EXPLAINS: dict[str, str] = {
     "with save_for_backward=True.": SAID_LATER,
     "With the probability p:": A_HEADING,
     "An engine that has no such method declares it, or refuses it as unknown: both are UNSUPPORTED.": OF_THE_SUITES,
+    "An engine that takes no mask declares it, or refuses the argument as unknown: both are UNSUPPORTED.": (
+        OF_THE_SUITES
+    ),
+    "The suites pass gpu_experts_mask and gpu_device only in these checks, with cpu, which stands in for a GPU through "
+    "the same code.": OF_THE_SUITES,
     "The README shows them in order.": A_HEADING,
     "An engine is any callable that takes the constructor's keyword arguments and returns an object with the "
     "methods.": ("every check does it"),
@@ -219,7 +234,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "num_experts_per_tok": ("edge/every_expert_of_every_token", "refusals/k above E"),
     "hidden_size": ("edge/multiples_of_nothing", "refusals/hidden_size 0"),
     "moe_intermediate_size": ("edge/multiples_of_nothing", "refusals/moe_intermediate_size 0"),
-    "num_gpu_experts": ("refusals/num_gpu_experts 1",),
+    "num_gpu_experts": ("hybrid/count", "refusals/num_gpu_experts -1"),
+    "gpu_experts_mask": ("hybrid/masks/scattered", "refusals/gpu_experts_mask too short"),
+    "gpu_device": ("hybrid/masks/scattered", "refusals/gpu_device unknown"),
     "cpuinfer_threads": ("behaviour/threads", "processes/threads_have_a_ceiling"),
     "threadpool_count": ("tp/gaussian", "behaviour/threads_fewer_than_parts"),
     "weight_path": ("native/weight_path",),
@@ -249,8 +266,16 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "forward_sft.save_for_backward": ("behaviour/saved_by_default", "behaviour/outstanding_forwards"),
     "backward.grad_output": ("behaviour/strides", "refusals/grad_output columns"),
     "backward.accumulate": ("native/accumulation",),
+    "set_gpu_experts_mask.gpu_experts_mask": ("hybrid/moved", "hybrid/moved_while_waiting"),
 }
-CALLS = ("load_weights_from_tensors", "load_weights", "init_lora_weights", "forward_sft", "backward")
+CALLS = (
+    "load_weights_from_tensors",
+    "load_weights",
+    "init_lora_weights",
+    "forward_sft",
+    "backward",
+    "set_gpu_experts_mask",
+)
 
 
 def plain(text: str) -> str:

@@ -18,7 +18,7 @@ from ktverify.checks.repro_commands import repro_command, verify_command
 from ktverify.checks.target import Target
 from ktverify.checks.training_steps import loss_problem
 from ktverify.engines import registry
-from ktverify.engines.native.layer import available_isas
+from ktverify.engines.native.isa import available_isas
 from ktverify.mutants import MUTANTS
 from ktverify.reproducer.bundle import write_result
 from ktverify.spec.cases import Case

@@ -10,7 +10,8 @@ import torch
 
 from ktverify.checks.quantised_inputs import Coded, as_bf16, draw, layer_of
 from ktverify.checks.target import Target, same_bits
-from ktverify.engines.native.layer import KTMoEWrapper, available_isas
+from ktverify.engines.native.isa import available_isas
+from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import layer_arguments, run_layer
 from ktverify.errors import Unsupported
 from ktverify.judge.dequantise import KINDS, NAN_CODES

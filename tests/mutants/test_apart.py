@@ -32,5 +32,5 @@ def test_a_mutant_in_a_process_of_its_own_is_found(mutant: Mutant) -> None:
 
 @pytest.mark.parametrize("check", sorted({mutant.check for mutant in SEEN}))
 def test_a_right_engine_in_a_process_of_its_own_passes(check: str) -> None:
-    right = "right_with_codes" if check.startswith("quantised/") else "right"
+    right = "right_with_codes_and_masks" if check.startswith(("quantised/", "hybrid/")) else "right"
     assert ask(registry.find(check), f"{apart.__name__}:{right}") == []

@@ -11,7 +11,7 @@ def __getattr__(name: str) -> Any:
 
     if name == "right":
         return TorchBf16
-    if name == "right_with_codes":
+    if name == "right_with_codes_and_masks":
         return Plain
     if name not in MUTANTS:
         raise AttributeError(name)

@@ -26,7 +26,7 @@ def spec(**changed: Any) -> LayerSpec:
             {"chunked_prefill_size": LARGEST, "num_experts": 128, "num_experts_per_tok": 128},
             "chunked_prefill_size is 16777216; with num_experts_per_tok 128 it takes at most 8388608",
         ),
-        ({"num_gpu_experts": 1}, "num_gpu_experts is 1; it takes 0"),
+        ({"num_gpu_experts": 7}, r"num_gpu_experts is 7; it takes 0 to num_experts \(6\)"),
     ],
 )
 def test_what_would_not_be_computed_is_refused(changed: dict[str, Any], says: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
-import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,73 +11,17 @@ from typing import Any
 
 import torch
 
+from ktverify import _native
 from ktverify.engines import argument_checks
 from ktverify.engines.native.base_weights import Sources, sources_in_files, sources_of
+from ktverify.engines.native.device_experts import DeviceExperts
+from ktverify.engines.native.gradient_memory import gradient_tensors
+from ktverify.engines.native.isa import chosen_isa, require_isa
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.engines.native.shortage import memory_errors
 from ktverify.engines.plain_tensors import values_of
 from ktverify.spec.names import BASE_NAMES, GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
-from ktverify.system.machine import EMULATION_VARIABLE, emulation_hint
-
-try:
-    from ktverify import _native
-except ImportError as error:  # an installation without the compiled module
-    raise ImportError(
-        f"ktverify's native engine is not installed ({error}); run `make setup` or `pip install .` in the repository"
-    ) from error
-
-ISA_VARIABLE = "KTVERIFY_ISA"
-
-if os.environ.get(EMULATION_VARIABLE) == "1":
-    _native.emulate_amx()
-
-
-def available_isas() -> list[str]:
-    """Instruction sets that this CPU, this OS and this build can run, best first."""
-    return list(_native.available_isas())
-
-
-def chosen_isa() -> str:
-    """The instruction set of a layer without `isa`: that of the variable KTVERIFY_ISA, else the best."""
-    return os.environ.get(ISA_VARIABLE) or available_isas()[0]
-
-
-def amx_is_emulated() -> bool:
-    """True when tile instructions run in a trap handler: results are right, times mean nothing."""
-    return os.environ.get(EMULATION_VARIABLE) == "1" and bool(_native.emulate_amx())
-
-
-def require_isa(isa: str) -> None:
-    """ValueError for an unknown `isa`, RuntimeError where it cannot run here; for AMX, with how to emulate."""
-    if not isinstance(isa, str) or isa not in _native.known_isas():
-        known = ", ".join(_native.known_isas())
-        raise ValueError(
-            f"isa is {argument_checks.shown(isa)}, which is unknown; it takes one of {known}, or None for "
-            "the best that runs here"
-        )
-    try:
-        _native.require_isa(isa)
-    except RuntimeError as error:
-        hint = emulation_hint(available_isas()) if isa == "amx_bf16" else ""
-        raise RuntimeError(f"{error}; {hint}" if hint else str(error)) from None
-
-
-def _gradients(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, *, written: int
-) -> tuple[list[torch.Tensor], bool]:
-    """Tensors of these shapes in one block of memory, and whether they are zero.
-
-    One block, because huge pages need large blocks. written: the most experts that will write a gradient. If they could
-    touch every huge page of the block anyway, reuse a freed gradient block when one exists: clearing the idle experts'
-    part is faster than the system's fresh pages. Otherwise use those, because most are never touched.
-    """
-    sizes = [math.prod(shape) for shape in shapes]
-    count = sum(sizes) * dtype.itemsize
-    reuse = written * len(shapes) * _native.HUGE_PAGE >= count
-    memory, zero = _native.gradient_memory(count, reuse)
-    parts = torch.split(torch.from_numpy(memory).view(dtype), sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)], zero
 
 
 class KTMoEWrapper:
@@ -98,6 +40,8 @@ class KTMoEWrapper:
     isa: one of `available_isas()`; None takes the variable KTVERIFY_ISA, and without it the best. RuntimeError for a
         name that cannot run here; it is never replaced.
     max_cache_depth: most forwards with save_for_backward=True that wait for their backward; backward takes the newest.
+    gpu_experts_mask: bool [E], a tensor or a list: the experts that torch computes on `gpu_device`, while the engine
+        computes the others; num_gpu_experts: the first so many instead. See `set_gpu_experts_mask`.
     """
 
     def __init__(
@@ -109,6 +53,8 @@ class KTMoEWrapper:
         hidden_size: int,
         moe_intermediate_size: int,
         num_gpu_experts: int = 0,
+        gpu_experts_mask: torch.Tensor | Sequence[bool] | None = None,
+        gpu_device: str = "cuda",
         cpuinfer_threads: int,
         threadpool_count: int = 1,
         weight_path: str = "",
@@ -155,6 +101,7 @@ class KTMoEWrapper:
             lora_backward=spec.lora_backward,
             isa=self.isa,
         )
+        self._device = DeviceExperts(spec) if spec.num_gpu_experts else None
 
     @property
     def threads(self) -> int:
@@ -206,20 +153,24 @@ class KTMoEWrapper:
         """New tensors with the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by
         logical expert; of codes, the bf16 that they stand for. RuntimeError before they were loaded."""
         argument_checks.check_ready(self._weights_loaded, True, "base_weights")
-        sources, experts = self._sources(), self.spec.num_experts  # without sources, all experts are packed
+        experts = self.spec.num_experts
         found = {
             name: torch.empty((experts, *shape), dtype=torch.bfloat16, device="cpu")
             for name, shape in self.spec.expert_shapes.items()
         }
         for expert in range(experts):
-            matrices = [found[name][expert] for name in BASE_NAMES]
-            to = [matrix.data_ptr() for matrix in matrices]
-            if not self._native.unpack(expert, *to):
-                if sources is None:
-                    raise RuntimeError("base weights were loaded by another thread meanwhile: call base_weights again")
-                sources.read(expert, matrices)
-                self._native.unpack(expert, *to)  # another thread may have packed it meanwhile, and released its source
+            self._read_expert(expert, [found[name][expert] for name in BASE_NAMES])
         return found
+
+    def _read_expert(self, expert: int, matrices: list[torch.Tensor]) -> None:
+        """Copy a logical expert's gate_proj, up_proj, down_proj into three contiguous tensors."""
+        to = [matrix.data_ptr() for matrix in matrices]
+        sources = self._sources()  # without them, all experts are packed
+        if not self._native.unpack(expert, *to):
+            if sources is None:
+                raise RuntimeError("base weights were loaded by another thread meanwhile: call it again")
+            sources.read(expert, matrices)
+            self._native.unpack(expert, *to)  # another thread may have packed it meanwhile, and released its source
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KTMoEWrapper:
         arguments, base, lora = self._state()
@@ -235,7 +186,11 @@ class KTMoEWrapper:
         return {**dataclasses.asdict(self.spec), "method": self.spec.bf16_method}, base, lora
 
     def _load(self, sources: Sources) -> None:
+        device = self._device
+        held = device.with_base(device.held.experts, sources.read, device.held.lora) if device else None
         sources.load(self._native)
+        if device is not None and held is not None:
+            device.held = held
         self._sources = weakref.ref(sources)
         self._weights_loaded = True
 
@@ -261,8 +216,27 @@ class KTMoEWrapper:
     def _snapshot(self, lora: Mapping[str, torch.Tensor]) -> None:
         values = [values_of(tensor).contiguous() for tensor in lora.values()]
         dtype = values[0].dtype
+        device = self._device
+        held = device.with_lora(device.held, dict(zip(LORA_NAMES, values, strict=True))) if device else None
         self._native.update_lora([value.data_ptr() for value in values], dtype == torch.float32)
+        if device is not None and held is not None:
+            device.held = held
         self._lora_dtype = dtype
+
+    @memory_errors("set_gpu_experts_mask")
+    def set_gpu_experts_mask(self, gpu_experts_mask: torch.Tensor | Sequence[bool]) -> None:
+        """Compute these experts, bool [E], on `gpu_device` from now on, and all others in the engine.
+
+        Takes the LoRA parameters over, like update_lora_weights. Saved forwards have their backward where they were
+        computed. The engine's memory keeps the weights of experts that leave it, so that they can come back."""
+        spec = dataclasses.replace(self.spec, num_gpu_experts=0, gpu_experts_mask=gpu_experts_mask)
+        device = self._device or DeviceExperts(spec)
+        if self._lora_dtype is not None:
+            self.update_lora_weights()
+        held = device.with_base(spec.gpu_experts, self._read_expert if self._weights_loaded else None)
+        if self._lora_dtype is not None:
+            held = device.with_lora(held, {name: values_of(getattr(self, name)) for name in LORA_NAMES})
+        device.held, self.spec, self._device = held, spec, device
 
     @memory_errors("update_lora_weights")
     def update_lora_weights(self) -> None:
@@ -305,11 +279,20 @@ class KTMoEWrapper:
         argument_checks.check_ready(self._weights_loaded, self._lora_dtype is not None, "forward_sft")
         tokens = argument_checks.check_forward(self.spec, hidden_states, expert_ids, weights)
         x, ids, slot_weights = (values_of(t).contiguous() for t in (hidden_states, expert_ids, weights))
+        device, begun = self._device, None
+        if device is not None:
+            argument_checks.check_expert_ids(ids, self.spec.num_experts)
+            begun = device.launch(x, ids, slot_weights, save=bool(save))
+            ids = begun.others
         output = torch.empty((tokens, self.spec.hidden_size), dtype=torch.bfloat16, device="cpu")
         sources = self._sources() if tokens else None
         released = sources.before_packing(self._native) if sources is not None else 0
         x_at, ids_at, weights_at, output_at = (tensor.data_ptr() for tensor in (x, ids, slot_weights, output))
         ticket = self._native.forward(tokens, x_at, ids_at, weights_at, output_at, bool(save), room, released)
+        if device is not None and begun is not None:
+            device.add_output(begun, output)
+            if ticket:
+                device.keep(ticket, begun)
         if ticket:
             self._own.made_one = True
         return output, ticket
@@ -345,22 +328,36 @@ class KTMoEWrapper:
         # the engine compares the rows, because it alone knows which forward is taken
         tokens = argument_checks.check_grad_output(spec, grad_output)
         upstream = values_of(grad_output).contiguous()
+        device, of_any_thread = self._device, not getattr(self._own, "made_one", False)
+        part = None
+        if device is not None:
+            if accumulate:
+                raise NotImplementedError("accumulate=True with experts on gpu_device: add the gradients yourself")
+            ticket = ticket or device.newest(of_any_thread=of_any_thread)
+            work = device.work_of(ticket)
+            part = device.launch_backward(work, upstream) if work and len(work.slots) == tokens else None
         grad_input = torch.empty((tokens, spec.hidden_size), dtype=torch.bfloat16, device="cpu")
         # it cannot change while the forward waits
         dtype = torch.float32 if self._native.lora_fp32 else torch.bfloat16
         written = tokens * spec.num_experts_per_tok if spec.lora_backward else 0
-        grads, zero = _gradients(list(spec.lora_shapes.values()), dtype, written=written)
+        grads, zero = gradient_tensors(list(spec.lora_shapes.values()), dtype, written=written)
         grad_weights = torch.empty((tokens, spec.num_experts_per_tok), dtype=torch.float32, device="cpu")
         self._native.backward(
             tokens, upstream.data_ptr(), grad_input.data_ptr(), [grad.data_ptr() for grad in grads],
-            dtype == torch.float32, zero, grad_weights.data_ptr(), accumulate, ticket,
-            not getattr(self._own, "made_one", False),
+            dtype == torch.float32, zero, grad_weights.data_ptr(), accumulate, ticket, of_any_thread,
         )  # fmt: skip
-        return grad_input, dict(zip(GRAD_NAMES, grads, strict=True)), grad_weights
+        named = dict(zip(GRAD_NAMES, grads, strict=True))
+        if device is not None:
+            device.drop(ticket)
+            if part is not None:
+                device.add_gradients(part, grad_input, named, grad_weights)
+        return grad_input, named, grad_weights
 
     def drop(self, ticket: int) -> None:
         """Free the saved forward of this ticket; does nothing if it was used or dropped before."""
         self._native.drop(ticket)
+        if self._device is not None:
+            self._device.drop(ticket)
 
     def fingerprint(self, tensors: Sequence[torch.Tensor]) -> tuple[object, ...]:
         """A key of the tensors' shapes, dtypes and bytes, computed about as fast as memory is read. A change of one

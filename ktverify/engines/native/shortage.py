@@ -6,6 +6,9 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+import torch
+
+from ktverify.errors import one_line
 from ktverify.system.limits import format_bytes
 
 # torch raises a RuntimeError for memory on the CPU
@@ -14,9 +17,11 @@ _REFUSED = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes
 
 @contextlib.contextmanager
 def memory_errors(call: str) -> Iterator[None]:
-    """Turn torch's error for a tensor that does not fit into MemoryError with both amounts. call: who asked for it."""
+    """Turn torch's errors for a tensor that does not fit into MemoryError with both amounts. call: who asked for it."""
     try:
         yield
+    except torch.OutOfMemoryError as error:  # of a GPU; its first line has both amounts
+        raise MemoryError(f"{call}: {one_line(error)}") from None
     except RuntimeError as error:
         asked = _REFUSED.search(str(error))
         if asked is None:
