@@ -9,6 +9,7 @@ import codecs
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,18 @@ _OTHER = {
     b"ARROW1": "an Arrow file",
     b"\x28\xb5\x2f\xfd": "a zstd archive",
 }
-_SPACE = re.compile(r"[ \t\n\r]*")
+# whether most bytes at a place modulo 4 are zero -> the encoding of such text
+_WIDE = {
+    (False, True, False, True): "UTF-16LE",
+    (True, False, True, False): "UTF-16BE",
+    (False, True, True, True): "UTF-32LE",
+    (False, False, True, True): "UTF-32LE",
+    (True, True, True, False): "UTF-32BE",
+    (True, True, False, False): "UTF-32BE",
+}
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # in no text of any encoding of _guess
+# JSON's, and the byte order mark of a file that was appended to another one
+_SPACE = re.compile("[ \t\n\r\ufeff]*")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -60,18 +72,18 @@ def decode(data: bytes, path: Path) -> str:
         if encoding not in ("utf-8", "utf-8-sig"):
             raise ValueError(f"{path} is no whole {encoding.upper()}: {error.reason}, byte {error.start}") from None
         line = data.count(b"\n", 0, error.start) + 1
+    if not wide and _CONTROL.search(data):
+        raise ValueError(f"{path} is no text; it takes text in UTF-8")
     seems = wide or _guess(data)
-    convert = f"; convert it: iconv -f {seems} -t UTF-8 {path} > NEW" if seems else ""
+    convert = f"; convert it: iconv -f {seems} -t UTF-8 {shlex.quote(str(path))} > NEW" if seems else ""
     found = f"seems to be {seems}" if seems else "is in no known encoding"
     raise ValueError(f"{path} {found}, not UTF-8 (line {line}); it takes UTF-8{convert}")
 
 
 def _wide(data: bytes) -> str:
-    """UTF-16LE or UTF-16BE for bytes that seem to be it, without a byte order mark; "" for others."""
-    start = data[:4096]
-    if start.count(0) <= len(start) // 4:
-        return ""
-    return "UTF-16LE" if start[1::2].count(0) > start[::2].count(0) else "UTF-16BE"
+    """The encoding, UTF-16LE for one, of bytes that seem to be wide characters without a byte order mark, else ""."""
+    columns = [data[:4096][place::4] for place in range(4)]
+    return _WIDE.get(tuple(column.count(0) * 2 > len(column) for column in columns), "")
 
 
 def _guess(data: bytes) -> str:
@@ -132,7 +144,7 @@ def json_values(text: str, where: str) -> Iterator[tuple[int, Any]]:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}, line {error.lineno} is no JSON: {error.msg}, column {error.colno}") from None
-        except _Twice as error:
+        except ValueError as error:  # a key twice, or a number of more digits than Python reads
             raise ValueError(f"{where}, line {line}: {error}") from None
         except RecursionError:
             raise ValueError(f"{where}, line {line} is nested too deeply") from None
@@ -145,15 +157,11 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
-class _Twice(ValueError):
-    """A key stands twice in one object."""
-
-
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _Twice(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
     return found
 
 
@@ -168,5 +176,8 @@ def check_characters(text: str, where: str) -> str:
 def no_table(path: Path) -> None:
     """ValueError for the name of a file of comma-separated values."""
     if path.suffix.lower() in (".csv", ".tsv"):
-        convert = "import csv, json, sys; print(json.dumps(list(csv.DictReader(sys.stdin))))"
-        raise ValueError(f"{path} is a CSV file; it takes JSON: python -c '{convert}' < {path.name} > NEW.json")
+        # a spreadsheet's begins with a byte order mark
+        tabs = ', delimiter="\\t"' if path.suffix.lower() == ".tsv" else ""
+        rows = f'csv.DictReader(open(0, encoding="utf-8-sig"){tabs})'
+        convert = f"python -c 'import csv, json; print(json.dumps(list({rows})))' < {shlex.quote(str(path))} > NEW.json"
+        raise ValueError(f"{path} is a CSV file; it takes JSON: {convert}")

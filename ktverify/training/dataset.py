@@ -101,7 +101,8 @@ def _record(row: Any, where: str) -> Exchange:
         raise ValueError(f"{where} has {keys[:80]}; it takes instruction and output, conversations or messages")
     prompt = "\n".join(part for part in (_text(row, "instruction", where), _text(row, "input", where)) if part)
     earlier = []
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"{where}: history has {str(pair)[:40]}; it takes pairs of a prompt and its answer")
         earlier.append((pair[0], pair[1]))
@@ -143,7 +144,7 @@ def _message(message: dict[str, Any], place: str) -> tuple[str, str]:
         what = "a tool call" if role else f"the role {given!r}"
         raise ValueError(f"{place} has {what}, which is not used here; it takes {', '.join(_ROLES)}")
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "\n".join(str(part.get("text", "")) for part in content)
+        content = "\n".join(_text(part, "text", place) for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"{place}: content is a {type(content).__name__}, it takes text")
     return role, content or ""

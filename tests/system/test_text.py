@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import json
+import lzma
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,17 @@ from ktverify.training.yaml_file import read_yaml
 CHINESE = "请用中文回答这个问题。"
 ROWS = [{"instruction": f"{CHINESE} «é» {number}", "output": "好的。"} for number in range(3)]
 LIST = json.dumps(ROWS, ensure_ascii=False, indent=1)
+# as `cat` makes it of two files with a byte order mark
+JOINED = "\n".join(f"\ufeff{json.dumps(row, ensure_ascii=False)}\n" for row in ROWS)
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS)
 TAKEN = ("utf-8", "utf-8-sig", "utf-16", "utf-32")
 
 
 @pytest.mark.parametrize("encoding", TAKEN)
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
-@pytest.mark.parametrize("text", [LIST, LINES, LINES.rstrip(), "\n".join(json.dumps(row, indent=2) for row in ROWS)])
+@pytest.mark.parametrize(
+    "text", [LIST, LINES, JOINED, LINES.rstrip(), "\n".join(json.dumps(row, indent=2) for row in ROWS)]
+)
 def test_records_are_read_whatever_the_encoding_and_the_name(
     encoding: str, name: str, text: str, tmp_path: Path
 ) -> None:
@@ -61,12 +69,35 @@ def test_every_reader_takes_them(encoding: str, tmp_path: Path) -> None:
         (LIST.encode("utf-16")[:-1], "is no whole UTF-16: truncated data"),
         (b"PAR1\x00", "is a Parquet file; it takes text in UTF-8"),
         (b"\x1f\x8b\x08", "is a gzip archive"),
+        (LIST.encode("utf-32-le"), "seems to be UTF-32LE"),
+        (CHINESE.encode("utf-32-be"), "seems to be UTF-32BE"),
+        (bz2.compress(LIST.encode()), "is no text; it takes text in UTF-8$"),
+        (lzma.compress(LIST.encode()), "is no text"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00", "is no text"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(500), "is no text"),
     ],
 )
 def test_another_encoding_is_named(data: bytes, wanted: str, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(ValueError, match=rf"^{tmp_path}/a {wanted}"):
         json_rows(read_text(tmp_path / "a"), "a").__next__()
+
+
+@pytest.mark.parametrize(
+    ("name", "delimiter", "encoding"), [("a b.csv", ",", "utf-8-sig"), ("it's.TSV", "\t", "utf-8")]
+)
+def test_what_is_said_about_a_table_works(name: str, delimiter: str, encoding: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("w", encoding=encoding, newline="") as stream:
+        writer = csv.DictWriter(stream, list(ROWS[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+    with pytest.raises(ValueError, match="is a CSV file; it takes JSON: ") as refused:
+        read_records(tmp_path / name)
+    command = str(refused.value).partition("it takes JSON: ")[2]
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert [(found.prompt, found.answer) for found in read_records(tmp_path / "NEW.json")] == [
+        (row["instruction"], row["output"]) for row in ROWS
+    ]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -87,11 +118,27 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ('{"a": 1}\n{"b": 1, "b": 2}', "here, line 2: the key 'b' stands twice"),
         ("[" * 100_000, "here, line 1 is nested too deeply"),
         ("{'a': 1}", "here, line 1 is no JSON: Expecting property name"),
+        ('{"a": 1}\n{"b": ' + "9" * 5000 + "}", "here, line 2: Exceeds the limit"),
     ],
 )
 def test_what_is_no_json_is_named_with_its_line(text: str, wanted: str) -> None:
     with pytest.raises(ValueError, match=f"^{wanted}"):
         list(json_rows(text, "here"))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        *((f"a: {text}", {"a": 1e-4}) for text in ("1e-4", "1E-4", "1.0e-4", "+1e-04", "1.e-4", ".1e-3", "100e-6")),
+        ("a: '1e-4'\nb: 1e-4x\nc: e-4\n", {"a": "1e-4", "b": "1e-4x", "c": "e-4"}),
+        ("a: &a {x: 0, y: 0}\nb: {<<: *a, x: 1}\n", {"a": {"x": 0, "y": 0}, "b": {"x": 1, "y": 0}}),
+        ("a: &a {x: 0}\nb: &b {<<: *a, x: 1}\n<<: *b\nx: 2\n", {"a": {"x": 0}, "b": {"x": 1}, "x": 2}),
+        ("a: yes\r\nb: off\r\n", {"a": True, "b": False}),
+    ],
+)
+def test_what_yaml_means(text: str, wanted: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text, newline="")
+    assert read_yaml(tmp_path / "a.yaml") == wanted
 
 
 @pytest.mark.parametrize(
@@ -125,6 +172,15 @@ def test_rows_that_are_not_wanted_may_be_in_any_form(tmp_path: Path) -> None:
         ({"instruction": "a", "input": None, "system": None, "output": "b"}, Exchange("a", "b")),
         ({"instruction": None, "input": "a", "output": "b", "history": None}, Exchange("a", "b")),
         ({"instruction": "a", "output": None}, Exchange("a", "")),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": None}]},
+                    {"from": "gpt", "value": "b"},
+                ]
+            },
+            Exchange("", "b"),
+        ),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, Exchange("a", "b", "", (("c", "d"),))),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
@@ -161,6 +217,15 @@ USER, ANSWER = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
         ({"text": "a"}, "record 2 has text; it takes instruction and output, conversations or messages"),
         ({"instruction": "a", "output": ["b"]}, "record 2: output is a list, it takes text"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "record 2: history has c; it takes pairs"),
+        ({"instruction": "a", "output": "b", "history": 5}, "record 2: history has 5; it takes pairs"),
+        (
+            {"instruction": "a", "output": "b", "history": {"c": "d"}},
+            "record 2: history has {'c': 'd'}; it takes pairs",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "message 1: text is a int, it takes",
+        ),
         ({"conversations": "a"}, "record 2, conversations is a str; it takes a list of messages"),
         ({"conversations": []}, "conversations has nothing; it takes user and assistant in turn"),
         ({"conversations": [USER]}, "conversations has user; it takes user and assistant in turn, ending with assist"),
