@@ -77,10 +77,14 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise RuntimeError(
-            "the engine holds the base weights, so an adapter cannot be merged here: save it, then "
-            "python -m ktverify export-merged"
-        )
+        _no_merge()
+
+
+def _no_merge() -> None:
+    raise RuntimeError(
+        "the engine holds the base weights, so an adapter cannot be merged here: save it, then "
+        "python -m ktverify export-merged"
+    )
 
 
 def lora_config(
@@ -121,6 +125,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
         adapted: PeftModel = get_peft_model(model, config)
+    _merge_nothing(adapted)
     if dropout:
         for module in adapted.modules():
             if isinstance(module, lora_layer.Linear):
@@ -153,6 +158,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # reported below, as an error
             warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
             adapted: PeftModel = PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
+            _merge_nothing(adapted)
     except (RuntimeError, ValueError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {path} does not fit this base model: {first}") from error
@@ -177,6 +183,12 @@ def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
     kinds = {type(module) for module in model.modules() if hasattr(module, "_kt_layer")}
     if kinds:
         config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
+
+
+def _merge_nothing(adapted: PeftModel) -> None:
+    """Let peft refuse to merge before it begins: layers that come before the first experts would be merged already."""
+    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+        adapted.base_model._check_merge_allowed = _no_merge
 
 
 def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list[str]]:

@@ -52,7 +52,16 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
         block.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
         _hand_over(block, wrapper)
     model._kt_wrappers = wrappers  # type: ignore[assignment]
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _no_whole_checkpoint  # type: ignore[assignment]
     return model
+
+
+def _no_whole_checkpoint(*given: object, **named: object) -> None:
+    raise RuntimeError(
+        "the engine has the experts' weights, so this checkpoint would lack them: save the adapter, then python -m "
+        "ktverify export-merged"
+    )
 
 
 def update_lora_pointers(model: nn.Module) -> None:
@@ -138,10 +147,10 @@ def _is_silu(activation: Any) -> bool:
     x = torch.cat([-sizes, sizes.new_zeros(1), sizes])
     try:
         with torch.no_grad():
-            found = activation(x)
-    except Exception:  # a function of other arguments
+            found = activation(x.clone())  # it may compute in place
+            return torch.allclose(found, functional.silu(x), rtol=1e-5, atol=1e-6)
+    except Exception:  # a function of other arguments, or with results of another form
         return False
-    return isinstance(found, torch.Tensor) and torch.allclose(found, functional.silu(x), rtol=1e-5, atol=1e-6)
 
 
 def _hand_over(block: nn.Module, wrapper: MOELayerWrapper) -> None:

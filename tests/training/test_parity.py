@@ -137,10 +137,12 @@ class NotSilu(nn.SiLU):
 
 ACTIVATIONS: list[tuple[Any, bool]] = [
     *((one, True) for one in (nn.SiLU(), functional.silu, ACT2FN["silu"], ACT2FN["swish"], Renamed())),
-    *((one, True) for one in (lambda x: x * torch.sigmoid(x), partial(functional.silu, inplace=False))),
+    *((one, True) for one in (lambda x: x * torch.sigmoid(x), partial(functional.silu, inplace=True))),
+    (nn.SiLU(inplace=True), True),
     *((ACT2FN[name], False) for name in ("gelu", "quick_gelu", "gelu_new", "relu", "relu2", "mish", "linear")),
     *((one, False) for one in (functional.gelu, nn.GELU(), NotSilu(), functional.hardswish, torch.sigmoid)),
     *((one, False) for one in (None, "silu", lambda: 1, functional.glu, lambda x: x.tolist())),
+    *((one, False) for one in (lambda x: x.sum(), lambda x: functional.silu(x.double()), lambda x: (x,))),
 ]
 
 
@@ -343,9 +345,17 @@ def test_merged_weights_give_the_same_logits(tmp_path: Path) -> None:
 
 
 def test_merging_into_the_engine_is_refused() -> None:
-    model = models.adapted(models.with_engine(build_model("mixtral")))
-    with pytest.raises(RuntimeError, match="python -m ktverify export-merged"):
-        model.merge_and_unload()
+    model = models.with_engine(build_model("mixtral"))
+    with pytest.raises(RuntimeError, match="would lack them: save the adapter, then python -m ktverify export-merged"):
+        model.save_pretrained("nowhere")
+    model = models.adapted(model)
+    before, modules = logits(model), str(model)
+    for merge in (model.merge_and_unload, model.merge_adapter, copy.deepcopy(model).merge_and_unload):
+        with pytest.raises(RuntimeError, match="python -m ktverify export-merged"):
+            merge()
+        # layers before the first experts are not merged either
+        assert str(model) == modules
+        assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize(("layers", "kind"), [(3, "lacks"), (1, "has, beyond it,")])
