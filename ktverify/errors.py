@@ -17,6 +17,8 @@ KtverifyError
 |-- NoGolden             FileNotFoundError     a case has no golden
 |-- AdapterMismatch      ValueError            an adapter does not fit its base model
 |-- NotFinite            RuntimeError          a training's loss or gradient is NaN or Inf
+|-- WrongKeys            ValueError            a configuration cannot be used
+|-- NoBase               ValueError            the base model of an adapter cannot be loaded
 `-- NothingMeasured      ValueError            a bench run has no measurement that counts
 """
 
@@ -145,6 +147,18 @@ class AdapterMismatch(KtverifyError, ValueError):
 
 class NotFinite(KtverifyError, RuntimeError):
     """The loss or the gradient of a training's step is NaN or Inf."""
+
+
+class WrongKeys(KtverifyError, ValueError):
+    """A configuration cannot be used. lines: what is wrong with each key."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
+
+
+class NoBase(KtverifyError, ValueError):
+    """The base model of an adapter cannot be loaded."""
 
 
 class NothingMeasured(KtverifyError, ValueError):

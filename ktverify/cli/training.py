@@ -15,7 +15,7 @@ import typer
 
 from ktverify.cli.options import print_verdict
 from ktverify.cli.progress import progress
-from ktverify.errors import NotFinite
+from ktverify.errors import NotFinite, WrongKeys
 from ktverify.training.pretrained import DTYPES, quiet
 
 if TYPE_CHECKING:
@@ -247,7 +247,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
 def _read_config(context: typer.Context, path: Path) -> TrainConfig:
     quiet("training", "peft", "yaml")
     from ktverify.training.config import read_config
-    from ktverify.training.kt_keys import WrongKeys
 
     try:
         return read_config(path, context.args)

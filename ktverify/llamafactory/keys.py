@@ -9,10 +9,11 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from ktverify.errors import WrongKeys
 from ktverify.training.config import TrainConfig, pairs
-from ktverify.training.kt_keys import KtKeys, WrongKeys, problems_of
+from ktverify.training.kt_keys import KtKeys, problems_of
 from ktverify.training.llama_factory import sort_out, why_not
-from ktverify.training.yaml_file import read_yaml
+from ktverify.training.yaml_file import read_keys
 
 STAGES = ("sft", "dpo", "kto", "rm", "pt")
 # names of kt_* that other programs use
@@ -46,12 +47,7 @@ class SplitKeys:
 
 def read_configuration(path: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """The keys of the YAML file at `path`, those of `words` ("key=value", "--key", "value") over them. ValueError."""
-    if not path.is_file():
-        raise ValueError(f"there is no configuration {path}")
-    document = read_yaml(path)
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} contains a {type(document).__name__}; it takes keys and values")
-    return {**document, **pairs(words)}
+    return {**read_keys(path), **pairs(words)}
 
 
 def split_keys(given: Mapping[str, Any], *, trains: bool) -> SplitKeys:

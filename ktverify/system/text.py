@@ -31,7 +31,7 @@ _OTHER = {
     b"\x28\xb5\x2f\xfd": "a zstd archive",
 }
 # whether most bytes at a place modulo 4 are zero -> the encoding of such text
-_WIDE = {
+_WIDE: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "UTF-16LE",
     (True, False, True, False): "UTF-16BE",
     (False, True, True, True): "UTF-32LE",

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ktverify.errors import AdapterMismatch
+from ktverify.errors import AdapterMismatch, NoBase
 from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.curves import LOSS_FILE, STATE_FILE, read_curve
 from ktverify.training.output_directory import ADAPTER_FILES, SUMMARY_FILE, step_reached
@@ -63,10 +63,6 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
             raise
         for name in ("keys", "loads", "logits", "generation"):
             yield Answer(name, None, f"{error}; give --base")
-
-
-class NoBase(ValueError):
-    """The base model of an adapter cannot be loaded."""
 
 
 def _loss(directory: Path, foreign: bool) -> Answer:

@@ -6,7 +6,6 @@ takes, and for an unknown key the nearest known one.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +13,11 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from ktverify.errors import WrongKeys
 from ktverify.system.files import expand
-from ktverify.training.kt_keys import MOST, Count, KtKeys, WrongKeys, problems_of
+from ktverify.training.kt_keys import MOST, Count, KtKeys, problems_of
 from ktverify.training.llama_factory import sort_out
-from ktverify.training.yaml_file import parse_yaml, read_yaml
+from ktverify.training.yaml_file import parse_yaml, read_keys
 
 OWN_TEMPLATES = ("default", "tokenizer")
 PATHS = ("model_name_or_path", "dataset", "output_dir", "resume_from_checkpoint")
@@ -120,15 +120,17 @@ class TrainConfig(KtKeys):
             raise PydanticCustomError("no_steps", "it takes 1 or more, or -1, which leaves it to num_train_epochs")
         return value
 
+    @field_validator("dataset")
+    @classmethod
+    def _some_data(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip(" ,"):
+            raise PydanticCustomError("no_data", "it takes the names of data sets, with commas between them")
+        return value
+
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The configuration at `path`, changed by `overrides` ("--key", "value", …). ValueError in one line."""
-    if not path.is_file():
-        raise ValueError(f"there is no configuration {path}")
-    document = read_yaml(path)
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} holds a {type(document).__name__}; it takes keys and values")
-    kept, notes, problems = sort_out({**document, **pairs(overrides)}, list(TrainConfig.model_fields))
+    kept, notes, problems = sort_out({**read_keys(path), **pairs(overrides)}, list(TrainConfig.model_fields))
     try:
         config = TrainConfig(**kept)
     except ValidationError as error:
@@ -140,7 +142,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def pairs(words: Sequence[str]) -> dict[str, Any]:
-    """{"key": value} of "--key value", "--key=value" and "key=value"; values are read as YAML, and 1e-3 is a number."""
+    """{"key": value} of "--key value", "--key=value" and "key=value"; values are read as YAML."""
     found: dict[str, Any] = {}
     rest = list(words)
     while rest:
@@ -152,11 +154,5 @@ def pairs(words: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ValueError(f"--{key} has no value: keys are given as --key value")
             value = rest.pop(0)
-        found[key.replace("-", "_")] = _value(value, f"--{key} {value}")
+        found[key.replace("-", "_")] = parse_yaml(value, f"--{key} {value}")
     return found
-
-
-def _value(text: str, where: str) -> Any:
-    value = parse_yaml(text, where)
-    # 1e-3 is text to YAML 1.1
-    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", value) else value

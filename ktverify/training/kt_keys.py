@@ -54,14 +54,6 @@ class KtKeys(BaseModel):
         return self.kt_tp_count if self.kt_tp_enabled else 1
 
 
-class WrongKeys(ValueError):
-    """A configuration cannot be used. lines: what is wrong with each key."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("; ".join(lines))
-        self.lines = lines
-
-
 def problems_of(error: ValidationError) -> list[str]:
     """One line for each key: with several types to choose from, pydantic has an error for each of them."""
     found: dict[str, str] = {}

@@ -20,7 +20,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from ktverify.engines.argument_checks import check_tp
+from ktverify.engines.argument_checks import LayerSpec
 from ktverify.errors import NotFinite
 from ktverify.runs.jsonl import to_json
 from ktverify.system.files import write_whole
@@ -28,7 +28,7 @@ from ktverify.training import curves, memory_trend, output_directory, resume
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
-from ktverify.training.layer import init_cpu_infer
+from ktverify.training.layer import CpuInfer, init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, load_form, load_model, load_tokenizer
 from ktverify.training.schedule import check_schedule
 from ktverify.training.trainer import Enough, LossLog, LossTrainer, Rotation
@@ -102,7 +102,7 @@ def run(
     if config.use_kt:
         infer = init_cpu_infer(config.kt_num_threads, config.tp, backend=config.kt_backend)
     path, trust = config.model_name_or_path, config.trust_remote_code
-    _check_form(config)
+    _check_form(config, infer)
     tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
     _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
@@ -168,15 +168,26 @@ def run(
     return Trained(summary, log, adapted)
 
 
-def _check_form(config: TrainConfig) -> None:
-    """ValueError for a model that the engine cannot compute, for a TP degree and a lora_target that it has not; without
-    its weights, which may take long to load."""
+def _check_form(config: TrainConfig, infer: CpuInfer | None) -> None:
+    """ValueError for a model that the engine cannot compute, for a TP degree, a rank or a scaling that it does not
+    take, and for a lora_target that the model has not; without its weights, which may take long to load."""
     trust = config.trust_remote_code
     form = load_form(config.model_name_or_path, config.torch_dtype, option=BASE_OPTION, trust=trust)
-    if config.use_kt:
+    rank = config.lora_rank
+    if infer is not None:
         for block in find_experts(form):
-            check_tp(int(block.down_proj.shape[-1]), config.tp)  # type: ignore[index]
-    lora_config(form, rank=config.lora_rank, alpha=config.lora_alpha, target=config.lora_target)
+            experts, hidden, intermediate = block.down_proj.shape  # type: ignore[misc]
+            LayerSpec(
+                num_experts=experts,
+                num_experts_per_tok=1,  # the router's, which the first forward shows
+                hidden_size=hidden,
+                moe_intermediate_size=intermediate,
+                cpuinfer_threads=infer.threads,
+                threadpool_count=infer.tp,
+                lora_rank=rank,
+                lora_alpha=config.alpha * (math.sqrt(rank) if config.use_rslora else 1.0),
+            )
+    lora_config(form, rank=rank, alpha=config.lora_alpha, target=config.lora_target)
 
 
 def _close_bar(trainer: LossTrainer) -> None:

@@ -46,7 +46,7 @@ def learning_rates(config: TrainConfig, total: int) -> Callable[[int], float]:
             num_training_steps=total,
             scheduler_specific_kwargs=dict(config.lr_scheduler_kwargs),
         )
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(_text(config, error)) from None
     return lambda step: float(config.learning_rate * made.lr_lambdas[0](step))
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from ktverify.errors import WrongKeys
 from ktverify.llamafactory import stock
 from ktverify.llamafactory.keys import read_configuration, split_keys
 from ktverify.system.files import ROOT
-from ktverify.training.kt_keys import WrongKeys
 from tests.support.command_line import call, refused
 
 CONFIGURATIONS = sorted((ROOT / "tests" / "documents" / "configurations").glob("*.yaml"))

@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [
-        ("lora_rnak: 8", "unknown key 'lora_rnak'; did you mean lora_rank?"),
+        ("lora_rnak: 8", r"^error: \S+/config\.yaml: unknown key 'lora_rnak'; did you mean lora_rank\?$"),
         ("lora_rank: eight", "lora_rank got 'eight'"),
         ("lora_rank: 0", "lora_rank got 0"),
         ("stage: ppo", "stage got 'ppo'"),
@@ -77,6 +77,7 @@ def test_one_of_several_processes_is_refused_before_anything_is_read(
 
 def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:
     refused(call("train", tmp_path / "nothing.yaml"), "there is no configuration")
+    refused(call("train", config(text="# nothing yet\n")), r"config\.yaml holds nothing; it takes keys and values")
     refused(call("train", config(text="dataset: alpaca_tiny\noutput_dir: out\n")), "model_name_or_path got nothing")
     refused(call("train", config(), "--max_steps"), "--max_steps has no value")
     refused(call("train", config(), "--max_stps", "3"), "did you mean max_steps?")

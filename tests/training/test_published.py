@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from ktverify.errors import WrongKeys
 from ktverify.training import run
 from ktverify.training.config import TrainConfig, read_config
-from ktverify.training.kt_keys import WrongKeys
 from ktverify.training.tiny import make_tiny
 from tests.support.command_line import call, ends
 
@@ -161,9 +161,20 @@ def test_a_hint_names_what_is_near_or_nothing(key: str, hint: str, written: Call
         ({"lr_scheduler_type": "greedy"}, "greedy needs evaluations"),
         ({"lr_scheduler_kwargs": {"nonsense": 1}}, "linear with lr_scheduler_kwargs .* cannot be used: .*nonsense"),
         ({"lr_scheduler_type": "polynomial", "learning_rate": 1e-9}, "polynomial cannot be used: lr_end"),
+        ({"lr_scheduler_kwargs": {"last_epoch": 3}}, "linear with lr_scheduler_kwargs .* cannot be used: .*initial_lr"),
         ({"learning_rate": float("inf")}, "learning_rate got inf"),
         ({"learning_rate": 10**400}, "learning_rate got 1000"),
         ({"lora_alpha": float("nan")}, "lora_alpha got nan"),
+        *(
+            (
+                {"lora_alpha": alpha, "use_rslora": rslora},
+                r"lora_alpha is \S+; with lora_rank 8 it takes a positive number",
+            )
+            for alpha, rslora in ((1e308, False), (1e-300, False), (2e39, True))
+        ),
+        ({"lora_rank": 2**31 - 1}, "lora_rank is 2147483647; it takes a positive number, at most"),
+        ({"dataset": " , "}, "dataset got ' , ': it takes the names of data sets"),
+        ({"dataset": []}, r"dataset got \[\]"),
         ({"num_train_epochs": 1e30}, "num_train_epochs got 1e"),
         ({"max_steps": 0}, "max_steps got 0: it takes 1 or more, or -1"),
         ({"max_steps": -7}, "max_steps got -7"),
@@ -177,6 +188,7 @@ def test_a_hint_names_what_is_near_or_nothing(key: str, hint: str, written: Call
         ({"output_dir": "{file}/out"}, "output_dir .* cannot be made: .*file is a file"),
         ({"output_dir": "$NOWHERE/out"}, r"output_dir got .* has the variable \$NOWHERE, which is not set"),
         ({"output_dir": ""}, "output_dir got ''"),
+        ({"output_dir": "a\0b"}, "output_dir got .* has the character NUL, which no path has"),
         ({"bf16": True, "torch_dtype": "float32"}, "bf16 is true and torch_dtype float32"),
         ({"cpu_infer": 3, "kt_num_threads": 2}, "cpu_infer 3 and kt_num_threads 2 are the same key"),
     ],
@@ -204,10 +216,11 @@ def test_every_value_is_checked_before_the_model_is_loaded(
         ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
         ("warmup_stable_decay", {"num_decay_steps": 2}),
         ("cosine_with_restarts", {"num_cycles": 2}),
+        ("cosine_with_min_lr", "{min_lr: 1e-5}"),
     ],
 )
 def test_schedulers_get_their_arguments(
-    scheduler: str, arguments: dict[str, Any], base: Path, tmp_path: Path, written: Callable[..., Path]
+    scheduler: str, arguments: dict[str, Any] | str, base: Path, tmp_path: Path, written: Callable[..., Path]
 ) -> None:
     keys: dict[str, Any] = {"model_name_or_path": str(base), "dataset": "alpaca_tiny", "cutoff_len": 32}
     keys |= {
@@ -216,7 +229,10 @@ def test_schedulers_get_their_arguments(
         "lr_scheduler_kwargs": arguments,
         "warmup_steps": 1,
     }
-    config = read_config(written(**keys), ["--max_steps", "4", "--logging_steps", "1"])
+    path = written(**keys)
+    if isinstance(arguments, str):  # as people write it
+        path.write_text(path.read_text().replace(f"'{arguments}'", arguments))
+    config = read_config(path, ["--max_steps", "4", "--logging_steps", "1"])
     from ktverify.training.schedule import learning_rates
 
     rate = learning_rates(config, 4)
