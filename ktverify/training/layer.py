@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakIdRef
 
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
 from ktverify.engines.native.isa import require_isa
+from ktverify.engines.plain_tensors import check_modes
 from ktverify.spec.names import GRAD_NAMES
 from ktverify.system.limits import processors
 from ktverify.training import capture
@@ -109,7 +109,8 @@ class MOELayerWrapper(nn.Module):
         self._rank, self._scaling = 1, 0.0  # of the engine; scaling 0.0 until it has LoRA
         self._dtype: torch.dtype | None = None  # of the engine's LoRA
         self._held: object = None  # the key of the engine's present values
-        self._taken: dict[object, tuple[object, int]] = {}  # adapter -> key and version of its last values
+        # adapter -> key and version of its last values, and its parameters: while they live, no other has their id()
+        self._taken: dict[object, tuple[object, int, tuple[torch.Tensor, ...]]] = {}
         self._versions = itertools.count(1)
         self._version = 0  # equal for equal values
 
@@ -181,8 +182,7 @@ class MOELayerWrapper(nn.Module):
     def _experts(self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         calling = list(self.calling)
         self.calling.clear()
-        if torch._C._get_tracing_state():
-            raise RuntimeError("torch.jit.trace cannot record what the engine computes: call the model itself")
+        check_modes()
         lora = self._synchronise(calling, expert_ids.shape[-1], self.auto_update)
         x = hidden_states.to("cpu", torch.bfloat16)
         ids = expert_ids.detach().to("cpu", torch.int64)
@@ -216,11 +216,13 @@ class MOELayerWrapper(nn.Module):
         lora = engine_lora(factors, self.engine.spec, dtype)
         values = self.engine.fingerprint([t for _, f in sorted(factors.items()) for t in (f.a, f.b)])
         key = tuple((name, f.scaling) for name, f in sorted(factors.items())), values
-        # a Parameter stays the same object when its values, or even their address, change; a weak reference, because a
-        # later object may get the number id() of one that is gone
-        adapter = tuple((name, WeakIdRef(f.a), WeakIdRef(f.b)) for name, f in sorted(factors.items()))
+        # a Parameter stays the same object when its values, or even their address, change
+        parameters = tuple(t for _, f in sorted(factors.items()) for t in (f.a, f.b))
+        adapter = (*sorted(factors), *map(id, parameters))
         if key != self._held:
-            before, version = self._taken.get(adapter, (None, 0))
+            living = {id(t) for f in attached for t in (f.a, f.b)}
+            self._taken = {a: taken for a, taken in self._taken.items() if living.issuperset(map(id, taken[2]))}
+            before, version, _ = self._taken.get(adapter, (None, 0, ()))
             same = before == key
             if version and not same and not may_update:
                 raise RuntimeError(
@@ -228,13 +230,9 @@ class MOELayerWrapper(nn.Module):
                     "auto_update is off: call update_lora_pointers() after the optimizer's step"
                 )
             self._load(lora, dtype)
-            self._took(adapter, key, version if same else 0)
+            self._version = version if version and same else next(self._versions)  # equal for equal values
+            self._held, self._taken[adapter] = key, (key, self._version, parameters)
         return tuple(lora)
-
-    def _took(self, adapter: object, key: object, version: int = 0) -> None:
-        """Note that the engine has the values `key` of `adapter`; version: their earlier version, 0 for new values."""
-        self._version = version or next(self._versions)
-        self._held, self._taken[adapter] = key, (key, self._version)
 
     def _has_room(self, factors: list[Factors], dtype: torch.dtype) -> bool:
         """Whether the engine takes these factors: a smaller rank is padded, B contains the scaling, and the dtype may

@@ -188,6 +188,11 @@ def _untyped_storage(parameter: Tensor) -> None:
     parameter.data.untyped_storage().copy_(other.untyped_storage())
 
 
+def _swapped(parameter: Tensor) -> None:
+    # refused for a parameter that a weak reference leads to
+    torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.detach() * 1.5))
+
+
 # each changes a parameter, most of them one element, and none moves autograd's counter of it
 WRITERS: dict[str, Callable[[Tensor], Any]] = {
     "data": lambda p: p.data.view(-1)[1:2].sub_(0.5),
@@ -201,6 +206,7 @@ WRITERS: dict[str, Callable[[Tensor], Any]] = {
     "foreach": _foreach,
     "storage": _untyped_storage,
     "another process": _by_another_process,
+    "swap_tensors": _swapped,
     "the sign of a zero": _another_sign_of_zero,
 }
 
