@@ -39,7 +39,10 @@ def values_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_modes() -> None:
-    """RuntimeError where a mode of torch would make the results something else than plain tensors."""
+    """RuntimeError where a mode of torch would make the results something else than plain tensors, or records a call
+    without what the engine computes in it."""
+    if torch._C._get_tracing_state():
+        raise RuntimeError("torch.jit.trace cannot record what the engine computes: call the model itself")
     found = why_not_plain(torch.empty((1,), dtype=torch.uint8, device="cpu"))
     if found:
         raise RuntimeError(f"a mode of torch is active in which a new tensor {found}: call the layer outside of it")

@@ -200,6 +200,14 @@ def test_a_mode_that_replaces_new_tensors_is_refused(expected: dict[str, Tensor]
     expect_same(bits(layer), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_that_would_lack_the_engine_is_refused(expected: dict[str, Tensor]) -> None:
+    layer, trace = build_layer(KTMoEWrapper, CASE, INPUTS), torch.jit.trace
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
+        trace(lambda x: _forward(layer, hidden_states=x), (INPUTS.hidden_states,))  # type: ignore[no-untyped-call]
+    expect_same(bits(layer), expected)
+
+
 # ---- storages that move
 
 
