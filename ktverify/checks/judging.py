@@ -17,6 +17,7 @@ from ktverify.checks.causes import Cause
 from ktverify.checks.problem import Problem, Result, live_oracle
 from ktverify.checks.target import Target
 from ktverify.errors import GateFailed
+from ktverify.isolation import wire
 from ktverify.judge import gates
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs
@@ -50,6 +51,8 @@ def wrong_forms(
             wrong[name] = f"{name} is a {type(tensor).__name__}, expected a plain tensor"
         elif tensor.layout is not torch.strided or tensor.device.type != "cpu":
             wrong[name] = f"{name} is {tensor.layout} on {tensor.device}, expected torch.strided on cpu"
+        elif kind := wire.not_its_memory(tensor):
+            wrong[name] = f"{name} is a {kind}Tensor, whose values are not those in its memory"
         elif tuple(tensor.shape) != shapes[name]:
             wrong[name] = f"{name} is {list(tensor.shape)}, expected {list(shapes[name])}"
         elif tensor.dtype != dtype:

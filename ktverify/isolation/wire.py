@@ -176,6 +176,8 @@ def encode(value: Any, place: Callable[[Any], dict[str, Any] | None]) -> Any:
         return {"tensor": found}
     if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
         return {"array": place(torch.from_numpy(value))}
+    if type(value) is torch.Tensor and (kind := not_its_memory(value)):
+        return {"other": f"{kind}Tensor"}
     return {"other": type(value).__name__}
 
 
@@ -207,14 +209,30 @@ def decode(value: Any, tensor: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def describe(tensor: Any) -> dict[str, Any] | None:
-    """The description of a tensor without its place; None for one that is neither strided on the CPU nor on meta."""
+    """The description of a tensor without its place; None for one that is neither strided on the CPU nor on meta, and
+    for one whose values are not those in its memory."""
     import torch
 
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "meta") or dtype not in DTYPES:
         return None
+    if not_its_memory(tensor):
+        return None
     found = {"dtype": dtype, "shape": list(tensor.shape), "stride": list(tensor.stride())}
     return found | {"device": tensor.device.type, "grad": bool(tensor.requires_grad)}
+
+
+def not_its_memory(tensor: Any) -> str:
+    """The key in torch's dispatcher by which a CPU tensor has other values than its memory, as "Negative" for a view of
+    the negatives; "" for none."""
+    import torch
+
+    key = torch._C.DispatchKey
+    plain = torch._C.DispatchKeySet(key.CPU)
+    for each in (key.ADInplaceOrView, key.AutogradCPU, key.AutocastCPU):
+        plain = plain.add(each)
+    other = (torch._C._dispatch_keys(tensor) - plain).highestPriorityTypeId()
+    return "" if tensor.device.type != "cpu" or other == key.Undefined else str(other).rpartition(".")[2]
 
 
 def on_meta(found: dict[str, Any]) -> Any:

@@ -95,6 +95,7 @@ def test_a_right_form_passes(judge: str) -> None:
     [
         ("Fp32Output", "output is float32, expected bfloat16"),
         ("OutputOfAnotherClass", "the result is a Claims, it must be a tensor"),
+        ("OutputOfNegatives", "the result is a NegativeTensor, it must be a tensor"),
         ("Fp64Gradients", "is float64, expected bfloat16"),
     ],
 )
@@ -102,6 +103,12 @@ def test_a_wrong_form_fails_in_the_commands(engine: str, words: str, command: tu
     done = call(*command, "--engine", f"tests.support.forms:{engine}")
     assert done.exit_code == 1, done.output
     assert words in done.output
+
+
+@pytest.mark.parametrize("odd", [torch._neg_view, lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype)])
+def test_values_that_are_not_in_the_memory_are_a_wrong_form(odd: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    output = odd(torch.zeros(CASE.qlen, CASE.hidden, dtype=torch.bfloat16))
+    assert "whose values are not those in its memory" in judging.wrong_forms(CASE, {"output": output})["output"]
 
 
 def test_a_reproducer_judges_the_form_too(tmp_path: Path) -> None:

@@ -25,6 +25,13 @@ class OutputOfAnotherClass(TorchBf16):
         return super().forward_sft(*arguments, **more).as_subclass(Claims)
 
 
+class OutputOfNegatives(TorchBf16):
+    """The right numbers are in the memory of its output, whose values are their negatives."""
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
+        return torch._neg_view(super().forward_sft(*arguments, **more))
+
+
 class Claims(Tensor):
     """A tensor of another class."""
 
