@@ -231,7 +231,8 @@ def _hide_answers() -> None:
     # it imports torch
     from ktverify.judge import golden
 
-    sandbox.hidden[:] = [os.path.abspath(folder) for folder in (golden.golden_dir(), golden.cache_dir())]
+    stored = os.path.abspath(golden.golden_dir())
+    sandbox.hidden[:] = [stored, os.path.abspath(golden.cache_dir()), *sandbox.committed(stored)]
 
 
 def _hosted(name: str) -> Hosted:

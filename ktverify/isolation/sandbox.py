@@ -6,6 +6,7 @@ stored answers, and only the kernel's own rules about ptrace protect a judge. Im
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import stat
@@ -16,8 +17,10 @@ _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446
 _VERSION, _BENEATH = 1, 1
 _READ_FILE = 1 << 2
+# to move or link a file into another folder: refused where it is not granted, whatever a ruleset is about
+_REFER = 1 << 13
 _SCOPE_SIGNAL = 1 << 1
-_SIGNALS_FROM = 6  # the version that has scopes
+_REFER_FROM, _SIGNALS_FROM = 2, 6  # the versions that have them
 
 # folders whose files an engine's process may not open; the judge fills it
 hidden: list[str] = []
@@ -51,13 +54,14 @@ def enter(folders: list[str]) -> bool:
     version = landlock()
     if not version:
         return False
-    attributes = struct.pack("QQQ", _READ_FILE, 0, _SCOPE_SIGNAL)[: 24 if version >= _SIGNALS_FROM else 8]
+    folder_rights = _READ_FILE | (_REFER if version >= _REFER_FROM else 0)
+    attributes = struct.pack("QQQ", folder_rights, 0, _SCOPE_SIGNAL)[: 24 if version >= _SIGNALS_FROM else 8]
     ruleset = _call(_CREATE, attributes, ctypes.c_size_t(len(attributes)), ctypes.c_uint32(0))
     if ruleset < 0:
         return False
     try:
         for path in _beside([os.path.realpath(folder) for folder in folders]):
-            _grant(ruleset, path)
+            _grant(ruleset, path, folder_rights)
         ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         return _call(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0)) == 0
     finally:
@@ -81,7 +85,7 @@ def _beside(folders: list[str], root: str = "/") -> list[str]:
     return found
 
 
-def _grant(ruleset: int, path: str) -> None:
+def _grant(ruleset: int, path: str, folder_rights: int) -> None:
     try:
         # a link is granted where it leads
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -89,8 +93,26 @@ def _grant(ruleset: int, path: str) -> None:
         return
     try:
         mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-            rule = struct.pack("=Qi", _READ_FILE, fd)
+        if not stat.S_ISLNK(mode):
+            rule = struct.pack("=Qi", folder_rights if stat.S_ISDIR(mode) else _READ_FILE, fd)
             _call(_ADD_RULE, ctypes.c_int(ruleset), ctypes.c_int(_BENEATH), rule, ctypes.c_uint32(0))
     finally:
         os.close(fd)
+
+
+def committed(folder: str) -> list[str]:
+    """Where git keeps what is committed of a folder, as many copies of its files as there were commits; [] outside of
+    a repository."""
+    above = os.path.realpath(folder)
+    while not os.path.exists(dot := os.path.join(above, ".git")):
+        if above == os.path.dirname(above):
+            return []
+        above = os.path.dirname(above)
+    with contextlib.suppress(OSError):
+        if os.path.isfile(dot):  # of a worktree or a submodule
+            with open(dot, encoding="utf-8") as link:
+                dot = os.path.join(above, link.read().removeprefix("gitdir:").strip())
+        if os.path.isfile(shared := os.path.join(dot, "commondir")):
+            with open(shared, encoding="utf-8") as link:
+                dot = os.path.join(dot, link.read().strip())
+    return [os.path.realpath(os.path.join(dot, "objects"))]

@@ -88,6 +88,11 @@ def test_a_soiled_process_is_not_used_again(soil: str) -> None:
     assert {record.verdict for record in right.records} == {"PASS"}
 
 
+def test_an_engine_may_move_its_own_files() -> None:
+    result = accuracy.check_case(Target(f"{cheats.__name__}:MovesItsFiles"), CASE, backward=False)
+    assert [record.verdict for record in result.records] == ["PASS"]
+
+
 def test_a_clean_process_is_used_again() -> None:
     target = Target(f"{unruly.__name__}:OneDegree")
     accuracy.check_case(target, CASE)
