@@ -120,13 +120,14 @@ def _rows(kept: Kept) -> Tensor:
     "gate and up have masks of their own.",
     gates=("masks",),
     cause=Cause.DROPOUT,
-    variants={"": {"p": P}, "_of_most": {"p": 0.6}},
+    variants={"": {"p": P}, "_of_most": {"p": 0.6}, "_of_two_parts": {"p": P, "tp": 2}},
 )
-def check_elements(target: Target, p: float) -> None:
-    """Shares of dropped elements, agreements of neighbours, and masks that occur twice."""
+def check_elements(target: Target, p: float, tp: int = 1) -> None:
+    """Shares of dropped elements, agreements of neighbours, and masks that occur twice; also where I has two
+    tensor-parallel parts."""
     inputs = _one_row_a_token()
     torch.manual_seed(11)
-    kept = _kept(run_layer(_layer(target, inputs, p), inputs), inputs)
+    kept = _kept(run_layer(_layer(target, inputs, p, tp=tp), inputs), inputs)
     alike = p * p + (1 - p) * (1 - p)
     for name, mask in kept.items():
         _share(target, f"share of elements of {name}'s input that are 0", ~mask, p)

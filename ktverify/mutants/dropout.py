@@ -42,6 +42,16 @@ class dropout_shared_by_gate_and_up(Plain):
         return gate, gate, down
 
 
+@mutant(Cause.DROPOUT, "dropout/elements_of_two_parts", "masks")
+class dropout_the_same_in_every_part(Plain):
+    """All tensor-parallel parts of I have the mask of the first one."""
+
+    def _masks(self, slots: int) -> OfRows:
+        gate, up, down = super()._masks(slots)
+        parts = self.spec.threadpool_count
+        return gate, up, None if down is None else down[:, : down.shape[1] // parts].repeat(1, parts)
+
+
 @mutant(Cause.DROPOUT, "dropout/elements", "masks")
 class dropout_keeps_what_it_should_drop(Plain):
     """lora_dropout is taken as the probability that an element is kept."""
