@@ -22,12 +22,12 @@ from torch.autograd.function import once_differentiable
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
 from ktverify.engines.native.isa import require_isa
+from ktverify.engines.native.turns import in_turn, list_of_this_thread
 from ktverify.engines.plain_tensors import check_modes
 from ktverify.spec.names import GRAD_NAMES
 from ktverify.system.limits import processors
 from ktverify.training import capture
 from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, rank_of
-from ktverify.training.turns import in_turn, list_of_this_thread
 
 METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
 # kt_backend of the users' configurations -> whether trainings can use it

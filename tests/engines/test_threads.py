@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,49 @@ def test_new_base_weights_while_others_compute() -> None:
 
     in_threads(load, compute, compute, lambda: [layer.update_lora_weights() for _ in range(20)])
     expect_same(run_layer(layer, INPUTS), expected)
+
+
+def _at_once(*calls: Callable[[], Any], rounds: int = 20) -> None:
+    """The calls in threads, which the interpreter switches often."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_threads(*(lambda call=call: [call() for _ in range(rounds)] for call in calls))  # type: ignore[misc]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32])
+def test_parameters_and_the_engines_values_change_together(other: torch.dtype) -> None:
+    """Whichever thread is the last to give LoRA, the layer computes with the parameters that it shows."""
+    layer = fresh(torch.bfloat16)
+    twice = [tensor.to(other) * 2 for tensor in LORA[torch.bfloat16]]
+    for _ in range(8):
+        _at_once(
+            lambda: layer.init_lora_weights(*LORA[torch.bfloat16]),
+            lambda: layer.init_lora_weights(*twice),
+            layer.update_lora_weights,
+            layer.update_lora_weights,
+            rounds=2,
+        )
+        alone = fresh(torch.bfloat16)
+        alone.init_lora_weights(*(getattr(layer, name) for name in LORA_NAMES))
+        expect_same(run_layer(layer, INPUTS), run_layer(alone, INPUTS))
+
+
+def test_base_weights_are_read_of_one_load() -> None:
+    found: list[dict[str, Tensor]] = []
+    other = make_inputs(Case.parse("E=16,k=2,H=64,I=48,T=40,r=4,alpha=8@seed=5"))
+    layer = fresh(torch.bfloat16)
+
+    def load() -> None:
+        for inputs in (other, INPUTS):
+            layer.load_weights_from_tensors(*(inputs.slotted(n).clone() for n in BASE_NAMES), inputs.physical_map)
+
+    _at_once(lambda: forward(layer), load, lambda: found.append(layer.base_weights()))
+    for base in found:
+        wanted = next(inputs for inputs in (INPUTS, other) if torch.equal(base["gate_proj"], inputs.gate_proj))
+        assert all(torch.equal(base[name], getattr(wanted, name)) for name in BASE_NAMES)
 
 
 def test_each_thread_gets_its_own_forward_and_its_own_routing_gradient() -> None:

@@ -19,6 +19,7 @@ from ktverify.engines.native.gradient_memory import gradient_tensors
 from ktverify.engines.native.isa import chosen_isa, require_isa
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.engines.native.shortage import memory_errors
+from ktverify.engines.native.turns import in_turn
 from ktverify.engines.plain_tensors import values_of
 from ktverify.spec.names import BASE_NAMES, GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
@@ -149,6 +150,7 @@ class KTMoEWrapper:
         self._load(sources_in_files(self.spec, slots))
 
     @memory_errors("base_weights")
+    @in_turn
     def base_weights(self) -> dict[str, torch.Tensor]:
         """New tensors with the base weights, bit for bit: gate_proj, up_proj [E, I, H], down_proj [E, H, I] bf16 by
         logical expert; of codes, the bf16 that they stand for. RuntimeError before they were loaded."""
@@ -166,9 +168,7 @@ class KTMoEWrapper:
         """Copy a logical expert's gate_proj, up_proj, down_proj into three contiguous tensors."""
         to = [matrix.data_ptr() for matrix in matrices]
         sources = self._sources()  # without them, all experts are packed
-        if not self._native.unpack(expert, *to):
-            if sources is None:
-                raise RuntimeError("base weights were loaded by another thread meanwhile: call it again")
+        if not self._native.unpack(expert, *to) and sources is not None:
             sources.read(expert, matrices)
             self._native.unpack(expert, *to)  # another thread may have packed it meanwhile, and released its source
 
@@ -179,12 +179,14 @@ class KTMoEWrapper:
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_again, self._state()
 
+    @in_turn
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, list[torch.Tensor] | None]:
         """All that makes another engine of the same weights, of codes their bf16; saved forwards stay with this one."""
         base = self.base_weights() if self._weights_loaded else None
         lora = [getattr(self, name) for name in LORA_NAMES] if self._lora_dtype is not None else None
         return {**dataclasses.asdict(self.spec), "method": self.spec.bf16_method}, base, lora
 
+    @in_turn
     def _load(self, sources: Sources) -> None:
         device = self._device
         held = device.with_base(device.held.experts, sources.read, device.held.lora) if device else None
@@ -195,15 +197,11 @@ class KTMoEWrapper:
         self._weights_loaded = True
 
     @memory_errors("init_lora_weights")
+    @in_turn
     def init_lora_weights(
-        self,
-        gate_lora_a: torch.Tensor,
-        gate_lora_b: torch.Tensor,
-        up_lora_a: torch.Tensor,
-        up_lora_b: torch.Tensor,
-        down_lora_a: torch.Tensor,
-        down_lora_b: torch.Tensor,
-    ) -> None:
+        self, gate_lora_a: torch.Tensor, gate_lora_b: torch.Tensor, up_lora_a: torch.Tensor, up_lora_b: torch.Tensor,
+        down_lora_a: torch.Tensor, down_lora_b: torch.Tensor,
+    ) -> None:  # fmt: skip
         """Take gate_lora_a, up_lora_a [E, r, H], gate_lora_b, up_lora_b [E, I, r], down_lora_a [E, r, I], down_lora_b
         [E, H, r], all bf16 or all fp32. They become the parameters `layer.gate_lora_a` …; a non-contiguous one is
         copied."""
@@ -211,7 +209,7 @@ class KTMoEWrapper:
         lora = argument_checks.check_lora(self.spec, dict(zip(LORA_NAMES, given, strict=True)))
         lora = {n: t if t.is_contiguous() and not t.is_neg() else values_of(t).contiguous() for n, t in lora.items()}
         self._snapshot(lora)
-        self.__dict__.update(lora)  # all at once, whatever other threads do
+        self.__dict__.update(lora)
 
     def _snapshot(self, lora: Mapping[str, torch.Tensor]) -> None:
         values = [values_of(tensor).contiguous() for tensor in lora.values()]
@@ -224,6 +222,7 @@ class KTMoEWrapper:
         self._lora_dtype = dtype
 
     @memory_errors("set_gpu_experts_mask")
+    @in_turn
     def set_gpu_experts_mask(self, gpu_experts_mask: torch.Tensor | Sequence[bool]) -> None:
         """Compute these experts, bool [E], on `gpu_device` from now on, and all others in the engine.
 
@@ -239,6 +238,7 @@ class KTMoEWrapper:
         device.held, self.spec, self._device = held, spec, device
 
     @memory_errors("update_lora_weights")
+    @in_turn
     def update_lora_weights(self) -> None:
         """Give the engine the present values of all six parameters at once. A saved forward's backward uses its own."""
         argument_checks.check_ready(True, self._lora_dtype is not None, "update_lora_weights")

@@ -1,7 +1,8 @@
-"""Threads that share a wrapped model take turns. Standard library only.
+"""Threads that share a layer, or a wrapped model, take turns to give it weights. Standard library only.
 
-Between giving LoRA to an engine and its forward, no other thread may give other values; one thread builds the engine.
-The engine computes one call at a time in any case.
+A layer's parameters and the values that its engine has of them change together, and base weights are read of one load.
+Between giving LoRA to the engine of a model and its forward, no other thread may give other values; one thread builds
+the engine. The engine computes one call at a time in any case.
 """
 
 from __future__ import annotations
