@@ -190,7 +190,8 @@ def _untyped_storage(parameter: Tensor) -> None:
 
 def _swapped(parameter: Tensor) -> None:
     # refused for a parameter that a weak reference leads to
-    torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.detach() * 1.5))
+    swap: Any = torch.utils.swap_tensors
+    swap(parameter, torch.nn.Parameter(parameter.detach() * 1.5))
 
 
 # each changes a parameter, most of them one element, and none moves autograd's counter of it
