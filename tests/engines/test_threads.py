@@ -107,7 +107,7 @@ def _at_once(*calls: Callable[[], Any], rounds: int = 20) -> None:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        in_threads(*(lambda call=call: [call() for _ in range(rounds)] for call in calls))  # type: ignore[misc]
+        in_threads(*(lambda call=call: [call() for _ in range(rounds)] for call in calls))
     finally:
         sys.setswitchinterval(interval)
 
