@@ -6,7 +6,7 @@ import pytest
 
 from tests.support import long_tests
 
-pytest_plugins = ["ktverify.pytest_plugin"]
+pytest_plugins = ["ktverify.pytest_plugin", "ktverify.pytest_plugin.suite"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -18,6 +18,7 @@ from ktverify.errors import PropertyFailed, Unsupported
 from ktverify.isolation.child import raised_by_the_engine
 from ktverify.judge import gates
 from ktverify.spec.cases import LORA_DTYPES, MAPS, Case, flops
+from ktverify.system.files import suites
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def search(
             reasons.append(str(error))
             return None
         except Exception as error:
-            repeat = f"pytest suites/properties -k {name} --case '{case.id}'{options}"
+            repeat = f"pytest {suites('properties')} -k {name} --case '{case.id}'{options}"
             text = f"{name}: {wanted.what}\n{case.id}\n{type(error).__name__}: {error}\n{repeat}"
             verdict = getattr(error, "verdict", "")
             if not verdict:

@@ -42,6 +42,7 @@ class Target:
     engine: a name, as `registry.find` takes it. isa: what its `isa=` gets, None for its own choice. tp: tensor parallel
     degree. threads: ceiling of workers, None for all processors of this process. method: the engine's `method=`.
     gates_off: gates that its checks leave out. Only the mutants set it, to show that each gate is needed.
+    ask_disclaimed: also call the engine for what it disclaims.
     """
 
     engine: str
@@ -50,11 +51,12 @@ class Target:
     threads: int | None = 2
     method: str = METHOD
     gates_off: frozenset[str] = gates.ALL_ON
+    ask_disclaimed: bool = False
 
     @property
     def factory(self) -> registry.EngineFactory:
         """The callable that makes a layer; see `registry.judged`."""
-        return registry.judged(self.engine)
+        return registry.judged(self.engine, ask_disclaimed=self.ask_disclaimed)
 
     @property
     def strict(self) -> bool:

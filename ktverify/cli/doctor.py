@@ -17,7 +17,7 @@ import typer
 
 from ktverify.isolation import sandbox
 from ktverify.system import limits, machine, optional_peers
-from ktverify.system.files import ROOT, install_command, pip_install, reports_dir
+from ktverify.system.files import GOLDENS, ROOT, RUN_SUITES, install_command, pip_install
 from ktverify.system.instruction_sets import ISA_FLAGS
 from ktverify.system.limits import format_bytes
 from ktverify.system.machine import EMULATION_VARIABLE, Machine
@@ -73,7 +73,7 @@ class Fact:
 def examine(here: Machine | None = None) -> Iterator[Fact]:
     """All facts, one after another, so that a slow one does not delay the others."""
     here = here or machine.read_machine()
-    for look in (_system, _amx, _isas, _compiler, _packages, _native, _extras, _memory, _threads, _checkout):
+    for look in (_system, _amx, _isas, _compiler, _packages, _native, _extras, _memory, _threads, _suites):
         yield from look(here)
 
 
@@ -248,13 +248,11 @@ def _threads(here: Machine) -> Iterator[Fact]:
         yield Fact("note", "NUMA", f"{listing or 'no nodes reported'}: tensor-parallel parts share one node")
 
 
-def _checkout(_: Machine) -> Iterator[Fact]:
-    root = reports_dir().parent
-    if not (root / "suites").is_dir():
-        yield Fact("note", "suites", "no checkout here: repro and verify run, `pytest suites/` does not")
-        return
-    manifest = root / "golden" / "manifest.json"
-    if manifest.is_file():
-        yield Fact("ok", "goldens", os.path.relpath(manifest.parent))
+def _suites(_: Machine) -> Iterator[Fact]:
+    missing = [name for name in _declared("suite") if not machine.package_version(name)]
+    how = f"they need {', '.join(missing)}: `{install_command('suite')}`"
+    yield Fact("note", "suites", how) if missing else Fact("ok", "suites", f"{RUN_SUITES} runs them")
+    if (GOLDENS / "manifest.json").is_file():
+        yield Fact("ok", "goldens", os.path.relpath(GOLDENS))
     else:
         yield Fact("note", "goldens", "none; `python -m ktverify.golden regenerate` makes them, --fresh does without")

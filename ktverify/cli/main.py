@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from ktverify.cli.bench_transformer import memory, transformer
 from ktverify.cli.diagnose import DEBUG, diagnose
 from ktverify.cli.doctor import doctor
 from ktverify.cli.fuzz import fuzz
+from ktverify.cli.init_engine import init_engine
 from ktverify.cli.list import list_cases
 from ktverify.cli.llamafactory import llamafactory
 from ktverify.cli.mutants import clean, mutants
@@ -33,7 +35,7 @@ from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.training import PASS_THROUGH
 from ktverify.cli.verify import repro, verify
 from ktverify.system import limits
-from ktverify.system.files import in_words
+from ktverify.system.files import in_words, search_in
 
 app = typer.Typer(name="ktverify", cls=OneLineErrors, **PROGRAM)
 
@@ -59,7 +61,8 @@ def _root(
 
     \b
     First:      python -m ktverify doctor            what runs on this machine
-    The suite:  pytest suites/ -n 4                  in a clone: everything; writes reports/runs/<stamp>/
+    The suite:  pytest --pyargs ktverify.suites -n 4 everything; writes reports/runs/<stamp>/
+                pytest suites/ -n 4                  the same in a clone
     After it:   python -m ktverify report            the last run's summary
                 python -m ktverify gate latest       exit code 1 if anything broke
                 python -m ktverify confirm           its claims again, without the suite
@@ -68,6 +71,8 @@ def _root(
     Exit codes: 0 passed, 1 something did not pass, 2 the command could not be carried out.
     """
     limits.limit_libraries()
+    # a script's own folder is on the path, the current one is not
+    search_in(Path.cwd())
 
 
 class DefaultGroup(CommandGroup):
@@ -109,6 +114,7 @@ python -m ktverify bench analyze FILE...    what `bench c2c` wrote: distribution
 _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "doctor": (doctor, {}),
     "list": (list_cases, {}),
+    "init-engine": (init_engine, {}),
     **{command.__name__: (command, {}) for command in (repro, replay, report, gate, verify)},
     **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
     **TRAINING_COMMANDS,

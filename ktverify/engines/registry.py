@@ -20,10 +20,11 @@ import shlex
 import traceback
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ktverify.engines.capabilities import Capabilities, declared
 from ktverify.isolation import host, sandbox
 from ktverify.isolation.hosted import Hosted
 from ktverify.system.files import expand
@@ -38,6 +39,8 @@ ARGUMENTS = (
     "lora_alpha",
 )  # fmt: skip
 OWN = "package.module:factory or path/file.py:factory"  # how an engine outside of the package is named
+# of a factory, that say what the engine is and can do
+ATTRIBUTES = ("isas", "fp32_sums", "stand_alone", "contract", "capabilities")
 _ENGINE = re.compile(r'^ENGINE = "(?:([\w.]+):)?(\w+)"$', re.MULTILINE)
 
 
@@ -184,13 +187,15 @@ def _raised_at(error: Exception) -> str:
 class Facts:
     """What the checks have to know of a factory: its attributes, and the interpreter that its engine needs ("": this).
 
-    isas: the instruction sets that its `isa=` takes; (None,) for an engine that has no choice.
+    isas: the instruction sets that its `isa=` takes; (None,) for an engine that has no choice. capabilities: what else
+    it claims and disclaims.
     """
 
     isas: tuple[str | None, ...] = (None,)
     fp32_sums: bool = False
     stand_alone: str | None = None
     hosted: Hosted | None = None
+    capabilities: Capabilities = field(default_factory=Capabilities)
 
 
 def ours(name: str) -> bool:
@@ -206,9 +211,10 @@ def facts(name: str) -> Facts:
     """
     # to look for a module inside a package would import the package here
     outside = not ours(name) and (":" in name or "." in name or _is_module(name))
+    folder = None
     if not outside:
         factory = load(name)
-        found = {key: getattr(factory, key, None) for key in ("isas", "fp32_sums", "stand_alone")}
+        found = {key: getattr(factory, key, None) for key in ATTRIBUTES}
         hosted = factory if isinstance(factory, Hosted) else None
         if hosted is not None:
             _hide_answers()
@@ -217,13 +223,11 @@ def facts(name: str) -> Facts:
         found = _hosted(name).facts()
         other = found.get("hosted")
         hosted = Hosted(*map(str, other)) if isinstance(other, list) and len(other) == 2 else _hosted(name)
-    isas, script = found.get("isas") or (None,), found.get("stand_alone")
-    return Facts(
-        tuple(isas) if isinstance(isas, (list, tuple)) else (str(isas),),
-        bool(found.get("fp32_sums")),
-        None if script is None else str(script),
-        hosted,
-    )
+        place = name.partition(":")[0] if name.partition(":")[0].endswith(".py") else str(found.get("file") or "")
+        folder = Path(place).parent if place else None
+    said = declared(name, found, folder)
+    script = found.get("stand_alone")
+    return Facts(said.isas or (None,), bool(said.fp32_sums), None if script is None else str(script), hosted, said)
 
 
 def _hide_answers() -> None:
@@ -239,13 +243,24 @@ def _hosted(name: str) -> Hosted:
     return Hosted(name, loader=f"{__name__}:find")
 
 
-def judged(name: str) -> EngineFactory:
-    """The factory that checks call: the engine's own for one of this package, else layers in another process."""
-    hosted = facts(name).hosted
-    if hosted is None:
-        return find(name)
-    hosted.check()
-    return hosted
+def judged(name: str, *, ask_disclaimed: bool = False) -> EngineFactory:
+    """The factory that checks call: the engine's own for one of this package, else layers in another process.
+
+    What the engine disclaims raises NotImplementedError without a call, unless ask_disclaimed.
+    """
+    found = facts(name)
+    make: EngineFactory = find(name) if found.hosted is None else found.hosted
+    if found.hosted is not None:
+        found.hosted.check()
+    if ask_disclaimed or not found.capabilities.all_claims():
+        return make
+    return functools.partial(_unless_disclaimed, make, found.capabilities)
+
+
+def _unless_disclaimed(make: EngineFactory, capabilities: Capabilities, **arguments: Any) -> Any:
+    if reason := capabilities.disclaimed(arguments):
+        raise NotImplementedError(reason)
+    return make(**arguments)
 
 
 def strict(engine: str | EngineFactory) -> bool:

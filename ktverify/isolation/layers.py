@@ -21,6 +21,7 @@ import sys
 import sysconfig
 import traceback
 import warnings
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -130,7 +131,12 @@ class Layers:
         isas = getattr(factory, "isas", None)
         script = getattr(factory, "stand_alone", None)
         facts: dict[str, Any] = {"isas": list(isas) if isinstance(isas, (list, tuple)) else None}
-        facts["fp32_sums"] = bool(getattr(factory, "fp32_sums", False))
+        sums = getattr(factory, "fp32_sums", None)
+        facts["fp32_sums"] = None if sums is None else bool(sums)
+        facts["contract"] = getattr(factory, "contract", None)
+        said = getattr(factory, "capabilities", None)
+        facts["capabilities"] = dict(said) if isinstance(said, Mapping) else said
+        facts["file"] = getattr(sys.modules.get(getattr(factory, "__module__", "")), "__file__", None)
         facts["stand_alone"] = None if script is None else os.fspath(script)
         # a factory that is itself one of another interpreter
         spec, check = getattr(factory, "spec", None), getattr(factory, "check", None)

@@ -28,12 +28,13 @@ from ktverify.judge.rounding import RoundingError
 from ktverify.spec.cases import Case, tensors_of
 from ktverify.spec.generator import GENERATOR_VERSION
 from ktverify.spec.names import ALL_TENSORS
-from ktverify.system.files import ROOT, expand, write_whole
+from ktverify.system.files import GOLDENS, IN_CLONE, expand, write_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 2
 READABLE = (1, 2)  # 1 has no errors of rounding
 SUFFIX = ".safetensors"
+_RESTORE = "check it out of git again, or regenerate" if IN_CLONE else "install ktverify again"
 
 Entry = dict[str, Any]  # a case's entry in the manifest
 
@@ -73,12 +74,9 @@ class Golden:
 
 
 def golden_dir() -> Path:
-    """The goldens' directory: KTVERIFY_GOLDEN_DIR, else golden/ beside the package (a checkout), else ./golden."""
+    """The goldens' directory: KTVERIFY_GOLDEN_DIR, else those of the checkout or of the installed package."""
     named = os.environ.get("KTVERIFY_GOLDEN_DIR")
-    if named:
-        return Path(expand(named))
-    beside = ROOT / "golden"
-    return beside if (beside / MANIFEST).exists() or not (Path.cwd() / "golden").exists() else Path.cwd() / "golden"
+    return Path(expand(named)) if named else GOLDENS
 
 
 def cache_dir() -> Path:
@@ -124,7 +122,7 @@ def read_manifest(where: Path, *, missing_ok: bool = False) -> dict[str, Entry]:
             return {}
         raise NoGolden(f"no {path}; `python -m ktverify.golden regenerate` makes it") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}; check it out of git again") from error
+        raise ValueError(f"{path} is no JSON: {error}; {_RESTORE}") from error
     if document.get("format") not in READABLE:
         raise ValueError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}")
     cases: dict[str, Entry] = document["cases"]
@@ -159,9 +157,9 @@ def read_entry(case: Case, entry: Entry, where: Path) -> Golden:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; check it out of git again, or regenerate") from None
+        raise ValueError(f"{path} is missing; {_RESTORE}") from None
     if hashlib.sha256(content).hexdigest() != entry["file_sha256"]:
-        raise ValueError(f"{path} is not what the manifest says; check it out of git again, or regenerate")
+        raise ValueError(f"{path} is not what the manifest says; {_RESTORE}")
     values = load_safetensors(content)
     tensors: dict[str, StoredTensor] = {}
     for name, row in entry["tensors"].items():

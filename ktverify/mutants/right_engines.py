@@ -27,6 +27,7 @@ from ktverify.mutants.roundings import ROUNDING, engine_of
 from ktverify.runs.record import NOT_RUN
 from ktverify.spec import cases
 from ktverify.spec.cases import Case, flops
+from ktverify.system.files import suites
 
 _SMALL = 10**9  # floating-point operations of forward and backward
 TINY = 10**7  # about a second of emulated AMX
@@ -134,7 +135,7 @@ def _judge_property(name: str, case: Case, target: Target, run: CleanRun) -> Non
     try:
         compared, believed = check_property(target, name, case)
     except AssertionError as error:
-        again = f"pytest suites/properties -k {name} --case '{case.id}'{registry.option(target.engine)}"
+        again = f"pytest {suites('properties')} -k {name} --case '{case.id}'{registry.option(target.engine)}"
         raise AssertionError(f"{error}\n    {again}") from error
     run.compared += compared
     run.mistrusted += compared - believed

@@ -1,205 +1,61 @@
-"""The pytest plug-in: the options and fixtures of suites/, and which tests run beside each other.
+"""The pytest plug-in: the suites' options, and the fixtures `engine`, `target` and `case` for tests of one's own.
 
-A family is a folder of suites/. Its tests get an xdist group of their own (one per instruction set where a family
-covers several), computing tests share a lock that timing tests take alone, and every run leaves its records in a run
-directory. Tests elsewhere may use the fixtures; they leave no records.
+Light, because pytest loads it wherever ktverify is installed: what judges an engine is in suite.py, which is loaded
+only where the command line asks for tests of the suites.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from ktverify.checks import isas
-from ktverify.checks.registry import PRELOAD
-from ktverify.engines import registry
-from ktverify.isolation import hosted, locks
-from ktverify.isolation.child import BIG, DEFAULT, ChildPool
-from ktverify.pytest_plugin.ask import Ask, each
-from ktverify.pytest_plugin.recording import Recording, about_key, is_worker, own_records_key, recorded_key
-from ktverify.pytest_plugin.selection import (
-    ACCURACY_FAMILIES,
-    accuracy_parameters,
-    family_of,
-    group_of,
-    judges_an_engine,
-    urgency,
-)
-from ktverify.runs.record import AnyRecord
-from ktverify.spec.cases import Case
-from ktverify.system import limits
+from ktverify.pytest_plugin.options import OPTIONS, judges_an_engine
 
-__all__ = ["Ask", "each"]
+if TYPE_CHECKING:
+    from ktverify.checks.target import Target
+    from ktverify.spec.cases import Case
 
-recording_key = pytest.StashKey[Recording]()
-
-
-def _above_zero(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{text} is not above 0")
-    return value
+_SUITE = f"{__name__}.suite"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add = parser.getgroup("ktverify", "the layer under test").addoption
-    add("--engine", default="native", help=f"engine name, {registry.OWN} (default: native)")
-    add("--isa", default="all", help="one instruction set of the native engine (default: all it can run)")
-    add("--fresh", type=int, metavar="SEED", help="draw new inputs and compute the oracle live")
-    add("--cases", metavar="GLOB", help="only the catalogue's cases whose name matches")
-    add("--tier", choices=("default", "big", "full"), help="only the cases of one tier (default: default and big)")
-    limits = "for one call (default: {}, of a big case {})"
-    add("--time-limit", type=_above_zero, metavar="SECONDS", help=limits.format(300, 900))
-    add("--memory-limit", type=_above_zero, metavar="GIB", help=f"resident, {limits.format(3, 7)}")
-    add("--run-dir", type=Path, help="where the records go (default: reports/runs/<stamp>)")
-    add("--case", metavar="TEXT", help="properties: check them on this case only: 'E=2,k=1,H=3,…@seed=0'")
-    add("--sizes-of", type=int, metavar="N", help="properties: draw only sizes that are multiples of N: H, I, I / TP")
-    add("--examples", type=int, metavar="N", help="properties: cases drawn for each property and instruction set")
+    group = parser.getgroup("ktverify", "the layer under test")
+    for name, how in OPTIONS.items():
+        group.addoption(name, **how)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # the processes that compute start in the checkout, wherever this one did
-    config.option.engine = registry.absolute(config.option.engine, config.invocation_params.dir)
-    if path := os.environ.get("PYTHONPATH"):
-        os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in path.split(os.pathsep))
-    limits.limit_libraries()
-    if is_worker(config):
-        # workers share the processors; torch's own threads, here and in processes that tests start, would spin for
-        # one that another worker has
-        torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"
+    for mark in (
+        "big: takes gigabytes; such tests take turns, one at a time over all workers",
+        "latency: measures time; never runs while another test computes",
+        "slow: more than a few seconds; begins before others",
+    ):
+        config.addinivalue_line("markers", mark)
     if judges_an_engine(config):
-        config.stash[recording_key] = Recording(config)
-        config.pluginmanager.register(config.stash[recording_key])
-
-
-# ---- which tests there are, and which run beside each other
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    names = metafunc.fixturenames
-    if "isa" not in names or any("isa" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
-        return
-    family = family_of(metafunc.definition)
-    if family in ACCURACY_FAMILIES:
-        metafunc.parametrize("check,isa", list(accuracy_parameters(metafunc.config, family)))
-    else:
-        planned = isas.planned(metafunc.config.option.engine, metafunc.config.option.isa)
-        metafunc.parametrize("isa", planned, ids=[isa.id for isa in planned], scope="session")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give whole groups to a worker, in the order in which they were collected.
-
-    xdist's own loadgroup writes the group into an attribute that pytest 9.2 no longer reads, so it groups nothing.
-    """
-    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
-
-    class ByGroup(LoadScopeScheduling):  # type: ignore[misc]
-        def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid)
-
-    # by default the groups with the most tests come first; here the longest have few
-    config.option.loadscopereorder = False
-    return ByGroup(config, log)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=urgency)
-    # the process that was asked for the engine's instruction sets
-    hosted.end_all()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    # a third of the time of the imports would go into looking for garbage, which they do not make
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        # nor need later collections look through the million objects of pytest and torch
-        gc.enable()
-        gc.collect()
-        gc.freeze()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with contextlib.ExitStack() as held:
-        if item.get_closest_marker("big"):
-            held.enter_context(locks.big())
-        held.enter_context(locks.computing(alone=item.get_closest_marker("latency") is not None))
-        held.enter_context(locks.lent_to_children())
-        return (yield)
-
-
-# ---- what tests use
+        config.pluginmanager.import_plugin(_SUITE)
 
 
 @pytest.fixture(scope="session")
-def engine(request: pytest.FixtureRequest) -> str:
-    """Name of the engine under test."""
-    return str(request.config.option.engine)
+def engine(pytestconfig: pytest.Config) -> str:
+    """Name of the engine under test, from --engine; a path in it is absolute."""
+    from ktverify.engines import registry
 
-
-@pytest.fixture(scope="session")
-def fresh(request: pytest.FixtureRequest) -> int | None:
-    """The seed of --fresh, None when the goldens are compared with."""
-    seed: int | None = request.config.option.fresh
-    return seed
-
-
-@pytest.fixture(scope="session")
-def children(pytestconfig: pytest.Config) -> Iterator[ChildPool]:
-    """The processes that engines run in, one at a time: see ChildPool."""
-    limits = (pytestconfig.option.time_limit, pytestconfig.option.memory_limit)
-    hosts = not registry.ours(pytestconfig.option.engine)
-    with ChildPool(DEFAULT.but(*limits), BIG.but(*limits), PRELOAD, hosts=hosts) as pool:
-        yield pool
+    return registry.absolute(pytestconfig.option.engine, pytestconfig.invocation_params.dir)
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[[AnyRecord], None]:
-    """Add a record to the run; a test that calls it gets no check record besides."""
+def target(engine: str, pytestconfig: pytest.Config) -> Target:
+    """The engine under test and how it is called, on the first instruction set that --isa leaves: see Target."""
+    from ktverify.checks import isas
+    from ktverify.checks.target import Target
 
-    def add(result: AnyRecord) -> None:
-        request.node.stash[own_records_key] = True
-        request.config.stash[recording_key].add(result)
-
-    return add
+    return Target(engine, isas.planned(engine, pytestconfig.option.isa)[0].name)
 
 
 @pytest.fixture
-def about(request: pytest.FixtureRequest) -> Callable[[Case | None, int], None]:
-    """Note for the record of which case's forward and backward, at which TP degree, the test is about to judge."""
+def case(pytestconfig: pytest.Config) -> Case:
+    """The case of --case, `small` without it."""
+    from ktverify.spec.cases import Case
 
-    def note(case: Case | None, tp: int = 1) -> None:
-        request.node.stash[about_key] = (case, tp)
-
-    return note
-
-
-@pytest.fixture
-def ask(
-    request: pytest.FixtureRequest,
-    engine: str,
-    fresh: int | None,
-    children: ChildPool,
-    about: Callable[[Case | None, int], None],
-    record: Callable[[AnyRecord], None],
-) -> Ask:
-    """Runs checks of the registry on the engine of this run: see Ask."""
-
-    def recorded(error: BaseException) -> None:
-        request.node.stash[recorded_key] = error
-
-    return Ask(engine, request.config.option.isa, fresh, children, about, record, recorded)
+    return Case.parse(pytestconfig.option.case or "small")

@@ -10,10 +10,12 @@ import pytest
 
 from ktverify.checks import accuracy, isas, registry
 from ktverify.checks.check import Check, Where
+from ktverify.checks.claims import judge_claim
 from ktverify.checks.isas import Isa
 from ktverify.checks.processes import peak_memory
 from ktverify.checks.target import Target, expect
 from ktverify.diagnose.hook import add_cause
+from ktverify.engines.capabilities import Capability
 from ktverify.engines.registry import NATIVE
 from ktverify.errors import EngineOutOfMemory, NotPassed, Unsupported
 from ktverify.isolation.child import ChildPool
@@ -56,6 +58,11 @@ class Ask:
             call = self.children.call_fresh if check.fresh_process else self.children.get(env).call
             more: dict[str, Any] = {"env": env} if check.fresh_process else {}
             call(check.function, replace(target, tp=tp), **more, **arguments)
+
+    def claim(self, claim: Capability) -> None:
+        """Try what the engine claims or disclaims, on its best instruction set. Raises as `judge_claim`."""
+        isa = isas.planned(self.engine, self.chosen_isa)[0]
+        self.children.get(isa.env).call(judge_claim, Target(self.engine, isa.name), claim)
 
     def target(self, check: Check, isa: Isa | None) -> tuple[Target, dict[str, str]]:
         """The target of a check, and what its process needs in its environment."""

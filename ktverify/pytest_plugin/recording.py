@@ -6,7 +6,6 @@ import contextlib
 import os
 import shlex
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +14,19 @@ from ktverify.checks import isas
 from ktverify.checks.accuracy import verdict_of
 from ktverify.checks.isas import Isa
 from ktverify.engines import registry
+from ktverify.engines.capabilities import CONTRACT
 from ktverify.errors import EngineFailed, PropertyFailed, Unsupported
 from ktverify.isolation import locks
 from ktverify.isolation.child import raised_by_the_engine
-from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_of, selection_of
+from ktverify.pytest_plugin.options import MODULE
+from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_in, family_of, selection_of
 from ktverify.report.failure_text import text_of
 from ktverify.report.pages import write_run
 from ktverify.runs.jsonl import new_directory
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, VerdictName
 from ktverify.runs.store import Recorder, Run, load, start_run
 from ktverify.spec.cases import Case
-from ktverify.system.files import in_words
+from ktverify.system.files import IN_CLONE, SUITES, in_words
 from ktverify.system.printable import shown, shown_line
 
 _RUN_DIR, _DISK_ERROR = "ktverify_run_dir", "ktverify_disk_error"
@@ -43,7 +44,7 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 class Recording:
-    """The hooks of a run that leaves records; registered only where the command line asks for tests of suites/."""
+    """The hooks of a run that leaves records; registered only where the command line asks for tests of the suites."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -51,8 +52,8 @@ class Recording:
         self.run: Run | None = None
         self.compared_nothing = False
         self.disk_error = ""  # why a record could not be written
-        # folders of all tests that were reported, from any worker
-        self.folders: set[str] = set()
+        # families of all tests that were reported, from any worker
+        self.families: set[str] = set()
         # what each worker wrote, and those that ended without a word
         self.lines: dict[str, list[str]] = {}
         self.silent: set[str] = set()
@@ -67,9 +68,13 @@ class Recording:
         self.check_choices()
         workers = getattr(config.option, "numprocesses", None) or 1
         command = shlex.join(["pytest", *config.invocation_params.args])
+        written = registry.facts(config.option.engine).capabilities.contract
+        contract = f"judged by {CONTRACT}, the engine {f'is written for {written}' if written else 'names none'}"
         try:
             run_dir = config.option.run_dir or new_directory()
-            self.recorder = start_run(run_dir.resolve(), config.option.engine, command, workers, selection_of(config))
+            self.recorder = start_run(
+                run_dir.resolve(), config.option.engine, command, workers, selection_of(config), contract
+            )
         except OSError as error:
             raise pytest.UsageError(f"--run-dir: {in_words(error)}") from None
 
@@ -90,7 +95,7 @@ class Recording:
             node.workerinput[_RUN_DIR] = str(self.recorder.run_dir)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.folders.update(Path(report.nodeid.partition("::")[0]).parts[:-1])
+        self.families.add(family_in(report.nodeid))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -100,7 +105,7 @@ class Recording:
             self.recorder.restore(self.lines, self.silent)
         records = load(self.recorder.run_dir).records
         compared = any(isinstance(record, AccuracyRecord) and record.verdict not in NOT_RUN for record in records)
-        self.compared_nothing = not compared and not self.folders.isdisjoint(ACCURACY_FAMILIES)
+        self.compared_nothing = not compared and not self.families.isdisjoint(ACCURACY_FAMILIES)
         broken = any(record.verdict not in ("PASS", *NOT_RUN) for record in records)
         # where everything is UNSUPPORTED or skipped, nothing was shown to be right
         passed = any(record.verdict == "PASS" for record in records) or not records
@@ -191,9 +196,11 @@ class Recording:
 
 
 def _repeat(item: pytest.Item) -> str:
-    """The command that runs one test again, in the checkout."""
+    """The command that runs one test again, in the checkout or wherever the package is installed."""
     option = item.config.option
-    words = ["pytest", item.nodeid, "--engine", option.engine]
+    module = ".".join(item.path.relative_to(SUITES).with_suffix("").parts)
+    installed = ["--pyargs", f"{MODULE}.{module}::{item.nodeid.partition('::')[2]}"]
+    words = ["pytest", *([item.nodeid] if IN_CLONE else installed), "--engine", option.engine]
     words += [] if option.fresh is None else ["--fresh", str(option.fresh)]
     return shlex.join(words)
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from ktverify.checks import isas, registry
+from ktverify.pytest_plugin.options import place_of
 from ktverify.runs.record import Selection
 from ktverify.spec import cases
 from ktverify.spec.cases import Case
-from ktverify.system.files import ROOT
+from ktverify.system.files import SUITES
 
-SUITES = ROOT / "suites"
-FAMILIES = frozenset(path.parent.name for path in SUITES.glob("*/test_*.py"))
+_FILES = {path.name: path.parent.name for path in SUITES.glob("*/test_*.py")}
+FAMILIES = frozenset(_FILES.values())
 ACCURACY_FAMILIES = ("forward", "backward")
 # options of pytest and of this plug-in that leave tests out: as they are typed -> where pytest keeps them
 _FILTERS = {
@@ -33,15 +34,8 @@ _FILTERS = {
 
 
 def family_of(item: pytest.Item | pytest.Function) -> str:
-    """The folder of suites/ that contains the test; "" for a test that is elsewhere."""
+    """The folder of the suites that contains the test; "" for a test that is elsewhere."""
     return item.path.relative_to(SUITES).parts[0] if item.path.is_relative_to(SUITES) else ""
-
-
-def judges_an_engine(config: pytest.Config) -> bool:
-    """True where the command line asks for tests of suites/, so that the run leaves records."""
-    start = config.invocation_params.dir
-    asked = [(start / argument.partition("::")[0]).resolve() for argument in config.args]
-    return any(path.is_relative_to(SUITES) or SUITES.is_relative_to(path) for path in asked)
 
 
 def chosen_cases(config: pytest.Config) -> list[Case]:
@@ -57,13 +51,13 @@ def chosen_cases(config: pytest.Config) -> list[Case]:
 
 def selection_of(config: pytest.Config) -> Selection:
     """What the command line asks for, so that the gate does not miss a check that nobody asked for."""
-    option, start = config.option, config.invocation_params.dir
+    option = config.option
     folders, rest = set[str](), list[str]()
     for argument in config.args:
-        path = (start / argument.partition("::")[0]).resolve()
+        path = place_of(argument, config)
         if path.is_relative_to(SUITES) and path != SUITES:
             folders.add(path.relative_to(SUITES).parts[0])
-            rest += [argument] if "::" in argument or path.is_file() else []
+            rest += [argument] if "::" in argument or not path.is_dir() else []
         elif SUITES.is_relative_to(path):
             folders.update(FAMILIES)
     rest += [f"{flag} {value}" for flag, name in _FILTERS.items() if (value := getattr(option, name, None))]
@@ -87,20 +81,29 @@ def accuracy_parameters(config: pytest.Config, family: str) -> Iterator[Any]:
             yield pytest.param(check, isa, id=f"{group}{isa.id}-{case.name}", marks=marks)
 
 
+def family_in(nodeid: str) -> str:
+    """The family of a test, read from its id; "" for a test that is elsewhere.
+
+    An id begins where pytest was told to look, if that is not below its root: with a family, or with its file alone.
+    """
+    *folders, file = Path(nodeid.partition("::")[0]).parts
+    return _FILES.get(file, "") if not folders or folders[-1] in FAMILIES else ""
+
+
 def group_of(nodeid: str) -> str:
     """The group of tests that one worker runs one after the other, read from a test's id.
 
-    Of suites/: a family, and in it each instruction set by itself; the big cases of all families, because gigabytes of
-    inputs are made once for forward and backward. Elsewhere: each file.
+    Of the suites: a family, and in it each instruction set by itself; the big cases of all families, because gigabytes
+    of inputs are made once for forward and backward. Elsewhere: each file.
     """
     path, _, name = nodeid.partition("::")
-    top, *_, family, file = ("", *Path(path).parts)[-3:] if len(Path(path).parts) > 2 else ("", "", path)
-    if top != "suites":
+    family = family_in(nodeid)
+    if not family:
         return path
     found = re.search(r"\[(big|" + "|".join(isas.IDS) + r")[-\]]", name)
     if found and found.group(1) == "big":
         return "big"
-    return f"{family}-{found.group(1)}" if found else f"{family}-{file}"
+    return f"{family}-{found.group(1)}" if found else f"{family}-{Path(path).name}"
 
 
 def urgency(item: pytest.Item) -> tuple[int, str]:

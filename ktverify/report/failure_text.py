@@ -5,12 +5,12 @@ from __future__ import annotations
 from ktverify.checks.accuracy import verdict_of
 from ktverify.errors import EngineFailed, GateFailed, NotPassed, PropertyFailed, RemoteError
 from ktverify.isolation.child import raised_by_the_engine
-from ktverify.system.files import ROOT
+from ktverify.system.files import PACKAGE, ROOT, SUITES
 from ktverify.system.printable import shown
 
 _FRAME = '  File "'
 # frames of the checks; an engine's own, also the native one's, are shown
-_OURS = tuple(f"{_FRAME}{ROOT / folder}" for folder in ("suites/", "tests/", "ktverify/checks/", "ktverify/isolation/"))
+_OURS = tuple(f"{_FRAME}{place}/" for place in (SUITES, ROOT / "tests", PACKAGE / "checks", PACKAGE / "isolation"))
 
 
 def text_of(raised: BaseException, repeat: str) -> str:

@@ -7,6 +7,7 @@ to load anything.
 from __future__ import annotations
 
 import base64
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from ktverify.report import plots, style, tables
 from ktverify.report.grid import Grid, delimited, markdown, note_kind
 from ktverify.report.problems import problems
 from ktverify.runs.store import Run, write_records
-from ktverify.system.files import write_whole
+from ktverify.system.files import install_command, write_whole
 from ktverify.system.timing import PERCENTILES, Statistics
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -112,8 +113,10 @@ def view_page(view: View) -> str:
 def render(template: str, **context: object) -> str:
     """The HTML page that `template` makes of `context`: name, verdict and facts for the base, and what its own blocks
     take."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise ImportError(f"pages need jinja2: {install_command('report')}") from None
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, **blocks)
     environment.globals |= {"colours": style, "isa_colour": style.isa_colour, "note_kind": note_kind}
@@ -133,7 +136,11 @@ def write_run(run: Run) -> None:
 
 def page(run: Run) -> str:
     """report.html as text: the verdict first, every number on demand. Plots are inline SVG; a small script filters the
-    long tables."""
+    long tables. Without matplotlib there are no plots, and the page says so."""
+    drawn = {"Error per tensor": plots.rel_l2_by_tensor, "How much of the budget was used": plots.budget_used}
+    facts = tables.head_lines(run)
+    if importlib.util.find_spec("matplotlib") is None:
+        drawn, facts = {}, [*facts, ("plots", f"none without matplotlib: {install_command('report')}")]
     passed, sentence = tables.run_verdict(run)
     overview = tables.overview(run)
     return render(
@@ -141,16 +148,13 @@ def page(run: Run) -> str:
         name=run.directory.name,
         word="PASS" if passed else "FAIL",
         verdict=sentence,
-        facts=tables.head_lines(run),
+        facts=facts,
         overview=tables.overview_grid(overview),
         meters=[_meter(row.worst.used) if row.worst is not None else None for row in overview],
         problems=problems(run),
         problems_shown=PROBLEMS_SHOWN,
-        plots={
-            "Error per tensor": plots.rel_l2_by_tensor(run.accuracy),
-            "How much of the budget was used": plots.budget_used(run.accuracy),
-        },
-        latency_plot=plots.latency_bars(run.latency),
+        plots={title: draw(run.accuracy) for title, draw in drawn.items()},
+        latency_plot=plots.latency_bars(run.latency) if drawn else "",
         latency=tables.latency_grid(run.latency),
         accuracy=tables.accuracy_grid(tables.accuracy_rows(run)),
         accuracy_shown=ACCURACY_SHOWN,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from ktverify.engines.capabilities import WORKS
 from ktverify.report.grid import Grid, markdown_table
 from ktverify.report.numbers import error, many, mean_and_std, number, used_budget
 from ktverify.report.problems import ENDED, group_text, problems
@@ -101,6 +102,7 @@ def head_lines(run: Run) -> list[tuple[str, str]]:
         memory += f", control group allows {format_bytes(machine.memory_limit_bytes)}"
     isas = f"{', '.join(used)} used" if used else "the engine reports none"
     amx = " (AMX emulated)" if machine.amx.emulated else ""
+    works = [r.message.partition(WORKS)[2] for r in run.checks if r.verdict == "UNSUPPORTED" and WORKS in r.message]
     return [
         ("run", run.directory.name),
         ("engine", head.engine),
@@ -114,6 +116,8 @@ def head_lines(run: Run) -> list[tuple[str, str]]:
         ("commit", head.commit or "no checkout"),
         ("command", head.command or "not recorded"),
         ("time", _time_text(head.duration_s)),
+        *([("contract", head.contract)] if head.contract else []),
+        *([("disclaimed, but works", ", ".join(works))] if works else []),
     ]
 
 

@@ -186,6 +186,7 @@ class RunRecord(TimedLine):
     finished: float | None = None
     exit_status: int | None = None
     selection: Selection = Selection()
+    contract: Shown = ""
     lost: tuple[str, ...] = Field(default=(), description="a sentence for each line that could not be read")
 
     @property

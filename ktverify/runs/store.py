@@ -196,10 +196,16 @@ def _has_a_result(directory: Path) -> bool:
 
 
 def start_run(
-    run_dir: str | os.PathLike[str], engine: str, command: str, workers: int = 1, selection: Selection | None = None
+    run_dir: str | os.PathLike[str],
+    engine: str,
+    command: str,
+    workers: int = 1,
+    selection: Selection | None = None,
+    contract: str = "",
 ) -> Recorder:
     """Start a run and return the controller's recorder. The head, with the facts of this machine, is written at once.
 
+    contract: the versions of docs/contract.md that it is judged by and written for, in words.
     Raises FileExistsError if `run_dir` already has a run: two runs in one directory would be read as one.
     """
     from ktverify.system import machine
@@ -208,6 +214,6 @@ def start_run(
         raise FileExistsError(f"{run_dir} already holds a run; name a directory of its own for this one")
     recorder = Recorder(run_dir, worker="controller")
     facts: dict[str, Any] = {"commit": machine.git_commit(), "machine": machine.read_machine(), "workers": workers}
-    facts["selection"] = selection or Selection()
+    facts |= {"selection": selection or Selection(), "contract": contract}
     recorder.add(RunRecord(stamp=Path(run_dir).name, engine=engine, command=command, **facts))
     return recorder

@@ -9,15 +9,28 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 
+PACKAGE = Path(__file__).resolve().parents[1]
 # the folder that contains `ktverify/`: a checkout, or site-packages
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PACKAGE.parent
 IN_CLONE = (ROOT / "suites").is_dir() and (ROOT / "pyproject.toml").is_file()
+# a clone has them beside the package, a wheel inside it
+SUITES = ROOT / "suites" if IN_CLONE else PACKAGE / "suites"
+GOLDENS = ROOT / "golden" if IN_CLONE else PACKAGE / "golden"
+EXAMPLES = ROOT / "examples" if IN_CLONE else PACKAGE / "examples"
+
+
+def suites(family: str = "") -> str:
+    """What a command of pytest takes for the suites, or for one family of them."""
+    return f"suites/{family}" if IN_CLONE else f"--pyargs ktverify.suites{family and '.'}{family}"
+
+
 # what to type where a clone is needed
 _WHERE = "" if IN_CLONE else " in a clone of ktverify"
-RUN_SUITES, MAKE_PEERS = f"`pytest suites/ -n 4`{_WHERE}", f"`make peers`{_WHERE}"
+RUN_SUITES, MAKE_PEERS = f"`pytest {suites()} -n 4`", f"`make peers`{_WHERE}"
 MAKE_LLAMAFACTORY = f"`make llamafactory`{_WHERE}"
 
 
@@ -45,6 +58,16 @@ def expand(path: str) -> str:
     if not os.path.lexists(home) and (variable := re.search(r"\$(\w+|\{[^}]*\})", found)):
         raise ValueError(f"{path!r} has the variable {variable.group()}, which is not set")
     return found
+
+
+def search_in(folder: str | os.PathLike[str]) -> None:
+    """Modules that are found nowhere else are looked for in `folder`, here and in processes that start from now on."""
+    place = os.path.abspath(folder)
+    if place not in sys.path:
+        sys.path.append(place)
+    paths = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+    if place not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*paths, place])
 
 
 def reports_dir() -> Path:

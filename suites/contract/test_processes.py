@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ktverify.checks.check import Check
-from ktverify.pytest_plugin import Ask, each
+from ktverify.pytest_plugin.ask import Ask, each
 
 
 @each("processes", "dropped", "isa_choice")

@@ -10,7 +10,7 @@ from ktverify.checks.check import Check
 from ktverify.checks.exact import check_exact
 from ktverify.checks.isas import Isa
 from ktverify.checks.target import Target, expect_same_bits
-from ktverify.pytest_plugin import Ask, each
+from ktverify.pytest_plugin.ask import Ask, each
 from ktverify.spec.cases import Case
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ktverify.checks.check import Check
 from ktverify.checks.isas import Isa
-from ktverify.pytest_plugin import Ask
+from ktverify.pytest_plugin.ask import Ask
 
 
 def test_case(ask: Ask, check: Check, isa: Isa) -> None:

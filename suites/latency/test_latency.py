@@ -13,7 +13,7 @@ import pytest
 from ktverify.checks import isas, latency
 from ktverify.checks.target import Target
 from ktverify.errors import Unsupported
-from ktverify.pytest_plugin import Ask
+from ktverify.pytest_plugin.ask import Ask
 from ktverify.report.numbers import TOO_NOISY
 from ktverify.runs.record import AnyRecord
 from ktverify.spec.cases import Case

@@ -12,7 +12,7 @@ from ktverify.checks.isas import Isa
 from ktverify.checks.properties import PROPERTIES
 from ktverify.checks.target import Target
 from ktverify.engines import registry
-from ktverify.pytest_plugin import Ask, each
+from ktverify.pytest_plugin.ask import Ask, each
 from ktverify.spec.cases import Case
 
 # cases for each property: on the best instruction set, on each of the others, on an emulated one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ktverify.checks.check import Check
 from ktverify.checks.isas import Isa
-from ktverify.pytest_plugin import Ask, each
+from ktverify.pytest_plugin.ask import Ask, each
 
 
 @each("quantised")

@@ -9,7 +9,7 @@ from ktverify.checks.isas import Isa
 from ktverify.checks.target import Target
 from ktverify.checks.tensor_parallel import AGAINST_THE_ORACLE, DEGREES, judge_degrees, run_degree
 from ktverify.errors import GateFailed
-from ktverify.pytest_plugin import Ask, each
+from ktverify.pytest_plugin.ask import Ask, each
 
 
 @each("tp")

@@ -172,6 +172,7 @@ A_HEADING, A_NAME, SAID_LATER = "says what follows", "defines a word or a symbol
 OF_THE_SUITES = "is about the suites; tests of this project ask it"
 PERMITTED = "permits roundings, which every budget of numbers is made of; tests/judge/test_rounding.py draws them"
 EXPLAINS: dict[str, str] = {
+    "Version 1.0.": OF_THE_SUITES,
     "What a layer has to compute, how it is called, and what it refuses.": A_HEADING,
     "The oracle (ktverify/judge/reference.py), the checks in suites/ and the engine follow this page; an engine of "
     "your own is judged by it.": OF_THE_SUITES,
@@ -225,6 +226,31 @@ EXPLAINS: dict[str, str] = {
     "times what one more draw exceeds once in a million comparisons (ktverify/judge/rounding.py).": PERMITTED,
     "Where values cancel or few numbers decide, that may be large.": PERMITTED,
     "It does not depend on any engine; plain torch in bf16 uses 51 to 75 % of it.": PERMITTED,
+    **dict.fromkeys(
+        (
+            "An engine may say what it can do: in ktverify.toml beside the file or module that --engine names, or by "
+            "attributes of its factory, contract and a dict capabilities with the names of this table.",
+            "What it claims is checked.",
+            "What it disclaims is UNSUPPORTED, and is tried once, so that the report says what works though it is "
+            "disclaimed.",
+            "A name that is left out is neither.",
+            "isas | the instruction sets that its isa= takes",
+            "fp32_sums | true: strict limits",
+            "tp | the tensor-parallel degrees",
+            "methods | the methods, without _SkipLoRA",
+            "skip_lora | true: the methods with _SkipLoRA",
+            "odd_sizes | true: H, I and I / TP that are no multiples of 32",
+            "max_cache_depth | the largest",
+            "lora_dropout | true: dropout",
+            "gpu_experts | true: experts on another device",
+            'contract = "1.0" names the version that an engine is written for.',
+            "The first number grows where an engine that kept the contract may no longer keep it; the second where the "
+            "contract only says more.",
+            "An engine of a newer version than this page is refused.",
+            "1.0 | the first version with a number",
+        ),
+        OF_THE_SUITES,
+    ),
 }
 
 # ---- arguments: of the constructor, and "method.argument" of the calls -> checks that give other values than one

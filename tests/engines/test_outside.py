@@ -12,7 +12,7 @@ import pytest
 
 from ktverify.checks import isas
 from ktverify.isolation.child import DEFAULT
-from ktverify.pytest_plugin.selection import judges_an_engine
+from ktverify.pytest_plugin.options import judges_an_engine
 from ktverify.runs.record import AccuracyRecord, AnyRecord
 from ktverify.runs.store import load
 from ktverify.spec.cases import select

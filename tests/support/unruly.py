@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -208,3 +209,22 @@ class LeavesASession(LeavesAProcess):
     """The same, and the other leads a session of its own, which nothing finds."""
 
     session = True
+
+
+class Modest(TorchBf16):
+    """torch_bf16, which disclaims more than it must and claims FP8."""
+
+    capabilities = MappingProxyType(
+        {"tp": [1], "odd_sizes": False, "methods": ["AMXBF16_SFT", "AMXFP8_SFT"], "max_cache_depth": 2}
+    )
+
+
+class Boastful(TorchBf16):
+    """Claims odd sizes, and computes them with twice the scale of LoRA."""
+
+    capabilities = MappingProxyType({"odd_sizes": True, "tp": [1, 2], "skip_lora": True})
+
+    def __init__(self, **arguments: Any) -> None:
+        if arguments["hidden_size"] % 32:
+            arguments["lora_alpha"] *= 2
+        super().__init__(**arguments)
