@@ -19,6 +19,7 @@ from typing import Any
 
 from ktverify.engines.native import layer
 from ktverify.system.machine import package_version
+from ktverify.training import infer
 from ktverify.training import layer as training
 
 _PARENTS = ("llamafactory", "llamafactory.model", "llamafactory.model.model_utils")
@@ -32,7 +33,7 @@ NAMES: dict[str, dict[str, Any]] = {
     _KT_MOE: {
         "MOELayerWrapper": training.MOELayerWrapper,
         "MOEAMXFunction": training.MOEAMXFunction,
-        "init_cpu_infer": training.init_cpu_infer,
+        "init_cpu_infer": infer.init_cpu_infer,
     },
 }
 

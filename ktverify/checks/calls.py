@@ -109,8 +109,9 @@ MAKES_CODES = ("AMXINT8_SFT", "AMXINT4_SFT", "AMXFP8_SFT")
 
 @check(
     "native",
-    "weight_path= is a safetensors file or folder of bf16 weights; load_weights() then takes the experts of layer "
-    "layer_idx from it, with the bits of load_weights_from_tensors.",
+    "weight_path= is a safetensors file or folder of weights in the method's format, or in bf16, of which it makes "
+    "codes; load_weights() then takes the experts of layer layer_idx from it, with the bits of "
+    "load_weights_from_tensors.",
     native=True,
     internal=True,
 )

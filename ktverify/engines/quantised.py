@@ -18,6 +18,8 @@ from ktverify.engines.quantise import FP8_BLOCK, INT4_GROUPS, MADE, empty_codes,
 from ktverify.spec.names import BASE_NAMES
 
 MXFP4_GROUP = 32
+# the numbers of e2m1, by code
+_E2M1 = [sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ def check_codes(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_point
     else:
         found = _given(spec, weights, scales, zero_points)
         for name in BASE_NAMES:
-            _check_values(name, found)
+            names = (name, f"the scales of {name}", f"the zero points of {name}")
+            for expert, (codes, of_expert) in enumerate(zip(found.codes[name], found.scales[name], strict=True)):
+                zeros = None if found.zero_points is None else found.zero_points[name][expert]
+                check_values(found.format, names, codes, of_expert, zeros, (expert,))
     check_cut(spec, found.group)
     return found
 
@@ -122,28 +127,38 @@ def _int4_group(name: str, scales: Any, columns: int, before: int) -> int:
     return found
 
 
-def _check_values(name: str, found: Codes) -> None:
-    """ValueError for a code of NaN, a scale that is not finite or below 0, and a zero point that no code has."""
-    for expert, codes in enumerate(found.codes[name]) if found.format == "fp8" else ():
-        _refuse(name, expert, (codes.view(torch.uint8) & 0x7F) == 0x7F, "is NaN; it takes finite codes of e4m3")
-    scales, what = found.scales[name], f"the scales of {name}"
-    for expert, of_expert in enumerate(scales):
-        if found.format == "mxfp4":
-            _refuse(what, expert, of_expert.view(torch.uint8) == 0xFF, "is NaN; it takes 0 to 254, of e8m0")
-        else:
-            bad = ~(of_expert.isfinite() & (of_expert >= 0))
-            _refuse(what, expert, bad, "is {}; it takes finite numbers of 0 or more", of_expert)
-    for expert, of_expert in enumerate(found.zero_points[name] if found.zero_points is not None else ()):
-        _refuse(f"the zero points of {name}", expert, (of_expert < -8) | (of_expert > 7), "is {}; it takes -8 to 7",
-                of_expert)  # fmt: skip
+def check_values(
+    format: str,
+    names: tuple[str, str, str],
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    first: tuple[int, ...] = (),
+) -> None:
+    """ValueError for a code of NaN, a scale that is not finite or below 0, and a zero point that no code has.
+
+    names: of codes, scales and zero points, in errors; first: what stands before a position in them.
+    """
+    # maxima are quicker than comparisons by far: 0x7F is the largest as signed, 0xFF as unsigned
+    if format == "fp8" and (codes.view(torch.int8).amax() == 0x7F or codes.view(torch.uint8).amax() == 0xFF):
+        _refuse(names[0], first, (codes.view(torch.uint8) & 0x7F) == 0x7F, "is NaN; it takes finite codes of e4m3")
+    if format == "mxfp4":
+        _refuse(names[1], first, scales.view(torch.uint8) == 0xFF, "is NaN; it takes 0 to 254, of e8m0")
+    else:
+        bad = ~(scales.isfinite() & (scales >= 0))
+        _refuse(names[1], first, bad, "is {}; it takes finite numbers of 0 or more", scales)
+    if zeros is not None:
+        _refuse(names[2], first, (zeros < -8) | (zeros > 7), "is {}; it takes -8 to 7", zeros)
 
 
-def _refuse(what: str, expert: int, bad: torch.Tensor, says: str, values: torch.Tensor | None = None) -> None:
+def _refuse(
+    what: str, first: tuple[int, ...], bad: torch.Tensor, says: str, values: torch.Tensor | None = None
+) -> None:
     """ValueError with the first position where `bad` is true."""
     if bool(bad.any()):
         place = tuple(int(i) for i in bad.nonzero()[0])
         value = "" if values is None else float(values[place])
-        raise ValueError(f"{what}: [{', '.join(map(str, (expert, *place)))}] {says.format(value)}")
+        raise ValueError(f"{what}: [{', '.join(map(str, (*first, *place)))}] {says.format(value)}")
 
 
 def made_codes(spec: LayerSpec, weights: Mapping[str, Sequence[torch.Tensor]]) -> Codes:
@@ -162,7 +177,7 @@ def made_codes(spec: LayerSpec, weights: Mapping[str, Sequence[torch.Tensor]]) -
         for slot, weight in enumerate(matrices):
             make_codes(weight, format, group, codes[name][slot], scales[name][slot])
             if not bool(scales[name][slot].isfinite().all()):
-                _refuse(name, slot, ~weight.isfinite(), "is {}; it takes finite weights", weight)
+                _refuse(name, (slot,), ~weight.isfinite(), "is {}; it takes finite weights", weight)
     return Codes(format, group, codes, scales)
 
 
@@ -170,19 +185,31 @@ def dequantised(
     format: str, group: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> torch.Tensor:
     """bf16 [N, K] of one expert's matrix."""
-    if format in ("fp8", "int8"):
+    return products(format, (1 if format != "fp8" else group, group), codes, scales, zeros).to(torch.bfloat16)
+
+
+def products(
+    format: str, block: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> torch.Tensor:
+    """fp32 [..., N, K]: q times s, with zero points q - z times s. block: rows and columns that share a scale; columns
+    of 0 are a whole row. scales: [..., groups], of int8 without the last dimension; any floating-point dtype."""
+    if format == "fp8":
         q = codes.float()
-        if format == "int8":
-            return (q * scales[:, None]).to(torch.bfloat16)
-        rows, columns = (torch.arange(size, device="cpu") // group for size in q.shape)
-        return (q * scales[rows][:, columns]).to(torch.bfloat16)
-    halves = codes.view(torch.uint8)
-    code = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
-    if format == "int4":
-        value = code.to(torch.int32) - 8
-        value = value if zeros is None else value - zeros.repeat_interleave(group, dim=-1)
-        return (value.float() * scales.float().repeat_interleave(group, dim=-1)).to(torch.bfloat16)
-    e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device="cpu")
-    value = torch.where(code < 8, e2m1[(code & 7).long()], -e2m1[(code & 7).long()])
-    scale = scales.view(torch.float8_e8m0fnu).float()
-    return (value * scale.repeat_interleave(group, dim=-1)).to(torch.bfloat16)
+    elif format == "int8":
+        q = codes.float()
+        scales = scales[..., None]
+    else:
+        halves = codes.view(torch.uint8)
+        code = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
+        q = code.float() - 8 if format == "int4" else torch.tensor(_E2M1, device="cpu")[code.long()]
+        if format == "mxfp4":
+            scales = scales.view(torch.float8_e8m0fnu)
+
+    def over_weights(values: torch.Tensor) -> torch.Tensor:
+        if block[0] > 1:
+            values = values.repeat_interleave(block[0], -2)[..., : q.shape[-2], :]
+        return values if block[1] == 0 else values.repeat_interleave(block[1], -1)[..., : q.shape[-1]]
+
+    if zeros is not None:
+        q = q - over_weights(zeros.float())
+    return q * over_weights(scales.float())

@@ -138,20 +138,28 @@ def _check(model_args: Any, finetuning_args: Any, split: SplitKeys) -> None:
     import torch
 
     from ktverify.training.adapter import lora_config
-    from ktverify.training.layer import init_cpu_infer
-    from ktverify.training.pretrained import BASE_OPTION, load_form
+    from ktverify.training.pretrained import BASE_OPTION, check_method, load_form
     from ktverify.training.wrap import find_experts, require_one_process
 
     require_one_process()
     if (count := torch.cuda.device_count()) > 1:
         raise ValueError(f"{count} GPUs are visible, a training takes one: choose it by CUDA_VISIBLE_DEVICES")
-    keys = split.engine
-    init_cpu_infer(keys.kt_num_threads, keys.tp, backend=keys.kt_backend)
+    infer = _infer(split)
     trust = model_args.trust_remote_code
     form = load_form(model_args.model_name_or_path, "bfloat16", option=BASE_OPTION, trust=trust)
     for block in find_experts(form):
-        check_tp(int(block.down_proj.shape[-1]), keys.tp)  # type: ignore[index]
+        check_tp(int(block.down_proj.shape[-1]), infer.tp)  # type: ignore[index]
+    if note := check_method(form.config, infer):
+        print(note, file=sys.stderr)
     lora_config(form, rank=finetuning_args.lora_rank, target=_target(finetuning_args))
+
+
+def _infer(split: SplitKeys) -> Any:
+    """The engine's settings. ValueError as init_cpu_infer."""
+    from ktverify.training.infer import init_cpu_infer
+
+    keys = split.engine
+    return init_cpu_infer(keys.kt_num_threads, keys.tp, backend=keys.kt_backend, weight_path=keys.kt_weight_path)
 
 
 def _target(finetuning_args: Any) -> str | list[str]:
@@ -170,12 +178,11 @@ def _init_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         import torch
 
         from ktverify.training.adapter import add_adapter, load_adapter, lora_config
-        from ktverify.training.layer import init_cpu_infer
         from ktverify.training.wrap import wrap_moe_layers
 
-        keys, asked = split.engine, finetuning_args
-        if keys.use_kt:
-            wrap_moe_layers(model, init_cpu_infer(keys.kt_num_threads, keys.tp, backend=keys.kt_backend))
+        asked = finetuning_args
+        if split.engine.use_kt:
+            wrap_moe_layers(model, _infer(split))
         if model_args.adapter_name_or_path:
             adapted = load_adapter(model, model_args.adapter_name_or_path[0], trainable=is_trainable)
         elif is_trainable:
@@ -205,8 +212,8 @@ def _has_experts(model: Any) -> bool:
 
 
 def _load_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """load_config, with the configuration's torch_dtype: LLaMA-Factory loads a model in the dtype of its config. That a
-    checkpoint is in FP8 is put aside for `_models`."""
+    """load_config, with the configuration's torch_dtype: LLaMA-Factory loads a model in the dtype of its config. What
+    `_models` needs, for a quantised checkpoint or experts that stay in files, is put aside for it."""
 
     @wraps(original)
     def load_config(model_args: Any) -> Any:
@@ -216,50 +223,55 @@ def _load_config(original: Callable[..., Any]) -> Callable[..., Any]:
             import torch
 
             config.dtype = getattr(torch, split.dtype)
-        if split is not None and _blocks(config, split):
-            setattr(config, _KEYS, config.quantization_config)
-            del config.quantization_config
+        if split is not None and (found := _by_files(config, split)):
+            setattr(config, _KEYS, (config.__dict__.pop("quantization_config", None), *found))
         return config
 
     return load_config
 
 
-def _blocks(config: Any, split: SplitKeys) -> tuple[int, int] | None:
-    """Rows and columns of a block of a checkpoint in FP8 that `_models` reads, else None. ValueError where use_kt asks
-    for FP8 of another form, or of a model that LLaMA-Factory loads by another class."""
+def _by_files(config: Any, split: SplitKeys) -> tuple[Any] | None:
+    """(the engine's settings or None,) where `_models` is to read the checkpoint, else None.
+
+    ValueError where use_kt asks for a quantised form that is not read, or for a model that LLaMA-Factory loads by
+    another class."""
     import transformers
 
-    from ktverify.training.fp8 import blocks_of
+    from ktverify.training.quantised import quantisation_of
 
     try:
-        found = blocks_of(config)
+        infer = _infer(split) if split.engine.use_kt else None
+        found = quantisation_of(config) is not None
+        if not found and not (infer and infer.experts_in_files(False)):
+            return None
         for name in ("AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForTextToWaveform"):
-            if found and type(config) in getattr(getattr(transformers, name, None), "_model_mapping", {}):
-                raise ValueError("its FP8 is that of no causal language model, which alone is read")
+            if type(config) in getattr(getattr(transformers, name, None), "_model_mapping", {}):
+                raise ValueError("it is no causal language model, of which alone codes are read")
     except ValueError as error:
         if split.engine.use_kt or split.compares:
             raise ValueError(f"model_name_or_path {config.name_or_path!r}: {error}") from None
         return None
-    return found
+    return (infer,)
 
 
 def _models(original: Any) -> Any:
-    """AutoModelForCausalLM, which reads FP8 by training/fp8.py: transformers needs a GPU or triton, and full blocks."""
+    """AutoModelForCausalLM, which reads codes by training/quantised.py: transformers needs more packages or a GPU."""
 
     class AutoModelForCausalLM(original):  # type: ignore[misc]
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **settings: Any) -> Any:
-            from ktverify.training.pretrained import load_fp8
+            from ktverify.training.pretrained import load_by_files
 
             config: Any = settings.get("config")
             if not hasattr(config, _KEYS):
                 return original.from_pretrained(pretrained_model_name_or_path, *args, **settings)
-            config.quantization_config = config.__dict__.pop(_KEYS)
+            quantisation, infer = config.__dict__.pop(_KEYS)
+            if quantisation is not None:
+                config.quantization_config = quantisation
             trust = bool(settings.get("trust_remote_code"))
             hub = {name: settings[name] for name in ("revision", "cache_dir", "token") if settings.get(name)}
-            return load_fp8(
-                pretrained_model_name_or_path, config.dtype, config=config, trust_remote_code=trust, hub=hub
-            )
+            path, dtype = pretrained_model_name_or_path, config.dtype
+            return load_by_files(path, dtype, infer=infer, config=config, trust_remote_code=trust, hub=hub)
 
     return AutoModelForCausalLM
 

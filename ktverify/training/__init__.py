@@ -13,8 +13,9 @@ from ktverify.system import lazy_attribute
 _MODULES = {
     "MOEAMXFunction": "layer",
     "MOELayerWrapper": "layer",
-    "CpuInfer": "layer",
-    "init_cpu_infer": "layer",
+    "CpuInfer": "infer",
+    "init_cpu_infer": "infer",
+    "load_model": "pretrained",
     "wrap_moe_layers": "wrap",
     "update_lora_pointers": "wrap",
     "capturing": "capture",

@@ -11,9 +11,11 @@ import math
 import re
 import shutil
 import struct
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +24,13 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 
+from ktverify.engines.checkpoint_files import INDEX
 from ktverify.system.text import read_json
 from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.output_directory import whole_directory
 from ktverify.training.pretrained import load_model, of_hub
+from ktverify.training.quantised import Quantisation, quantisation_of, write_dequantised
 
-INDEX = "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # names of tensors that an adapter may change, in checkpoints
 _PROJECTIONS = re.compile(r"(proj|\.w[123])(\.weight)?$")
@@ -39,21 +42,27 @@ def export_merged(
     """Write base + adapter to `out`, whole or not at all, and return `out`.
 
     base: the base model's path, by default the one that the adapter names. dtype: of the tensors that the adapter
-    changes, by default that of the checkpoint; bfloat16 rounds the sum once. Other tensors and files are copied.
-    ValueError where `out` exists, `adapter` is none, or the base is quantised or has no safetensors files.
+    changes, by default that of the checkpoint; bfloat16 rounds the sum once. Other tensors and files are copied; the
+    weights of a quantised base are written as bf16, and a line on stderr says so.
+    ValueError where `out` exists, `adapter` is none, or the base has no safetensors files or is quantised in a way that
+    is not read.
     """
     if out.exists():
         raise ValueError(f"{out} exists: name another directory")
     path = base_of(adapter, base)
-    folder = Path(path) if Path(path).is_dir() else None
-    loaded = dtype or (_dtype_of(_headers(folder)) if folder else "bfloat16")
+    folder = Path(path) if Path(path).is_dir() else of_hub(path)
+    about = _quantisation_of(folder)
+    loaded = dtype or ("bfloat16" if about else _dtype_of(_headers(folder)))
     model = load_model(path, loaded, option="--base", trust=trust)
-    folder = folder or of_hub(path)
-    headers = _headers(folder)
     adapted = load_adapter(model, adapter)
     names = _changed_by(adapted)
     merged = adapted.merge_and_unload()
     with whole_directory(out) as part:
+        if about:
+            print(f"--base {path} is quantised: {out} is written in bf16, no codes are made of it", file=sys.stderr)
+            write_dequantised(folder, about, part / ".base")
+            folder = part / ".base"
+        headers = _headers(folder)
         state = merged.state_dict()
         merged.save_pretrained(part / ".merged", state_dict={name: state[name] for name in names})
         changed = {name: file for file in (part / ".merged").glob("*.safetensors") for name in _header(file)}
@@ -63,17 +72,25 @@ def export_merged(
         for file in sorted(folder.iterdir()):
             if file in headers:
                 _write(file, headers[file], part / file.name, changed, _DTYPES_BY_NAME.get(dtype or ""))
+                if about:
+                    file.unlink()
             elif file.is_dir() and not file.name.startswith((".", "checkpoint-")):
                 shutil.copytree(file, part / file.name)
             elif file.is_file() and not file.name.startswith("."):
                 shutil.copyfile(file, part / file.name)
         shutil.rmtree(part / ".merged")
+        shutil.rmtree(part / ".base", ignore_errors=True)
         if dtype:
             _note_dtype(part, dtype)
     return out
 
 
 _DTYPES_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def _quantisation_of(folder: Path) -> Quantisation | None:
+    config = folder / "config.json"
+    return quantisation_of(SimpleNamespace(**read_json(config))) if config.is_file() else None
 
 
 def _headers(folder: Path) -> dict[Path, dict[str, Any]]:

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from ktverify.system.files import expand
+
 # keys that have one value here -> how it may be written, and the error for another value
 ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "kt_use_wrapper": ((True,), "the engine has no other way in; it takes true. use_kt: false trains without engine"),
     "kt_num_gpu_experts": ((0,), "experts on a GPU do not exist yet; it takes 0"),
-    "kt_weight_path": (("", None), "the experts' weights come from model_name_or_path; leave it out"),
 }
 MOST = 2**31 - 1  # of any count
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -29,7 +30,7 @@ class KtKeys(BaseModel):
     kt_tp_count: Count = 1
     kt_use_wrapper: Literal[True] = True
     kt_num_gpu_experts: Literal[0] = 0
-    kt_weight_path: Literal[""] | None = ""
+    kt_weight_path: str = ""
 
     @field_validator(*ONLY, mode="before")
     @classmethod
@@ -38,6 +39,14 @@ class KtKeys(BaseModel):
         if any(value == one and type(value) is type(one) for one in wanted):
             return value
         raise PydanticCustomError("does_not_exist", reason)
+
+    @field_validator("kt_weight_path", mode="before")
+    @classmethod
+    def _a_path(cls, value: Any) -> Any:
+        try:
+            return expand(value) if isinstance(value, str) else "" if value is None else value
+        except ValueError as error:
+            raise PydanticCustomError("path", "{text}", {"text": str(error)}) from None
 
     @field_validator("*", mode="before")
     @classmethod

@@ -21,17 +21,14 @@ from torch.autograd.function import once_differentiable
 
 from ktverify.engines import argument_checks
 from ktverify.engines.native import layer
-from ktverify.engines.native.isa import require_isa
+from ktverify.engines.native.checkpoint import ExpertFiles
 from ktverify.engines.native.turns import in_turn, list_of_this_thread
 from ktverify.engines.plain_tensors import check_modes
 from ktverify.spec.names import GRAD_NAMES
-from ktverify.system.limits import processors
 from ktverify.training import capture
 from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, rank_of
+from ktverify.training.infer import CpuInfer
 
-METHOD, METHOD_WITHOUT_LORA = "AMXBF16_SFT", "AMXBF16_SFT_SkipLoRA"
-# kt_backend of the users' configurations -> whether trainings can use it
-BACKENDS = {"AMXBF16": True, "AMXBF16_SFT": True, "AMXInt8": False, "AMXInt4": False}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -41,47 +38,6 @@ def uncompiled(function: _Function) -> _Function:
     reason = "the engine computes the routed experts outside of torch, so a graph ends there: leave fullgraph=True out"
     left_out: _Function = disable(function, reason=reason)
     return left_out
-
-
-@dataclass(frozen=True)
-class CpuInfer:
-    """How the engine computes: most workers, tensor parallel degree, instruction set, saved forwards, rows per call."""
-
-    threads: int
-    tp: int = 1
-    isa: str | None = None
-    max_cache_depth: int = 4
-    chunked_prefill_size: int = 25600
-
-
-def init_cpu_infer(
-    threads: int | None = None,
-    threadpool_count: int = 1,
-    *,
-    backend: str = "AMXBF16",
-    isa: str | None = None,
-    max_cache_depth: int = 4,
-    chunked_prefill_size: int = 25600,
-) -> CpuInfer:
-    """The settings that `wrap_moe_layers` takes. threads: None takes all processors of this process; threadpool_count:
-    tensor parallel degree.
-
-    max_cache_depth: forwards of one layer that may be saved for their backward; any further one is computed again.
-    chunked_prefill_size: most tokens of one engine call; more are computed in pieces. ValueError for an unknown
-    backend, RuntimeError for an instruction set that cannot run here.
-    """
-    if not isinstance(backend, str) or not BACKENDS.get(backend, False):
-        state = "trainings cannot use yet" if isinstance(backend, str) and backend in BACKENDS else "is unknown"
-        raise ValueError(f"kt_backend is {argument_checks.shown(backend)}, which {state}; it takes AMXBF16")
-    if threads is not None:
-        argument_checks.check_count("threads", threads)
-    argument_checks.check_count("threadpool_count", threadpool_count)
-    argument_checks.check_count("max_cache_depth", max_cache_depth)
-    argument_checks.check_count("chunked_prefill_size", chunked_prefill_size)
-    if isa is not None:
-        require_isa(isa)
-    capture.current()  # refuses a wrong environment now
-    return CpuInfer(threads or processors(), threadpool_count, isa, max_cache_depth, chunked_prefill_size)
 
 
 class MOELayerWrapper(nn.Module):
@@ -94,8 +50,18 @@ class MOELayerWrapper(nn.Module):
     switch adapters, or to disable and enable one, is no change.
     """
 
-    def __init__(self, layer_idx: int, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, infer: CpuInfer) -> None:
-        """gate_up_proj [E, 2 I, H] (gate before up), down_proj [E, H, I]: bf16, CPU; kept until the first forward."""
+    def __init__(
+        self,
+        layer_idx: int,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        infer: CpuInfer,
+        files: tuple[str, int] | None = None,
+    ) -> None:
+        """gate_up_proj [E, 2 I, H] (gate before up), down_proj [E, H, I]: bf16, CPU; kept until the first forward.
+
+        files: the checkpoint and the number of its layer that has the weights; then only the shapes of the tensors
+        count. Errors of ExpertFiles, which looks at the whole layer."""
         super().__init__()
         self.layer_idx = layer_idx
         self.infer = infer
@@ -105,7 +71,10 @@ class MOELayerWrapper(nn.Module):
         self.block: tuple[nn.Module] | None = None  # the model's block around the experts; in a tuple: no submodule
         self.adapters: dict[str, Adapter] = {}
         self.engine: layer.KTMoEWrapper | None = None
-        self._sources: tuple[torch.Tensor, torch.Tensor] | None = (gate_up_proj, down_proj)
+        self.files = files
+        self._sources: tuple[torch.Tensor, torch.Tensor] | None = None if files else (gate_up_proj, down_proj)
+        if files:
+            ExpertFiles(argument_checks.LayerSpec(**self._arguments(1, infer.method)))
         self._rank, self._scaling = 1, 0.0  # of the engine; scaling 0.0 until it has LoRA
         self._dtype: torch.dtype | None = None  # of the engine's LoRA
         self._held: object = None  # the key of the engine's present values
@@ -116,9 +85,9 @@ class MOELayerWrapper(nn.Module):
 
     @in_turn
     def __getstate__(self) -> dict[str, Any]:
-        """The weights as tensors: the engine is built again from them, by the first forward of the copy."""
+        """The weights as tensors, or the files that have them: the copy's first forward builds the engine again."""
         notes: dict[str, Any] = {"block": None, "_held": None, "_taken": {}, "_versions": None, "_version": 0}
-        return {**self.__dict__, "_sources": self._base(), "engine": None, **notes}
+        return {**self.__dict__, "_sources": None if self.files else self._base(), "engine": None, **notes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_versions": itertools.count(1)})  # type: ignore[no-untyped-call]
@@ -239,39 +208,48 @@ class MOELayerWrapper(nn.Module):
         change while no forward waits."""
         assert self.engine is not None
         spec = self.engine.spec
-        if factors and (spec.method != METHOD or rank_of(factors, self.num_experts) > spec.lora_rank):
+        if factors and (not spec.lora_backward or rank_of(factors, self.num_experts) > spec.lora_rank):
             return False
         return dtype == self._dtype or not self.engine.saved_forwards
 
     def _build(self, attached: list[Factors], top_k: int) -> None:
         """Build the engine for the largest rank of `attached` and the scaling of the first, or those of an earlier one,
         whose results it gives bit for bit."""
-        gate_up, down = self._base()
+        base = None if self.files else self._base()
         rank, scaling = self._rank, self._scaling
         if attached:
             rank = max(rank, rank_of(attached, self.num_experts))
             scaling = scaling or next((f.scaling for f in attached if 0 < f.scaling < math.inf), 1.0)
+        method = self.infer.method if attached else f"{self.infer.method}{argument_checks.WITHOUT_LORA}"
         engine = layer.KTMoEWrapper(
-            layer_idx=self.layer_idx,
-            num_experts=self.num_experts,
-            num_experts_per_tok=top_k,
-            hidden_size=self.hidden_size,
-            moe_intermediate_size=self.intermediate_size,
-            cpuinfer_threads=self.infer.threads,
-            threadpool_count=self.infer.tp,
-            chunked_prefill_size=self.infer.chunked_prefill_size,
-            method=METHOD if attached else METHOD_WITHOUT_LORA,
-            lora_rank=rank,
-            lora_alpha=(scaling or 1.0) * rank,
-            max_cache_depth=self.infer.max_cache_depth,
-            isa=self.infer.isa,
+            **self._arguments(top_k, method), lora_rank=rank, lora_alpha=(scaling or 1.0) * rank, isa=self.infer.isa
         )
-        half = self.intermediate_size
-        identity = torch.arange(self.num_experts, device="cpu")
-        engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
+        if base is None:
+            engine.load_weights()
+        else:
+            (gate_up, down), half = base, self.intermediate_size
+            identity = torch.arange(self.num_experts, device="cpu")
+            engine.load_weights_from_tensors(gate_up[:, :half], gate_up[:, half:], down, identity)
         self.engine, self._rank, self._scaling = engine, rank, scaling
         self._sources = None  # the engine has them now, and releases what it has packed
         self._held, self._taken = None, {}
+
+    def _arguments(self, top_k: int, method: str) -> dict[str, Any]:
+        """The constructor's arguments, but for the LoRA's."""
+        path, number = self.files or ("", self.layer_idx)
+        return {
+            "layer_idx": number,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": top_k,
+            "hidden_size": self.hidden_size,
+            "moe_intermediate_size": self.intermediate_size,
+            "cpuinfer_threads": self.infer.threads,
+            "threadpool_count": self.infer.tp,
+            "weight_path": path,
+            "chunked_prefill_size": self.infer.chunked_prefill_size,
+            "method": method,
+            "max_cache_depth": self.infer.max_cache_depth,
+        }
 
     def _load(self, lora: list[torch.Tensor], dtype: torch.dtype) -> None:
         engine = self.engine

@@ -114,8 +114,8 @@ _ONE_EFFECT: dict[str, tuple[tuple[object, ...], str]] = {
     "mixture_of_depths": (_NONE, "the model stays as it is"),
     "kt_use_lora_experts": (_NO, "the routed experts have LoRA of their own, lora_target: all"),
     "kt_non_expert_weight_path": (_NONE, "all weights come from model_name_or_path"),
-    "kt_expert_checkpoint_path": (_NONE, "all weights come from model_name_or_path"),
-    "kt_expert_weight_format": (("bf16", None), "the engine computes with bf16 weights"),
+    "kt_expert_checkpoint_path": (_NONE, "kt_weight_path names a checkpoint of experts"),
+    "kt_expert_weight_format": (("bf16", None), "kt_backend says how the experts are held"),
     "kt_config": (_NONE, "kt_num_threads, kt_tp_enabled and kt_tp_count are keys of their own"),
 }
 

@@ -7,12 +7,15 @@ import socket
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from ktverify.errors import is_expected, one_line
 from ktverify.system.files import expand, install_command
+
+if TYPE_CHECKING:
+    from ktverify.training.infer import CpuInfer
 
 DTYPES = ("bfloat16", "float32")
 BASE_OPTION = "model_name_or_path"
@@ -57,51 +60,97 @@ def load_form(path: str, dtype: str, *, option: str, trust: bool = False) -> Any
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=trust)
 
 
-def load_model(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
-    """The model at `path`, with floating-point weights in `dtype`; those of a checkpoint in FP8 are dequantised.
+def load_model(
+    path: str, dtype: str, *, option: str = BASE_OPTION, trust: bool = False, infer: CpuInfer | None = None
+) -> Any:
+    """The model at `path`, with floating-point weights in `dtype`; quantised ones are dequantised.
 
+    infer: where it says that the experts are read from files, they stay there, for `wrap_moe_layers`.
     ValueError that names `option`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ktverify.engines.native.base_weights import INDEX, read_index
+    from ktverify.engines.checkpoint_files import INDEX, read_index
 
     if (Path(path) / INDEX).is_file():
         read_index(Path(path) / INDEX)  # the library would not name the file
     wanted = getattr(torch, dtype)
 
     def read(path: str, **settings: Any) -> Any:
-        return load_fp8(path, wanted, **settings) or AutoModelForCausalLM.from_pretrained(
+        return load_by_files(path, wanted, infer=infer, **settings) or AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted, **settings
         )
 
     return _load(read, path, option, trust_remote_code=trust)
 
 
-def load_fp8(
-    path: str, dtype: Any, *, config: Any = None, trust_remote_code: bool = False, hub: Mapping[str, Any] | None = None
+def check_method(config: Any, infer: CpuInfer) -> str:
+    """A note where a model's experts are quantised and the engine is to hold them as bf16, else "".
+
+    ValueError where the method takes codes and there are none, and for a quantised form that is not read."""
+    from ktverify.training.quantised import quantisation_of
+
+    try:
+        about = quantisation_of(config)
+        if infer.experts_in_files(about is not None) or about is None:
+            return ""
+    except ValueError as error:
+        raise ValueError(f"{BASE_OPTION} {config.name_or_path!r} cannot be loaded: {error}") from None
+    note = f"the experts' {about.format} weights are dequantised to bf16"
+    return f"{note}; kt_backend {about.backend} keeps them as codes"
+
+
+def load_by_files(
+    path: str,
+    dtype: Any,
+    *,
+    infer: CpuInfer | None = None,
+    config: Any = None,
+    trust_remote_code: bool = False,
+    hub: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model at `path`, a directory or a name on the hub, dequantised, where its checkpoint is in FP8; else None.
+    """The model at `path`, a directory or a name on the hub, where it is quantised or its experts stay in files; None
+    where transformers reads it.
 
     config: its configuration where that is at hand. hub: further arguments of snapshot_download, as revision and token.
-    ValueError for FP8 of a form that is not read."""
+    ValueError for a quantised form that is not read."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from ktverify.training import fp8
+    from ktverify.engines.checkpoint_files import Checkpoint
+    from ktverify.training import quantised
 
     config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if (blocks := fp8.blocks_of(config)) is None:
+    about = quantised.quantisation_of(config)
+    outside = infer is not None and infer.experts_in_files(about is not None)
+    if about is None and not outside:
         return None
     import torch
 
+    from ktverify.training.wrap import WEIGHTS, find_experts
+
     folder = Path(path) if Path(path).is_dir() else of_hub(path, **(hub or {}))
-    del config.quantization_config
+    if about is not None:
+        del config.quantization_config
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    model = kind.from_pretrained(None, config=config, dtype=dtype, state_dict=fp8.tensors_in(folder, blocks))
+        form = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    shapes = {}
+    if outside:
+        blocks = set(find_experts(form))
+        names = [name for name, module in form.named_modules() if module in blocks]
+        shapes = {f"{name}.{each}": form.get_parameter(f"{name}.{each}").shape for name in names for each in WEIGHTS}
+    checkpoint = Checkpoint(folder, BASE_OPTION)
+    tensors = quantised.tensors_in(checkpoint, about, shapes, dtype)
+    try:
+        model = type(form).from_pretrained(None, config=config, dtype=dtype, state_dict=tensors.of)
+    except Exception:
+        if tensors.problems:  # the library says that there was one, and not which
+            raise tensors.problems[0] from None
+        raise
     model.config.name_or_path = model.name_or_path = path
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    if infer is not None and outside:
+        model._kt_experts_at = infer.weight_path or str(folder)
     return model
 
 
@@ -133,7 +182,7 @@ def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> 
                 f"{option} {path!r} needs code of its own, which runs with trust_remote_code: true or "
                 "--trust-remote-code alone; read it first"
             ) from error
-        raise ValueError(f"{option} {path!r} cannot be loaded: {one_line(error)[:200]}") from error
+        raise ValueError(f"{option} {path!r} cannot be loaded: {one_line(error)[:500]}") from error
 
 
 def _cached(name: str) -> bool:

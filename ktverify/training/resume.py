@@ -22,6 +22,7 @@ _HARMLESS = (
     *("model_name_or_path", "trust_remote_code", "dataset", "max_samples", "template", "preprocessing_num_workers"),
     *("kt_num_threads", "gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit", "stop_on_nan"),
     *("output_dir", "max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"),
+    "kt_weight_path",
 )
 # of these a difference says nothing
 _UNLISTED = ("max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint")
@@ -37,6 +38,8 @@ def kept_of(config: TrainConfig, rows: Sequence[Mapping[str, Any]], steps: int) 
     altering |= {"kt_backend": config.kt_backend, "kt_tp_count": config.tp}
     others = {name: value for name, value in keys.items() if name in _HARMLESS and name not in _UNLISTED}
     data = {"examples": _hash_of_rows(rows), "base": _hash_of_model(config.model_name_or_path)}
+    if config.kt_weight_path:
+        data["experts"] = _hash_of_model(config.kt_weight_path)
     return {"altering": altering, "others": others, **data, "steps": steps}
 
 
@@ -45,9 +48,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], config: TrainConf
 
     ValueError, which lists old and new, for changes that would alter the training."""
     refused = _differences(before["altering"], now["altering"])
-    for name, key in (("examples", "dataset"), ("base", "model_name_or_path")):
-        if before[name] != now[name]:
-            old, new = (f"{kept['others'][key]} (content {kept[name]})" for kept in (before, now))
+    for name, key in (("examples", "dataset"), ("base", "model_name_or_path"), ("experts", "kt_weight_path")):
+        if before.get(name) != now.get(name):
+            old, new = (f"{kept['others'].get(key)} (content {kept.get(name)})" for kept in (before, now))
             refused.append(f"{key} {old} -> {new}")
     accepted = _differences(before["others"], now["others"])
     if before["steps"] != now["steps"]:
@@ -97,10 +100,11 @@ def _hash_of_model(path: str) -> str:
     """A hash of a local model's config.json, of the names and sizes of its files of weights, and of some of their
     bytes: reading hundreds of gigabytes would take longer than loading. A hub's name stands for itself."""
     directory = Path(path)
-    if not directory.is_dir():
+    if not directory.exists():
         return path
     found = hashlib.sha256()
-    for file in sorted([*directory.glob("config.json"), *directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+    parts = ("config.json", "*.safetensors", "*.bin")
+    for file in sorted(each for part in parts for each in directory.glob(part)) if directory.is_dir() else [directory]:
         size = file.stat().st_size
         found.update(f"{file.name} {size}|".encode())
         with file.open("rb") as stream:

@@ -28,8 +28,8 @@ from ktverify.training import curves, memory_trend, output_directory, resume
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
-from ktverify.training.layer import CpuInfer, init_cpu_infer
-from ktverify.training.pretrained import BASE_OPTION, load_form, load_model, load_tokenizer
+from ktverify.training.infer import CpuInfer, init_cpu_infer
+from ktverify.training.pretrained import BASE_OPTION, check_method, load_form, load_model, load_tokenizer
 from ktverify.training.schedule import check_schedule
 from ktverify.training.trainer import Enough, LossLog, LossTrainer, Rotation
 from ktverify.training.wrap import find_experts, require_one_process, wrap_moe_layers
@@ -100,7 +100,9 @@ def run(
     records = [record for file in files for record in read_records(file, config.max_samples)]
     infer = None
     if config.use_kt:
-        infer = init_cpu_infer(config.kt_num_threads, config.tp, backend=config.kt_backend)
+        infer = init_cpu_infer(
+            config.kt_num_threads, config.tp, backend=config.kt_backend, weight_path=config.kt_weight_path
+        )
     path, trust = config.model_name_or_path, config.trust_remote_code
     _check_form(config, infer)
     tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
@@ -120,7 +122,7 @@ def run(
             print(f"changed since {start}, without effect on the steps: {accepted}", file=sys.stderr)
         if reached >= total:
             return _nothing_to_train(output, start, total)
-    model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust)
+    model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust, infer=infer)
     if infer is not None:
         wrap_moe_layers(model, infer)
     torch.manual_seed(config.seed)
@@ -169,8 +171,8 @@ def run(
 
 
 def _check_form(config: TrainConfig, infer: CpuInfer | None) -> None:
-    """ValueError for a model that the engine cannot compute, for a TP degree, a rank or a scaling that it does not
-    take, and for a lora_target that the model has not; without its weights, which may take long to load."""
+    """ValueError for a model that the engine cannot compute, for a TP degree, a rank, a scaling or a checkpoint that it
+    does not take, and for a lora_target that the model has not; without its weights, which may take long to load."""
     trust = config.trust_remote_code
     form = load_form(config.model_name_or_path, config.torch_dtype, option=BASE_OPTION, trust=trust)
     rank = config.lora_rank
@@ -187,6 +189,8 @@ def _check_form(config: TrainConfig, infer: CpuInfer | None) -> None:
                 lora_rank=rank,
                 lora_alpha=config.alpha * (math.sqrt(rank) if config.use_rslora else 1.0),
             )
+        if note := check_method(form.config, infer):
+            print(note, file=sys.stderr)
     lora_config(form, rank=rank, alpha=config.lora_alpha, target=config.lora_target)
 
 

@@ -7,6 +7,7 @@ experts leave the model: router, scaling, grouping, normalisation and shared exp
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from ktverify.training.layer import CpuInfer, MOELayerWrapper, init_cpu_infer, uncompiled
+from ktverify.training.infer import CpuInfer, init_cpu_infer
+from ktverify.training.layer import MOELayerWrapper, uncompiled
 
 IMPLEMENTATION = "ktverify"
 # in which torchrun, accelerate and MPI tell a process how many there are
@@ -29,8 +31,9 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
     """Let the engine compute the routed experts of `model`, and return it; `model._kt_wrappers` lists one per layer.
 
     The engine gets the base weights gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as bf16, and the model keeps no
-    copy. Attach LoRA afterwards, with `add_adapter` or `load_adapter`. auto_update: see MOELayerWrapper. ValueError,
-    before anything is changed, for a model that is not supported, and for one of several processes.
+    copy; of a model that was loaded without them it reads the files. Attach LoRA afterwards, with `add_adapter` or
+    `load_adapter`. auto_update: see MOELayerWrapper. ValueError, before anything is changed, for a model that is not
+    supported, for one of several processes, and for files that are not as the method takes them.
     """
     require_one_process()
     chosen = infer or init_cpu_infer()
@@ -39,10 +42,20 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
     blocks = find_experts(model)
     if any(getattr(block, name).is_meta for block in blocks for name in WEIGHTS):
         raise ValueError("the experts' weights are on the device meta: load them first")
+    at: str | None = getattr(model, "_kt_experts_at", None)  # set by pretrained.load_by_files
+    if at is None and chosen.experts_in_files(True):
+        raise ValueError(
+            "the model has its experts' weights in memory, and the engine is to read codes: load it with "
+            "ktverify.training.load_model(path, infer=…), which leaves them in the files"
+        )
+    names = {module: name for name, module in model.named_modules()}
     wrappers = []
     for number, block in enumerate(blocks):
-        weights = [getattr(block, name).detach().to("cpu", torch.bfloat16) for name in WEIGHTS]
-        wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen)
+        weights = [getattr(block, name).detach() for name in WEIGHTS]
+        files = (at, number_of(names[block])) if at else None
+        if not files:
+            weights = [weight.to("cpu", torch.bfloat16) for weight in weights]
+        wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen, files)
         wrapper.auto_update = auto_update
         wrappers.append(wrapper)
     around = {id(child): module for module in model.modules() for child in module.children()}
@@ -62,6 +75,14 @@ def _no_whole_checkpoint(*given: object, **named: object) -> None:
         "the engine has the experts' weights, so this checkpoint would lack them: save the adapter, then python -m "
         "ktverify export-merged"
     )
+
+
+def number_of(block: str) -> int:
+    """The number of the layer in the name of a block of experts. ValueError where there is none."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", block)
+    if not found:
+        raise ValueError(f"the experts {block!r} are in no numbered layer, by which a checkpoint's files have them")
+    return int(found[1])
 
 
 def update_lora_pointers(model: nn.Module) -> None:

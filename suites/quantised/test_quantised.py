@@ -12,6 +12,11 @@ def test_quantised(ask: Ask, check: Check, isa: Isa) -> None:
     ask(check, isa)
 
 
+@each("quantised_files")
+def test_files(ask: Ask, check: Check) -> None:
+    ask(check)
+
+
 @each("quantised_refusals")
 def test_refused(ask: Ask, check: Check) -> None:
     ask(check)

@@ -146,7 +146,6 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
     "round and to take the nearest number, of two the even one.": (*MADE_INT8, *MADE_INT4, *MADE_FP8),
     "A row, group or block of zeros has the scale 1.": (*MADE_INT8, *MADE_INT4, *MADE_FP8),
     "pad is torch.nn.functional's: a block at an edge has fewer weights.": MADE_FP8,
-    "Methods that make codes make them of these weights.": ("native/weight_path",),
     "The methods of this table, each also with _SkipLoRA, take the base weights as codes: a matrix [N, K] of each of E "
     "experts as here, by slot, in load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map, "
     "scales=(gate, up, down), zero_points=None).": ("quantised/same_bits/fp8", "quantised/same_bits/int4_zeros"),

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ktverify.checks.target import expect, expect_same_bits
-from ktverify.engines.native.base_weights import FAMILIES, INDEX
+from ktverify.engines.checkpoint_files import INDEX
+from ktverify.engines.native.checkpoint import FAMILIES
 from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import build_layer, layer_arguments, run_layer
 from ktverify.isolation.child import ChildPool
@@ -30,7 +31,7 @@ def write(directory: Path, case: Case, *, family: str, files: int = 1, layer: in
     """The base weights of `case` as layer `layer` in `family`'s names; one file, or several and an index."""
     inputs = make_inputs(case)
     tensors = {
-        f"model.{pattern.format(layer=layer, expert=expert)}": getattr(inputs, name)[expert].contiguous()
+        f"model.{pattern.format(layer=layer, expert=expert)}.weight": getattr(inputs, name)[expert].contiguous()
         for name, pattern in FAMILIES[family].items()
         for expert in range(case.num_experts)
     }
@@ -135,7 +136,7 @@ def test_refusals_say_what_is_wrong(tmp_path: Path) -> None:
     assert "[46, 97]" in _refused(path, case=Case.parse("E=5,k=2,H=96,I=46,T=9,r=3,alpha=6"))
     tensors = load_file(path)
     save_file({name: tensor.float() for name, tensor in tensors.items()}, path)
-    assert "torch.float32" in _refused(path)
+    assert "F32" in _refused(path)
     path.write_bytes(b"nothing of the kind")
     assert "no safetensors file" in _refused(path)
     path.unlink()
@@ -177,7 +178,7 @@ def tensors_of(prefix: str, *, layer: int = 0, seed: int = 0, family: str = next
     """The base weights of CASE with that seed as a layer of the tower `prefix`."""
     inputs = make_inputs(replace(CASE, seed=seed))
     return {
-        f"{prefix}{pattern.format(layer=layer, expert=expert)}": getattr(inputs, name)[expert].contiguous()
+        f"{prefix}{pattern.format(layer=layer, expert=expert)}.weight": getattr(inputs, name)[expert].contiguous()
         for name, pattern in FAMILIES[family].items()
         for expert in range(CASE.num_experts)
     }
@@ -258,7 +259,7 @@ NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
         (json.dumps({"weight_map": {NAME: 3}}), f"the file of {NAME} is 3"),
         (json.dumps({"weight_map": {NAME: "no.safetensors"}}), "names no.safetensors, which is not in"),
         (json.dumps({"weight_map": {NAME: "1.safetensors"}}), f"says that {NAME} is in 1.safetensors, which does not"),
-        (json.dumps({"weight_map": {NAME: "0.safetensors"}}), "has no model.layers.0.mlp.experts.1.gate_proj.weight"),
+        (json.dumps({"weight_map": {NAME: "0.safetensors"}}), "has no model.layers.0.mlp.experts.0.up_proj.weight"),
     ],
 )
 def test_an_index_that_is_broken_or_disagrees_with_its_files_is_named(index: str, wanted: str, tmp_path: Path) -> None:

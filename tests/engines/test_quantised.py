@@ -94,12 +94,6 @@ def test_bf16_takes_no_scales() -> None:
         layer.load_weights_from_tensors(gate, up, down, inputs.physical_map, scales=(gate, up, down))
 
 
-def test_a_quantised_checkpoint_is_not_read_yet() -> None:
-    layer = KTMoEWrapper(**layer_arguments(CASE, method="MXFP4_SFT", weight_path="anywhere"))
-    with pytest.raises(NotImplementedError, match="load_weights reads bf16 checkpoints"):
-        layer.load_weights()
-
-
 def test_weights_that_are_no_numbers_are_not_quantised() -> None:
     inputs = make_inputs(CASE)
     layer = KTMoEWrapper(**layer_arguments(CASE, method="AMXINT8_SFT"))

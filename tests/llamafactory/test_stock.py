@@ -154,7 +154,9 @@ def test_every_other_stage_trains(place: Place, tmp_path: Path, stage: str, data
             {"kt_tp_enabled": "true", "kt_tp_count": 3},
             r"For TP, intermediate_size \(40\) must be a multiple of .* \(3\)",
         ),
-        ({"kt_backend": "AMXInt8"}, "kt_backend is 'AMXInt8', which trainings cannot use yet"),
+        ({"kt_backend": "CUDA"}, "kt_backend is 'CUDA', which is unknown; it takes AMXBF16, "),
+        ({"kt_backend": "MXFP4"}, "its weights are not quantised, and method MXFP4_SFT takes mxfp4"),
+        ({"kt_weight_path": "nowhere"}, "kt_weight_path is 'nowhere'; it takes a safetensors file or a folder"),
         ({"lora_target": "q_porj"}, "lora_target has 'q_porj', which this model has not; did you mean q_proj"),
         ({"model_name_or_path": "nowhere"}, "model_name_or_path 'nowhere' is no directory"),
         ({"stage": "ppo"}, "stage got 'ppo'; with use_kt: true it takes sft"),
@@ -265,7 +267,8 @@ def test_a_trained_adapter_answers_in_a_chat(
     assert answer
 
 
-def test_an_fp8_checkpoint_trains_as_its_dequantised_weights(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXFP8"])
+def test_an_fp8_checkpoint_trains_as_its_dequantised_weights(backend: str, place: Place, tmp_path: Path) -> None:
     plain = make_tiny("qwen3_moe", tmp_path / "plain", sizes={"hidden_size": 200, "moe_intermediate_size": 136})
     quantised, dequantised = in_fp8(tensors_of(plain))
     bases = (
@@ -274,8 +277,10 @@ def test_an_fp8_checkpoint_trains_as_its_dequantised_weights(place: Place, tmp_p
     )
     keys = {"max_steps": 3, "per_device_train_batch_size": 2}
     found, wanted = (
-        place.train("no_tp", "qwen3_moe", tmp_path / f"out-{base.name}", model_name_or_path=base, **keys)
-        for base in bases
+        place.train(
+            "no_tp", "qwen3_moe", tmp_path / f"out-{base.name}", model_name_or_path=base, kt_backend=each, **keys
+        )
+        for base, each in zip(bases, (backend, "AMXBF16"), strict=True)
     )
     assert len(found) == 3
     assert found == wanted

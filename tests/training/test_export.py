@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ktverify.training.export import INDEX, export_merged
+from ktverify.engines.checkpoint_files import INDEX
+from ktverify.training.export import export_merged
 from ktverify.training.pretrained import load_model, load_tokenizer
 from ktverify.training.tiny import make_tiny
 from tests.support import models
@@ -97,7 +98,7 @@ def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path) -> None:
     models.adapted(load_model(str(base), "bfloat16", option="base")).save_pretrained(str(tmp_path / "adapter"))
     config = (base / "config.json").read_text()
     (base / "config.json").write_text(
-        json.dumps({**json.loads(config), "quantization_config": {"quant_method": "fp8"}})
+        json.dumps({**json.loads(config), "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
     with pytest.raises(ValueError, match="is quantised: an adapter cannot be merged into it"):
         export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))

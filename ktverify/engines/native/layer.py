@@ -13,7 +13,8 @@ import torch
 
 from ktverify import _native
 from ktverify.engines import argument_checks
-from ktverify.engines.native.base_weights import Sources, sources_in_files, sources_of
+from ktverify.engines.native.base_weights import Sources, sources_of
+from ktverify.engines.native.checkpoint import sources_in_files
 from ktverify.engines.native.device_experts import DeviceExperts
 from ktverify.engines.native.gradient_memory import gradient_tensors
 from ktverify.engines.native.isa import chosen_isa, require_isa
@@ -138,9 +139,8 @@ class KTMoEWrapper:
 
     @memory_errors("load_weights")
     def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
-        """Take the base weights of layer `layer_idx` from the checkpoint at `weight_path`: a safetensors file or a
-        folder of such files. base_weights.py lists the known names.
-
+        """Take the base weights of layer `layer_idx` from the checkpoint at `weight_path`, a safetensors file or a
+        folder of such files, in the method's format. checkpoint.py has the names; weight_files.py, formats.
         The files are mapped: an expert's pages are read when its first token arrives, and released once packed.
         physical_map as above, where the checkpoint's expert p is slot p; None: slots are logical experts.
         """

@@ -1,0 +1,233 @@
+"""Quantised base weights in files, as published checkpoints have them: the same bits as from tensors, and refusals."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ktverify.checks.causes import Cause
+from ktverify.checks.check import Where, check
+from ktverify.checks.judging import judge_refusal
+from ktverify.checks.quantised_inputs import Coded, bare_of, draw, layer_of
+from ktverify.checks.target import Target
+from ktverify.engines.run import run_layer
+from ktverify.judge.dequantise import KINDS, Kind, packed
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import BASE_NAMES, LORA_NAMES
+
+NAMES = (
+    "The tensors of a matrix are those of published checkpoints: for FP8 weight and weight_scale_inv, for INT8 weight "
+    "and weight_scale, for INT4 weight_packed, weight_scale, weight_shape and weight_zero_point where there are zero "
+    "points, for MXFP4 weight and scale."
+)
+REFUSED = (
+    "load_weights() refuses what is wrong in such files with ValueError or TypeError, in a line that names file and "
+    "tensor: a tensor that is missing, of another dtype or shape, or cut short, groups that do not divide a row, and "
+    "the numbers that load_weights_from_tensors refuses. It refuses kt-kernel's .kt files."
+)
+CASE = Case.parse("E=3,k=2,H=256,I=128,T=9,r=2,alpha=4")
+LAYER = 3
+FILE = "model.safetensors"
+
+
+def tensors_of(coded: Coded, prefix: str = f"model.layers.{LAYER}.mlp.experts.") -> dict[str, Tensor]:
+    """The codes as a checkpoint has them, by full names."""
+    kind, found = coded.kind, {}
+    for name, codes in coded.codes.items():
+        stored, scales = packed(kind, codes), coded.scales[name]
+        for expert in range(len(codes)):
+            stem = f"{prefix}{expert}.{name}."
+            scale = scales[expert].contiguous()
+            if kind.method == "AMXFP8_SFT":
+                made = {"weight": stored[expert], "weight_scale_inv": scale}
+            elif kind.method == "AMXINT8_SFT":
+                made = {"weight": stored[expert], "weight_scale": scale[:, None]}
+            elif kind.method == "MXFP4_SFT":
+                made = {"weight": stored[expert], "scale": scale}
+            else:
+                shape = torch.tensor(codes[expert].shape)
+                made = {"weight_packed": stored[expert], "weight_scale": scale, "weight_shape": shape}
+                if coded.zeros is not None:
+                    made["weight_zero_point"] = by_rows(coded.zeros[name][expert])
+            found.update({stem + word: tensor.contiguous() for word, tensor in made.items()})
+    return found
+
+
+def by_rows(zeros: Tensor) -> Tensor:
+    """int32 [⌈N / 8⌉, groups] of int8 [N, groups]: eight rows in a number, the first in its lowest bits, and 8 more."""
+    rows = torch.zeros(-(-len(zeros) // 8) * 8, zeros.shape[1], dtype=torch.int64)
+    rows[: len(zeros)] = zeros.long() + 8
+    words = sum(rows[place::8] << (4 * place) for place in range(8))
+    assert isinstance(words, Tensor)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+@check(
+    "quantised_files",
+    NAMES,
+    family="quantised",
+    cause=Cause.QUANTISATION,
+    where=Where.OWN_CHOICE,
+    native=True,
+    internal=True,
+    variants={f"/{label}": {"label": label} for label in KINDS},
+)
+def check_names(target: Target, label: str) -> None:
+    """A layer from a file has the bits of the layer from the tensors; also of codes and scales in two files."""
+    kind, inputs = KINDS[label], make_inputs(CASE)
+    coded = draw(kind, CASE)
+    expected = run_layer(layer_of(target, coded, CASE, inputs), inputs)
+    tensors = tensors_of(coded)
+    scales = {name: tensor for name, tensor in tensors.items() if name.endswith(("scale", "scale_inv"))}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    for files in ({FILE: tensors}, {"1.safetensors": rest, "2.safetensors": scales}):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, part in files.items():
+                save_file(part, Path(folder) / name)
+            path = Path(folder) / FILE if len(files) == 1 else folder
+            layer = bare_of(target, kind, CASE, weight_path=str(path), layer_idx=LAYER)
+            layer.load_weights(inputs.physical_map)
+            layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
+            found = run_layer(layer, inputs)
+        target.expect_same_bits(f"{label} of {len(files)} files", expected, found)
+
+
+Change = Callable[[dict[str, Tensor]], object]
+FIRST = f"model.layers.{LAYER}.mlp.experts.0.gate_proj."
+LAST = f"model.layers.{LAYER}.mlp.experts.2.down_proj."
+
+
+def _to(name: str, change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def _without(name: str) -> Change:
+    return lambda tensors: tensors.pop(name)
+
+
+def _also(name: str, tensor: Tensor) -> Change:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def _one(value: float, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
+    """A copy with this value at the end; of bytes where a dtype is given, which the copy then has."""
+
+    def change(tensor: Tensor) -> Tensor:
+        found = tensor.clone() if dtype is None else tensor.clone().view(torch.uint8)
+        found.view(-1)[-1] = value
+        return found if dtype is None else found.view(dtype)
+
+    return change
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Files that are refused. names: what the error contains, beside the file."""
+
+    label: str
+    change: Change
+    names: tuple[str, ...]
+
+
+E4M3 = torch.float8_e4m3fn
+ROWS = {
+    "fp8 scale missing": Bad("fp8", _without(f"{LAST}weight_scale_inv"), (f"{LAST}weight_scale_inv",)),
+    "fp8 scale of rows": Bad("fp8", _to(f"{FIRST}weight_scale_inv", lambda s: s[:, :1]), (f"{FIRST}weight_", "[1, 2]")),
+    "fp8 scale of bytes": Bad("fp8", _to(f"{FIRST}weight_scale_inv", Tensor.byte), (f"{FIRST}weight_scale_inv", "U8")),
+    "fp8 scale NaN": Bad("fp8", _to(f"{LAST}weight_scale_inv", _one(float("nan"))), (f"{LAST}weight_scale_inv", "nan")),
+    "fp8 code 0x7F": Bad("fp8", _to(f"{LAST}weight", _one(0x7F, E4M3)), (f"{LAST}weight: [255, 127]", "NaN")),
+    "fp8 code 0xFF": Bad("fp8", _to(f"{FIRST}weight", _one(0xFF, E4M3)), (f"{FIRST}weight: [127, 255]", "NaN")),
+    "fp8 codes of e5m2": Bad(
+        "fp8", _to(f"{LAST}weight", lambda w: w.view(torch.float8_e5m2)), (f"{LAST}weight is F8_E5M2",)
+    ),
+    "fp8 codes missing": Bad("fp8", _without(f"{LAST}weight"), (f"{LAST}weight",)),
+    "fp8 of another width": Bad("fp8", _to(f"{LAST}weight", lambda w: w[:, :-1]), (f"{LAST}weight", "[256, 127]")),
+    "int8 scale missing": Bad("int8", _without(f"{LAST}weight_scale"), (f"{LAST}weight_scale",)),
+    "int8 scale of columns": Bad("int8", _to(f"{FIRST}weight_scale", lambda s: s.T), (f"{FIRST}weight_scale", "[128]")),
+    "int8 scale infinite": Bad("int8", _to(f"{LAST}weight_scale", _one(float("inf"))), (f"{LAST}weight_scale", "inf")),
+    "int8 in fp8's place": Bad("fp8", _to(f"{FIRST}weight", lambda w: w.view(torch.int8)), (f"{FIRST}weight", "int8")),
+    "int4 scale missing": Bad("int4_32", _without(f"{LAST}weight_scale"), (f"{LAST}weight_scale",)),
+    "int4 group that does not divide": Bad(
+        "int4_32", _to(f"{FIRST}weight_scale", lambda s: s[:, :3]), (f"{FIRST}weight_scale", "do not divide", "256")
+    ),
+    "int4 group of 64": Bad(
+        "int4_32", _to(f"{FIRST}weight_scale", lambda s: s[:, ::2]), (f"{FIRST}weight_scale", "64", "32 or 128")
+    ),
+    "int4 of two groups": Bad(
+        "int4_32", _to(f"{LAST}weight_scale", lambda s: s[:, ::4]), (f"{LAST}weight_scale", "128", "32")
+    ),
+    "int4 scale below 0": Bad("int4_32", _to(f"{LAST}weight_scale", _one(-1.0)), (f"{LAST}weight_scale", "-1")),
+    "int4 scale that bf16 has not": Bad(
+        "int4_32", _to(f"{FIRST}weight_scale", lambda s: s.float() * (1 + 2**-9)), (f"{FIRST}weight_scale", "bf16")
+    ),
+    "int4 codes of bytes": Bad("int4_32", _to(f"{LAST}weight_packed", lambda c: c.view(torch.uint8)), (LAST, "U8")),
+    "int4 of another shape": Bad("int4_32", _to(f"{LAST}weight_shape", lambda s: s + 8), (f"{LAST}weight_shape",)),
+    "int4 in another order": Bad("int4_32", _also(f"{LAST}weight_g_idx", torch.arange(128)), (f"{LAST}weight_g_idx",)),
+    "int4 zero points missing": Bad("int4_zeros", _without(f"{LAST}weight_zero_point"), (f"{LAST}weight_zero_point",)),
+    "int4 zero points of columns": Bad(
+        "int4_zeros", _to(f"{LAST}weight_zero_point", lambda z: z[:, :-1]), (f"{LAST}weight_zero_point", "I32 [32, 4]")
+    ),
+    "int4 zero points of one matrix": Bad(
+        "int4_32",
+        _also(f"{LAST}weight_zero_point", torch.zeros(32, 4, dtype=torch.int32)),
+        (f"{LAST}weight_zero_point",),
+    ),
+    "mxfp4 scale 0xFF": Bad("mxfp4", _to(f"{LAST}scale", _one(0xFF)), (f"{LAST}scale: [255, 3]", "NaN")),
+    "mxfp4 scale missing": Bad("mxfp4", _without(f"{LAST}scale"), (f"{LAST}scale",)),
+    "mxfp4 scale of 64": Bad("mxfp4", _to(f"{FIRST}scale", lambda s: s[:, ::2]), (f"{FIRST}scale", "[128, 8]")),
+    "mxfp4 scale of fp32": Bad("mxfp4", _to(f"{FIRST}scale", Tensor.float), (f"{FIRST}scale", "F32")),
+    "an expert too many": Bad(
+        "int4_128", _also(FIRST.replace("0.gate", "3.gate") + "weight_packed", torch.ones(1)), ()
+    ),
+}
+
+
+@check(
+    "quantised_files",
+    REFUSED,
+    family="quantised",
+    gates=("refusal",),
+    cause=Cause.REFUSAL,
+    where=Where.OWN_CHOICE,
+    native=True,
+    internal=True,
+)
+def check_refused(target: Target) -> None:
+    """Every row of ROWS, a file that was cut short, fp32 weights, and .kt files, are refused in one line."""
+    for name, row in ROWS.items():
+        tensors = tensors_of(draw(KINDS[row.label], CASE))
+        row.change(tensors)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / FILE
+            save_file(tensors, path)
+            # an expert too many is a fault of no single tensor
+            _refused(target, KINDS[row.label], path, name, (FILE, *row.names))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILE
+        save_file(tensors_of(draw(KINDS["fp8"], CASE)), path)
+        path.write_bytes(path.read_bytes()[:-1])
+        _refused(target, KINDS["fp8"], path, "a file cut short", (FILE, "safetensors"))
+        save_file({f"{FIRST.replace('gate_proj', name)}weight": torch.zeros(1, 1) for name in BASE_NAMES}, path)
+        _refused(target, KINDS["fp8"], path, "fp32 weights", (FILE, f"{FIRST}weight", "F32"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "INT4_down_0_1024Byte_quant_.kt"
+        path.write_bytes(b"codes")
+        for each in (path, path.parent):
+            _refused(target, KINDS["int4_32"], each, "kt-kernel's files", (str(each), ".kt files", "safetensors"))
+
+
+def _refused(target: Target, kind: Kind, path: Path, what: str, names: tuple[str, ...]) -> None:
+    layer = bare_of(target, kind, CASE, weight_path=str(path), layer_idx=LAYER)
+    try:
+        layer.load_weights()
+    except (ValueError, TypeError) as error:
+        judge_refusal(target, what, error, (ValueError, TypeError), names)
+    else:
+        target.accepted(f"{what}:")

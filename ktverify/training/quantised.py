@@ -1,0 +1,189 @@
+"""Checkpoints with quantised weights: their tensors, dequantised as they are read; experts may stay in the files.
+
+Formats are those of engines/weight_files.py. transformers reads such files as well, but takes blocks of FP8 that are
+cut off at an edge for smaller ones of equal size, and needs further packages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ktverify.engines.checkpoint_files import INDEX, Checkpoint
+from ktverify.engines.native.checkpoint import FAMILIES
+from ktverify.engines.quantised import check_values
+from ktverify.engines.weight_files import (
+    LAYOUTS,
+    StoredMatrix,
+    matrix_of,
+    name_of,
+    require_zero_points,
+    stored_matrix,
+)
+from ktverify.system.text import read_json
+
+FP8, COMPRESSED = "fp8", "compressed-tensors"
+# compressed-tensors' format -> bits of its integers
+_BITS = {"pack-quantized": 4, "int-quantized": 8}
+_EXPERT = re.compile(
+    "|".join(
+        re.escape(pattern).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
+        for names in FAMILIES.values()
+        for pattern in names.values()
+    )
+)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What config.json says of quantised weights. backend: the kt_backend that keeps experts as codes. fp8_block: rows
+    and columns that share a scale."""
+
+    format: str
+    backend: str
+    fp8_block: tuple[int, int] = (128, 128)
+    asymmetric: bool = False
+
+
+def quantisation_of(config: Any) -> Quantisation | None:
+    """Of a model's configuration; None where its weights are not quantised, or in a way that transformers reads itself.
+
+    ValueError for a form of FP8 or compressed-tensors that is not read."""
+    about = getattr(config, "quantization_config", None)
+    about = about if isinstance(about, dict) or about is None else about.to_dict()
+    method = str(about.get("quant_method")) if about else ""
+    if about and method == FP8:
+        size = about.get("weight_block_size")
+        if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ValueError(f"its FP8 has weight_block_size {size!r}; it takes the rows and columns of a block")
+        return Quantisation("FP8", "AMXFP8", (size[0], size[1]))
+    if about and method == COMPRESSED:
+        bits, asymmetric = _integers(about)
+        return Quantisation(f"INT{bits}", f"AMXInt{bits}", asymmetric=asymmetric)
+    return None
+
+
+def _integers(about: Mapping[str, Any]) -> tuple[int, bool]:
+    """The bits of compressed-tensors' integers, and whether they have zero points. ValueError for another form."""
+    form, groups = str(about.get("format")), about.get("config_groups")
+    found = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    for weights in found or [{}]:
+        if weights.get("type") != "int" or weights.get("num_bits") != _BITS.get(form):
+            raise ValueError(
+                f"its compressed-tensors are {form} with {weights.get('num_bits')} bits of type {weights.get('type')}; "
+                f"integers are read: {', '.join(f'{name} of {bits} bits' for name, bits in _BITS.items())}"
+            )
+    return _BITS[form], any(weights.get("symmetric") is False for weights in found)
+
+
+@dataclass
+class ModelTensors:
+    """The tensors of a checkpoint by the names that a model has for them, each read by [...]; codes as float32.
+
+    files: where each is. problems: what was wrong with values, as transformers would not say it."""
+
+    of: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+    problems: list[Exception] = field(default_factory=list)
+
+
+def tensors_in(
+    checkpoint: Checkpoint, about: Quantisation | None, outside: Mapping[str, torch.Size], dtype: torch.dtype
+) -> ModelTensors:
+    """outside: shapes of the stacked experts that are not read, by the model's names; each is a zero, expanded.
+
+    ValueError or TypeError, before a weight is read, for a file that is not as its format has it."""
+    found, parts = ModelTensors(), set()
+    fp8_block, asymmetric = (about.fp8_block, about.asymmetric) if about else ((128, 128), False)
+    plain = {}
+    for name in checkpoint.files_of:
+        at = checkpoint.lookup(name)
+        if at is None or (outside and _EXPERT.search(name)):
+            continue
+        if (coded := matrix_of(name, at[1].get_dtype())) is None:
+            plain[name], found.files[name] = at[1], at[0]
+            continue
+        stem, format = coded
+        found.files[stem] = at[0]
+        matrix = stored_matrix(checkpoint.lookup, stem, format, checkpoint.where, fp8_block=fp8_block)
+        require_zero_points(matrix, asymmetric)
+        found.of[stem] = _Dequantised(matrix, found.problems)
+        parts |= {name_of(stem, word) for word in vars(LAYOUTS[format]).values() if isinstance(word, str)}
+    found.of |= {name: tensor for name, tensor in plain.items() if name not in parts}
+    found.of |= {name: _Outside(shape, dtype) for name, shape in outside.items()}
+    return found
+
+
+@dataclass(frozen=True)
+class _Dequantised:
+    """A weight that transformers reads like a slice of a file."""
+
+    matrix: StoredMatrix
+    problems: list[Exception]
+
+    def get_dtype(self) -> str:
+        return "F32"
+
+    def get_shape(self) -> list[int]:
+        return list(self.matrix.shape)
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        try:
+            check_values(self.matrix.format, self.matrix.where, *self.matrix.values())
+        except ValueError as error:
+            self.problems.append(error)
+            raise
+        whole = self.matrix.dequantised()
+        found: torch.Tensor = whole[part]
+        return found
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """A parameter that the model does not hold: one zero in memory, in the parameter's shape."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def get_dtype(self) -> str:
+        return {torch.bfloat16: "BF16", torch.float16: "F16"}.get(self.dtype, "F32")
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, part: Any) -> torch.Tensor:
+        return torch.zeros(1, dtype=self.dtype, device="cpu").expand(self.shape)[part]
+
+
+def write_dequantised(folder: Path, about: Quantisation, out: Path) -> None:
+    """Write the checkpoint in `folder` to `out` with bf16 in the place of codes, without scales, file by file."""
+    found = tensors_in(Checkpoint(folder, "--base"), about, {}, torch.bfloat16)
+    out.mkdir()
+    size, listed = 0, {}
+    for file in sorted(set(found.files.values())):
+        part = {name: tensor[...] for name, tensor in found.of.items() if found.files[name] == file}
+        part = {
+            name: tensor.to(torch.bfloat16) if isinstance(found.of[name], _Dequantised) else tensor
+            for name, tensor in part.items()
+        }
+        save_file(part, out / file.name, {"format": "pt"})
+        size += sum(tensor.nbytes for tensor in part.values())
+        listed.update(dict.fromkeys(part, file.name))
+    for file in folder.iterdir():
+        if file.is_dir() and not file.name.startswith((".", "checkpoint-")):
+            shutil.copytree(file, out / file.name)
+        elif file.is_file() and not file.name.startswith(".") and file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    if (out / INDEX).is_file():
+        (out / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": listed}, indent=2) + "\n")
+    config = read_json(out / "config.json")
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,132 @@
+"""Codes from files: scales of other dtypes, tensor parallelism, memory, zero points that a configuration speaks of."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ktverify.checks.quantised_files import LAYER, tensors_of
+from ktverify.checks.quantised_inputs import as_bf16, draw
+from ktverify.checks.target import Target, expect, expect_same_bits
+from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify.engines.run import layer_arguments, run_layer
+from ktverify.isolation.child import ChildPool
+from ktverify.judge.dequantise import KINDS
+from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.spec.names import LORA_NAMES
+
+CASE = Case.parse("E=3,k=2,H=64,I=128,T=9,r=2,alpha=4")
+FOLD = "E=8,k=2,H=2048,I=1024,T=64,r=1,alpha=2"
+
+
+def layer_at(path: Path, case: Case, label: str, *, tp: int = 1) -> KTMoEWrapper:
+    method = KINDS[label].method
+    layer = KTMoEWrapper(**layer_arguments(case, tp=tp, method=method, weight_path=str(path), layer_idx=LAYER))
+    layer.load_weights()
+    layer.init_lora_weights(*(make_inputs(case).lora[name] for name in LORA_NAMES))
+    return layer
+
+
+def written(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("label", "dtype", "dimensions"),
+    [
+        ("fp8", torch.bfloat16, 2),
+        ("fp8", torch.float16, 2),
+        ("int8", torch.bfloat16, 2),
+        ("int8", torch.float32, 1),
+        ("int4_32", torch.float16, 2),
+        ("int4_zeros", torch.float32, 2),
+        ("mxfp4", torch.float8_e8m0fnu, 2),
+    ],
+)
+def test_scales_of_every_dtype_keep_their_values(
+    label: str, dtype: torch.dtype, dimensions: int, tmp_path: Path
+) -> None:
+    coded, inputs = draw(KINDS[label], CASE), make_inputs(CASE)
+    if label != "mxfp4":  # values that all of these dtypes have
+        for name, scale in coded.scales.items():
+            coded.scales[name] = (2.0 ** scale.float().log2().round().clamp(-12, 12)).to(scale.dtype)
+    tensors = tensors_of(coded)
+    for name in [name for name in tensors if name.endswith(("scale", "scale_inv"))]:
+        tensors[name] = tensors[name].view(dtype) if label == "mxfp4" else tensors[name].to(dtype)
+        tensors[name] = tensors[name].flatten() if dimensions == 1 else tensors[name]
+    expected = Target("native").run(CASE, as_bf16(coded, inputs))
+    expect_same_bits(label, expected, run_layer(layer_at(written(tmp_path, tensors), CASE, label), inputs))
+
+
+@pytest.mark.parametrize("label", ["fp8", "int4_32"])
+def test_parts_of_a_file(label: str, tmp_path: Path) -> None:
+    coded, inputs = draw(KINDS[label], CASE), make_inputs(CASE)
+    path = written(tmp_path, tensors_of(coded))
+    expected = Target("native").run(CASE, as_bf16(coded, inputs), tp=2)
+    expect_same_bits(label, expected, run_layer(layer_at(path, CASE, label, tp=2), inputs))
+    if label == "int4_32":
+        with pytest.raises(RuntimeError, match=r"the 32 columns of down_proj .* degrees that would work: 1, 2, 4$"):
+            layer_at(path, CASE, label, tp=8)
+
+
+def test_a_configuration_with_zero_points_needs_them(tmp_path: Path) -> None:
+    path = written(tmp_path, tensors_of(draw(KINDS["int4_32"], CASE)))
+    about = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
+    (path / "config.json").write_text(json.dumps({"quantization_config": about}))
+    with pytest.raises(ValueError, match=r"gate_proj\.weight_packed has no .*gate_proj\.weight_zero_point, and config"):
+        layer_at(path, CASE, "int4_32")
+
+
+def test_values_are_looked_at_once_while_a_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, looked = written(tmp_path, tensors_of(draw(KINDS["fp8"], CASE))), []
+    monkeypatch.setattr("ktverify.engines.native.checkpoint.check_values", lambda *of: looked.append(of[1]))
+    for _ in range(2):
+        layer_at(path, CASE, "fp8")
+    assert len(looked) == 3 * CASE.num_experts
+    file = path / "model.safetensors"
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
+    layer_at(path, CASE, "fp8")
+    assert len(looked) == 6 * CASE.num_experts
+
+
+def check_memory(directory: str, label: str) -> None:
+    """AssertionError unless loading costs nothing, and all experts at most 1.05 times their codes and scales."""
+    case, kind = Case.parse(FOLD), KINDS[label]
+    inputs, tensors = make_inputs(case), tensors_of(draw(kind, case))
+    size, count = sum(tensor.nbytes for tensor in tensors.values()), len(tensors)
+    path = written(Path(directory), tensors)
+    lora, x, ids, weights = inputs.lora, inputs.hidden_states, inputs.expert_ids, inputs.weights
+    del inputs, tensors
+    arguments = layer_arguments(case, method=kind.method, weight_path=str(path), layer_idx=LAYER)
+    layer = KTMoEWrapper(**arguments)
+    layer.init_lora_weights(*(lora[name] for name in LORA_NAMES))
+    small = Path(directory) / "small"
+    small.mkdir()
+    layer_at(written(small, tensors_of(draw(kind, CASE))), CASE, label)  # loads libraries
+    layer.clear_sft_buffer_cache()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    layer.load_weights()
+    grown = process.memory_info().rss - before
+    # a page of each tensor may be touched, around which Linux maps 64 KiB
+    mapped = count * (64 << 10)
+    expect(grown - mapped < size / 20, f"{(grown - mapped) / size:.2f} times the codes are in memory before a token")
+    layer.forward_sft(x, ids, weights, save_for_backward=False)
+    layer.clear_sft_buffer_cache()
+    expect(layer.packed_experts == case.num_experts, f"the tokens reach {layer.packed_experts} experts only")
+    grown = process.memory_info().rss - before
+    expect(grown <= 1.05 * size, f"{grown / size:.2f} times the codes")
+
+
+@pytest.mark.parametrize("label", ["fp8", "int4_32"])
+def test_memory(label: str, tmp_path: Path) -> None:
+    ChildPool().call_fresh(check_memory, directory=str(tmp_path), label=label)
