@@ -128,13 +128,13 @@ def _is_module(place: str) -> bool:
 def _only_factory(module: types.ModuleType, place: str) -> str:
     """The name of the one callable of a module that makes a layer. ValueError where there are none or several.
 
-    It is a class with forward_sft and backward, a hosted engine, or a function that takes KTMoEWrapper's arguments.
-    Those that the module only imports count where it has none of its own.
+    It is a class with forward_sft and backward, a hosted engine, or a function, also one of functools.partial, that
+    takes KTMoEWrapper's arguments. Those that the module only imports count where it has none of its own.
     """
     public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     fitting = {name: value for name, value in public.items() if _makes_a_layer(value)}
     own = [name for name, value in fitting.items() if getattr(value, "__module__", "") == module.__name__]
-    own += [name for name, value in fitting.items() if isinstance(value, Hosted)]
+    own += [name for name, value in fitting.items() if isinstance(value, (Hosted, functools.partial))]
     found = own or list(fitting)
     if len(found) == 1:
         return found[0]
@@ -151,7 +151,7 @@ def _makes_a_layer(value: Any) -> bool:
         return True
     if isinstance(value, type):
         return all(callable(getattr(value, method, None)) for method in ("forward_sft", "backward"))
-    if not isinstance(value, types.FunctionType):
+    if not isinstance(value, (types.FunctionType, functools.partial)):
         return False
     try:
         inspect.signature(value).bind(**dict.fromkeys(ARGUMENTS))
@@ -167,13 +167,26 @@ def _module(place: str, name: str) -> types.ModuleType:
         raise ImportError(f"engine {name!r}: {place} ends the program when it is imported: exit {error}") from None
     except Exception as error:
         cause = " ".join(str(error).split()) or type(error).__name__
-        # the module itself, or a package around it, was not found
-        if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
-            cause += "; put the folder that it lies in into PYTHONPATH, or give the file: path/file.py:factory"
-        elif not isinstance(error, ImportError):
+        if isinstance(error, ImportError):
+            cause += _advice(error, place)
+        else:
             cause = f"{type(error).__name__}: {cause}"
         raise ImportError(f"engine {name!r} cannot be imported: {cause}{_raised_at(error)}") from error
     return found
+
+
+def _advice(error: ImportError, place: str) -> str:
+    """What to do where a module, a package around it, or a neighbour that a file imports is not found."""
+    if isinstance(error, ModuleNotFoundError) and f"{place}.".startswith(f"{error.name}."):
+        return "; put the folder that it lies in into PYTHONPATH, or give the file: path/file.py:factory"
+    file = Path(place).resolve()
+    if not place.endswith(".py"):
+        return ""
+    if "no known parent package" in str(error):
+        return f"; put {file.parent.parent} into PYTHONPATH and name the module: {file.parent.name}.{file.stem}"
+    first = (error.name or "").partition(".")[0]
+    beside = first and ((file.parent / f"{first}.py").is_file() or (file.parent / first).is_dir())
+    return f"; put {file.parent} into PYTHONPATH" if beside else ""
 
 
 def _raised_at(error: Exception) -> str:

@@ -334,4 +334,11 @@ def _written() -> int:
 def _last_words(since: int) -> str:
     """The last lines of this process's stderr where that is a file, which the engine writes to as well."""
     begin = max(since, _written() - _TAIL)
-    return last_words(os.pread(2, _TAIL, begin)) if _written() else ""
+    if not _written():
+        return ""
+    try:
+        # again, because a shell opens it for writing alone
+        with open("/proc/self/fd/2", "rb") as stream:
+            return last_words(os.pread(stream.fileno(), _TAIL, begin))
+    except OSError:
+        return ""

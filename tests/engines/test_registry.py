@@ -45,11 +45,20 @@ TEXTS = {
     "function": "def silu(x): ...\ndef make(num_experts, **more): ...\n",
     "imported": "from ktverify.engines.torch_bf16 import TorchBf16\nfrom pathlib import Path\n",
     "hosted": "from ktverify import Hosted\nfactory = Hosted('/no/such.py:Engine', '/no/such/python')\n",
+    "partial": "import functools\n" + LAYER.format("_Base") + "make = functools.partial(_Base, fast=True)\n",
     "private": LAYER.format("_Base") + "class Engine(_Base): ...\n",
     "two": LAYER.format("Fast") + LAYER.format("Slow"),
+    "two_and_a_partial": "import functools\n" + LAYER.format("Fast") + "Slow = functools.partial(Fast, slow=1)\n",
     "none": "def silu(x): ...\nVALUE = 3\n",
 }
-FOUND = {"one": "Engine", "function": "make", "imported": "TorchBf16", "hosted": "factory", "private": "Engine"}
+FOUND = {
+    "one": "Engine",
+    "partial": "make",
+    "function": "make",
+    "imported": "TorchBf16",
+    "hosted": "factory",
+    "private": "Engine",
+}
 
 
 @pytest.fixture
@@ -87,7 +96,10 @@ def test_a_module_without_a_name_of_its_factory_runs_in_another_process(modules:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("two", r"has 2 callables that could make a layer: give one of \S+:Fast, \S+:Slow$"),
+        *(
+            (name, r"has 2 callables that could make a layer: give one of \S+:Fast, \S+:Slow$")
+            for name in ("two", "two_and_a_partial")
+        ),
         ("none", r"has no callable that takes an engine's arguments; it has silu: give one as \S+:factory$"),
     ],
 )
@@ -109,6 +121,26 @@ def test_a_module_without_a_clear_factory_is_refused(modules: Path, name: str, s
 def test_an_unknown_name_gets_a_hint_only_where_it_is_near(modules: Path, name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import beside_it\n", r"No module named 'beside_it'; put \S+/apart into PYTHONPATH \(\S+engine\.py:1\)$"),
+        ("import parts.of_it\n", r"No module named 'parts'; put \S+/apart into PYTHONPATH \("),
+        ("from . import beside_it\n", r"; put \S+ into PYTHONPATH and name the module: apart\.engine \("),
+        ("import no_such_module\n", r"No module named 'no_such_module' \("),
+        ("from torch import no_such_name\n", r"cannot import name 'no_such_name' from 'torch' \([^)]*\) \("),
+        ("1 / 0\n", r"ZeroDivisionError: division by zero \("),
+    ],
+)
+def test_an_import_that_fails_says_what_to_do(text: str, says: str, tmp_path: Path) -> None:
+    folder = tmp_path / "apart"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "beside_it.py").touch()
+    (folder / "engine.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ImportError, match=says):
+        load(f"{folder}/engine.py")
 
 
 def test_a_factory_is_asked_for_the_arguments_that_it_gets() -> None:

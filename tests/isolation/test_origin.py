@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from ktverify.errors import EngineDied
 from ktverify.isolation.child import ChildPool, Limits, raised_by_the_engine
 from ktverify.isolation.origin import describe
 from tests.support import sick
+from tests.support.command_line import TINY, python
 
 POOL = Limits(15.0, 2 << 30)
 
@@ -68,6 +70,23 @@ def test_an_exception_is_told_with_the_engines_own_line(pool: ChildPool, name: s
     at = re.search(r" \(sick\.py:(\d+)\)$", text)
     assert at is not None, text
     assert f"# {name} raises here" in sick.LINES[int(at.group(1)) - 1]
+
+
+@pytest.mark.parametrize("where", ["import", "forward_sft"])
+def test_the_last_words_are_told_where_stderr_is_a_file_for_writing_alone(where: str, tmp_path: Path) -> None:
+    """As after 2> FILE of a shell."""
+    engine, errors = tmp_path / "engine.py", tmp_path / "errors"
+    engine.write_text("import os\nos.abort()\n" if where == "import" else f"from {sick.__name__} import *\n")
+    name = f"{engine}:{'Engine' if where == 'import' else 'SegfaultInForward'}"
+    done = python(
+        "-c",
+        "import os, runpy, sys; os.dup2(os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT), 2); "
+        "runpy.run_module('ktverify', run_name='__main__', alter_sys=True)",
+        *(errors, "repro", TINY, "--engine", name),
+    )
+    assert done.returncode == 1, errors.read_text(encoding="utf-8")
+    signal = {"import": "SIGABRT", "forward_sft": "SIGSEGV"}[where]
+    assert re.search(rf"^CRASH {where}: the process died of {signal}; last words:\n", done.stdout, re.MULTILINE)
 
 
 def test_what_a_check_finds_has_no_origin() -> None:
