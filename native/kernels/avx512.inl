@@ -6,6 +6,7 @@ inline void wait_for_streams() {
     _mm_sfence();
 }
 
+#define KTV_BYTE_SHUFFLES
 #include "elementwise.inl"
 #include "prefetch_schedule.inl"
 

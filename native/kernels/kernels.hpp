@@ -46,6 +46,21 @@ inline constexpr int kMostStrips = 16;                       // of W in one nt c
     return (left + chunks - 1) / chunks;
 }
 
+// Base weights that stay codes, for kernels that make bf16 of them as they multiply: Kernels::reads_codes.
+struct CodedBlocks {
+    struct Place {
+        int n, k;  // row and column of blocks
+    };
+    // Prefetches the scales of `count` blocks from (n, k) on, along the row. Returns where the codes begin, for unpack to
+    // prefetch. The blocks may lie outside the matrix.
+    virtual const std::uint8_t* approach(Place at, int count) const = 0;
+    // `count` blocks from (n, k) on, along the row -> out, as weight blocks. Prefetches as many codes at `ahead`.
+    virtual void unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const = 0;
+
+  protected:
+    ~CodedBlocks() = default;
+};
+
 // One summand of nt: C[n][token] += sum_k W[n][k] x[token][k] over one row of weight blocks.
 struct NtSegment {
     const bf16* weights;       // [kblocks][32 n][32 k]
@@ -54,6 +69,15 @@ struct NtSegment {
     int kblocks;
     // Where the worker goes on, if known: the weights of the same strip of its next call, as many k-blocks.
     const bf16* next = nullptr;
+    // Instead of weights: row `strip` of blocks of a coded matrix.
+    const CodedBlocks* codes = nullptr;
+    int strip = 0;
+    // Weights of the `blocks` k-blocks from kb on: where they lie, or unpacked to `to`.
+    [[gnu::always_inline]] const bf16* chunk(int kb, int blocks, bf16* to) const {
+        if (!codes) return weights + kb * kBlockSize;
+        codes->unpack({strip, kb}, blocks, codes->approach({strip, kb + blocks}, blocks), to);
+        return to;
+    }
     // The address of `blocks` existing k-blocks that are read from kb on; kb may lie behind the end, in the weights
     // that follow, if any.
     [[gnu::always_inline]] const bf16* from(int kb, int blocks, const bf16* following) const {
@@ -79,6 +103,9 @@ struct NnSegment {
     // Where the worker goes on, if known: the weights of its next call, with the same stride, as many k-blocks and at
     // least as many column blocks.
     const bf16* next = nullptr;
+    // Instead of weights: the column blocks of a coded matrix from column_block on.
+    const CodedBlocks* codes = nullptr;
+    int column_block = 0;
 };
 
 struct Kernels {
@@ -90,6 +117,7 @@ struct Kernels {
     int (*strips)(int rows);   // strips of an nt call: a power of two, at most kMostStrips
     int (*cblocks)(int rows);  // column blocks of an nn call: a multiple of kPanelBlocks
     int most_rows;             // of one call, a multiple of 16
+    bool reads_codes = false;  // nt, nt_few and nn take segments of codes; otherwise they are unpacked before
 
     // segments [strips][count]: the summands of each strip, of equal lengths in k-blocks and with the same groups of
     // tokens; tokens <= most_rows. c: an nt result, overwritten; tokens beyond the last are undefined. The order of a
@@ -136,8 +164,10 @@ struct Kernels {
     // of the words, as XXH3 has, with other keys for neighbours.
     void (*fingerprint)(const std::uint8_t* data, std::size_t bytes, std::uint64_t* state);
     // A block of codes [32 n][32 k], 8 or 4 bits each (the even one of a byte in its low half), of the row's scale
-    // [32 n] and of int4's zero point [32 n], null for 0 -> out [32 n][32 k]. By format; int4's q is its code less 8.
-    using Unpack = void (*)(const std::uint8_t* codes, const float* scales, const std::int8_t* zeros, bf16* out);
+    // [32 n], finite and not below 0, and of int4's zero point [32 n], null for 0 -> out [32 n][32 k]. By format; int4's q
+    // is its code less 8. Prefetches as many bytes at `ahead`.
+    using Unpack = void (*)(const std::uint8_t* codes, const float* scales, const std::int8_t* zeros,
+                            const std::uint8_t* ahead, bf16* out);
     Unpack unpack[kCodeFormats];
     Unpack unpack_of(Format format) const { return unpack[static_cast<int>(format) - 1]; }
 };

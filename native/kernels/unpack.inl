@@ -1,5 +1,6 @@
 // Blocks of codes to bf16: bf16(q * scale), the product in fp32, both rounded to nearest even. elementwise.inl includes
-// this file. Loops of plain integers and floats, which the compiler turns into each instruction set's vectors.
+// this file. Loops of plain integers and floats for any CPU; unpack_shuffles.inl has the same by instructions, for
+// a file that defines KTV_BYTE_SHUFFLES.
 
 KTV_INLINE bf16 rounded(float value) {  // of no NaN: to_bf16 without its branch
     const auto b = __builtin_bit_cast(std::uint32_t, value);
@@ -24,18 +25,34 @@ KTV_INLINE float of_e2m1(std::uint32_t code) {
     return minifloat<1, 0>(code >> 3, code & 7);
 }
 
-inline void unpack_fp8(const std::uint8_t* codes, const float* scales, const std::int8_t*, bf16* out) {
+// One row of a block.
+inline void fp8_row(const std::uint8_t* codes, float scale, bf16* out) {
+    for (int k = 0; k < kBlock; ++k) out[k] = rounded(of_e4m3(codes[k]) * scale);
+}
+inline void int8_row(const std::uint8_t* codes, float scale, bf16* out) {
+    for (int k = 0; k < kBlock; ++k) out[k] = rounded(static_cast<float>(static_cast<std::int8_t>(codes[k])) * scale);
+}
+
+// Calls row(n, codes, out) for the rows of a block, and prefetches one line of `ahead` after the other meanwhile.
+template <int bits, typename Row>
+KTV_INLINE void rows_of_block(const std::uint8_t* codes, const std::uint8_t* ahead, bf16* out, const Row& row) {
+    constexpr int bytes = kBlock * bits / 8, line = 64 / bytes;
     for (int n = 0; n < kBlock; ++n) {
-        const float scale = scales[n];
-        for (int k = n * kBlock; k < (n + 1) * kBlock; ++k) out[k] = rounded(of_e4m3(codes[k]) * scale);
+        if (n % line == 0) __builtin_prefetch(ahead + n * bytes, 0, 2);
+        row(n, codes + n * bytes, out + n * kBlock);
     }
 }
-inline void unpack_int8(const std::uint8_t* codes, const float* scales, const std::int8_t*, bf16* out) {
-    for (int n = 0; n < kBlock; ++n) {
-        const float scale = scales[n];
-        for (int k = n * kBlock; k < (n + 1) * kBlock; ++k)
-            out[k] = rounded(static_cast<float>(static_cast<std::int8_t>(codes[k])) * scale);
-    }
+
+#ifdef KTV_BYTE_SHUFFLES
+#include "unpack_shuffles.inl"
+#else
+inline void unpack_fp8(const std::uint8_t* codes, const float* scales, const std::int8_t*, const std::uint8_t* ahead,
+                       bf16* out) {
+    rows_of_block<8>(codes, ahead, out, [=](int n, const auto* from, bf16* to) { fp8_row(from, scales[n], to); });
+}
+inline void unpack_int8(const std::uint8_t* codes, const float* scales, const std::int8_t*, const std::uint8_t* ahead,
+                        bf16* out) {
+    rows_of_block<8>(codes, ahead, out, [=](int n, const auto* from, bf16* to) { int8_row(from, scales[n], to); });
 }
 
 // Codes of 4 bits: element 2 j in the low half of byte j. value(code) is exact.
@@ -47,14 +64,18 @@ KTV_INLINE void unpack_halves(const std::uint8_t* codes, float scale, bf16* out,
         out[2 * j + 1] = rounded(value(two >> 4) * scale);
     }
 }
-inline void unpack_int4(const std::uint8_t* codes, const float* scales, const std::int8_t* zeros, bf16* out) {
-    for (int n = 0; n < kBlock; ++n, codes += kBlock / 2, out += kBlock) {
+inline void unpack_int4(const std::uint8_t* codes, const float* scales, const std::int8_t* zeros,
+                        const std::uint8_t* ahead, bf16* out) {
+    rows_of_block<4>(codes, ahead, out, [=](int n, const auto* from, bf16* to) {
         const std::int32_t zero = 8 + (zeros ? zeros[n] : 0);
-        unpack_halves(codes, scales[n], out, [zero](std::uint32_t code) {
+        unpack_halves(from, scales[n], to, [zero](std::uint32_t code) {
             return static_cast<float>(static_cast<std::int32_t>(code) - zero);
         });
-    }
+    });
 }
-inline void unpack_mxfp4(const std::uint8_t* codes, const float* scales, const std::int8_t*, bf16* out) {
-    for (int n = 0; n < kBlock; ++n, codes += kBlock / 2, out += kBlock) unpack_halves(codes, scales[n], out, of_e2m1);
+inline void unpack_mxfp4(const std::uint8_t* codes, const float* scales, const std::int8_t*, const std::uint8_t* ahead,
+                         bf16* out) {
+    rows_of_block<4>(codes, ahead, out,
+                     [=](int n, const auto* from, bf16* to) { unpack_halves(from, scales[n], to, of_e2m1); });
 }
+#endif

@@ -30,7 +30,7 @@ std::size_t Backward::scratch_size() const {
 
 // Elements of the most base weights that a call unpacks: column blocks of down, or of gate and up.
 std::size_t Backward::unpacked_size() const {
-    if (!layer_.format.quantised()) return 0;
+    if (!layer_.unpacks_before()) return 0;
     const auto elements = [&](int panels, int kblocks) {
         return layer_.unpacked_at_once(panels * kPanelBlocks, kblocks) * layer_.panel(kblocks);
     };
@@ -44,14 +44,22 @@ void Backward::multiply_base(Worker& worker, const Task& task, std::span<NnSegme
     const int used = static_cast<int>(segments.size());
     if (!layer_.format.quantised() || base.empty()) return kernels_.nn(segments.data(), used, rows, cblocks, worker.c);
     const PackedExpert& expert = layer_.experts[task.part][routing_.experts[task.row].expert];
+    std::optional<CodedMatrix> codes[2];
     int kblocks = 0;
-    for (std::size_t i = 0; i < base.size(); ++i) kblocks += segments[i].kblocks;
+    for (std::size_t i = 0; i < base.size(); ++i) {
+        kblocks += segments[i].kblocks;
+        codes[i] = layer_.codes_of(expert, task.part, base[i]);
+        if (!codes[i]) continue;
+        segments[i].codes = &*codes[i];
+        segments[i].column_block = first;
+    }
+    if (codes[0]) return kernels_.nn(segments.data(), used, rows, cblocks, worker.c);
     const int most = layer_.unpacked_at_once(cblocks, kblocks);
     for (int cb = 0, some; cb < cblocks; cb += some) {
         some = even_chunk(cblocks - cb, most);
         bf16* to = worker.unpacked;
         for (std::size_t i = 0; i < base.size(); ++i) {
-            layer_.unpack_codes(expert, task.part, base[i], {0, segments[i].kblocks, first + cb, some}, to);
+            CodedMatrix(layer_, expert, task.part, base[i]).unpack({0, segments[i].kblocks, first + cb, some}, to);
             segments[i].weights = to;
             segments[i].kblock_stride = some * kBlockSize;
             to += segments[i].kblocks * some * kBlockSize;

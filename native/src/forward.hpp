@@ -80,6 +80,8 @@ class Forward {
         int first, end, batch, of_task, all;
         Matrix matrix;
     };
+    bf16* put_weights(NtSegment& segment, const std::optional<CodedMatrix>& codes, const PackedExpert& base, int part,
+                      Matrix matrix, int n, bf16* to) const;
     const bf16* next_weights(const Task& task, const Strips& strips, int at, bool last_rows) const;
     void prefetch_sums(const float* sum, const RowChunk& chunk, const std::int32_t* token) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::KBlock& block) const;

@@ -47,9 +47,19 @@ std::size_t Forward::scratch_size() const {
 
 // Elements of the most base weights that a call unpacks.
 std::size_t Forward::unpacked_size() const {
-    if (!layer_.format.quantised()) return 0;
+    if (!layer_.unpacks_before()) return 0;
     return std::max(layer_.unpacked_at_once(up_strips_, 2 * size_.hb) * 2 * layer_.panel(size_.hb),
                     layer_.unpacked_at_once(down_strips_, size_.ib) * layer_.panel(size_.ib));
+}
+
+// Strip n of a base matrix as the weights of a segment: as codes, where they are packed, or unpacked to `to`. Returns
+// where the next one may be unpacked.
+bf16* Forward::put_weights(NtSegment& segment, const std::optional<CodedMatrix>& codes, const PackedExpert& base,
+                           int part, Matrix matrix, int n, bf16* to) const {
+    segment.strip = n;
+    if (codes) segment.codes = &*codes;
+    else segment.weights = layer_.strip(base, part, matrix, n, to);
+    return segment.weights == to ? to + segment.kblocks * kBlockSize : to;
 }
 
 // Where a worker goes on after strip `at`: in its task, in the task's first strips with the next rows, or in its next
@@ -81,6 +91,8 @@ void Forward::up(Worker& worker, const Task& task) {
     const int batch =
         layer_.unpacked_at_once(std::clamp(kernels_.strips(expert.rows) / 2, 1, up_strips_), 2 * size_.hb);
     const Strips strips{first, std::min(first + up_strips_, size_.ib), batch, up_strips_, size_.ib, Matrix::gate};
+    const std::optional<CodedMatrix> codes[] = {layer_.codes_of(base, p, Matrix::gate),
+                                                layer_.codes_of(base, p, Matrix::up)};
     for (RowChunk chunk(expert, 0, kernels_.most_rows); chunk.rows > 0;
          chunk = RowChunk(expert, chunk.first + chunk.rows, kernels_.most_rows)) {
         const std::size_t group = (expert.first_row + chunk.first) / kGroup, result = result_size(expert, chunk.rows);
@@ -95,9 +107,9 @@ void Forward::up(Worker& worker, const Task& task) {
                 for (const bool is_up : {false, true}) {
                     const bf16* next = next_weights(task, strips, i, chunk.last);
                     if (next && is_up) next += layer_.panel(size_.hb);
-                    const bf16* w = layer_.strip(base, p, is_up ? Matrix::up : Matrix::gate, i, unpacked);
-                    segments[used] = {w, x, x_stride_, size_.hb, next};
-                    if (w == unpacked) unpacked += layer_.panel(size_.hb);
+                    segments[used] = {nullptr, x, x_stride_, size_.hb, next};
+                    unpacked = put_weights(segments[used], codes[is_up], base, p, is_up ? Matrix::up : Matrix::gate, i,
+                                           unpacked);
                     const Pair& b = (is_up ? lora_.up_b : lora_.gate_b)[p];
                     const Pair& xa = is_up ? part.up_xa : part.gate_xa;
                     count = 1 + nt_lora_segments(
@@ -144,6 +156,7 @@ void Forward::down(Worker& worker, const Task& task) {
     const std::size_t b_stride = layer_.panel(size_.rb), ld = down_strips_ * kBlock;
     const int batch = layer_.unpacked_at_once(std::min(kernels_.strips(expert.rows), down_strips_), size_.ib);
     const Strips strips{first, std::min(first + down_strips_, size_.hb), batch, down_strips_, size_.hb, Matrix::down};
+    const std::optional<CodedMatrix> codes = layer_.codes_of(base, p, Matrix::down);
     bool begun = false;
     for (RowChunk chunk(expert, 0, kernels_.most_rows); chunk.rows > 0;
          chunk = RowChunk(expert, chunk.first + chunk.rows, kernels_.most_rows)) {
@@ -158,10 +171,9 @@ void Forward::down(Worker& worker, const Task& task) {
             int terms = 0, used = 0;
             bf16* unpacked = worker.unpacked;
             for (int i = hb; i < hb + count; ++i, used += terms) {
-                const bf16* w = layer_.strip(base, p, Matrix::down, i, unpacked);
-                segments[used] = {w, part.h_pack + group * h_stride_, h_stride_, size_.ib,
+                segments[used] = {nullptr, part.h_pack + group * h_stride_, h_stride_, size_.ib,
                                   next_weights(task, strips, i, chunk.last)};
-                if (w == unpacked) unpacked += layer_.panel(size_.ib);
+                unpacked = put_weights(segments[used], codes, base, p, Matrix::down, i, unpacked);
                 terms = 1 + nt_lora_segments({at(b, i * b_stride), at(part.ha, group * r_stride_), r_stride_, size_.rb,
                                               size_.side_by_side()},
                                              segments + used + 1);

@@ -2,6 +2,7 @@
 #include <bit>
 #include <cstring>
 
+#include "kernels/tuning.hpp"
 #include "state.hpp"
 
 namespace ktv {
@@ -13,25 +14,29 @@ std::size_t packed_scales(Format format) {
     return format == Format::fp8 ? 2 : kBlock;
 }
 
-// Scales as they are packed, as fp32, one for each row; row0: the first row's place in the whole matrix.
-void widen(const std::byte* from, const WeightFormat& of, int row0, float* to) {
-    const Format format = of.format;
-    if (format == Format::fp8) {
-        float both[2];
-        std::memcpy(both, from, sizeof both);
-        for (int n = 0; n < kBlock; ++n) to[n] = both[(row0 + n) / of.group_rows() > row0 / of.group_rows()];
-    } else if (format == Format::int4) {
-        bf16 narrow[kBlock];
-        std::memcpy(narrow, from, sizeof narrow);
-        for (int n = 0; n < kBlock; ++n) to[n] = to_float(narrow[n]);
-    } else if (format == Format::mxfp4) {
-        for (int n = 0; n < kBlock; ++n) {
-            // 2^(code - 127); 2^-127 is subnormal
-            const auto code = std::to_integer<std::uint32_t>(from[n]);
-            to[n] = std::bit_cast<float>(code == 0 ? 1u << 22 : code << 23);
+// The 32 scales of a block as fp32: where they are packed, or widened to `to`. row0: the block's first row in the whole
+// matrix.
+const float* widened(const std::byte* from, const WeightFormat& of, int row0, float* to) {
+    switch (of.format) {
+        case Format::fp8: {
+            float both[2];
+            std::memcpy(both, from, sizeof both);
+            const int first = of.group_rows() - row0 % of.group_rows();
+            for (int n = 0; n < kBlock; ++n) to[n] = both[n >= first];
+            return to;
         }
-    } else {
-        std::memcpy(to, from, kBlock * sizeof(float));
+        case Format::int4:
+            for (int n = 0; n < kBlock; ++n) to[n] = to_float(reinterpret_cast<const bf16*>(from)[n]);
+            return to;
+        case Format::mxfp4:
+            for (int n = 0; n < kBlock; ++n) {
+                // 2^(code - 127); 2^-127 is subnormal
+                const auto code = std::to_integer<std::uint32_t>(from[n]);
+                to[n] = std::bit_cast<float>(code == 0 ? 1u << 22 : code << 23);
+            }
+            return to;
+        default:
+            return reinterpret_cast<const float*>(from);
     }
 }
 
@@ -109,50 +114,79 @@ void Layer::State::pack_codes(int slot, int part, Matrix matrix, int row, const 
     }
 }
 
-void Layer::State::unpack_codes(const PackedExpert& expert, int part, Matrix matrix, const BlockRange& range,
-                                bf16* to) const {
-    const PackedCodes& from = expert.codes[static_cast<int>(matrix)];
-    const CodeLayout at = layout_of(matrix, part);
-    const Kernels::Unpack unpack = kernels.unpack_of(format.format);
-    const std::size_t block = format.bytes(kBlockSize);
-    for (int n = range.n; n < range.n + range.rows; ++n) {
-        for (int k = range.k; k < range.k + range.cols; ++k, to += kBlockSize) {
-            const auto with_group = [&](int group, bf16* out) {
-                const std::size_t first = wide(n) * at.groups + group;
-                float scales[kBlock];
-                widen(from.scales + first * packed_scales(format.format) * format.scale_bytes(), format,
-                      at.row0 + n * kBlock, scales);
-                unpack(from.blocks + n * at.stride + k * block, scales,
-                       format.zeros ? from.zeros + first * kBlock : nullptr, out);
-            };
-            if (format.group == 0) {
-                with_group(0, to);
-                continue;
-            }
-            const int column = at.col0 + k * kBlock, group = column / format.group - at.first_group;
-            with_group(group, to);
-            // A part may begin inside a group; then a block may have columns of two.
-            const int left = format.group - column % format.group;
-            if (left >= kBlock || group + 1 >= at.groups) continue;
-            alignas(64) bf16 other[kBlockSize];
-            with_group(group + 1, other);
-            for (int row = 0; row < kBlock; ++row)
-                std::memcpy(to + row * kBlock + left, other + row * kBlock + left, (kBlock - left) * sizeof(bf16));
-        }
+CodedMatrix::CodedMatrix(const Layer::State& layer, const PackedExpert& expert, int part, Matrix matrix)
+    : format_(layer.format),
+      lies_(layer.layout_of(matrix, part)),
+      from_(expert.codes[static_cast<int>(matrix)]),
+      unpack_(layer.kernels.unpack_of(format_.format)),
+      scale_bytes_(packed_scales(format_.format) * format_.scale_bytes()) {}
+
+// The group of columns, of those that the part touches, that column block k begins in.
+int CodedMatrix::group_of(int k) const {
+    return format_.group == 0 ? 0 : (lies_.col0 + k * kBlock) / format_.group - lies_.first_group;
+}
+
+const std::uint8_t* CodedMatrix::approach(Place at, int count) const {
+    // as integers, because the addresses may lie outside
+    const auto blocks = reinterpret_cast<std::uintptr_t>(from_.blocks),
+               scales = reinterpret_cast<std::uintptr_t>(from_.scales);
+    const std::size_t row = wide(at.n) * lies_.groups, first = row + group_of(at.k),
+                      last = row + group_of(at.k + count - 1);
+    for (std::size_t line = first * scale_bytes_ / 64; line <= (last * scale_bytes_ + scale_bytes_ - 1) / 64; ++line)
+        __builtin_prefetch(reinterpret_cast<const void*>(scales + line * 64), 0, 2);
+    return reinterpret_cast<const std::uint8_t*>(blocks + at.n * lies_.stride + at.k * format_.bytes(kBlockSize));
+}
+
+void CodedMatrix::unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const {
+    const std::size_t block = format_.bytes(kBlockSize);
+    const std::uint8_t* codes = from_.blocks + at.n * lies_.stride + at.k * block;
+    alignas(64) float widest[kBlock];
+    const float* scales = nullptr;
+    int group = -1;
+    const auto use_group = [&](int now) {
+        if (now == group) return;
+        group = now;
+        scales = widened(from_.scales + (wide(at.n) * lies_.groups + group) * scale_bytes_, format_,
+                         lies_.row0 + at.n * kBlock, widest);
+    };
+    const auto unpack_to = [&](bf16* to) {
+        unpack_(codes, scales, format_.zeros ? from_.zeros + (wide(at.n) * lies_.groups + group) * kBlock : nullptr,
+                ahead, to);
+    };
+    for (int k = at.k; k < at.k + count; ++k, codes += block, ahead += block, out += kBlockSize) {
+        use_group(group_of(k));
+        unpack_to(out);
+        if (format_.group == 0 || group + 1 >= lies_.groups) continue;
+        // A part may begin inside a group; then a block may have columns of two.
+        const int left = format_.group - (lies_.col0 + k * kBlock) % format_.group;
+        if (left >= kBlock) continue;
+        alignas(64) bf16 other[kBlockSize];
+        use_group(group + 1);
+        unpack_to(other);
+        for (int row = 0; row < kBlock; ++row)
+            std::memcpy(out + row * kBlock + left, other + row * kBlock + left, (kBlock - left) * sizeof(bf16));
     }
 }
 
+void CodedMatrix::unpack(const BlockRange& range, bf16* out) const {
+    for (int n = range.n; n < range.n + range.rows; ++n, out += range.cols * kBlockSize)
+        unpack({n, range.k}, range.cols, approach({n + 1, range.k}, range.cols), out);
+}
+
+std::optional<CodedMatrix> Layer::State::codes_of(const PackedExpert& expert, int part, Matrix matrix) const {
+    if (!format.quantised() || !kernels.reads_codes) return {};
+    return CodedMatrix(*this, expert, part, matrix);
+}
+
 int Layer::State::unpacked_at_once(int most, int blocks) const {
-    if (!format.quantised()) return most;
-    // What is unpacked is read again at once: it should stay in the second-level cache, of which processors have 1 or 2
-    // MB. No measurement has chosen this number.
-    constexpr std::size_t bytes = std::size_t{1} << 20;
-    return std::clamp(static_cast<int>(bytes / (blocks * kBlockSize * sizeof(bf16))), 1, most);
+    if (!unpacks_before()) return most;
+    return std::clamp(static_cast<int>(tuning::kUnpacked / (blocks * kBlockSize * sizeof(bf16))), 1, most);
 }
 
 const bf16* Layer::State::strip(const PackedExpert& expert, int part, Matrix matrix, int n, bf16* to) const {
     if (format.quantised()) {
-        unpack_codes(expert, part, matrix, {n, 1, 0, matrix == Matrix::down ? size.ib : size.hb}, to);
+        const int kblocks = matrix == Matrix::down ? size.ib : size.hb;
+        CodedMatrix(*this, expert, part, matrix).unpack({n, 1, 0, kblocks}, to);
         return to;
     }
     if (matrix == Matrix::down) return expert.down + n * panel(size.ib);

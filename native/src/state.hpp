@@ -5,6 +5,7 @@
 #include <atomic>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -143,6 +144,25 @@ struct LoraStrides {
     std::size_t gate_up_a, gate_b, down_a, down_b;
 };
 
+// A quantised base matrix of an expert in one part, for kernels that read codes.
+class CodedMatrix final : public CodedBlocks {
+  public:
+    CodedMatrix(const Layer::State& layer, const PackedExpert& expert, int part, Matrix matrix);
+    const std::uint8_t* approach(Place at, int count) const override;
+    void unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const override;
+    // The blocks of a range, row after row.
+    void unpack(const BlockRange& range, bf16* out) const;
+
+  private:
+    int group_of(int k) const;
+
+    WeightFormat format_;
+    CodeLayout lies_;
+    PackedCodes from_;
+    Kernels::Unpack unpack_;
+    std::size_t scale_bytes_;  // of a block
+};
+
 struct Layer::State {
     explicit State(const LayerConfig& config);
 
@@ -200,7 +220,10 @@ struct Layer::State {
     CodeLayout layout_of(Matrix matrix, int part) const;
     void carve_codes(Carver& carver, PackedExpert& expert) const;
     void pack_codes(int slot, int part, Matrix matrix, int row, const PackedCodes& to) const;
-    void unpack_codes(const PackedExpert& expert, int part, Matrix matrix, const BlockRange& range, bf16* to) const;
+    // Whether base weights are unpacked to the workers' scratch, because the kernels read no codes.
+    bool unpacks_before() const { return format.quantised() && !kernels.reads_codes; }
+    // What kernels read that read codes; nothing for others, and for bf16.
+    std::optional<CodedMatrix> codes_of(const PackedExpert& expert, int part, Matrix matrix) const;
     // How many of `most` strips or column blocks, each of `blocks` blocks, are unpacked at once.
     int unpacked_at_once(int most, int blocks) const;
     // A strip of a base matrix as weight blocks: where it is packed, or unpacked to `to`.

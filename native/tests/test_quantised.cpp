@@ -113,10 +113,73 @@ void test_format(const WeightFormat& format, const Shape& s) {
     }
 }
 
+// Scales around every boundary of an unpacker, and of any size. 0 to the largest finite fp32.
+std::vector<float> every_scale(Random& random) {
+    std::vector<float> scales{0, 1, 3, 1.00390625f, 1.01171875f, 0.7f, std::numeric_limits<float>::max()};
+    for (const int power :
+         {-149, -148, -140, -133, -127, -126, -125, -121, -120, -119, -9, 9, 102, 103, 104, 111, 118, 119, 120, 127}) {
+        const float at = std::ldexp(1.0f, power);
+        for (const float scale : {std::nextafter(at, 0.0f), at, std::nextafter(at, 1e38f), 1.3f * at, 1.9921875f * at})
+            scales.push_back(scale);
+    }
+    for (int i = 0; i < 1500; ++i)
+        scales.push_back(std::ldexp(1 + std::abs(random.uniform()), static_cast<int>(random.below(277)) - 149));
+    // products of these have ties of both kinds
+    for (int i = 0; i < 300; ++i)
+        scales.push_back(
+            std::ldexp(static_cast<float>(256 + random.below(256)), static_cast<int>(random.below(200)) - 100));
+    while (scales.size() % kBlock != 0) scales.push_back(2);
+    for (float& scale : scales) scale = std::isinf(scale) ? 1.0f : scale;
+    return scales;
+}
+
+// Every code in every row, and every scale: a row has a scale of its own, or shares it with the row before.
+void test_unpackers(const char* isa, const Kernels& kernels) {
+    Random random{3};
+    const std::vector<float> scales = every_scale(random);
+    for (const Format format : {Format::fp8, Format::int8, Format::int4, Format::mxfp4}) {
+        const int bits = WeightFormat{format}.bits(), codes = 1 << bits;
+        int wrong = 0;
+        for (std::size_t first = 0; first < scales.size(); first += kBlock) {
+            for (int turn = 0; turn < codes; turn += kBlock) {
+                for (const bool with_zeros : {false, true}) {
+                    if (with_zeros && format != Format::int4) continue;
+                    alignas(64) std::uint8_t block[kBlockSize] = {};
+                    alignas(64) float of_row[kBlock];
+                    alignas(64) bf16 found[kBlockSize];
+                    std::int8_t zeros[kBlock];
+                    const auto code_at = [&](std::size_t i) {
+                        const int code = static_cast<int>((turn + i % kBlock + i / kBlock * 5) % codes);
+                        return format == Format::fp8 && (code & 0x7f) == 0x7f ? 0 : code;  // NaN is refused
+                    };
+                    for (std::size_t i = 0; i < kBlockSize; ++i) {
+                        if (bits == 8) block[i] = static_cast<std::uint8_t>(code_at(i));
+                        else block[i / 2] = static_cast<std::uint8_t>(block[i / 2] | code_at(i) << (i % 2 * 4));
+                    }
+                    for (int n = 0; n < kBlock; ++n) {
+                        of_row[n] = scales[first + (n % 8 == 3 ? n - 1 : n)];
+                        zeros[n] = static_cast<std::int8_t>(n % 16 - 8);
+                    }
+                    kernels.unpack_of(format)(block, of_row, with_zeros ? zeros : nullptr, block, found);
+                    for (std::size_t i = 0; i < kBlockSize; ++i) {
+                        const std::size_t n = i / kBlock;
+                        const float q = static_cast<float>(value_of(format, code_at(i), with_zeros ? zeros[n] : 0));
+                        wrong += found[i] != to_bf16(q * of_row[n]);
+                    }
+                }
+            }
+        }
+        check(wrong == 0, "%s format %d: %d weights are wrong", isa, static_cast<int>(format), wrong);
+    }
+}
+
 }  // namespace
 
 int main() {
     emulate_amx();
+    for (const InstructionSet& row : instruction_sets()) {
+        if (row.runs_here()) test_unpackers(row.name, *row.kernels);
+    }
     const WeightFormat fp8{Format::fp8, 128}, int8{Format::int8, 0}, mxfp4{Format::mxfp4, 32};
     for (const WeightFormat& format : {fp8, int8}) {
         test_format(format, {3, 2, 97, 47, 7, 3, 1, false});
