@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -104,6 +105,15 @@ def test_the_source_distribution_has_what_a_build_needs(wheel: Path) -> None:
     folders = ("ktverify/", "native/", "suites/", "golden/", "examples/")
     needed = {name for name in tracked if name.startswith(folders) and not name.endswith(".gitignore")}
     assert needed | {"LICENSE", "README.md", "pyproject.toml"} <= names
+
+
+def test_other_processors_get_the_scalar_kernels_alone(tmp_path: Path) -> None:
+    cmake = shutil.which("cmake") or str(Path(sys.executable).with_name("cmake"))
+    command = [cmake, "-S", str(ROOT / "native"), "-B", str(tmp_path), "-G", "Unix Makefiles", "-DKTV_PYTHON=OFF"]
+    command += ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [path.stem for path in (tmp_path / "CMakeFiles").glob("ktv_*.dir")] == ["ktv_scalar"]
 
 
 # ---- commands
