@@ -10,6 +10,7 @@ import pytest
 from ktverify.system.files import IN_CLONE, SUITES
 
 MODULE = "ktverify.suites"  # what --pyargs takes
+AUTO = "auto"  # of --fresh
 _LIMIT = "for one call (default: {}, of a big case {})"
 
 
@@ -20,10 +21,18 @@ def _above_zero(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--engine": {"default": "native", "help": "name, package.module:factory or path/file.py:factory (default: native)"},
     "--isa": {"default": "all", "help": "one instruction set of the engine (default: all it can run)"},
-    "--fresh": {"type": int, "metavar": "SEED", "help": "draw new inputs and compute the oracle live"},
+    "--fresh": {
+        "type": _seed,
+        "metavar": "SEED",
+        "help": "draw new inputs and compute the oracle live; auto: a seed that nobody knows before",
+    },
     "--cases": {"metavar": "GLOB", "help": "only the catalogue's cases whose name matches"},
     "--tier": {
         "choices": ("default", "big", "full"),

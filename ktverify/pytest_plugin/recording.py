@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from collections.abc import Generator
 from typing import Any
@@ -18,7 +19,7 @@ from ktverify.engines.capabilities import CONTRACT
 from ktverify.errors import EngineFailed, PropertyFailed, Unsupported
 from ktverify.isolation import locks
 from ktverify.isolation.child import raised_by_the_engine
-from ktverify.pytest_plugin.options import MODULE
+from ktverify.pytest_plugin.options import AUTO, MODULE
 from ktverify.pytest_plugin.selection import ACCURACY_FAMILIES, chosen_cases, family_in, family_of, selection_of
 from ktverify.report.failure_text import text_of
 from ktverify.report.pages import write_run
@@ -67,7 +68,9 @@ class Recording:
             return
         self.check_choices()
         workers = getattr(config.option, "numprocesses", None) or 1
-        command = shlex.join(["pytest", *config.invocation_params.args])
+        # with the seed that was drawn
+        typed = shlex.join(["pytest", *config.invocation_params.args])
+        command = re.sub(rf"--fresh[ =]{AUTO}\b", f"--fresh {config.option.fresh}", typed)
         written = registry.facts(config.option.engine).capabilities.contract
         contract = f"judged by {CONTRACT}, the engine {f'is written for {written}' if written else 'names none'}"
         try:

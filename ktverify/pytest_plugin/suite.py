@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import secrets
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from ktverify.engines import registry
 from ktverify.isolation import hosted, locks
 from ktverify.isolation.child import BIG, DEFAULT, ChildPool
 from ktverify.pytest_plugin.ask import Ask
-from ktverify.pytest_plugin.options import judges_an_engine
+from ktverify.pytest_plugin.options import AUTO, judges_an_engine
 from ktverify.pytest_plugin.recording import Recording, about_key, is_worker, own_records_key, recorded_key
 from ktverify.pytest_plugin.selection import (
     ACCURACY_FAMILIES,
@@ -36,6 +37,7 @@ from ktverify.spec.cases import Case
 from ktverify.system import limits
 from ktverify.system.files import search_in
 
+_FRESH = "ktverify_fresh"
 recording_key = pytest.StashKey[Recording]()
 
 
@@ -45,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.engine = registry.absolute(config.option.engine, config.invocation_params.dir)
     if path := os.environ.get("PYTHONPATH"):
         os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in path.split(os.pathsep))
+    if config.option.fresh == AUTO:
+        # the controller's, so that all workers draw the same
+        config.option.fresh = config.workerinput[_FRESH] if is_worker(config) else secrets.randbelow(1 << 31)  # type: ignore[attr-defined]
     limits.limit_libraries()
     if is_worker(config):
         # workers share the processors; torch's own threads, here and in processes that tests start, would spin for
@@ -54,6 +59,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if judges_an_engine(config):
         config.stash[recording_key] = Recording(config)
         config.pluginmanager.register(config.stash[recording_key])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput[_FRESH] = node.config.option.fresh
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"new inputs: --fresh {config.option.fresh}" if config.option.fresh is not None else ""
 
 
 # ---- which tests there are, and which run beside each other

@@ -109,6 +109,19 @@ def test_a_relative_path_is_one_from_where_the_run_was_started(tmp_path: Path, f
     assert head.engine == f"{folder}/my_engine.py:Engine"
 
 
+def test_a_seed_that_is_drawn_is_one_for_all_workers_and_in_the_command(tmp_path: Path) -> None:
+    suite = ("suites/forward", "suites/backward", "--engine=torch_bf16", "--cases=tiny", "-n", "2")
+    done = run_pytest(tmp_path / "run", *suite, "--fresh", "auto")
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    run = load(tmp_path / "run")
+    assert run.head is not None
+    seed = run.head.command.rpartition("--fresh ")[2]
+    assert seed.isdecimal()
+    assert f"new inputs: --fresh {seed}" in done.stdout
+    assert {record.case for record in run.accuracy} == {f"tiny@seed={seed}"}
+    assert {record.source for record in run.accuracy} == {"fresh"}
+
+
 @pytest.mark.parametrize(
     ("asked", "judges"),
     [([], True), (["suites", "tests/judge"], True), (["suites/forward"], True), (["tests"], False), (["."], True)],
