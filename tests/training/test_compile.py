@@ -84,8 +84,8 @@ def test_a_whole_graph_is_refused_in_words() -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_is_refused_in_words() -> None:
     # it would hold this call's results as constants
+    # the experts alone: some releases of transformers cannot trace their own mask
+    experts = make()._kt_wrappers[0]
+    slots = torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record"):
-        # the experts alone: some releases of transformers cannot trace their own mask
-        experts = make()._kt_wrappers[0]
-        slots = torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
         traced(experts, (torch.zeros(4, experts.hidden_size), *slots), strict=False)
