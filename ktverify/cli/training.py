@@ -1,5 +1,5 @@
 """The training commands: make-tiny, train, verify-training, compare-curves, export-merged,
-export-adapter, memory, throughput.
+export-adapter, quantise, memory, throughput.
 
 Light until a command is called: help needs no torch.
 """
@@ -193,6 +193,32 @@ def export_adapter(
     typer.echo(f"{written}: {form}")
 
 
+def quantise(
+    checkpoint: Annotated[Path, typer.Argument(help="a model's directory, in bf16")],
+    to: Annotated[str, typer.Option(help="int8 (a scale for each row), int4 (for each group) or fp8 (for 128 x 128)")],
+    out: Annotated[Path, typer.Option(help="the directory to write")],
+    group: Annotated[int, typer.Option(help="of int4: weights that share a scale, 32 or 128")] = 32,
+) -> None:
+    """Write a checkpoint's routed experts in a quantised format, and everything else as it is.
+
+    Tensors and config.json are those of published checkpoints: FP8 by blocks, or compressed-tensors. docs/training.md
+    says who reads which.
+
+    \b
+    Example:  python -m ktverify quantise models/qwen3 --to int4 --out models/qwen3-int4
+    """
+    from ktverify.system.limits import format_bytes
+    from ktverify.training.quantise import quantise_checkpoint
+
+    with progress(f"{checkpoint} to {to}", total=1.0) as say:
+        found = quantise_checkpoint(checkpoint, out, to, group=group, say=say)
+    before, after = format_bytes(found.bytes_before), format_bytes(found.bytes_after)
+    typer.echo(f"{found.folder}: {found.matrices} matrices of routed experts in {to}, {before} became {after}")
+    typer.echo(f"left as they were, {format_bytes(sum(found.left.values()))}: {', '.join(sorted(found.left))}")
+    if found.cut_blocks:
+        typer.echo("blocks at an edge have fewer than 128 x 128 weights: transformers reads them with wrong scales")
+
+
 def memory(
     context: typer.Context,
     config: Annotated[Path, _CONFIG],
@@ -238,6 +264,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "compare-curves": (compare_curves, {}),
     "export-merged": (export_merged, {}),
     "export-adapter": (export_adapter, {}),
+    "quantise": (quantise, {}),
     "memory": (memory, PASS_THROUGH),
     "throughput": (throughput, PASS_THROUGH),
 }

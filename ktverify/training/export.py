@@ -27,6 +27,7 @@ from safetensors import safe_open
 from ktverify.engines.checkpoint_files import INDEX
 from ktverify.system.text import read_json
 from ktverify.training.adapter import base_of, load_adapter
+from ktverify.training.headers import header_of
 from ktverify.training.output_directory import whole_directory
 from ktverify.training.pretrained import load_model, of_hub
 from ktverify.training.quantised import Quantisation, quantisation_of, write_dequantised
@@ -65,7 +66,7 @@ def export_merged(
         headers = _headers(folder)
         state = merged.state_dict()
         merged.save_pretrained(part / ".merged", state_dict={name: state[name] for name in names})
-        changed = {name: file for file in (part / ".merged").glob("*.safetensors") for name in _header(file)}
+        changed = {name: file for file in (part / ".merged").glob("*.safetensors") for name in header_of(file)}
         there = {name for header in headers.values() for name in header}
         if lost := sorted(changed.keys() - there):
             raise ValueError(f"--base {path} has no {lost[0]}, which the adapter changes ({len(lost)} are missing)")
@@ -98,22 +99,10 @@ def _headers(folder: Path) -> dict[Path, dict[str, Any]]:
     config = folder / "config.json"
     if config.is_file() and read_json(config).get("quantization_config"):
         raise ValueError(f"--base {folder} is quantised: an adapter cannot be merged into it; name one that is not")
-    found = {file: _header(file) for file in sorted(folder.glob("*.safetensors"))}
+    found = {file: header_of(file) for file in sorted(folder.glob("*.safetensors"))}
     if not found:
         raise ValueError(f"--base {folder} has no *.safetensors, which an adapter is merged into; convert it first")
     return found
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """dtype, shape and data_offsets of each tensor. ValueError for a file that is none of safetensors."""
-    with file.open("rb") as stream:
-        try:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(size))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{file} is no safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    return header
 
 
 def _dtype_of(headers: Mapping[Path, dict[str, Any]]) -> str:
@@ -209,7 +198,7 @@ def _note_dtype(folder: Path, dtype: str) -> None:
         size = sum(
             about["data_offsets"][1] - about["data_offsets"][0]
             for file in folder.glob("*.safetensors")
-            for about in _header(file).values()
+            for about in header_of(file).values()
         )
         if document.get("metadata", {}).get("total_size", size) != size:
             document["metadata"]["total_size"] = size

@@ -35,7 +35,7 @@ class ExpertFiles:
     """The experts of layer spec.layer_idx in the checkpoint at spec.weight_path, checked: gate_proj, up_proj [I, H],
     down_proj [H, I] of each expert by BASE_NAMES, as views of mapped files; with scales and zero points for codes.
 
-    A checkpoint may have several towers of layers. Those of _OTHER_TOWERS are never taken; of the others, one alone may
+    A checkpoint may have several towers of layers. Those of OTHER_TOWERS are never taken; of the others, one alone may
     have routed experts, and a layer that predicts further tokens is none of the decoder's.
 
     In one line that names file and tensor: ValueError for two towers or files that have the experts, a missing path or
@@ -191,11 +191,11 @@ def _plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> torch.T
 
 
 # parts of the names of towers that are not the decoder, as mtp in mtp.layers.0 and talker in talker.model.layers.0
-_OTHER_TOWERS = re.compile(
+OTHER_TOWERS = re.compile(
     r"(^|[._])(mtp|nextn|vision|visual|vit|image|audio|speech|talker|code2wav|code_predictor|encoder|draft|eagle|medusa)"
 )
 # tensors that only a layer has which predicts further tokens
-_FURTHER_TOKENS = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
+FURTHER_TOKENS = ("eh_proj.", "enorm.", "hnorm.", "shared_head.")
 
 
 def _decoder(tensors: Iterable[str], where: str, layer: int) -> tuple[str, str]:
@@ -210,7 +210,7 @@ def _decoder(tensors: Iterable[str], where: str, layer: int) -> tuple[str, str]:
         for family, pattern in patterns.items():
             if found := pattern.fullmatch(name):
                 towers.setdefault(found[1], {}).setdefault(int(found[2]), {}).setdefault(family, name)
-    chosen = {prefix: layers for prefix, layers in towers.items() if not _OTHER_TOWERS.search(prefix)}
+    chosen = {prefix: layers for prefix, layers in towers.items() if not OTHER_TOWERS.search(prefix)}
     prefix, layers = next(iter(chosen.items()), ("", {}))
     rivals = [next(iter(found[min(found)].values())) for found in chosen.values()]
     if len(rivals) < 2:
@@ -224,7 +224,7 @@ def _decoder(tensors: Iterable[str], where: str, layer: int) -> tuple[str, str]:
         others = [name for found in towers.values() for name in found.get(layer, {}).values()]
         also = f"; {others[0]} is not the decoder's" if others else _why_none(tensors)
         raise ValueError(f"{where} holds no routed experts of layer {layer}: no {wanted}{also}")
-    only_theirs = tuple(f"{prefix}layers.{layer}.{part}" for part in _FURTHER_TOKENS)
+    only_theirs = tuple(f"{prefix}layers.{layer}.{part}" for part in FURTHER_TOKENS)
     further = next((name for name in tensors if name.startswith(only_theirs)), "")
     if further:
         raise ValueError(
