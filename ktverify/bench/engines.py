@@ -25,7 +25,7 @@ HOST = f"{Path(__file__).with_name('host.py')}:PeerHost"
 PEERS = Path(__file__).with_name("peers")
 OWN = "native"
 KNOWN = (OWN, "kt_kernel", "torch_loop", "torch_grouped_mm", "vllm")
-ON_REQUEST = ("other_build",)
+ON_REQUEST = ("native_fp8", "native_int8", "native_int4", "native_mxfp4", "other_build")
 
 # variables that keep an engine from a newer instruction set than the requested one; the native engine gets an argument
 _PEER_VARIABLES = {isa.name: isa.peer_variables for isa in INSTRUCTION_SETS}
@@ -35,7 +35,8 @@ _PEER_VARIABLES = {isa.name: isa.peer_variables for isa in INSTRUCTION_SETS}
 class Engine:
     """One engine. missing: the reason why it cannot run, "" if it can.
 
-    held: the most memory that loading takes, over the bf16 weights; lazy: over those of active experts only.
+    held: the most memory that loading takes, over the bf16 weights; lazy: over those of active experts only. bits: of a
+    base weight.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Engine:
     python: Path
     options: dict[str, str] = field(default_factory=dict)
     missing: str = ""
+    bits: int = 16
 
 
 def find(names: Sequence[str], options: Mapping[str, str | None]) -> list[Engine]:
@@ -90,6 +92,7 @@ def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
             python=python,
             options=more,
             missing=missing,
+            bits=getattr(module, "BITS", 16),
         )
     except AttributeError as error:
         raise ValueError(f"{path} is no engine: {error}") from None

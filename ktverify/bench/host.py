@@ -31,7 +31,7 @@ class BenchInputs:
     peer alone. load_module: returns the module of a file. about: entries that a peer adds to its record.
     tensors: hidden_states, grad_output [T, H] bf16, expert_ids [T, k] int64, weights [T, k] fp32, gate_proj, up_proj
     [E, I, H], down_proj [E, H, I] bf16, and the six LoRA tensors in bf16. The base weights are a mapped file and go
-    away after `load`: a peer copies what it keeps.
+    away after `load`: a peer copies what it keeps. step: of the grid that they lie on (coded.on_grid), 0 for none.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class BenchInputs:
         self.options = options
         self.load_module = load_module
         self.about: dict[str, str] = {}
+        self.step: float = manifest["step"]
         self.lora_names: tuple[str, ...] = tuple(manifest["lora_names"])
         self.tensors: dict[str, Any] = {}
         for name, entry in manifest["tensors"].items():

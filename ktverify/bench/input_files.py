@@ -27,12 +27,13 @@ _SLACK = 1 << 28  # rows, LoRA and results beside the base weights, rounded up
 
 
 class InputRequest(JsonLine):
-    """What to write, and where. plain: output_plain as well."""
+    """What to write, and where. plain: output_plain as well; on_grid: base weights that fewer bits have exactly."""
 
     case: str
     directory: str
     threads: int
     plain: bool
+    on_grid: bool = False
 
 
 def check_space(case: Case, directory: Path) -> None:
@@ -46,13 +47,18 @@ def check_space(case: Case, directory: Path) -> None:
         )
 
 
-def write(case: Case, directory: Path, *, plain: bool) -> dict[str, Any]:
-    """Write all files; returns the manifest. plain: output_plain as well."""
+def write(case: Case, directory: Path, *, plain: bool, on_grid: bool = False) -> dict[str, Any]:
+    """Write all files; returns the manifest. plain: output_plain as well; on_grid: base weights of coded.on_grid."""
+    from ktverify.bench import coded
     from ktverify.engines.run import layer_arguments
     from ktverify.judge.reference import forward_backward
     from ktverify.spec.inputs import make_inputs
 
     inputs = make_inputs(case)
+    step = coded.step_of(inputs.gate_proj[inputs.active[0]]) if on_grid else 0.0
+    if on_grid:
+        gate, up, down = (coded.on_grid(getattr(inputs, name), step) for name in BASE_NAMES)
+        inputs = replace(inputs, gate_proj=gate, up_proj=up, down_proj=down)
     tensors: dict[str, Any] = {
         "hidden_states": inputs.hidden_states,
         "grad_output": inputs.grad_output,
@@ -81,6 +87,7 @@ def write(case: Case, directory: Path, *, plain: bool) -> dict[str, Any]:
         "arguments": layer_arguments(case),
         "lora_names": list(LORA_NAMES),
         "active": len(inputs.active),
+        "step": step,
         "tensors": entries,
         "expected": results,
     }
@@ -107,7 +114,11 @@ def main(request: InputRequest) -> None:
     import torch
 
     torch.set_num_threads(request.threads)
-    print(json.dumps(write(Case.parse(request.case), Path(request.directory), plain=request.plain)))
+    print(
+        json.dumps(
+            write(Case.parse(request.case), Path(request.directory), plain=request.plain, on_grid=request.on_grid)
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -164,7 +164,13 @@ class Bench:
     def _prepare(self, shape: Shape, directory: Path, *, plain: bool) -> dict[str, Any]:
         """Write the inputs and the oracle's results in a process of its own; returns the manifest."""
         input_files.check_space(shape.case, directory)
-        request = InputRequest(case=shape.case.id, directory=str(directory), threads=self.settings.threads, plain=plain)
+        request = InputRequest(
+            case=shape.case.id,
+            directory=str(directory),
+            threads=self.settings.threads,
+            plain=plain,
+            on_grid=any(engine.bits < 16 for engine in self.engines),
+        )
         try:
             (line,) = process.lines_of(input_files.__name__, request)
         except RuntimeError as error:
@@ -197,6 +203,7 @@ class Bench:
                 engine=engine.name,
                 title=engine.title,
                 lora=engine.lora,
+                bits=engine.bits,
                 forward="SKIP",
                 backward="SKIP" if engine.backward else "UNSUPPORTED",
                 reason=reason,
@@ -263,6 +270,7 @@ class _Group:
             engine=engine.name,
             title=engine.title,
             lora=engine.lora,
+            bits=engine.bits,
             forward="PASS",
             backward="PASS" if engine.backward else "UNSUPPORTED",
         )

@@ -52,8 +52,8 @@ class ShapeLine(JsonLine):
 class EngineLine(JsonLine):
     """One engine at one shape, after its results were compared with the fp32 oracle.
 
-    resident: growth of the process by loading. rel_l2: by names of ktverify.spec.names. A later line of the same shape,
-    run, group and engine replaces an earlier one, because an engine may die while it is timed.
+    resident: growth of the process by loading. bits: of a base weight. rel_l2: by names of ktverify.spec.names. A later
+    line of the same shape, run, group and engine replaces an earlier one, because an engine may die while it is timed.
     """
 
     kind: Literal["engine"] = "engine"
@@ -64,6 +64,7 @@ class EngineLine(JsonLine):
     title: str
     about: dict[str, str] = Field(default_factory=dict)
     lora: bool = True
+    bits: int = 16
     forward: VerdictName
     backward: VerdictName
     reason: str = ""

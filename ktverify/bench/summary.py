@@ -117,10 +117,17 @@ def _summary(
     forward = Work(shape.forward_bytes, shape.forward_flops)
     backward = Work(shape.backward_bytes, shape.backward_flops)
 
-    def rooflines(work: Work) -> dict[Round, float]:
-        return {at: 1e3 * work.seconds(line.read, line.multiply) for at, line in ceilings.items()}
+    def rooflines(bits: int) -> dict[str, dict[Round, float]]:
+        """By kind of call, for base weights of so many bits."""
+        return {
+            what: {
+                at: 1e3 * Work(work.bytes * bits / 16, work.flops).seconds(line.read, line.multiply)
+                for at, line in ceilings.items()
+            }
+            for what, work in (("forward", forward), ("forward_saving", forward), ("backward", backward))
+        }
 
-    bounds = {"forward": rooflines(forward), "forward_saving": rooflines(forward), "backward": rooflines(backward)}
+    bounds = rooflines(16)
     states = _states(lines)
 
     def timing(engine: str, what: str) -> EngineTiming | None:
@@ -130,7 +137,7 @@ def _summary(
         if ms is None or state.forward != "PASS" or (what != "forward" and state.backward != "PASS"):
             return None
         own = times[OWN, what] if OWN in states and states[OWN].forward == "PASS" else {}
-        return EngineTiming(ms, _ratio(at, own), _ratio(at, bounds[what]))
+        return EngineTiming(ms, _ratio(at, own), _ratio(at, rooflines(state.bits)[what]))
 
     summaries = []
     for name in sorted(states, key=lambda name: order.get(name, len(order))):

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 DIRECTIONS = ("forward", "backward")
 LEGEND = (
     "forward: nothing is saved; saving: a forward that saves what backward needs; x roofline: over the time that the "
-    "machine's ceilings allow; x native: over the native engine's time; all ratios are of minima; "
+    "machine's ceilings allow, with the engine's bytes of base weights; x native: over the native engine's time; all "
+    "ratios are of minima; "
     f"{TOO_NOISY}: the difference is smaller than the spread between rounds, which is the larger 10th percentile over "
     "its minimum; memory: growth by loading over the bf16 weights; rel_l2: against the fp32 oracle, of the gradients "
     "the worst"

@@ -19,6 +19,7 @@ OTHER_AVX2 = {
     "native/emulation/amx_tiles.hpp",
     "ktverify/checks/native_isa.py",
     "ktverify/cli/fuzz.py",
+    "ktverify/engines/capabilities.py",
     "ktverify/report/known_failures.py",
 }
 

@@ -6,6 +6,7 @@ A file in this folder describes one engine of the bench:
     HELD        the most memory that loading takes, in units of the bf16 weights
     LAZY        whether HELD counts only the weights of experts that tokens reach
     BACKWARD, LORA      whether the engine computes them
+    BITS        of a base weight, 16 where it is left out
     NEEDS       the part of optional_peers.LOCATIONS that it requires, "" for none
     load(inputs)        a layer with the calls of docs/contract.md, as `inputs.layer` makes one, or an object with
         about: dict[str, str]           version, isa and the like, for the records
