@@ -237,8 +237,17 @@ class DeviceExperts:
 
     @contextlib.contextmanager
     def _computing(self, *, grad: bool) -> Iterator[None]:
+        """Torch's modes of the caller do not reach what is computed here: inference mode, autocast, hooks of saved
+        tensors, as gradient checkpointing has them."""
         on_stream = torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad), on_stream:
+        own = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, Tensor.detach)
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(grad),
+            torch.autocast(self.device.type, enabled=False),
+            own,
+            on_stream,
+        ):
             yield
 
     def _there(self, tensor: Tensor) -> Tensor:
