@@ -76,7 +76,7 @@ def export_merged(
                 if about:
                     file.unlink()
             elif file.is_dir() and not file.name.startswith((".", "checkpoint-")):
-                shutil.copytree(file, part / file.name)
+                shutil.copytree(file, part / file.name, ignore_dangling_symlinks=True)
             elif file.is_file() and not file.name.startswith("."):
                 shutil.copyfile(file, part / file.name)
         shutil.rmtree(part / ".merged")

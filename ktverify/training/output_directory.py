@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ktverify.errors import one_line
 from ktverify.training.curves import LOSS_FILE, STATE_FILE
 
 SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".ktverify-saving-"
@@ -169,7 +170,9 @@ def problem_of(checkpoint: Path) -> str:
     try:
         for name in ("adapter_config.json", "trainer_state.json"):
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        if not kept_in(checkpoint):
+        name = STATE_FILE
+        step_reached(checkpoint)
+        if not {"altering", "others", "steps"} <= kept_in(checkpoint).keys():
             return f"{STATE_FILE} keeps no configuration, so another program or version wrote it"
         name = "adapter_model.safetensors"
         with safe_open(checkpoint / name, framework="pt") as stored:
@@ -177,6 +180,8 @@ def problem_of(checkpoint: Path) -> str:
         with safe_globals():  # numpy's random state
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
                 torch.load(checkpoint / name, map_location="cpu", weights_only=True)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"{name} has another form ({one_line(error)[:80]})"
     except (ValueError, SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         return f"{name} cannot be read ({' '.join(str(error).split())[:80]})"
     return ""

@@ -300,6 +300,16 @@ def test_a_checkpoint_of_another_program_is_refused(config: Callable[..., TrainC
         resume(config(output))
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "3", "{}", '{"global_step": "x"}', '{"global_step": 6, "stateful_callbacks": null}']
+)
+def test_a_state_of_another_form_is_named(text: str, config: Callable[..., TrainConfig], output: Path) -> None:
+    for path in output_directory.checkpoints_in(output):
+        (path / curves.STATE_FILE).write_text(text)
+    with pytest.raises(ValueError, match=r"no whole checkpoint to resume from; checkpoint-6: .*trainer_state\.json"):
+        resume(config(output))
+
+
 def test_every_key_is_harmless_or_refused() -> None:
     config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
     kept = kept_of(config, [], 1)
