@@ -219,6 +219,38 @@ def quantise(
         typer.echo("blocks at an edge have fewer than 128 x 128 weights: transformers reads them with wrong scales")
 
 
+def expert_stats(
+    context: typer.Context,
+    config: Annotated[Path, _CONFIG],
+    out: Annotated[Path, typer.Option(help="the mask file to write, for kt_gpu_experts_mask")],
+    experts: Annotated[
+        int | None, typer.Option(help="of each layer, on the GPU (default: kt_num_gpu_experts)", min=1)
+    ] = None,
+) -> None:
+    """Count which experts a configuration's data set reaches, and write a mask of the most frequent of each layer.
+
+    Of equally frequent experts, those with the lower ids are taken. The base model computes, without adapter.
+
+    
+    Example:  python -m ktverify expert-stats examples/minimal.yaml --experts 2 --out mask.json
+    """
+    chosen = _read_config(context, config)
+    number = experts or chosen.kt_num_gpu_experts
+    if not number:
+        raise ValueError("how many experts go to the GPU is not known: give --experts, or kt_num_gpu_experts")
+    from ktverify.training.expert_stats import count_routing
+    from ktverify.training.gpu_experts import most_frequent, write_masks
+
+    with progress("counting"):
+        counts = count_routing(chosen, config.resolve().parent)
+    written = write_masks(out, counts, number)
+    for layer, each in enumerate(counts):
+        ids = most_frequent(each, number)
+        share = sum(each[expert] for expert in ids) / max(1, sum(each))
+        typer.echo(f"layer {layer}: {number} of {len(each)} experts take {share:.0%} of the slots".replace("%", " %"))
+    typer.echo(f"{written}: kt_gpu_experts_mask")
+
+
 def memory(
     context: typer.Context,
     config: Annotated[Path, _CONFIG],
@@ -265,6 +297,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "export-merged": (export_merged, {}),
     "export-adapter": (export_adapter, {}),
     "quantise": (quantise, {}),
+    "expert-stats": (expert_stats, PASS_THROUGH),
     "memory": (memory, PASS_THROUGH),
     "throughput": (throughput, PASS_THROUGH),
 }

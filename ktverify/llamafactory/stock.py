@@ -147,19 +147,28 @@ def _check(model_args: Any, finetuning_args: Any, split: SplitKeys) -> None:
     infer = _infer(split)
     trust = model_args.trust_remote_code
     form = load_form(model_args.model_name_or_path, "bfloat16", option=BASE_OPTION, trust=trust)
-    for block in find_experts(form):
-        check_tp(int(block.down_proj.shape[-1]), infer.tp)  # type: ignore[index]
+    shapes = [tuple(map(int, block.down_proj.shape)) for block in find_experts(form)]  # type: ignore[arg-type]
+    for shape in shapes:
+        check_tp(shape[-1], infer.tp)
+    infer.gpu.check([shape[0] for shape in shapes])
     if note := check_method(form.config, infer):
         print(note, file=sys.stderr)
     lora_config(form, rank=finetuning_args.lora_rank, target=_target(finetuning_args))
 
 
 def _infer(split: SplitKeys) -> Any:
-    """The engine's settings. ValueError as init_cpu_infer."""
+    """The engine's settings. ValueError as init_cpu_infer, and for a file that is no mask file."""
+    from ktverify.training.gpu_experts import gpu_experts_of
     from ktverify.training.infer import init_cpu_infer
 
     keys = split.engine
-    return init_cpu_infer(keys.kt_num_threads, keys.tp, backend=keys.kt_backend, weight_path=keys.kt_weight_path)
+    return init_cpu_infer(
+        keys.kt_num_threads,
+        keys.tp,
+        backend=keys.kt_backend,
+        weight_path=keys.kt_weight_path,
+        gpu=gpu_experts_of(keys),
+    )
 
 
 def _target(finetuning_args: Any) -> str | list[str]:

@@ -14,6 +14,7 @@ _MODULES = {
     "MOEAMXFunction": "layer",
     "MOELayerWrapper": "layer",
     "CpuInfer": "infer",
+    "GpuExperts": "gpu_experts",
     "init_cpu_infer": "infer",
     "load_model": "pretrained",
     "wrap_moe_layers": "wrap",

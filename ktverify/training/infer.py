@@ -10,6 +10,7 @@ from ktverify.engines.native.isa import require_isa
 from ktverify.engines.quantise import MADE
 from ktverify.system.limits import processors
 from ktverify.training import capture
+from ktverify.training.gpu_experts import ALL_IN_ENGINE, GpuExperts
 
 # kt_backend of the users' configurations -> the engine's method
 BACKENDS = {
@@ -22,7 +23,8 @@ BACKENDS = {
 class CpuInfer:
     """How the engine computes: most workers, tensor parallel degree, instruction set, saved forwards, rows per call.
 
-    method: of the base weights. weight_path: where the experts' weights are read from, "" for the model's own."""
+    method: of the base weights. weight_path: where the experts' weights are read from, "" for the model's own. gpu: the
+    experts that torch computes on a device."""
 
     threads: int
     tp: int = 1
@@ -31,6 +33,7 @@ class CpuInfer:
     chunked_prefill_size: int = 25600
     method: str = BACKENDS["AMXBF16"]
     weight_path: str = ""
+    gpu: GpuExperts = ALL_IN_ENGINE
 
     def experts_in_files(self, quantised: bool) -> bool:
         """Whether a model's experts stay in files. quantised: whether its checkpoint is.
@@ -54,6 +57,7 @@ def init_cpu_infer(
     isa: str | None = None,
     max_cache_depth: int = 4,
     chunked_prefill_size: int = 25600,
+    gpu: GpuExperts = ALL_IN_ENGINE,
 ) -> CpuInfer:
     """The settings that `wrap_moe_layers` takes. threads: None takes all processors of this process; threadpool_count:
     tensor parallel degree.
@@ -84,4 +88,5 @@ def init_cpu_infer(
         chunked_prefill_size,
         BACKENDS[backend],
         weight_path,
+        gpu,
     )

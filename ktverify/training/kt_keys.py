@@ -12,7 +12,6 @@ from ktverify.system.files import expand
 # keys that have one value here -> how it may be written, and the error for another value
 ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "kt_use_wrapper": ((True,), "the engine has no other way in; it takes true. use_kt: false trains without engine"),
-    "kt_num_gpu_experts": ((0,), "experts on a GPU do not exist yet; it takes 0"),
 }
 MOST = 2**31 - 1  # of any count
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -29,7 +28,9 @@ class KtKeys(BaseModel):
     kt_tp_enabled: bool = False
     kt_tp_count: Count = 1
     kt_use_wrapper: Literal[True] = True
-    kt_num_gpu_experts: Literal[0] = 0
+    kt_num_gpu_experts: Annotated[int, Field(ge=0, le=MOST)] = 0
+    kt_gpu_experts_mask: str = ""
+    kt_gpu_device: str = "cuda"
     kt_weight_path: str = ""
 
     @field_validator(*ONLY, mode="before")
@@ -40,7 +41,7 @@ class KtKeys(BaseModel):
             return value
         raise PydanticCustomError("does_not_exist", reason)
 
-    @field_validator("kt_weight_path", mode="before")
+    @field_validator("kt_weight_path", "kt_gpu_experts_mask", mode="before")
     @classmethod
     def _a_path(cls, value: Any) -> Any:
         try:

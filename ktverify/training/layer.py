@@ -67,6 +67,7 @@ class MOELayerWrapper(nn.Module):
         self.infer = infer
         self.num_experts, self.hidden_size, self.intermediate_size = down_proj.shape
         argument_checks.check_tp(self.intermediate_size, infer.tp)
+        self.gpu_experts_mask = infer.gpu.mask(layer_idx, self.num_experts)
         self.auto_update = True
         self.block: tuple[nn.Module] | None = None  # the model's block around the experts; in a tuple: no submodule
         self.adapters: dict[str, Adapter] = {}
@@ -131,6 +132,14 @@ class MOELayerWrapper(nn.Module):
         Does nothing before the first forward, which builds the engine because it knows k."""
         if self.engine is not None:
             self._synchronise(self.adapters.values(), self.engine.spec.num_experts_per_tok, True)
+
+    @in_turn
+    def set_gpu_experts_mask(self, gpu_experts_mask: torch.Tensor | list[bool]) -> None:
+        """Compute these experts, bool [E], on the GPU from now on, and the others in the engine."""
+        mask = list(argument_checks.check_gpu_experts_mask(self.num_experts, gpu_experts_mask))
+        if self.engine is not None:
+            self.engine.set_gpu_experts_mask(mask)
+        self.gpu_experts_mask = mask
 
     def forward(
         self,
@@ -249,6 +258,8 @@ class MOELayerWrapper(nn.Module):
             "chunked_prefill_size": self.infer.chunked_prefill_size,
             "method": method,
             "max_cache_depth": self.infer.max_cache_depth,
+            "gpu_experts_mask": self.gpu_experts_mask,
+            "gpu_device": self.infer.gpu.device,
         }
 
     def _load(self, lora: list[torch.Tensor], dtype: torch.dtype) -> None:

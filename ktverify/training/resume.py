@@ -17,9 +17,11 @@ import numpy as np
 from ktverify.training.config import TrainConfig
 from ktverify.training.schedule import learning_rates
 
-# keys that alter no step. Data and weights are compared by content, max_steps and num_train_epochs by what they come to
+# keys that alter no step, or by rounding alone, as those of experts on a GPU. Data and weights are compared by content,
+# max_steps and num_train_epochs by what they come to
 _HARMLESS = (
     *("model_name_or_path", "trust_remote_code", "dataset", "max_samples", "template", "preprocessing_num_workers"),
+    *("kt_num_gpu_experts", "kt_gpu_experts_mask", "kt_gpu_device"),
     *("kt_num_threads", "gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit", "stop_on_nan"),
     *("output_dir", "max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"),
     "kt_weight_path",

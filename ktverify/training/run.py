@@ -28,6 +28,7 @@ from ktverify.training import curves, memory_trend, output_directory, resume
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
+from ktverify.training.gpu_experts import gpu_experts_of
 from ktverify.training.infer import CpuInfer, init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, check_method, load_form, load_model, load_tokenizer
 from ktverify.training.schedule import check_schedule
@@ -101,7 +102,11 @@ def run(
     infer = None
     if config.use_kt:
         infer = init_cpu_infer(
-            config.kt_num_threads, config.tp, backend=config.kt_backend, weight_path=config.kt_weight_path
+            config.kt_num_threads,
+            config.tp,
+            backend=config.kt_backend,
+            weight_path=config.kt_weight_path,
+            gpu=gpu_experts_of(config),
         )
     path, trust = config.model_name_or_path, config.trust_remote_code
     _check_form(config, infer)
@@ -177,7 +182,9 @@ def _check_form(config: TrainConfig, infer: CpuInfer | None) -> None:
     form = load_form(config.model_name_or_path, config.torch_dtype, option=BASE_OPTION, trust=trust)
     rank = config.lora_rank
     if infer is not None:
-        for block in find_experts(form):
+        blocks = find_experts(form)
+        infer.gpu.check([int(block.down_proj.shape[0]) for block in blocks])  # type: ignore[index]
+        for block in blocks:
             experts, hidden, intermediate = block.down_proj.shape  # type: ignore[misc]
             LayerSpec(
                 num_experts=experts,

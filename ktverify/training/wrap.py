@@ -49,6 +49,7 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
             "ktverify.training.load_model(path, infer=…), which leaves them in the files"
         )
     names = {module: name for name, module in model.named_modules()}
+    chosen.gpu.check([int(block.down_proj.shape[0]) for block in blocks])  # type: ignore[index]
     wrappers = []
     for number, block in enumerate(blocks):
         weights = [getattr(block, name).detach() for name in WEIGHTS]

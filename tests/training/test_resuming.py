@@ -314,6 +314,6 @@ def test_every_key_is_harmless_or_refused() -> None:
     config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
     kept = kept_of(config, [], 1)
     unlisted = {"max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"}
-    one_value = {"kt_use_wrapper", "kt_num_gpu_experts"}
+    one_value = {"kt_use_wrapper"}
     listed = set(kept["altering"]) | set(kept["others"])
     assert listed == set(TrainConfig.model_fields) - unlisted - one_value - {"kt_tp_enabled"}
