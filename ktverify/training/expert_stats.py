@@ -27,8 +27,9 @@ def count_routing(config: TrainConfig, beside: Path) -> list[list[int]]:
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
     infer = None
     if config.use_kt:
-        engine = {"backend": config.kt_backend, "weight_path": config.kt_weight_path}
-        infer = init_cpu_infer(config.kt_num_threads, config.tp, **engine)
+        infer = init_cpu_infer(
+            config.kt_num_threads, config.tp, backend=config.kt_backend, weight_path=config.kt_weight_path
+        )
     model: Any = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust, infer=infer).eval()
     if infer is not None:
         wrap_moe_layers(model, infer)

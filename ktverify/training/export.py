@@ -29,7 +29,7 @@ from ktverify.system.text import read_json
 from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.headers import header_of
 from ktverify.training.output_directory import whole_directory
-from ktverify.training.pretrained import load_model, of_hub
+from ktverify.training.pretrained import load_form, load_model, of_hub
 from ktverify.training.quantised import Quantisation, quantisation_of, write_dequantised
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -51,6 +51,8 @@ def export_merged(
     if out.exists():
         raise ValueError(f"{out} exists: name another directory")
     path = base_of(adapter, base)
+    if not Path(path).is_dir():
+        load_form(path, "bfloat16", option="--base", trust=trust)  # refuses what is neither here nor on the hub
     folder = Path(path) if Path(path).is_dir() else of_hub(path)
     about = _quantisation_of(folder)
     loaded = dtype or ("bfloat16" if about else _dtype_of(_headers(folder)))
