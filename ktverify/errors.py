@@ -17,6 +17,7 @@ KtverifyError
 |-- NoGolden             FileNotFoundError     a case has no golden
 |-- AdapterMismatch      ValueError            an adapter does not fit its base model
 |-- NotFinite            RuntimeError          a training's loss or gradient is NaN or Inf
+|-- RankLost             RuntimeError          another process of the same training ended
 |-- WrongKeys            ValueError            a configuration cannot be used
 |-- NoBase               ValueError            the base model of an adapter cannot be loaded
 `-- NothingMeasured      ValueError            a bench run has no measurement that counts
@@ -147,6 +148,10 @@ class AdapterMismatch(KtverifyError, ValueError):
 
 class NotFinite(KtverifyError, RuntimeError):
     """The loss or the gradient of a training's step is NaN or Inf."""
+
+
+class RankLost(KtverifyError, RuntimeError):
+    """Another process of the same training ended, or gave no answer within the group's timeout."""
 
 
 class WrongKeys(KtverifyError, ValueError):

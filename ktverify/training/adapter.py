@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn
 
 from ktverify.errors import AdapterMismatch, one_line
 from ktverify.system.text import read_json
-from ktverify.training.factors import Factors
+from ktverify.training.factors import Factors, joined
 from ktverify.training.layer import MOELayerWrapper, uncompiled
 from ktverify.training.wrap import WEIGHTS, find_experts
 
@@ -40,6 +42,7 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
         super().__init__(base_layer, adapter_name, **options)
+        self._own: set[str] = set()  # adapters of which only this process's experts are kept
         self._layer().adapters[self.parameter_name] = self
 
     def _layer(self) -> MOELayerWrapper:
@@ -66,9 +69,24 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         return [self._of(name) for name in self.lora_A]
 
     def _of(self, name: str) -> Factors:
+        if self._layer().share is not None and name not in self._own:
+            raise ValueError(
+                f"adapter {name} was attached by peft alone, and these experts are divided among processes: attach it "
+                "with ktverify.training.add_adapter or load_adapter"
+            )
         # peft before 0.19 takes the middle dimension of a stacked parameter for its input
         turned = not getattr(self, "_did_swap_in_out_features", False)
         return Factors(self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]), turned)
+
+    def keep_own_experts(self) -> None:
+        """Where experts are divided among processes, keep the LoRA of this process's experts alone."""
+        if (share := self._layer().share) is not None:
+            for name in self.lora_A:
+                self._own.add(name)
+                own = self._of(name).part(share.total, share.experts)
+                for layer, value in ((self.lora_A[name], own.a), (self.lora_B[name], own.b)):
+                    layer.weight = nn.Parameter(value, requires_grad=layer.weight.requires_grad)
+                    layer.out_features, layer.in_features = value.shape
 
     @uncompiled
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -125,7 +143,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
         adapted: PeftModel = get_peft_model(model, config)
-    _merge_nothing(adapted)
+    _finish(adapted)
     if dropout:
         for module in adapted.modules():
             if isinstance(module, lora_layer.Linear):
@@ -158,11 +176,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
             warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)  # reported below, as an error
             warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
             adapted: PeftModel = PeftModel.from_pretrained(model, str(path), config=config, is_trainable=trainable)
-            _merge_nothing(adapted)
     except (RuntimeError, ValueError, SafetensorError) as error:
         first = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapter in {path} does not fit this base model: {first}") from error
     _check_keys(adapted, path)
+    _finish(adapted)
     return adapted
 
 
@@ -185,10 +203,44 @@ def _compute_experts_in_engine(model: nn.Module, config: LoraConfig) -> None:
         config._register_custom_module(dict.fromkeys(kinds, ParamWrapper))
 
 
-def _merge_nothing(adapted: PeftModel) -> None:
-    """Let peft refuse to merge before it begins: layers that come before the first experts would be merged already."""
-    if any(isinstance(module, ParamWrapper) for module in adapted.modules()):
+def _finish(adapted: PeftModel) -> None:
+    """Let peft refuse to merge before it begins: layers that come before the first experts would be merged already.
+
+    Where experts are divided among processes, keep this one's LoRA alone, and let save_pretrained save all."""
+    wrapped = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
+    if wrapped:
         adapted.base_model._check_merge_allowed = _no_merge
+    for module in wrapped:
+        module.keep_own_experts()
+    if any(module._layer().share is not None for module in wrapped):
+        adapted.save_pretrained = partial(save_together, adapted)
+
+
+def save_together(adapted: PeftModel, directory: str | Path, **options: Any) -> None:
+    """Save the adapter of experts that are divided among processes, as one process would. All ranks call it; rank 0 of
+    the group writes, and all return once the files are there. options: those of peft's save_pretrained.
+
+    RankLost where another rank ended."""
+    share = next(module._layer().share for module in adapted.modules() if isinstance(module, ParamWrapper))
+    assert share is not None
+    state = whole_state(adapted)
+    if share.rank == 0:
+        type(adapted).save_pretrained(adapted, str(directory), **{**options, "state_dict": state})
+    share.gather(None)
+
+
+def whole_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The model's trainable state by torch's names, the LoRA of all ranks' experts in it. All ranks call it."""
+    state = {name: value.detach() for name, value in adapted.named_parameters() if "lora_" in name}
+    for place, module in adapted.named_modules():
+        if not isinstance(module, ParamWrapper) or (share := module._layer().share) is None:
+            continue
+        for name in module.lora_A:
+            own = module._of(name)
+            parts = share.gather((own.a.detach().cpu(), own.b.detach().cpu()))
+            whole = joined([replace(own, a=a, b=b) for a, b in parts], share.widths)
+            state |= {f"{place}.lora_A.{name}.weight": whole.a, f"{place}.lora_B.{name}.weight": whole.b}
+    return state
 
 
 def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list[str]]:

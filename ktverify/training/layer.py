@@ -26,6 +26,7 @@ from ktverify.engines.native.turns import in_turn, list_of_this_thread
 from ktverify.engines.plain_tensors import check_modes
 from ktverify.spec.names import GRAD_NAMES
 from ktverify.training import capture
+from ktverify.training.expert_parallel import Share
 from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, rank_of
 from ktverify.training.infer import CpuInfer
 
@@ -69,6 +70,7 @@ class MOELayerWrapper(nn.Module):
         argument_checks.check_tp(self.intermediate_size, infer.tp)
         self.gpu_experts_mask = infer.gpu.mask(layer_idx, self.num_experts)
         self.auto_update = True
+        self.share: Share | None = None  # of experts divided among processes: these are those of this process
         self.block: tuple[nn.Module] | None = None  # the model's block around the experts; in a tuple: no submodule
         self.adapters: dict[str, Adapter] = {}
         self.engine: layer.KTMoEWrapper | None = None

@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
+from ktverify.training import expert_parallel as ep
 from ktverify.training.infer import CpuInfer, init_cpu_infer
 from ktverify.training.layer import MOELayerWrapper, uncompiled
 
-IMPLEMENTATION = "ktverify"
+IMPLEMENTATION, IMPLEMENTATION_OF_RANKS = "ktverify", "ktverify_ep"
 # in which torchrun, accelerate and MPI tell a process how many there are
 _PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 WEIGHTS = ("gate_up_proj", "down_proj")
@@ -27,15 +28,21 @@ WEIGHTS = ("gate_up_proj", "down_proj")
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe")
 
 
-def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_update: bool = True) -> nn.Module:
+def wrap_moe_layers(
+    model: nn.Module, infer: CpuInfer | None = None, *, auto_update: bool = True, expert_parallel: Any = None
+) -> nn.Module:
     """Let the engine compute the routed experts of `model`, and return it; `model._kt_wrappers` lists one per layer.
 
     The engine gets the base weights gate_up_proj [E, 2 I, H] and down_proj [E, H, I] as bf16, and the model keeps no
     copy; of a model that was loaded without them it reads the files. Attach LoRA afterwards, with `add_adapter` or
-    `load_adapter`. auto_update: see MOELayerWrapper. ValueError, before anything is changed, for a model that is not
-    supported, for one of several processes, and for files that are not as the method takes them.
+    `load_adapter`. auto_update: see MOELayerWrapper.
+    expert_parallel: a group of torch.distributed, like dist.group.WORLD, whose ranks divide the experts; each keeps its
+    own. All ranks call the model, and save the adapter, together.
+    ValueError, before anything is changed, for a model that is not supported, for one of several processes without
+    expert_parallel, for more ranks than experts, and for files that are not as the method takes them.
     """
-    require_one_process()
+    if expert_parallel is None:
+        require_one_process()
     chosen = infer or init_cpu_infer()
     if getattr(model, "_kt_wrappers", None):
         raise ValueError("this model is wrapped already: wrap_moe_layers takes a freshly loaded one")
@@ -48,27 +55,43 @@ def wrap_moe_layers(model: nn.Module, infer: CpuInfer | None = None, *, auto_upd
             "the model has its experts' weights in memory, and the engine is to read codes: load it with "
             "ktverify.training.load_model(path, infer=…), which leaves them in the files"
         )
+    if at is not None and expert_parallel is not None:
+        raise ValueError(
+            "the experts' weights are in files, and expert_parallel divides those in memory: load the model with "
+            "transformers' from_pretrained"
+        )
+    if expert_parallel is not None and (chosen.gpu.number or chosen.gpu.layers):
+        raise ValueError("expert_parallel divides the experts of engines, and some are to be on a GPU: take one")
+    shares = [_share(expert_parallel, block) for block in blocks]
     names = {module: name for name, module in model.named_modules()}
     chosen.gpu.check([int(block.down_proj.shape[0]) for block in blocks])  # type: ignore[index]
     wrappers = []
-    for number, block in enumerate(blocks):
+    for number, (block, share) in enumerate(zip(blocks, shares, strict=True)):
         weights = [getattr(block, name).detach() for name in WEIGHTS]
+        if share is not None:
+            # copied, so that nothing keeps the other ranks' experts in memory
+            weights = [weight[share.experts.start : share.experts.stop].clone() for weight in weights]
         files = (at, number_of(names[block])) if at else None
         if not files:
             weights = [weight.to("cpu", torch.bfloat16) for weight in weights]
         wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen, files)
-        wrapper.auto_update = auto_update
+        wrapper.auto_update, wrapper.share = auto_update, share
         wrappers.append(wrapper)
     around = {id(child): module for module in model.modules() for child in module.children()}
     for block, wrapper in zip(blocks, wrappers, strict=True):
         wrapper.block = (around[id(block)],)
         # not by the model's method, which takes only transformers' own names in some releases
-        block.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
+        used = IMPLEMENTATION if wrapper.share is None else IMPLEMENTATION_OF_RANKS
+        block.config._experts_implementation = used  # type: ignore[union-attr]
         _hand_over(block, wrapper)
     model._kt_wrappers = wrappers  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _no_whole_checkpoint  # type: ignore[assignment]
     return model
+
+
+def _share(group: Any, block: Any) -> ep.Share | None:
+    return None if group is None else ep.Share(group, len(block.down_proj))
 
 
 def _no_whole_checkpoint(*given: object, **named: object) -> None:
@@ -223,9 +246,14 @@ def _experts_forward(
             "attach it with ktverify.training.add_adapter or load_adapter"
         )
     layer: MOELayerWrapper = block._kt_layer[0]  # type: ignore[assignment,index]
-    output: torch.Tensor = layer(hidden_states, top_k_index, top_k_weights)
+    output: torch.Tensor = (
+        layer(hidden_states, top_k_index, top_k_weights)
+        if layer.share is None
+        else ep.forward(layer.share, layer, hidden_states, top_k_index, top_k_weights)
+    )
     return output
 
 
 # on import, because a model that was saved whole is loaded without wrap_moe_layers
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+for _name in (IMPLEMENTATION, IMPLEMENTATION_OF_RANKS):
+    ALL_EXPERTS_FUNCTIONS.register(_name, _experts_forward)
