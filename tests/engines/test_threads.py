@@ -241,3 +241,34 @@ def test_input_that_another_thread_writes_meanwhile(argument: str) -> None:
         layer.load_weights_from_tensors(*base, inputs.physical_map)
     layer.update_lora_weights()
     expect_same(run_layer(layer, INPUTS), expected)
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_both_sides_of_a_call_have_the_same_weights_whatever_other_threads_change(
+    move: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = [expert % 2 == 0 for expert in range(CASE.num_experts)]
+    layer = fresh(torch.bfloat16, gpu_experts_mask=mask, gpu_device="cpu")
+    expected = forward(layer)
+    launch = layer._device.launch
+    others: list[threading.Thread] = []
+
+    def change() -> None:
+        layer.down_lora_b = layer.down_lora_b * -2
+        if move:
+            layer.set_gpu_experts_mask([not there for there in mask])
+        else:
+            layer.update_lora_weights()
+
+    def launch_beside_a_change(*given: Any, **named: Any) -> Any:
+        begun = launch(*given, **named)
+        others.append(threading.Thread(target=change))
+        others[0].start()
+        others[0].join(0.5)  # in its turn it ends after this call
+        return begun
+
+    monkeypatch.setattr(layer._device, "launch", launch_beside_a_change)
+    assert torch.equal(forward(layer), expected)
+    monkeypatch.undo()
+    others[0].join()
+    assert not torch.equal(forward(layer), expected), "the change comes after the call"

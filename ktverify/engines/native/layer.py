@@ -20,7 +20,7 @@ from ktverify.engines.native.gradient_memory import gradient_tensors
 from ktverify.engines.native.isa import chosen_isa, require_isa
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.engines.native.shortage import memory_errors
-from ktverify.engines.native.turns import in_turn
+from ktverify.engines.native.turns import in_turn, in_turn_where
 from ktverify.engines.plain_tensors import values_of
 from ktverify.spec.names import BASE_NAMES, GRAD_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
@@ -262,6 +262,7 @@ class KTMoEWrapper:
         A slot with id -1 contributes nothing."""
         return self.forward_with_ticket(hidden_states, expert_ids, weights, save=save_for_backward)[0]
 
+    @in_turn_where("_device")
     @memory_errors("forward_sft")
     def forward_with_ticket(
         self,
@@ -316,6 +317,7 @@ class KTMoEWrapper:
         self._own.grad_weights = self._latest_grad_weights = grad_weights
         return grad_input, grads
 
+    @in_turn_where("_device")
     @memory_errors("backward")
     def backward_of(
         self, ticket: int, grad_output: torch.Tensor, *, accumulate: bool = False

@@ -2,7 +2,8 @@
 
 A layer's parameters and the values that its engine has of them change together, and base weights are read of one load.
 Between giving LoRA to the engine of a model and its forward, no other thread may give other values; one thread builds
-the engine. The engine computes one call at a time in any case.
+the engine. The engine computes one call at a time in any case; where a device computes some experts, both see the same
+weights and saved forwards only in turn.
 """
 
 from __future__ import annotations
@@ -37,6 +38,21 @@ def in_turn(call: Call) -> Call:
             return call(*given, **named)
 
     return cast(Call, wrapped)
+
+
+def in_turn_where(attribute: str) -> Callable[[Call], Call]:
+    """A decorator of methods: like `in_turn` for the objects whose attribute is not None."""
+
+    def decorate(call: Call) -> Call:
+        turn = in_turn(call)
+
+        @functools.wraps(call)
+        def wrapped(owner: Any, *given: Any, **named: Any) -> Any:
+            return (call if getattr(owner, attribute) is None else turn)(owner, *given, **named)
+
+        return cast(Call, wrapped)
+
+    return decorate
 
 
 def list_of_this_thread(owner: object) -> list[Any]:
