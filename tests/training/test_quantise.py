@@ -227,7 +227,12 @@ def test_transformers_reads_fp8(tmp_path: Path) -> None:
 
     source = tiny(tmp_path / "plain")
     quantise_checkpoint(source, tmp_path / "out", "fp8")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    try:
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        pytest.skip("transformers 5.6 reads FP8 with triton alone, which a CPU has not")
     expected = expected_of(source, "fp8")
     assert set(found) == set(expected)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
