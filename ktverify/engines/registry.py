@@ -244,11 +244,15 @@ def facts(name: str) -> Facts:
 
 
 def _hide_answers() -> None:
-    """Engines' processes that are started from now on cannot open the stored answers; see isolation/sandbox.py."""
+    """Engines' processes that are started from now on cannot open the stored answers; see isolation/sandbox.py.
+
+    They may write them: so the judge remembers what they are.
+    """
     # it imports torch
     from ktverify.judge import golden
 
     stored = os.path.abspath(golden.golden_dir())
+    golden.remember_manifest(Path(stored))
     sandbox.hidden[:] = [stored, os.path.abspath(golden.cache_dir()), *sandbox.committed(stored)]
 
 

@@ -38,6 +38,9 @@ _RESTORE = "check it out of git again, or regenerate" if IN_CLONE else "install 
 
 Entry = dict[str, Any]  # a case's entry in the manifest
 
+# by path, the text of each manifest that this process, or the one that it was forked from, read first or wrote itself
+_known_texts: dict[str, str] = {}
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -112,17 +115,34 @@ def load_full(case: Case) -> dict[str, torch.Tensor]:
         raise NoGolden(f"no full tensors of {case.id} in {path.parent}; `{only}` makes them") from None
 
 
+def remember_manifest(where: Path) -> None:
+    """Read the manifest, if there is one: from now on, `read_manifest` refuses another in its place.
+
+    To be called before an engine runs: its process may write into the folder of the goldens.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        path = where / MANIFEST
+        _known_texts.setdefault(os.path.abspath(path), path.read_text(encoding="utf-8"))
+
+
 def read_manifest(where: Path, *, missing_ok: bool = False) -> dict[str, Entry]:
-    """The manifest's entries by the id of their case. NoGolden without a manifest, ValueError for a broken one."""
+    """The manifest's entries by the id of their case.
+
+    NoGolden without a manifest. ValueError for a broken one, and for one that another process has changed since this
+    one read it.
+    """
     path = where / MANIFEST
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document: dict[str, Any] = json.loads(text)
     except FileNotFoundError:
         if missing_ok:
             return {}
         raise NoGolden(f"no {path}; `python -m ktverify.golden regenerate` makes it") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; {_RESTORE}") from error
+    if _known_texts.setdefault(os.path.abspath(path), text) != text:
+        raise ValueError(f"{path} has changed since this process read it first; {_RESTORE}, and start again")
     if document.get("format") not in READABLE:
         raise ValueError(f"{path} has format {document.get('format')!r}, this version reads {FORMAT}")
     cases: dict[str, Entry] = document["cases"]
@@ -139,6 +159,7 @@ def write_manifest(where: Path, entries: dict[str, Entry]) -> None:
     path = where / MANIFEST
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_whole(path, text)
+    _known_texts[os.path.abspath(path)] = text
 
 
 def _entry(case: Case, where: Path) -> Entry:

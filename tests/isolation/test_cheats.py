@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ktverify.checks import accuracy
 from ktverify.checks.target import Target
 from ktverify.diagnose import hook
 from ktverify.isolation import hosted, layers, sandbox
+from ktverify.judge import golden
 from ktverify.runs.store import load
 from ktverify.spec.cases import Case
 from tests.support import cheats, unruly
@@ -45,6 +47,23 @@ def test_a_cheat_passes_neither_repro_nor_verify(name: str) -> None:
         assert done.exit_code == 1, done.output
         assert "PASS" not in done.output
         assert "UNSUPPORTED" not in done.output
+
+
+def test_a_judge_refuses_answers_that_an_engine_wrote(
+    notes: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path_factory.mktemp("golden")
+    for path in (golden.golden_dir() / golden.MANIFEST, *golden.golden_dir().glob("small.*")):
+        shutil.copy(path, copy)
+    for variable in ("KTVERIFY_GOLDEN_DIR", cheats.SPOILT):
+        monkeypatch.setenv(variable, str(copy))
+    monkeypatch.setattr(sandbox, "hidden", [])  # the real goldens' again after this test
+    target = Target(f"{cheats.__name__}:WritesTheGolden")
+    first = accuracy.check_case(target, CASE, backward=False)
+    assert [record.verdict for record in first.records] == ["FAIL"]
+    assert (notes / "golden written").exists()
+    with pytest.raises(ValueError, match=r"manifest\.json has changed since this process read it first"):
+        accuracy.check_case(target, CASE, backward=False)
 
 
 @pytest.mark.parametrize("name", ["WritesRecords", "PlantsAPlugin"])
