@@ -12,22 +12,32 @@ INT4_GROUPS = (32, 128)
 MADE: Mapping[str, int] = {"int8": 0, "int4": INT4_GROUPS[0], "fp8": FP8_BLOCK}
 """The formats that are made of bf16 weights, and the columns that share a scale; 0 for a whole row."""
 
+# codes in one element of their tensor
+PER_ELEMENT: Mapping[str, int] = {"fp8": 1, "int8": 1, "int4": 8, "mxfp4": 2}
+_DTYPES = {
+    "int8": (torch.int8, torch.float32),
+    "int4": (torch.int32, torch.bfloat16),
+    "fp8": (torch.float8_e4m3fn, torch.float32),
+}
+
 # Rows at a time, a multiple of a block's: a matrix is never there as fp32 as a whole.
 _ROWS = FP8_BLOCK
+
+
+def scale_shape(format: str, group: int, rows: int, columns: int) -> tuple[int, ...]:
+    """The shape of the scales of a matrix [rows, columns] of which `group` columns share one; 0 for a whole row."""
+    if not group:
+        return (rows,)
+    return -(-rows // group) if format == "fp8" else rows, -(-columns // group)
 
 
 def empty_codes(format: str, group: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(codes, scales) without values for matrices [..., N, K], as load_weights_from_tensors takes them."""
     *before, rows, columns = shape
-    sizes: tuple[tuple[int, ...], ...] = ((rows, columns), (rows,))
-    dtypes = torch.int8, torch.float32
-    if format == "int4":
-        sizes, dtypes = ((rows, columns // 8), (rows, columns // group)), (torch.int32, torch.bfloat16)
-    elif format == "fp8":
-        blocks = -(-rows // group), -(-columns // group)
-        sizes, dtypes = ((rows, columns), blocks), (torch.float8_e4m3fn, torch.float32)
+    sizes = (rows, columns // PER_ELEMENT[format]), scale_shape(format, group, rows, columns)
     codes, scales = (
-        torch.empty((*before, *size), dtype=dtype, device="cpu") for size, dtype in zip(sizes, dtypes, strict=True)
+        torch.empty((*before, *size), dtype=dtype, device="cpu")
+        for size, dtype in zip(sizes, _DTYPES[format], strict=True)
     )
     return codes, scales
 

@@ -6,7 +6,7 @@ docs/contract.md, "Quantised base weights", has the formats and the rule. Matric
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,71 @@ import torch
 
 from ktverify.engines.argument_checks import LayerSpec, check_base_weights, check_tensor, shown, tp_degrees
 from ktverify.engines.plain_tensors import values_of
-from ktverify.engines.quantise import FP8_BLOCK, INT4_GROUPS, MADE, empty_codes, make_codes
+from ktverify.engines.quantise import (
+    FP8_BLOCK,
+    INT4_GROUPS,
+    MADE,
+    PER_ELEMENT,
+    empty_codes,
+    make_codes,
+    scale_shape,
+)
 from ktverify.spec.names import BASE_NAMES
 
 MXFP4_GROUP = 32
 # the numbers of e2m1, by code
 _E2M1 = [sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+
+
+@dataclass(frozen=True)
+class CodedMatrix:
+    """A matrix [..., N, K] as codes, as load_weights_from_tensors takes one.
+
+    block: rows and columns that share a scale; columns of 0: a whole row. scales, and zero_points where there are any:
+    [..., groups], of int8 without the last dimension; scales of any floating-point dtype, of mxfp4 e8m0 or its bytes.
+    """
+
+    format: str
+    block: tuple[int, int]
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None = None
+
+    def q(self) -> torch.Tensor:
+        """fp32 [..., N, K]: the number of each code, less its zero point where there is one."""
+        q = self.numbers()
+        return q if self.zero_points is None else q - self._of_columns(self.zero_points.float())
+
+    def numbers(self) -> torch.Tensor:
+        """fp32 [..., N, K]: the number of each code."""
+        if self.format in ("fp8", "int8"):
+            return self.codes.float()
+        halves = self.codes.view(torch.uint8)
+        code = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
+        # the last element of a row may have codes that no weight has
+        code = code[..., : self.scales.shape[-1] * self.block[1]]
+        return code.float() - 8 if self.format == "int4" else torch.tensor(_E2M1, device="cpu")[code.long()]
+
+    def scale(self) -> torch.Tensor:
+        """fp32: the scale of each weight, [..., N, K]; of int8, where all of a row have one, [..., N, 1]."""
+        return self._of_columns(self.row_scales())
+
+    def row_scales(self) -> torch.Tensor:
+        """fp32 [..., N, groups]: the scales of each row."""
+        scales = (self.scales.view(torch.float8_e8m0fnu) if self.format == "mxfp4" else self.scales).float()
+        if self.format == "fp8":
+            return scales.repeat_interleave(self.block[0], -2)[..., : self.codes.shape[-2], :]
+        return scales if self.block[1] else scales[..., None]
+
+    def products(self) -> torch.Tensor:
+        """fp32 [..., N, K]: q times s, with zero points q - z times s."""
+        return self.q() * self.scale()
+
+    def _of_columns(self, values: torch.Tensor) -> torch.Tensor:
+        if not self.block[1]:
+            return values
+        columns = self.codes.shape[-1] * PER_ELEMENT[self.format]
+        return values.repeat_interleave(self.block[1], -1)[..., :columns]
 
 
 @dataclass(frozen=True)
@@ -34,6 +93,17 @@ class Codes:
     codes: dict[str, torch.Tensor]
     scales: dict[str, torch.Tensor]
     zero_points: dict[str, torch.Tensor] | None = None
+
+    def of_slots(self, name: str) -> Iterator[CodedMatrix]:
+        """The matrix `name` of each slot."""
+        for slot, (codes, scales) in enumerate(zip(self.codes[name], self.scales[name], strict=True)):
+            zeros = None if self.zero_points is None else self.zero_points[name][slot]
+            yield CodedMatrix(self.format, block_of(self.format, self.group), codes, scales, zeros)
+
+
+def block_of(format: str, group: int) -> tuple[int, int]:
+    """Rows and columns that share a scale, where `group` columns do; columns of 0: a whole row."""
+    return group if format == "fp8" else 1, group
 
 
 def check_codes(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_points: Any) -> Codes:
@@ -50,9 +120,8 @@ def check_codes(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_point
         found = _given(spec, weights, scales, zero_points)
         for name in BASE_NAMES:
             names = (name, f"the scales of {name}", f"the zero points of {name}")
-            for expert, (codes, of_expert) in enumerate(zip(found.codes[name], found.scales[name], strict=True)):
-                zeros = None if found.zero_points is None else found.zero_points[name][expert]
-                check_values(found.format, names, codes, of_expert, zeros, (expert,))
+            for slot, of in enumerate(found.of_slots(name)):
+                check_values(of.format, names, of.codes, of.scales, of.zero_points, (slot,))
     check_cut(spec, found.group)
     return found
 
@@ -87,13 +156,11 @@ def _given(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_points: An
         if format in ("int4", "mxfp4") and columns % 32:
             groups = "groups of 32 or 128" if format == "int4" else "groups of 32"
             raise ValueError(f"{name} has rows of {columns} weights; method {spec.method} takes {groups}")
-        per_code = {"int4": 8, "mxfp4": 2}.get(format, 1)
-        codes[name] = _plain(name, weights[position], (experts, rows, columns // per_code), (code_dtype,))
+        size = (experts, rows, columns // PER_ELEMENT[format])
+        codes[name] = _plain(name, weights[position], size, (code_dtype,))
         if format == "int4":
             group = _int4_group(f"the scales of {name}", given_scales[position], columns, group)
-        shape: tuple[int, ...] = (experts, rows) if format == "int8" else (experts, rows, -(-columns // group))
-        if format == "fp8":
-            shape = (experts, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+        shape = (experts, *scale_shape(format, group, rows, columns))
         found_scales[name] = _plain(f"the scales of {name}", given_scales[position], shape, scale_dtypes)
         if given_zeros is not None:
             zeros[name] = _plain(f"the zero points of {name}", given_zeros[position], shape, (torch.int8,))
@@ -185,31 +252,4 @@ def dequantised(
     format: str, group: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> torch.Tensor:
     """bf16 [N, K] of one expert's matrix."""
-    return products(format, (1 if format != "fp8" else group, group), codes, scales, zeros).to(torch.bfloat16)
-
-
-def products(
-    format: str, block: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> torch.Tensor:
-    """fp32 [..., N, K]: q times s, with zero points q - z times s. block: rows and columns that share a scale; columns
-    of 0 are a whole row. scales: [..., groups], of int8 without the last dimension; any floating-point dtype."""
-    if format == "fp8":
-        q = codes.float()
-    elif format == "int8":
-        q = codes.float()
-        scales = scales[..., None]
-    else:
-        halves = codes.view(torch.uint8)
-        code = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
-        q = code.float() - 8 if format == "int4" else torch.tensor(_E2M1, device="cpu")[code.long()]
-        if format == "mxfp4":
-            scales = scales.view(torch.float8_e8m0fnu)
-
-    def over_weights(values: torch.Tensor) -> torch.Tensor:
-        if block[0] > 1:
-            values = values.repeat_interleave(block[0], -2)[..., : q.shape[-2], :]
-        return values if block[1] == 0 else values.repeat_interleave(block[1], -1)[..., : q.shape[-1]]
-
-    if zeros is not None:
-        q = q - over_weights(zeros.float())
-    return q * over_weights(scales.float())
+    return CodedMatrix(format, block_of(format, group), codes, scales, zeros).products().to(torch.bfloat16)

@@ -1,7 +1,7 @@
 """Weight formats in safetensors files: the names, dtypes and shapes of the tensors of one matrix, and their values.
 
 The one place that knows them. The engine's reader (native/checkpoint.py) leaves an expert's codes in the mapped file;
-that of whole models (training/codes.py) dequantises. Formats are those of docs/contract.md. Names are those of
+that of whole models (training/quantised.py) dequantises. Formats are those of docs/contract.md. Names are those of
 published checkpoints: DeepSeek-V3 and Qwen3 (fp8), compressed-tensors (int4 is its pack-quantized, int8 its
 int-quantized with a scale for each row), and MXFP4 with a scale for 32 weights.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktverify.engines.quantise import FP8_BLOCK
-from ktverify.engines.quantised import MXFP4_GROUP, products
+from ktverify.engines.quantise import FP8_BLOCK, PER_ELEMENT
+from ktverify.engines.quantised import MXFP4_GROUP, CodedMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class StoredMatrix:
 
     def dequantised(self) -> torch.Tensor:
         """fp32 [..., N, K]: the codes times their scales."""
-        return products(self.format, self.block, *self.values())[..., : self.shape[-1]]
+        return CodedMatrix(self.format, self.block, *self.values()).products()
 
 
 def stored_matrix(
@@ -135,7 +135,7 @@ def stored_matrix(
     _require_dtype(where("scales"), scales, layout.scale_dtypes, format)
     *before, rows, columns = _matrix_shape(where("codes"), codes[1].get_shape())
     width = columns
-    columns *= {"int4": 8, "mxfp4": 2}.get(format, 1)
+    columns *= PER_ELEMENT[format]
     given = scales.get_shape()
     if (stored := at.get("shape")) is not None:
         shape = _true_shape(where("shape"), stored[1])

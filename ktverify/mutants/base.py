@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.engines.quantised import check_codes
+from ktverify.engines.quantised import CodedMatrix, check_codes
 from ktverify.engines.torch_bf16 import TorchBf16
 from ktverify.judge.reference import routed, zeros
-from ktverify.mutants.codes import CodedExpert, of_slots
 from ktverify.spec.names import BASE_NAMES, GRAD_NAMES, LORA_NAMES
 
 Matrices = tuple[Tensor, Tensor, Tensor]
@@ -120,20 +119,20 @@ class Plain(TorchBf16):
         zero_points: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         found = check_codes(self.spec, (gate_proj, up_proj, down_proj), scales, zero_points)
-        made = [torch.stack([self.weight(one) for one in of_slots(found, name)]) for name in BASE_NAMES]
+        made = [torch.stack([self.weight(name, of) for of in found.of_slots(name)]) for name in BASE_NAMES]
         return *made, physical_map
 
-    def q(self, of: CodedExpert) -> Tensor:
+    def q(self, of: CodedMatrix) -> Tensor:
         """q, less the zero point, of one expert's matrix: fp32 [N, K]."""
-        return of.q() - of.zero_point()
+        return of.q()
 
-    def code_scale(self, of: CodedExpert) -> Tensor:
-        """The scale of each weight of one expert's matrix: fp32 [N, K]."""
+    def code_scale(self, name: str, of: CodedMatrix) -> Tensor:
+        """The scales of the weights of one expert's matrix `name`, fp32: [N, K], or [N, 1] for one of each row."""
         return of.scale()
 
-    def weight(self, of: CodedExpert) -> Tensor:
-        """bf16 [N, K] of one expert's matrix."""
-        return (self.q(of) * self.code_scale(of)).to(torch.bfloat16)
+    def weight(self, name: str, of: CodedMatrix) -> Tensor:
+        """bf16 [N, K] of one expert's matrix `name`."""
+        return (self.q(of) * self.code_scale(name, of)).to(torch.bfloat16)
 
     # ---- experts on another device
 

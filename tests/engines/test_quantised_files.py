@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ktverify.checks.quantised_files import LAYER, tensors_of
+from ktverify.checks.quantised_files import LAYER, by_rows, tensors_of
 from ktverify.checks.quantised_inputs import as_bf16, draw
 from ktverify.checks.target import Target, expect, expect_same_bits
+from ktverify.engines.checkpoint_files import Checkpoint
 from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import layer_arguments, run_layer
+from ktverify.engines.weight_files import stored_matrix
 from ktverify.isolation.child import ChildPool
-from ktverify.judge.dequantise import KINDS
+from ktverify.judge.dequantise import KINDS, packed
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
@@ -76,6 +78,21 @@ def test_parts_of_a_file(label: str, tmp_path: Path) -> None:
     if label == "int4_32":
         with pytest.raises(RuntimeError, match=r"the 32 columns of down_proj .* degrees that would work: 1, 2, 4$"):
             layer_at(path, CASE, label, tp=8)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_int4_whose_rows_end_inside_a_number_is_read(zeros: bool, tmp_path: Path) -> None:
+    codes = torch.randint(16, (1, 9, 40), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    scales = torch.linspace(0.5, 2, 27).bfloat16().view(9, 3)
+    points = torch.arange(27).view(9, 3).to(torch.int8) % 16 - 8
+    tensors = {"a.weight_packed": packed(KINDS["int4_32"], codes)[0], "a.weight_scale": scales}
+    tensors["a.weight_shape"] = torch.tensor([9, 36])
+    expected = codes[0, :, :36].float().view(9, 3, 12) - 8
+    if zeros:
+        tensors["a.weight_zero_point"] = by_rows(points)
+        expected = expected - points[..., None]
+    found = stored_matrix(Checkpoint(written(tmp_path, tensors)).lookup, "a.weight", "int4", "here").dequantised()
+    assert torch.equal(found, (expected * scales[..., None].float()).view(9, 36))
 
 
 def test_a_configuration_with_zero_points_needs_them(tmp_path: Path) -> None:
