@@ -1,7 +1,7 @@
-"""The native engine on base weights of fewer bits, for the bench: peers/native_fp8.py and its neighbours.
+"""What the bench's peers native_fp8, native_int8, native_int4 and native_mxfp4 share: base weights as codes.
 
-A bench that times one of them draws base weights that every format has exactly: `on_grid`. So all engines compute with
-the same weights, and their results are compared with the same oracle.
+Where the bench times one of them, base weights are numbers that bf16 and all four formats have exactly: `on_grid`. All
+engines then compute with the same weights, and their results are compared with the same oracle.
 """
 
 from __future__ import annotations

@@ -46,6 +46,8 @@ DRAWN_128 = "E=3,k=2,H=256,I=128,T=9,r=3,alpha=5"
 PARTS = {8: "E=3,k=2,H=64,I=236,T=9,r=3,alpha=5", 4: "E=3,k=2,H=64,I=128,T=9,r=3,alpha=5"}
 PARTS_128 = "E=2,k=1,H=128,I=512,T=5,r=3,alpha=5"
 VARIANTS = {f"/{label}": {"label": label} for label in KINDS}
+# those that an engine makes of bf16 weights
+MADE_OF_BF16 = ("int8", "int4_32", "fp8")
 
 
 def _case(kind: Kind, sizes: dict[int, str], of_128: str) -> Case:
@@ -54,6 +56,12 @@ def _case(kind: Kind, sizes: dict[int, str], of_128: str) -> Case:
 
 def _quantised(contract: str, kind: str = "quantised", **more: Any) -> Callable[[Function], Function]:
     return check(kind, contract, family="quantised", cause=Cause.QUANTISATION, **more)
+
+
+def _of_memory(contract: str) -> Callable[[Function], Function]:
+    """A check of the native engine alone that measures a process of its own."""
+    settings: dict[str, Any] = {"gates": ("resources",), "where": Where.OWN_CHOICE, "fresh_process": True}
+    return _quantised(contract, "quantised_memory", native=True, internal=True, **settings)
 
 
 @_quantised(RULE, variants=VARIANTS)
@@ -100,7 +108,7 @@ def check_parts(target: Target, label: str) -> None:
         target.expect_same_bits(f"{label} and bf16, TP {tp}", expected, found)
 
 
-@_quantised(MADE, variants={f"/{label}": {"label": label} for label in ("int8", "int4_32", "fp8")})
+@_quantised(MADE, variants={f"/{label}": {"label": label} for label in MADE_OF_BF16})
 def check_made_of_bf16(target: Target, label: str) -> None:
     """bf16 weights without scales give the bits of the codes that the contract's lines make, and of their W. Among them
     are zeros, the smallest and the largest numbers, and numbers in the middle between two codes."""
@@ -134,15 +142,7 @@ def _with_rare(weight: Tensor) -> Tensor:
     return found
 
 
-@_quantised(
-    COMPACT,
-    "quantised_memory",
-    gates=("resources",),
-    where=Where.OWN_CHOICE,
-    fresh_process=True,
-    native=True,
-    internal=True,
-)
+@_of_memory(COMPACT)
 def check_compact(target: Target) -> None:
     """A layer whose caller has dropped its codes holds them alone, in every format, once all experts are packed."""
     case = Case.parse("E=4,k=1,H=2048,I=1024,T=4,r=1,alpha=1")
@@ -166,18 +166,10 @@ def check_compact(target: Target) -> None:
         del layer
 
 
-@_quantised(
-    MADE_ONE_BY_ONE,
-    "quantised_memory",
-    gates=("resources",),
-    where=Where.OWN_CHOICE,
-    fresh_process=True,
-    native=True,
-    internal=True,
-)
+@_of_memory(MADE_ONE_BY_ONE)
 def check_made_one_by_one(target: Target) -> None:
     """The most memory that loading bf16 weights takes, in each format that is made of them."""
-    for label in ("int8", "int4_32", "fp8"):
+    for label in MADE_OF_BF16:
         # the small layer is not measured: it loads libraries and starts threads
         _loading(target, KINDS[label], Case.parse("E=1,k=1,H=512,I=512,T=1,r=1,alpha=1"))
         beside, one = _loading(target, KINDS[label], Case.parse("E=4,k=1,H=2048,I=2048,T=1,r=1,alpha=1"))

@@ -6,13 +6,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
-from ktverify.checks.check import Where, check
+from ktverify.checks.check import Function, Where, check
 from ktverify.checks.judging import judge_refusal
 from ktverify.checks.quantised_inputs import Coded, bare_of, draw, layer_of
 from ktverify.checks.target import Target
@@ -69,16 +70,12 @@ def by_rows(zeros: Tensor) -> Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-@check(
-    "quantised_files",
-    NAMES,
-    family="quantised",
-    cause=Cause.QUANTISATION,
-    where=Where.OWN_CHOICE,
-    native=True,
-    internal=True,
-    variants={f"/{label}": {"label": label} for label in KINDS},
-)
+def _in_files(contract: str, cause: Cause, **more: Any) -> Callable[[Function], Function]:
+    settings: dict[str, Any] = {"family": "quantised", "where": Where.OWN_CHOICE, "native": True, "internal": True}
+    return check("quantised_files", contract, cause=cause, **settings, **more)
+
+
+@_in_files(NAMES, Cause.QUANTISATION, variants={f"/{label}": {"label": label} for label in KINDS})
 def check_names(target: Target, label: str) -> None:
     """A layer from a file has the bits of the layer from the tensors; also of codes and scales in two files."""
     kind, inputs = KINDS[label], make_inputs(CASE)
@@ -189,16 +186,7 @@ ROWS = {
 }
 
 
-@check(
-    "quantised_files",
-    REFUSED,
-    family="quantised",
-    gates=("refusal",),
-    cause=Cause.REFUSAL,
-    where=Where.OWN_CHOICE,
-    native=True,
-    internal=True,
-)
+@_in_files(REFUSED, Cause.REFUSAL, gates=("refusal",))
 def check_refused(target: Target) -> None:
     """Every row of ROWS, a file that was cut short, fp32 weights, and .kt files, are refused in one line."""
     for name, row in ROWS.items():

@@ -49,7 +49,7 @@ def bench(
 
     Every engine runs in a process of its own and computes in turn, A B C A B C, on the same inputs with the same
     threads; its results are compared with the fp32 oracle before a time counts. Ratios are of minima over the rounds;
-    where the spread between rounds is larger than the difference, it is "too noisy to tell". `make peers` installs
+    a difference that is smaller than the spread between rounds is "too noisy to tell". `make peers` installs
     the peers that are no dependency. Written: bench.jsonl (every call), bench.md, .html, .tsv, .png. Ctrl-C leaves
     what was measured.
 

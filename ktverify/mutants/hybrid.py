@@ -45,7 +45,7 @@ class prefix_of_the_mask(Plain):
 
 @mutant(DEVICE, "hybrid/masks/every_second")
 class device_ids_not_renumbered(Plain):
-    """The device has the weights of its n experts in one block, and reads them at the expert's number in the layer."""
+    """The device holds its n experts in places 0 to n - 1, and reads the place of the expert's number in the layer."""
 
     def base_of(self, expert: int) -> Any:
         there = self.spec.gpu_experts
@@ -198,7 +198,8 @@ class moved_without_lora(Plain):
 
 @mutant(DEVICE, "hybrid/moved", "bits")
 class device_stays_at_the_first_mask(Plain):
-    """set_gpu_experts_mask tells the engine which experts to leave out, and the device computes those of before."""
+    """After set_gpu_experts_mask the engine leaves out the experts of the new mask; the device still computes those of
+    the first."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -244,7 +245,7 @@ class device_keeps_one_forward(Plain):
 
 @mutant(DEVICE, "hybrid/methods", "bits")
 class device_multiplies_codes_twice(Plain):
-    """The device takes weights of codes for codes again, and rounds them to eight bits of a row."""
+    """The device quantises weights that codes stand for once more: to 8 bits, with a scale for each row."""
 
     def base_of(self, expert: int) -> Any:
         found = super().base_of(expert)
@@ -270,7 +271,7 @@ class device_adds_in_any_order(Plain):
 
 @mutant(DEVICE, "hybrid/count", "bits")
 class number_without_a_mask(Plain):
-    """num_gpu_experts takes experts from the engine, and the device, which has only a mask, computes none of them."""
+    """Without a mask, num_gpu_experts=n makes the engine leave out the first n experts, and no device computes them."""
 
     def sides(self, expert_ids: Tensor) -> list[Tensor]:
         found = super().sides(expert_ids)

@@ -100,7 +100,8 @@ def tensors_in(
 ) -> ModelTensors:
     """outside: shapes of the stacked experts that are not read, by the model's names; each is a zero, expanded.
 
-    ValueError or TypeError, before a weight is read, for a file that is not as its format has it."""
+    Only headers are read here. ValueError or TypeError for a tensor that is missing or has another dtype or shape than
+    its format; see stored_matrix."""
     found, parts = ModelTensors(), set()
     fp8_block, asymmetric = (about.fp8_block, about.asymmetric) if about else ((128, 128), False)
     plain = {}
