@@ -14,7 +14,7 @@ from ktverify.checks.target import ODD, SMALL, Target
 from ktverify.engines.capabilities import MULTIPLE, WORKS, Capability
 from ktverify.engines.run import METHOD, backward_of, forward
 from ktverify.errors import GateFailed, Unsupported
-from ktverify.judge.dequantise import KINDS
+from ktverify.judge.dequantise import CODINGS
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import GRAD_NAMES
@@ -45,7 +45,7 @@ def _try(target: Target, claim: Capability) -> None:
     elif claim.name == "methods" and claim.value == METHOD:
         _right(target, SMALL)
     elif claim.name == "methods":
-        check_weights(target, next(label for label, kind in KINDS.items() if kind.method == claim.value))
+        check_weights(target, next(label for label, coding in CODINGS.items() if coding.method == claim.value))
     elif claim.name == "skip_lora":
         check_skip_lora(target)
     elif claim.name == "odd_sizes":

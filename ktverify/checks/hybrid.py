@@ -21,7 +21,7 @@ from ktverify.checks.target import Target
 from ktverify.engines.run import METHOD, backward_of, forward, layer_arguments, run_layer
 from ktverify.errors import Unsupported
 from ktverify.isolation.calls import CONSTRUCTOR, call_of
-from ktverify.judge.dequantise import KINDS
+from ktverify.judge.dequantise import CODINGS
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS, BASE_NAMES, GRAD_NAMES, GRAD_WEIGHTS, LORA_NAMES, OUTPUT
@@ -281,9 +281,9 @@ def check_methods(target: Target) -> None:
     judged(target, "SkipLoRA", CASE, {name: found[name] for name in (OUTPUT, GRAD_WEIGHTS)}, inputs)
     odd = [name for name in GRAD_NAMES if bool(found[name].any())]
     target.expect(not odd, f"SkipLoRA: {', '.join(odd)} must be zero", "bits")
-    kind = KINDS["int4_32"]
-    coded, inputs = draw(kind, CODES), make_inputs(CODES)
+    coding = CODINGS["int4_32"]
+    coded, inputs = draw(coding, CODES), make_inputs(CODES)
     expected = run_layer(_layer(target, as_bf16(coded, inputs)), inputs)
-    layer = _bare(target, inputs, {"gpu_experts_mask": list(HALF), "method": kind.method})
+    layer = _bare(target, inputs, {"gpu_experts_mask": list(HALF), "method": coding.method})
     layer.load_weights_from_tensors(**coded.arguments(inputs.physical_map))
     target.expect_same_bits("codes and W", expected, run_layer(_with_lora(layer, inputs), inputs))

@@ -17,7 +17,7 @@ from ktverify.checks.quantised_inputs import Coded, as_bf16, bare_of, draw, laye
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
 from ktverify.isolation import hosted
-from ktverify.judge.dequantise import KINDS, Kind, codes_of
+from ktverify.judge.dequantise import CODINGS, Coding, codes_of
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES
@@ -45,13 +45,13 @@ DRAWN_128 = "E=3,k=2,H=256,I=128,T=9,r=3,alpha=5"
 # parts of 118 and 59 columns, and of one or two groups
 PARTS = {8: "E=3,k=2,H=64,I=236,T=9,r=3,alpha=5", 4: "E=3,k=2,H=64,I=128,T=9,r=3,alpha=5"}
 PARTS_128 = "E=2,k=1,H=128,I=512,T=5,r=3,alpha=5"
-VARIANTS = {f"/{label}": {"label": label} for label in KINDS}
+VARIANTS = {f"/{label}": {"label": label} for label in CODINGS}
 # those that an engine makes of bf16 weights
 MADE_OF_BF16 = ("int8", "int4_32", "fp8")
 
 
-def _case(kind: Kind, sizes: dict[int, str], of_128: str) -> Case:
-    return Case.parse(of_128 if kind.label == "int4_128" else sizes[kind.bits])
+def _case(coding: Coding, sizes: dict[int, str], of_128: str) -> Case:
+    return Case.parse(of_128 if coding.label == "int4_128" else sizes[coding.bits])
 
 
 def _quantised(contract: str, kind: str = "quantised", **more: Any) -> Callable[[Function], Function]:
@@ -68,8 +68,8 @@ def _of_memory(contract: str) -> Callable[[Function], Function]:
 def check_weights(target: Target, label: str) -> None:
     """One-hot rows read the matrices back, with all codes: up_proj and down_proj in both directions, gate_proj in the
     backward; without the last column of gate_proj and up_proj. Values are compared, the sign of a zero is not."""
-    kind = KINDS[label]
-    for what, one in readings(kind, _case(kind, READ, READ_128)).items():
+    coding = CODINGS[label]
+    for what, one in readings(coding, _case(coding, READ, READ_128)).items():
         case = one.inputs.case
         found = one.read(run_layer(layer_of(target, one.coded, case, one.inputs), one.inputs)[one.result].float())
         wrong = (found != one.expected.float()).nonzero()
@@ -83,9 +83,9 @@ def check_weights(target: Target, label: str) -> None:
 @_quantised(SAME, variants=VARIANTS)
 def check_same_bits(target: Target, label: str) -> None:
     """All results of a layer of codes have the bits of the same engine's layer of bf16 weights; so have SkipLoRA's."""
-    kind = KINDS[label]
-    case = _case(kind, DRAWN, DRAWN_128)
-    coded, inputs = draw(kind, case), make_inputs(case)
+    coding = CODINGS[label]
+    case = _case(coding, DRAWN, DRAWN_128)
+    coded, inputs = draw(coding, case), make_inputs(case)
     expected = target.run(case, as_bf16(coded, inputs))
     layer = layer_of(target, coded, case, inputs)
     for again in ("", ", again"):
@@ -99,9 +99,9 @@ def check_same_bits(target: Target, label: str) -> None:
 @_quantised(SAME, variants=VARIANTS)
 def check_parts(target: Target, label: str) -> None:
     """The same with tensor-parallel degrees 2 and 4. Of 8 bits, parts begin inside blocks of 128 and of 32."""
-    kind = KINDS[label]
-    case = _case(kind, PARTS, PARTS_128)
-    coded, inputs = draw(kind, case), make_inputs(case)
+    coding = CODINGS[label]
+    case = _case(coding, PARTS, PARTS_128)
+    coded, inputs = draw(coding, case), make_inputs(case)
     for tp in (2, 4):
         expected = target.run(case, as_bf16(coded, inputs), tp=tp)
         found = run_layer(layer_of(target, coded, case, inputs, tp=tp), inputs)
@@ -112,14 +112,14 @@ def check_parts(target: Target, label: str) -> None:
 def check_made_of_bf16(target: Target, label: str) -> None:
     """bf16 weights without scales give the bits of the codes that the contract's lines make, and of their W. Among them
     are zeros, the smallest and the largest numbers, and numbers in the middle between two codes."""
-    kind = KINDS[label]
-    inputs = make_inputs(_case(kind, DRAWN, ""))
+    coding = CODINGS[label]
+    inputs = make_inputs(_case(coding, DRAWN, ""))
     inputs = changed(inputs, **{name: _with_rare(getattr(inputs, name)) for name in BASE_NAMES})
-    layer = bare_of(target, kind, inputs.case)
+    layer = bare_of(target, coding, inputs.case)
     layer.load_weights_from_tensors(*(inputs.slotted(name) for name in BASE_NAMES), inputs.physical_map)
     layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
-    made = {name: codes_of(kind, getattr(inputs, name)) for name in BASE_NAMES}
-    coded = Coded(kind, {name: made[name][0] for name in made}, {name: made[name][1] for name in made}, None)
+    made = {name: codes_of(coding, getattr(inputs, name)) for name in BASE_NAMES}
+    coded = Coded(coding, {name: made[name][0] for name in made}, {name: made[name][1] for name in made}, None)
     found = run_layer(layer, inputs)
     given = run_layer(layer_of(target, coded, inputs.case, inputs), inputs)
     target.expect_same_bits(f"{label} of bf16 and given codes", given, found)
@@ -149,12 +149,12 @@ def check_compact(target: Target) -> None:
     inputs = make_inputs(case)
     tokens = changed(inputs, expert_ids=torch.arange(4)[:, None], weights=torch.ones(4, 1))
     # the first round is not measured: it loads libraries and starts workers
-    for measured, (label, kind) in enumerate([*list(KINDS.items())[-1:], *KINDS.items()]):
-        layer = bare_of(target, kind, case)
+    for measured, (label, coding) in enumerate([*list(CODINGS.items())[-1:], *CODINGS.items()]):
+        layer = bare_of(target, coding, case)
         layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
         layer.clear_sft_buffer_cache()
         before = hosted.resident()
-        given = _constant(kind, case)
+        given = _constant(coding, case)
         size = sum(one.nbytes for one in _tensors(given))
         layer.load_weights_from_tensors(**given)
         del given
@@ -171,22 +171,22 @@ def check_made_one_by_one(target: Target) -> None:
     """The most memory that loading bf16 weights takes, in each format that is made of them."""
     for label in MADE_OF_BF16:
         # the small layer is not measured: it loads libraries and starts threads
-        _loading(target, KINDS[label], Case.parse("E=1,k=1,H=512,I=512,T=1,r=1,alpha=1"))
-        beside, one = _loading(target, KINDS[label], Case.parse("E=4,k=1,H=2048,I=2048,T=1,r=1,alpha=1"))
+        _loading(target, CODINGS[label], Case.parse("E=1,k=1,H=512,I=512,T=1,r=1,alpha=1"))
+        beside, one = _loading(target, CODINGS[label], Case.parse("E=4,k=1,H=2048,I=2048,T=1,r=1,alpha=1"))
         text = (
             f"{label}: loading takes {beside / 1e6:.1f} MB beside the codes, an expert has {one / 1e6:.1f} MB of bf16"
         )
         target.expect(beside < one, text, "resources", beside / one)
 
 
-def _loading(target: Target, kind: Kind, case: Case) -> tuple[int, int]:
+def _loading(target: Target, coding: Coding, case: Case) -> tuple[int, int]:
     """The most bytes beside given weights and codes while a layer takes bf16 weights, and those of an expert's bf16."""
     shapes = shapes_of(case)
     given = {name: torch.ones(case.num_experts, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     one = sum(tensor.nbytes for tensor in given.values()) // case.num_experts
-    scales = sum(torch.Size(kind.scale_shape(case.num_experts, *shape)).numel() for shape in shapes.values())
-    codes = case.num_experts * one * kind.bits // 16 + 4 * scales
-    layer = bare_of(target, kind, case)
+    scales = sum(torch.Size(coding.scale_shape(case.num_experts, *shape)).numel() for shape in shapes.values())
+    codes = case.num_experts * one * coding.bits // 16 + 4 * scales
+    layer = bare_of(target, coding, case)
     before = hosted.resident()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM counts from here
     layer.load_weights_from_tensors(**given, physical_map=torch.arange(case.num_experts))
@@ -194,19 +194,19 @@ def _loading(target: Target, kind: Kind, case: Case) -> tuple[int, int]:
     return peak - before - codes, one
 
 
-def _constant(kind: Kind, case: Case) -> dict[str, Any]:
+def _constant(coding: Coding, case: Case) -> dict[str, Any]:
     """The arguments of load_weights_from_tensors, each tensor of one value: quickly made."""
-    small = draw(kind, Case.parse("E=1,k=1,H=256,I=256,T=1,r=1,alpha=1")).arguments()
+    small = draw(coding, Case.parse("E=1,k=1,H=256,I=256,T=1,r=1,alpha=1")).arguments()
     found: dict[str, Any] = {"physical_map": torch.arange(case.num_experts)}
     scales, zeros = [], []
     for position, (name, (rows, columns)) in enumerate(shapes_of(case).items()):
         code = small[name].view(torch.uint8).flatten()[0]
-        size = (case.num_experts, rows, columns * kind.bits // 8)
+        size = (case.num_experts, rows, columns * coding.bits // 8)
         found[name] = torch.full(size, int(code), dtype=torch.uint8).view(small[name].dtype)
-        shape = kind.scale_shape(case.num_experts, rows, columns)
+        shape = coding.scale_shape(case.num_experts, rows, columns)
         scales.append(torch.ones(shape, dtype=small["scales"][position].dtype))
         zeros.append(torch.zeros(shape, dtype=torch.int8))
-    return found | {"scales": tuple(scales)} | ({"zero_points": tuple(zeros)} if kind.zeros else {})
+    return found | {"scales": tuple(scales)} | ({"zero_points": tuple(zeros)} if coding.zeros else {})
 
 
 def _tensors(given: dict[str, Any]) -> list[Tensor]:

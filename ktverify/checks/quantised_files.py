@@ -18,7 +18,7 @@ from ktverify.checks.judging import judge_refusal
 from ktverify.checks.quantised_inputs import Coded, bare_of, draw, layer_of
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
-from ktverify.judge.dequantise import KINDS, Kind, packed
+from ktverify.judge.dequantise import CODINGS, Coding, packed
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES
@@ -40,17 +40,17 @@ FILE = "model.safetensors"
 
 def tensors_of(coded: Coded, prefix: str = f"model.layers.{LAYER}.mlp.experts.") -> dict[str, Tensor]:
     """The codes as a checkpoint has them, by full names."""
-    kind, found = coded.kind, {}
+    coding, found = coded.coding, {}
     for name, codes in coded.codes.items():
-        stored, scales = packed(kind, codes), coded.scales[name]
+        stored, scales = packed(coding, codes), coded.scales[name]
         for expert in range(len(codes)):
             stem = f"{prefix}{expert}.{name}."
             scale = scales[expert].contiguous()
-            if kind.method == "AMXFP8_SFT":
+            if coding.method == "AMXFP8_SFT":
                 made = {"weight": stored[expert], "weight_scale_inv": scale}
-            elif kind.method == "AMXINT8_SFT":
+            elif coding.method == "AMXINT8_SFT":
                 made = {"weight": stored[expert], "weight_scale": scale[:, None]}
-            elif kind.method == "MXFP4_SFT":
+            elif coding.method == "MXFP4_SFT":
                 made = {"weight": stored[expert], "scale": scale}
             else:
                 shape = torch.tensor(codes[expert].shape)
@@ -75,11 +75,11 @@ def _in_files(contract: str, cause: Cause, **more: Any) -> Callable[[Function], 
     return check("quantised_files", contract, cause=cause, **settings, **more)
 
 
-@_in_files(NAMES, Cause.QUANTISATION, variants={f"/{label}": {"label": label} for label in KINDS})
+@_in_files(NAMES, Cause.QUANTISATION, variants={f"/{label}": {"label": label} for label in CODINGS})
 def check_names(target: Target, label: str) -> None:
     """A layer from a file has the bits of the layer from the tensors; also of codes and scales in two files."""
-    kind, inputs = KINDS[label], make_inputs(CASE)
-    coded = draw(kind, CASE)
+    coding, inputs = CODINGS[label], make_inputs(CASE)
+    coded = draw(coding, CASE)
     expected = run_layer(layer_of(target, coded, CASE, inputs), inputs)
     tensors = tensors_of(coded)
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(("scale", "scale_inv"))}
@@ -89,7 +89,7 @@ def check_names(target: Target, label: str) -> None:
             for name, part in files.items():
                 save_file(part, Path(folder) / name)
             path = Path(folder) / FILE if len(files) == 1 else folder
-            layer = bare_of(target, kind, CASE, weight_path=str(path), layer_idx=LAYER)
+            layer = bare_of(target, coding, CASE, weight_path=str(path), layer_idx=LAYER)
             layer.load_weights(inputs.physical_map)
             layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
             found = run_layer(layer, inputs)
@@ -190,29 +190,29 @@ ROWS = {
 def check_refused(target: Target) -> None:
     """Every row of ROWS, a file that was cut short, fp32 weights, and .kt files, are refused in one line."""
     for name, row in ROWS.items():
-        tensors = tensors_of(draw(KINDS[row.label], CASE))
+        tensors = tensors_of(draw(CODINGS[row.label], CASE))
         row.change(tensors)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE
             save_file(tensors, path)
             # an expert too many is a fault of no single tensor
-            _refused(target, KINDS[row.label], path, name, (FILE, *row.names))
+            _refused(target, CODINGS[row.label], path, name, (FILE, *row.names))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
-        save_file(tensors_of(draw(KINDS["fp8"], CASE)), path)
+        save_file(tensors_of(draw(CODINGS["fp8"], CASE)), path)
         path.write_bytes(path.read_bytes()[:-1])
-        _refused(target, KINDS["fp8"], path, "a file cut short", (FILE, "safetensors"))
+        _refused(target, CODINGS["fp8"], path, "a file cut short", (FILE, "safetensors"))
         save_file({f"{FIRST.replace('gate_proj', name)}weight": torch.zeros(1, 1) for name in BASE_NAMES}, path)
-        _refused(target, KINDS["fp8"], path, "fp32 weights", (FILE, f"{FIRST}weight", "F32"))
+        _refused(target, CODINGS["fp8"], path, "fp32 weights", (FILE, f"{FIRST}weight", "F32"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "INT4_down_0_1024Byte_quant_.kt"
         path.write_bytes(b"codes")
         for each in (path, path.parent):
-            _refused(target, KINDS["int4_32"], each, "kt-kernel's files", (str(each), ".kt files", "safetensors"))
+            _refused(target, CODINGS["int4_32"], each, "kt-kernel's files", (str(each), ".kt files", "safetensors"))
 
 
-def _refused(target: Target, kind: Kind, path: Path, what: str, names: tuple[str, ...]) -> None:
-    layer = bare_of(target, kind, CASE, weight_path=str(path), layer_idx=LAYER)
+def _refused(target: Target, coding: Coding, path: Path, what: str, names: tuple[str, ...]) -> None:
+    layer = bare_of(target, coding, CASE, weight_path=str(path), layer_idx=LAYER)
     try:
         layer.load_weights()
     except (ValueError, TypeError) as error:

@@ -14,7 +14,7 @@ from ktverify.checks.target import Target
 from ktverify.engines.run import METHOD, layer_arguments
 from ktverify.errors import Unsupported
 from ktverify.isolation.calls import CONSTRUCTOR, call_of
-from ktverify.judge.dequantise import NAN_CODES, VALUES, Kind, packed, weights_of
+from ktverify.judge.dequantise import NAN_CODES, VALUES, Coding, packed, weights_of
 from ktverify.spec.cases import Case
 from ktverify.spec.generator import case_key, hashes
 from ktverify.spec.inputs import Inputs, make_inputs
@@ -23,10 +23,10 @@ from ktverify.spec.names import BASE_NAMES, LORA_NAMES
 
 @dataclass(frozen=True)
 class Coded:
-    """Base weights of one kind, by BASE_NAMES and logical expert: uint8 codes [E, N, K], one for each weight; scales,
-    and zeros where the kind has them, as an engine takes them."""
+    """Base weights of one coding, by BASE_NAMES and logical expert: uint8 codes [E, N, K], one for each weight; scales,
+    and zeros where the coding has them, as an engine takes them."""
 
-    kind: Kind
+    coding: Coding
     codes: dict[str, Tensor]
     scales: dict[str, Tensor]
     zeros: dict[str, Tensor] | None
@@ -34,14 +34,14 @@ class Coded:
     def weights(self) -> dict[str, Tensor]:
         """The bf16 weights that they stand for."""
         return {
-            name: weights_of(self.kind, codes, self.scales[name], None if self.zeros is None else self.zeros[name])
+            name: weights_of(self.coding, codes, self.scales[name], None if self.zeros is None else self.zeros[name])
             for name, codes in self.codes.items()
         }
 
     def arguments(self, physical_map: Tensor | None = None) -> dict[str, Any]:
         """The arguments of load_weights_from_tensors, by name."""
         slots = torch.arange(len(next(iter(self.codes.values())))) if physical_map is None else physical_map
-        found: dict[str, Any] = {name: packed(self.kind, codes[slots]) for name, codes in self.codes.items()}
+        found: dict[str, Any] = {name: packed(self.coding, codes[slots]) for name, codes in self.codes.items()}
         found |= {"physical_map": slots, "scales": tuple(scale[slots].contiguous() for scale in self.scales.values())}
         if self.zeros is not None:
             found["zero_points"] = tuple(zero[slots].contiguous() for zero in self.zeros.values())
@@ -54,37 +54,37 @@ def shapes_of(case: Case) -> dict[str, tuple[int, int]]:
     return {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
 
 
-def draw(kind: Kind, case: Case) -> Coded:
+def draw(coding: Coding, case: Case) -> Coded:
     """Codes of all values, the same on every machine, with scales that make weights of about 1 / sqrt(K).
 
     Scales differ by up to a factor of 4 and have mantissas of fp32, of bf16 for int4, and none for mxfp4.
     """
     codes, scales, zeros = {}, {}, {}
-    spread = torch.tensor(VALUES[kind.method])
-    finite = [code for code in range(1 << kind.bits) if kind.label != "fp8" or code not in NAN_CODES]
+    spread = torch.tensor(VALUES[coding.method])
+    finite = [code for code in range(1 << coding.bits) if coding.label != "fp8" or code not in NAN_CODES]
     table = torch.tensor(finite, dtype=torch.uint8)
     for name, (rows, columns) in shapes_of(case).items():
 
         def drawn(what: str, shape: tuple[int, ...], most: int, name: str = name) -> Tensor:
-            numbers = hashes(case_key(case, f"{kind.label} {what} of {name}"), torch.Size(shape).numel())
+            numbers = hashes(case_key(case, f"{coding.label} {what} of {name}"), torch.Size(shape).numel())
             return torch.from_numpy((numbers >> 33).astype("int64")).view(shape) % most
 
         codes[name] = table[drawn("codes", (case.num_experts, rows, columns), len(finite))]
-        shape = kind.scale_shape(case.num_experts, rows, columns)
+        shape = coding.scale_shape(case.num_experts, rows, columns)
         typical = columns**-0.5 / float(spread[finite].square().mean().sqrt())
         scale = typical * 2.0 ** (drawn("scales", shape, 1 << 20).double() / (1 << 19) - 1)
-        if kind.label == "mxfp4":
+        if coding.label == "mxfp4":
             scales[name] = (127 + scale.log2().round()).to(torch.uint8)
         else:
-            scales[name] = scale.to(torch.bfloat16 if kind.bits == 4 else torch.float32)
-        if kind.zeros:
+            scales[name] = scale.to(torch.bfloat16 if coding.bits == 4 else torch.float32)
+        if coding.zeros:
             zeros[name] = (drawn("zeros", shape, 16) - 8).to(torch.int8)
-    return Coded(kind, codes, scales, zeros or None)
+    return Coded(coding, codes, scales, zeros or None)
 
 
-def bare_of(target: Target, kind: Kind, case: Case, **more: Any) -> Any:
-    """A layer for this kind without weights; Unsupported where the engine does not know the method."""
-    method = kind.method + target.method.removeprefix(METHOD)
+def bare_of(target: Target, coding: Coding, case: Case, **more: Any) -> Any:
+    """A layer for this coding without weights; Unsupported where the engine does not know the method."""
+    method = coding.method + target.method.removeprefix(METHOD)
     with call_of(CONSTRUCTOR):
         try:
             return target.factory(**layer_arguments(case, **{**target.how, **more, "method": method}))
@@ -97,7 +97,7 @@ def bare_of(target: Target, kind: Kind, case: Case, **more: Any) -> Any:
 
 def layer_of(target: Target, coded: Coded, case: Case, inputs: Inputs, **more: Any) -> Any:
     """A layer with these codes and the LoRA of `inputs`."""
-    layer = bare_of(target, coded.kind, case, **more)
+    layer = bare_of(target, coded.coding, case, **more)
     with call_of("load_weights_from_tensors"):
         layer.load_weights_from_tensors(**coded.arguments(inputs.physical_map))
     with call_of("init_lora_weights"):
@@ -130,12 +130,12 @@ class Reading:
     expected: Tensor
 
 
-def readings(kind: Kind, case: Case) -> dict[str, Reading]:
+def readings(coding: Coding, case: Case) -> dict[str, Reading]:
     """The readings of gate_proj backward, up_proj and down_proj in both directions, by what is read.
 
     case: one expert, H > I. Where x reaches g and u through a column of its own, it is the last one of H.
     """
-    drawn = draw(kind, case)
+    drawn = draw(coding, case)
     h, i = case.hidden, case.intermediate
     hot = {"h": torch.eye(h), "i": torch.eye(i, h)}
     last = hot["h"][-1].expand(i, h)
@@ -159,17 +159,17 @@ def readings(kind: Kind, case: Case) -> dict[str, Reading]:
         name: str, x: Tensor, grad: Tensor, simple: dict[str, tuple[Tensor, int]], result: str, expected: Any,
         read: Callable[[Tensor], Tensor] = lambda found: found, of: Coded = drawn,
     ) -> Reading:  # fmt: skip
-        parts = {each: _simple(kind, *simple[each]) for each in simple}
+        parts = {each: _simple(coding, *simple[each]) for each in simple}
         codes = {each: of.codes[each] if each == name else parts[each][0] for each in BASE_NAMES}
         scales = {each: of.scales[each] if each == name else parts[each][1] for each in BASE_NAMES}
         zeros = of.zeros
         if zeros is not None:
             zeros = {each: zeros[each] if each == name else torch.zeros_like(zeros[each]) for each in BASE_NAMES}
-        coded = Coded(kind, codes, scales, zeros)
+        coded = Coded(coding, codes, scales, zeros)
         return Reading(coded, _tokens(case, x, grad), result, read, expected(coded.weights()[name][0]))
 
-    zero_code = next(code for code, value in enumerate(VALUES[kind.method]) if value == 0)
-    most = max(range(len(VALUES[kind.method])), key=lambda code: (code not in NAN_CODES, VALUES[kind.method][code]))
+    zero_code = next(code for code, value in enumerate(VALUES[coding.method]) if value == 0)
+    most = max(range(len(VALUES[coding.method])), key=lambda code: (code not in NAN_CODES, VALUES[coding.method][code]))
     up, gate = without_last("up_proj", zero_code), without_last("gate_proj", most)
     scale = float(gate.weights()["gate_proj"][0, :, -1].float().min())
     power = GATE + 3 - int(torch.tensor(scale).log2().floor())
@@ -199,15 +199,15 @@ def readings(kind: Kind, case: Case) -> dict[str, Reading]:
     }  # fmt: skip
 
 
-def _simple(kind: Kind, pattern: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
+def _simple(coding: Coding, pattern: Tensor, exponent: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of one expert's matrix 2^exponent times a pattern [N, K] of 0 and 1."""
-    values = VALUES[kind.method]
+    values = VALUES[coding.method]
     one, zero = values.index(1.0), values.index(0.0)
     codes = torch.where(pattern > 0, one, zero).to(torch.uint8)[None]
-    shape = kind.scale_shape(1, *pattern.shape)
-    if kind.label == "mxfp4":
+    shape = coding.scale_shape(1, *pattern.shape)
+    if coding.label == "mxfp4":
         return codes, torch.full(shape, 127 + exponent, dtype=torch.uint8)
-    return codes, torch.full(shape, 2.0**exponent, dtype=torch.bfloat16 if kind.bits == 4 else torch.float32)
+    return codes, torch.full(shape, 2.0**exponent, dtype=torch.bfloat16 if coding.bits == 4 else torch.float32)
 
 
 def _tokens(case: Case, x: Tensor, grad_output: Tensor) -> Inputs:

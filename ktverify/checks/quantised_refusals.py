@@ -16,7 +16,7 @@ from ktverify.checks.quantised_inputs import bare_of, draw, layer_of, shapes_of
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
 from ktverify.errors import EngineDied, Unsupported
-from ktverify.judge.dequantise import KINDS
+from ktverify.judge.dequantise import CODINGS
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 
@@ -120,7 +120,7 @@ ROWS = {
 def check_refused(target: Target, name: str) -> None:
     """The arguments are refused in one line that names the tensor, and the layer keeps its weights."""
     row, inputs = ROWS[name], make_inputs(CASE)
-    coded = draw(KINDS[row.label], CASE)
+    coded = draw(CODINGS[row.label], CASE)
     layer = layer_of(target, coded, CASE, inputs)
     before = run_layer(layer, inputs)
     given = coded.arguments()
@@ -138,11 +138,11 @@ def check_refused(target: Target, name: str) -> None:
 
 def check_cut(target: Target, label: str) -> None:
     """A part of 48 columns is refused, with the degrees that work, and none that do not."""
-    kind = KINDS[label]
+    coding = CODINGS[label]
     case = Case.parse("E=1,k=1,H=32,I=96,T=1,r=1,alpha=1")
-    coded = draw(kind, case)
+    coded = draw(coding, case)
     try:
-        bare_of(target, kind, case, tp=2).load_weights_from_tensors(**coded.arguments())
+        bare_of(target, coding, case, tp=2).load_weights_from_tensors(**coded.arguments())
     except NotImplementedError:
         raise
     except RuntimeError as error:

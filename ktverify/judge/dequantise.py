@@ -1,8 +1,8 @@
 """The bf16 weights that codes stand for, and the codes of bf16 weights, by docs/contract.md: the right answer, from no
 engine.
 
-A Kind says how base weights are stored. Codes are plain here, one number [0, 256) or [0, 16) for each weight [E, N, K];
-`packed` puts them into the tensors that an engine takes.
+A Coding says how codes stand for base weights. Codes are plain here, one number [0, 256) or [0, 16) for each weight
+[E, N, K]; `packed` puts them into the tensors that an engine takes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One way to store base weights. group: columns that share a scale, 0 for a whole row; zeros: zero points."""
+class Coding:
+    """One way to store base weights as codes. group: columns that share a scale, 0 for a whole row; zeros: zero points."""
 
     label: str
     method: str
@@ -33,15 +33,15 @@ class Kind:
         return experts, -(-rows // 128) if self.method == "AMXFP8_SFT" else rows, -(-columns // self.group)
 
 
-KINDS = {
-    kind.label: kind
-    for kind in (
-        Kind("fp8", "AMXFP8_SFT", 128),
-        Kind("int8", "AMXINT8_SFT", 0),
-        Kind("int4_32", "AMXINT4_SFT", 32),
-        Kind("int4_128", "AMXINT4_SFT", 128),
-        Kind("int4_zeros", "AMXINT4_SFT", 32, zeros=True),
-        Kind("mxfp4", "MXFP4_SFT", 32),
+CODINGS = {
+    coding.label: coding
+    for coding in (
+        Coding("fp8", "AMXFP8_SFT", 128),
+        Coding("int8", "AMXINT8_SFT", 0),
+        Coding("int4_32", "AMXINT4_SFT", 32),
+        Coding("int4_128", "AMXINT4_SFT", 128),
+        Coding("int4_zeros", "AMXINT4_SFT", 32, zeros=True),
+        Coding("mxfp4", "MXFP4_SFT", 32),
     )
 }
 
@@ -66,58 +66,58 @@ VALUES = {
 NAN_CODES = (0x7F, 0xFF)
 
 
-def weights_of(kind: Kind, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+def weights_of(coding: Coding, codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """bf16 [E, N, K] of uint8 codes [E, N, K]; scales as an engine gets them, zeros int8 of their shape."""
-    q = torch.tensor(VALUES[kind.method], device="cpu")[codes.long()]
-    scale = (2.0 ** (scales.double() - 127)).float() if kind.method == "MXFP4_SFT" else scales.float()
+    q = torch.tensor(VALUES[coding.method], device="cpu")[codes.long()]
+    scale = (2.0 ** (scales.double() - 127)).float() if coding.method == "MXFP4_SFT" else scales.float()
     if zeros is not None:
-        q = q - over_weights(kind, zeros.float(), codes.shape)
-    return (q * over_weights(kind, scale, codes.shape)).to(torch.bfloat16)
+        q = q - over_weights(coding, zeros.float(), codes.shape)
+    return (q * over_weights(coding, scale, codes.shape)).to(torch.bfloat16)
 
 
-def codes_of(kind: Kind, weights: Tensor) -> tuple[Tensor, Tensor]:
+def codes_of(coding: Coding, weights: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes [E, N, K] and scales, as an engine takes them, of finite bf16 weights [E, N, K]. No zero points."""
     experts, rows, columns = weights.shape
-    height, width = (128 if kind.method == "AMXFP8_SFT" else 1), kind.group or columns
-    most = {"AMXFP8_SFT": 448, "AMXINT8_SFT": 127, "AMXINT4_SFT": 7}[kind.method]
+    height, width = (128 if coding.method == "AMXFP8_SFT" else 1), coding.group or columns
+    most = {"AMXFP8_SFT": 448, "AMXINT8_SFT": 127, "AMXINT4_SFT": 7}[coding.method]
     scales = torch.empty(experts, -(-rows // height), -(-columns // width), device="cpu")
     for row in range(scales.shape[1]):
         for column in range(scales.shape[2]):
             block = weights[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
             scales[:, row, column] = block.abs().flatten(1).max(1).values.float() / most
-    if kind.bits == 4:
+    if coding.bits == 4:
         scales = scales.to(torch.bfloat16)
     scales[scales == 0] = 1
-    scales = scales.reshape(kind.scale_shape(experts, rows, columns))
-    quotients = weights.float() / over_weights(kind, scales.float(), weights.shape)
-    if kind.method == "AMXFP8_SFT":
+    scales = scales.reshape(coding.scale_shape(experts, rows, columns))
+    quotients = weights.float() / over_weights(coding, scales.float(), weights.shape)
+    if coding.method == "AMXFP8_SFT":
         # of the numbers 0 to 448, whose codes are 0 to 126: the nearest, of two the one with an even code
-        numbers = torch.tensor(VALUES[kind.method][: NAN_CODES[0]], device="cpu")
+        numbers = torch.tensor(VALUES[coding.method][: NAN_CODES[0]], device="cpu")
         middle = (numbers[1:] + numbers[:-1]) / 2
         below = torch.searchsorted(middle, quotients.abs())
         tie = (quotients.abs() == middle[below.clamp(max=len(middle) - 1)]) & (below % 2 == 1)
         return (below + tie.long() + 128 * quotients.signbit()).to(torch.uint8), scales
     # codes count up from -8, or are the two's complement
-    codes = quotients.round().clamp(-most - (kind.bits == 4), most).long()
-    return (codes + 8 if kind.bits == 4 else codes % 256).to(torch.uint8), scales
+    codes = quotients.round().clamp(-most - (coding.bits == 4), most).long()
+    return (codes + 8 if coding.bits == 4 else codes % 256).to(torch.uint8), scales
 
 
-def over_weights(kind: Kind, values: Tensor, shape: torch.Size) -> Tensor:
+def over_weights(coding: Coding, values: Tensor, shape: torch.Size) -> Tensor:
     """A number of each group [E, …] as one of each weight, `shape`."""
-    if kind.group == 0:
+    if coding.group == 0:
         return values[..., None].expand(shape)
-    if kind.method == "AMXFP8_SFT":
+    if coding.method == "AMXFP8_SFT":
         values = values.repeat_interleave(128, 1)[:, : shape[1]]
-    return values.repeat_interleave(kind.group, 2)[..., : shape[2]]
+    return values.repeat_interleave(coding.group, 2)[..., : shape[2]]
 
 
-def packed(kind: Kind, codes: Tensor) -> Tensor:
+def packed(coding: Coding, codes: Tensor) -> Tensor:
     """The tensor of uint8 codes [E, N, K] that load_weights_from_tensors takes."""
-    if kind.method == "AMXFP8_SFT":
+    if coding.method == "AMXFP8_SFT":
         return codes.contiguous().view(torch.float8_e4m3fn)
-    if kind.method == "AMXINT8_SFT":
+    if coding.method == "AMXINT8_SFT":
         return codes.contiguous().view(torch.int8)
-    if kind.method == "MXFP4_SFT":
+    if coding.method == "MXFP4_SFT":
         return codes[..., 0::2] | (codes[..., 1::2] << 4)
     words = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int64, device="cpu")
     for place in range(8):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ktverify.engines.quantise import codes_of
 from ktverify.engines.quantised import dequantised
 from ktverify.judge import dequantise
-from ktverify.judge.dequantise import KINDS, Kind, packed
+from ktverify.judge.dequantise import CODINGS, Coding, packed
 from ktverify.system.files import ROOT
 
 FORMATS = {"int8": "int8", "int4_32": "int4", "int4_128": "int4", "fp8": "fp8"}
@@ -29,14 +29,14 @@ def documented() -> dict[str, Any]:
     return names
 
 
-def by_the_document(kind: Kind, weight: Tensor) -> tuple[Tensor, Tensor]:
+def by_the_document(coding: Coding, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(q as fp32, W as bf16), both [N, K]."""
     lines, (rows, columns) = documented(), weight.shape
-    if kind.label == "int8":
+    if coding.label == "int8":
         q, s = lines["int8"](weight)
         return q, (q * s).bfloat16()
-    if kind.bits == 4:
-        q, s = lines["int4"](weight, kind.group)
+    if coding.bits == 4:
+        q, s = lines["int4"](weight, coding.group)
         return q.flatten(1), (q * s).bfloat16().flatten(1)
     q, s = lines["fp8"](weight)
     whole = (each.flatten(2).flatten(0, 1)[:rows, :columns] for each in (q.float(), q.float() * s))
@@ -63,15 +63,15 @@ def weight_of(rows: int, columns: int) -> Tensor:
 @pytest.mark.parametrize(("rows", "columns"), [(300, 256), (7, 128)])
 @pytest.mark.parametrize("label", FORMATS)
 def test_the_documents_lines_the_engine_and_the_judge_agree(label: str, rows: int, columns: int) -> None:
-    kind, weight = KINDS[label], weight_of(rows, columns)
-    q, w = by_the_document(kind, weight)
-    codes, scales = codes_of(weight, FORMATS[label], kind.group)
-    judged_codes, judged_scales = dequantise.codes_of(kind, weight[None])
-    assert torch.equal(codes.view(torch.uint8), packed(kind, judged_codes)[0].view(torch.uint8))
+    coding, weight = CODINGS[label], weight_of(rows, columns)
+    q, w = by_the_document(coding, weight)
+    codes, scales = codes_of(weight, FORMATS[label], coding.group)
+    judged_codes, judged_scales = dequantise.codes_of(coding, weight[None])
+    assert torch.equal(codes.view(torch.uint8), packed(coding, judged_codes)[0].view(torch.uint8))
     assert scales.dtype == judged_scales.dtype
     assert torch.equal(scales, judged_scales[0])
-    assert torch.equal(torch.tensor(dequantise.VALUES[kind.method])[judged_codes[0].long()], q)
-    assert torch.equal(dequantised(FORMATS[label], kind.group, codes, scales, None), w)
+    assert torch.equal(torch.tensor(dequantise.VALUES[coding.method])[judged_codes[0].long()], q)
+    assert torch.equal(dequantised(FORMATS[label], coding.group, codes, scales, None), w)
     assert torch.equal(scales.float().isfinite(), torch.ones(scales.shape, dtype=torch.bool))
     assert w[3].count_nonzero() == 0
 
@@ -79,9 +79,9 @@ def test_the_documents_lines_the_engine_and_the_judge_agree(label: str, rows: in
 @pytest.mark.parametrize("columns", [131, 66])
 @pytest.mark.parametrize("label", ["int8", "fp8"])
 def test_edges_are_those_of_the_document(label: str, columns: int) -> None:
-    kind, weight = KINDS[label], weight_of(141, columns)
-    _, w = by_the_document(kind, weight)
-    assert torch.equal(dequantised(label, kind.group, *codes_of(weight, label, kind.group), None), w)
+    coding, weight = CODINGS[label], weight_of(141, columns)
+    _, w = by_the_document(coding, weight)
+    assert torch.equal(dequantised(label, coding.group, *codes_of(weight, label, coding.group), None), w)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -89,7 +89,7 @@ def test_edges_are_those_of_the_document(label: str, columns: int) -> None:
 def test_a_number_that_is_not_finite_shows_in_the_scale(label: str, value: str) -> None:
     weight = weight_of(7, 128)
     weight[6, 127] = float(value)
-    _, scales = codes_of(weight, FORMATS[label], KINDS[label].group)
+    _, scales = codes_of(weight, FORMATS[label], CODINGS[label].group)
     assert not bool(scales.isfinite().all())
 
 
@@ -97,5 +97,5 @@ def test_the_weight_is_not_written_to() -> None:
     weight = weight_of(7, 128).float()
     before = weight.clone()
     for label, format in FORMATS.items():
-        codes_of(weight, format, KINDS[label].group)
+        codes_of(weight, format, CODINGS[label].group)
     assert torch.equal(weight, before)

@@ -14,7 +14,7 @@ from ktverify.engines.native.isa import available_isas
 from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import layer_arguments, run_layer
 from ktverify.errors import Unsupported
-from ktverify.judge.dequantise import KINDS, NAN_CODES
+from ktverify.judge.dequantise import CODINGS, NAN_CODES
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import BASE_NAMES
@@ -26,10 +26,10 @@ EXPONENTS = (-149, -133, -127, -20, 0, 100, 127)
 
 def _every_code(label: str) -> Coded:
     """Weight n of a matrix has code n; scales go through EXPONENTS, and not all are powers of two."""
-    kind, drawn = KINDS[label], draw(KINDS[label], CASE)
+    coding, drawn = CODINGS[label], draw(CODINGS[label], CASE)
     codes, scales = {}, {}
     for start, (name, tensor) in enumerate(drawn.codes.items()):
-        number = torch.arange(tensor.numel()) % (1 << kind.bits)
+        number = torch.arange(tensor.numel()) % (1 << coding.bits)
         if label == "fp8":
             number[(number == NAN_CODES[0]) | (number == NAN_CODES[1])] = 0
         codes[name] = number.to(torch.uint8).view(tensor.shape)
@@ -40,11 +40,11 @@ def _every_code(label: str) -> Coded:
             scales[name] = (turn + 127).clamp(0, 254).to(torch.uint8)
         else:
             scales[name] = (2.0 ** turn.double() * (1 + 0.3 * (turn % 2))).to(scale.dtype)
-    return Coded(kind, codes, scales, drawn.zeros)
+    return Coded(coding, codes, scales, drawn.zeros)
 
 
 @pytest.mark.parametrize("isa", available_isas())
-@pytest.mark.parametrize("label", KINDS)
+@pytest.mark.parametrize("label", CODINGS)
 def test_base_weights_are_those_of_the_codes_bit_for_bit(label: str, isa: str) -> None:
     coded, inputs = _every_code(label), make_inputs(CASE)
     layer = layer_of(Target("native", isa), coded, CASE, inputs)
@@ -59,18 +59,18 @@ def test_base_weights_are_those_of_the_codes_bit_for_bit(label: str, isa: str) -
 
 
 def test_a_copy_gives_the_same_bits() -> None:
-    coded, inputs = draw(KINDS["fp8"], CASE), make_inputs(CASE)
+    coded, inputs = draw(CODINGS["fp8"], CASE), make_inputs(CASE)
     layer = layer_of(Target("native"), coded, CASE, inputs)
     expected, found = run_layer(layer, inputs), run_layer(copy.deepcopy(layer), inputs)
     assert all(same_bits(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_moved_and_not_contiguous_tensors_are_read_where_they_are() -> None:
-    kind, inputs = KINDS["int4_zeros"], make_inputs(CASE)
-    coded = draw(kind, CASE)
+    coding, inputs = CODINGS["int4_zeros"], make_inputs(CASE)
+    coded = draw(coding, CASE)
     given: dict[str, Any] = coded.arguments()
     given["gate_proj"] = given["gate_proj"].transpose(1, 2).contiguous().transpose(1, 2)
-    layer = KTMoEWrapper(**layer_arguments(CASE, method=kind.method))
+    layer = KTMoEWrapper(**layer_arguments(CASE, method=coding.method))
     layer.load_weights_from_tensors(**given)
     layer.init_lora_weights(*inputs.lora.values())
     for tensor in (given["up_proj"], *given["scales"]):
@@ -83,7 +83,7 @@ def test_moved_and_not_contiguous_tensors_are_read_where_they_are() -> None:
 @pytest.mark.parametrize("engine", ["torch_bf16", "torch_grouped_mm", "examples/engine_outside/my_engine.py:Engine"])
 def test_an_engine_without_the_method_is_unsupported(engine: str) -> None:
     with pytest.raises((Unsupported, NotImplementedError), match="AMXFP8_SFT"):
-        layer_of(Target(engine), draw(KINDS["fp8"], CASE), CASE, make_inputs(CASE))
+        layer_of(Target(engine), draw(CODINGS["fp8"], CASE), CASE, make_inputs(CASE))
 
 
 def test_bf16_takes_no_scales() -> None:

@@ -20,7 +20,7 @@ from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.engines.run import layer_arguments, run_layer
 from ktverify.engines.weight_files import stored_matrix
 from ktverify.isolation.child import ChildPool
-from ktverify.judge.dequantise import KINDS, packed
+from ktverify.judge.dequantise import CODINGS, packed
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
@@ -30,7 +30,7 @@ FOLD = "E=8,k=2,H=2048,I=1024,T=64,r=1,alpha=2"
 
 
 def layer_at(path: Path, case: Case, label: str, *, tp: int = 1) -> KTMoEWrapper:
-    method = KINDS[label].method
+    method = CODINGS[label].method
     layer = KTMoEWrapper(**layer_arguments(case, tp=tp, method=method, weight_path=str(path), layer_idx=LAYER))
     layer.load_weights()
     layer.init_lora_weights(*(make_inputs(case).lora[name] for name in LORA_NAMES))
@@ -57,7 +57,7 @@ def written(folder: Path, tensors: dict[str, Tensor]) -> Path:
 def test_scales_of_every_dtype_keep_their_values(
     label: str, dtype: torch.dtype, dimensions: int, tmp_path: Path
 ) -> None:
-    coded, inputs = draw(KINDS[label], CASE), make_inputs(CASE)
+    coded, inputs = draw(CODINGS[label], CASE), make_inputs(CASE)
     if label != "mxfp4":  # values that all of these dtypes have
         for name, scale in coded.scales.items():
             coded.scales[name] = (2.0 ** scale.float().log2().round().clamp(-12, 12)).to(scale.dtype)
@@ -71,7 +71,7 @@ def test_scales_of_every_dtype_keep_their_values(
 
 @pytest.mark.parametrize("label", ["fp8", "int4_32"])
 def test_parts_of_a_file(label: str, tmp_path: Path) -> None:
-    coded, inputs = draw(KINDS[label], CASE), make_inputs(CASE)
+    coded, inputs = draw(CODINGS[label], CASE), make_inputs(CASE)
     path = written(tmp_path, tensors_of(coded))
     expected = Target("native").run(CASE, as_bf16(coded, inputs), tp=2)
     expect_same_bits(label, expected, run_layer(layer_at(path, CASE, label, tp=2), inputs))
@@ -85,7 +85,7 @@ def test_int4_whose_rows_end_inside_a_number_is_read(zeros: bool, tmp_path: Path
     codes = torch.randint(16, (1, 9, 40), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     scales = torch.linspace(0.5, 2, 27).bfloat16().view(9, 3)
     points = torch.arange(27).view(9, 3).to(torch.int8) % 16 - 8
-    tensors = {"a.weight_packed": packed(KINDS["int4_32"], codes)[0], "a.weight_scale": scales}
+    tensors = {"a.weight_packed": packed(CODINGS["int4_32"], codes)[0], "a.weight_scale": scales}
     tensors["a.weight_shape"] = torch.tensor([9, 36])
     expected = codes[0, :, :36].float().view(9, 3, 12) - 8
     if zeros:
@@ -96,7 +96,7 @@ def test_int4_whose_rows_end_inside_a_number_is_read(zeros: bool, tmp_path: Path
 
 
 def test_a_configuration_with_zero_points_needs_them(tmp_path: Path) -> None:
-    path = written(tmp_path, tensors_of(draw(KINDS["int4_32"], CASE)))
+    path = written(tmp_path, tensors_of(draw(CODINGS["int4_32"], CASE)))
     about = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
     (path / "config.json").write_text(json.dumps({"quantization_config": about}))
     with pytest.raises(ValueError, match=r"gate_proj\.weight_packed has no .*gate_proj\.weight_zero_point, and config"):
@@ -104,7 +104,7 @@ def test_a_configuration_with_zero_points_needs_them(tmp_path: Path) -> None:
 
 
 def test_values_are_looked_at_once_while_a_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, looked = written(tmp_path, tensors_of(draw(KINDS["fp8"], CASE))), []
+    path, looked = written(tmp_path, tensors_of(draw(CODINGS["fp8"], CASE))), []
     monkeypatch.setattr("ktverify.engines.native.checkpoint.check_values", lambda *of: looked.append(of[1]))
     for _ in range(2):
         layer_at(path, CASE, "fp8")
@@ -117,18 +117,18 @@ def test_values_are_looked_at_once_while_a_file_stays_as_it_is(tmp_path: Path, m
 
 def check_memory(directory: str, label: str) -> None:
     """AssertionError unless loading costs nothing, and all experts at most 1.05 times their codes and scales."""
-    case, kind = Case.parse(FOLD), KINDS[label]
-    inputs, tensors = make_inputs(case), tensors_of(draw(kind, case))
+    case, coding = Case.parse(FOLD), CODINGS[label]
+    inputs, tensors = make_inputs(case), tensors_of(draw(coding, case))
     size, count = sum(tensor.nbytes for tensor in tensors.values()), len(tensors)
     path = written(Path(directory), tensors)
     lora, x, ids, weights = inputs.lora, inputs.hidden_states, inputs.expert_ids, inputs.weights
     del inputs, tensors
-    arguments = layer_arguments(case, method=kind.method, weight_path=str(path), layer_idx=LAYER)
+    arguments = layer_arguments(case, method=coding.method, weight_path=str(path), layer_idx=LAYER)
     layer = KTMoEWrapper(**arguments)
     layer.init_lora_weights(*(lora[name] for name in LORA_NAMES))
     small = Path(directory) / "small"
     small.mkdir()
-    layer_at(written(small, tensors_of(draw(kind, CASE))), CASE, label)  # loads libraries
+    layer_at(written(small, tensors_of(draw(coding, CASE))), CASE, label)  # loads libraries
     layer.clear_sft_buffer_cache()
     process = psutil.Process()
     before = process.memory_info().rss

@@ -21,7 +21,7 @@ from ktverify.checks.quantised_files import tensors_of as coded_tensors
 from ktverify.checks.quantised_inputs import draw
 from ktverify.checks.target import expect
 from ktverify.isolation.child import ChildPool
-from ktverify.judge.dequantise import KINDS, codes_of, weights_of
+from ktverify.judge.dequantise import CODINGS, codes_of, weights_of
 from ktverify.judge.metrics import compare
 from ktverify.spec.cases import Case
 from ktverify.training import init_cpu_infer, load_adapter, wrap_moe_layers
@@ -143,10 +143,10 @@ def test_export_says_that_it_writes_bf16(int4: Checkpoints, tmp_path: Path, caps
 
 @pytest.mark.parametrize("label", ["int4_32", "int8", "fp8", "mxfp4"])
 def test_experts_come_from_kt_weight_path(label: str, int4: Checkpoints, tmp_path: Path) -> None:
-    kind, case = KINDS[label], Case.parse("E=8,k=1,H=96,I=64,T=1,r=1,alpha=1")
+    coding, case = CODINGS[label], Case.parse("E=8,k=1,H=96,I=64,T=1,r=1,alpha=1")
     every, codes = tensors_of(int4.plain), dict[str, Tensor]()
     for number in (0, 1):
-        coded, prefix = draw(kind, case.with_seed(number)), f"model.layers.{number}.mlp.experts."
+        coded, prefix = draw(coding, case.with_seed(number)), f"model.layers.{number}.mlp.experts."
         codes |= coded_tensors(coded, prefix)
         for name, weights in coded.weights().items():
             every |= {f"{prefix}{expert}.{name}.weight": weight for expert, weight in enumerate(weights)}
@@ -162,10 +162,10 @@ def test_experts_come_from_kt_weight_path(label: str, int4: Checkpoints, tmp_pat
 
 @pytest.mark.parametrize("label", ["int8", "int4_32", "fp8"])
 def test_codes_are_made_of_a_checkpoint_in_bf16(label: str, int4: Checkpoints, tmp_path: Path) -> None:
-    kind, tensors = KINDS[label], tensors_of(int4.plain)
+    coding, tensors = CODINGS[label], tensors_of(int4.plain)
     for name, weight in tensors.items():
         if ".experts." in name:
-            tensors[name] = weights_of(kind, *codes_of(kind, weight[None]), None)[0]
+            tensors[name] = weights_of(coding, *codes_of(coding, weight[None]), None)[0]
     wanted = models.with_engine(load_model(str(written(int4.plain, tmp_path / "made", tensors)), "bfloat16"))
     infer = init_cpu_infer(1, backend=BACKEND_OF[label])
     found = wrap_moe_layers(load_model(str(int4.plain), "bfloat16", infer=infer), infer)
