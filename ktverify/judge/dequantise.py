@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Coding:
-    """One way to store base weights as codes. group: columns that share a scale, 0 for a whole row; zeros: zero points."""
+    """One way to store weights as codes. group: columns that share a scale, 0 for a whole row; zeros: zero points."""
 
     label: str
     method: str
