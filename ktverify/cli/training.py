@@ -231,7 +231,7 @@ def expert_stats(
 
     Of equally frequent experts, those with the lower ids are taken. The base model computes, without adapter.
 
-    
+    \b
     Example:  python -m ktverify expert-stats examples/minimal.yaml --experts 2 --out mask.json
     """
     chosen = _read_config(context, config)

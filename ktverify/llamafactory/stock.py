@@ -221,8 +221,10 @@ def _has_experts(model: Any) -> bool:
 
 
 def _load_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """load_config, with the configuration's torch_dtype: LLaMA-Factory loads a model in the dtype of its config. What
-    `_models` needs, for a quantised checkpoint or experts that stay in files, is put aside for it."""
+    """load_config, with the configuration's torch_dtype: LLaMA-Factory loads a model in the dtype of its config.
+
+    Where the checkpoint is quantised, or its experts stay in files, quantization_config moves from the config to an
+    attribute, with the engine's settings: LLaMA-Factory would act on it, and `_models` reads it there."""
 
     @wraps(original)
     def load_config(model_args: Any) -> Any:

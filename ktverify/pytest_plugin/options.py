@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--fresh": {
         "type": _seed,
         "metavar": "SEED",
-        "help": "draw new inputs and compute the oracle live; auto: a seed that nobody knows before",
+        "help": "draw new inputs and compute the oracle live; auto: a random seed, which the run prints",
     },
     "--cases": {"metavar": "GLOB", "help": "only the catalogue's cases whose name matches"},
     "--tier": {

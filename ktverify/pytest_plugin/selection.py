@@ -84,7 +84,8 @@ def accuracy_parameters(config: pytest.Config, family: str) -> Iterator[Any]:
 def family_in(nodeid: str) -> str:
     """The family of a test, read from its id; "" for a test that is elsewhere.
 
-    An id begins where pytest was told to look, if that is not below its root: with a family, or with its file alone.
+    pytest's ids are paths below its root directory. Where the suites lie outside it, as in an installed package, an id
+    begins at the folder that the command line names: with a family, or, where it names a family, with the file.
     """
     *folders, file = Path(nodeid.partition("::")[0]).parts
     return _FILES.get(file, "") if not folders or folders[-1] in FAMILIES else ""

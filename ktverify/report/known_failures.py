@@ -126,7 +126,7 @@ def compare(known: KnownFailures, run: Run) -> Compared:
 
 def updated(known: KnownFailures | None, run: Run) -> KnownFailures:
     """The known failures of `run`: entries of `known` whose every check fails as they say, or does not run here, and
-    new ones for all other failures. Entries of checks that there are no more are left out.
+    new ones for all other failures. Entries of checks that no longer exist are left out.
 
     ValueError where the run did not finish, or has lost records: what it lacks would look as if it passed.
     """
@@ -149,7 +149,8 @@ def updated(known: KnownFailures | None, run: Run) -> KnownFailures:
 
 
 def _worst(run: Run) -> list[AnyRecord]:
-    """One record, the worst, of each check, case and instruction set: seeds and degrees are not told apart."""
+    """The worst record of each check, case and instruction set. Records that differ by seed or TP degree alone count as
+    one, because an entry names neither."""
     found: dict[tuple[str, str, str], AnyRecord] = {}
     for record in worst_first(run.records):
         found.setdefault((check_of(record), _case_of(record), base_isa(record.isa)), record)

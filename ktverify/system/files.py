@@ -47,9 +47,9 @@ def pip_install(packages: str) -> str:
 def expand(path: str) -> str:
     """`path` with ~ and $VARIABLE replaced, as a shell does; a $ in the name of a file that exists stays.
 
-    ValueError for a variable that is not set, for a user who does not exist, and for a NUL, which no path has."""
+    ValueError for a variable that is not set, for a user who does not exist, and for a NUL character."""
     if "\0" in path:
-        raise ValueError(f"{path!r} has the character NUL, which no path has")
+        raise ValueError(f"{path!r} has a NUL character; a path takes none")
     home = os.path.expanduser(path)
     found = home if os.path.lexists(home) else os.path.expandvars(home)
     if found.startswith("~"):

@@ -33,7 +33,6 @@ _EXPERT = re.compile(
 _STACKED = re.compile(r"\.experts\.(gate_up_proj|down_proj|gate_proj|up_proj)(\.weight)?$")
 _NUMBERS = re.compile(r"\.\d+(?=\.)")
 _CHUNK = 1 << 24  # bytes that are copied at once
-_CODE_DTYPES = {"fp8": "F8_E4M3", "int8": "I8", "int4": "I32"}
 
 
 @dataclass

@@ -188,7 +188,7 @@ def test_a_hint_names_what_is_near_or_nothing(key: str, hint: str, written: Call
         ({"output_dir": "{file}/out"}, "output_dir .* cannot be made: .*file is a file"),
         ({"output_dir": "$NOWHERE/out"}, r"output_dir got .* has the variable \$NOWHERE, which is not set"),
         ({"output_dir": ""}, "output_dir got ''"),
-        ({"output_dir": "a\0b"}, "output_dir got .* has the character NUL, which no path has"),
+        ({"output_dir": "a\0b"}, "output_dir got .* has a NUL character; a path takes none"),
         ({"bf16": True, "torch_dtype": "float32"}, "bf16 is true and torch_dtype float32"),
         ({"cpu_infer": 3, "kt_num_threads": 2}, "cpu_infer 3 and kt_num_threads 2 are the same key"),
     ],
