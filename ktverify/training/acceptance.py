@@ -36,7 +36,10 @@ def verify_training(directory: Path, base: str | None = None, *, trust: bool = F
     trust: run the base model's own code.
 
     Stops at an answer that makes further questions impossible. A directory that `train` did not write need not have a
-    loss history, nor name a base model that is here. ValueError where the base model cannot be loaded otherwise."""
+    loss history, nor name a base model that is here. ValueError for a directory that does not exist, and where the base
+    model cannot be loaded otherwise."""
+    if not directory.is_dir():
+        raise ValueError(f"there is no directory {directory}: name the output_dir of a training")
     missing = [name for name in ADAPTER_FILES if not (directory / name).is_file()]
     yield Answer("files", not missing, f"missing: {', '.join(missing)}" if missing else ", ".join(ADAPTER_FILES))
     if missing:

@@ -115,6 +115,7 @@ def test_the_goldens_program_spells_its_errors_alike(command: str) -> None:
         (f"verify {TORCH} --mode training --method AMXBF16_SFT_SkipLoRA", "no gradients for"),
         ("bench layer --batch_sizes none", "--batch_sizes is 'none'"),
         ("bench layer --batch-sizes none", "--batch_sizes is 'none'"),
+        ("verify-training nothere", "there is no directory nothere: name the output_dir of a training"),
         ("clean --cases nosuch", "--cases nosuch: it matches none of the small default cases: "),
     ],
 )
