@@ -7,14 +7,15 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from ktverify.engines.checkpoint_files import MappedFile
+
 
 def header_of(file: Path) -> dict[str, Any]:
-    """dtype, shape and data_offsets of each tensor. ValueError for a file that is none of safetensors."""
+    """dtype, shape and data_offsets of each tensor. ValueError for a file that is none of safetensors, as one that was
+    cut short."""
+    MappedFile(file)  # the library checks every name, size and offset
     with file.open("rb") as stream:
-        try:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            header: dict[str, Any] = json.loads(stream.read(size))
-        except (struct.error, ValueError, OverflowError, MemoryError) as error:
-            raise ValueError(f"{file} is no safetensors file: {error}") from None
+        (size,) = struct.unpack("<Q", stream.read(8))
+        header: dict[str, Any] = json.loads(stream.read(size))
     header.pop("__metadata__", None)
     return header

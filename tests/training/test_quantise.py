@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,9 @@ def test_what_cannot_be_quantised_is_refused_and_leaves_nothing(tmp_path: Path) 
     (alone / "config.json").write_text("{}")
     save_file({f"{MOE}.experts.gate_up_proj": torch.zeros(2, 4, 4)}, alone / "model.safetensors")
     refused(alone, out, "no routed experts", "gate_up_proj has all experts of a layer")
+    for header in (b"[]", b'{"a": 1}', b'{"a": {"dtype": "BF16", "shape": [9], "data_offsets": [0, 18]}}'):
+        (alone / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        refused(alone, out, "model.safetensors is no safetensors file")
 
 
 def test_a_stop_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
