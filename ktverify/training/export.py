@@ -28,7 +28,7 @@ from ktverify.engines.checkpoint_files import INDEX
 from ktverify.system.text import read_json
 from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.headers import header_of
-from ktverify.training.output_directory import whole_directory
+from ktverify.training.output_directory import copy_others, whole_directory
 from ktverify.training.pretrained import load_form, load_model, of_hub
 from ktverify.training.quantised import Quantisation, quantisation_of, write_dequantised
 
@@ -72,15 +72,11 @@ def export_merged(
         there = {name for header in headers.values() for name in header}
         if lost := sorted(changed.keys() - there):
             raise ValueError(f"--base {path} has no {lost[0]}, which the adapter changes ({len(lost)} are missing)")
-        for file in sorted(folder.iterdir()):
-            if file in headers:
-                _write(file, headers[file], part / file.name, changed, _DTYPES_BY_NAME.get(dtype or ""))
-                if about:
-                    file.unlink()
-            elif file.is_dir() and not file.name.startswith((".", "checkpoint-")):
-                shutil.copytree(file, part / file.name, ignore_dangling_symlinks=True)
-            elif file.is_file() and not file.name.startswith("."):
-                shutil.copyfile(file, part / file.name)
+        for file, header in headers.items():
+            _write(file, header, part / file.name, changed, _DTYPES_BY_NAME.get(dtype or ""))
+            if about:
+                file.unlink()
+        copy_others(folder, part, headers)
         shutil.rmtree(part / ".merged")
         shutil.rmtree(part / ".base", ignore_errors=True)
         if dtype:

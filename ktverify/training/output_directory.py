@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,18 @@ def whole_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def copy_others(checkpoint: Path, into: Path, but: Container[Path]) -> None:
+    """Copy the files and folders of a checkpoint, without those of `but`, hidden ones, folders checkpoint-* and links
+    to nothing."""
+    for path in sorted(checkpoint.iterdir()):
+        if path in but or path.name.startswith("."):
+            continue
+        if path.is_file():
+            shutil.copyfile(path, into / path.name)
+        elif path.is_dir() and not path.name.startswith("checkpoint-"):
+            shutil.copytree(path, into / path.name, ignore_dangling_symlinks=True)
 
 
 def _is_of(checkpoint: Path, output: Path) -> bool:

@@ -25,7 +25,7 @@ from ktverify.engines.quantise import FP8_BLOCK, INT4_GROUPS, MADE, codes_of
 from ktverify.system.limits import format_bytes
 from ktverify.system.text import read_json
 from ktverify.training.headers import header_of
-from ktverify.training.output_directory import whole_directory
+from ktverify.training.output_directory import copy_others, whole_directory
 
 _EXPERT = re.compile(
     r"((?:.*\.)?layers\.\d+\.)(?:mlp|block_sparse_moe)\.experts\.\d+\.(?:gate_proj|up_proj|down_proj|w[123])\.weight"
@@ -81,11 +81,7 @@ def quantise_checkpoint(
                 target.flush()
                 os.fsync(target.fileno())
             done += plan.size(file)
-        for file in sorted(checkpoint.iterdir()):
-            if file.is_dir() and not file.name.startswith((".", "checkpoint-")):
-                shutil.copytree(file, part / file.name)
-            elif file.is_file() and file not in plan.headers and not file.name.startswith("."):
-                shutil.copyfile(file, part / file.name)
+        copy_others(checkpoint, part, plan.headers)
         plan.write_config(part)
         plan.write_index(part)
     return found

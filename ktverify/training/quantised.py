@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from ktverify.engines.weight_files import (
     stored_matrix,
 )
 from ktverify.system.text import read_json
+from ktverify.training.output_directory import copy_others
 
 FP8, COMPRESSED = "fp8", "compressed-tensors"
 # compressed-tensors' format -> bits of its integers
@@ -178,11 +178,7 @@ def write_dequantised(folder: Path, about: Quantisation, out: Path) -> None:
         save_file(part, out / file.name, {"format": "pt"})
         size += sum(tensor.nbytes for tensor in part.values())
         listed.update(dict.fromkeys(part, file.name))
-    for file in folder.iterdir():
-        if file.is_dir() and not file.name.startswith((".", "checkpoint-")):
-            shutil.copytree(file, out / file.name)
-        elif file.is_file() and not file.name.startswith(".") and file.suffix != ".safetensors":
-            shutil.copyfile(file, out / file.name)
+    copy_others(folder, out, set(folder.glob("*.safetensors")))
     if (out / INDEX).is_file():
         (out / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": listed}, indent=2) + "\n")
     config = read_json(out / "config.json")
