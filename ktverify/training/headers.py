@@ -19,3 +19,9 @@ def header_of(file: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(stream.read(size))
     header.pop("__metadata__", None)
     return header
+
+
+def shapes_in(folder: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in the safetensors files of a folder. ValueError as `header_of`."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: about["shape"] for file in files for name, about in header_of(file).items()}

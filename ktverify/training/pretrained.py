@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -66,19 +67,25 @@ def load_model(
     """The model at `path`, with floating-point weights in `dtype`; quantised ones are dequantised.
 
     infer: where it says that the experts are read from files, they stay there, for `wrap_moe_layers`.
-    ValueError that names `option`."""
+    ValueError that names `option`; with the tensor's name for a checkpoint that lacks one, or has one of another
+    size."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from ktverify.engines.checkpoint_files import INDEX, read_index
+    from ktverify.training.headers import shapes_in
 
     if (Path(path) / INDEX).is_file():
         read_index(Path(path) / INDEX)  # the library would not name the file
     wanted = getattr(torch, dtype)
 
     def read(path: str, **settings: Any) -> Any:
-        return load_by_files(path, wanted, infer=infer, **settings) or AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted, **settings
+        return load_by_files(path, wanted, infer=infer, **settings) or _read_whole(
+            AutoModelForCausalLM,
+            path,
+            lambda: shapes_in(Path(path) if Path(path).is_dir() else of_hub(path)),
+            dtype=wanted,
+            **settings,
         )
 
     return _load(read, path, option, trust_remote_code=trust)
@@ -141,7 +148,7 @@ def load_by_files(
     checkpoint = Checkpoint(folder, BASE_OPTION)
     tensors = quantised.tensors_in(checkpoint, about, shapes, dtype)
     try:
-        model = type(form).from_pretrained(None, config=config, dtype=dtype, state_dict=tensors.of)
+        model = _read_whole(type(form), None, tensors.shapes, config=config, dtype=dtype, state_dict=tensors.of)
     except Exception:
         if tensors.problems:  # the library says that there was one, and not which
             raise tensors.problems[0] from None
@@ -152,6 +159,44 @@ def load_by_files(
     if infer is not None and outside:
         model._kt_experts_at = infer.weight_path or str(folder)
     return model
+
+
+def _read_whole(kind: Any, path: str | None, shapes: Callable[[], Mapping[str, Sequence[int]]], **settings: Any) -> Any:
+    """kind.from_pretrained(path, …). shapes: those of the checkpoint's tensors, for errors.
+
+    ValueError for a checkpoint that lacks a tensor of the model, or has one of another shape: transformers draws such
+    weights at random, or raises an error that does not name them."""
+    try:
+        model, found = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+    except RuntimeError as error:
+        if "CONVERSION" in str(error) and (odd := _odd_expert(shapes())):
+            raise ValueError(odd) from None
+        raise
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"it lacks {missing[0]}" + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise ValueError(f"its {name} has the shape {list(there)}; the model takes {list(wanted)}")
+    return model
+
+
+def _odd_expert(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Which expert's matrix is missing, or has another shape than those of its layer's other experts; "" for none.
+
+    transformers stacks the experts of a layer, and cannot where one differs."""
+    layers: dict[tuple[str, str], dict[int, list[int]]] = {}
+    experts: dict[str, set[int]] = {}
+    for name, shape in shapes.items():
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name):
+            layers.setdefault((match[1], match[3]), {})[int(match[2])] = list(shape)
+            experts.setdefault(match[1], set()).add(int(match[2]))
+    for (block, matrix), found in layers.items():
+        usual = max(found.values(), key=list(found.values()).count)
+        for expert in sorted(experts[block]):
+            if expert not in found:
+                return f"it lacks {block}.{expert}.{matrix}"
+            if found[expert] != usual:
+                return f"its {block}.{expert}.{matrix} has the shape {found[expert]}; that of other experts is {usual}"
+    return ""
 
 
 def of_hub(name: str, **settings: Any) -> Path:

@@ -94,6 +94,9 @@ class ModelTensors:
     files: dict[str, Path] = field(default_factory=dict)
     problems: list[Exception] = field(default_factory=list)
 
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(tensor.get_shape()) for name, tensor in self.of.items()}
+
 
 def tensors_in(
     checkpoint: Checkpoint, about: Quantisation | None, outside: Mapping[str, torch.Size], dtype: torch.dtype

@@ -4,6 +4,7 @@ Each form of one model gives the logits and gradients of its plain form, bit for
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,40 @@ def test_fp8_that_is_not_read_is_one_line(one: Forms, tmp_path: Path, change: An
     assert "\n" not in str(raised.value)
 
 
+LINEAR, EXPERTS = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.experts"
+
+
+@pytest.mark.parametrize("form", ["plain", "fp8"])
+@pytest.mark.parametrize(
+    ("start", "cut", "text"),
+    [
+        (LINEAR, False, f"it lacks {LINEAR}"),
+        (LINEAR, True, f"its {LINEAR} has the shape [200, 79]; the model takes [200, 80]"),
+        (f"{EXPERTS}.", False, f"it lacks {EXPERTS}.down_proj, and 1 more"),
+        (f"{EXPERTS}.7.", False, f"its {EXPERTS}.down_proj has the shape [7, 200, 136]; the model takes [8, 200, 136]"),
+        (f"{EXPERTS}.3.up_proj", False, f"it lacks {EXPERTS}.3.up_proj.weight"),
+        (
+            f"{EXPERTS}.3.up_proj",
+            True,
+            f"its {EXPERTS}.3.up_proj.weight has the shape [136, 199]; that of other experts is [136, 200]",
+        ),
+    ],
+)
+def test_a_tensor_that_is_missing_or_cut_is_named(
+    one: Forms, tmp_path: Path, form: str, start: str, cut: bool, text: str
+) -> None:
+    path = one.plain if form == "plain" else one.of[form][0]
+    tensors = tensors_of(path)
+    for name in [name for name in tensors if name.startswith(start)]:
+        if not cut:
+            del tensors[name]
+        elif name.endswith(".weight"):
+            tensors[name] = tensors[name][:, :-1]
+    broken = written(path, tmp_path / "broken", tensors)
+    with pytest.raises(ValueError, match=re.escape(f"base {str(broken)!r} cannot be loaded: {text}") + "$"):
+        load_model(str(broken), "bfloat16", option="base")
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
 def test_tied_embeddings_stay_tied(family: str, tmp_path: Path) -> None:
     plain = make_tiny(family, tmp_path / "plain")
@@ -181,7 +216,8 @@ def test_a_models_own_code_runs_only_on_request(
     mark = tmp_path / "ran"
     plain = make_tiny("qwen3_moe", tmp_path / "plain")
     auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    own = written(plain, tmp_path / "own", tensors_of(plain), model_type=kind, auto_map=auto)
+    # transformers stacks the experts of its own families alone
+    own = written(plain, tmp_path / "own", stacked(tensors_of(plain)), model_type=kind, auto_map=auto)
     (own / "modeling_own.py").write_text(CODE.format(mark=mark, kind=kind))
     if loads:  # by transformers' own code for the family
         assert find_experts(load_model(str(own), "bfloat16", option="base"))
