@@ -6,6 +6,7 @@ complete if all its files can be read; only such a checkpoint is resumed from.
 
 from __future__ import annotations
 
+import errno
 import filecmp
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ktverify.errors import one_line
+from ktverify.system.files import unwritten
 from ktverify.training.curves import LOSS_FILE, STATE_FILE
 
 SUMMARY_FILE, LOSS_PICTURE, SAVING = "training.json", "loss.png", ".ktverify-saving-"
@@ -29,6 +31,10 @@ CHECKPOINT_FILES = (*ADAPTER_FILES, "optimizer.pt", "scheduler.pt", "rng_state.p
 _FOR_RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "training_args.bin")
 # files of an earlier run, which could be mistaken for files of this one; everything else in the directory stays
 _EARLIER = (*ADAPTER_FILES, "adapter_model.bin", LOSS_FILE, LOSS_PICTURE, SUMMARY_FILE, STATE_FILE, f"{SAVING}*")
+# errors of a write alone
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what torch.save says where a write fails; it has no number of the error
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container.*unexpected pos")
 
 
 def choose_start(output: Path, wanted: bool | str | None, overwrite: bool) -> Path | None:
@@ -103,10 +109,31 @@ def adopt(start: Path, output: Path) -> None:
 
 
 @contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Let the error of a full disk name `target` and say what to do: libraries name no file. Other errors stay."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            number = error.errno if error.strerror else None  # without it, the text names the file already
+        else:
+            found = re.search(r"\(os error (\d+)\)", str(error))  # of safetensors and tokenizers
+            number = int(found[1]) if found else None
+        if number in _FULL:
+            raise unwritten(target, OSError(number, os.strerror(number))) from error
+        if isinstance(error, RuntimeError) and _TORCH_WRITER.search(str(error)):
+            raise OSError(
+                f"{target} cannot be written: torch could not write a file ({one_line(error)[:80]}), mostly because "
+                "the disk is full; make room, or name another folder"
+            ) from error
+        raise
+
+
+@contextmanager
 def files_together(output: Path) -> Iterator[Path]:
     """A directory to fill, whose files are then moved into `output`; each appears whole, the weights last."""
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=SAVING, dir=output) as name:
+    with writing(output), tempfile.TemporaryDirectory(prefix=SAVING, dir=output) as name:
         yield Path(name)
         for path in sorted(Path(name).iterdir(), key=lambda path: path.suffix == ".safetensors"):
             os.replace(path, output / path.name)
@@ -118,9 +145,10 @@ def whole_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        yield part
-        part.chmod(0o755)
-        os.replace(part, target)
+        with writing(target):
+            yield part
+            part.chmod(0o755)
+            os.replace(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -151,7 +151,8 @@ def run(
     output_directory.remove_earlier_run(output, start)
     started = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(start) if start else None)
+        with output_directory.writing(output):
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
         seconds, done = time.perf_counter() - started, int(trainer.state.global_step)
         with output_directory.files_together(output) as saving:
             for part in (trainer.model, trainer.processing_class):
