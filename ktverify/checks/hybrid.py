@@ -60,11 +60,15 @@ def _bare(target: Target, inputs: Inputs, more: dict[str, Any]) -> Any:
     arguments = layer_arguments(inputs.case, **{**target.how, "gpu_device": "cpu", **more})
     with call_of(CONSTRUCTOR):
         try:
-            return target.factory(**arguments)
+            layer = target.factory(**arguments)
         except TypeError as error:
             if any(name in str(error) for name in ("gpu_experts_mask", "gpu_device")):
                 raise Unsupported(f"experts on another device: {error}") from error
             raise
+    # a constructor with **more takes a mask and ignores it; its numbers are right
+    if not callable(getattr(layer, "set_gpu_experts_mask", None)):
+        raise Unsupported("experts on another device: the layer has no set_gpu_experts_mask")
+    return layer
 
 
 def _with_lora(layer: Any, inputs: Inputs) -> Any:
@@ -74,12 +78,9 @@ def _with_lora(layer: Any, inputs: Inputs) -> Any:
 
 
 def _move(layer: Any, mask: Mask) -> None:
-    """Other experts on the device. Unsupported where the engine cannot move them."""
+    """Other experts on the device."""
     with call_of("set_gpu_experts_mask"):
-        try:
-            layer.set_gpu_experts_mask(list(mask))
-        except AttributeError as error:
-            raise Unsupported(f"experts that move to another device: {error}") from error
+        layer.set_gpu_experts_mask(list(mask))
 
 
 def _step(layer: Any, inputs: Inputs) -> None:

@@ -132,7 +132,7 @@ class HostedLayer:
 
     def __init__(self, host: Host, arguments: dict[str, Any]) -> None:
         self._host = host
-        self._number, accumulates = host.ask("build", CONSTRUCTOR, arguments)
+        self._number, accumulates, moves = host.ask("build", CONSTRUCTOR, arguments)
         host.layers += 1
         weakref.finalize(self, host.dropped.append, self._number).atexit = False
         self._shared: dict[str, Any] = {}
@@ -140,6 +140,9 @@ class HostedLayer:
         if accumulates is True:
             # what asks for the argument looks at the signature
             self.backward = types.MethodType(_accumulating, self)  # type: ignore[method-assign]
+        if moves is not True:
+            # by it the checks know an engine that ignores a mask
+            self.set_gpu_experts_mask = None  # type: ignore[method-assign, assignment]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

@@ -149,7 +149,7 @@ class Layers:
         accumulates = False
         with contextlib.suppress(AttributeError, TypeError, ValueError):
             accumulates = "accumulate" in inspect.signature(layer.backward).parameters
-        return [self.built, accumulates]
+        return [self.built, accumulates, hasattr(layer, "set_gpu_experts_mask")]
 
     def do_call(self, number: int, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         layer = self.layers[number]

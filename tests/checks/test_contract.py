@@ -197,9 +197,8 @@ EXPLAINS: dict[str, str] = {
     "with save_for_backward=True.": SAID_LATER,
     "With the probability p:": A_HEADING,
     "An engine that has no such method declares it, or refuses it as unknown: both are UNSUPPORTED.": OF_THE_SUITES,
-    "An engine that takes no mask declares it, or refuses the argument as unknown: both are UNSUPPORTED.": (
-        OF_THE_SUITES
-    ),
+    "An engine that takes no mask declares it, refuses the argument as unknown, or has no set_gpu_experts_mask: each "
+    "is UNSUPPORTED.": OF_THE_SUITES,
     "The suites pass gpu_experts_mask and gpu_device only in these checks, with cpu, which stands in for a GPU through "
     "the same code.": OF_THE_SUITES,
     "The README shows them in order.": A_HEADING,

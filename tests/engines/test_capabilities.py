@@ -103,6 +103,8 @@ def test_the_page_has_the_version_and_every_capability() -> None:
 
 
 MODEST, BOASTFUL = Target("tests.support.unruly:Modest"), Target("tests.support.unruly:Boastful")
+# its constructor takes **sizes, a mask of experts among them, and ignores it
+EXAMPLE = Target(f"{ROOT}/examples/engine_outside/my_engine.py:Engine")
 
 
 def test_the_example_declares_by_its_file() -> None:
@@ -135,6 +137,9 @@ def test_what_is_disclaimed_is_not_called() -> None:
         (BOASTFUL, Capability("odd_sizes", True, True), GateFailed, "rel_l2"),
         (BOASTFUL, Capability("tp", 2, True), None, ""),
         (BOASTFUL, Capability("skip_lora", True, True), None, ""),
+        (EXAMPLE, Capability("gpu_experts", True, False), Unsupported, "^gpu_experts is disclaimed$"),
+        (EXAMPLE, Capability("gpu_experts", True, True), GateFailed, "claims gpu_experts, and declares"),
+        (Target("native"), Capability("gpu_experts", True, True), None, ""),
     ],
 )
 def test_a_claim_is_tried(target: Target, claim: Capability, raised: type[Exception] | None, text: str) -> None:
