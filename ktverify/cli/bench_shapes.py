@@ -24,7 +24,11 @@ def bench(
     runs: Annotated[int, typer.Option(help="measure each shape so many times, in fresh processes", min=1)] = 1,
     threads: Annotated[int | None, typer.Option(help="of every engine (default: processors at hand)", min=1)] = None,
     peers: Annotated[
-        str | None, typer.Option(help="kt_kernel,torch_loop,torch_grouped_mm,vllm or paths of .py files")
+        str | None,
+        typer.Option(
+            help="kt_kernel,torch_loop,torch_grouped_mm,vllm,native_fp8,native_int8,native_int4,native_mxfp4,"
+            "other_build or paths of .py files"
+        ),
     ] = None,
     patience: Annotated[
         float, typer.Option(help="seconds that a turn waits for other programs to leave the processors alone", min=0)

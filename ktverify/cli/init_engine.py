@@ -1,4 +1,4 @@
-"""The command `init-engine`: a working engine with its claims, known failures, gate and README."""
+"""The command `init-engine`: a working engine with its claims, known failures, gate, and a page that explains them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KNOWN = "known_failures.toml"
 FILES = {
     "my_engine.py": "engine_outside/my_engine.py",
     "ktverify.toml": "engine_outside/ktverify.toml",
-    "README.md": "engine_outside/README.md",
+    "KTVERIFY.md": "engine_outside/README.md",
     ".github/workflows/ktverify.yml": "ci/ktverify.yml",
 }
 
@@ -23,7 +23,7 @@ FILES = {
 def init_engine(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="made where it is missing")],
 ) -> None:
-    """Write the skeleton of an engine: one that works, what it claims, known failures, a CI workflow, a README.
+    """Write the skeleton of an engine: one that works, what it claims, known failures, a CI workflow, a page.
 
     Nothing is overwritten: it is an error where one of the files is there.
 
