@@ -154,10 +154,16 @@ def _one_call(share: expert_parallel.Share, inputs: Inputs, tokens: slice) -> di
 # ---- ranks that end
 
 
-def lost(way: str) -> str:
-    """What rank 0 says of rank 1, which ends ("ended") or never comes to the call ("silent")."""
+def lost(way: str, file: str) -> str:
+    """What rank 0 says of rank 1, which ends ("ended") or never comes to the call ("silent").
+
+    file: of a store, by which rank 1 learns that rank 0 has formed the group; before, its end is an error of torch."""
     share = expert_parallel.Share(dist.group.WORLD, CASE.num_experts)
-    if share.rank == 1:
+    store = dist.FileStore(file, share.size)
+    if share.rank == 0:
+        store.set("formed", "yes")
+    else:
+        store.wait(["formed"])
         if way == "ended":
             os._exit(3)
         return ""
