@@ -62,7 +62,7 @@ def test_any_number_of_ranks_has_the_bits_of_one(name: str, size: int, found: di
 
 @pytest.mark.parametrize("way", ["ended", "silent"])
 def test_a_rank_that_is_gone_ends_the_others_with_one_line(way: str, tmp_path: Path) -> None:
-    said, other = ranks.on_ranks(2, tmp_path, ranks.lost, way, str(tmp_path / "formed"), timeout_s=8.0)
+    said, other = ranks.on_ranks(2, tmp_path, ranks.lost, way, timeout_s=8.0)
     assert other == (None if way == "ended" else "")
     assert said.startswith("rank 0 of 2 stops: another rank ended or gave no answer in time")
     assert "\n" not in said

@@ -83,7 +83,7 @@ COMMANDS: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
 
 
 def expect_error(result: Result, pattern: str) -> None:
-    """AssertionError unless the call ended with exit code 2 and one line of error; `train` prints other lines before."""
+    """AssertionError unless the call ended with exit code 2 and one line of error; others may stand before it."""
     ends(result, 2)
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, result.stderr
