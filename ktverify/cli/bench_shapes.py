@@ -26,8 +26,8 @@ def bench(
     peers: Annotated[
         str | None,
         typer.Option(
-            help="kt_kernel,torch_loop,torch_grouped_mm,vllm,native_fp8,native_int8,native_int4,native_mxfp4,"
-            "other_build or paths of .py files"
+            help="kt_kernel,torch_loop,torch_grouped_mm,vllm,transformers_experts,native_fp8,native_int8,native_int4,"
+            "native_mxfp4,other_build or paths of .py files"
         ),
     ] = None,
     patience: Annotated[

@@ -26,7 +26,14 @@ def test_an_engine_is_one_file(tmp_path: Path) -> None:
 
 
 def test_every_engine_of_the_package_loads() -> None:
-    assert names() == ["native", "kt_kernel", "torch_bf16", "torch_grouped_mm"]
+    assert names() == [
+        "native",
+        "kt_kernel",
+        "torch_bf16",
+        "torch_grouped_mm",
+        "transformers_experts",
+        "vllm_cpu",
+    ]
     assert all(callable(load(name)) for name in names())
 
 
