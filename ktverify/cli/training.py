@@ -66,6 +66,7 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     Examples:  python -m ktverify train examples/minimal.yaml
                python -m ktverify train examples/minimal.yaml --learning_rate 1e-3 --max_steps 20
                python -m ktverify train examples/minimal.yaml --resume_from_checkpoint true
+               torchrun --nproc-per-node 2 -m ktverify train examples/minimal.yaml --kt_ep true
     """
     chosen = _read_config(context, config)
     from ktverify.system.limits import format_bytes
@@ -77,6 +78,8 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     except NotFinite as error:
         print_verdict(False, str(error))
         raise
+    if not trained.first:
+        return
     if trained.note:
         typer.echo(trained.note)
         return

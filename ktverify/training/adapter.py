@@ -20,9 +20,10 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 
+from ktverify.engines.expert_parallel import Share
 from ktverify.errors import AdapterMismatch, one_line
 from ktverify.system.text import read_json
-from ktverify.training.factors import Factors, joined
+from ktverify.training.factors import Factors
 from ktverify.training.layer import MOELayerWrapper, uncompiled
 from ktverify.training.wrap import WEIGHTS, find_experts
 
@@ -44,10 +45,16 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         super().__init__(base_layer, adapter_name, **options)
         self._own: set[str] = set()  # adapters of which only this process's experts are kept
         self._layer().adapters[self.parameter_name] = self
+        self.register_load_state_dict_pre_hook(_take_own_experts)
 
     def _layer(self) -> MOELayerWrapper:
         layer: MOELayerWrapper = self.get_base_layer()._kt_layer[0]
         return layer
+
+    @property
+    def share(self) -> Share | None:
+        """Of experts that are divided among processes: what this one has."""
+        return self._layer().share
 
     def factors(self) -> Factors | None:
         """The active adapter's factors; None while adapters are disabled. ValueError for several active ones."""
@@ -69,7 +76,7 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
         return [self._of(name) for name in self.lora_A]
 
     def _of(self, name: str) -> Factors:
-        if self._layer().share is not None and name not in self._own:
+        if self.share is not None and name not in self._own:
             raise ValueError(
                 f"adapter {name} was attached by peft alone, and these experts are divided among processes: attach it "
                 "with ktverify.training.add_adapter or load_adapter"
@@ -80,7 +87,7 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
 
     def keep_own_experts(self) -> None:
         """Where experts are divided among processes, keep the LoRA of this process's experts alone."""
-        if (share := self._layer().share) is not None:
+        if (share := self.share) is not None:
             for name in self.lora_A:
                 self._own.add(name)
                 own = self._of(name).part(share.total, share.experts)
@@ -96,6 +103,34 @@ class ParamWrapper(lora_layer.ParamWrapper):  # type: ignore[misc]  # peft finds
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         _no_merge()
+
+
+def cut_state(adapter: ParamWrapper, name: str, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The part of this process's experts of two tensors that are like A and B of the adapter `name` of all experts; the
+    tensors themselves where they are a part already."""
+    own, share = adapter._of(name), adapter.share
+    if share is None or a.shape == own.a.shape:
+        return a, b
+    found = replace(own, a=a, b=b).part(share.total, share.experts)
+    return found.a, found.b
+
+
+def whole_state_of(
+    adapter: ParamWrapper, name: str, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """On rank 0, of two tensors like this process's A and B of the adapter `name`, those of all experts. All ranks call
+    it. RankLost where another rank ended."""
+    share = adapter.share
+    assert share is not None
+    return share.whole(a), share.whole(b.reshape(len(b), -1, len(share.experts)), dim=2).flatten(1)
+
+
+def _take_own_experts(adapter: ParamWrapper, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    """Before torch loads `state`: of adapters of all experts, leave those of this process."""
+    for name in adapter._own:
+        keys = [f"{prefix}lora_{letter}.{name}.weight" for letter in "AB"]
+        if all(key in state for key in keys):
+            state[keys[0]], state[keys[1]] = cut_state(adapter, name, state[keys[0]], state[keys[1]])
 
 
 def _no_merge() -> None:
@@ -212,7 +247,7 @@ def _finish(adapted: PeftModel) -> None:
         adapted.base_model._check_merge_allowed = _no_merge
     for module in wrapped:
         module.keep_own_experts()
-    if any(module._layer().share is not None for module in wrapped):
+    if any(module.share is not None for module in wrapped):
         adapted.save_pretrained = partial(save_together, adapted)
 
 
@@ -221,7 +256,7 @@ def save_together(adapted: PeftModel, directory: str | Path, **options: Any) -> 
     the group writes, and all return once the files are there. options: those of peft's save_pretrained.
 
     RankLost where another rank ended."""
-    share = next(module._layer().share for module in adapted.modules() if isinstance(module, ParamWrapper))
+    share = next(module.share for module in adapted.modules() if isinstance(module, ParamWrapper))
     assert share is not None
     state = whole_state(adapted)
     if share.rank == 0:
@@ -230,16 +265,15 @@ def save_together(adapted: PeftModel, directory: str | Path, **options: Any) -> 
 
 
 def whole_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
-    """The model's trainable state by torch's names, the LoRA of all ranks' experts in it. All ranks call it."""
+    """The trainable state by torch's names, on rank 0 with the LoRA of all ranks' experts. All ranks call it."""
     state = {name: value.detach() for name, value in adapted.named_parameters() if "lora_" in name}
     for place, module in adapted.named_modules():
-        if not isinstance(module, ParamWrapper) or (share := module._layer().share) is None:
+        if not isinstance(module, ParamWrapper) or module.share is None:
             continue
         for name in module.lora_A:
             own = module._of(name)
-            parts = share.gather((own.a.detach().cpu(), own.b.detach().cpu()))
-            whole = joined([replace(own, a=a, b=b) for a, b in parts], share.widths)
-            state |= {f"{place}.lora_A.{name}.weight": whole.a, f"{place}.lora_B.{name}.weight": whole.b}
+            a, b = whole_state_of(module, name, own.a, own.b)
+            state |= {f"{place}.lora_A.{name}.weight": a, f"{place}.lora_B.{name}.weight": b}
     return state
 
 

@@ -33,6 +33,9 @@ class TrainConfig(KtKeys):
     do_train: Literal[True] = True
     finetuning_type: Literal["lora"] = "lora"
 
+    kt_ep: bool = False
+    kt_ep_timeout: Count = 1800  # seconds
+
     lora_rank: Count = 8
     lora_alpha: float | None = Field(None, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -36,13 +36,6 @@ class Factors:
         a = self.a.detach().reshape(num_experts, -1, self.a.shape[-1])[own].flatten(0, 1)
         b = self.b.detach().reshape(self.b.shape[0], -1, num_experts)[..., own].flatten(1)
         return replace(self, a=a.clone(), b=b.clone())
-
-
-def joined(parts: Sequence[Factors], experts: Sequence[int]) -> Factors:
-    """The factors of all experts, of parts with so many experts each: the inverse of `Factors.part`."""
-    a = torch.cat([part.a for part in parts])
-    b = [part.b.reshape(part.b.shape[0], -1, number) for part, number in zip(parts, experts, strict=True)]
-    return replace(parts[0], a=a, b=torch.cat(b, dim=2).flatten(1))
 
 
 class Adapter(Protocol):

@@ -20,13 +20,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ktverify.engines import argument_checks
+from ktverify.engines.expert_parallel import Share
 from ktverify.engines.native import layer
 from ktverify.engines.native.checkpoint import ExpertFiles
 from ktverify.engines.native.turns import in_turn, list_of_this_thread
 from ktverify.engines.plain_tensors import check_modes
 from ktverify.spec.names import GRAD_NAMES
 from ktverify.training import capture
-from ktverify.training.expert_parallel import Share
 from ktverify.training.factors import Adapter, Factors, dtype_of, engine_lora, rank_of
 from ktverify.training.infer import CpuInfer
 
@@ -58,11 +58,13 @@ class MOELayerWrapper(nn.Module):
         down_proj: torch.Tensor,
         infer: CpuInfer,
         files: tuple[str, int] | None = None,
+        share: Share | None = None,
     ) -> None:
         """gate_up_proj [E, 2 I, H] (gate before up), down_proj [E, H, I]: bf16, CPU; kept until the first forward.
 
         files: the checkpoint and the number of its layer that has the weights; then only the shapes of the tensors
-        count. Errors of ExpertFiles, which looks at the whole layer."""
+        count. Errors of ExpertFiles, which looks at the whole layer. share: of experts divided among processes; these
+        are those of this process."""
         super().__init__()
         self.layer_idx = layer_idx
         self.infer = infer
@@ -70,14 +72,14 @@ class MOELayerWrapper(nn.Module):
         argument_checks.check_tp(self.intermediate_size, infer.tp)
         self.gpu_experts_mask = infer.gpu.mask(layer_idx, self.num_experts)
         self.auto_update = True
-        self.share: Share | None = None  # of experts divided among processes: these are those of this process
+        self.share = share
         self.block: tuple[nn.Module] | None = None  # the model's block around the experts; in a tuple: no submodule
         self.adapters: dict[str, Adapter] = {}
         self.engine: layer.KTMoEWrapper | None = None
         self.files = files
         self._sources: tuple[torch.Tensor, torch.Tensor] | None = None if files else (gate_up_proj, down_proj)
         if files:
-            ExpertFiles(argument_checks.LayerSpec(**self._arguments(1, infer.method)))
+            ExpertFiles(argument_checks.LayerSpec(**self._arguments(1, infer.method)), **self._place())
         self._rank, self._scaling = 1, 0.0  # of the engine; scaling 0.0 until it has LoRA
         self._dtype: torch.dtype | None = None  # of the engine's LoRA
         self._held: object = None  # the key of the engine's present values
@@ -236,7 +238,7 @@ class MOELayerWrapper(nn.Module):
             **self._arguments(top_k, method), lora_rank=rank, lora_alpha=(scaling or 1.0) * rank, isa=self.infer.isa
         )
         if base is None:
-            engine.load_weights()
+            engine.load_weights(**self._place())
         else:
             (gate_up, down), half = base, self.intermediate_size
             identity = torch.arange(self.num_experts, device="cpu")
@@ -244,6 +246,10 @@ class MOELayerWrapper(nn.Module):
         self.engine, self._rank, self._scaling = engine, rank, scaling
         self._sources = None  # the engine has them now, and releases what it has packed
         self._held, self._taken = None, {}
+
+    def _place(self) -> dict[str, Any]:
+        """Which of the files' experts these are, as the engine's load_weights takes it."""
+        return {} if self.share is None else {"first": self.share.experts.start, "total": self.share.total}
 
     def _arguments(self, top_k: int, method: str) -> dict[str, Any]:
         """The constructor's arguments, but for the LoRA's."""

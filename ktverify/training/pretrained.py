@@ -62,11 +62,18 @@ def load_form(path: str, dtype: str, *, option: str, trust: bool = False) -> Any
 
 
 def load_model(
-    path: str, dtype: str, *, option: str = BASE_OPTION, trust: bool = False, infer: CpuInfer | None = None
+    path: str,
+    dtype: str,
+    *,
+    option: str = BASE_OPTION,
+    trust: bool = False,
+    infer: CpuInfer | None = None,
+    in_files: bool = False,
 ) -> Any:
     """The model at `path`, with floating-point weights in `dtype`; quantised ones are dequantised.
 
-    infer: where it says that the experts are read from files, they stay there, for `wrap_moe_layers`.
+    infer: where it says that the experts are read from files, they stay there, for `wrap_moe_layers`; with in_files in
+    any case, so that of several processes each reads its own.
     ValueError that names `option`; with the tensor's name for a checkpoint that lacks one, or has one of another
     size."""
     import torch
@@ -80,7 +87,7 @@ def load_model(
     wanted = getattr(torch, dtype)
 
     def read(path: str, **settings: Any) -> Any:
-        return load_by_files(path, wanted, infer=infer, **settings) or _read_whole(
+        return load_by_files(path, wanted, infer=infer, in_files=in_files, **settings) or _read_whole(
             AutoModelForCausalLM,
             path,
             lambda: shapes_in(Path(path) if Path(path).is_dir() else of_hub(path)),
@@ -91,10 +98,12 @@ def load_model(
     return _load(read, path, option, trust_remote_code=trust)
 
 
-def check_method(config: Any, infer: CpuInfer) -> str:
-    """A note where a model's experts are quantised and the engine is to hold them as bf16, else "".
+def check_method(config: Any, infer: CpuInfer, *, in_files: bool = False) -> str:
+    """A note where a model's experts are quantised and the engine is to hold them as bf16, else "". in_files: they stay
+    in the files, whatever the method is.
 
-    ValueError where the method takes codes and there are none, and for a quantised form that is not read."""
+    ValueError where the method takes codes and there are none, for codes in the files that a method in bf16 is to read,
+    and for a quantised form that is not read."""
     from ktverify.training.quantised import quantisation_of
 
     try:
@@ -103,6 +112,11 @@ def check_method(config: Any, infer: CpuInfer) -> str:
             return ""
     except ValueError as error:
         raise ValueError(f"{BASE_OPTION} {config.name_or_path!r} cannot be loaded: {error}") from None
+    if in_files and not infer.weight_path:
+        raise ValueError(
+            f"{BASE_OPTION} {config.name_or_path!r} has {about.format} experts, and with kt_ep: true each rank reads "
+            f"its own from the files as they are: take kt_backend {about.backend}"
+        )
     note = f"the experts' {about.format} weights are dequantised to bf16"
     return f"{note}; kt_backend {about.backend} keeps them as codes"
 
@@ -112,6 +126,7 @@ def load_by_files(
     dtype: Any,
     *,
     infer: CpuInfer | None = None,
+    in_files: bool = False,
     config: Any = None,
     trust_remote_code: bool = False,
     hub: Mapping[str, Any] | None = None,
@@ -119,7 +134,8 @@ def load_by_files(
     """The model at `path`, a directory or a name on the hub, where it is quantised or its experts stay in files; None
     where transformers reads it.
 
-    config: its configuration where that is at hand. hub: further arguments of snapshot_download, as revision and token.
+    infer, in_files: as for load_model. config: its configuration where that is at hand. hub: further arguments of
+    snapshot_download, as revision and token.
     ValueError for a quantised form that is not read."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -128,7 +144,7 @@ def load_by_files(
 
     config = config or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     about = quantised.quantisation_of(config)
-    outside = infer is not None and infer.experts_in_files(about is not None)
+    outside = infer is not None and (in_files or infer.experts_in_files(about is not None))
     if about is None and not outside:
         return None
     import torch

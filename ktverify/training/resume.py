@@ -21,24 +21,25 @@ from ktverify.training.schedule import learning_rates
 # max_steps and num_train_epochs by what they come to
 _HARMLESS = (
     *("model_name_or_path", "trust_remote_code", "dataset", "max_samples", "template", "preprocessing_num_workers"),
-    *("kt_num_gpu_experts", "kt_gpu_experts_mask", "kt_gpu_device"),
+    *("kt_num_gpu_experts", "kt_gpu_experts_mask", "kt_gpu_device", "kt_ep", "kt_ep_timeout"),
     *("kt_num_threads", "gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit", "stop_on_nan"),
     *("output_dir", "max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"),
     "kt_weight_path",
 )
 # of these a difference says nothing
-_UNLISTED = ("max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint")
+_UNLISTED = ("kt_ep_timeout", "max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint")
 _BLOCK = 1 << 16  # bytes that are read at a place of a file of weights
 
 
-def kept_of(config: TrainConfig, rows: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+def kept_of(config: TrainConfig, rows: Sequence[Mapping[str, Any]], steps: int, ranks: int = 1) -> dict[str, Any]:
     """What a checkpoint of this training keeps, as JSON: the keys that alter a step and the others, hashes of the
-    examples and of the base model, all steps."""
+    examples and of the base model, all steps. config: of all `ranks`."""
     keys = config.model_dump(mode="json")
     altering = {name: value for name, value in keys.items() if name not in _HARMLESS and not name.startswith("kt_")}
     altering |= {"lora_alpha": config.alpha, "lora_target": sorted(config.targets)}
     altering |= {"kt_backend": config.kt_backend, "kt_tp_count": config.tp}
     others = {name: value for name, value in keys.items() if name in _HARMLESS and name not in _UNLISTED}
+    others |= {"ranks": ranks} if ranks > 1 else {}
     data = {"examples": _hash_of_rows(rows), "base": _hash_of_model(config.model_name_or_path)}
     if config.kt_weight_path:
         data["experts"] = _hash_of_model(config.kt_weight_path)

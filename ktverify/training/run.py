@@ -21,6 +21,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ktverify.engines.argument_checks import LayerSpec
+from ktverify.engines.expert_parallel import Ranks
 from ktverify.errors import NotFinite
 from ktverify.runs.jsonl import to_json
 from ktverify.system.files import write_whole
@@ -31,6 +32,7 @@ from ktverify.training.dataset import IGNORED, encode, find_dataset, read_record
 from ktverify.training.gpu_experts import gpu_experts_of
 from ktverify.training.infer import CpuInfer, init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, check_method, load_form, load_model, load_tokenizer
+from ktverify.training.ranks import Divided, agreed, of_all, output_of, ranks_of
 from ktverify.training.schedule import check_schedule
 from ktverify.training.trainer import Enough, LossLog, LossTrainer, Rotation
 from ktverify.training.wrap import find_experts, require_one_process, wrap_moe_layers
@@ -66,12 +68,14 @@ class TrainingSummary:
 class Trained:
     """A finished training: its summary, its loss log and the model with the adapter.
 
-    note: why nothing was trained, "" for a training; without a training there is no model."""
+    note: why nothing was trained, "" for a training; without a training there is no model. first: of several processes,
+    whether this is the one that writes and prints."""
 
     summary: TrainingSummary
     log: LossLog
     model: Any
     note: str = ""
+    first: bool = True
 
 
 def run(
@@ -87,14 +91,47 @@ def run(
     first_steps: train only so many of its steps, as the whole training has them, and more until `enough` is true of
     the resident bytes after every step. one_length pads every batch to the
     longest example, because torch keeps memory for each shape that it has seen; the losses are the same but for
-    rounding.
-    ValueError in one line for what cannot be run, before the model is loaded where that is possible.
+    rounding. With kt_ep, all processes of torchrun call it.
+    ValueError in one line for what cannot be run, before the model is loaded where that is possible; RankLost where
+    another process ended.
     """
-    require_one_process()
+    with ranks_of(config) as ranks, output_of(config, ranks) as own:
+        with agreed(ranks):
+            plan = _prepared(of_all(config, ranks), beside, ranks, own, first_steps)
+        if plan.start is not None and output_directory.step_reached(plan.start) >= plan.total:
+            if ranks is None or ranks.rank == 0:
+                return _nothing_to_train(Path(config.output_dir), plan.start, plan.total)
+            log = LossLog(Path(own))
+            return Trained(_summary(log, 0, 0, 0.0), log, None, "nothing to train", first=False)
+        with agreed(ranks):
+            model = _adapted(plan)
+        return _train(plan, model, LossLog(Path(own), plan.kept, first_steps, enough), one_length)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A training before its model is loaded. config: of all ranks. start: the checkpoint to resume from. total: all
+    steps. kept: what checkpoints keep."""
+
+    config: TrainConfig
+    ranks: Ranks | None
+    start: Path | None
+    arguments: TrainingArguments
+    infer: CpuInfer | None
+    tokenizer: Any
+    rows: list[dict[str, list[int]]]
+    total: int
+    kept: dict[str, Any]
+
+
+def _prepared(config: TrainConfig, beside: Path, ranks: Ranks | None, own: str, first_steps: int | None) -> _Prepared:
+    """own: the directory that this process writes to. ValueError for what cannot be run."""
     output = Path(config.output_dir)
     start = output_directory.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
     check_schedule(config, config.max_steps if config.max_steps > 0 else _SOME_STEPS)
-    arguments = _arguments(config)
+    # gradients of several ranks are clipped by their common norm, which the Trainer does not know
+    ours: dict[str, Any] = {} if ranks is None else {"output_dir": own, "max_grad_norm": 0.0}
+    arguments = _arguments(config.model_copy(update=ours))
     for note in config.notes:
         print(note, file=sys.stderr)
     files = [find_dataset(name, beside) for name in config.datasets]
@@ -108,9 +145,8 @@ def run(
             weight_path=config.kt_weight_path,
             gpu=gpu_experts_of(config),
         )
-    path, trust = config.model_name_or_path, config.trust_remote_code
-    _check_form(config, infer)
-    tokenizer = load_tokenizer(path, option=BASE_OPTION, trust=trust)
+    _check_form(config, infer, in_files=ranks is not None)
+    tokenizer = load_tokenizer(config.model_name_or_path, option=BASE_OPTION, trust=config.trust_remote_code)
     _ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
     total = total_steps(config, len(rows))
@@ -120,31 +156,42 @@ def run(
             if total > WARMUP
             else f"the training has {total} steps, and {WARMUP} are needed to warm up: give a larger max_steps"
         )
-    kept = resume.kept_of(config, rows, total)
+    kept = resume.kept_of(config, rows, total, 1 if ranks is None else ranks.size)
     if start is not None:
         reached = output_directory.step_reached(start)
         if accepted := resume.changes(output_directory.kept_in(start), kept, config, reached):
             print(f"changed since {start}, without effect on the steps: {accepted}", file=sys.stderr)
-        if reached >= total:
-            return _nothing_to_train(output, start, total)
-    model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust, infer=infer)
+    return _Prepared(config, ranks, start, arguments, infer, tokenizer, rows, total, kept)
+
+
+def _adapted(plan: _Prepared) -> Any:
+    """The model with a fresh adapter, its experts in the engine; of several ranks each has its own."""
+    config, ranks, infer = plan.config, plan.ranks, plan.infer
+    path, trust, divided = config.model_name_or_path, config.trust_remote_code, ranks is not None
+    model = load_model(path, config.torch_dtype, option=BASE_OPTION, trust=trust, infer=infer, in_files=divided)
     if infer is not None:
-        wrap_moe_layers(model, infer)
+        wrap_moe_layers(model, infer, expert_parallel=None if ranks is None else ranks.group)
     torch.manual_seed(config.seed)
     rank, alpha, target = config.lora_rank, config.lora_alpha, config.lora_target
     settings = lora_config(model, rank=rank, alpha=alpha, target=target, rslora=config.use_rslora)
-    adapted = add_adapter(model, settings, dropout=config.lora_dropout)
-    log = LossLog(output, kept, first_steps, enough)
-    longest = max(len(row["input_ids"]) for row in rows)
+    return add_adapter(model, settings, dropout=config.lora_dropout)
+
+
+def _train(plan: _Prepared, adapted: Any, log: LossLog, one_length: bool) -> Trained:
+    config, start, output = plan.config, plan.start, log.path.parent
+    longest = max(len(row["input_ids"]) for row in plan.rows)
     padding = {"padding": "max_length", "max_length": longest} if one_length else {"padding": "longest"}
     trainer = LossTrainer(
         log=log,
         stop_on_nan=config.stop_on_nan,
+        divided=None if plan.ranks is None else Divided(adapted, plan.ranks),
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed if config.lora_dropout else None,
         model=adapted,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, **padding),
-        processing_class=tokenizer,
+        args=plan.arguments,
+        train_dataset=plan.rows,
+        data_collator=DataCollatorForSeq2Seq(plan.tokenizer, label_pad_token_id=IGNORED, **padding),
+        processing_class=plan.tokenizer,
         callbacks=[log, Rotation(output, config.save_total_limit)],
     )
     trainer.remove_callback(PrinterCallback)  # the loss log prints a shorter line
@@ -172,11 +219,13 @@ def run(
         raise KeyboardInterrupt(f"stopped {where}; {output_directory.resume_hint(output)}") from None
     tokens = int(trainer.state.num_input_tokens_seen) - log.begun[1]
     summary = _summary(log, done - log.begun[0], tokens, seconds)
-    _write_summary(summary, log, output)
-    return Trained(summary, log, adapted)
+    first = plan.ranks is None or plan.ranks.rank == 0
+    if first:
+        _write_summary(summary, log, output)
+    return Trained(summary, log, adapted, first=first)
 
 
-def _check_form(config: TrainConfig, infer: CpuInfer | None) -> None:
+def _check_form(config: TrainConfig, infer: CpuInfer | None, *, in_files: bool = False) -> None:
     """ValueError for a model that the engine cannot compute, for a TP degree, a rank, a scaling or a checkpoint that it
     does not take, and for a lora_target that the model has not; without its weights, which may take long to load."""
     trust = config.trust_remote_code
@@ -197,7 +246,7 @@ def _check_form(config: TrainConfig, infer: CpuInfer | None) -> None:
                 lora_rank=rank,
                 lora_alpha=config.alpha * (math.sqrt(rank) if config.use_rslora else 1.0),
             )
-        if note := check_method(form.config, infer):
+        if note := check_method(form.config, infer, in_files=in_files):
             print(note, file=sys.stderr)
     lora_config(form, rank=rank, alpha=config.lora_alpha, target=config.lora_target)
 
@@ -336,6 +385,7 @@ def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> fl
 def _few_steps(
     config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False, enough: Enough | None = None
 ) -> Trained:
+    require_one_process()
     with tempfile.TemporaryDirectory(prefix="ktverify-") as directory:
         count = steps + WARMUP
         keys = {"logging_steps": 1, "save_steps": count + 1, "resume_from_checkpoint": None}

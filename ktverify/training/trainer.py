@@ -6,6 +6,7 @@ The Trainer's own mean begins anew at a checkpoint, and it leaves NaN and Inf ou
 from __future__ import annotations
 
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from ktverify.isolation.layers import trim
 from ktverify.runs.jsonl import append_line, read_objects, to_json, with_named_floats
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory
+from ktverify.training.ranks import Divided, rows_of
 
 
 @dataclass
@@ -35,18 +37,63 @@ class RunningLoss:
 
 class LossTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that logs the mean of `log.running`, and raises NotFinite, before the optimizer's step, where the loss
-    or the norm of all gradients is NaN or Inf. stop_on_nan: False goes on, and logs it."""
+    or the norm of all gradients is NaN or Inf. stop_on_nan: False goes on, and logs it.
 
-    def __init__(self, *, log: LossLog, stop_on_nan: bool, **options: Any) -> None:
+    divided: of a model whose experts are divided among processes. This one computes its rows of each batch; losses,
+    norms and dense gradients are those of all rows. max_grad_norm: clips them; the Trainer's own arguments clip nothing
+    then. seed: of the dropout of this process, None without dropout."""
+
+    def __init__(
+        self,
+        *,
+        log: LossLog,
+        stop_on_nan: bool,
+        divided: Divided | None = None,
+        max_grad_norm: float = 0.0,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
         self.loss_log, self.stop_on_nan, self.grad_norm = log, stop_on_nan, 0.0
+        self.divided, self._most, self._seed = divided, max_grad_norm, seed
+        self._batches = 0  # of this step
         super().__init__(**options)
+        if divided is not None and not self.model_accepts_loss_kwargs:
+            raise ValueError(
+                "kt_ep: true takes a model whose forward takes num_items_in_batch, by which the loss of its rows is a "
+                "part of the batch's"
+            )
+
+    def create_optimizer(self, *given: Any) -> Any:
+        optimizer = super().create_optimizer(*given)
+        if self.divided is not None:
+            self.divided.attach(optimizer)
+        return optimizer
+
+    def _save_checkpoint(self, *given: Any, **named: Any) -> None:
+        """Rank 0 writes; the others give it what they have, in the same order."""
+        if self.divided is None or self.divided.ranks.rank == 0:
+            super()._save_checkpoint(*given, **named)
+        else:
+            self.model.save_pretrained("")
+            self.optimizer.state_dict()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        ranks = None if self.divided is None else self.divided.ranks
+        if ranks is not None:
+            inputs = rows_of(inputs, ranks)
+            if self._seed is not None:
+                # by step, so that a resumed training has the same, and by rank: its rows are others
+                self._batches += 1
+                name = f"{self._seed} {self.state.global_step} {self._batches} {ranks.rank}"
+                torch.manual_seed(random.Random(name).getrandbits(63))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if ranks is not None:
+            loss = ranks.add(loss)
         running = self.loss_log.running
         running.total += loss.item()
         if self.accelerator.sync_gradients:
-            self.grad_norm = _norm_of_gradients(model)
+            self._batches = 0
+            self.grad_norm = _norm_of_gradients(model) if self.divided is None else self.divided.reduce(self._most)
             if self.stop_on_nan and not math.isfinite(running.total + self.grad_norm):
                 step = self.state.global_step + 1
                 rate = self.optimizer.param_groups[0]["lr"]

@@ -16,13 +16,13 @@ from torch import nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
-from ktverify.training import expert_parallel as ep
+from ktverify.engines.expert_parallel import Share
 from ktverify.training.infer import CpuInfer, init_cpu_infer
 from ktverify.training.layer import MOELayerWrapper, uncompiled
 
 IMPLEMENTATION, IMPLEMENTATION_OF_RANKS = "ktverify", "ktverify_ep"
 # in which torchrun, accelerate and MPI tell a process how many there are
-_PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+PROCESS_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 WEIGHTS = ("gate_up_proj", "down_proj")
 # families whose parity with the stock model is tested; others are accepted if their experts have the same form
 FAMILIES = ("deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe", "olmoe")
@@ -55,11 +55,6 @@ def wrap_moe_layers(
             "the model has its experts' weights in memory, and the engine is to read codes: load it with "
             "ktverify.training.load_model(path, infer=…), which leaves them in the files"
         )
-    if at is not None and expert_parallel is not None:
-        raise ValueError(
-            "the experts' weights are in files, and expert_parallel divides those in memory: load the model with "
-            "transformers' from_pretrained"
-        )
     if expert_parallel is not None and (chosen.gpu.number or chosen.gpu.layers):
         raise ValueError("expert_parallel divides the experts of engines, and some are to be on a GPU: take one")
     shares = [_share(expert_parallel, block) for block in blocks]
@@ -69,13 +64,13 @@ def wrap_moe_layers(
     for number, (block, share) in enumerate(zip(blocks, shares, strict=True)):
         weights = [getattr(block, name).detach() for name in WEIGHTS]
         if share is not None:
-            # copied, so that nothing keeps the other ranks' experts in memory
-            weights = [weight[share.experts.start : share.experts.stop].clone() for weight in weights]
+            weights = [weight[share.experts.start : share.experts.stop] for weight in weights]
         files = (at, number_of(names[block])) if at else None
         if not files:
-            weights = [weight.to("cpu", torch.bfloat16) for weight in weights]
-        wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen, files)
-        wrapper.auto_update, wrapper.share = auto_update, share
+            # copied where they are a part, so that nothing keeps the other ranks' experts in memory
+            weights = [weight.to("cpu", torch.bfloat16, copy=share is not None) for weight in weights]
+        wrapper = MOELayerWrapper(number, weights[0], weights[1], chosen, files, share)
+        wrapper.auto_update = auto_update
         wrappers.append(wrapper)
     around = {id(child): module for module in model.modules() for child in module.children()}
     for block, wrapper in zip(blocks, wrappers, strict=True):
@@ -90,8 +85,8 @@ def wrap_moe_layers(
     return model
 
 
-def _share(group: Any, block: Any) -> ep.Share | None:
-    return None if group is None else ep.Share(group, len(block.down_proj))
+def _share(group: Any, block: Any) -> Share | None:
+    return None if group is None else Share(group, len(block.down_proj))
 
 
 def _no_whole_checkpoint(*given: object, **named: object) -> None:
@@ -123,14 +118,20 @@ def update_lora_pointers(model: nn.Module) -> None:
 def require_one_process() -> None:
     """ValueError where this process is one of several of one training: DistributedDataParallel and the like would copy
     the placeholders of the experts' weights."""
-    counts = [_count_of(name) for name in _PROCESS_COUNTS]
+    if (count := process_count()) > 1:
+        raise ValueError(
+            f"this is one of {count} processes, a training takes one: start it without torchrun, accelerate launch or "
+            "mpirun, because the engine uses all processors by threads (kt_num_threads); python -m ktverify train with "
+            "kt_ep: true divides the experts among the processes of torchrun"
+        )
+
+
+def process_count() -> int:
+    """Of how many processes of one training this is one."""
+    counts = [_count_of(name) for name in PROCESS_COUNTS]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         counts.append(torch.distributed.get_world_size())
-    if max(counts) > 1:
-        raise ValueError(
-            f"this is one of {max(counts)} processes, a training takes one: start it without torchrun, accelerate "
-            "launch or mpirun; the engine uses all processors by threads (kt_num_threads)"
-        )
+    return max(counts)
 
 
 def _count_of(variable: str) -> int:
@@ -249,7 +250,7 @@ def _experts_forward(
     output: torch.Tensor = (
         layer(hidden_states, top_k_index, top_k_weights)
         if layer.share is None
-        else ep.forward(layer.share, layer, hidden_states, top_k_index, top_k_weights)
+        else layer.share.forward(layer, hidden_states, top_k_index, top_k_weights)
     )
     return output
 

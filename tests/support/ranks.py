@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import pickle
@@ -11,29 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ktverify.engines.expert_parallel import Share
 from ktverify.engines.native.layer import KTMoEWrapper
 from ktverify.errors import RankLost
 from ktverify.isolation.child import Child
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES
-from ktverify.training import expert_parallel
 from ktverify.training.layer import Call, MOEAMXFunction
 
 CASE = Case("ranks", "experts divided among processes", 7, 3, 40, 24, 23, 4, 8.0)
 
 
 def on_ranks(
-    size: int, directory: Path, function: Callable[..., Any], *given: Any, timeout_s: float = 120.0
+    size: int,
+    directory: Path,
+    function: Callable[..., Any],
+    *given: Any,
+    timeout_s: float = 120.0,
+    preload: tuple[str, ...] = (),
 ) -> list[Any]:
     """The values of function(*given) in `size` processes that are a gloo group, by rank; None of one that ended.
 
-    directory: one in which they find each other. They are forked by a process that has torch and no threads."""
-    with Child() as parent:
+    directory: one in which they find each other. They are forked by a process that has torch, the modules `preload`
+    and no threads."""
+    with Child(preload=preload) as parent:
         found: list[Any] = parent.call(_fork, size, str(directory / f"group{size}"), timeout_s, function, given)
     return found
 
@@ -106,7 +114,7 @@ def tokens_of(parts: list[int], rank: int, size: int) -> slice:
 
 def layer_results(repeats: int) -> dict[str, list[dict[str, Tensor]]]:
     """By routing, for each repeat: all tensors of this rank's tokens, and the LoRA gradients of its experts."""
-    share = expert_parallel.Share(dist.group.WORLD, CASE.num_experts)
+    share = Share(dist.group.WORLD, CASE.num_experts)
     return {
         name: [_one_call(share, inputs_of(ids), tokens_of(parts, share.rank, share.size)) for _ in range(repeats)]
         for name, (parts, ids) in routings().items()
@@ -134,7 +142,7 @@ def engine_of(inputs: Inputs, experts: range) -> KTMoEWrapper:
     return engine
 
 
-def _one_call(share: expert_parallel.Share, inputs: Inputs, tokens: slice) -> dict[str, Tensor]:
+def _one_call(share: Share, inputs: Inputs, tokens: slice) -> dict[str, Tensor]:
     engine = engine_of(inputs, share.experts)
     lora = {name: getattr(engine, name).clone().requires_grad_() for name in LORA_NAMES}
     x, w = (tensor[tokens].clone().requires_grad_() for tensor in (inputs.hidden_states, inputs.weights))
@@ -145,10 +153,23 @@ def _one_call(share: expert_parallel.Share, inputs: Inputs, tokens: slice) -> di
         output: Tensor = apply(rows, ids, ones, call, *lora.values())
         return output
 
-    output = expert_parallel.forward(share, compute, x, inputs.expert_ids[tokens], w)
+    output = share.forward(compute, x, inputs.expert_ids[tokens], w)
     torch.autograd.backward(output, inputs.grad_output[tokens])
     gradients = {"grad_input": x.grad, "grad_weights": w.grad, **{f"grad_{n}": t.grad for n, t in lora.items()}}
     return {"output": output.detach(), **{name: tensor for name, tensor in gradients.items() if tensor is not None}}
+
+
+# ---- a training
+
+
+def train(keys: dict[str, Any]) -> bool:
+    """Whether this rank is the one that writes and prints, after the training that `keys` describe."""
+    from ktverify.training.config import TrainConfig
+    from ktverify.training.pretrained import quiet
+    from ktverify.training.run import run
+
+    quiet("a test")
+    return run(TrainConfig.model_validate(keys), Path()).first
 
 
 # ---- ranks that end
@@ -156,7 +177,7 @@ def _one_call(share: expert_parallel.Share, inputs: Inputs, tokens: slice) -> di
 
 def lost(way: str) -> str:
     """What rank 0 says of rank 1, which ends ("ended") or never comes to the call ("silent")."""
-    share = expert_parallel.Share(dist.group.WORLD, CASE.num_experts)
+    share = Share(dist.group.WORLD, CASE.num_experts)
     # a rank that ends before the other has formed the group is an error of torch
     store: Any = dist.distributed_c10d._get_default_store()
     if share.rank == 0:
@@ -174,6 +195,30 @@ def lost(way: str) -> str:
 
 
 # ---- a model
+
+
+def experts_in_files(small: str, large: str, backend: str) -> tuple[list[dict[str, Tensor]], list[int], int]:
+    """The base weights of this rank's experts in each layer of the model `small`; of `large`, after a call that reaches
+    all experts, how many each layer has packed, and by how many bytes the peak of memory grew."""
+    from ktverify.training import init_cpu_infer, load_model, wrap_moe_layers
+    from tests.support import models
+
+    def run_model(path: str) -> Any:
+        infer = init_cpu_infer(1, backend=backend)
+        loaded = load_model(path, "bfloat16", infer=infer, in_files=True)
+        model = wrap_moe_layers(loaded, infer, expert_parallel=dist.group.WORLD)
+        with torch.no_grad():
+            model(input_ids=models.token_ids(4, 40, seed=dist.get_rank()))
+        return model
+
+    weights = [wrapper.engine.base_weights() for wrapper in run_model(small)._kt_wrappers]
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    model = run_model(large)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    return weights, [wrapper.engine.packed_experts for wrapper in model._kt_wrappers], peak - before
 
 
 def model_results(adapter: str, out: str) -> tuple[float, dict[str, Tensor], dict[str, int]]:

@@ -9,16 +9,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ktverify.engines.expert_parallel import Share
 from ktverify.judge.gates import Verdict, judge
 from ktverify.judge.metrics import compare
 from ktverify.judge.reference import forward_backward
 from ktverify.judge.rounding import rounding_errors
-from ktverify.spec.names import ALL_TENSORS
-from ktverify.training import GpuExperts, expert_parallel, init_cpu_infer, wrap_moe_layers
-from ktverify.training.tiny import build_model
+from ktverify.spec.names import ALL_TENSORS, BASE_NAMES
+from ktverify.training import GpuExperts, init_cpu_infer, wrap_moe_layers
+from ktverify.training.tiny import build_model, make_tiny
 from tests.support import models, ranks
+from tests.support.checkpoints import tensors_of, written
+from tests.support.quantised_checkpoints import INT4, in_int4
 
 SIZES = (1, 2, 3, 4)
+# modules that the ranks' parent imports once
+PRELOAD = ("peft",)
 ROUTINGS = ranks.routings()
 Results = dict[str, list[dict[str, Tensor]]]
 
@@ -60,6 +65,38 @@ def test_any_number_of_ranks_has_the_bits_of_one(name: str, size: int, found: di
         assert [key for key in ALL_TENSORS if not torch.equal(again[key], expected[key])] == []
 
 
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt4"])
+def test_a_rank_reads_its_own_experts_alone(backend: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 1024, "num_experts": 8, "head_dim": 32}
+    small, large = make_tiny("qwen3_moe", tmp_path / "small"), make_tiny("qwen3_moe", tmp_path / "large", sizes=sizes)
+    if backend == "AMXInt4":
+        wide = make_tiny(
+            "qwen3_moe", tmp_path / "wide", sizes={"hidden_size": 96, "moe_intermediate_size": 64, "head_dim": 32}
+        )
+        small, large = (
+            written(path, tmp_path / f"{path.name}4", in_int4(tensors_of(path))[0], quantization_config=INT4)
+            for path in (wide, large)
+        )
+    whole = 2 * 8 * 3 * 512 * 1024 * 2  # bytes of all experts in bf16
+    told = {}
+    for size in (1, 3):
+        (tmp_path / str(size)).mkdir()
+        given = (str(small), str(large), backend)
+        told[size] = ranks.on_ranks(size, tmp_path / str(size), ranks.experts_in_files, *given, preload=PRELOAD)
+    for layer, expected in enumerate(told[1][0][0]):
+        for name in BASE_NAMES:
+            found = torch.cat([part[0][layer][name] for part in told[3]])
+            assert torch.equal(found, expected[name])
+    assert [part[1] for part in told[3]] == [[2, 2], [3, 3], [3, 3]]
+    share = 1.0 if backend == "AMXBF16" else 0.28
+    in_one = told[1][0][2]
+    assert in_one > 0.9 * share * whole
+    for experts, (_, _, grown) in zip((2, 3, 3), told[3], strict=True):
+        # the rest of the model, and buffers of the call, are in both
+        less = (in_one - grown) / (share * whole * (8 - experts) / 8)
+        assert less > 0.9, f"{grown / whole:.2f} of all experts in bf16, in one process {in_one / whole:.2f}"
+
+
 @pytest.mark.parametrize("way", ["ended", "silent"])
 def test_a_rank_that_is_gone_ends_the_others_with_one_line(way: str, tmp_path: Path) -> None:
     said, other = ranks.on_ranks(2, tmp_path, ranks.lost, way, timeout_s=8.0)
@@ -70,7 +107,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_one_line(way: str, tmp_path: P
 
 def test_processes_without_a_group_are_refused() -> None:
     with pytest.raises(ValueError, match="call init_process_group first"):
-        expert_parallel.Share(None, 4)
+        Share(None, 4)
     infer = init_cpu_infer(1, gpu=GpuExperts(1, device="cpu"))
     with pytest.raises(ValueError, match="some are to be on a GPU: take one"):
         wrap_moe_layers(build_model("deepseek_v3"), infer, expert_parallel=object())

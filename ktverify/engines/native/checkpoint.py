@@ -35,6 +35,8 @@ class ExpertFiles:
     """The experts of layer spec.layer_idx in the checkpoint at spec.weight_path, checked: gate_proj, up_proj [I, H],
     down_proj [H, I] of each expert by BASE_NAMES, as views of mapped files; with scales and zero points for codes.
 
+    first, total: these are the experts from `first` on of the layer's `total`, by default all. The others are not read.
+
     A checkpoint may have several towers of layers. Those of OTHER_TOWERS are never taken; of the others, one alone may
     have routed experts, and a layer that predicts further tokens is none of the decoder's.
 
@@ -43,15 +45,17 @@ class ExpertFiles:
     TypeError for another dtype. RuntimeError where a tensor-parallel part would begin inside a group.
     """
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(self, spec: LayerSpec, first: int = 0, total: int | None = None) -> None:
         self.checkpoint = Checkpoint(spec.weight_path)
         self._spec = spec
+        self._experts = range(first, first + spec.num_experts)
+        total = spec.num_experts if total is None else total
         tower, family = _decoder(self.checkpoint.files_of, self.checkpoint.where, spec.layer_idx)
         self._names = {name: tower + pattern for name, pattern in FAMILIES[family].items()}
-        one_more = self._stem(BASE_NAMES[0], spec.num_experts)
+        one_more = self._stem(BASE_NAMES[0], total)
         if any(name_of(one_more, layout.codes) in self.checkpoint for layout in LAYOUTS.values()):
             layer = f"{self.checkpoint.where}, layer {spec.layer_idx},"
-            raise ValueError(f"{layer} has more experts than num_experts ({spec.num_experts})")
+            raise ValueError(f"{layer} has more experts than num_experts ({total})")
         self._format = self._found_format()
         self.weights: dict[str, list[torch.Tensor]] = {name: [] for name in BASE_NAMES}
         self.scales: dict[str, list[torch.Tensor]] = {name: [] for name in BASE_NAMES}
@@ -97,7 +101,7 @@ class ExpertFiles:
     def _read(self) -> None:
         spec = self._spec
         asymmetric = self._format == "int4" and says_asymmetric(Path(spec.weight_path).expanduser())
-        for expert in range(spec.num_experts):
+        for expert in self._experts:
             for name, shape in spec.expert_shapes.items():
                 stem = self._stem(name, expert)
                 if self._format == "bf16":
@@ -115,10 +119,11 @@ class ExpertFiles:
     def _check_values(self) -> None:
         """Read all codes and scales once, unless these files were read before; each expert's pages are given back."""
         spec = self._spec
-        key = (spec.layer_idx, spec.weight_format, *sorted(file.identity() for file in self.checkpoint.mapped.values()))
+        files = sorted(file.identity() for file in self.checkpoint.mapped.values())
+        key = (spec.layer_idx, spec.weight_format, self._experts, *files)
         if key in _CHECKED:
             return
-        for expert in range(spec.num_experts):
+        for expert in self._experts:
             mapped = self.checkpoint.again()
             for name in BASE_NAMES:
                 matrix = stored_matrix(mapped.lookup, self._stem(name, expert), spec.weight_format, mapped.where)
@@ -148,9 +153,9 @@ class ExpertFiles:
             self.zero_points[name].append(zeros)
 
 
-def sources_in_files(spec: LayerSpec, slots: list[int]) -> Sources:
-    """The Sources of layer spec.layer_idx in the checkpoint at spec.weight_path. Errors as ExpertFiles."""
-    return ExpertFiles(spec).sources(slots)
+def sources_in_files(spec: LayerSpec, slots: list[int], first: int = 0, total: int | None = None) -> Sources:
+    """The Sources of layer spec.layer_idx in the checkpoint at spec.weight_path. Arguments and errors: ExpertFiles."""
+    return ExpertFiles(spec, first, total).sources(slots)
 
 
 def says_asymmetric(folder: Path) -> bool:

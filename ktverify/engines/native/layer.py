@@ -138,16 +138,17 @@ class KTMoEWrapper:
         self._load(sources_of(self.spec, (gate_proj, up_proj, down_proj), physical_map, scales, zero_points))
 
     @memory_errors("load_weights")
-    def load_weights(self, physical_map: torch.Tensor | None = None) -> None:
-        """Take the base weights of layer `layer_idx` from the checkpoint at `weight_path`, a safetensors file or a
-        folder of such files, in the method's format. checkpoint.py has the names; weight_files.py, formats.
-        The files are mapped: an expert's pages are read when its first token arrives, and released once packed.
-        physical_map as above, where the checkpoint's expert p is slot p; None: slots are logical experts.
-        """
+    def load_weights(
+        self, physical_map: torch.Tensor | None = None, *, first: int = 0, total: int | None = None
+    ) -> None:
+        """Take the base weights of layer `layer_idx` from the safetensors file or folder `weight_path`, in the method's
+        format (names: checkpoint.py, formats: weight_files.py). Files are mapped: an expert's pages are read when its
+        first token arrives, and released once packed. physical_map as above; slot p is expert p of these, and by
+        default logical expert p. first, total: those from `first` on of the checkpoint's `total`; by default all."""
         if physical_map is None:
             physical_map = torch.arange(self.spec.num_experts, device="cpu")
         slots = argument_checks.check_physical_map(self.spec, physical_map)
-        self._load(sources_in_files(self.spec, slots))
+        self._load(sources_in_files(self.spec, slots, first, total))
 
     @memory_errors("base_weights")
     @in_turn
