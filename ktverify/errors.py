@@ -85,7 +85,9 @@ class EngineOutOfMemory(EngineDied):
 
 
 class CheckFailed(KtverifyError, AssertionError):
-    """The engine gave an answer, and it is wrong."""
+    """The engine gave an answer, and it is wrong. verdict: FAIL."""
+
+    verdict = "FAIL"
 
 
 class GateFailed(CheckFailed):

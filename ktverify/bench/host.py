@@ -2,7 +2,8 @@
 
 isolation/host.py serves `PeerHost`, under any Python from 3.10 on that has torch and the engine: this module imports
 nothing of ktverify. A request is {"do": "load" | "forward" | "backward" | "stages" | "write" | "call", ...}. Times are
-nanoseconds of this process's monotonic clock around the call alone.
+nanoseconds of this process's monotonic clock around the call alone. Before each call the tokens are brought into
+another order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,6 +24,9 @@ from types import ModuleType
 from typing import Any
 
 BASE_NAMES = ("gate_proj", "up_proj", "down_proj")
+# with a row for each token
+TOKENS = ("hidden_states", "expert_ids", "weights", "grad_output")
+TOKEN_RESULTS = ("output", "grad_input", "grad_weights")
 
 
 class BenchInputs:
@@ -157,6 +162,8 @@ class PeerHost:
         loaded = self.module.load(inputs)
         took = time.perf_counter_ns() - start
         self.engine = ContractPeer(loaded, inputs) if hasattr(loaded, "forward_sft") else loaded
+        self.tokens = [inputs.tensors[name] for name in TOKENS]
+        self.order = list(range(len(self.tokens[0])))
         for name in BASE_NAMES:
             del inputs.tensors[name]
         # an engine may prepare weights only when a token needs them
@@ -169,14 +176,24 @@ class PeerHost:
         about = {"version": version, "threads": str(threads), **self.engine.about, **inputs.about}
         return {"ns": took, "resident": resident_bytes() - before, "about": about}
 
+    def _shuffle(self) -> None:
+        """Bring the tokens into another order, in place: an engine that keeps results has none for this call."""
+        order = random.SystemRandom().sample(range(len(self.order)), len(self.order))
+        for tensor in self.tokens:
+            tensor.copy_(tensor[order])
+        self.order = [self.order[place] for place in order]
+        getattr(self.engine, "inputs_changed", bool)()
+
     def do_forward(self) -> dict[str, Any]:
         engine = self.engine
+        self._shuffle()
         start = time.perf_counter_ns()
         engine.forward()
         return {"forward": time.perf_counter_ns() - start}
 
     def do_backward(self) -> dict[str, Any]:
         engine = self.engine
+        self._shuffle()
         start = time.perf_counter_ns()
         engine.forward_saving()
         middle = time.perf_counter_ns()
@@ -193,6 +210,9 @@ class PeerHost:
         written = {}
         for name, tensor in self.engine.results().items():
             flat = tensor.detach().contiguous()
+            if name in TOKEN_RESULTS and len(flat) == len(self.order):
+                # as the tokens were given at first
+                flat = flat[torch.tensor(self.order).argsort()]
             dtype = str(flat.dtype).removeprefix("torch.")
             flat.view(torch.uint8).numpy().tofile(os.path.join(directory, name))
             written[name] = {"dtype": dtype, "shape": list(flat.shape)}

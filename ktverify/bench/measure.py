@@ -1,14 +1,16 @@
 """Measure engines side by side, in interleaved rounds, after their results were compared with the oracle.
 
 One round is the forward of every engine (A B C), then a training step of every engine (A B C), then the machine's
-ceilings. Whatever else the machine does in a round disturbs all engines alike. There are many short rounds, because
-minima are compared, and another program may slow a processor down for seconds: the minimum needs one quiet round.
-Lines are written to the journal as they are made.
+ceilings. Each call gets the tokens in another order, and the results of some rounds are compared as well. Whatever else
+the machine does in a round disturbs all engines alike. There are many short rounds, because minima are compared, and
+another program may slow a processor down for seconds: the minimum needs one quiet round. Lines are written to the
+journal as they are made.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from typing import Any, Protocol
 
 from ktverify.bench import input_files
 from ktverify.bench.engines import OWN, Engine, EngineProcess
+from ktverify.bench.groups import plan
 from ktverify.bench.host import map_tensor
 from ktverify.bench.input_files import OUTPUT_PLAIN, InputRequest
 from ktverify.bench.record import (
@@ -40,11 +43,8 @@ from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
 from ktverify.system.timing import OtherLoad
 
-# an interpreter with torch; the process that measures the ceilings; the share of free memory left to the system
-_PROCESS_BYTES = 500 << 20
-_CEILING_BYTES = 600 << 20
-_RESERVE = 0.04
-
+# rounds, drawn anew each time, of which every timed result is compared with the oracle, beside the first and the last
+_CHECKED = 2
 # an engine is idle when its threads together had less than a tenth of the last hundredth of a second
 _LOOK_S = 0.01
 _IDLE_NS = 1_000_000
@@ -89,44 +89,6 @@ class _Loaded:
     process: EngineProcess
     line: EngineLine
     timed: list[str] = field(default_factory=list)
-
-
-def plan(
-    engines: Sequence[Engine], weights: int, active: int, available: int
-) -> tuple[list[list[Engine]], list[tuple[Engine, str]]]:
-    """Form groups of engines that fit into memory together: (groups, [(engine, why it does not fit)]).
-
-    weights, active (those of experts that tokens reach), available: bytes. One group if memory allows. Otherwise the
-    native engine forms a group with each peer, because every ratio is against the native engine in the same rounds.
-    """
-
-    def needed(group: Sequence[Engine]) -> int:
-        return (
-            sum(int(engine.held * (active if engine.lazy else weights)) + _PROCESS_BYTES for engine in group)
-            + _CEILING_BYTES
-        )
-
-    room = int(available * (1 - _RESERVE))
-    if needed(engines) <= room:
-        return [list(engines)], []
-    own = [engine for engine in engines if engine.name == OWN]
-    groups, left_out = [], []
-    for engine in engines:
-        if engine.name == OWN:
-            continue
-        pair = [*own, engine]
-        if needed(pair) <= room:
-            groups.append(pair)
-        else:
-            left_out.append(
-                (engine, f"needs {needed(pair) / 1e9:.1f} GB with the native engine; {room / 1e9:.1f} free")
-            )
-    if not groups and own:
-        if needed(own) <= room:
-            groups.append(own)
-        else:
-            left_out.append((own[0], f"needs {needed(own) / 1e9:.1f} GB; {room / 1e9:.1f} are free"))
-    return groups, left_out
 
 
 class Bench:
@@ -244,6 +206,8 @@ class _Group:
                 self.bench.progress.say(f"loading and checking {engine.title}")
                 self._load(engine)
                 self.bench.progress.advance()
+            rounds = self.settings.rounds
+            self.checked = random.SystemRandom().sample(range(rounds), min(_CHECKED, rounds))
             self.load = OtherLoad(lambda: [ceiling, *(one.process for one in self.loaded)])
             for number in range(-self.settings.warmup, self.settings.rounds):
                 self.bench.progress.say(f"round {number + 1}" if number >= 0 else "warm-up")
@@ -326,6 +290,19 @@ class _Group:
         one.timed = [what for what in ("forward", "backward") if getattr(one.line, what) == "PASS"]
         return True
 
+    def _check_turn(self, one: _Loaded, what: str, number: int) -> None:
+        """Compare what a timed call computed with the oracle. A direction with a wrong result is no longer timed."""
+        results, names = self.directory / "results", (OUTPUT,) if what == "forward" else (OUTPUT, *BACKWARD_TENSORS)
+        wrong = first_wrong(self._compare(one, results, names))
+        shutil.rmtree(results)
+        if wrong:
+            # a backward after a wrong forward is worth nothing
+            bad = [name for name in one.timed if name == what or what == "forward"]
+            reason = {"reason": f"in round {number + 1}: {wrong}"}
+            one.line = one.line.model_copy(update=dict.fromkeys(bad, "FAIL") | reason)
+            one.timed = [name for name in one.timed if name not in bad]
+            self.journal.add(one.line)
+
     def _compare(self, one: _Loaded, results: Path, names: Sequence[str]) -> dict[str, float | str]:
         """rel_l2 of each tensor in `names`, or what is wrong with it."""
         results.mkdir(exist_ok=True)
@@ -349,6 +326,8 @@ class _Group:
             for one in [one for one in self.loaded if what in one.timed]:
                 try:
                     times, others = self._ask(one.process, what)
+                    if number in self.checked:
+                        self._check_turn(one, what, number)
                 except EngineDied as died:
                     self._remove(one, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
                     continue

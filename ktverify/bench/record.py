@@ -1,8 +1,8 @@
 """The lines of a bench run: `reports/runs/<stamp>-bench/bench.jsonl`.
 
 Times are integer nanoseconds, memory is bytes, rates are per second. Verdicts are those of all records: PASS (right,
-and timed), FAIL (wrong, so not timed), CRASH (died or raised), SKIP (not installed, or does not fit), UNSUPPORTED (does
-not compute this).
+and timed), MISTRUSTED (right, and faster than the machine can be; a summary says so, no line), FAIL (wrong, so not
+timed), CRASH (died or raised), SKIP (not installed, or does not fit), UNSUPPORTED (does not compute this).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ What = Literal["forward", "forward_saving", "backward"]
 
 
 class HeadLine(RunLine):
-    """The run. isa: the instruction set that all engines were limited to, "" for the best of each."""
+    """The run. isa: the instruction set that all engines were limited to, "" for the best of each. cache_bytes: of all
+    data caches; None in runs that are older than the field."""
 
     kind: Literal["bench"] = "bench"
     engines: tuple[str, ...]
@@ -32,6 +33,7 @@ class HeadLine(RunLine):
     warmup: int
     runs: int
     isa: str
+    cache_bytes: int | None = None
 
 
 class ShapeLine(JsonLine):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ktverify.spec import cases
 from ktverify.spec.cases import Case, read_toml
+from ktverify.system.plausible import Work
 
 TABLE = Path(__file__).with_name("shapes.toml")
 
@@ -21,25 +22,6 @@ class Shape:
     name: str
     why: str
     case: Case
-
-
-@dataclass(frozen=True)
-class Work:
-    """A lower bound of the work of one call: bytes read from memory, floating-point operations."""
-
-    bytes: float
-    flops: float
-
-    def seconds(self, bytes_per_s: float, flop_per_s: float) -> float:
-        """The roofline time: whichever of reading and multiplying takes longer.
-
-        Williams, Waterman, Patterson: Roofline: an insightful visual performance model, CACM 52(4), 2009.
-        """
-        return max(self.bytes / bytes_per_s, self.flops / flop_per_s)
-
-    def bound(self, bytes_per_s: float, flop_per_s: float) -> str:
-        """ "memory" or "arithmetic": what the roofline time is made of."""
-        return "memory" if self.bytes / bytes_per_s >= self.flops / flop_per_s else "arithmetic"
 
 
 def weight_bytes(case: Case, experts: int) -> int:

@@ -6,16 +6,16 @@ One `ShapeSummary` per shape and run. Pure arithmetic.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from ktverify.bench import record
 from ktverify.bench.engines import OWN
 from ktverify.bench.record import EngineLine, Line, RoundCeilingLine, ShapeLine, StagesLine, TurnLine
-from ktverify.bench.shapes import Work
 from ktverify.engines.native.phase_times import StageTimes
 from ktverify.runs.record import VerdictName
+from ktverify.system.plausible import Ceilings, Work
 from ktverify.system.timing import BUSY, Ratio, Statistics
 
 # a round of a group: (group, round)
@@ -95,7 +95,7 @@ def summarise(lines: Sequence[Line]) -> list[ShapeSummary]:
     for shape in (line for line in lines if isinstance(line, ShapeLine)):
         mine = [line for line in measured if line.shape == shape.shape]
         for run in sorted({line.run for line in mine}):
-            found.append(_summary(shape, run, [line for line in mine if line.run == run], order))
+            found.append(_summary(shape, run, [line for line in mine if line.run == run], order, head))
     return found
 
 
@@ -104,6 +104,7 @@ def _summary(
     run: int,
     lines: list[EngineLine | TurnLine | RoundCeilingLine | record.GroupOtherLoadLine | StagesLine],
     order: dict[str, int],
+    head: record.HeadLine | None,
 ) -> ShapeSummary:
     every: dict[tuple[str, str], dict[Round, TurnLine]] = defaultdict(dict)
     for line in lines:
@@ -128,7 +129,11 @@ def _summary(
         }
 
     bounds = rooflines(16)
-    states = _states(lines)
+    machine = _machine(ceilings.values(), head)
+    states = {
+        name: _doubted(line, {what: spread(times[name, what].values()) for what in bounds}, machine, forward, backward)
+        for name, line in _states(lines).items()
+    }
 
     def timing(engine: str, what: str) -> EngineTiming | None:
         at = times[engine, what]
@@ -165,6 +170,29 @@ def _summary(
         restless=tuple(sorted({name for line in quiet for name in line.restless})),
         stages=_shortest([line.times for line in lines if isinstance(line, StagesLine)]),
     )
+
+
+def _machine(ceilings: Collection[RoundCeilingLine], head: record.HeadLine | None) -> Ceilings | None:
+    """The best that was measured in the rounds; None for a run that says too little."""
+    if not ceilings or head is None or head.cache_bytes is None:
+        return None
+    read, multiply = max(line.read for line in ceilings), max(line.multiply for line in ceilings)
+    return Ceilings(read, multiply, next(iter(ceilings)).isa, head.cache_bytes, head.machine.flags)
+
+
+def _doubted(
+    line: EngineLine, times: dict[str, Statistics | None], machine: Ceilings | None, forward: Work, backward: Work
+) -> EngineLine:
+    """The line with MISTRUSTED in place of PASS for a direction that took less time than the machine needs."""
+    for what, ms in times.items():
+        work, direction = (backward, what) if what == "backward" else (forward, "forward")
+        # codes of fewer bits are multiplied faster as well
+        fewer = Work(work.bytes * line.bits / 16, work.flops * line.bits / 16)
+        if machine is None or ms is None or getattr(line, direction) != "PASS":
+            continue
+        if doubt := machine.too_fast(ms.min, fewer):
+            line = line.model_copy(update={direction: "MISTRUSTED", "reason": f"{what}: {doubt}"})
+    return line
 
 
 def _shortest(recorded: Sequence[StageTimes]) -> tuple[StageTimes, ...]:

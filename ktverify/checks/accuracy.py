@@ -46,11 +46,11 @@ MESSAGE = 4000
 
 
 def crash_or_raise(error: BaseException, method: str) -> Exception:
-    """The exception to record as UNSUPPORTED or CRASH, for what `method` of an engine raised.
+    """The exception to record as UNSUPPORTED, FAIL or CRASH, for what `method` of an engine raised.
 
     Raises it instead where it is not the engine's fault: a refusal by import or constructor, or too little memory.
     """
-    if isinstance(error, NotImplementedError | EngineDied):
+    if isinstance(error, NotImplementedError | EngineDied | GateFailed):
         return error
     refusal = method in ("", IMPORT, CONSTRUCTOR) and not isinstance(error, SystemExit)
     if isinstance(error, MemoryError) or refusal:

@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ktverify.checks import isas
 from ktverify.checks.altered_inputs import changed, rows_of
 from ktverify.checks.judging import expect_forms
 from ktverify.checks.problem import LiveOracle
 from ktverify.checks.target import Target, expect
+from ktverify.engines.registry import NATIVE
 from ktverify.engines.run import run_layer
+from ktverify.errors import NotPassed
 from ktverify.judge import gates, metrics
 from ktverify.runs.record import LatencyRecord
 from ktverify.spec.cases import Case, flops
 from ktverify.spec.inputs import Inputs, make_inputs
-from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT
+from ktverify.spec.names import GRAD_INPUT, GRAD_NAMES, GRAD_WEIGHTS, OUTPUT, TOKEN_TENSORS
 from ktverify.system.limits import processors
+from ktverify.system.machine import read_machine
+from ktverify.system.plausible import Ceilings, Work, cache_bytes
 from ktverify.system.timing import time_rounds
 
 WARMUP, ITERATIONS = 5, 20
 WHATS = ("forward", "forward_backward")
+# memory well beyond any cache; seconds
+_READ, _MULTIPLY_S = 1 << 29, 0.01
 
 
 @dataclass(frozen=True)
 class LatencySamples:
-    """samples_ms: wall times of ITERATIONS calls in order, after WARMUP uncounted calls; bytes: see `measure`."""
+    """samples_ms: wall times of ITERATIONS calls in order, after WARMUP uncounted calls; bytes: see `measure`.
+
+    doubt: why the shortest cannot be true, "" where it may be."""
 
     what: str
     tp: int
     samples_ms: tuple[float, ...]
     bytes: int
+    doubt: str = ""
 
 
 def environment() -> dict[str, str]:
@@ -44,7 +55,8 @@ def environment() -> dict[str, str]:
 def measure(target: Target, case: Case, degrees: Sequence[int]) -> tuple[list[LatencySamples], str]:
     """Times of forward, and of forward and backward together, at each tensor parallel degree, with all processors.
 
-    The results of the last timed calls are compared with the oracle, so that no time of a wrong result is reported.
+    Each round has the tokens in another order, so that an engine which keeps earlier results has none of this call. The
+    results of the last timed calls are compared with the oracle, so that no time of a wrong result is reported.
     `bytes` is the traffic that cannot be avoided: the weights of the experts that were reached, once per direction.
     Returns the timings, and the engine's reason where it declares that it cannot do a degree: that one and later ones
     are left out.
@@ -62,31 +74,57 @@ def measure(target: Target, case: Case, degrees: Sequence[int]) -> tuple[list[La
 
 
 def _measure_degree(target: Target, inputs: Inputs, spots: list[_Spot], weights: int) -> list[LatencySamples]:
-    layer = target.layer(inputs.case, inputs, threads=processors())
+    layer, tokens = target.layer(inputs.case, inputs, threads=processors()), inputs.case.qlen
+    # inputs of the present round, and the place of each of its tokens in `inputs`
+    now, order = inputs, torch.arange(tokens)
     output: list[Tensor] = []
     found: dict[str, Tensor] = {}
+    ceilings: list[tuple[float, float]] = []
+    draw = random.SystemRandom()
+    isa = next(isa.name or "" for isa in isas.planned(NATIVE) if not isa.emulated)
+
+    def another_order() -> None:
+        nonlocal now, order
+        order = torch.tensor(draw.sample(range(tokens), tokens))
+        now = rows_of(inputs, order)
+        ceilings.append(_ceilings(isa))
 
     def forward() -> None:
-        output[:] = [
-            layer.forward_sft(inputs.hidden_states, inputs.expert_ids, inputs.weights, save_for_backward=False)
-        ]
+        output[:] = [layer.forward_sft(now.hidden_states, now.expert_ids, now.weights, save_for_backward=False)]
 
     def both() -> None:
-        found.update(run_layer(layer, inputs))
+        found.update(run_layer(layer, now))
 
     samples: dict[str, list[float]] = {what: [] for what in WHATS}
-    for number, taken in time_rounds(dict(zip(WHATS, (forward, both), strict=True)), warmup=WARMUP, repeats=ITERATIONS):
+    calls = dict(zip(WHATS, (forward, both), strict=True))
+    for number, taken in time_rounds(calls, warmup=WARMUP, repeats=ITERATIONS, prepare=another_order):
         for what, ns in taken.items() if number >= 0 else ():
             samples[what].append(ns * 1e-6)
+    back = order.argsort()
     for results in ({OUTPUT: output[0]}, found):
-        expect_forms(target, "the timed calls", results, inputs)
-    for spot in spots:
-        spot.judge(inputs.case, {OUTPUT: output[0]})
-        spot.judge(inputs.case, found)
+        expect_forms(target, "the timed calls", results, now)
+        right = {name: tensor[back] if name in TOKEN_TENSORS else tensor for name, tensor in results.items()}
+        for spot in spots:
+            spot.judge(inputs.case, right)
+    read, multiply = map(max, zip(*ceilings, strict=True))
+    machine = Ceilings(read, multiply, isa, cache_bytes(), read_machine().flags)
     return [
-        LatencySamples(what, target.tp, tuple(samples[what]), reads * weights)
+        LatencySamples(
+            what,
+            target.tp,
+            tuple(samples[what]),
+            reads * weights,
+            machine.too_fast(min(samples[what]), Work(reads * weights, flops(inputs.case, backward=reads > 1))),
+        )
         for what, reads in zip(WHATS, (1, 2), strict=True)
     ]
+
+
+def _ceilings(isa: str) -> tuple[float, float]:
+    """What the machine reaches now, with all processors: bytes per second, operations per second on `isa`."""
+    import ktverify._native as native
+
+    return native.read_rate(processors(), _READ, 1), native.multiply_rate(isa, processors(), _MULTIPLY_S)
 
 
 @dataclass(frozen=True)
@@ -122,13 +160,13 @@ def _spots(inputs: Inputs) -> list[_Spot]:
 
 
 def record_of(timing: LatencySamples, engine: str, case: Case, *, isa: str, message: str) -> LatencyRecord:
-    """The record of one timing whose results were right."""
+    """The record of one timing whose results were right: MISTRUSTED where the machine cannot be so fast."""
     return LatencyRecord(
         family="latency",
         engine=engine,
         isa=isa,
-        verdict="PASS",
-        message=message,
+        verdict="MISTRUSTED" if timing.doubt else "PASS",
+        message=f"MISTRUSTED {timing.what} {timing.doubt}" if timing.doubt else message,
         case=case.id,
         what=timing.what,
         threads=processors(),
@@ -142,9 +180,16 @@ def record_of(timing: LatencySamples, engine: str, case: Case, *, isa: str, mess
 
 
 def check_samples(timings: list[LatencySamples]) -> None:
-    """AssertionError unless every timing has ITERATIONS positive, finite samples. No time is judged here."""
+    """AssertionError unless every timing has ITERATIONS positive, finite samples. How long they are is not judged."""
     for timing in timings:
         count = len(timing.samples_ms)
         expect(count == ITERATIONS, f"{timing.what} has {count} samples, must have {ITERATIONS}")
         odd = [sample for sample in timing.samples_ms if not (math.isfinite(sample) and sample > 0)]
         expect(not odd, f"{timing.what} has samples that are no times: {odd}")
+
+
+def expect_plausible(timings: Sequence[LatencySamples]) -> None:
+    """NotPassed with the line of every time that is shorter than the machine allows."""
+    doubts = [f"MISTRUSTED {timing.what} tp={timing.tp} {timing.doubt}" for timing in timings if timing.doubt]
+    if doubts:
+        raise NotPassed("\n".join(doubts))

@@ -93,6 +93,7 @@ def bench(
     from ktverify.bench.views import shown_grids
     from ktverify.report.console import ProgressBar, make_console, print_grids
     from ktverify.system import machine
+    from ktverify.system.plausible import cache_bytes
 
     facts = machine.read_machine()
     if isa is not None and isa not in facts.isas:
@@ -117,6 +118,7 @@ def bench(
             warmup=warmup,
             runs=runs,
             isa=settings.isa,
+            cache_bytes=cache_bytes(),
         )
     )
     # SIGTERM ends a run like Ctrl-C

@@ -8,14 +8,16 @@ from __future__ import annotations
 import base64
 import builtins
 import contextlib
+import math
 import os
 import threading
 import time
+import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ktverify.errors import EngineDied, EngineTimeout, NotDeclared, RemoteError
+from ktverify.errors import EngineDied, EngineTimeout, GateFailed, NotDeclared, RemoteError
 from ktverify.isolation import wire
 from ktverify.isolation.calls import IMPORT
 from ktverify.isolation.layers import random_state
@@ -61,15 +63,26 @@ class Host:
         self._numbers = 0
         self._random = b""
         self._drew = False
-        # arguments and results by the numbers of their regions: arguments as (tensor, address of the region, size)
+        # arguments and results by the numbers of their regions: arguments as (tensor, address of the region, size);
+        # names: what the contract calls them
         self._given: dict[int, tuple[weakref.ref[Any], int, int]] = {}
+        self._names: dict[int, str] = {}
         self._number_of: dict[int, int] = {}
         self._results: dict[int, weakref.ref[Any]] = {}
 
-    def ask(self, do: str, what: str, *given: Any, fill: dict[int, tuple[int, int]] | None = None) -> Any:
-        """The answer to a request. Raises the engine's exception, EngineDied or EngineTimeout.
+    def ask(
+        self,
+        do: str,
+        what: str,
+        *given: Any,
+        fill: dict[int, tuple[int, int]] | None = None,
+        names: Mapping[str, Any] = types.MappingProxyType({}),
+    ) -> Any:
+        """The answer to a request. Raises the engine's exception, EngineDied or EngineTimeout, and GateFailed where it
+        wrote into an argument of this call or an earlier one.
 
         what: the name of the call in an error. fill: regions that get new bytes first: number -> (address, size).
+        names: arguments by the names that an error has for them.
         """
         with self._lock, contextlib.closing(wire.MemoryFile()) as memory:
             regions: list[list[int]] = []
@@ -79,7 +92,19 @@ class Host:
             header["fill"] = [[n, memory.add(address, size), size] for n, (address, size) in (fill or {}).items()]
             with self._random_numbers(header):
                 answer, arrays = self._exchange(header, memory, what)
+            for name, tensor in names.items():
+                if (number := self._number_of.get(id(tensor))) is not None:
+                    self._names[number] = name
+            self._expect_unwritten(answer.get("written"), what)
             return wire.decode(answer.get("value"), lambda found: self._arrived(found, arrays))
+
+    def _expect_unwritten(self, numbers: Any, what: str) -> None:
+        """GateFailed that names the arguments of these regions, where there are any."""
+        if type(numbers) is list and (found := {self._names.get(wire.whole(each), "an argument") for each in numbers}):
+            text = (
+                f"FAIL {what} wrote into, or beside, {', '.join(sorted(found))}: inputs and parameters are not changed"
+            )
+            raise GateFailed(text, (("written", math.inf),))
 
     @contextlib.contextmanager
     def _random_numbers(self, header: dict[str, Any]) -> Iterator[None]:
@@ -185,6 +210,7 @@ class Host:
 
     def _forget(self, number: int) -> None:
         if self._given.pop(number, None) is not None:
+            self._names.pop(number, None)
             self._forgotten.append(number)
 
     def number_of(self, tensor: Any) -> int | None:

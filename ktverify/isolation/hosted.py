@@ -20,14 +20,21 @@ from typing import Any
 from ktverify.isolation import wire
 from ktverify.isolation.calls import CONSTRUCTOR, IMPORT
 from ktverify.isolation.engine_process import Host
-from ktverify.isolation.layers import trim
 from ktverify.isolation.process import resident_of
+from ktverify.isolation.regions import trim
 from ktverify.isolation.watcher import watcher
-from ktverify.spec.names import LORA_NAMES
+from ktverify.spec.names import BASE_NAMES, LORA_NAMES
 from ktverify.system.limits import processors
 
 # parameters up to this many bytes reach the engine's memory at every call, larger ones with an update
 _EVERY_CALL = 8 << 20
+# the arguments that an error names
+_ARGUMENTS = {
+    "load_weights_from_tensors": (*BASE_NAMES, "physical_map"),
+    "init_lora_weights": LORA_NAMES,
+    "forward_sft": ("hidden_states", "expert_ids", "weights"),
+    "backward": ("grad_output",),
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +173,8 @@ class HostedLayer:
             # also one whose memory was exchanged
             if present is not shared or (shared.numel() and self._host.number_of(shared) is None):
                 exchanged[name] = present
-        self._host.ask("update", "update_lora_weights", self._number, exchanged, fill=self._parameters(update=True))
+        filled = self._parameters(update=True)
+        self._host.ask("update", "update_lora_weights", self._number, exchanged, fill=filled, names=exchanged)
 
     def forward_sft(self, *given: Any, **named: Any) -> Any:
         return self._call("forward_sft", given, named)
@@ -190,7 +198,8 @@ class HostedLayer:
         self._call("clear_sft_buffer_cache", (), {})
 
     def _call(self, method: str, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return self._host.ask("call", method, self._number, method, given, named, fill=self._parameters())
+        names = dict(zip(_ARGUMENTS.get(method, ()), given, strict=False)) | named
+        return self._host.ask("call", method, self._number, method, given, named, fill=self._parameters(), names=names)
 
     def _parameters(self, *, update: bool = False) -> dict[int, tuple[int, int]]:
         """The regions of the parameters, whose present values the engine's memory gets."""

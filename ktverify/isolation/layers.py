@@ -12,9 +12,8 @@ import builtins
 import contextlib
 import ctypes
 import dis
-import gc
 import inspect
-import mmap
+import math
 import os
 import signal
 import sys
@@ -26,26 +25,24 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 if __package__:
-    from ktverify.isolation import host, wire
+    from ktverify.isolation import host, regions, wire
+    from ktverify.isolation.regions import Region
 else:
-    # run by path: these two lie beside this file, and must not shadow an engine's modules of the same names
+    # run by path: these lie beside this file, and must not shadow an engine's modules of the same names
     import host  # type: ignore[import-not-found, no-redef]
+    import regions  # type: ignore[import-not-found, no-redef]
     import wire  # type: ignore[import-not-found, no-redef]
+    from regions import Region  # type: ignore[no-redef]
 
     sys.path.pop(0)
-    for _name in ("host", "wire"):
+    for _name in ("host", "regions", "wire"):
         del sys.modules[_name]
 
 PARAMETERS = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 # characters of an error's text and of its traceback
 _TEXT = 100_000
-
-
-class Region:
-    """A piece of memory that the judge knows by its number. owner: what keeps it alive."""
-
-    def __init__(self, address: int, size: int, owner: Any) -> None:
-        self.address, self.size, self.owner = address, size, owner
+# bytes of a layer's base weights up to which memory is poisoned: an engine may map more memory than it touches
+_MOST_POISONED = 256 << 20
 
 
 class Layers:
@@ -64,29 +61,28 @@ class Layers:
 
     def given(self, header: dict[str, Any], fd: int) -> Any:
         """The value of a request; its tensors lie in a private mapping of the memory file."""
-        memory = None
+        owner: Any = (b"",)
         if fd >= 0:
-            memory = mmap.mmap(fd, header["memory"], flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            owner, address, sent = regions.mapped(fd, header["memory"])
         places: dict[int, tuple[int, int]] = {}
         for number, offset, size in header["regions"]:
             places[number] = offset, size
             if size:
-                self.regions[number] = Region(address + offset, size, memory)
+                self.regions[number] = Region(address + offset, size, owner, sent + offset)
 
         def tensor(found: dict[str, Any]) -> Any:
             flat = wire.on_meta(found)
             if flat is not None:
                 return flat
             region = places[found["region"]]
-            return wire.view(memory, found, region[0] + found["offset"], region)
+            return wire.view(owner[0], found, region[0] + found["offset"], region)
 
         return wire.decode(header["given"], tensor)
 
-    def answer_of(self, value: Any, more: dict[str, Any] | None = None) -> tuple[dict[str, Any], wire.MemoryFile]:
+    def answer_of(self, value: Any) -> tuple[dict[str, Any], wire.MemoryFile]:
         """(header, memory file) of a value. Tensors in a known region are described by their place in it.
 
-        Those that share memory lie in one new region, as they do here.
+        Those that share memory lie in one new region, as they do here. The header says which arguments were written to.
         """
         new: list[tuple[int, int, Any, dict[str, Any]]] = []
 
@@ -102,7 +98,7 @@ class Layers:
             return found
 
         encoded = wire.encode(value, place)
-        memory, regions = wire.MemoryFile(), []
+        memory, sent = wire.MemoryFile(), []
         begin = end = number = 0
         for address, size, tensor, found in sorted(new, key=lambda each: (each[0], -each[1])):
             if not size:
@@ -120,8 +116,8 @@ class Layers:
             found |= {"region": number, "offset": address - begin}
         for number in sorted({found["region"] for _, _, _, found in new} - {0}):
             region = self.regions[number]
-            regions.append([number, memory.add(region.address, region.size), region.size])
-        return {"value": encoded, "regions": regions, **(more or {})}, memory
+            sent.append([number, memory.add(region.address, region.size), region.size])
+        return {"value": encoded, "regions": sent, "written": regions.written(self.regions)}, memory
 
     # ---- requests
 
@@ -145,6 +141,7 @@ class Layers:
 
     def do_build(self, arguments: dict[str, Any]) -> list[Any]:
         self.built += 1
+        regions.poison(_weights(arguments) <= _MOST_POISONED)
         layer = self.layers[self.built] = self.factory(**arguments)
         accumulates = False
         with contextlib.suppress(AttributeError, TypeError, ValueError):
@@ -177,7 +174,7 @@ class Layers:
 
     def do_trim(self) -> None:
         """Give back to the system what the allocator keeps."""
-        trim()
+        regions.trim()
 
     def do_changes(self) -> list[str]:
         """What of this process's state is not as it was when the engine had been imported."""
@@ -185,18 +182,10 @@ class Layers:
         return [name for name in now if now[name] != self.clean.get(name)]
 
 
-def contents(regions: dict[int, Region], numbers: list[int]) -> tuple[dict[str, Any], wire.MemoryFile]:
-    """The present bytes of some regions."""
-    memory = wire.MemoryFile()
-    found = [[n, memory.add(regions[n].address, regions[n].size), regions[n].size] for n in numbers if n in regions]
-    return {"value": None, "regions": found}, memory
-
-
-def fill(regions: dict[int, Region], wanted: list[list[int]], fd: int) -> None:
-    """Write new bytes into regions: [number, offset in the memory file, size]."""
-    for number, offset, size in wanted:
-        if number in regions and size == regions[number].size:
-            wire.read_whole(fd, offset, wire.memory_at(regions[number].address, size))
+def _weights(arguments: dict[str, Any]) -> int:
+    """Bytes of the base weights of a layer in bf16; 0 where an argument is no size."""
+    sizes = [arguments.get(name) for name in ("num_experts", "hidden_size", "moe_intermediate_size")]
+    return 6 * math.prod(size if isinstance(size, int) else 0 for size in sizes)
 
 
 # ---- state and errors
@@ -215,14 +204,6 @@ def set_random_state(state: bytes) -> None:
     import torch
 
     torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-
-
-def trim() -> None:
-    """Give memory that nothing uses back to the system."""
-    gc.collect()
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None:
-        give_back(0)
 
 
 def state() -> dict[str, str]:
@@ -347,14 +328,14 @@ def serve(loader: str, spec: str, connection: Connection) -> None:
 
 
 def _answer(served: Layers, header: dict[str, Any], fd: int) -> tuple[dict[str, Any], wire.MemoryFile]:
-    fill(served.regions, header["fill"], fd)
+    regions.fill(served.regions, header["fill"], fd)
     for number in header["dropped"]:
         served.layers.pop(number, None)
         served.shared.pop(number, None)
     for number in header["forgotten"]:
         served.regions.pop(number, None)
     if header["do"] == "contents":
-        return contents(served.regions, header["numbers"])
+        return regions.contents(served.regions, header["numbers"])
     given = served.given(header, fd)
     return served.answer_of(getattr(served, f"do_{header['do']}")(*given))
 

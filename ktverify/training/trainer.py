@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ktverify.errors import NotFinite
-from ktverify.isolation.layers import trim
+from ktverify.isolation.regions import trim
 from ktverify.runs.jsonl import append_line, read_objects, to_json, with_named_floats
 from ktverify.system.files import write_whole
 from ktverify.training import curves, output_directory

