@@ -19,6 +19,7 @@ from ktverify.isolation import host
 from ktverify.isolation.host import module_at
 from ktverify.isolation.process import AnsweringProgram, environment_of, own_environment
 from ktverify.system import optional_peers
+from ktverify.system.files import expand
 from ktverify.system.instruction_sets import INSTRUCTION_SETS
 
 HOST = f"{Path(__file__).with_name('host.py')}:PeerHost"
@@ -60,7 +61,7 @@ def find(names: Sequence[str], options: Mapping[str, str | None]) -> list[Engine
     wanted = list(dict.fromkeys([OWN, *(names or KNOWN)]))
     found = []
     for name in wanted:
-        path = Path(name).resolve() if name.endswith(".py") else PEERS / f"{name}.py"
+        path = Path(expand(name)).resolve() if name.endswith(".py") else PEERS / f"{name}.py"
         if not path.is_file() or path.stem == "__init__":
             known = ", ".join((*KNOWN, *ON_REQUEST))
             raise ValueError(f"no engine is called {name!r}; there are {known}, or the path of a .py file")

@@ -14,7 +14,7 @@ import typer
 
 from ktverify.bench.c2c import prompts
 from ktverify.cli import options
-from ktverify.cli.options import named
+from ktverify.cli.options import expanded, named
 from ktverify.cli.progress import progress
 from ktverify.isolation.interrupt import INTERRUPTED
 from ktverify.system.files import write_whole
@@ -94,7 +94,9 @@ def batch(
 
 
 def dataset(
-    dataset: Annotated[str | None, named("dataset", "a data set of the hub, or a directory; needs datasets")] = None,
+    dataset: Annotated[
+        str | None, named("dataset", "a data set of the hub, or a directory; needs datasets", callback=expanded)
+    ] = None,
     subset: Annotated[str | None, named("subset", "its configuration, where it has several")] = None,
     split: Annotated[str, named("split", "which part of it")] = "test",
     dataset_file: Annotated[Path | None, named("dataset_file", "instead: JSON lines with prompt or question")] = None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ktverify.cli.options import print_verdict
+from ktverify.cli.options import expanded, print_verdict
 from ktverify.cli.progress import progress
 from ktverify.errors import NotFinite, WrongKeys
 from ktverify.training.pretrained import DTYPES, quiet
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ktverify.training.config import TrainConfig
 
 _CONFIG = typer.Argument(metavar="CONFIG.yaml", help="the training's configuration")
-_Base = Annotated[str | None, typer.Option(help="the base model (default: the one that the adapter names)")]
+_Base = Annotated[
+    str | None, typer.Option(help="the base model (default: the one that the adapter names)", callback=expanded)
+]
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run the base model's own code")]
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 

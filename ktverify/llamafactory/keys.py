@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from ktverify.errors import WrongKeys
+from ktverify.system.files import expand
 from ktverify.training.config import TrainConfig, pairs
 from ktverify.training.kt_keys import KtKeys, problems_of
 from ktverify.training.llama_factory import sort_out, why_not
@@ -27,6 +28,12 @@ _WITH_ENGINE = (
 )
 # names of LLaMA-Factory's templates in documents -> in its releases
 _TEMPLATES = {"deepseek2": "deepseek"}
+# keys of LLaMA-Factory that are paths, or names that may be paths, some with commas between several
+_PATHS = (
+    *("model_name_or_path", "adapter_name_or_path", "adapter_folder", "cache_dir", "output_dir", "logging_dir"),
+    *("dataset_dir", "media_dir", "tokenized_path", "resume_from_checkpoint", "export_dir", "offload_folder"),
+    *("ref_model", "ref_model_adapters", "reward_model", "reward_model_adapters", "deepspeed", "profiler_output_dir"),
+)
 _DTYPES = get_args(TrainConfig.model_fields["torch_dtype"].annotation)
 
 
@@ -55,8 +62,8 @@ def split_keys(given: Mapping[str, Any], *, trains: bool) -> SplitKeys:
 
     Raises WrongKeys (a ValueError) for a value that the engine cannot take, and for a key of LLaMA-Factory that cannot
     be used with the engine."""
-    rest = dict(given)
     problems: list[str] = []
+    rest = {name: _expanded(name, value, problems) if name in _PATHS else value for name, value in given.items()}
     engine = _engine_keys(rest, problems)
     kept, notes, wrong = sort_out(engine, list(KtKeys.model_fields))
     problems += wrong
@@ -102,6 +109,17 @@ def _engine_keys(rest: dict[str, Any], problems: list[str]) -> dict[str, Any]:
         if found.setdefault(full, value) != value:
             problems.append(f"{full} {found[full]} and kt_config.{name} {value} are the same key: give one of them")
     return found
+
+
+def _expanded(name: str, value: Any, problems: list[str]) -> Any:
+    """`value`, with ~ and $VARIABLE replaced: LLaMA-Factory and transformers replace ~ in some of their keys alone."""
+    try:
+        if isinstance(value, list):
+            return [_expanded(name, each, problems) for each in value]
+        return ",".join(map(expand, value.split(","))) if isinstance(value, str) else value
+    except ValueError as error:
+        problems.append(f"{name} got {value!r}: {error}")
+        return value
 
 
 def _is_ours(name: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ktverify.system.files import IN_CLONE, SUITES
+from ktverify.system.files import IN_CLONE, SUITES, expand
 
 MODULE = "ktverify.suites"  # what --pyargs takes
 AUTO = "auto"  # of --fresh
@@ -25,6 +25,10 @@ def _seed(text: str) -> int | str:
     return text if text == AUTO else int(text)
 
 
+def _path(text: str) -> Path:
+    return Path(expand(text))
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--engine": {"default": "native", "help": "name, package.module:factory or path/file.py:factory (default: native)"},
     "--isa": {"default": "all", "help": "one instruction set of the engine (default: all it can run)"},
@@ -40,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--time-limit": {"type": _above_zero, "metavar": "SECONDS", "help": _LIMIT.format(300, 900)},
     "--memory-limit": {"type": _above_zero, "metavar": "GIB", "help": f"resident, {_LIMIT.format(3, 7)}"},
-    "--run-dir": {"type": Path, "help": "where the records go (default: reports/runs/<stamp>)"},
+    "--run-dir": {"type": _path, "help": "where the records go (default: reports/runs/<stamp>)"},
     "--case": {
         "metavar": "TEXT",
         "help": "properties: check them on this case only, 'E=2,k=1,H=3,…@seed=0'; also what the fixture `case` is",

@@ -45,18 +45,23 @@ def pip_install(packages: str) -> str:
 
 
 def expand(path: str) -> str:
-    """`path` with ~ and $VARIABLE replaced, as a shell does; a $ in the name of a file that exists stays.
+    """`path` with ~ and $VARIABLE replaced, as a shell does; a $ in the name of a file or folder that exists stays.
 
     ValueError for a variable that is not set, for a user who does not exist, and for a NUL character."""
     if "\0" in path:
         raise ValueError(f"{path!r} has a NUL character; a path takes none")
     home = os.path.expanduser(path)
-    found = home if os.path.lexists(home) else os.path.expandvars(home)
+    there = home
+    while there and not os.path.lexists(there):
+        there = there.rpartition("/")[0]
+    rest = home[len(there) :]
+    for variable in re.finditer(r"\$(?:(\w+)|\{([^}]*)\})", rest, re.ASCII):
+        if (variable[1] or variable[2]) not in os.environ:
+            raise ValueError(f"{path!r} has the variable {variable[0]}, which is not set")
+    found = os.path.expanduser(there + os.path.expandvars(rest))
     if found.startswith("~"):
         user = found.partition("/")[0]
         raise ValueError(f"{path!r} begins with {user}, and there is no such user; ./{user} is a folder of that name")
-    if not os.path.lexists(home) and (variable := re.search(r"\$(\w+|\{[^}]*\})", found)):
-        raise ValueError(f"{path!r} has the variable {variable.group()}, which is not set")
     return found
 
 

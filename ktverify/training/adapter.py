@@ -22,6 +22,7 @@ from torch import nn
 
 from ktverify.engines.expert_parallel import Share
 from ktverify.errors import AdapterMismatch, one_line
+from ktverify.system.files import expand
 from ktverify.system.text import read_json
 from ktverify.training.factors import Factors
 from ktverify.training.layer import MOELayerWrapper, uncompiled
@@ -321,4 +322,4 @@ def base_of(adapter: Path, base: str | None) -> str:
     path = base or named
     if not path:
         raise ValueError(f"{adapter} does not name its base model: give --base")
-    return str(path)
+    return expand(str(path))

@@ -36,12 +36,30 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("~/$PLACE", "{home}/{home}/place"),
         ("a/~/b", "a/~/b"),
         ("./~", "./~"),
+        ("$TILDE/a", "{home}/a"),
+        ("{home}/a b%s/c", "{home}/a b%s/c"),
+        ("{home}/has$NOWHERE/new", "{home}/has$NOWHERE/new"),
+        ("{home}/has$NOWHERE/$FOLDER/new", "{home}/has$NOWHERE/x$NOWHERE/new"),
+        ("$FOLDER/new", "x$NOWHERE/new"),
+        ("$1", None),
+        ("${PLACE:-here}", None),
+        ("$NOWHERE/has$NOWHERE", None),
         ("", ""),
         ("plain", "plain"),
     ],
 )
-def test_a_path_is_expanded_as_a_shell_does(path: str, wanted: str, home: Path) -> None:
-    assert expand(path) == wanted.format(home=home)
+def test_a_path_is_expanded_as_a_shell_does(
+    path: str, wanted: str | None, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TILDE", "~")
+    monkeypatch.setenv("FOLDER", "x$NOWHERE")
+    (home / "has$NOWHERE").mkdir()
+    given = path.replace("{home}", str(home))
+    if wanted is None:
+        with pytest.raises(ValueError, match=r"has the variable .*, which is not set"):
+            expand(given)
+    else:
+        assert expand(given) == wanted.format(home=home)
 
 
 def test_what_cannot_be_expanded_is_refused(home: Path) -> None:
@@ -79,6 +97,16 @@ def test_commands_and_variables_find_the_place(written: str, home: Path, monkeyp
     )
     refused(call("train", f"{written}/c.yaml"), f"model_name_or_path '{place}/no' is no directory")
     refused(call("report", f"{written}/run"), f"no run at {place}/run")
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    for words in (("export-merged",), ("export-adapter", "--format=kt")):
+        given = (*words, f"{written}/adapter", f"--out={written}/out")
+        refused(call(*given, f"--base={written}/no"), f"{place}/no")
+        (place / "adapter" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{written}/named"}}')
+        refused(call(*given), f"{place}/named")
+    peer = place / "peer.py"
+    peer.write_text("TITLE = 1")
+    refused(call("bench", "--list", "--peers", f"{written}/peer.py"), f"{peer} is no engine")
     assert registry.absolute(f"{written}/engine.py:make") == f"{place}/engine.py:make"
     monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", f"{written}/golden")
     assert golden_dir() == place / "golden"

@@ -56,6 +56,28 @@ def test_without_the_engine_every_key_is_llamafactorys() -> None:
     assert not split_keys({**BASE, "export_dir": "out"}, trains=False).engine.use_kt
 
 
+def test_paths_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.setenv("PLACE", "/p")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    given = {
+        "model_name_or_path": "~/m",
+        "output_dir": "$PLACE/out",
+        "adapter_name_or_path": "~/a,${PLACE}/b",
+        "dataset_dir": "~",
+        "export_dir": "saves/$PLACE",
+        "resume_from_checkpoint": True,
+        "dataset": "~not_a_path",
+    }
+    found = split_keys({**BASE, "use_kt": False, **given}, trains=True).arguments
+    wanted = ["/h/m", "/p/out", "/h/a,/p/b", "/h", "saves//p", True, "~not_a_path"]
+    assert [found[name] for name in given] == wanted
+    with pytest.raises(WrongKeys) as caught:
+        split_keys({**BASE, "output_dir": "$NOWHERE/x", "export_dir": "~nobody_here/x"}, trains=True)
+    assert len(caught.value.lines) == 2
+    assert "output_dir got '$NOWHERE/x'" in caught.value.lines[0]
+
+
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
