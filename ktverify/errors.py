@@ -59,10 +59,12 @@ class EngineDied(EngineFailed):
     """The engine's process ended, or gave no answer. The text says how, and may contain its last lines of output.
 
     Not a RuntimeError, so that a check which expects the engine to refuse something does not accept its death.
-    call: the method of the engine that it was in, how: what happened; "" where that is not known.
+    call: the method of the engine that it was in, how: what happened; "" where that is not known. lasted: for how many
+    seconds it had been in it, 0 where that is not known.
     """
 
     call = how = ""
+    lasted = 0.0
 
     @classmethod
     def of(cls, call: str, how: str, words: str = "") -> Self:

@@ -17,7 +17,7 @@ from ktverify.checks.target import Target
 from ktverify.diagnose.search import reduced
 from ktverify.engines.run import run_case
 from ktverify.errors import EngineDied, EngineTimeout, Unsupported
-from ktverify.isolation.calls import ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of
+from ktverify.isolation.calls import ENGINE_EXCEPTIONS, IMPORT, CallLog, call_of, raised_in
 from ktverify.isolation.child import BIG, DEFAULT, ChildPool, Limits
 from ktverify.isolation.origin import describe, origin_of
 from ktverify.runs.record import VerdictName
@@ -30,7 +30,14 @@ _VERBS: dict[str, str] = {"TIMEOUT": "hangs", "OOM": "takes too much memory"}
 
 
 class TimeUpError(Exception):
-    """The time of the whole diagnosis was up before a call answered."""
+    """The time of the whole diagnosis was up before a call answered.
+
+    call: the engine's method that it was in, seconds: for how long; "" and 0 where that is not known.
+    """
+
+    def __init__(self, seconds: float = 0.0, call: str = "") -> None:
+        super().__init__(seconds, call)
+        self.seconds, self.call = seconds, call
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Fault:
             return cls.died(error)
         if isinstance(error, NotImplementedError):
             return cls("UNSUPPORTED", call, shown_line(str(error)) or "the engine gave no reason")
-        call = call or origin_of(error)[0]
+        call = call or origin_of(error)[0] or raised_in(error)
         return cls("CRASH", call, f"the engine raises {'in ' if call else ''}{describe(error, call)}", raised=True)
 
     @classmethod
@@ -129,9 +136,9 @@ class Asking(contextlib.AbstractContextManager["Asking"]):
         child.limits = Limits(min(limits.time_s, left), limits.memory)
         try:
             return child.call(_called, sys.path, function, *given)
-        except EngineTimeout:
+        except EngineTimeout as timeout:
             if left < limits.time_s:
-                raise TimeUpError from None
+                raise TimeUpError(timeout.lasted, timeout.call) from None
             raise
         finally:
             if fresh:

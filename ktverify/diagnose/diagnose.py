@@ -28,6 +28,7 @@ from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import ALL_TENSORS
 
 SURE = 0.95  # share of the error above which an explanation needs no further calls
+_LONG_S = 20.0  # seconds without an answer that are a finding where the time is up; small checks take a few
 _SMALL = 10**8  # floating-point operations of forward and backward, up to which a case is quick
 # gates of numbers: where the case's own numbers are wrong, they show nothing new
 _OF_NUMBERS = frozenset((*NUMBERS, "loss", "tp"))
@@ -160,6 +161,11 @@ class _Findings:
         (self.near if near else self.far).append((shown.finding, shown.about))
         return True
 
+    def unknown(self, found: Sequence[Explanation]) -> list[Explanation]:
+        """Those that say something else than what is known."""
+        known = [about.text for kept in (self.died, self.own, self.near, self.far) for _, about in kept if about]
+        return [each for each in found if not any(same_words(each.text, text) for text in known)]
+
     def _same(self, check: str, finding: Explanation, about: Explanation | None, shown: Shown) -> bool:
         if shown.fault is not None:
             return about is not None and same_words(about.text, shown.fault.text)
@@ -206,13 +212,15 @@ def _ask(
         try:
             if number == len(near):
                 say("which tensors go stale")
-                found = _stale(target, asking)
+                found = findings.unknown(_stale(target, asking))
                 findings.far += [(each, each) for each in found]
                 if found and first_only:
                     return []
             say(f"check {number + 1} of {len(asked)}: {check.id}")
             shown = _shown(check, target, asking, findings.families())
-        except TimeUpError:
+        except TimeUpError as up:
+            if up.seconds >= _LONG_S:
+                findings.far.append((_unanswered(up), None))
             return [f"the time was up after {number} of {len(asked)} checks"]
         findings.diagnosis.tried += 1
         if shown is not None and findings.add(check.id, shown, number < len(near)) and first_only:
@@ -220,12 +228,18 @@ def _ask(
     return []
 
 
+def _unanswered(up: TimeUpError) -> Explanation:
+    """The finding for an engine that had been in one call for long when the time was up."""
+    text = f"the engine may hang in {up.call}: it had not answered for {up.seconds:.0f} s when the time was up"
+    return replace(stated(Cause.CRASH, text, "a --time-limit below --seconds shows whether it does"), complete=False)
+
+
 def _stale(target: Target, asking: Asking) -> list[Explanation]:
     try:
         found: list[Explanation] = asking.call(stale_values, target, fresh=True)
-    except EngineDied:
-        # a check shows it
-        return []
+    except EngineDied as died:
+        fault = Fault.of(died)
+        return [stated(Cause.CRASH, fault.text, *fault.words, proof="a call that looks for stale values shows it")]
     return found
 
 

@@ -84,6 +84,11 @@ def stated(cause: Cause, text: str, *details: str, rank: int = 1, proof: str = "
     return Explanation(cause, text, 1.0, -1.0, complete=True, rank=rank, details=details, proof=proof)
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    """True for a tensor whose elements can be compared here; others have a wrong form and no more."""
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
 def _norm(tensor: Tensor) -> float:
     """The 2-norm of the finite elements; a number above 0 for a tensor of zeros."""
     return float(torch.nan_to_num(tensor, 0.0, 0.0, 0.0).norm()) or 1e-300
@@ -136,7 +141,7 @@ class Evidence:
             strict = target is not None and target.strict
         for name in (name for name in ALL_TENSORS if name in actual):
             right = layer.tensors[name]
-            if actual[name].shape != right.shape:
+            if actual[name].shape != right.shape or not _on_cpu(actual[name]):
                 failing.append(name)
                 continue
             found[name] = metrics.compare(actual[name], right)

@@ -7,7 +7,7 @@ where a new layer that gets the old values returns the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from ktverify.checks.causes import Cause
 from ktverify.checks.target import Target, same_bits
-from ktverify.diagnose.evidence import Evidence, Explanation, stated
+from ktverify.diagnose.asking import Fault
+from ktverify.diagnose.evidence import Evidence, Explanation, same_words, stated
 from ktverify.diagnose.formulas import LayerValues
 from ktverify.diagnose.hypotheses.operands import stale_in_a_half
 from ktverify.diagnose.search import one_thread
 from ktverify.engines.run import run_layer
+from ktverify.errors import EngineDied, EngineTimeout
 from ktverify.isolation.calls import ENGINE_EXCEPTIONS
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import Inputs, make_inputs
@@ -31,6 +33,8 @@ _CASES = tuple(Case.parse(f"E=4,k=2,H=64,I=64,T=24,r=4,alpha=8,lora={dtype}") fo
 _SURE = 0.95  # share of the error that the old values must explain, where bits cannot show it
 
 Change = Callable[[Any, str, Inputs], None]
+# what one tensor showed: (proof or "", name, text)
+_Shown = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,31 @@ def stale_values(target: Target) -> list[Explanation]:
             except ENGINE_EXCEPTIONS:
                 return found
             for way in WAYS:
-                tried = [_stale(target, way, name, inputs, trusted) for name in way.names if name not in known]
-                shown = [each for each in tried if each is not None]
+                shown, died = _of_way(target, way, [name for name in way.names if name not in known], inputs, trusted)
                 known.update(name for _, name, _ in shown)
                 found += _merged(way.when if case is _CASES[0] else f"{way.when} of fp32 LoRA", shown)
+                if died is not None:
+                    fault = Fault.died(died)
+                    if not any(same_words(fault.text, each.text) for each in found):
+                        proof = f"a call {way.when} shows it"
+                        found.append(stated(Cause.CRASH, fault.text, *fault.words, proof=proof))
+                    if isinstance(died, EngineTimeout):
+                        return found
     return found
+
+
+def _of_way(
+    target: Target, way: Way, names: Sequence[str], inputs: list[Inputs], trusted: bool
+) -> tuple[list[_Shown], EngineDied | None]:
+    """What each tensor shows, up to the one at which the engine's process ended."""
+    shown: list[_Shown] = []
+    for name in names:
+        try:
+            found = _stale(target, way, name, inputs, trusted)
+        except EngineDied as died:
+            return shown, died
+        shown += [found] if found is not None else []
+    return shown, None
 
 
 def _run(target: Target, inputs: Inputs) -> dict[str, Tensor]:
@@ -124,12 +148,8 @@ def _tensor(inputs: Inputs, name: str) -> Tensor:
     return tensor
 
 
-# what one tensor showed: (proof or "", name, text)
-_Shown = tuple[str, str, str]
-
-
 def _stale(target: Target, way: Way, name: str, inputs: list[Inputs], trusted: bool) -> _Shown | None:
-    """What two changes of one tensor show; None where the engine takes both over, or refuses this way."""
+    """What two changes of one tensor show; None where the engine takes both over, or refuses this way. EngineDied."""
     try:
         layer = target.layer(inputs[0].case, inputs[0])
         before = [inputs[0]]
@@ -144,6 +164,8 @@ def _stale(target: Target, way: Way, name: str, inputs: list[Inputs], trusted: b
             if not _same(result, _run(target, now)):
                 return _shown(target, name, now, before, result, trusted and quiet)
             before.append(now)
+    except EngineDied:
+        raise
     except ENGINE_EXCEPTIONS:
         # the checks report it
         return None

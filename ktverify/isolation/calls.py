@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
@@ -20,8 +21,10 @@ METHODS = {
         )
     },
 }  # fmt: skip
+CALLS = frozenset((IMPORT, *METHODS.values()))
 # what counts as raised by an engine: it may not end the program that calls it, so sys.exit is one more exception
 ENGINE_EXCEPTIONS = (Exception, SystemExit)
+_RAISED_IN = "ktverify_raised_in"  # the attribute of an exception with the innermost call
 
 
 class CallLog:
@@ -53,13 +56,21 @@ def call_of(method: str) -> Iterator[None]:
         log.on_call(method)
     try:
         yield
-    except ENGINE_EXCEPTIONS:
+    except ENGINE_EXCEPTIONS as error:
         for log in logs:
             log.failed = log.failed or method
+        if not raised_in(error):
+            setattr(error, _RAISED_IN, method)
         raise
     finally:
         for log in logs:
             log.on_call("")
+
+
+def raised_in(error: BaseException) -> str:
+    """The call of an engine in which an exception was raised, also one that this package raised about its result; ""
+    for none."""
+    return str(getattr(error, _RAISED_IN, ""))
 
 
 # ---- the call that another process is in
@@ -80,9 +91,10 @@ class CallNote:
         """What the other process needs in its environment, for `noted`."""
         return {_NOTE: f"/proc/{os.getpid()}/fd/{self._fd}"}
 
-    def call(self) -> str:
-        """The method, "" for none."""
-        return os.pread(self._fd, _SIZE, 0).rstrip(b"\0").decode(errors="replace")
+    def call(self) -> tuple[str, float]:
+        """The method, "" for none, and for how many seconds it has been in it."""
+        since, _, method = os.pread(self._fd, _SIZE, 0).rstrip(b"\0").decode(errors="replace").partition(" ")
+        return method, time.monotonic() - float(since) if method else 0.0
 
     def close(self) -> None:
         os.close(self._fd)
@@ -104,7 +116,7 @@ def noted() -> Iterator[None]:
     with open(path, "r+b", buffering=0) as note:
 
         def write(method: str) -> None:
-            os.pwrite(note.fileno(), method.encode()[:_SIZE].ljust(_SIZE, b"\0"), 0)
+            os.pwrite(note.fileno(), f"{time.monotonic()} {method}".encode()[:_SIZE].ljust(_SIZE, b"\0"), 0)
 
         with CallLog(write):
             yield

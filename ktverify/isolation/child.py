@@ -162,10 +162,11 @@ class Child(contextlib.AbstractContextManager["Child"]):
     def _died(self, kind: type[EngineDied], text: str, call: str = "") -> EngineDied:
         """The exception: the function that was called, the engine's method that it was in, what happened."""
         words = self._log.last_words()
-        call = call or self._note.call() or method_in(words)
+        noted, lasted = self._note.call()
+        call = call or noted or method_in(words)
         where = f"{self._called}, in {call}" if call else self._called
         error = kind(f"{where}: {text}; last words:\n{words or '(none)'}")
-        error.call = call
+        error.call, error.lasted = call, lasted
         return error
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ktverify.errors import EngineDied, EngineTimeout, GateFailed, NotDeclared, RemoteError
 from ktverify.isolation import wire
-from ktverify.isolation.calls import IMPORT
+from ktverify.isolation.calls import CALLS, IMPORT, call_of
 from ktverify.isolation.layers import random_state
 from ktverify.isolation.origin import set_origin
 from ktverify.isolation.process import how_it_ended, last_words
@@ -134,7 +134,9 @@ class Host:
         dropped, forgotten = self.dropped[:], self._forgotten[:]
         try:
             wire.send(self._connection, {**header, "dropped": dropped, "forgotten": forgotten}, memory)
-            self._wait(what)
+            # also where the caller does not say which call it makes
+            with call_of(what) if what in CALLS else contextlib.nullcontext():
+                self._wait(what)
             answer, fd = wire.receive(self._connection)
         except (EOFError, OSError):
             raise self._ended(what) from None
@@ -338,7 +340,7 @@ def _raised(error: Any, what: str) -> BaseException:
         elif "NotImplementedError" in kinds and error["declared"] is not True:
             found = NotDeclared(f"{name}: {text}")
         elif not kinds:
-            found = RemoteError(f"{name}: {text}")
+            found = RemoteError(f"{name}: {text}" if text else name)
         else:
             kind = _KINDS[kinds[0]]
             found = (kind if kinds[0] == name else type(wire.unknown(name).__class__.__name__, (kind,), {}))(text)

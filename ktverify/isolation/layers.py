@@ -312,7 +312,7 @@ def serve(loader: str, spec: str, connection: Connection) -> None:
             drawn = b""
             try:
                 if served is None:
-                    served = Layers((host.find(loader) if loader else host.find)(spec))
+                    served = Layers(_imported(loader, spec))
                     served.clean = state()
                 if header.get("random"):
                     set_random_state(base64.b64decode(header["random"]))
@@ -325,6 +325,18 @@ def serve(loader: str, spec: str, connection: Connection) -> None:
                     os.close(fd)
             reply["drew"] = bool(drawn) and drawn != random_state()
             wire.send(connection, reply, sent)
+
+
+def _imported(loader: str, spec: str) -> Any:
+    """The factory. ImportError for what is no Exception, as pytest's skip: another process could not raise it."""
+    try:
+        return (host.find(loader) if loader else host.find)(spec)
+    except (Exception, SystemExit):
+        raise
+    except BaseException as error:
+        found = failure(error)
+        text = f"{found['class']}: {found['text']}" if found["text"] else found["class"]
+        raise ImportError(f"engine {spec!r} cannot be imported: {text} ({found['place']})") from error
 
 
 def _answer(served: Layers, header: dict[str, Any], fd: int) -> tuple[dict[str, Any], wire.MemoryFile]:

@@ -11,6 +11,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+from ktverify.errors import RemoteError
 from ktverify.isolation.calls import CONSTRUCTOR, IMPORT, METHODS
 from ktverify.system.printable import shown_line
 
@@ -82,7 +83,9 @@ def describe(error: BaseException, call: str = "") -> str:
     """
     where, place = origin_of(error)
     text = shown_line(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error))
-    parts = (call or where, type(error).__name__, text)
+    # the text of a RemoteError names the class that could not be raised here
+    kind = "" if isinstance(error, RemoteError) else type(error).__name__
+    parts = (call or where, kind, text)
     return ": ".join(filter(None, parts)) + (f" ({place})" if place else "")
 
 

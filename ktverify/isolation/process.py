@@ -26,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ktverify.errors import EngineDied, EngineTimeout, RemoteError
 from ktverify.system.files import ROOT
+from ktverify.system.printable import shown
 
 if TYPE_CHECKING:
     import psutil
@@ -37,7 +38,7 @@ _POLL_S = 0.005
 # seconds between two looks of a process that waits for a reply at the one that it waits for
 _WATCH_S = 0.05
 _LAST_LINES = 12
-_TAIL = 1 << 15
+_TAIL, _MOST_OF_A_LINE = 1 << 15, 300  # bytes, characters: of a longer line the middle is left out
 # a line of a fault handler's dump; one of them in this package's code that calls engines
 _FRAME = re.compile(r'^  File "[^"]*", line \d+ in ')
 _CALLER = re.compile(rf'^  File "{re.escape(str(Path(__file__).parents[1]))}/(?!engines/(?!run)|mutants/)')
@@ -178,7 +179,7 @@ def shown_lines(output: bytes) -> list[str]:
     for line in (line.rstrip() for line in output.decode(errors="replace").splitlines() if line.strip()):
         below = bool(_FRAME.match(line)) and (below or bool(_CALLER.match(line)))
         if not below and not line.startswith("Extension modules:"):
-            found.append(_FOLDERS.sub('File "', line))
+            found.append(shown(_FOLDERS.sub('File "', line), _MOST_OF_A_LINE))
     return found
 
 

@@ -39,6 +39,11 @@ NO_ANSWER = {
     "EatsInBackward": ("the engine takes too much memory in backward: ", ["the limit is 1.5 GiB"]),
     "LeavesInBackward": ("the engine raises in backward: SystemExit: 3 (sick.py:", []),
     "RaisesInConstructor": ("the engine raises in constructor: ZeroDivisionError: ", ["(sick.py:"]),
+    "SegfaultInConstructor": ("the engine died in constructor: SIGSEGV", ["sick.py"]),
+    "PrintsAndDies": ("the engine died in backward: SIGSEGV", ["the last that it said", "sick.py"]),
+    "InterruptsItself": ("the engine raises in backward: KeyboardInterrupt (sick.py:", []),
+    "OtherNames": ("the engine raises in backward: KeyError: backward gave no grad_gate_lora_a, ", []),
+    "ReturnsAnArray": ("the engine raises in forward_sft: TypeError: the result is a ndarray, it must be a tensor", []),
     "RaisesDeepInside": ("the engine raises in backward: IndexError: list index out of range (sick.py:", []),
 }
 DECLARED = {
@@ -77,8 +82,9 @@ def diagnosed(engine: str, **more: Any) -> Diagnosis:
 
 def lines(engine: str, command: tuple[str, ...], code: int) -> str:
     # a busy machine may take seconds for a call that ends
-    seconds = HANGS_S if engine.startswith("Hang") else 120
-    limits = ("--time-limit", str(seconds), "--memory-limit", "1.5")
+    seconds = HANGS_S if engine == "HangInBackward" else 120
+    limits = ["--time-limit", str(seconds)]
+    limits += ["--memory-limit", "1.5"] if command[0] != "repro" else []
     done = call(*command, CASE.id, "--engine", SICK + engine, *limits)
     ends(done, code)
     # stderr has lines on the progress
@@ -108,6 +114,39 @@ def test_debug_says_what_the_engine_did_instead(engine: str, tmp_path: Path) -> 
     nan = lines(engine, ("debug", "nan", "--save", str(tmp_path / "nan.safetensors")), 1)
     assert nan.startswith(first), nan
     assert "oracle: every stage is finite on these inputs" in nan
+
+
+@pytest.mark.parametrize(
+    ("engine", "says"),
+    [
+        ("ResultOnMeta", "output is torch.strided on meta, expected torch.strided on cpu"),
+        ("SparseResult", "grad_input is a SparseCPUTensor"),
+    ],
+)
+def test_a_result_that_cannot_be_compared_is_a_finding(engine: str, says: str) -> None:
+    assert says in lines(engine, ("diagnose", "--seconds", "1"), 1).splitlines()[0]
+    assert says in lines(engine, ("repro",), 1)
+
+
+@pytest.mark.parametrize(
+    ("engine", "says", "level"),
+    [
+        (
+            "SegfaultInUpdate",
+            "the engine died in update_lora_weights: SIGSEGV",
+            "certain: a call after update_lora_weights shows it",
+        ),
+        ("HangInUpdate", "the engine may hang in update_lora_weights: it had not answered for ", "possible"),
+    ],
+)
+def test_what_no_check_had_time_for_is_a_finding(
+    engine: str, says: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diagnosing, "_LONG_S", 1.0)
+    monkeypatch.setattr(diagnosing, "quick", lambda: [find("behaviour/repeats")])
+    found = lines(engine, ("diagnose", "--seconds", "12"), 1)
+    assert found.startswith(f"cause: {says}"), found
+    assert f"\n    {level}" in found
 
 
 @pytest.mark.parametrize("engine", DECLARED)

@@ -94,6 +94,68 @@ class LeavesInBackward(Plain):
         sys.exit(3)  # LeavesInBackward raises here
 
 
+class SegfaultInConstructor(Plain):
+    """Its constructor reads address 0."""
+
+    def __init__(self, **_: Any) -> None:
+        ctypes.string_at(0)
+
+
+class PrintsAndDies(Plain):
+    """Its backward prints megabytes in few lines, then a short one, and reads address 0."""
+
+    def backward(self, grad_output: Tensor) -> Any:
+        for _ in range(40):
+            os.write(2, b"x" * (1 << 16) + b"\n")
+        print("the last that it said", file=sys.stderr, flush=True)
+        ctypes.string_at(0)
+
+
+class InterruptsItself(Plain):
+    """Its backward raises what is no Exception."""
+
+    def backward(self, grad_output: Tensor) -> Any:
+        raise KeyboardInterrupt  # InterruptsItself raises here
+
+
+class OtherNames(Plain):
+    """Its gradients have names of its own."""
+
+    def backward(self, grad_output: Tensor) -> Any:
+        grad_input, gradients = super().backward(grad_output)
+        return grad_input, {f"d_{name}": tensor for name, tensor in gradients.items()}
+
+
+class ReturnsAnArray(Plain):
+    """Its forward returns numbers that are no tensor."""
+
+    def forward_sft(self, *given: Any, **named: Any) -> Any:
+        return super().forward_sft(*given, **named).float().numpy()
+
+
+class ResultOnMeta(Plain):
+    """Its output has no values."""
+
+    def forward_sft(self, *given: Any, **named: Any) -> Tensor:
+        return super().forward_sft(*given, **named).to("meta")
+
+
+class SparseResult(Plain):
+    """Its grad_input is a sparse tensor."""
+
+    def backward(self, grad_output: Tensor) -> Any:
+        grad_input, gradients = super().backward(grad_output)
+        return grad_input.to_sparse(), gradients
+
+
+class HangInUpdate(Plain):
+    """No update ever ends."""
+
+    def update_lora_weights(self) -> None:
+        while True:
+            time.sleep(1)
+
+
 class NoBackward(Plain):
     """Declares that it has no backward."""
 

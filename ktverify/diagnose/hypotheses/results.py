@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ktverify.checks.causes import Cause
+from ktverify.checks.judging import form_cause
 from ktverify.diagnose.evidence import Evidence, Explanation, stated
 from ktverify.diagnose.formulas import FORMULAS, LEAVES, label, leaves_of
 from ktverify.diagnose.hypotheses.tails import axis_name
@@ -25,9 +26,9 @@ _MOVES: dict[str, Callable[[Tensor, int], Tensor]] = {
 def forms(evidence: Evidence) -> Iterator[Explanation]:
     """A result of another dtype or shape."""
     if evidence.forms:
-        dtype = not any("[" in text for text in evidence.forms)
+        causes = [form_cause(text) for text in evidence.forms]
         more = f", and {len(evidence.forms) - 1} more" if len(evidence.forms) > 1 else ""
-        cause = Cause.ACCUMULATION_TYPE if dtype else Cause.MEMORY_LAYOUT
+        cause = Cause.MEMORY_LAYOUT if Cause.MEMORY_LAYOUT in causes else Cause.ACCUMULATION_TYPE
         yield stated(cause, evidence.forms[0] + more)
 
 
