@@ -109,7 +109,7 @@ class TorchBf16:
         argument_checks.check_expert_ids(expert_ids, self.spec.num_experts)
         if save_for_backward:
             argument_checks.check_room(len(self._saved), self.spec.max_cache_depth)
-        with _memory_error():
+        with memory_error():
             return self._forward(hidden_states.detach(), expert_ids, weights.detach(), save_for_backward)
 
     def _forward(
@@ -153,7 +153,7 @@ class TorchBf16:
         Where the method leaves LoRA out, its gradients are zero and grad_input has the base's part only.
         """
         argument_checks.check_backward(self.spec, grad_output, self._saved[-1].rows if self._saved else None)
-        with _memory_error():
+        with memory_error():
             return self._backward(self._saved.pop(), grad_output.detach())
 
     def _backward(self, saved: Saved, grad_output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -181,7 +181,7 @@ class TorchBf16:
 
 
 @contextlib.contextmanager
-def _memory_error() -> Iterator[None]:
+def memory_error() -> Iterator[None]:
     """MemoryError with how much was needed and how much there is, instead of torch's RuntimeError."""
     try:
         yield

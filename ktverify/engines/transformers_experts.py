@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from ktverify.engines.torch_bf16 import Saved, TorchBf16
+from ktverify.engines.torch_bf16 import Saved, TorchBf16, memory_error
 from ktverify.spec.names import LORA_NAMES
 
 ENGINE = "TransformersExperts"
@@ -53,8 +53,9 @@ class TransformersExperts(TorchBf16):
     ) -> None:
         """As TorchBf16. gate_proj and up_proj are copied into one tensor [E, 2 I, H], the model's gate_up_proj."""
         super().load_weights_from_tensors(gate_proj, up_proj, down_proj, physical_map)
-        gate, up, down = (tensor.detach()[self._slot_of] for tensor in self._base)
-        self._base = (torch.cat([gate, up], dim=1), down)
+        with memory_error():
+            gate, up, down = (tensor.detach()[self._slot_of] for tensor in self._base)
+            self._base = (torch.cat([gate, up], dim=1), down)
 
     def _forward(
         self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, save: bool
