@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 FACTORY := .llamafactory
 FACTORY_PIP := $(FACTORY)/bin/pip --disable-pip-version-check install --quiet
 VERSIONS := .versions
+# of docs/scoreboard: the engines, and where their runs lie
+SCORED := native torch_bf16 torch_grouped_mm transformers_experts kt_kernel vllm_cpu
+SCORES := build/scoreboard
 OLDEST := transformers==5.6.0 peft==0.18.1 accelerate==1.11.0
 NEWEST := --upgrade transformers peft accelerate
 JOBS ?= 4
@@ -16,7 +19,8 @@ CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 # the tests start some hundred interpreters: without files of byte code each compiles the package again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup verify test test-all kills lint native-tests fuzz golden peers llamafactory llamafactory-test versions bench report fmt clean
+.PHONY: setup verify test test-all kills lint native-tests fuzz golden peers site scoreboard llamafactory llamafactory-test \
+	versions bench report fmt clean
 .DEFAULT_GOAL := verify
 
 setup: $(VENV)/.built
@@ -68,6 +72,19 @@ golden: setup
 # kt-kernel and vllm-cpu, for `make bench` to time beside the engine; about 1 GB
 peers: setup
 	$(BIN)/python ktverify/bench/setup_peers.py
+
+# docs/ as pages in build/site; a warning is an error. tests/test_site.py builds it as well
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# a run of every engine, then docs/scoreboard; half an hour on two cores. An engine that cannot run here leaves no run
+scoreboard: peers
+	rm -rf $(SCORES)
+	for engine in $(SCORED); do $(BIN)/pytest suites/ -m 'not latency' --tier default -n 2 -q --engine $$engine \
+		--run-dir $(SCORES)/$$engine || true; done
+	$(BIN)/python -m ktverify bench E=16,k=4,H=2048,I=768,T=64,r=16 E=16,k=4,H=2048,I=768,T=4,r=16 --rounds 5 \
+		--peers torch_loop,torch_grouped_mm,transformers_experts,vllm --out $(SCORES)/$$(date -u +%Y%m%dT%H%M%SZ)-bench
+	$(BIN)/python -m ktverify scoreboard $$(find $(SCORES) -name '*.jsonl' -exec dirname {} +) --out docs/scoreboard
 
 # an environment of its own for `python -m ktverify llamafactory`: stock LLaMA-Factory with the versions that it asks for
 llamafactory: $(FACTORY)/.built

@@ -31,6 +31,7 @@ from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors
 from ktverify.cli.replay import replay
 from ktverify.cli.run import run
 from ktverify.cli.runs import confirm, gate, report
+from ktverify.cli.scoreboard import scoreboard
 from ktverify.cli.training import COMMANDS as TRAINING_COMMANDS
 from ktverify.cli.training import PASS_THROUGH
 from ktverify.cli.verify import repro, verify
@@ -115,7 +116,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "doctor": (doctor, {}),
     "list": (list_cases, {}),
     "init-engine": (init_engine, {}),
-    **{command.__name__: (command, {}) for command in (repro, replay, report, gate, verify)},
+    **{command.__name__: (command, {}) for command in (repro, replay, report, gate, scoreboard, verify)},
     **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
     **TRAINING_COMMANDS,
     "llamafactory": (llamafactory, PASS_THROUGH),
