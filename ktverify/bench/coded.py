@@ -1,4 +1,4 @@
-"""What the bench's peers native_fp8, native_int8, native_int4 and native_mxfp4 share: base weights as codes.
+"""What the bench's peers with base weights as codes share. kt-kernel's Python loads this module, and has no ktverify.
 
 Where the bench times one of them, base weights are numbers that bf16 and all four formats have exactly: `on_grid`. All
 engines then compute with the same weights, and their results are compared with the same oracle.
@@ -59,25 +59,28 @@ def codes_of(format: str, weights: torch.Tensor, step: float) -> tuple[torch.Ten
     return code[..., 0::2] | code[..., 1::2] << 4, torch.full(groups, scale, dtype=torch.uint8)
 
 
+def layer_of(inputs: BenchInputs, factory: Callable[..., Any], format: str, **arguments: Any) -> Any:
+    """A layer of `factory` whose base weights are codes."""
+    import torch
+
+    layer = factory(**{**inputs.arguments, **arguments})
+    made = []
+    for name in inputs.base_names:
+        each = [codes_of(format, expert[None], inputs.step) for expert in inputs.tensors[name]]
+        made.append(tuple(torch.cat(parts) for parts in zip(*each, strict=True)))
+    gate, up, down = made
+    physical_map = torch.arange(len(gate[0]), dtype=torch.int64)
+    layer.load_weights_from_tensors(gate[0], up[0], down[0], physical_map, scales=(gate[1], up[1], down[1]))
+    layer.init_lora_weights(*(inputs.tensors[name] for name in inputs.lora_names))
+    return layer
+
+
 def loader(format: str, method: str) -> Callable[[BenchInputs], Any]:
-    """The `load` of a peer whose base weights are codes."""
+    """The `load` of a peer that is the native engine with base weights as codes."""
 
     def load(inputs: BenchInputs) -> Any:
-        import torch
-
-        from ktverify.bench.host import BASE_NAMES
         from ktverify.engines.native.layer import KTMoEWrapper
 
-        layer = KTMoEWrapper(**{**inputs.arguments, "method": method, "isa": inputs.isa or None})
-        made = []
-        for name in BASE_NAMES:
-            weights = inputs.tensors[name]
-            each = [codes_of(format, expert[None], inputs.step) for expert in weights]
-            made.append(tuple(torch.cat(parts) for parts in zip(*each, strict=True)))
-        gate, up, down = made
-        physical_map = torch.arange(len(gate[0]), dtype=torch.int64)
-        layer.load_weights_from_tensors(gate[0], up[0], down[0], physical_map, scales=(gate[1], up[1], down[1]))
-        layer.init_lora_weights(*(inputs.tensors[name] for name in inputs.lora_names))
-        return layer
+        return layer_of(inputs, KTMoEWrapper, format, method=method, isa=inputs.isa or None)
 
     return load

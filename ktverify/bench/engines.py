@@ -26,7 +26,10 @@ HOST = f"{Path(__file__).with_name('host.py')}:PeerHost"
 PEERS = Path(__file__).with_name("peers")
 OWN = "native"
 KNOWN = (OWN, "kt_kernel", "torch_loop", "torch_grouped_mm", "vllm")
-ON_REQUEST = ("transformers_experts", "native_fp8", "native_int8", "native_int4", "native_mxfp4", "other_build")
+ON_REQUEST = (
+    "transformers_experts", "native_fp8", "native_int8", "native_int4", "native_mxfp4",
+    "kt_kernel_fp8", "kt_kernel_int8", "kt_kernel_int4", "other_build",
+)  # fmt: skip
 
 # variables that keep an engine from a newer instruction set than the requested one; the native engine gets an argument
 _PEER_VARIABLES = {isa.name: isa.peer_variables for isa in INSTRUCTION_SETS}

@@ -39,6 +39,8 @@ class BenchInputs:
     away after `load`: a peer copies what it keeps. step: of the grid that they lie on (coded.on_grid), 0 for none.
     """
 
+    base_names = BASE_NAMES
+
     def __init__(
         self,
         directory: Path,

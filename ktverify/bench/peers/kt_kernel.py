@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ktverify.bench.host import BenchInputs
 
 ADAPTER = Path(__file__).parents[2] / "engines" / "kt_kernel" / "adapter.py"
+CODED = Path(__file__).parents[1] / "coded.py"
 
 TITLE = "kt-kernel"
 PACKAGE = "kt_kernel"
@@ -26,12 +27,18 @@ NEEDS = "kt_python"
 
 
 class KtKernelPeer:
-    def __init__(self, inputs: BenchInputs) -> None:
+    """format: of codes that its layer is loaded with; None: the bf16 weights, of which its kernel may make codes."""
+
+    def __init__(self, inputs: BenchInputs, method: str = "AMXBF16_SFT", format: str | None = None) -> None:
         import torch
 
-        # this interpreter has no ktverify; the adapter imports nothing of it
-        adapter = inputs.load_module(ADAPTER)
-        self.layer = inputs.layer(adapter.KtKernel, chunked_prefill_size=len(inputs.tensors["hidden_states"]))
+        # this interpreter has no ktverify; these modules import nothing of it
+        factory = inputs.load_module(ADAPTER).KtKernel
+        how: dict[str, Any] = {"method": method, "chunked_prefill_size": len(inputs.tensors["hidden_states"])}
+        if format is None:
+            self.layer = inputs.layer(factory, **how)
+        else:
+            self.layer = inputs.load_module(CODED).layer_of(inputs, factory, format, **how)
         self.kernel = self.layer.wrapped.moe
         ids, self.grad_output = inputs.tensors["expert_ids"], inputs.tensors["grad_output"]
         self.top_k = ids.shape[1]

@@ -7,6 +7,10 @@ The differences, and what this adapter does about each:
   puts weights by slot into the order of the experts.
 - LoRA tensors have to be contiguous; it keeps their addresses.
 - Its errors name its own calls and arguments; the adapter replaces them by forward_sft and physical_map.
+- Its builds for CPUs without AVX512-BF16 and AMX have no training. The adapter says so as NotImplementedError.
+- Codes of FP8 go to its load_block_fp8_weights. It takes none of INT8: its Python reads .kt files alone, and its kernel
+  makes codes of bf16. The adapter gives it the bf16 weights that the codes stand for. Other codes are
+  NotImplementedError: its int4 of the contract's name makes codes of bf16 as well, and its MXFP4 clamps.
 - All layers of a process share one buffer that grows with the tokens only, because all layers of a model have the same
   sizes. The adapter clears it, by kt-kernel's own call, whenever another layer computes.
 It checks and repairs nothing else: kt-kernel's results and refusals are its own.
@@ -18,8 +22,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import kt_kernel  # type: ignore[import-not-found]
 import torch
-from kt_kernel import KTMoEWrapper  # type: ignore[import-not-found]
+from kt_kernel import KTMoEWrapper
+from kt_kernel.sft.weights import BlockFP8ExpertWeights  # type: ignore[import-not-found]
 
 # kt-kernel's words, and the contract's
 WORDS = {"forward(": "forward_sft(", "physical_to_logical_map_cpu": "physical_map"}
@@ -32,19 +38,50 @@ class KtKernel:
     _turn: object = None
 
     def __init__(self, **arguments: Any) -> None:
-        self.wrapped = KTMoEWrapper(gpu_experts_mask=None, **arguments)
+        self.method = str(arguments.get("method", "AMXBF16_SFT"))
+        try:
+            self.wrapped = KTMoEWrapper(gpu_experts_mask=None, **arguments)
+        except RuntimeError as error:
+            if "not available" not in str(error):
+                raise
+            build = getattr(kt_kernel, "__cpu_variant__", "unknown")
+            text = f"{self.method}: kt-kernel's build for this CPU ({build}) has no such training"
+            raise NotImplementedError(f"{text}, which needs AVX512-BF16 or AMX") from error
         self._gradients: dict[str, torch.Tensor] = {}
         self.grad_weights: torch.Tensor | None = None
 
     def load_weights_from_tensors(
-        self, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor, physical_map: torch.Tensor
+        self,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        physical_map: torch.Tensor,
+        scales: Any = None,
+        zero_points: Any = None,
     ) -> None:
-        weights = [gate_proj, up_proj, down_proj]
+        name = self.method.partition("_")[0]
+        if scales is None and name == "AMXFP8":
+            raise NotImplementedError("AMXFP8_SFT without scales: kt-kernel makes no FP8 of bf16 weights")
+        if zero_points is not None or (scales is not None and name not in ("AMXFP8", "AMXINT8")):
+            raise NotImplementedError(f"codes for {self.method}: kt-kernel takes those of FP8 and INT8 alone")
+        weights, scales = [gate_proj, up_proj, down_proj], list(scales or ())
         if _exchanges(physical_map, self.wrapped.num_experts):
             slot_of = torch.argsort(physical_map)
-            weights, physical_map = [tensor[slot_of] for tensor in weights], torch.arange(len(slot_of), device="cpu")
+            weights, scales = ([tensor[slot_of] for tensor in tensors] for tensors in (weights, scales))
+            physical_map = torch.arange(len(slot_of), device="cpu")
         with _contract_words():
-            self.wrapped.load_weights_from_tensors(*weights, physical_map)
+            if name == "AMXFP8":
+                pairs = zip(weights, scales, strict=True)
+                parts = [list(tensor.contiguous().unbind(0)) for pair in pairs for tensor in pair]
+                self.wrapped.load_block_fp8_weights(BlockFP8ExpertWeights(*parts), physical_map)
+            elif name == "AMXINT8":
+                pairs = zip(weights, scales or [None] * 3, strict=True)
+                bf16 = [w if s is None else (w.float() * s[..., None]).bfloat16() for w, s in pairs]
+                # its load_weights_from_tensors refuses them; its kernel takes them
+                self.wrapped.gate_proj, self.wrapped.up_proj, self.wrapped.down_proj = (w.contiguous() for w in bf16)
+                self.wrapped.load_weights(physical_map)
+            else:
+                self.wrapped.load_weights_from_tensors(*weights, physical_map)
 
     def init_lora_weights(self, *parameters: torch.Tensor) -> None:
         if all(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 for tensor in parameters):
