@@ -160,11 +160,18 @@ def export_merged(
     dtype: Annotated[
         str | None, typer.Option(help=f"of what the adapter changes: {' or '.join(DTYPES)} (default: as it was)")
     ] = None,
+    to: Annotated[
+        str | None, typer.Option(help="routed experts as codes: int8, int4 or fp8 (default: no codes are made)")
+    ] = None,
+    group: Annotated[int, typer.Option(help="of --to int4: weights that share a scale, 32 or 128")] = 32,
 ) -> None:
     """Merge an adapter into its base model and write an ordinary checkpoint; what it does not change stays as it was.
 
+    With --to a line says how much the codes change the merged weights.
+
     \b
-    Example:  python -m ktverify export-merged saves/minimal --out merged/minimal
+    Examples:  python -m ktverify export-merged saves/minimal --out merged/minimal
+               python -m ktverify export-merged saves/minimal --out merged/minimal-int8 --to int8
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype is {dtype!r}, it takes {' or '.join(DTYPES)}")
@@ -172,7 +179,7 @@ def export_merged(
     from ktverify.training.export import export_merged as merge
 
     with progress("merging"):
-        written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code)
+        written = merge(adapter, out, base=base, dtype=dtype, trust=trust_remote_code, to=to, group=group)
     typer.echo(f"{written}: merged checkpoint")
 
 
@@ -219,6 +226,7 @@ def quantise(
         found = quantise_checkpoint(checkpoint, out, to, group=group, say=say)
     before, after = format_bytes(found.bytes_before), format_bytes(found.bytes_after)
     typer.echo(f"{found.folder}: {found.matrices} matrices of routed experts in {to}, {before} became {after}")
+    typer.echo(found.loss())
     typer.echo(f"left as they were, {format_bytes(sum(found.left.values()))}: {', '.join(sorted(found.left))}")
     if found.cut_blocks:
         typer.echo("blocks at an edge have fewer than 128 x 128 weights: transformers reads them with wrong scales")

@@ -25,11 +25,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors import safe_open
 
 from ktverify.engines.checkpoint_files import INDEX
+from ktverify.engines.quantise import INT4_GROUPS
 from ktverify.system.text import read_json
 from ktverify.training.adapter import base_of, load_adapter
 from ktverify.training.headers import header_of
 from ktverify.training.output_directory import copy_others, whole_directory
 from ktverify.training.pretrained import load_form, load_model, of_hub
+from ktverify.training.quantise import check_format, quantise_checkpoint
 from ktverify.training.quantised import Quantisation, quantisation_of, write_dequantised
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -38,18 +40,51 @@ _PROJECTIONS = re.compile(r"(proj|\.w[123])(\.weight)?$")
 
 
 def export_merged(
-    adapter: Path, out: Path, *, base: str | None = None, dtype: str | None = None, trust: bool = False
+    adapter: Path,
+    out: Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    trust: bool = False,
+    to: str | None = None,
+    group: int = INT4_GROUPS[0],
 ) -> Path:
     """Write base + adapter to `out`, whole or not at all, and return `out`.
 
     base: the base model's path, by default the one that the adapter names. dtype: of the tensors that the adapter
     changes, by default that of the checkpoint; bfloat16 rounds the sum once. Other tensors and files are copied; the
-    weights of a quantised base are written as bf16, and a line on stderr says so.
+    weights of a quantised base are written as bf16, and a line on stderr says so. to: the routed experts become codes
+    of int8, int4 (with this group) or fp8, as quantise_checkpoint makes them of the sum in bf16; a line on stderr says
+    what they lose. The bf16 files are beside the codes until these are written.
     ValueError where `out` exists, `adapter` is none, or the base has no safetensors files or is quantised in a way that
-    is not read.
+    is not read; and as quantise_checkpoint.
     """
     if out.exists():
         raise ValueError(f"{out} exists: name another directory")
+    if to is not None:
+        check_format(to, group)
+        if dtype not in (None, "bfloat16"):
+            raise ValueError(f"--dtype is {dtype}; with --to it takes bfloat16, of which the codes are made")
+    with whole_directory(out) as part:
+        if to is None:
+            _merge(adapter, part, out, base=base, dtype=dtype, trust=trust)
+            return out
+        plain, coded = part / ".plain", part / ".coded"
+        plain.mkdir()
+        _merge(adapter, plain, out, base=base, dtype="bfloat16", trust=trust, codes=True)
+        written = quantise_checkpoint(plain, coded, to, group=group)
+        shutil.rmtree(plain)
+        for each in coded.iterdir():
+            each.rename(part / each.name)
+        coded.rmdir()
+    print(f"{out} has its routed experts in {to}: {written.loss()}", file=sys.stderr)
+    return out
+
+
+def _merge(
+    adapter: Path, part: Path, out: Path, *, base: str | None, dtype: str | None, trust: bool, codes: bool = False
+) -> None:
+    """Write base + adapter to the empty directory `part`. out, codes: what a line says of a quantised base."""
     path = base_of(adapter, base)
     if not Path(path).is_dir():
         load_form(path, "bfloat16", option="--base", trust=trust)  # refuses what is neither here nor on the hub
@@ -60,28 +95,27 @@ def export_merged(
     adapted = load_adapter(model, adapter)
     names = _changed_by(adapted)
     merged = adapted.merge_and_unload()
-    with whole_directory(out) as part:
+    if about:
+        if not codes:
+            print(f"--base {path} is quantised: {out} is written in bf16; --to makes codes", file=sys.stderr)
+        write_dequantised(folder, about, part / ".base")
+        folder = part / ".base"
+    headers = _headers(folder)
+    state = merged.state_dict()
+    merged.save_pretrained(part / ".merged", state_dict={name: state[name] for name in names})
+    changed = {name: file for file in (part / ".merged").glob("*.safetensors") for name in header_of(file)}
+    there = {name for header in headers.values() for name in header}
+    if lost := sorted(changed.keys() - there):
+        raise ValueError(f"--base {path} has no {lost[0]}, which the adapter changes ({len(lost)} are missing)")
+    for file, header in headers.items():
+        _write(file, header, part / file.name, changed, _DTYPES_BY_NAME.get(dtype or ""))
         if about:
-            print(f"--base {path} is quantised: {out} is written in bf16, no codes are made of it", file=sys.stderr)
-            write_dequantised(folder, about, part / ".base")
-            folder = part / ".base"
-        headers = _headers(folder)
-        state = merged.state_dict()
-        merged.save_pretrained(part / ".merged", state_dict={name: state[name] for name in names})
-        changed = {name: file for file in (part / ".merged").glob("*.safetensors") for name in header_of(file)}
-        there = {name for header in headers.values() for name in header}
-        if lost := sorted(changed.keys() - there):
-            raise ValueError(f"--base {path} has no {lost[0]}, which the adapter changes ({len(lost)} are missing)")
-        for file, header in headers.items():
-            _write(file, header, part / file.name, changed, _DTYPES_BY_NAME.get(dtype or ""))
-            if about:
-                file.unlink()
-        copy_others(folder, part, headers)
-        shutil.rmtree(part / ".merged")
-        shutil.rmtree(part / ".base", ignore_errors=True)
-        if dtype:
-            _note_dtype(part, dtype)
-    return out
+            file.unlink()
+    copy_others(folder, part, headers)
+    shutil.rmtree(part / ".merged")
+    shutil.rmtree(part / ".base", ignore_errors=True)
+    if dtype:
+        _note_dtype(part, dtype)
 
 
 _DTYPES_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

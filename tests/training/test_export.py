@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ktverify.engines.checkpoint_files import INDEX
+from ktverify.judge.dequantise import CODINGS, codes_of, weights_of
 from ktverify.training.export import export_merged
 from ktverify.training.pretrained import load_model, load_tokenizer
-from ktverify.training.tiny import make_tiny
+from ktverify.training.tiny import FAMILY_SIZES, make_tiny
 from tests.support import models
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*target_parameters.*:UserWarning")
@@ -92,6 +93,37 @@ def test_only_targets_change(target: str, dtype: str | None, base: Path, tmp_pat
     with safe_open(next((tmp_path / "merged").glob("*.safetensors")), "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
     load_model(str(tmp_path / "merged"), "bfloat16", option="merged")
+
+
+@pytest.mark.parametrize(("family", "label"), list(zip(FAMILY_SIZES, ["int8", "int4_32", "fp8"] * 3, strict=False)))
+def test_merged_experts_become_codes_on_request(
+    family: str, label: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    width = "intermediate_size" if family in ("mixtral", "olmoe") else "moe_intermediate_size"
+    base = make_tiny(family, tmp_path / "base", sizes={"hidden_size": 96, width: 64})
+    models.adapted(load_model(str(base), "bfloat16", option="base")).save_pretrained(str(tmp_path / "adapter"))
+    plain, coded = (
+        export_merged(tmp_path / "adapter", tmp_path / (to or "plain"), base=str(base), to=to)
+        for to in (None, label.removesuffix("_32"))
+    )
+    said = capsys.readouterr().err
+    wanted, found = (load_model(str(each), "bfloat16", option="base").state_dict() for each in (plain, coded))
+    assert wanted.keys() == found.keys()
+    changes, weights, largest = 0.0, 0.0, 0.0
+    for name, tensor in wanted.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            assert torch.equal(found[name], tensor), name
+            continue
+        matrices = tensor.unflatten(1, (2, -1)).flatten(0, 1) if "gate_up" in name else tensor
+        expected = weights_of(CODINGS[label], *codes_of(CODINGS[label], matrices), None)
+        assert torch.equal(found[name], expected.view(tensor.shape)), name
+        change = (expected.double() - matrices.double()).abs()
+        changes, weights = changes + float(change.square().sum()), weights + float(matrices.double().square().sum())
+        largest = max(largest, float((change.amax((1, 2)) / matrices.double().abs().amax((1, 2))).max()))
+    assert changes > 0
+    assert f"by {100 * (changes / weights) ** 0.5:.2g} % in the root mean square" in said
+    assert f"by at most {100 * largest:.2g} % of the largest" in said
+    assert not [path for path in coded.iterdir() if path.name.startswith(".")]
 
 
 def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path) -> None:
