@@ -45,13 +45,15 @@ DRAWN_128 = "E=3,k=2,H=256,I=128,T=9,r=3,alpha=5"
 # parts of 118 and 59 columns, and of one or two groups
 PARTS = {8: "E=3,k=2,H=64,I=236,T=9,r=3,alpha=5", 4: "E=3,k=2,H=64,I=128,T=9,r=3,alpha=5"}
 PARTS_128 = "E=2,k=1,H=128,I=512,T=5,r=3,alpha=5"
-VARIANTS = {f"/{label}": {"label": label} for label in CODINGS}
+VARIANTS: dict[str, dict[str, Any]] = {f"/{label}": {"label": label} for label in CODINGS}
+# of whole blocks of 128, for engines that take no others
+VARIANTS |= {f"/{label}_whole": {"label": label, "whole": True} for label in ("fp8", "int8")}
 # those that an engine makes of bf16 weights
 MADE_OF_BF16 = ("int8", "int4_32", "fp8")
 
 
-def _case(coding: Coding, sizes: dict[int, str], of_128: str) -> Case:
-    return Case.parse(of_128 if coding.label == "int4_128" else sizes[coding.bits])
+def _case(coding: Coding, sizes: dict[int, str], of_128: str, whole: bool = False) -> Case:
+    return Case.parse(of_128 if whole or (coding.bits == 4 and coding.group == 128) else sizes[coding.bits])
 
 
 def _quantised(contract: str, kind: str = "quantised", **more: Any) -> Callable[[Function], Function]:
@@ -65,11 +67,11 @@ def _of_memory(contract: str) -> Callable[[Function], Function]:
 
 
 @_quantised(RULE, variants=VARIANTS)
-def check_weights(target: Target, label: str) -> None:
+def check_weights(target: Target, label: str, whole: bool = False) -> None:
     """One-hot rows read the matrices back, with all codes: up_proj and down_proj in both directions, gate_proj in the
     backward; without the last column of gate_proj and up_proj. Values are compared, the sign of a zero is not."""
     coding = CODINGS[label]
-    for what, one in readings(coding, _case(coding, READ, READ_128)).items():
+    for what, one in readings(coding, _case(coding, READ, READ_128, whole)).items():
         case = one.inputs.case
         found = one.read(run_layer(layer_of(target, one.coded, case, one.inputs), one.inputs)[one.result].float())
         wrong = (found != one.expected.float()).nonzero()
@@ -81,10 +83,10 @@ def check_weights(target: Target, label: str) -> None:
 
 
 @_quantised(SAME, variants=VARIANTS)
-def check_same_bits(target: Target, label: str) -> None:
+def check_same_bits(target: Target, label: str, whole: bool = False) -> None:
     """All results of a layer of codes have the bits of the same engine's layer of bf16 weights; so have SkipLoRA's."""
     coding = CODINGS[label]
-    case = _case(coding, DRAWN, DRAWN_128)
+    case = _case(coding, DRAWN, DRAWN_128, whole)
     coded, inputs = draw(coding, case), make_inputs(case)
     expected = target.run(case, as_bf16(coded, inputs))
     layer = layer_of(target, coded, case, inputs)
@@ -97,10 +99,10 @@ def check_same_bits(target: Target, label: str) -> None:
 
 
 @_quantised(SAME, variants=VARIANTS)
-def check_parts(target: Target, label: str) -> None:
+def check_parts(target: Target, label: str, whole: bool = False) -> None:
     """The same with tensor-parallel degrees 2 and 4. Of 8 bits, parts begin inside blocks of 128 and of 32."""
     coding = CODINGS[label]
-    case = _case(coding, PARTS, PARTS_128)
+    case = _case(coding, PARTS, PARTS_128, whole)
     coded, inputs = draw(coding, case), make_inputs(case)
     for tp in (2, 4):
         expected = target.run(case, as_bf16(coded, inputs), tp=tp)

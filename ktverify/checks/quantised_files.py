@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ktverify.checks.check import Function, Where, check
 from ktverify.checks.judging import judge_refusal
 from ktverify.checks.quantised_inputs import Coded, bare_of, draw, layer_of
 from ktverify.checks.target import Target
+from ktverify.engines.checkpoint_files import INDEX
 from ktverify.engines.run import run_layer
 from ktverify.judge.dequantise import CODINGS, Coding, packed
 from ktverify.spec.cases import Case
@@ -25,8 +27,8 @@ from ktverify.spec.names import BASE_NAMES, LORA_NAMES
 
 NAMES = (
     "The tensors of a matrix are those of published checkpoints: for FP8 weight and weight_scale_inv, for INT8 weight "
-    "and weight_scale, for INT4 weight_packed, weight_scale, weight_shape and weight_zero_point where there are zero "
-    "points, for MXFP4 weight and scale."
+    "and weight_scale, or weight_packed of 8 bits, weight_scale and weight_shape, for INT4 weight_packed, "
+    "weight_scale, weight_shape and weight_zero_point where there are zero points, for MXFP4 weight and scale."
 )
 REFUSED = (
     "load_weights() refuses what is wrong in such files with ValueError or TypeError, in a line that names file and "
@@ -38,8 +40,10 @@ LAYER = 3
 FILE = "model.safetensors"
 
 
-def tensors_of(coded: Coded, prefix: str = f"model.layers.{LAYER}.mlp.experts.") -> dict[str, Tensor]:
-    """The codes as a checkpoint has them, by full names."""
+def tensors_of(
+    coded: Coded, prefix: str = f"model.layers.{LAYER}.mlp.experts.", *, packed_int8: bool = False
+) -> dict[str, Tensor]:
+    """The codes as a checkpoint has them, by full names. packed_int8: int8 as bytes q + 128, four in an int32."""
     coding, found = coded.coding, {}
     for name, codes in coded.codes.items():
         stored, scales = packed(coding, codes), coded.scales[name]
@@ -50,6 +54,10 @@ def tensors_of(coded: Coded, prefix: str = f"model.layers.{LAYER}.mlp.experts.")
                 made = {"weight": stored[expert], "weight_scale_inv": scale}
             elif coding.method == "AMXINT8_SFT":
                 made = {"weight": stored[expert], "weight_scale": scale[:, None]}
+                if packed_int8:
+                    words = (codes[expert] ^ 0x80).contiguous().view(torch.int32)
+                    del made["weight"]
+                    made |= {"weight_packed": words, "weight_shape": torch.tensor(codes[expert].shape)}
             elif coding.method == "MXFP4_SFT":
                 made = {"weight": stored[expert], "scale": scale}
             else:
@@ -77,14 +85,18 @@ def _in_files(contract: str, cause: Cause, **more: Any) -> Callable[[Function], 
 
 @_in_files(NAMES, Cause.QUANTISATION, variants={f"/{label}": {"label": label} for label in CODINGS})
 def check_names(target: Target, label: str) -> None:
-    """A layer from a file has the bits of the layer from the tensors; also of codes and scales in two files."""
+    """A layer from a file has the bits of the layer from the tensors; also of codes and scales in two files, and of
+    int8 in both of its forms."""
     coding, inputs = CODINGS[label], make_inputs(CASE)
     coded = draw(coding, CASE)
     expected = run_layer(layer_of(target, coded, CASE, inputs), inputs)
     tensors = tensors_of(coded)
     scales = {name: tensor for name, tensor in tensors.items() if name.endswith(("scale", "scale_inv"))}
     rest = {name: tensor for name, tensor in tensors.items() if name not in scales}
-    for files in ({FILE: tensors}, {"1.safetensors": rest, "2.safetensors": scales}):
+    cases = [{FILE: tensors}, {"1.safetensors": rest, "2.safetensors": scales}]
+    if label == "int8":
+        cases.append({FILE: tensors_of(coded, packed_int8=True)})
+    for files in cases:
         with tempfile.TemporaryDirectory() as folder:
             for name, part in files.items():
                 save_file(part, Path(folder) / name)
@@ -113,6 +125,18 @@ def _also(name: str, tensor: Tensor) -> Change:
     return lambda tensors: tensors.update({name: tensor})
 
 
+def _in_bf16(stem: str) -> Change:
+    """One matrix of int4 in bf16, without its codes."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        shape = tensors.pop(f"{stem}weight_shape").tolist()
+        for word in ("weight_packed", "weight_scale"):
+            del tensors[stem + word]
+        tensors[f"{stem}weight"] = torch.ones(shape, dtype=torch.bfloat16)
+
+    return change
+
+
 def _one(value: float, dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
     """A copy with this value at the end; of bytes where a dtype is given, which the copy then has."""
 
@@ -126,13 +150,26 @@ def _one(value: float, dtype: torch.dtype | None = None) -> Callable[[Tensor], T
 
 @dataclass(frozen=True)
 class Bad:
-    """Files that are refused. names: what the error contains, beside the file."""
+    """Files that are refused. names: what the error contains, beside the file. config: quantization_config beside."""
 
     label: str
     change: Change
     names: tuple[str, ...]
+    config: Mapping[str, Any] | None = None
 
 
+def _says(label: str, names: tuple[str, ...], **config: Any) -> Bad:
+    """Good tensors beside a config.json that contradicts them."""
+    return Bad(label, lambda _: None, names, config)
+
+
+def _integers(label: str, names: tuple[str, ...], **weights: Any) -> Bad:
+    """The same, of compressed-tensors' integers in groups of 32."""
+    said = {"type": "int", "num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, **weights}
+    return _says(label, (f"{FIRST}weight_packed", *names), config_groups={"group_0": {"weights": said}})
+
+
+EXPERT = f"model.layers.{LAYER}.mlp.experts.1"
 E4M3 = torch.float8_e4m3fn
 ROWS = {
     "fp8 scale missing": Bad("fp8", _without(f"{LAST}weight_scale_inv"), (f"{LAST}weight_scale_inv",)),
@@ -161,9 +198,16 @@ ROWS = {
         "int4_32", _to(f"{LAST}weight_scale", lambda s: s[:, ::4]), (f"{LAST}weight_scale", "128", "32")
     ),
     "int4 scale below 0": Bad("int4_32", _to(f"{LAST}weight_scale", _one(-1.0)), (f"{LAST}weight_scale", "-1")),
-    "int4 scale that bf16 has not": Bad(
-        "int4_32", _to(f"{FIRST}weight_scale", lambda s: s.float() * (1 + 2**-9)), (f"{FIRST}weight_scale", "bf16")
+    "int4 scales of two dtypes": Bad(
+        "int4_32", _to(f"{LAST}weight_scale", Tensor.float), (f"{LAST}weight_scale is float32", "bfloat16")
     ),
+    "int4 scales of fp64": Bad("int4_fp32", _to(f"{FIRST}weight_scale", Tensor.double), (FIRST, "F64", "F16")),
+    "int8 with zero points": Bad(
+        "int8",
+        _also(f"{LAST}weight_zero_point", torch.zeros(256, 1, dtype=torch.int8)),
+        (f"{LAST}weight_zero_point",),
+    ),
+    "one expert in bf16": Bad("int4_32", _in_bf16(LAST), (f"{LAST}weight is BF16", "int4")),
     "int4 codes of bytes": Bad("int4_32", _to(f"{LAST}weight_packed", lambda c: c.view(torch.uint8)), (LAST, "U8")),
     "int4 of another shape": Bad("int4_32", _to(f"{LAST}weight_shape", lambda s: s + 8), (f"{LAST}weight_shape",)),
     "int4 in another order": Bad("int4_32", _also(f"{LAST}weight_g_idx", torch.arange(128)), (f"{LAST}weight_g_idx",)),
@@ -180,6 +224,35 @@ ROWS = {
     "mxfp4 scale missing": Bad("mxfp4", _without(f"{LAST}scale"), (f"{LAST}scale",)),
     "mxfp4 scale of 64": Bad("mxfp4", _to(f"{FIRST}scale", lambda s: s[:, ::2]), (f"{FIRST}scale", "[128, 8]")),
     "mxfp4 scale of fp32": Bad("mxfp4", _to(f"{FIRST}scale", Tensor.float), (f"{FIRST}scale", "F32")),
+    "int4 beside bf16": Bad(
+        "int4_32",
+        _also(f"{LAST}weight", torch.ones(256, 128, dtype=torch.bfloat16)),
+        (f"{LAST}weight is there", f"{LAST}weight_packed"),
+    ),
+    "int4 in half of the numbers": Bad("int4_32", _to(f"{LAST}weight_packed", lambda c: c[:, ::2]), (LAST, "[256, 8]")),
+    "int4 codes of int64": Bad("int4_32", _to(f"{LAST}weight_packed", Tensor.long), (f"{LAST}weight_packed is I64",)),
+    "int4 scales transposed": Bad("int4_32", _to(f"{FIRST}weight_scale", lambda s: s.T), (f"{FIRST}weight_scale",)),
+    "fp8 scales transposed": Bad(
+        "fp8", _to(f"{LAST}weight_scale_inv", lambda s: s.T), (f"{LAST}weight_scale_inv", "[1, 2]")
+    ),
+    "int8 codes without a sign": Bad("int8", _to(f"{LAST}weight", lambda w: w.view(torch.uint8)), (LAST, "is U8")),
+    "a scale of no dimension": Bad("int8", _to(f"{LAST}weight_scale", lambda s: s[0, 0]), (LAST, "F32 []")),
+    "config.json of 8 bits": _integers("int4_32", ("'num_bits': 8",), num_bits=8),
+    "config.json of groups of 128": _integers("int4_32", ("a scale for 32", "'group_size': 128"), group_size=128),
+    "config.json of rows": _integers("int4_32", ("'strategy': 'channel'",), strategy="channel", group_size=None),
+    "config.json of zero points": _integers("int4_32", ("without zero points",), symmetric=False),
+    "config.json of no zero points": _integers("int4_zeros", ("with zero points",)),
+    "config.json of another order": _integers("int4_32", ("actorder",), actorder="group"),
+    "config.json of blocks of 64": _says("fp8", (f"{FIRST}weight", "[64, 64]"), weight_block_size=[64, 64]),
+    "config.json that leaves an expert out": _says(
+        "int4_32", (f"{EXPERT}.up_proj.weight_packed", "ignore has"), ignore=["lm_head", f"{EXPERT}.up_proj"]
+    ),
+    "config.json with a pattern of experts": _says(
+        "int4_32", (f"{FIRST}weight_packed", "ignore has re:"), ignore=[r"re:.*mlp\.experts\..*"]
+    ),
+    "config.json that leaves a layer out": _says(
+        "fp8", (f"{FIRST}weight", "modules_to_not_convert"), modules_to_not_convert=[f"model.layers.{LAYER}.mlp"]
+    ),
     "an expert too many": Bad(
         "int4_128", _also(FIRST.replace("0.gate", "3.gate") + "weight_packed", torch.ones(1)), ()
     ),
@@ -188,13 +261,16 @@ ROWS = {
 
 @_in_files(REFUSED, Cause.REFUSAL, gates=("refusal",))
 def check_refused(target: Target) -> None:
-    """Every row of ROWS, a file that was cut short, fp32 weights, and .kt files, are refused in one line."""
+    """Every row of ROWS, a file that was cut short or is not there, fp32 weights, and .kt files, are refused in one
+    line."""
     for name, row in ROWS.items():
         tensors = tensors_of(draw(CODINGS[row.label], CASE))
         row.change(tensors)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE
             save_file(tensors, path)
+            if row.config is not None:
+                path.with_name("config.json").write_text(json.dumps({"quantization_config": row.config}))
             # an expert too many is a fault of no single tensor
             _refused(target, CODINGS[row.label], path, name, (FILE, *row.names))
     with tempfile.TemporaryDirectory() as folder:
@@ -202,6 +278,9 @@ def check_refused(target: Target) -> None:
         save_file(tensors_of(draw(CODINGS["fp8"], CASE)), path)
         path.write_bytes(path.read_bytes()[:-1])
         _refused(target, CODINGS["fp8"], path, "a file cut short", (FILE, "safetensors"))
+        files = dict.fromkeys(tensors_of(draw(CODINGS["fp8"], CASE)), "model-2.safetensors")
+        (path.parent / INDEX).write_text(json.dumps({"weight_map": files}))
+        _refused(target, CODINGS["fp8"], path.parent, "a file that is not there", (INDEX, f"{FIRST}weight", "model-2"))
         save_file({f"{FIRST.replace('gate_proj', name)}weight": torch.zeros(1, 1) for name in BASE_NAMES}, path)
         _refused(target, CODINGS["fp8"], path, "fp32 weights", (FILE, f"{FIRST}weight", "F32"))
     with tempfile.TemporaryDirectory() as folder:

@@ -57,7 +57,7 @@ def shapes_of(case: Case) -> dict[str, tuple[int, int]]:
 def draw(coding: Coding, case: Case) -> Coded:
     """Codes of all values, the same on every machine, with scales that make weights of about 1 / sqrt(K).
 
-    Scales differ by up to a factor of 4 and have mantissas of fp32, of bf16 for int4, and none for mxfp4.
+    Scales differ by up to a factor of 4 and have mantissas of their dtype, none for mxfp4.
     """
     codes, scales, zeros = {}, {}, {}
     spread = torch.tensor(VALUES[coding.method])
@@ -76,7 +76,7 @@ def draw(coding: Coding, case: Case) -> Coded:
         if coding.label == "mxfp4":
             scales[name] = (127 + scale.log2().round()).to(torch.uint8)
         else:
-            scales[name] = scale.to(torch.bfloat16 if coding.bits == 4 else torch.float32)
+            scales[name] = scale.to(coding.scales)
         if coding.zeros:
             zeros[name] = (drawn("zeros", shape, 16) - 8).to(torch.int8)
     return Coded(coding, codes, scales, zeros or None)
@@ -207,7 +207,7 @@ def _simple(coding: Coding, pattern: Tensor, exponent: int) -> tuple[Tensor, Ten
     shape = coding.scale_shape(1, *pattern.shape)
     if coding.label == "mxfp4":
         return codes, torch.full(shape, 127 + exponent, dtype=torch.uint8)
-    return codes, torch.full(shape, 2.0**exponent, dtype=torch.bfloat16 if coding.bits == 4 else torch.float32)
+    return codes, torch.full(shape, 2.0**exponent, dtype=coding.scales)
 
 
 def _tokens(case: Case, x: Tensor, grad_output: Tensor) -> Inputs:

@@ -27,7 +27,7 @@ def bench(
         str | None,
         typer.Option(
             help="kt_kernel,torch_loop,torch_grouped_mm,vllm,transformers_experts,native_fp8,native_int8,native_int4,"
-            "native_mxfp4,other_build or paths of .py files"
+            "native_mxfp4,kt_kernel_fp8,kt_kernel_int8,kt_kernel_int4,other_build or paths of .py files"
         ),
     ] = None,
     patience: Annotated[

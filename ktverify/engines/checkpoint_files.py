@@ -67,7 +67,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, option: str = "weight_path") -> None:
-        self.where = f"{option} {str(path)!r}"
+        self.path, self.where = Path(path).expanduser(), f"{option} {str(path)!r}"
         self.files_of = _files_of(path, option)
         self.mapped: dict[Path, MappedFile] = {}
 
@@ -77,7 +77,7 @@ class Checkpoint:
     def again(self) -> Checkpoint:
         """The same tensors, mapped anew: the pages that are read through it are given back with it."""
         found = object.__new__(Checkpoint)
-        found.where, found.files_of, found.mapped = self.where, self.files_of, {}
+        found.path, found.where, found.files_of, found.mapped = self.path, self.where, self.files_of, {}
         return found
 
     def lookup(self, name: str) -> tuple[Path, Any] | None:
@@ -101,7 +101,7 @@ class Checkpoint:
         file = self.files_of[name][0]
         if file not in self.mapped:
             if not file.is_file():
-                raise ValueError(f"{INDEX} names {file.name}, which is not in {str(file.parent)!r}")
+                raise ValueError(f"{INDEX} says that {name} is in {file.name}, which is not in {str(file.parent)!r}")
             self.mapped[file] = MappedFile(file)
         return file
 

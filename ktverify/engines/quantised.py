@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,29 @@ from ktverify.spec.names import BASE_NAMES
 MXFP4_GROUP = 32
 # the numbers of e2m1, by code
 _E2M1 = [sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
+# the native engine's names of scales' dtypes
+_SCALES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+    torch.uint8: "e8m0", torch.float8_e8m0fnu: "e8m0",
+}  # fmt: skip
+
+
+class WeightFormat(NamedTuple):
+    """How base weights are stored; native/include/ktv/weight_format.hpp. offset: int8 is stored as q + 128."""
+
+    format: str = "bf16"
+    group: int = 0
+    zeros: bool = False
+    scale: str = "fp32"
+    offset: bool = False
+
+
+def weight_format_of(
+    format: str, group: int, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> WeightFormat:
+    """Of the tensors of one matrix; those of others have the same dtypes."""
+    offset = format == "int8" and codes.dtype == torch.int32
+    return WeightFormat(format, group, zeros is not None, _SCALES[scales.dtype], offset)
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,7 @@ class CodedMatrix:
 
     block: rows and columns that share a scale; columns of 0: a whole row. scales, and zero_points where there are any:
     [..., groups], of int8 without the last dimension; scales of any floating-point dtype, of mxfp4 e8m0 or its bytes.
+    Files may have int8 as int32 [..., N, K / 4], of bytes q + 128.
     """
 
     format: str
@@ -51,6 +75,8 @@ class CodedMatrix:
 
     def numbers(self) -> torch.Tensor:
         """fp32 [..., N, K]: the number of each code."""
+        if self.codes.dtype == torch.int32 and self.format == "int8":
+            return self.codes.view(torch.uint8).float() - 128
         if self.format in ("fp8", "int8"):
             return self.codes.float()
         halves = self.codes.view(torch.uint8)
@@ -147,7 +173,7 @@ def _given(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_points: An
     code_dtype, scale_dtypes = {
         "fp8": (torch.float8_e4m3fn, (torch.float32,)),
         "int8": (torch.int8, (torch.float32,)),
-        "int4": (torch.int32, (torch.bfloat16,)),
+        "int4": (torch.int32, (torch.bfloat16, torch.float16, torch.float32)),
         "mxfp4": (torch.uint8, (torch.uint8, torch.float8_e8m0fnu)),
     }[format]
     group = {"fp8": FP8_BLOCK, "int8": 0, "mxfp4": MXFP4_GROUP}.get(format, 0)
@@ -162,6 +188,7 @@ def _given(spec: LayerSpec, weights: Sequence[Any], scales: Any, zero_points: An
             group = _int4_group(f"the scales of {name}", given_scales[position], columns, group)
         shape = (experts, *scale_shape(format, group, rows, columns))
         found_scales[name] = _plain(f"the scales of {name}", given_scales[position], shape, scale_dtypes)
+        scale_dtypes = (found_scales[name].dtype,)  # all three take the same
         if given_zeros is not None:
             zeros[name] = _plain(f"the zero points of {name}", given_zeros[position], shape, (torch.int8,))
     return Codes(format, group, codes, found_scales, zeros or None)
@@ -212,8 +239,10 @@ def check_values(
     if format == "mxfp4":
         _refuse(names[1], first, scales.view(torch.uint8) == 0xFF, "is NaN; it takes 0 to 254, of e8m0")
     else:
-        bad = ~(scales.isfinite() & (scales >= 0))
-        _refuse(names[1], first, bad, "is {}; it takes finite numbers of 0 or more", scales)
+        least, most = scales.aminmax()  # NaN where there is one
+        if not (least >= 0 and most < float("inf")):
+            bad = ~(scales.isfinite() & (scales >= 0))
+            _refuse(names[1], first, bad, "is {}; it takes finite numbers of 0 or more", scales)
     if zeros is not None:
         _refuse(names[2], first, (zeros < -8) | (zeros > 7), "is {}; it takes -8 to 7", zeros)
 

@@ -2,8 +2,8 @@
 
 The one place that knows them. The engine's reader (native/checkpoint.py) leaves an expert's codes in the mapped file;
 that of whole models (training/quantised.py) dequantises. Formats are those of docs/contract.md. Names are those of
-published checkpoints: DeepSeek-V3 and Qwen3 (fp8), compressed-tensors (int4 is its pack-quantized, int8 its
-int-quantized with a scale for each row), and MXFP4 with a scale for 32 weights.
+published checkpoints: DeepSeek-V3 and Qwen3 (fp8), compressed-tensors (int4 is its pack-quantized of 4 bits; int8 its
+pack-quantized of 8 bits, or int-quantized, with a scale for each row), and MXFP4 with a scale for 32 weights.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ LAYOUTS = {
     "int4": Layout("weight_packed", ("I32",), "weight_scale", _FLOATS, "weight_zero_point", "weight_shape"),
     "mxfp4": Layout("weight", ("U8",), "scale", ("U8", "F8_E8M0")),
 }
-# a permutation of columns, which no format here has
-_ORDER = "weight_g_idx"
+# int8 as bytes q + 128, four in a number, the first in its lowest bits
+PACKED_INT8 = Layout("weight_packed", ("I32",), "weight_scale", _FLOATS, shape="weight_shape")
+# what a matrix here does not have, by what stands for "weight": a permutation of columns; zero points beside int4
+_ORDER, _ZEROS = "weight_g_idx", "weight_zero_point"
 
 # (file, slice) of a tensor by its name, None where there is none; a slice has get_dtype(), get_shape() and [...]
 Lookup = Callable[[str], "tuple[Path, Any] | None"]
@@ -57,22 +59,33 @@ def name_of(stem: str, word: str) -> str:
     return stem + word.removeprefix(WEIGHT)
 
 
-def matrix_of(name: str, dtype: str) -> tuple[str, str] | None:
-    """(stem, format) where a tensor of this name and dtype has a matrix's codes, else None."""
+def matrix_of(lookup: Lookup, name: str) -> tuple[str, str] | None:
+    """(stem, format) where the tensor of this name has a matrix's codes, else None."""
+    found = lookup(name)
+    dtype = found[1].get_dtype() if found else ""
     if dtype.startswith("F8_E") and dtype != "F8_E8M0":
         return name, "fp8"
-    if name.endswith(f".{LAYOUTS['int4'].codes}"):
-        return name.removesuffix(LAYOUTS["int4"].codes) + WEIGHT, "int4"
+    if found and name.endswith(f".{PACKED_INT8.codes}"):
+        stem = name.removesuffix(PACKED_INT8.codes) + WEIGHT
+        return stem, "int8" if _holds_bytes(found[1], lookup(name_of(stem, PACKED_INT8.shape))) else "int4"
     if name.endswith(f".{WEIGHT}") and dtype in ("I8", "U8"):
         return name, "int8" if dtype == "I8" else "mxfp4"
     return None
+
+
+def _holds_bytes(packed: Any, shape: tuple[Path, Any] | None) -> bool:
+    """Whether four codes are in a number of weight_packed, by weight_shape; eight where it does not say so."""
+    if shape is None or shape[1].get_dtype() not in ("I32", "I64") or shape[1].get_shape() != [2]:
+        return False
+    columns, width = int(shape[1][...][1]), list(packed.get_shape())[-1:]
+    return [-(-columns // 8)] != width == [-(-columns // 4)]
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
     """A matrix [..., N, K] of codes in files. block: rows and columns that share a scale; columns of 0: a whole row.
 
-    The slices of its tensors; `where` names each in errors: codes, scales, zero points."""
+    The slices of its tensors; `where` names each in errors: codes, scales, zero points. tensors: all that it has."""
 
     format: str
     shape: tuple[int, ...]
@@ -81,6 +94,7 @@ class StoredMatrix:
     scales: Any
     zero_points: Any
     where: tuple[str, str, str]
+    tensors: tuple[str, ...]
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes as they are in the file; scales [..., groups], of int8 [N]; zero points int8, of the scales' shape."""
@@ -89,7 +103,7 @@ class StoredMatrix:
         codes: torch.Tensor = self.codes[...]
         scales: torch.Tensor = self.scales[...]
         if self.format == "int8":
-            return codes, scales.reshape(codes.shape[:-1]), None
+            return codes, scales.reshape(self.shape[:-1]), None
         if self.zero_points is None:
             return codes, scales, None
         zeros: torch.Tensor = self.zero_points[...]
@@ -100,7 +114,14 @@ class StoredMatrix:
 
     def dequantised(self) -> torch.Tensor:
         """fp32 [..., N, K]: the codes times their scales."""
-        return CodedMatrix(self.format, self.block, *self.values()).products()
+        return CodedMatrix(self.format, self.block, *self.values()).products()[..., : self.shape[-1]]
+
+
+def require_one_form(lookup: Lookup, stem: str) -> None:
+    """ValueError for a matrix that files have both as numbers or codes in `weight` and as codes in `weight_packed`."""
+    packed = name_of(stem, PACKED_INT8.codes)
+    if (plain := lookup(stem)) and (coded := lookup(packed)):
+        raise ValueError(f"{plain[0]}: {stem} is there, and so is {coded[0]}: {packed}; remove one")
 
 
 def stored_matrix(
@@ -115,7 +136,10 @@ def stored_matrix(
 
     ValueError, or TypeError for a dtype, in one line that names file and tensor: a missing tensor, another dtype or
     shape, groups that do not divide a row, columns in another order."""
+    require_one_form(lookup, stem)
     layout = LAYOUTS[format]
+    if format == "int8" and lookup(name_of(stem, layout.codes)) is None:
+        layout = PACKED_INT8
     names = {part: name_of(stem, word) for part, word in vars(layout).items() if isinstance(word, str) and word}
     at = {part: lookup(name) for part, name in names.items()}
 
@@ -125,21 +149,25 @@ def stored_matrix(
 
     codes = at["codes"]
     if codes is None:
-        raise ValueError(f"{where_none} has no {names['codes']}")
+        plain = lookup(stem)
+        also = f"; {plain[0]}: {stem} is {plain[1].get_dtype()}" if plain else ""
+        raise ValueError(f"{where_none} has no {names['codes']}, of {format}{also}")
     _require_dtype(where("codes"), codes[1], layout.code_dtypes, format)
     if at["scales"] is None:
         raise ValueError(f"{where('codes')} is {format} and has no {names['scales']}")
     if lookup(name_of(stem, _ORDER)):
         raise ValueError(f"{where('codes')} has {name_of(stem, _ORDER)}: columns in another order are not read")
+    if not layout.zero_points and lookup(name_of(stem, _ZEROS)):
+        raise ValueError(f"{where('codes')} has {name_of(stem, _ZEROS)}: zero points of {format} are not read")
     scales = at["scales"][1]
     _require_dtype(where("scales"), scales, layout.scale_dtypes, format)
     *before, rows, columns = _matrix_shape(where("codes"), codes[1].get_shape())
-    width = columns
-    columns *= PER_ELEMENT[format]
+    width, per_element = columns, 4 if layout is PACKED_INT8 else PER_ELEMENT[format]
+    columns *= per_element
     given = scales.get_shape()
     if (stored := at.get("shape")) is not None:
         shape = _true_shape(where("shape"), stored[1])
-        if shape[0] != rows or -(-shape[1] // 8) != width:
+        if shape[0] != rows or -(-shape[1] // per_element) != width:
             raise ValueError(f"{where('codes')} is {codes[1].get_shape()}; {names['shape']} says {shape}")
         columns = shape[1]
     if format == "fp8":
@@ -177,14 +205,8 @@ def stored_matrix(
         scales,
         None if zeros is None else zeros[1],
         (where("codes"), where("scales"), where("zero_points") if "zero_points" in at else ""),
+        tuple(names.values()),
     )
-
-
-def require_zero_points(matrix: StoredMatrix, asymmetric: bool) -> None:
-    """ValueError for a matrix without zero points where config.json, or other matrices, say that int4 has them."""
-    if asymmetric and matrix.format == "int4" and matrix.zero_points is None:
-        said = "config.json (symmetric: false) or other matrices say that there are zero points"
-        raise ValueError(f"{matrix.where[0]} has no {matrix.where[2]}, and {said}")
 
 
 def _require_dtype(where: str, tensor: Any, takes: tuple[str, ...], format: str) -> None:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Coding:
-    """One way to store weights as codes. group: columns that share a scale, 0 for a whole row; zeros: zero points."""
+    """One way to store weights as codes. group: columns that share a scale, 0 for a whole row; zeros: zero points;
+    scales: their dtype."""
 
     label: str
     method: str
     group: int
     zeros: bool = False
+    scales: torch.dtype = torch.float32
 
     @property
     def bits(self) -> int:
@@ -38,10 +40,12 @@ CODINGS = {
     for coding in (
         Coding("fp8", "AMXFP8_SFT", 128),
         Coding("int8", "AMXINT8_SFT", 0),
-        Coding("int4_32", "AMXINT4_SFT", 32),
-        Coding("int4_128", "AMXINT4_SFT", 128),
-        Coding("int4_zeros", "AMXINT4_SFT", 32, zeros=True),
-        Coding("mxfp4", "MXFP4_SFT", 32),
+        Coding("int4_32", "AMXINT4_SFT", 32, scales=torch.bfloat16),
+        Coding("int4_128", "AMXINT4_SFT", 128, scales=torch.bfloat16),
+        Coding("int4_zeros", "AMXINT4_SFT", 32, zeros=True, scales=torch.bfloat16),
+        Coding("int4_fp16", "AMXINT4_SFT", 128, scales=torch.float16),
+        Coding("int4_fp32", "AMXINT4_SFT", 32, scales=torch.float32),
+        Coding("mxfp4", "MXFP4_SFT", 32, scales=torch.uint8),
     )
 }
 
@@ -85,8 +89,7 @@ def codes_of(coding: Coding, weights: Tensor) -> tuple[Tensor, Tensor]:
         for column in range(scales.shape[2]):
             block = weights[:, row * height : (row + 1) * height, column * width : (column + 1) * width]
             scales[:, row, column] = block.abs().flatten(1).max(1).values.float() / most
-    if coding.bits == 4:
-        scales = scales.to(torch.bfloat16)
+    scales = scales.to(coding.scales)
     scales[scales == 0] = 1
     scales = scales.reshape(coding.scale_shape(experts, rows, columns))
     quotients = weights.float() / over_weights(coding, scales.float(), weights.shape)

@@ -1,7 +1,7 @@
 """quantise: a bf16 checkpoint with the routed experts of its decoder as codes, and everything else byte for byte.
 
 Codes are those of docs/contract.md, "Quantised base weights"; names and config.json are those of published checkpoints:
-DeepSeek-V3's for fp8, compressed-tensors' int-quantized for int8 and pack-quantized for int4.
+DeepSeek-V3's for fp8, compressed-tensors' pack-quantized for int8 and int4.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from ktverify.engines.checkpoint_files import INDEX, read_index
 from ktverify.engines.native.checkpoint import FURTHER_TOKENS, OTHER_TOWERS
 from ktverify.engines.quantise import FP8_BLOCK, INT4_GROUPS, MADE, codes_of
+from ktverify.engines.quantised import dequantised
 from ktverify.system.limits import format_bytes
 from ktverify.system.text import read_json
 from ktverify.training.headers import header_of
@@ -37,7 +38,9 @@ _CHUNK = 1 << 24  # bytes that are copied at once
 
 @dataclass
 class Written:
-    """What was written: matrices and their bytes as codes, and the kinds of tensors that were left, with theirs."""
+    """What was written: matrices and their bytes as codes, and the kinds of tensors that were left, with theirs.
+
+    largest: the largest change of a weight, over the largest weight of its matrix."""
 
     folder: Path
     matrices: int = 0
@@ -45,6 +48,24 @@ class Written:
     bytes_after: int = 0
     left: dict[str, int] = field(default_factory=dict)
     cut_blocks: bool = False
+    largest: float = 0.0
+    _squares: tuple[float, float] = 0.0, 0.0  # sums over all matrices: of changes, of weights
+
+    def add_change(self, weight: torch.Tensor, read: torch.Tensor) -> None:
+        """Count a matrix [N, K] and the weights that its codes stand for."""
+        of, change = weight.float(), read.float().sub_(weight)
+        self.largest = max(self.largest, float(change.abs().max() / of.abs().max().clamp(min=1e-45)))
+        squares = float(change.square_().sum(dtype=torch.float64)), float(of.square_().sum(dtype=torch.float64))
+        self._squares = self._squares[0] + squares[0], self._squares[1] + squares[1]
+
+    def loss(self) -> str:
+        """What the codes change, as a line: root mean squares over all matrices, and the largest change."""
+        change, of = self._squares
+        rms = math.sqrt(change / of) if of else 0.0
+        return (
+            f"the codes change the experts' weights by {100 * rms:.2g} % in the root mean square, and one by at most "
+            f"{100 * self.largest:.2g} % of the largest in its matrix"
+        )
 
 
 def quantise_checkpoint(
@@ -62,10 +83,7 @@ def quantise_checkpoint(
     ValueError where `out` exists, or the checkpoint is quantised, has no routed experts that are bf16 matrices, or one
     with a NaN or Inf; OSError with both sizes where the file system has no room.
     """
-    if format not in MADE:
-        raise ValueError(f"--to is {format!r}; it takes {', '.join(MADE)}")
-    if group not in INT4_GROUPS:
-        raise ValueError(f"--group is {group}; it takes {' or '.join(map(str, INT4_GROUPS))}")
+    check_format(format, group)
     if out.exists():
         raise ValueError(f"{out} exists: name another directory")
     plan = _Plan(checkpoint, format, group if format == "int4" else MADE[format])
@@ -85,6 +103,14 @@ def quantise_checkpoint(
         plan.write_config(part)
         plan.write_index(part)
     return found
+
+
+def check_format(format: str, group: int) -> None:
+    """ValueError for a format that no codes are made of, and for another group of int4."""
+    if format not in MADE:
+        raise ValueError(f"--to is {format!r}; it takes {', '.join(MADE)}")
+    if group not in INT4_GROUPS:
+        raise ValueError(f"--group is {group}; it takes {' or '.join(map(str, INT4_GROUPS))}")
 
 
 class _Plan:
@@ -120,9 +146,11 @@ class _Plan:
                 continue
             if about["dtype"] != "BF16" or len(about["shape"]) != 2:
                 raise ValueError(f"{file}: {name} is {about['dtype']} {about['shape']}; it takes a matrix in BF16")
-            if self.format == "int4" and about["shape"][1] % self.group:
+            # four codes of int8 are in an int32
+            if about["shape"][1] % (divides := {"int4": self.group, "int8": 4}.get(self.format, 1)):
                 raise ValueError(
-                    f"{file}: {name} has rows of {about['shape'][1]} weights; --to int4 takes multiples of {self.group}"
+                    f"{file}: {name} has rows of {about['shape'][1]} weights; --to {self.format} takes multiples of "
+                    f"{divides}"
                 )
             found.add(name)
         return found
@@ -156,11 +184,11 @@ class _Plan:
             if self.format == "fp8":
                 blocks = [-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)]
                 made = [("weight", "F8_E4M3", [rows, columns], 1), ("weight_scale_inv", "F32", blocks, 4)]
-            elif self.format == "int8":
-                made = [("weight", "I8", [rows, columns], 1), ("weight_scale", "F32", [rows, 1], 4)]
             else:
-                made = [("weight_packed", "I32", [rows, columns // 8], 4)]
-                made += [("weight_scale", "BF16", [rows, columns // self.group], 2), ("weight_shape", "I64", [2], 8)]
+                int4 = self.format == "int4"
+                made = [("weight_packed", "I32", [rows, columns // (8 if int4 else 4)], 4)]
+                scales = ("BF16", [rows, columns // self.group], 2) if int4 else ("F32", [rows, 1], 4)
+                made += [("weight_scale", *scales), ("weight_shape", "I64", [2], 8)]
             for word, dtype, shape, itemsize in made:
                 yield f"{stem}{word}", {"dtype": dtype, "shape": shape}, math.prod(shape) * itemsize
 
@@ -184,8 +212,10 @@ class _Plan:
                 data = bytearray(end - first)
                 if source.readinto(data) != len(data):  # type: ignore[attr-defined]
                     raise ValueError(f"{file} is cut short: {name} ends beyond it")
-                made = self._codes(file, name, torch.frombuffer(data, dtype=torch.bfloat16).view(header[name]["shape"]))
-                for tensor in made:
+                weight = torch.frombuffer(data, dtype=torch.bfloat16).view(header[name]["shape"])
+                codes, scales = self._codes(file, name, weight)
+                found.add_change(weight, dequantised(self.format, self.group, codes, scales, None))
+                for tensor in self._stored(weight, codes, scales):
                     found.bytes_after += target.write(tensor.view(torch.uint8).numpy().tobytes())
                 found.matrices += 1
                 found.bytes_before += end - first
@@ -200,13 +230,21 @@ class _Plan:
                     left -= target.write(data)
             yield end
 
-    def _codes(self, file: Path, name: str, weight: torch.Tensor) -> list[torch.Tensor]:
+    def _codes(self, file: Path, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes, scales = codes_of(weight, self.format, self.group)
         if not bool(scales.isfinite().all()):
             row, column = (int(i) for i in (~weight.isfinite()).nonzero()[0])
             value = float(weight[row, column])
             raise ValueError(f"{file}: {name}: [{row}, {column}] is {value}; it takes finite weights")
-        return [codes, scales, torch.tensor(weight.shape)] if self.format == "int4" else [codes, scales]
+        return codes, scales
+
+    def _stored(self, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of `entries`, for one matrix."""
+        if self.format == "fp8":
+            return [codes, scales]
+        if self.format == "int8":  # bytes q + 128
+            codes = codes.view(torch.uint8) ^ 0x80
+        return [codes, scales, torch.tensor(weight.shape)]
 
     def write_config(self, folder: Path) -> None:
         """config.json with a quantization_config that names what is left."""
@@ -225,10 +263,10 @@ class _Plan:
             weights: dict[str, Any] = {"num_bits": 4 if int4 else 8, "type": "int", "symmetric": True, "dynamic": False}
             weights |= {"strategy": "group" if int4 else "channel", "group_size": self.group if int4 else None}
             weights |= {"actorder": None, "block_structure": None}
-            form = "pack-quantized" if int4 else "int-quantized"
             scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-            about = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
-            about |= {"config_groups": {"group_0": {**scheme, "format": form}}, "ignore": left}
+            form = {"format": "pack-quantized"}
+            about = {"quant_method": "compressed-tensors", **form, "quantization_status": "compressed"}
+            about |= {"config_groups": {"group_0": scheme | form}, "ignore": left}
         config = folder / "config.json"
         document = {**read_json(config), "quantization_config": about}
         config.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -19,12 +19,10 @@ from safetensors.torch import save_file
 from ktverify.engines.checkpoint_files import INDEX, Checkpoint
 from ktverify.engines.native.checkpoint import FAMILIES
 from ktverify.engines.quantised import check_values
+from ktverify.engines.quantization_config import QuantizationConfig
 from ktverify.engines.weight_files import (
-    LAYOUTS,
     StoredMatrix,
     matrix_of,
-    name_of,
-    require_zero_points,
     stored_matrix,
 )
 from ktverify.system.text import read_json
@@ -32,7 +30,7 @@ from ktverify.training.output_directory import copy_others
 
 FP8, COMPRESSED = "fp8", "compressed-tensors"
 # compressed-tensors' format -> bits of its integers
-_BITS = {"pack-quantized": 4, "int-quantized": 8}
+_BITS = {"pack-quantized": (4, 8), "int-quantized": (8,)}
 _EXPERT = re.compile(
     "|".join(
         re.escape(pattern).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
@@ -50,7 +48,6 @@ class Quantisation:
     format: str
     backend: str
     fp8_block: tuple[int, int] = (128, 128)
-    asymmetric: bool = False
 
 
 def quantisation_of(config: Any) -> Quantisation | None:
@@ -66,22 +63,23 @@ def quantisation_of(config: Any) -> Quantisation | None:
             raise ValueError(f"its FP8 has weight_block_size {size!r}; it takes the rows and columns of a block")
         return Quantisation("FP8", "AMXFP8", (size[0], size[1]))
     if about and method == COMPRESSED:
-        bits, asymmetric = _integers(about)
-        return Quantisation(f"INT{bits}", f"AMXInt{bits}", asymmetric=asymmetric)
+        bits = _integers(about)
+        return Quantisation(f"INT{bits}", f"AMXInt{bits}")
     return None
 
 
-def _integers(about: Mapping[str, Any]) -> tuple[int, bool]:
-    """The bits of compressed-tensors' integers, and whether they have zero points. ValueError for another form."""
+def _integers(about: Mapping[str, Any]) -> int:
+    """The bits of compressed-tensors' integers. ValueError for another form."""
     form, groups = str(about.get("format")), about.get("config_groups")
     found = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
     for weights in found or [{}]:
-        if weights.get("type") != "int" or weights.get("num_bits") != _BITS.get(form):
+        if weights.get("type") != "int" or weights.get("num_bits") not in _BITS.get(form, ()):
+            takes = ", ".join(f"{name} of {' or '.join(map(str, bits))} bits" for name, bits in _BITS.items())
             raise ValueError(
                 f"its compressed-tensors are {form} with {weights.get('num_bits')} bits of type {weights.get('type')}; "
-                f"integers are read: {', '.join(f'{name} of {bits} bits' for name, bits in _BITS.items())}"
+                f"integers are read: {takes}"
             )
-    return _BITS[form], any(weights.get("symmetric") is False for weights in found)
+    return int(found[0]["num_bits"])
 
 
 @dataclass
@@ -105,22 +103,22 @@ def tensors_in(
 
     Only headers are read here. ValueError or TypeError for a tensor that is missing or has another dtype or shape than
     its format; see stored_matrix."""
-    found, parts = ModelTensors(), set()
-    fp8_block, asymmetric = (about.fp8_block, about.asymmetric) if about else ((128, 128), False)
-    plain = {}
+    found, parts, plain = ModelTensors(), set[str](), {}
+    config = QuantizationConfig.beside(checkpoint.path)
+    fp8_block = about.fp8_block if about else (128, 128)
     for name in checkpoint.files_of:
         at = checkpoint.lookup(name)
         if at is None or (outside and _EXPERT.search(name)):
             continue
-        if (coded := matrix_of(name, at[1].get_dtype())) is None:
+        if (coded := matrix_of(checkpoint.lookup, name)) is None:
             plain[name], found.files[name] = at[1], at[0]
             continue
         stem, format = coded
         found.files[stem] = at[0]
         matrix = stored_matrix(checkpoint.lookup, stem, format, checkpoint.where, fp8_block=fp8_block)
-        require_zero_points(matrix, asymmetric)
+        config.require(stem, matrix)
         found.of[stem] = _Dequantised(matrix, found.problems)
-        parts |= {name_of(stem, word) for word in vars(LAYOUTS[format]).values() if isinstance(word, str)}
+        parts.update(matrix.tensors)
     found.of |= {name: tensor for name, tensor in plain.items() if name not in parts}
     found.of |= {name: _Outside(shape, dtype) for name, shape in outside.items()}
     return found

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+
 #include "emulation/amx_trap.hpp"
 #include "instruction_sets.hpp"
 #include "ktv/layer.hpp"
@@ -37,18 +39,20 @@ WeightSource source(const Source& s) {
             std::get<3>(s),           pointers(std::get<4>(s)), pointers(std::get<5>(s))};
 }
 
-// (name, group, zeros): WeightFormat.
-using FormatOf = std::tuple<std::string, int, bool>;
+// (name, group, zeros, name of the scales' dtype, offset): WeightFormat.
+using FormatOf = std::tuple<std::string, int, bool, std::string, bool>;
 WeightFormat weight_format(const FormatOf& f) {
-    const std::pair<const char*, Format> known[] = {{"bf16", Format::bf16},
-                                                    {"fp8", Format::fp8},
-                                                    {"int8", Format::int8},
-                                                    {"int4", Format::int4},
-                                                    {"mxfp4", Format::mxfp4}};
-    for (const auto& [name, format] : known) {
-        if (std::get<0>(f) == name) return {format, std::get<1>(f), std::get<2>(f)};
-    }
-    throw BadInput("there is no weight format " + std::get<0>(f));
+    const auto& [name, group, zeros, scale, offset] = f;
+    const std::map<std::string, Format> formats{{"bf16", Format::bf16},
+                                                {"fp8", Format::fp8},
+                                                {"int8", Format::int8},
+                                                {"int4", Format::int4},
+                                                {"mxfp4", Format::mxfp4}};
+    const std::map<std::string, Scale> scales{
+        {"fp32", Scale::fp32}, {"fp16", Scale::fp16}, {"bf16", Scale::bf16}, {"e8m0", Scale::e8m0}};
+    if (!formats.contains(name) || !scales.contains(scale))
+        throw BadInput("there is no weight format " + name + " with scales of " + scale);
+    return {formats.at(name), group, zeros, scales.at(scale), offset};
 }
 
 py::dict as_dict(const StageTimes& t) {

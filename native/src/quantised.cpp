@@ -14,28 +14,38 @@ std::size_t packed_scales(Format format) {
     return format == Format::fp8 ? 2 : kBlock;
 }
 
+float of_half(std::uint16_t half) {
+    const std::uint32_t sign = half & 0x8000u, magnitude = half & 0x7fffu;
+    const float tiny = static_cast<float>(magnitude) * 0x1p-24f;
+    const auto normal = std::bit_cast<float>((magnitude << 13) + (112u << 23));
+    return std::bit_cast<float>(std::bit_cast<std::uint32_t>(magnitude < 0x400 ? tiny : normal) | sign << 16);
+}
+
 // The 32 scales of a block as fp32: where they are packed, or widened to `to`. row0: the block's first row in the whole
 // matrix.
 const float* widened(const std::byte* from, const WeightFormat& of, int row0, float* to) {
-    switch (of.format) {
-        case Format::fp8: {
-            float both[2];
-            std::memcpy(both, from, sizeof both);
-            const int first = of.group_rows() - row0 % of.group_rows();
-            for (int n = 0; n < kBlock; ++n) to[n] = both[n >= first];
-            return to;
-        }
-        case Format::int4:
+    if (of.format == Format::fp8) {
+        float both[2];
+        std::memcpy(both, from, sizeof both);
+        const int first = of.group_rows() - row0 % of.group_rows();
+        for (int n = 0; n < kBlock; ++n) to[n] = both[n >= first];
+        return to;
+    }
+    switch (of.scale) {
+        case Scale::bf16:
             for (int n = 0; n < kBlock; ++n) to[n] = to_float(reinterpret_cast<const bf16*>(from)[n]);
             return to;
-        case Format::mxfp4:
+        case Scale::fp16:
+            for (int n = 0; n < kBlock; ++n) to[n] = of_half(reinterpret_cast<const std::uint16_t*>(from)[n]);
+            return to;
+        case Scale::e8m0:
             for (int n = 0; n < kBlock; ++n) {
                 // 2^(code - 127); 2^-127 is subnormal
                 const auto code = std::to_integer<std::uint32_t>(from[n]);
                 to[n] = std::bit_cast<float>(code == 0 ? 1u << 22 : code << 23);
             }
             return to;
-        default:
+        default:  // fp32
             return reinterpret_cast<const float*>(from);
     }
 }
@@ -92,6 +102,7 @@ void Layer::State::pack_codes(int slot, int part, Matrix matrix, int row, const 
             const std::size_t taken = n < rows ? have : 0;
             const std::size_t first = (at.row0 + row * kBlock + n) * whole_cols + at.col0 + kb * kBlock;
             if (taken) std::memcpy(out, codes + format.bytes(first), taken);
+            for (std::size_t i = 0; format.offset && i < taken; ++i) out[i] ^= 0x80;
             std::memset(out + taken, zero, row_bytes - taken);
         }
     }

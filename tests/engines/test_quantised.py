@@ -39,7 +39,8 @@ def _every_code(label: str) -> Coded:
         if label == "mxfp4":
             scales[name] = (turn + 127).clamp(0, 254).to(torch.uint8)
         else:
-            scales[name] = (2.0 ** turn.double() * (1 + 0.3 * (turn % 2))).to(scale.dtype)
+            most = torch.finfo(scale.dtype).max
+            scales[name] = (2.0 ** turn.double() * (1 + 0.3 * (turn % 2))).clamp(max=most).to(scale.dtype)
     return Coded(coding, codes, scales, drawn.zeros)
 
 
@@ -49,7 +50,8 @@ def test_base_weights_are_those_of_the_codes_bit_for_bit(label: str, isa: str) -
     coded, inputs = _every_code(label), make_inputs(CASE)
     layer = layer_of(Target("native", isa), coded, CASE, inputs)
     expected = coded.weights()
-    assert any(bool(weight.isinf().any()) for weight in expected.values())
+    # a product with the largest fp16 is finite
+    assert label == "int4_fp16" or any(bool(weight.isinf().any()) for weight in expected.values())
     # before the experts are packed, and of packed ones
     for _ in range(2):
         found = layer.base_weights()

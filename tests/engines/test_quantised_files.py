@@ -25,7 +25,7 @@ from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.spec.names import LORA_NAMES
 
-CASE = Case.parse("E=3,k=2,H=64,I=128,T=9,r=2,alpha=4")
+CASE = Case.parse("E=3,k=2,H=128,I=128,T=9,r=2,alpha=4")
 FOLD = "E=8,k=2,H=2048,I=1024,T=64,r=1,alpha=2"
 
 
@@ -50,6 +50,9 @@ def written(folder: Path, tensors: dict[str, Tensor]) -> Path:
         ("int8", torch.bfloat16, 2),
         ("int8", torch.float32, 1),
         ("int4_32", torch.float16, 2),
+        ("int4_128", torch.float16, 2),
+        ("int4_zeros", torch.float16, 2),
+        ("int4_32", torch.float32, 2),
         ("int4_zeros", torch.float32, 2),
         ("mxfp4", torch.float8_e8m0fnu, 2),
     ],
@@ -58,9 +61,12 @@ def test_scales_of_every_dtype_keep_their_values(
     label: str, dtype: torch.dtype, dimensions: int, tmp_path: Path
 ) -> None:
     coded, inputs = draw(CODINGS[label], CASE), make_inputs(CASE)
-    if label != "mxfp4":  # values that all of these dtypes have
+    if label != "mxfp4":  # values of that dtype; of fp16 and fp32 such as bf16 has not
         for name, scale in coded.scales.items():
-            coded.scales[name] = (2.0 ** scale.float().log2().round().clamp(-12, 12)).to(scale.dtype)
+            coded.scales[name] = (scale.float() * 1.001).to(dtype)
+            assert dtype == torch.bfloat16 or not torch.equal(
+                coded.scales[name].float(), coded.scales[name].bfloat16().float()
+            )
     tensors = tensors_of(coded)
     for name in [name for name in tensors if name.endswith(("scale", "scale_inv"))]:
         tensors[name] = tensors[name].view(dtype) if label == "mxfp4" else tensors[name].to(dtype)
@@ -97,9 +103,9 @@ def test_int4_whose_rows_end_inside_a_number_is_read(zeros: bool, tmp_path: Path
 
 def test_a_configuration_with_zero_points_needs_them(tmp_path: Path) -> None:
     path = written(tmp_path, tensors_of(draw(CODINGS["int4_32"], CASE)))
-    about = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": False}}}}
+    about = {"config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "symmetric": False}}}}
     (path / "config.json").write_text(json.dumps({"quantization_config": about}))
-    with pytest.raises(ValueError, match=r"gate_proj\.weight_packed has no .*gate_proj\.weight_zero_point, and config"):
+    with pytest.raises(ValueError, match=r"proj\.weight_packed is int4 .* without zero points; .*'symmetric': False"):
         layer_at(path, CASE, "int4_32")
 
 
@@ -144,6 +150,6 @@ def check_memory(directory: str, label: str) -> None:
     expect(grown <= 1.05 * size, f"{grown / size:.2f} times the codes")
 
 
-@pytest.mark.parametrize("label", ["fp8", "int4_32"])
+@pytest.mark.parametrize("label", ["fp8", "int4_32", "int4_fp16"])
 def test_memory(label: str, tmp_path: Path) -> None:
     ChildPool().call_fresh(check_memory, directory=str(tmp_path), label=label)

@@ -141,6 +141,30 @@ def test_export_says_that_it_writes_bf16(int4: Checkpoints, tmp_path: Path, caps
     assert not [path for path in (tmp_path / "merged").iterdir() if path.name.startswith(".")]
 
 
+def test_a_base_of_codes_becomes_codes_again_on_request(
+    one: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.adapted(load_model(str(one.codes), "bfloat16", option="base")).save_pretrained(str(tmp_path / "adapter"))
+    found, wanted = (
+        export_merged(tmp_path / "adapter", tmp_path / name, base=str(base), to="int8")
+        for name, base in (("codes", one.codes), ("bf16", one.bf16))
+    )
+    said = capsys.readouterr().err
+    assert said.count(" in int8: the codes change the experts' weights by ") == 2
+    assert "is quantised" not in said
+    found_tensors, wanted_tensors = tensors_of(found), tensors_of(wanted)
+    assert found_tensors.keys() == wanted_tensors.keys()
+    assert any(name.endswith("weight_packed") for name in found_tensors)
+    assert all(torch.equal(found_tensors[name], tensor) for name, tensor in wanted_tensors.items())
+    assert json.loads((found / "config.json").read_text()) == json.loads((wanted / "config.json").read_text())
+    model = load_model(str(found), "bfloat16", option="base")
+    assert torch.equal(logits(model), logits(load_model(str(wanted), "bfloat16", option="base")))
+    for to, dtype, text in (("int2", None, "--to is 'int2'"), ("fp8", "float32", "--dtype is float32; with --to it")):
+        with pytest.raises(ValueError, match=text):
+            export_merged(tmp_path / "adapter", tmp_path / "no", base=str(one.bf16), to=to, dtype=dtype)
+        assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("label", ["int4_32", "int8", "fp8", "mxfp4"])
 def test_experts_come_from_kt_weight_path(label: str, int4: Checkpoints, tmp_path: Path) -> None:
     coding, case = CODINGS[label], Case.parse("E=8,k=1,H=96,I=64,T=1,r=1,alpha=1")
@@ -222,19 +246,25 @@ def test_a_note_says_that_codes_become_bf16(
         ),
         ("plain", {"kt_weight_path": "nowhere"}, r"kt_weight_path is '.*nowhere'; it takes a safetensors file or a"),
         ("torn", {"kt_backend": "AMXInt4"}, r"model-00001-of-00003\.safetensors is no safetensors file: "),
-        ("form", {}, r"its compressed-tensors are pack-quantized with 8 bits of type int; integers are read: pack"),
+        (3, {}, r"its compressed-tensors are pack-quantized with 3 bits of type int; integers are read: pack"),
+        (
+            8,
+            {"kt_backend": "AMXInt4"},
+            r"weight_packed is int4 with a scale for 32 .*config\.json says .*'num_bits': 8",
+        ),
+        (8, {}, r"proj\.weight_packed is int4 with a scale for 32 .*config\.json says \{'num_bits': 8, "),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(
-    base: str, keys: dict[str, Any], text: str, int4: Checkpoints, tmp_path: Path
+    base: str | int, keys: dict[str, Any], text: str, int4: Checkpoints, tmp_path: Path
 ) -> None:
-    path = shutil.copytree(int4.codes if base in ("codes", "torn", "form") else int4.plain, tmp_path / "base")
+    path = shutil.copytree(int4.plain if base == "plain" else int4.codes, tmp_path / "base")
     if base == "torn":
         file = path / "model-00001-of-00003.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
-    if base == "form":
+    if isinstance(base, int):
         config = json.loads((path / "config.json").read_text())
-        config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 8
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = base
         (path / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, RuntimeError), match=text) as refused:
         train(tmp_path, "out", path, **keys)

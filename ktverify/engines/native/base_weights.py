@@ -12,7 +12,8 @@ import torch
 
 from ktverify.engines.argument_checks import LayerSpec, check_base_weights, check_physical_map
 from ktverify.engines.checkpoint_files import MappedFile
-from ktverify.engines.quantised import Codes, check_codes, dequantised
+from ktverify.engines.quantised import Codes, WeightFormat, check_codes, dequantised, weight_format_of
+from ktverify.spec.names import BASE_NAMES
 
 if TYPE_CHECKING:
     from ktverify._native import Layer
@@ -22,9 +23,8 @@ class Sources:
     """The base weights until they are packed. The engine owns this object until then, and reads by address.
 
     weights: gate_proj, up_proj [I, H], down_proj [H, I] by slot. files: those that the weights are views of, which are
-    never written, so that their pages may be released and read again; None for tensors in memory. quantised: the
-    format, the columns of a group, and whether there are zero points, where the weights are codes with `scales` and
-    `zeros`, by matrix and slot.
+    never written, so that their pages may be released and read again; None for tensors in memory. format: how the
+    weights are stored; codes have `scales` and `zeros`, by matrix and slot.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class Sources:
         slots: list[int],
         *,
         files: Iterable[MappedFile] | None = None,
-        quantised: tuple[str, int, bool] = ("bf16", 0, False),
+        format: WeightFormat | None = None,
         scales: list[list[torch.Tensor]] | None = None,
         zeros: list[list[torch.Tensor]] | None = None,
     ) -> None:
         self.weights, self.slots, self.files = weights, slots, files
-        self.quantised, self.scales, self.zeros = quantised, scales or [[], [], []], zeros or [[], [], []]
+        self.format, self.scales, self.zeros = format or WeightFormat(), scales or [[], [], []], zeros or [[], [], []]
         self.name = 0  # the engine's name for these sources
         self.going = False  # being released: what is packed no longer exists here
         tensors = [tensor for matrix in (*weights, *self.scales, *self.zeros) for tensor in matrix]
@@ -53,7 +53,7 @@ class Sources:
     def load(self, native: Layer) -> None:
         """Give the engine their addresses, and this object to keep. All experts of a matrix have the same strides."""
         gate, up, down = self._all_of_native()
-        self.name = native.load_weights(gate, up, down, self.slots, self, self.quantised)
+        self.name = native.load_weights(gate, up, down, self.slots, self, self.format)
 
     def before_packing(self, native: Layer) -> int:
         """The name of these sources where the engine may release them while it packs them, else 0.
@@ -71,12 +71,12 @@ class Sources:
     def read(self, expert: int, to: list[torch.Tensor]) -> None:
         """Copy a logical expert's gate_proj, up_proj, down_proj. Errors as before_packing."""
         self._checked_places()
-        slot, (format, group, zeros) = self.slots.index(expert), self.quantised
+        slot, of = self.slots.index(expert), self.format
         for number, matrix in enumerate(to):
             weight = self.weights[number][slot]
-            if format != "bf16":
-                zero_points = self.zeros[number][slot] if zeros else None
-                weight = dequantised(format, group, weight, self.scales[number][slot], zero_points)
+            if of.format != "bf16":
+                zero_points = self.zeros[number][slot] if of.zeros else None
+                weight = dequantised(of.format, of.group, weight, self.scales[number][slot], zero_points)
             matrix.copy_(weight)
 
     def _checked_places(self) -> list[tuple[int, int]]:
@@ -100,8 +100,10 @@ class Sources:
         for matrices in zip(self.weights, self.scales, self.zeros, strict=True):
             weights, scales, zeros = ([tensor.data_ptr() for tensor in matrix] for matrix in matrices)
             row, column = matrices[0][0].stride()
-            if self.quantised[0] in ("int4", "mxfp4"):  # in weights, not in bytes
+            if self.format.format in ("int4", "mxfp4"):  # in weights, not in elements
                 row *= 2 * matrices[0][0].itemsize
+            elif self.format.offset:
+                row *= matrices[0][0].itemsize
             found.append((weights, row, column, self.files is not None, scales, zeros))
         return found
 
@@ -155,11 +157,12 @@ def sources_of(
 
 def sources_of_codes(found: Codes, slots: list[int]) -> Sources:
     """The Sources of codes by the checkpoint's or the caller's slots."""
-    zeros = found.zero_points
+    zeros, name = found.zero_points, BASE_NAMES[0]
+    points = None if zeros is None else zeros[name]
     return Sources(
         _by_slot(found.codes),
         slots,
-        quantised=(found.format, found.group, zeros is not None),
+        format=weight_format_of(found.format, found.group, found.codes[name], found.scales[name], points),
         scales=_by_slot(found.scales),
         zeros=None if zeros is None else _by_slot(zeros),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
@@ -12,10 +11,10 @@ from ktverify.engines.argument_checks import FORMATS, LayerSpec
 from ktverify.engines.checkpoint_files import Checkpoint
 from ktverify.engines.native.base_weights import Sources, sources_of_codes
 from ktverify.engines.quantise import INT4_GROUPS, MADE
-from ktverify.engines.quantised import check_cut, check_values, made_codes
-from ktverify.engines.weight_files import LAYOUTS, StoredMatrix, matrix_of, name_of, require_zero_points, stored_matrix
+from ktverify.engines.quantised import check_cut, check_values, made_codes, weight_format_of
+from ktverify.engines.quantization_config import QuantizationConfig
+from ktverify.engines.weight_files import LAYOUTS, StoredMatrix, matrix_of, name_of, require_one_form, stored_matrix
 from ktverify.spec.names import BASE_NAMES
-from ktverify.system.text import read_json
 
 # names of an expert's matrices in model families, after any prefix and before ".weight"
 FAMILIES: dict[str, dict[str, str]] = {
@@ -67,14 +66,18 @@ class ExpertFiles:
         """slots: the logical expert of each of the checkpoint's experts. Codes of bf16 weights are made here."""
         if self._format != self._spec.weight_format:
             return sources_of_codes(made_codes(self._spec, self.weights), slots)
-        zeros = list(self.zero_points.values()) if self.zero_points[BASE_NAMES[0]] else None
+        files = list(self.checkpoint.mapped.values())
+        if self._format == "bf16":
+            return Sources(list(self.weights.values()), slots, files=files)
+        name = BASE_NAMES[0]
+        zeros = self.zero_points[name][0] if self.zero_points[name] else None
         return Sources(
             list(self.weights.values()),
             slots,
-            files=list(self.checkpoint.mapped.values()),
-            quantised=(self._format, self.group, zeros is not None),
+            files=files,
+            format=weight_format_of(self._format, self.group, self.weights[name][0], self.scales[name][0], zeros),
             scales=list(self.scales.values()),
-            zeros=zeros,
+            zeros=None if zeros is None else list(self.zero_points.values()),
         )
 
     def _stem(self, name: str, expert: int) -> str:
@@ -86,7 +89,7 @@ class ExpertFiles:
         for word in _CODES.split("|"):
             if found := self.checkpoint.lookup(name_of(stem, word)):
                 (file, tensor), wanted = found, self._spec.weight_format
-                known = matrix_of(name_of(stem, word), tensor.get_dtype())
+                known = matrix_of(self.checkpoint.lookup, name_of(stem, word))
                 format = known[1] if known else "bf16"
                 if format == "bf16" and wanted in MADE:
                     return format
@@ -100,7 +103,7 @@ class ExpertFiles:
 
     def _read(self) -> None:
         spec = self._spec
-        asymmetric = self._format == "int4" and says_asymmetric(Path(spec.weight_path).expanduser())
+        config = QuantizationConfig.beside(self.checkpoint.path)
         for expert in self._experts:
             for name, shape in spec.expert_shapes.items():
                 stem = self._stem(name, expert)
@@ -108,7 +111,7 @@ class ExpertFiles:
                     self.weights[name].append(_plain(self.checkpoint, stem, shape))
                     continue
                 matrix = stored_matrix(self.checkpoint.lookup, stem, spec.weight_format, self.checkpoint.where)
-                require_zero_points(matrix, asymmetric or bool(self.zero_points[BASE_NAMES[0]]))
+                config.require(stem, matrix)
                 self._check(matrix, shape)
                 self._keep(name, matrix)
         made = self._format != spec.weight_format
@@ -137,6 +140,8 @@ class ExpertFiles:
         if matrix.format == "int4" and group not in INT4_GROUPS:
             takes = " or ".join(map(str, INT4_GROUPS))
             raise ValueError(f"{matrix.where[1]} has a scale for {group} weights; the layer takes one for {takes}")
+        if matrix.format == "int8" and matrix.codes.get_dtype() == "I32" and shape[1] % 4:
+            raise ValueError(f"{matrix.where[0]} has rows of {shape[1]} weights; the layer takes multiples of 4")
         if self.group and group != self.group:
             raise ValueError(
                 f"{matrix.where[1]} has a scale for {group} weights, matrices before have one for {self.group}"
@@ -147,8 +152,14 @@ class ExpertFiles:
         codes, scales, zeros = matrix.values()
         if zeros is not None and self.weights[BASE_NAMES[0]] and not self.zero_points[BASE_NAMES[0]]:
             raise ValueError(f"{matrix.where[2]} is there, and matrices before have no zero points")
-        self.weights[name].append(codes)
-        self.scales[name].append(_as_engine_takes(matrix, scales))
+        if zeros is None and self.zero_points[BASE_NAMES[0]]:
+            raise ValueError(f"{matrix.where[0]} has no {matrix.where[2]}, and matrices before have zero points")
+        scales = _as_engine_takes(matrix, scales)
+        for tensor, of, where in ((codes, self.weights, matrix.where[0]), (scales, self.scales, matrix.where[1])):
+            if (before := of[BASE_NAMES[0]]) and tensor.dtype != before[0].dtype:
+                got, wanted = (str(each.dtype).removeprefix("torch.") for each in (tensor, before[0]))
+                raise TypeError(f"{where} is {got}, matrices before have {wanted}")
+            of[name].append(tensor)
         if zeros is not None:
             self.zero_points[name].append(zeros)
 
@@ -158,32 +169,16 @@ def sources_in_files(spec: LayerSpec, slots: list[int], first: int = 0, total: i
     return ExpertFiles(spec, first, total).sources(slots)
 
 
-def says_asymmetric(folder: Path) -> bool:
-    """Whether config.json in a checkpoint's folder, or beside its file, says that its integers have zero points."""
-    config = (folder if folder.is_dir() else folder.parent) / "config.json"
-    about = read_json(config).get("quantization_config") if config.is_file() else None
-    groups = about.get("config_groups") if isinstance(about, dict) else None
-    found = [each.get("weights") for each in groups.values()] if isinstance(groups, dict) else []
-    return any(isinstance(weights, dict) and weights.get("symmetric") is False for weights in found)
-
-
 def _as_engine_takes(matrix: StoredMatrix, scales: torch.Tensor) -> torch.Tensor:
-    """Scales as the contract has them, with the same values: fp32, bf16 (int4), bytes (mxfp4)."""
+    """Scales as the contract has them, with the same values: fp32, of int4 as they are, of mxfp4 bytes."""
     if matrix.format == "mxfp4":
         return scales.view(torch.uint8)
-    if matrix.format != "int4":
-        return scales.float()
-    narrow = scales.to(torch.bfloat16)  # scales themselves where they are in bf16
-    if narrow is not scales and not torch.equal(narrow.float(), scales.float()):
-        raise ValueError(
-            f"{matrix.where[1]} is {matrix.scales.get_dtype()} and has values that bf16 has not; the layer takes the "
-            "scales of int4 in bf16"
-        )
-    return narrow
+    return scales if matrix.format == "int4" else scales.float()
 
 
 def _plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> torch.Tensor:
     """A bf16 matrix as a view of its file."""
+    require_one_form(checkpoint.lookup, name)
     found = checkpoint.lookup(name)
     if found is None:
         raise ValueError(f"{checkpoint.where} has no {name}")
@@ -246,6 +241,8 @@ def _why_none(names: Iterable[str]) -> str:
             return (
                 f"; {name} is of gpt-oss's form, whose experts have biases and a clamped gate: this layer has neither"
             )
+        if ".experts." in name and name.endswith(".qweight"):
+            return f"; {name} is of GPTQ's or AWQ's form: convert it to compressed-tensors' pack-quantized"
         if name.startswith("blk.") and ".numa." in name:
             return f"; {name} is packed for kt-kernel alone: name the checkpoint that it was made of"
     return ""
