@@ -13,7 +13,7 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import changed
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Function, Where, check
-from ktverify.checks.quantised_inputs import Coded, as_bf16, bare_of, draw, layer_of, readings, shapes_of
+from ktverify.checks.quantised_inputs import PlainCodes, as_bf16, bare_of, draw, layer_of, readings, shapes_of
 from ktverify.checks.target import Target
 from ktverify.engines.run import run_layer
 from ktverify.isolation import hosted
@@ -121,7 +121,7 @@ def check_made_of_bf16(target: Target, label: str) -> None:
     layer.load_weights_from_tensors(*(inputs.slotted(name) for name in BASE_NAMES), inputs.physical_map)
     layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
     made = {name: codes_of(coding, getattr(inputs, name)) for name in BASE_NAMES}
-    coded = Coded(coding, {name: made[name][0] for name in made}, {name: made[name][1] for name in made}, None)
+    coded = PlainCodes(coding, {name: made[name][0] for name in made}, {name: made[name][1] for name in made}, None)
     found = run_layer(layer, inputs)
     given = run_layer(layer_of(target, coded, inputs.case, inputs), inputs)
     target.expect_same_bits(f"{label} of bf16 and given codes", given, found)

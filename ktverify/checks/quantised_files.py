@@ -16,7 +16,7 @@ from torch import Tensor
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Function, Where, check
 from ktverify.checks.judging import judge_refusal
-from ktverify.checks.quantised_inputs import Coded, bare_of, draw, layer_of
+from ktverify.checks.quantised_inputs import PlainCodes, bare_of, draw, layer_of
 from ktverify.checks.target import Target
 from ktverify.engines.checkpoint_files import INDEX
 from ktverify.engines.run import run_layer
@@ -32,8 +32,9 @@ NAMES = (
 )
 REFUSED = (
     "load_weights() refuses what is wrong in such files with ValueError or TypeError, in a line that names file and "
-    "tensor: a tensor that is missing, of another dtype or shape, or cut short, groups that do not divide a row, and "
-    "the numbers that load_weights_from_tensors refuses. It refuses kt-kernel's .kt files."
+    "tensor: a tensor that is missing, of another dtype or shape, or cut short, groups that do not divide a row, the "
+    "numbers that load_weights_from_tensors refuses, and a config.json that contradicts the tensors. It refuses "
+    "kt-kernel's .kt files."
 )
 CASE = Case.parse("E=3,k=2,H=256,I=128,T=9,r=2,alpha=4")
 LAYER = 3
@@ -41,7 +42,7 @@ FILE = "model.safetensors"
 
 
 def tensors_of(
-    coded: Coded, prefix: str = f"model.layers.{LAYER}.mlp.experts.", *, packed_int8: bool = False
+    coded: PlainCodes, prefix: str = f"model.layers.{LAYER}.mlp.experts.", *, packed_int8: bool = False
 ) -> dict[str, Tensor]:
     """The codes as a checkpoint has them, by full names. packed_int8: int8 as bytes q + 128, four in an int32."""
     coding, found = coded.coding, {}
@@ -123,6 +124,14 @@ def _without(name: str) -> Change:
 
 def _also(name: str, tensor: Tensor) -> Change:
     return lambda tensors: tensors.update({name: tensor})
+
+
+def _renamed(old: str, new: str) -> Change:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
 
 
 def _in_bf16(stem: str) -> Change:
@@ -253,6 +262,7 @@ ROWS = {
     "config.json that leaves a layer out": _says(
         "fp8", (f"{FIRST}weight", "modules_to_not_convert"), modules_to_not_convert=[f"model.layers.{LAYER}.mlp"]
     ),
+    "int4 by GPTQ's names": Bad("int4_32", _renamed("weight_packed", "qweight"), (f"{FIRST}qweight", "GPTQ")),
     "an expert too many": Bad(
         "int4_128", _also(FIRST.replace("0.gate", "3.gate") + "weight_packed", torch.ones(1)), ()
     ),

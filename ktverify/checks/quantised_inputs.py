@@ -22,7 +22,7 @@ from ktverify.spec.names import BASE_NAMES, LORA_NAMES
 
 
 @dataclass(frozen=True)
-class Coded:
+class PlainCodes:
     """Base weights of one coding, by BASE_NAMES and logical expert: uint8 codes [E, N, K], one for each weight; scales,
     and zeros where the coding has them, as an engine takes them."""
 
@@ -54,7 +54,7 @@ def shapes_of(case: Case) -> dict[str, tuple[int, int]]:
     return {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
 
 
-def draw(coding: Coding, case: Case) -> Coded:
+def draw(coding: Coding, case: Case) -> PlainCodes:
     """Codes of all values, the same on every machine, with scales that make weights of about 1 / sqrt(K).
 
     Scales differ by up to a factor of 4 and have mantissas of their dtype, none for mxfp4.
@@ -79,7 +79,7 @@ def draw(coding: Coding, case: Case) -> Coded:
             scales[name] = scale.to(coding.scales)
         if coding.zeros:
             zeros[name] = (drawn("zeros", shape, 16) - 8).to(torch.int8)
-    return Coded(coding, codes, scales, zeros or None)
+    return PlainCodes(coding, codes, scales, zeros or None)
 
 
 def bare_of(target: Target, coding: Coding, case: Case, **more: Any) -> Any:
@@ -95,7 +95,7 @@ def bare_of(target: Target, coding: Coding, case: Case, **more: Any) -> Any:
             raise
 
 
-def layer_of(target: Target, coded: Coded, case: Case, inputs: Inputs, **more: Any) -> Any:
+def layer_of(target: Target, coded: PlainCodes, case: Case, inputs: Inputs, **more: Any) -> Any:
     """A layer with these codes and the LoRA of `inputs`."""
     layer = bare_of(target, coded.coding, case, **more)
     with call_of("load_weights_from_tensors"):
@@ -105,7 +105,7 @@ def layer_of(target: Target, coded: Coded, case: Case, inputs: Inputs, **more: A
     return layer
 
 
-def as_bf16(coded: Coded, inputs: Inputs) -> Inputs:
+def as_bf16(coded: PlainCodes, inputs: Inputs) -> Inputs:
     """`inputs` with the bf16 weights that the codes stand for."""
     return changed(inputs, **coded.weights())
 
@@ -123,7 +123,7 @@ class Reading:
     result: the tensor of the layer that has it. read: of that result and of the matrix [N, K], what must be equal.
     """
 
-    coded: Coded
+    coded: PlainCodes
     inputs: Inputs
     result: str
     read: Callable[[Tensor], Tensor]
@@ -144,7 +144,7 @@ def readings(coding: Coding, case: Case) -> dict[str, Reading]:
     column[:, -1] = 1
     wide = diagonal.T.contiguous()
 
-    def without_last(name: str, code: int) -> Coded:
+    def without_last(name: str, code: int) -> PlainCodes:
         """The drawn matrix with one code in its last column, of a zero point that no code hides."""
         codes = drawn.codes[name].clone()
         codes[..., -1] = code
@@ -157,7 +157,7 @@ def readings(coding: Coding, case: Case) -> dict[str, Reading]:
 
     def reading(
         name: str, x: Tensor, grad: Tensor, simple: dict[str, tuple[Tensor, int]], result: str, expected: Any,
-        read: Callable[[Tensor], Tensor] = lambda found: found, of: Coded = drawn,
+        read: Callable[[Tensor], Tensor] = lambda found: found, of: PlainCodes = drawn,
     ) -> Reading:  # fmt: skip
         parts = {each: _simple(coding, *simple[each]) for each in simple}
         codes = {each: of.codes[each] if each == name else parts[each][0] for each in BASE_NAMES}
@@ -165,7 +165,7 @@ def readings(coding: Coding, case: Case) -> dict[str, Reading]:
         zeros = of.zeros
         if zeros is not None:
             zeros = {each: zeros[each] if each == name else torch.zeros_like(zeros[each]) for each in BASE_NAMES}
-        coded = Coded(coding, codes, scales, zeros)
+        coded = PlainCodes(coding, codes, scales, zeros)
         return Reading(coded, _tokens(case, x, grad), result, read, expected(coded.weights()[name][0]))
 
     zero_code = next(code for code, value in enumerate(VALUES[coding.method]) if value == 0)

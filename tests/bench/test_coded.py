@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,13 @@ def test_peers_of_fewer_bits_are_right_and_have_their_own_roofline(tmp_path: Pat
     assert {(engine.line.forward, engine.line.backward) for engine in measured.engines} == {("PASS", "PASS")}
     # the same weights, so the same results
     assert len({engine.line.rel_l2["output"] for engine in measured.engines}) == 1
+
+
+def test_kt_kernels_formats_are_peers_in_its_own_python() -> None:
+    names = ["kt_kernel_fp8", "kt_kernel_int8", "kt_kernel_int4"]
+    found = engines.find(names, {"kt_python": sys.executable})[1:]
+    assert [(engine.name, engine.bits) for engine in found] == list(zip(names, (8, 8, 4), strict=True))
+    assert {(str(engine.python), engine.missing) for engine in found} == {(sys.executable, "")}
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -123,7 +123,7 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
     ),
     "AMXINT8_SFT | int8 [E, N, K] | fp32 [E, N], of a row": ("quantised/weights/int8",),
     "AMXINT4_SFT | int32 [E, N, K / 8], eight codes each, the first in the lowest four bits; q is the code less 8 | "
-    "bf16 [E, N, K / group], group 32 or 128; zero points, where given, int8 of this shape, −8 to 7": (
+    "bf16, fp16 or fp32 [E, N, K / group], group 32 or 128; zero points, where given, int8 of this shape, −8 to 7": (
         "quantised/weights/int4_32",
         "quantised/weights/int4_128",
         "quantised/weights/int4_zeros",

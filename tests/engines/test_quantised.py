@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ktverify.checks.quantised_inputs import Coded, as_bf16, draw, layer_of
+from ktverify.checks.quantised_inputs import PlainCodes, as_bf16, draw, layer_of
 from ktverify.checks.target import Target, same_bits
 from ktverify.engines.native.isa import available_isas
 from ktverify.engines.native.layer import KTMoEWrapper
@@ -24,7 +24,7 @@ CASE = Case.parse("E=2,k=1,H=256,I=128,T=3,r=2,alpha=4")
 EXPONENTS = (-149, -133, -127, -20, 0, 100, 127)
 
 
-def _every_code(label: str) -> Coded:
+def _every_code(label: str) -> PlainCodes:
     """Weight n of a matrix has code n; scales go through EXPONENTS, and not all are powers of two."""
     coding, drawn = CODINGS[label], draw(CODINGS[label], CASE)
     codes, scales = {}, {}
@@ -41,7 +41,7 @@ def _every_code(label: str) -> Coded:
         else:
             most = torch.finfo(scale.dtype).max
             scales[name] = (2.0 ** turn.double() * (1 + 0.3 * (turn % 2))).clamp(max=most).to(scale.dtype)
-    return Coded(coding, codes, scales, drawn.zeros)
+    return PlainCodes(coding, codes, scales, drawn.zeros)
 
 
 @pytest.mark.parametrize("isa", available_isas())

@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch import Tensor
 from ktverify.checks.quantised_files import tensors_of as coded_tensors
 from ktverify.checks.quantised_inputs import draw
 from ktverify.checks.target import expect
+from ktverify.engines.quantised import CodedMatrix
+from ktverify.engines.weight_files import StoredMatrix
 from ktverify.isolation.child import ChildPool
 from ktverify.judge.dequantise import CODINGS, codes_of, weights_of
 from ktverify.judge.metrics import compare
@@ -196,6 +199,31 @@ def test_codes_are_made_of_a_checkpoint_in_bf16(label: str, int4: Checkpoints, t
     assert torch.equal(logits(found), logits(wanted))
     with pytest.raises(ValueError, match=r"^the model has its experts' weights in memory, and the engine is to read"):
         wrap_moe_layers(load_model(str(int4.plain), "bfloat16"), infer)
+
+
+def test_no_expert_is_dequantised_where_the_engine_takes_codes(
+    one: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dequantised, products, of_files = list[str](), CodedMatrix.products, StoredMatrix.dequantised
+    reading = threading.local()  # transformers reads in several threads
+
+    def stored(matrix: StoredMatrix) -> Tensor:
+        dequantised.append(matrix.where[0])
+        reading.on = True
+        found = of_files(matrix)
+        reading.on = False
+        return found
+
+    def any_product(matrix: CodedMatrix) -> Tensor:
+        assert getattr(reading, "on", False), "codes became numbers, and not of a file"
+        return products(matrix)
+
+    monkeypatch.setattr(StoredMatrix, "dequantised", stored)
+    monkeypatch.setattr(CodedMatrix, "products", any_product)
+    infer = init_cpu_infer(1, backend=one.backend)
+    logits(wrap_moe_layers(load_model(str(one.codes), "bfloat16", option="base", infer=infer), infer))
+    assert any(".self_attn." in name for name in dequantised)
+    assert not [name for name in dequantised if ".mlp.experts." in name]
 
 
 def check_peak(small: str, large: str, experts: int) -> None:
