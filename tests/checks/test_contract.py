@@ -127,6 +127,8 @@ ASKED_BY: dict[str, tuple[str, ...]] = {
         "quantised/weights/int4_32",
         "quantised/weights/int4_128",
         "quantised/weights/int4_zeros",
+        "quantised/weights/int4_fp16",
+        "quantised/weights/int4_fp32",
     ),
     "MXFP4_SFT | uint8 [E, N, K / 2], two codes of e2m1 each, the first in the lower half | e8m0 as uint8 "
     "[E, N, K / 32]": ("quantised/weights/mxfp4",),
