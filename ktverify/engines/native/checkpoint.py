@@ -108,7 +108,7 @@ class ExpertFiles:
             for name, shape in spec.expert_shapes.items():
                 stem = self._stem(name, expert)
                 if self._format == "bf16":
-                    self.weights[name].append(_plain(self.checkpoint, stem, shape))
+                    self.weights[name].append(_plain(self.checkpoint, stem, shape, spec))
                     continue
                 matrix = stored_matrix(self.checkpoint.lookup, stem, spec.weight_format, self.checkpoint.where)
                 config.require(stem, matrix)
@@ -176,7 +176,7 @@ def _as_engine_takes(matrix: StoredMatrix, scales: torch.Tensor) -> torch.Tensor
     return scales if matrix.format == "int4" else scales.float()
 
 
-def _plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> torch.Tensor:
+def _plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int], spec: LayerSpec) -> torch.Tensor:
     """A bf16 matrix as a view of its file."""
     require_one_form(checkpoint.lookup, name)
     found = checkpoint.lookup(name)
@@ -184,7 +184,9 @@ def _plain(checkpoint: Checkpoint, name: str, shape: tuple[int, int]) -> torch.T
         raise ValueError(f"{checkpoint.where} has no {name}")
     file, tensor = found
     if tensor.get_dtype() != "BF16":
-        raise TypeError(f"{file}: {name} is {tensor.get_dtype()}; method AMXBF16_SFT takes BF16")
+        codes = LAYOUTS[spec.weight_format]
+        also = f", or {codes.codes} of {' or '.join(codes.code_dtypes)}" if spec.weight_format != "bf16" else ""
+        raise TypeError(f"{file}: {name} is {tensor.get_dtype()}; method {spec.method} takes BF16{also}")
     if tuple(tensor.get_shape()) != shape:
         raise ValueError(f"{file}: {name} has shape {tensor.get_shape()}; the layer takes {list(shape)}")
     return checkpoint.tensor(name)
