@@ -257,7 +257,7 @@ NAME = "model.layers.0.mlp.experts.0.gate_proj.weight"
         ('{"weight_map": ', f"{INDEX}, line 1 is no JSON"),
         (json.dumps({"weight_map": {NAME: "../a.safetensors"}}), "it takes the name of a file beside it"),
         (json.dumps({"weight_map": {NAME: 3}}), f"the file of {NAME} is 3"),
-        (json.dumps({"weight_map": {NAME: "no.safetensors"}}), "names no.safetensors, which is not in"),
+        (json.dumps({"weight_map": {NAME: "no.safetensors"}}), f"{NAME} is in no.safetensors, which is not in"),
         (json.dumps({"weight_map": {NAME: "1.safetensors"}}), f"says that {NAME} is in 1.safetensors, which does not"),
         (json.dumps({"weight_map": {NAME: "0.safetensors"}}), "has no model.layers.0.mlp.experts.0.up_proj.weight"),
     ],
