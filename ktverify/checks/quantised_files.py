@@ -263,7 +263,7 @@ ROWS = {
         "fp8", (f"{FIRST}weight", "modules_to_not_convert"), modules_to_not_convert=[f"model.layers.{LAYER}.mlp"]
     ),
     "int8 codes of fp16": Bad("int8", _to(f"{FIRST}weight", Tensor.half), (FIRST, "F16", "AMXINT8_SFT", "I8")),
-    "int4 by GPTQ's names": Bad("int4_32", _renamed("weight_packed", "qweight"), (f"{FIRST}qweight", "GPTQ")),
+    "int4 by GPTQ's names": Bad("int4_32", _renamed("weight_packed", "qweight"), ("_proj.qweight is of GPTQ",)),
     "an expert too many": Bad(
         "int4_128", _also(FIRST.replace("0.gate", "3.gate") + "weight_packed", torch.ones(1)), ()
     ),
