@@ -63,6 +63,7 @@ def test_fp8_goes_expert_by_expert_in_the_order_of_the_experts(adapter: Any) -> 
     layer.load_weights_from_tensors(**coded.arguments(SLOTS))
     ((call, (parts, order)),) = layer.wrapped.calls
     assert (call, order.tolist()) == ("fp8", [0, 1, 2])
+    assert layer.wrapped.share_backward_bb is True
     for name, codes, scales in zip(BASE_NAMES, parts[0::2], parts[1::2], strict=True):
         assert all(tensor.is_contiguous() for tensor in (*codes, *scales))
         assert torch.equal(torch.stack(codes).view(torch.uint8), coded.codes[name])

@@ -73,6 +73,7 @@ class KtKernel:
             if name == "AMXFP8":
                 pairs = zip(weights, scales, strict=True)
                 parts = [list(tensor.contiguous().unbind(0)) for pair in pairs for tensor in pair]
+                self.wrapped.share_backward_bb = True  # without it, its kernel refuses FP8
                 self.wrapped.load_block_fp8_weights(BlockFP8ExpertWeights(*parts), physical_map)
             elif name == "AMXINT8":
                 pairs = zip(weights, scales or [None] * 3, strict=True)
