@@ -83,7 +83,7 @@ def check_case(
     with call_of(IMPORT):
         factory = target.factory
     started = time.perf_counter()
-    problem = problem or Problem.of(case, fresh=fresh, method=target.method)
+    problem = problem or Problem.of(case, fresh=fresh, method=target.method, backward=backward)
     result = Result(problem)
     raised = None
     try:
@@ -120,7 +120,8 @@ def check_case(
         # an engine could look a stored answer up; it cannot know the answer for a seed that is drawn now
         hosted.end_soiled()
         other = case.with_seed(secrets.randbelow(1 << 31))
-        asked_too = check_case(target, other, fresh=True, backward=backward, tensors=tensors)
+        again = Problem.of(other, fresh=True, backward=backward)
+        asked_too = check_case(target, other, fresh=True, backward=backward, tensors=tensors, problem=again)
         wrong = {record.tensor: record for record in asked_too.records if record.verdict not in ("PASS", "MISTRUSTED")}
         result.records = [wrong.get(record.tensor, record) for record in result.records]
     return result

@@ -36,10 +36,13 @@ class LiveOracle:
     rounding: dict[str, RoundingError]
 
     @classmethod
-    def of(cls, inputs: Inputs, *, skip_lora: bool = False) -> LiveOracle:
-        """Compute both for `inputs`. The errors always have LoRA: without it they would hardly differ."""
-        tensors = reference.forward_backward(inputs, skip_lora=skip_lora)
-        return cls(tensors, rounding_errors(inputs))
+    def of(cls, inputs: Inputs, *, skip_lora: bool = False, backward: bool = True) -> LiveOracle:
+        """Compute both for `inputs`, of output alone without backward.
+
+        The errors always have LoRA: without it they would hardly differ.
+        """
+        tensors = reference.forward_backward(inputs, skip_lora=skip_lora, backward=backward)
+        return cls(tensors, rounding_errors(inputs, backward=backward))
 
     def compare(self, name: str, actual: torch.Tensor) -> Difference:
         return compare(actual, self.tensors[name])
@@ -70,14 +73,16 @@ class Problem:
     source: str
 
     @classmethod
-    def of(cls, case: Case, *, fresh: bool = False, method: str = METHOD) -> Problem:
+    def of(cls, case: Case, *, fresh: bool = False, method: str = METHOD, backward: bool = True) -> Problem:
         """The problem of `case`: with its golden unless `fresh` or another method asks for the live oracle.
+
+        backward: False where only its output is to be judged, which saves the live oracle more than half of its time.
 
         ValueError where a golden is there but belongs to other inputs.
         """
         inputs, source = make_inputs(case), source_of(case, fresh=fresh, method=method)
         if source == "fresh":
-            return cls(case, inputs, LiveOracle.of(inputs, skip_lora=method != METHOD), source)
+            return cls(case, inputs, LiveOracle.of(inputs, skip_lora=method != METHOD, backward=backward), source)
         kept = golden.load(case)
         if kept.inputs_sha256 != inputs_sha256(inputs):
             raise ValueError(

@@ -27,6 +27,13 @@ FEWEST = 12
 _VALUES = 1 << 20  # of all draws together, so that a case takes a second or two
 
 
+# as tensors, because torch would make one of a number in every call
+_6, _15, _16, _LOW_16, _LOW_17, _EXPONENT, *_FACTORS = (
+    torch.tensor(number, dtype=torch.int32)
+    for number in (6, 15, 16, 0xFFFF, 0x1FFFF, 0x7F800000, 0x2C1B3C6D, 0x297A2D39)
+)
+
+
 @dataclass(frozen=True)
 class RoundingError:
     """What errors of rounding at every permitted point do to one tensor, from `draws` draws of all of them.
@@ -52,15 +59,20 @@ class RoundingError:
 NONE = RoundingError(0.0, 0.0, math.inf, 1)
 
 
-def rounding_errors(inputs: LayerInputs, *, masks: Masks | None = None) -> dict[str, RoundingError]:
-    """The RoundingError of each of ALL_TENSORS. masks: those of dropout, by default none.
+def rounding_errors(
+    inputs: LayerInputs, *, masks: Masks | None = None, backward: bool = True
+) -> dict[str, RoundingError]:
+    """The RoundingError of each of ALL_TENSORS; of output alone without backward. masks: as rounded_draws takes them.
 
     From MOST draws where few numbers err: of integer data, only where a value happens to be no bf16 number.
     """
-    found = {name: rounding_error(tensor) for name, tensor in rounded_draws(inputs, masks=masks).items()}
-    if all(each.enough_draws for each in found.values()):
-        return found
-    return {name: rounding_error(tensor) for name, tensor in rounded_draws(inputs, MOST, masks=masks).items()}
+
+    def of(draws: int | None) -> dict[str, RoundingError]:
+        drawn = rounded_draws(inputs, draws, masks=masks, backward=backward)
+        return {name: rounding_error(tensor) for name, tensor in drawn.items()}
+
+    found = of(None)
+    return found if all(each.enough_draws for each in found.values()) else of(MOST)
 
 
 def rounding_error(drawn: Tensor) -> RoundingError:
@@ -105,20 +117,25 @@ def draws_for(inputs: LayerInputs) -> int:
     return max(LEAST, min(MOST, _VALUES // (1 + (slots + active * rank) * (hidden + intermediate))))
 
 
-def rounded_draws(inputs: LayerInputs, draws: int | None = None, *, masks: Masks | None = None) -> dict[str, Tensor]:
+def rounded_draws(
+    inputs: LayerInputs, draws: int | None = None, *, masks: Masks | None = None, backward: bool = True
+) -> dict[str, Tensor]:
     """ALL_TENSORS, each [1 + draws, ...] in fp32: without errors of rounding, then with `draws` different sets of them.
 
     Within a draw, the same value gets the same error, as rounding would give it. So equal tokens err alike, and the
-    results of several calls may be added draw by draw. draws: default `draws_for`. masks: those of dropout.
+    results of several calls may be added draw by draw. draws: default `draws_for`. masks: those of dropout. Without
+    backward, output alone.
     """
     draws = draws_for(inputs) if draws is None else draws
     at = _Rounding(draws)
     product, low_rank = at.product, at.low_rank
     s = inputs.case.scaling
-    result = {name: _zeros((1 + draws, *inputs.hidden_states.shape)) for name in (OUTPUT, GRAD_INPUT)}
-    result |= {name: _zeros((1 + draws, *inputs.lora[name.removeprefix("grad_")].shape)) for name in GRAD_NAMES}
-    result[GRAD_WEIGHTS] = _zeros((1 + draws, *inputs.expert_ids.shape))
-    output, grad_input = result[OUTPUT], result[GRAD_INPUT]
+    output = _zeros((1 + draws, *inputs.hidden_states.shape))
+    result = {OUTPUT: output}
+    if backward:
+        result[GRAD_INPUT] = grad_input = _zeros(output.shape)
+        result |= {name: _zeros((1 + draws, *inputs.lora[name.removeprefix("grad_")].shape)) for name in GRAD_NAMES}
+        result[GRAD_WEIGHTS] = _zeros((1 + draws, *inputs.expert_ids.shape))
     for expert, rows, slots in routed(inputs.expert_ids):
         x, d_out = inputs.hidden_states[rows].float(), inputs.grad_output[rows].float()
         w = at(inputs.weights[rows, slots].float().unsqueeze(1))
@@ -139,6 +156,8 @@ def rounded_draws(inputs: LayerInputs, draws: int | None = None, *, masks: Masks
         y = at(product(h, down.T) + term)
         # the expert's slots of a token one after the other, as some may be two of one token
         at.add(output, rows, at(w * y))
+        if not backward:
+            continue
 
         result[GRAD_WEIGHTS][:, rows, slots] = at(at(d_out * y).sum(-1, keepdim=True)).squeeze(-1)
         dy = at(w * d_out)
@@ -179,14 +198,15 @@ class _Rounding:
         unit = _unit(bits)
         for part in parts if len(parts) > 1 else ():
             # hypot: the squares of small values would vanish
-            unit = torch.hypot(unit, _unit(part.contiguous().view(torch.int32)))
-        # without the last bits, in which sums in another order differ
-        mixed = (bits >> 6) ^ self.keys
-        for factor in (0x2C1B3C6D, 0x297A2D39):
-            mixed ^= (mixed >> 15) & 0x1FFFF
-            mixed *= factor
-        mixed ^= (mixed >> 16) & 0xFFFF
-        error = mixed.float().mul_(unit)
+            torch.hypot(unit, _unit(part.contiguous().view(torch.int32)), out=unit)
+        # without the last bits, in which sums in another order differ. In place: most of the time goes here
+        mixed = (bits >> _6) ^ self.keys
+        high = torch.empty_like(mixed)
+        for factor in _FACTORS:
+            torch.bitwise_right_shift(mixed, _15, out=high)
+            mixed.bitwise_xor_(high.bitwise_and_(_LOW_17)).mul_(factor)
+        torch.bitwise_right_shift(mixed, _16, out=high)
+        error = mixed.bitwise_xor_(high.bitwise_and_(_LOW_16)).float().mul_(unit)
         error[0] = 0
         return error.add_(value)
 
@@ -222,8 +242,8 @@ class _Rounding:
 
 def _unit(bits: Tensor) -> Tensor:
     """2^-32 times the unit in bf16's last place at fp32 numbers of these bits; 0 for a bf16 number."""
-    inexact = (bits & 0xFFFF) != 0
-    return (bits & 0x7F800000).view(torch.float32).mul_(2.0**-39).mul_(inexact)
+    inexact = (bits & _LOW_16).clamp_(max=1)
+    return (bits & _EXPONENT).mul_(inexact).view(torch.float32).mul_(2.0**-39)
 
 
 def _zeros(shape: Sequence[int]) -> Tensor:
