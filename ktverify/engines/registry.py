@@ -17,6 +17,7 @@ import inspect
 import os
 import re
 import shlex
+import sys
 import traceback
 import types
 from collections.abc import Callable
@@ -224,10 +225,11 @@ def facts(name: str) -> Facts:
     """
     # to look for a module inside a package would import the package here
     outside = not ours(name) and (":" in name or "." in name or _is_module(name))
-    folder = None
+    place = ""
     if not outside:
         factory = load(name)
         found = {key: getattr(factory, key, None) for key in ATTRIBUTES}
+        found["file"] = getattr(sys.modules.get(getattr(factory, "__module__", "")), "__file__", None)
         hosted = factory if isinstance(factory, Hosted) else None
         if hosted is not None:
             _hide_answers()
@@ -236,8 +238,9 @@ def facts(name: str) -> Facts:
         found = _hosted(name).facts()
         other = found.get("hosted")
         hosted = Hosted(*map(str, other)) if isinstance(other, list) and len(other) == 2 else _hosted(name)
-        place = name.partition(":")[0] if name.partition(":")[0].endswith(".py") else str(found.get("file") or "")
-        folder = Path(place).parent if place else None
+        place = name.partition(":")[0] if name.partition(":")[0].endswith(".py") else ""
+    place = place or str(found.get("file") or "")
+    folder = Path(place).parent if place else None
     said = declared(name, found, folder)
     script = found.get("stand_alone")
     return Facts(said.isas or (None,), bool(said.fp32_sums), None if script is None else str(script), hosted, said)
@@ -263,13 +266,14 @@ def _hosted(name: str) -> Hosted:
 def judged(name: str, *, ask_disclaimed: bool = False) -> EngineFactory:
     """The factory that checks call: the engine's own for one of this package, else layers in another process.
 
-    What the engine disclaims raises NotImplementedError without a call, unless ask_disclaimed.
+    What the engine disclaims raises NotImplementedError without a call, unless ask_disclaimed. Those of this package
+    are called all the same: they raise it themselves.
     """
     found = facts(name)
     make: EngineFactory = find(name) if found.hosted is None else found.hosted
     if found.hosted is not None:
         found.hosted.check()
-    if ask_disclaimed or not found.capabilities.all_claims():
+    if ask_disclaimed or ours(name) or not found.capabilities.all_claims():
         return make
     return functools.partial(_unless_disclaimed, make, found.capabilities)
 
