@@ -94,13 +94,16 @@ def family_in(nodeid: str) -> str:
 def group_of(nodeid: str) -> str:
     """The group of tests that one worker runs one after the other, read from a test's id.
 
-    Of the suites: a family, and in it each instruction set by itself; the big cases of all families, because gigabytes
-    of inputs are made once for forward and backward. Elsewhere: each file.
+    Of the suites: a family, and in it each instruction set by itself; each property, as they take longest and share
+    nothing; the big cases of all families, because gigabytes of inputs are made once for forward and backward.
+    Elsewhere: each file.
     """
     path, _, name = nodeid.partition("::")
     family = family_in(nodeid)
     if not family:
         return path
+    if family == "properties":
+        return nodeid
     found = re.search(r"\[(big|" + "|".join(isas.IDS) + r")[-\]]", name)
     if found and found.group(1) == "big":
         return "big"

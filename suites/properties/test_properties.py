@@ -19,6 +19,7 @@ from ktverify.spec.cases import Case
 BEST, OTHER, EMULATED = 15, 2, 1
 
 
+@pytest.mark.slow
 @each("property")
 def test_property(ask: Ask, check: Check, isa: Isa, pytestconfig: pytest.Config) -> None:
     name, option = check.name, pytestconfig.option
