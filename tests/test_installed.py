@@ -263,15 +263,9 @@ def test_the_skeleton_is_judged_and_a_new_fault_breaks_its_gate(python: Path, tm
 
     how = {"ENGINE": "my_engine:Engine", "KNOWN": "known_failures.toml", "WORKERS": "1", **FEW}
     judged = started(python, mine, "bash", str(JUDGE / "judge.sh"), **how)
-    # the skeleton accepts any mode
-    assert judged.returncode == 1, judged.stdout + judged.stderr
-    assert "refused[mode" in judged.stdout
-    known = ("--known-failures", "known_failures.toml")
-    noted = started(python, mine, "ktverify", "gate", "latest", *known, "--update-known-failures")
-    assert noted.returncode == 0, noted.stderr
-
-    judged = started(python, mine, "bash", str(JUDGE / "judge.sh"), **how)
+    # the skeleton accepts any mode, and its known failures say so
     assert judged.returncode == 0, judged.stdout + judged.stderr
+    assert "refused[mode" in judged.stdout
     reports = mine / "reports"
     assert json.loads((reports / "badge.json").read_text())["message"] == "passing"
     assert "passed=true" in (reports / "output.txt").read_text()

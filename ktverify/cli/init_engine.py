@@ -10,11 +10,11 @@ import typer
 from ktverify.system.files import EXAMPLES, write_whole
 
 ENGINE = "my_engine:Engine"
-KNOWN = "known_failures.toml"
 # what is written -> what it is a copy of
 FILES = {
     "my_engine.py": "engine_outside/my_engine.py",
     "ktverify.toml": "engine_outside/ktverify.toml",
+    "known_failures.toml": "engine_outside/known_failures.toml",
     "KTVERIFY.md": "engine_outside/README.md",
     ".github/workflows/ktverify.yml": "ci/ktverify.yml",
 }
@@ -31,14 +31,10 @@ def init_engine(
     Example:  python -m ktverify init-engine .
               pytest --pyargs ktverify.suites --tier default -n 4 --engine my_engine:Engine
     """
-    from ktverify.report import known_failures
-
-    there = [name for name in (*FILES, KNOWN) if (directory / name).exists()]
+    there = [name for name in FILES if (directory / name).exists()]
     if there:
         raise ValueError(f"{directory} has {', '.join(there)} already; name another folder, or remove what is there")
     for name, source in FILES.items():
         write_whole(directory / name, (EXAMPLES / source).read_bytes())
-    known_failures.write(known_failures.KnownFailures(ENGINE, ()), directory / KNOWN)
-    for name in (*FILES, KNOWN):
         typer.echo(directory / name)
     typer.echo(f"judge it: pytest --pyargs ktverify.suites --tier default -n 4 --engine {ENGINE}")
