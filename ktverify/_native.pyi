@@ -17,6 +17,20 @@ def emulated_instructions() -> int: ...
 def allowed_processors() -> int: ...
 def available_memory() -> int: ...
 def read_system_below(root: str) -> None: ...
+def memory_use(
+    *,
+    num_experts: int,
+    top_k: int,
+    hidden: int,
+    intermediate: int,
+    rank: int,
+    parts: int,
+    threads: int,
+    isa: str,
+    format: tuple[str, int, bool, str, bool],
+    lora_fp32: bool,
+    ids: Sequence[int],
+) -> tuple[int, int, int, int]: ...
 def clear_buffer_cache() -> None: ...
 
 HUGE_PAGE: int

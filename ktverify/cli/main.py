@@ -28,6 +28,7 @@ from ktverify.cli.list import list_cases
 from ktverify.cli.llamafactory import llamafactory
 from ktverify.cli.mutants import clean, mutants
 from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
+from ktverify.cli.plan import plan
 from ktverify.cli.replay import replay
 from ktverify.cli.run import run
 from ktverify.cli.runs import confirm, gate, report
@@ -118,6 +119,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "init-engine": (init_engine, {}),
     **{command.__name__: (command, {}) for command in (repro, replay, report, gate, scoreboard, verify)},
     **{command.__name__: (command, {}) for command in (mutants, clean, fuzz, diagnose, confirm, profile)},
+    "plan": (plan, {}),
     **TRAINING_COMMANDS,
     "llamafactory": (llamafactory, PASS_THROUGH),
     "run": (run, {**PASS_THROUGH, "allow_interspersed_args": False}),

@@ -119,6 +119,11 @@ def _squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
+def bounds_of(total: int, size: int) -> list[int]:
+    """The first of `total` experts that each of `size` ranks holds, and `total`."""
+    return [rank * total // size for rank in range(size + 1)]
+
+
 @dataclass(frozen=True)
 class Share(Ranks):
     """What a rank of `group` has of `total` experts: rank i of n those from ⌊i E / n⌋ up to ⌊(i + 1) E / n⌋ − 1, so
@@ -136,7 +141,7 @@ class Share(Ranks):
     @property
     def bounds(self) -> list[int]:
         """The first expert of every rank, and `total`."""
-        return [rank * self.total // self.size for rank in range(self.size + 1)]
+        return bounds_of(self.total, self.size)
 
     @property
     def experts(self) -> range:

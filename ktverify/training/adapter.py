@@ -26,7 +26,7 @@ from ktverify.system.files import expand
 from ktverify.system.text import read_json
 from ktverify.training.factors import Factors
 from ktverify.training.layer import MOELayerWrapper, uncompiled
-from ktverify.training.wrap import WEIGHTS, find_experts
+from ktverify.training.wrap import WEIGHTS, attention_layers, find_experts
 
 ALL, ALL_ATTENTION = "all", "all_attention"
 KT_TENSORS = "fused_expert_lora.safetensors"  # the experts' part of an adapter in kt-kernel's format
@@ -282,8 +282,8 @@ def _targets(model: nn.Module, target: str | list[str]) -> tuple[list[str], list
     """(names of linear layers, names of stacked parameters) for LoraConfig. ValueError for a name that matches none,
     unless it is one of _USUAL: peft passes over those as well."""
     # the model may have an adapter already, whose own layers are linear as well
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "attn" in name]
-    own = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".lora_" not in name}
+    linear = [name for name in attention_layers(model) if ".lora_" not in name]
+    own = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear}
     attention = sorted(own)
     experts = [f"experts.{name}" for name in WEIGHTS] if find_experts(model) else []
     if target == ALL:

@@ -76,11 +76,23 @@ def read_masks(path: Path) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted(ids)) for ids in found)
 
 
+def read_counts(path: Path) -> list[list[int]]:
+    """How many slots reached each expert of each layer, from a mask file. ValueError for any other file."""
+    read_masks(path)
+    found = read_json(path).get("counts")
+    right = isinstance(found, list) and all(
+        isinstance(each, list) and all(type(one) is int and one >= 0 for one in each) for each in found
+    )
+    if not right or not found:
+        raise ValueError(f"{path} has no counts: python -m ktverify expert-stats writes them")
+    return list(found)
+
+
 def _are_ids(ids: list[object]) -> bool:
     return all(type(one) is int and one >= 0 for one in ids) and len(set(ids)) == len(ids)
 
 
-def most_frequent(counts: Sequence[int], number: int) -> list[int]:
+def most_frequent(counts: Sequence[float], number: int) -> list[int]:
     """The `number` experts with the largest counts, ascending; of equal ones those of the lowest ids."""
     return sorted(sorted(range(len(counts)), key=lambda expert: (-counts[expert], expert))[:number])
 

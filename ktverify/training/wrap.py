@@ -156,6 +156,12 @@ def find_experts(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
+def attention_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of the attention, by name. Of a model with an adapter also the adapter's own."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in linear.items() if "attn" in name}
+
+
 def _why_not(block: Any) -> str:
     """Why the engine cannot compute these experts; "" when it can."""
     kind = type(block).__name__

@@ -132,6 +132,26 @@ PYBIND11_MODULE(_native, m) {
     m.def("available_memory", &available_memory,
           "Bytes that can still be allocated: free memory, cgroup limit, RLIMIT_AS, RLIMIT_DATA.");
     m.def("read_system_below", &read_system_below, "root"_a, "Read proc/ and sys/ below this folder, for tests.");
+    m.def(
+        "memory_use",
+        [](int num_experts, int top_k, int hidden, int intermediate, int rank, int parts, int threads,
+           const std::string& isa, const FormatOf& format, bool lora_fp32, const std::vector<std::int64_t>& ids) {
+            LayerConfig config;
+            config.num_experts = num_experts;
+            config.top_k = top_k;
+            config.hidden = hidden;
+            config.intermediate = intermediate;
+            config.rank = rank;
+            config.parts = parts;
+            config.threads = threads;
+            config.max_rows = std::max(1, static_cast<int>(ids.size()));
+            config.isa = isa;
+            const MemoryUse use = memory_use(config, weight_format(format), lora_fp32, ids);
+            return std::tuple(use.expert, use.lora, use.saved, use.working);
+        },
+        py::kw_only(), "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "rank"_a, "parts"_a, "threads"_a,
+        "isa"_a, "format"_a, "lora_fp32"_a, "ids"_a,
+        "Bytes that a layer would take: (base weights of an expert, LoRA snapshot, a saved forward, working buffers).");
     m.def("clear_buffer_cache", &clear_buffer_cache, without_gil);
     m.attr("HUGE_PAGE") = kHuge;
     m.def("gradient_memory", &gradient_memory, "bytes"_a, "reuse"_a, "(uint8 array of this size, whether it is zero).");

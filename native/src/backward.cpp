@@ -77,8 +77,8 @@ void Backward::carve(Carver& carver) {
 
 void Backward::run(Process& shared, Team& team, Recording& recording) {
     const auto arrays = [this](Carver& carver) { carve(carver); };
-    std::vector<Block> blocks = shared.cache.take({measured(arrays)}, results_need(),
-                                                  "a backward of " + std::to_string(call_.rows) + " tokens");
+    std::vector<Block> blocks =
+        shared.cache.take({work_bytes()}, results_need(), "a backward of " + std::to_string(call_.rows) + " tokens");
     cut(blocks[0], arrays);
     std::memset(zeros_, 0, std::max(hidden_, inter_) * sizeof(bf16));
     prepare_sums();

@@ -56,6 +56,10 @@ class Backward {
         : layer_(layer), kept_(kept), call_(arguments), caller_(caller) {}
     // Takes working buffers, computes, and returns them.
     void run(Process& shared, Team& team, Recording& recording);
+    // Bytes of the working buffers.
+    std::size_t work_bytes() {
+        return measured([this](Carver& carver) { carve(carver); });
+    }
 
   private:
     // The resources of one worker.

@@ -104,8 +104,8 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     need.touched += T_ * size_.H * sizeof(bf16);  // the output
     std::string what = (call_.save ? "a saved forward of " : "a forward of ") + std::to_string(call_.rows) + " tokens";
     if (!wanted.empty()) what += " that packs " + std::to_string(wanted.size()) + " experts";
-    std::vector<std::size_t> sizes{measured(work)};
-    if (call_.save) sizes.push_back(measured(kept));
+    std::vector<std::size_t> sizes{work_bytes()};
+    if (call_.save) sizes.push_back(kept_bytes());
     std::vector<Block> blocks = shared.cache.take(sizes, need, what);
     cut(blocks[0], work);
     if (call_.save) {

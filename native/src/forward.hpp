@@ -23,6 +23,13 @@ class Forward {
         : layer_(layer), kept_(kept), call_(arguments), caller_(caller) {}
     // Takes working buffers, packs experts that get their first token, computes, and returns the buffers.
     void run(Process& shared, Team& team, Recording& recording);
+    // Bytes of the working buffers, and of what is saved for backward.
+    std::size_t work_bytes() {
+        return measured([this](Carver& carver) { carve_work(carver); });
+    }
+    std::size_t kept_bytes() {
+        return measured([this](Carver& carver) { carve_kept(carver); });
+    }
 
   private:
     // The resources of one worker.

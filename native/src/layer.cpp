@@ -196,6 +196,37 @@ const LayerConfig& Layer::config() const {
     return state_->config;
 }
 
+MemoryUse memory_use(const LayerConfig& config, const WeightFormat& format, bool lora_fp32,
+                     const std::vector<std::int64_t>& ids) {
+    Layer::State layer(config);
+    layer.format = format;
+    check_ids(ids, config.top_k, config.num_experts);
+    const int rows = static_cast<int>(ids.size()) / config.top_k;
+    LoraPack lora = layer.empty_lora(lora_fp32);
+    MemoryUse found;
+    found.expert = config.parts * layer.expert_bytes();
+    found.lora = measured([&](Carver& carver) { layer.carve_lora(lora, carver); });
+
+    Saved kept;
+    kept.lora = std::make_shared<LoraPack>(std::move(lora));
+    const std::vector<float> weights(ids.size());
+    kept.routing = route(ids, weights.data(), rows, config.top_k, config.num_experts);
+    kept.parts.resize(config.parts);
+    Recording off(false, 1, 1);
+    const ForwardArguments ahead{.rows = rows, .x = {}, .ids = {}, .weights = {}, .output = {}, .save = true};
+    Forward forward(layer, kept, ahead, off.watch(0));
+    found.saved = forward.kept_bytes();
+    const BackwardArguments back{.rows = rows,
+                                 .grad_output = {},
+                                 .grad_input = {},
+                                 .grads = {},
+                                 .grads_zero = true,
+                                 .grad_weights = {},
+                                 .accumulate = false};
+    found.working = std::max(forward.work_bytes(), Backward(layer, kept, back, off.watch(0)).work_bytes());
+    return found;
+}
+
 void clear_buffer_cache() {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);

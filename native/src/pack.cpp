@@ -172,32 +172,39 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     packed += static_cast<int>(wanted.size());
 }
 
-void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
+LoraPack Layer::State::empty_lora(bool fp32) const {
+    LoraPack pack;
+    pack.fp32 = fp32;
+    pack.gate_b.resize(config.parts);
+    pack.up_b.resize(config.parts);
+    pack.down_a.resize(config.parts);
+    return pack;
+}
+
+void Layer::State::carve_lora(LoraPack& pack, Carver& carver) const {
     const std::size_t E = config.num_experts;
     const LoraStrides strides = lora_strides();
-    const std::size_t a = strides.gate_up_a, b = strides.gate_b, da = strides.down_a, db = strides.down_b;
-    const auto carve = [&](LoraPack& pack, Carver& carver) {
-        const auto take = [&](Pair& pair, std::size_t count) {
-            carver.take(pair.hi, E * count);
-            if (from.fp32) carver.take(pair.lo, E * count);
-        };
-        take(pack.gate_up_a, a);
-        take(pack.down_b, db);
-        for (int p = 0; p < config.parts; ++p) {
-            take(pack.gate_b[p], b);
-            take(pack.up_b[p], b);
-            take(pack.down_a[p], da);
-        }
+    const auto take = [&](Pair& pair, std::size_t count) {
+        carver.take(pair.hi, E * count);
+        if (pack.fp32) carver.take(pair.lo, E * count);
     };
+    take(pack.gate_up_a, strides.gate_up_a);
+    take(pack.down_b, strides.down_b);
+    for (int p = 0; p < config.parts; ++p) {
+        take(pack.gate_b[p], strides.gate_b);
+        take(pack.up_b[p], strides.gate_b);
+        take(pack.down_a[p], strides.down_a);
+    }
+}
+
+void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
+    const LoraStrides strides = lora_strides();
+    const std::size_t a = strides.gate_up_a, b = strides.gate_b, da = strides.down_a, db = strides.down_b;
     // A saved forward keeps its snapshot unchanged, because its backward uses the same values.
     std::shared_ptr<LoraPack> to = lora;
     if (!to || to.use_count() > 2 || to->fp32 != from.fp32) {
-        to = std::make_shared<LoraPack>();
-        to->fp32 = from.fp32;
-        to->gate_b.resize(config.parts);
-        to->up_b.resize(config.parts);
-        to->down_a.resize(config.parts);
-        const auto arrays = [&](Carver& carver) { carve(*to, carver); };
+        to = std::make_shared<LoraPack>(empty_lora(from.fp32));
+        const auto arrays = [&](Carver& carver) { carve_lora(*to, carver); };
         const std::size_t bytes = measured(arrays);
         Need need;
         need.add_block(bytes);

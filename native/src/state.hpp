@@ -232,6 +232,8 @@ struct Layer::State {
     Need packing_need(std::size_t experts) const;
     void pack_experts(Team& team, const std::vector<int>& wanted);
     bool unpack(int expert, bf16* gate_to, bf16* up_to, bf16* down_to) const;
+    LoraPack empty_lora(bool fp32) const;
+    void carve_lora(LoraPack& pack, Carver& carver) const;
     void pack_lora(Team& team, const LoraPointers& lora);
     // ids: the layer's own copy, checked.
     Ticket forward(const ForwardArguments& arguments, const std::vector<std::int64_t>& ids);

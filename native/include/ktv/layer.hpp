@@ -146,6 +146,18 @@ class Layer {
     std::unique_ptr<State> state_;
 };
 
+// What a layer takes, in bytes, all its parts together.
+struct MemoryUse {
+    std::size_t expert = 0;   // base weights of one expert, packed
+    std::size_t lora = 0;     // the snapshot of the LoRA of all experts
+    std::size_t saved = 0;    // what a forward saves for its backward
+    std::size_t working = 0;  // buffers of a forward or of its backward, whichever takes more; layers share them
+};
+// The sizes that a layer of this configuration would ask for; nothing of it is allocated. ids: [T, k] of one call.
+// BadInput for sizes that fit no layer, and for ids as in Layer::forward.
+MemoryUse memory_use(const LayerConfig& config, const WeightFormat& format, bool lora_fp32,
+                     const std::vector<std::int64_t>& ids);
+
 // Frees the working buffers that layers share, and the memory of gradients that were dropped. Saved forwards keep theirs.
 void clear_buffer_cache();
 
