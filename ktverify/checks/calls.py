@@ -6,9 +6,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
-from ktverify.checks.altered_inputs import changed, rows_of
+from ktverify.checks.altered_inputs import changed, rows_of, with_case
 from ktverify.checks.causes import Cause
 from ktverify.checks.check import Where, check
 from ktverify.checks.target import MIDDLE, SMALL, Target, expect
@@ -141,6 +142,41 @@ def check_weight_path(target: Target) -> None:
             layer.load_weights()
             layer.init_lora_weights(*(inputs.lora[name].clone() for name in LORA_NAMES))
             target.expect_same_bits(f"method {method}", made.run(SMALL, inputs), run_layer(layer, inputs))
+
+
+@check(
+    "native",
+    "load_weights(first=, total=) takes the experts from first on of a checkpoint that has total; one that has more is "
+    "refused.",
+    native=True,
+    internal=True,
+)
+def check_part_of_weight_path(target: Target) -> None:
+    """Three of six experts from a file: the bits of those three from tensors. ValueError for a total of four."""
+    inputs, first = make_inputs(SMALL), 2
+    own = slice(first, first + 3)
+    part = {name: getattr(inputs, name)[own].contiguous() for name in BASE_NAMES}
+    lora = {name: inputs.lora[name][own].contiguous() for name in LORA_NAMES}
+    ids, identity = inputs.expert_ids % 3, torch.arange(3)
+    three = with_case(changed(inputs, **part, **lora, expert_ids=ids, physical_map=identity), num_experts=3)
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = {
+            f"model.layers.0.mlp.experts.{expert}.{name}.weight": getattr(inputs, name)[expert].contiguous()
+            for name in BASE_NAMES
+            for expert in range(SMALL.num_experts)
+        }
+        file = Path(folder) / "model.safetensors"
+        save_file(tensors, file)
+        layer = target.bare(three.case, weight_path=str(file))
+        layer.load_weights(first=first, total=SMALL.num_experts)
+        layer.init_lora_weights(*(lora[name].clone() for name in LORA_NAMES))
+        target.expect_same_bits("experts 2 to 4 of a file", target.run(three.case, three), run_layer(layer, three))
+        try:
+            target.bare(three.case, weight_path=str(file)).load_weights(first=0, total=4)
+        except ValueError as error:
+            expect("more experts than num_experts (4)" in str(error), f"the error says {error}")
+        else:
+            expect(False, "a file of more experts than total was accepted")
 
 
 @check("native", "Sizes up to 2^24.", gates=(), native=True, internal=True)

@@ -35,6 +35,7 @@ class Cause(enum.Enum):
     DROPOUT = "dropout"  # lora_dropout drops other elements, at another time or in another way than it must
     QUANTISATION = "quantisation"  # weights other than those that the codes and scales stand for
     OTHER_DEVICE = "other_device"  # wrong only where another device computes some of the experts
+    DIVIDED = "divided"  # wrong only where experts are divided among processes
     MEMORY_LAYOUT = "memory_layout"  # strides, addresses, interleaving, writes into the caller's memory
     CRASH = "crash"  # the engine raises, dies, hangs or takes too much memory where it should compute
     OTHER = "other"

@@ -115,7 +115,7 @@ class Ranks:
 
 def _squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """fp64 []: the sum of all squares."""
-    norms = [torch.linalg.vector_norm(gradient.float()).double().cpu() for gradient in gradients]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64).cpu() for gradient in gradients]
     return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 

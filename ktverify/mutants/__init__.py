@@ -6,10 +6,10 @@ states what is wrong, under a decorator with its cause, the check that finds it 
 
 from __future__ import annotations
 
-from ktverify.mutants import calls, dropout, hybrid, lora, numbers, quantised, routes, state, weights
+from ktverify.mutants import calls, divided, dropout, hybrid, lora, numbers, quantised, routes, state, weights
 from ktverify.mutants.base import MUTANTS, Mutant, Plain
 
 __all__ = [
-    "MUTANTS", "Mutant", "Plain", "calls", "dropout", "hybrid", "lora", "numbers", "quantised", "routes", "state",
-    "weights",
+    "MUTANTS", "Mutant", "Plain", "calls", "divided", "dropout", "hybrid", "lora", "numbers", "quantised", "routes",
+    "state", "weights",
 ]  # fmt: skip

@@ -32,7 +32,7 @@ PAGE = "index.md"
 COMMAND = "pytest suites/ -m 'not latency' --tier default -n 2 -q"
 FAMILIES = (
     "forward", "backward", "exact", "training_loop", "tp_constraint", "tp_consistency", "quantised", "hybrid",
-    "contract", "properties",
+    "expert_parallel", "contract", "properties",
 )  # fmt: skip
 # the bench calls these engines otherwise
 BENCH_NAMES = {"torch_loop": "torch_bf16", "vllm": "vllm_cpu"}

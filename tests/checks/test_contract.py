@@ -203,6 +203,11 @@ EXPLAINS: dict[str, str] = {
     "is UNSUPPORTED.": OF_THE_SUITES,
     "The suites pass gpu_experts_mask and gpu_device only in these checks, with cpu, which stands in for a GPU through "
     "the same code.": OF_THE_SUITES,
+    "Of n processes (ranks), rank i has experts ⌊i E / n⌋ to ⌊(i + 1) E / n⌋ − 1 in a layer of its own; each row of "
+    "its calls has one slot with the weight 1. ktverify/engines/expert_parallel.py sends rows to the ranks of their "
+    "experts and back as bf16.": SAID_LATER,
+    "An engine that declares that it cannot compute such a layer is UNSUPPORTED.": OF_THE_SUITES,
+    "The suites make two, three and four ranks; the engine's layers of all ranks are in one process.": OF_THE_SUITES,
     "The README shows them in order.": A_HEADING,
     "An engine is any callable that takes the constructor's keyword arguments and returns an object with the "
     "methods.": ("every check does it"),
@@ -281,6 +286,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "load_weights_from_tensors.zero_points": ("quantised/weights/int4_zeros", "quantised_refusals/int4 zero point 8"),
     "load_weights_from_tensors.physical_map": ("behaviour/physical_map", "refusals/physical_map twice"),
     "load_weights.physical_map": ("native/weight_path",),
+    "load_weights.first": ("native/part_of_weight_path",),
+    "load_weights.total": ("native/part_of_weight_path",),
     **{
         f"init_lora_weights.{name}_lora_{matrix}": (f"refusals/{name}_lora_{matrix} shape", "behaviour/lora_again")
         for name in ("gate", "up", "down")
