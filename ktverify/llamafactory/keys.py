@@ -92,6 +92,9 @@ def split_keys(given: Mapping[str, Any], *, trains: bool) -> SplitKeys:
         if "do_train" in rest:
             problems.append("do_train got False, and neither do_eval nor do_predict is true: there is nothing to do")
         rest["do_train"] = True
+    if trains and (keys.use_kt or compares):
+        # by default transformers logs the mean of earlier losses, or 0.0, in the place of NaN
+        rest.setdefault("logging_nan_inf_filter", False)
     if problems:
         raise WrongKeys(problems)
     return SplitKeys(keys, rest, None if dtype == "auto" else dtype, tuple(notes), compares)

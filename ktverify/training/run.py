@@ -34,7 +34,7 @@ from ktverify.training.infer import CpuInfer, init_cpu_infer
 from ktverify.training.pretrained import BASE_OPTION, check_method, load_form, load_model, load_tokenizer
 from ktverify.training.ranks import Divided, agreed, of_all, output_of, ranks_of
 from ktverify.training.schedule import check_schedule
-from ktverify.training.trainer import Enough, LossLog, LossTrainer, Rotation
+from ktverify.training.trainer import Enough, FiniteParameters, LossLog, LossTrainer, Rotation
 from ktverify.training.wrap import find_experts, require_one_process, wrap_moe_layers
 
 # keys that the Trainer's arguments have under the same name
@@ -181,6 +181,7 @@ def _train(plan: _Prepared, adapted: Any, log: LossLog, one_length: bool) -> Tra
     config, start, output = plan.config, plan.start, log.path.parent
     longest = max(len(row["input_ids"]) for row in plan.rows)
     padding = {"padding": "max_length", "max_length": longest} if one_length else {"padding": "longest"}
+    finite = [FiniteParameters()] if config.stop_on_nan else []
     trainer = LossTrainer(
         log=log,
         stop_on_nan=config.stop_on_nan,
@@ -192,7 +193,7 @@ def _train(plan: _Prepared, adapted: Any, log: LossLog, one_length: bool) -> Tra
         train_dataset=plan.rows,
         data_collator=DataCollatorForSeq2Seq(plan.tokenizer, label_pad_token_id=IGNORED, **padding),
         processing_class=plan.tokenizer,
-        callbacks=[log, Rotation(output, config.save_total_limit)],
+        callbacks=[*finite, log, Rotation(output, config.save_total_limit)],
     )
     trainer.remove_callback(PrinterCallback)  # the loss log prints a shorter line
     output_directory.remove_earlier_run(output, start)

@@ -54,6 +54,7 @@ class LossTrainer(Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self.loss_log, self.stop_on_nan, self.grad_norm = log, stop_on_nan, 0.0
+        self._step_loss = 0.0  # of the micro-batches of this step so far
         self.divided, self._most, self._seed = divided, max_grad_norm, seed
         self._batches = 0  # of this step
         super().__init__(**options)
@@ -91,10 +92,13 @@ class LossTrainer(Trainer):  # type: ignore[misc]
             loss = ranks.add(loss)
         running = self.loss_log.running
         running.total += loss.item()
+        self._step_loss += loss.item()
         if self.accelerator.sync_gradients:
+            step_loss, self._step_loss = self._step_loss, 0.0
             self._batches = 0
             self.grad_norm = _norm_of_gradients(model) if self.divided is None else self.divided.reduce(self._most)
-            if self.stop_on_nan and not math.isfinite(running.total + self.grad_norm):
+            # of this step alone: the running sum may have the NaN of an earlier one, after which it went on
+            if self.stop_on_nan and not math.isfinite(step_loss + self.grad_norm):
                 step = self.state.global_step + 1
                 rate = self.optimizer.param_groups[0]["lr"]
                 values = {"loss": self._mean(step), "learning_rate": rate, "grad_norm": self.grad_norm}
@@ -225,6 +229,18 @@ class LossLog(TrainerCallback, ExportableState):  # type: ignore[misc]
             speed = "" if row["tokens_per_s"] is None else f"{row['tokens_per_s']} tokens/s"
             print(f"step {step}/{state.max_steps}  loss {curves.to_text(row['loss'])}  {speed}", file=sys.stderr)
         append_line(self.path, to_json(row))
+
+
+class FiniteParameters(TrainerCallback):  # type: ignore[misc]
+    """A callback of transformers' Trainer that raises NotFinite where a step left NaN or Inf in a trained parameter,
+    before anything is saved: no loss shows it after the last step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            if parameter.requires_grad and parameter.numel():
+                ends = parameter.detach().aminmax()
+                if not all(math.isfinite(end.item()) for end in ends):
+                    raise NotFinite(f"step {state.global_step}: {name} has NaN or Inf after the optimizer's step")
 
 
 class Rotation(TrainerCallback):  # type: ignore[misc]

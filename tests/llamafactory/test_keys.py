@@ -32,7 +32,8 @@ def test_the_documents_configurations_are_taken_as_they_are(path: Path) -> None:
     assert split.arguments["template"] in ("deepseek", "deepseek3")
     assert not [name for name in split.arguments if name.startswith(("kt_", "use_kt")) or name == "torch_dtype"]
     assert split.dtype == given.get("torch_dtype")
-    assert split.arguments.keys() - {"do_train"} == {
+    assert split.arguments["logging_nan_inf_filter"] is False
+    assert split.arguments.keys() - {"do_train", "logging_nan_inf_filter"} == {
         name for name in given if not name.startswith(("kt_", "use_kt")) and name != "torch_dtype"
     }
 

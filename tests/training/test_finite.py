@@ -53,11 +53,11 @@ def _nan_in_the_model(base: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _far_too_fast(base: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
-    return base, {"learning_rate": 1e38, "max_grad_norm": 0}
+    return base, {"learning_rate": 1e30, "max_grad_norm": 0}
 
 
 def _no_accumulated_step_is_left_out(base: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
-    return base, {"learning_rate": 1e38, "max_grad_norm": 0, "gradient_accumulation_steps": 2, "logging_steps": 3}
+    return base, {"learning_rate": 1e30, "max_grad_norm": 0, "gradient_accumulation_steps": 2, "logging_steps": 3}
 
 
 CAUSES = [(_nan_in_the_model, 1), (_far_too_fast, 2), (_no_accumulated_step_is_left_out, 2)]
@@ -86,6 +86,50 @@ def test_the_gradient_alone_stops_a_training(base: Path, tmp_path: Path, monkeyp
     with pytest.raises(NotFinite, match=r"stopped at step 2: loss \d\.\d+, grad_norm Inf; see"):
         run.run(config(base, tmp_path / "out"), tmp_path)
     assert _strict(tmp_path / "out" / "loss.jsonl")[-1]["grad_norm"] == "Infinity"
+
+
+@pytest.mark.parametrize("keys", [{"learning_rate": 1e39}, {"learning_rate": 1e20, "weight_decay": 1e25}])
+def test_a_last_step_that_spoils_the_adapter_is_no_finished_training(
+    keys: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(
+        NotFinite, match=r"stopped at step 1: \S+lora_\S+ has NaN or Inf after the optimizer's step; see"
+    ):
+        run.run(config(base, output, max_steps=1, max_grad_norm=0, **keys), tmp_path)
+    assert not (output / "adapter_model.safetensors").exists()
+    assert not (output / "checkpoint-1").exists()
+    assert run.run(config(base, tmp_path / "on", max_steps=1, stop_on_nan=False, **keys), tmp_path).summary.steps == 1
+
+
+def _stopped_at_two(base: Path, output: Path) -> None:
+    """A training of four steps, as if it had been stopped after the second one."""
+    run.run(config(base, output, logging_steps=4, stop_on_nan=False), output)
+    (output / "training.json").unlink()
+    for name in ("checkpoint-3", "checkpoint-4"):
+        shutil.rmtree(output / name)
+
+
+def test_nan_that_comes_with_a_checkpoint_is_not_saved_again(base: Path, tmp_path: Path) -> None:
+    _stopped_at_two(base, tmp_path)
+    file = tmp_path / "checkpoint-2" / "optimizer.pt"
+    kept = torch.load(file, weights_only=True)
+    next(iter(kept["state"].values()))["exp_avg"].view(-1)[0] = float("nan")
+    torch.save(kept, file)
+    with pytest.raises(NotFinite, match=r"stopped at step 3: .*checkpoint-2 is from before it"):
+        run.run(config(base, tmp_path, logging_steps=4, resume_from_checkpoint=True), tmp_path)
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
+def test_a_step_is_not_blamed_for_the_nan_of_an_earlier_one(base: Path, tmp_path: Path) -> None:
+    _stopped_at_two(base, tmp_path)
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["stateful_callbacks"]["LossLog"]["attributes"]["running"]["total"] = "NaN"
+    file.write_text(json.dumps(state))
+    done = run.run(config(base, tmp_path, logging_steps=4, resume_from_checkpoint=True), tmp_path)
+    assert done.summary.steps == 2
+    assert _strict(tmp_path / "loss.jsonl")[-1]["loss"] == "NaN"
 
 
 def test_a_training_that_goes_on_shows_nan_everywhere(
