@@ -15,32 +15,50 @@ _SAME = {"cpu_infer": "kt_num_threads", "kt_threadpool_count": "kt_tp_count", "d
 _UNUSED_BY_REASON = {
     "there is no cache": "overwrite_cache data_shared_file_system cache_dir",
     "the examples are in memory": "dataloader_num_workers dataloader_prefetch_factor dataloader_persistent_workers "
-    "dataloader_pin_memory preprocessing_batch_size buffer_size remove_unused_columns",
+    "dataloader_pin_memory preprocessing_batch_size buffer_size remove_unused_columns length_column_name",
     "a training is one process": "ddp_timeout ddp_find_unused_parameters ddp_backend ddp_bucket_cap_mb local_rank "
-    "ddp_broadcast_buffers average_tokens_across_devices ray_num_workers ray_init_kwargs master_addr master_port",
+    "ddp_broadcast_buffers average_tokens_across_devices ray_num_workers ray_init_kwargs master_addr master_port "
+    "ddp_static_graph save_on_each_node log_on_each_node log_level_replica",
     "nothing is evaluated": "eval_strategy evaluation_strategy eval_steps eval_on_start eval_delay batch_eval_metrics "
-    "per_device_eval_batch_size eval_accumulation_steps eval_on_each_dataset eval_num_beams compute_accuracy",
+    "per_device_eval_batch_size eval_accumulation_steps eval_on_each_dataset eval_num_beams compute_accuracy "
+    "metric_for_best_model greater_is_better prediction_loss_only bf16_full_eval fp16_full_eval "
+    "eval_do_concat_batches eval_use_gather_object include_for_metrics",
     "losses are in loss.jsonl and loss.png": "plot_loss report_to run_name logging_dir logging_first_step log_level "
     "disable_tqdm use_swanlab swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir "
     "include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second print_param_status "
-    "logging_nan_inf_filter",
+    "logging_nan_inf_filter swanlab_api_key swanlab_lark_webhook_url swanlab_lark_secret project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id skip_memory_metrics",
     "dataset is a path": "dataset_dir",
     "the examples are texts": "media_dir image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches "
     "video_max_pixels video_min_pixels video_fps video_maxlen use_audio_in_video audio_sampling_rate "
     "freeze_vision_tower freeze_multi_modal_projector freeze_language_model",
     "a training generates nothing": "do_sample temperature top_p top_k num_beams max_length max_new_tokens "
     "repetition_penalty length_penalty skip_special_tokens infer_backend infer_dtype use_kv_cache kt_maxlen kt_mode "
-    "kt_use_cuda_graph kt_force_think kt_model_max_length",
+    "kt_use_cuda_graph kt_force_think kt_model_max_length use_cache vllm_config vllm_enforce_eager vllm_gpu_util "
+    "vllm_max_lora_rank vllm_maxlen sglang_config sglang_lora_backend sglang_maxlen sglang_mem_fraction sglang_tp_size",
+    "a training exports nothing, export-merged does": "export_dir export_size export_device export_legacy_format "
+    "export_hub_model_id export_quantization_bit export_quantization_dataset export_quantization_maxlen "
+    "export_quantization_nsamples",
+    "python -m ktverify profile shows where the time goes": "profiler_active_steps profiler_output_dir profile_modules "
+    "profiler_profile_memory profiler_record_shapes profiler_repeat profiler_wait_steps profiler_warmup_steps "
+    "profiler_with_stack",
     "the routed experts are in the engine, everything else stays the model's": "kt_optimize_rule",
     "it only shares out memory, and the numbers are the same": "chunk_size kt_cpu_activation kt_share_backward_bb "
-    "kt_max_cache_depth low_cpu_mem_usage use_reentrant_gc use_unsloth_gc torch_empty_cache_steps offload_folder",
+    "kt_max_cache_depth low_cpu_mem_usage use_reentrant_gc use_unsloth_gc torch_empty_cache_steps offload_folder "
+    "gradient_checkpointing_kwargs",
     "gradient_checkpointing switches it on; the numbers are the same": "disable_gradient_checkpointing",
     "stage sft and finetuning_type lora do not use it": "pref_beta pref_ftx pref_loss dpo_label_smoothing "
     "kto_chosen_weight kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ref_model reward_model "
     "reward_model_type freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pissa_iter "
     "loraplus_lr_embedding galore_rank galore_target apollo_rank apollo_target badam_mode asft_alpha eaft_alpha "
-    "quantization_method quantization_type double_quantization",
-    "nothing is uploaded": "hub_model_id hub_strategy hub_token hub_private_repo",
+    "quantization_method quantization_type double_quantization pref_bco_weight ld_alpha ppo_score_norm ppo_target "
+    "ppo_whiten_rewards ref_model_adapters ref_model_quantization_bit reward_model_adapters "
+    "reward_model_quantization_bit oft_rank oft_block_size oft_target module_dropout galore_layerwise "
+    "galore_proj_type galore_scale galore_update_interval apollo_layerwise apollo_proj apollo_proj_type apollo_scale "
+    "apollo_scale_front apollo_scale_type apollo_update_interval badam_mask_mode badam_start_block "
+    "badam_switch_interval badam_switch_mode badam_update_ratio badam_verbose fp8_backend "
+    "fp8_enable_fsdp_float8_all_gather",
+    "nothing is uploaded": "hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
     "HF_TOKEN in the environment is": "hf_hub_token ms_hub_token om_hub_token",
 }
 _UNUSED = {name: reason for reason, names in _UNUSED_BY_REASON.items() for name in names.split()}
@@ -62,6 +80,30 @@ _ONE_EFFECT: dict[str, tuple[tuple[object, ...], str]] = {
     "deepspeed": (_NONE, "a training is one process"),
     "fsdp": ((*_NONE, []), "a training is one process"),
     "fsdp_config": ((*_NONE, {}), "a training is one process"),
+    **dict.fromkeys(
+        ("accelerator_config", "parallelism_config", "hyper_parallel_args"), ((*_NONE, {}), "a training is one process")
+    ),
+    "use_hyper_parallel": (_NO, "a training is one process"),
+    **dict.fromkeys(("tf32", "use_liger_kernel", "use_v1_kernels"), (_NO, "it is for GPUs")),
+    "liger_kernel_config": ((*_NONE, {}), "it is for GPUs"),
+    "use_cpu": (_NO, "CUDA_VISIBLE_DEVICES chooses the device"),
+    **dict.fromkeys(
+        ("device_map", "quantization_device_map"), ((*_NONE, "auto"), "the model is loaded by one process")
+    ),
+    **dict.fromkeys(("torch_compile_backend", "torch_compile_mode"), (_NONE, "the model is not compiled")),
+    **dict.fromkeys(("optim_args", "optim_target_modules"), (_NONE, "the optimizer is AdamW on LoRA")),
+    "full_determinism": (_NO, "seed alone decides"),
+    "ignore_data_skip": (_NO, "a resumed training goes on where it stopped"),
+    "restore_callback_states_from_checkpoint": (_NO, "a resumed training goes on where it stopped"),
+    "enable_jit_checkpoint": (_NO, "checkpoints come every save_steps"),
+    "enable_torch_profiler": (_NO, "python -m ktverify profile shows where the time goes"),
+    "label_names": ((*_NONE, []), "labels are those of the answers"),
+    "train_sampling_strategy": (("random", None), "every epoch is shuffled by seed"),
+    "use_fast_tokenizer": ((True, None), "the tokenizer is transformers' usual one"),
+    "preserve_thinking": (_NO, "the template is the tokenizer's own"),
+    "init_special_tokens": ((*_NONE, "noise_init"), "the tokenizer stays as it is"),
+    "new_special_tokens_config": ((*_NONE, {}), "the tokenizer stays as it is"),
+    "upcast_lmhead_output": (_NO, "the model has one dtype, torch_dtype"),
     "use_mca": (_NO, "a training is one process"),
     "flash_attn": (("auto", "sdpa", None), "the attention is transformers' own, sdpa"),
     "enable_liger_kernel": (_NO, "it is for GPUs"),

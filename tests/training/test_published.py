@@ -98,6 +98,59 @@ def test_a_published_file_trains(base: Path, tmp_path: Path, written: Callable[.
     assert "4 steps" in text  # 10 examples in batches of 8, twice
 
 
+# of LLaMA-Factory's published files for other stages, for merging and for inference, which people put together
+OTHERS: dict[str, Any] = yaml.safe_load("""
+ref_model: null
+ref_model_adapters: null
+reward_model_quantization_bit: null
+export_dir: output/merged
+export_size: 5
+export_device: cpu
+export_legacy_format: false
+infer_backend: huggingface
+vllm_enforce_eager: true
+vllm_gpu_util: 0.9
+sglang_mem_fraction: 0.9
+use_fast_tokenizer: true
+upcast_lmhead_output: false
+use_v1_kernels: false
+device_map: auto
+init_special_tokens: noise_init
+swanlab_api_key: null
+metric_for_best_model: loss
+greater_is_better: false
+bf16_full_eval: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+full_determinism: false
+ignore_data_skip: false
+tf32: null
+use_cpu: false
+ddp_static_graph: null
+save_on_each_node: false
+optim_args: null
+label_names: null
+project: huggingface
+galore_update_interval: 200
+badam_switch_interval: 50
+apollo_scale: 32.0
+oft_rank: 0
+enable_torch_profiler: false
+profiler_output_dir: null
+""")
+
+
+def test_keys_of_other_files_are_known(written: Callable[..., Path]) -> None:
+    config = read_config(written(**PUBLISHED | OTHERS))
+    assert any(
+        note.startswith("export_dir: output/merged is not used: a training exports nothing") for note in config.notes
+    )
+    bad = {"tf32": True, "device_map": "balanced", "use_cpu": True, "optim_args": "a=1", "enable_torch_profiler": True}
+    with pytest.raises(WrongKeys) as found:
+        read_config(written(**PUBLISHED | bad))
+    assert [line.split()[1] for line in found.value.lines] == sorted(bad)
+    assert not any("unknown" in line for line in found.value.lines)
+
+
 REFUSED: dict[str, Any] = yaml.safe_load("""
 deepspeed: examples/ds_z3.json
 fsdp: full_shard
