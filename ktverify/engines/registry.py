@@ -129,11 +129,17 @@ def _is_module(place: str) -> bool:
 def _only_factory(module: types.ModuleType, place: str) -> str:
     """The name of the one callable of a module that makes a layer. ValueError where there are none or several.
 
-    It is a class with forward_sft and backward, a hosted engine, or a function, also one of functools.partial, that
-    takes KTMoEWrapper's arguments. Those that the module only imports count where it has none of its own.
+    It is a class with forward_sft and backward that is no interface, a hosted engine, or a callable, also one of
+    functools.partial, that takes KTMoEWrapper's arguments. Those that the module only imports count where it has none
+    of its own. __all__ counts where there is one.
     """
-    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    fitting = {name: value for name, value in public.items() if _makes_a_layer(value)}
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
+    public = {name: vars(module)[name] for name in names if name in vars(module)}
+    fitting: dict[str, Any] = {}
+    for name, value in public.items():
+        # of two names of one object the first
+        if _makes_a_layer(value, module) and not any(value is other for other in fitting.values()):
+            fitting[name] = value
     own = [name for name, value in fitting.items() if getattr(value, "__module__", "") == module.__name__]
     own += [name for name, value in fitting.items() if isinstance(value, (Hosted, functools.partial))]
     found = own or list(fitting)
@@ -147,12 +153,15 @@ def _only_factory(module: types.ModuleType, place: str) -> str:
     raise ValueError(f"{place} has no callable that takes an engine's arguments; {has}: give one as {place}:factory")
 
 
-def _makes_a_layer(value: Any) -> bool:
+def _makes_a_layer(value: Any, module: types.ModuleType) -> bool:
     if isinstance(value, Hosted):
         return True
     if isinstance(value, type):
-        return all(callable(getattr(value, method, None)) for method in ("forward_sft", "backward"))
-    if not isinstance(value, (types.FunctionType, functools.partial)):
+        interface = inspect.isabstract(value) or getattr(value, "_is_protocol", False)
+        return not interface and all(callable(getattr(value, name, None)) for name in ("forward_sft", "backward"))
+    # what wraps a function has it, as that of functools.cache; else an object of a class of the file itself
+    wraps = isinstance(value, (types.FunctionType, functools.partial)) or hasattr(value, "__wrapped__")
+    if not callable(value) or not (wraps or type(value).__module__ == module.__name__):
         return False
     try:
         inspect.signature(value).bind(**dict.fromkeys(ARGUMENTS))

@@ -54,6 +54,16 @@ TEXTS = {
     "hosted": "from ktverify import Hosted\nfactory = Hosted('/no/such.py:Engine', '/no/such/python')\n",
     "partial": "import functools\n" + LAYER.format("_Base") + "make = functools.partial(_Base, fast=True)\n",
     "private": LAYER.format("_Base") + "class Engine(_Base): ...\n",
+    "alias": LAYER.format("Engine") + "Moe = Engine\n",
+    "interface": "from typing import Protocol\nclass Layer(Protocol):\n    def forward_sft(self): ...\n"
+    "    def backward(self): ...\n" + LAYER.format("Engine"),
+    "abstract": "import abc\nclass Base(abc.ABC):\n    @abc.abstractmethod\n    def forward_sft(self): ...\n"
+    "    def backward(self): ...\n" + LAYER.format("Engine(Base)"),
+    "cached": "import functools\n@functools.cache\ndef make(**arguments): ...\n",
+    "object": "class _Factory:\n    def __call__(self, **arguments): ...\nfactory = _Factory()\n",
+    "dataclass": "import dataclasses\n@dataclasses.dataclass\nclass Sizes:\n    hidden: int = 1\n"
+    + LAYER.format("Engine"),
+    "listed": "__all__ = ['Fast']\n" + LAYER.format("Fast") + LAYER.format("Slow"),
     "two": LAYER.format("Fast") + LAYER.format("Slow"),
     "two_and_a_partial": "import functools\n" + LAYER.format("Fast") + "Slow = functools.partial(Fast, slow=1)\n",
     "none": "def silu(x): ...\nVALUE = 3\n",
@@ -65,6 +75,13 @@ FOUND = {
     "imported": "TorchBf16",
     "hosted": "factory",
     "private": "Engine",
+    "alias": "Engine",
+    "interface": "Engine",
+    "abstract": "Engine",
+    "cached": "make",
+    "object": "factory",
+    "dataclass": "Engine",
+    "listed": "Fast",
 }
 
 
