@@ -259,7 +259,7 @@ def test_the_skeleton_is_judged_and_a_new_fault_breaks_its_gate(python: Path, tm
     mine = tmp_path / "mine"
     again = started(python, tmp_path, "ktverify", "init-engine", "mine")
     assert again.returncode == 2
-    assert "mine has my_engine.py, ktverify.toml, KTVERIFY.md" in again.stderr
+    assert "mine has my_engine.py, ktverify.toml, known_failures.toml, KTVERIFY.md" in again.stderr
 
     how = {"ENGINE": "my_engine:Engine", "KNOWN": "known_failures.toml", "WORKERS": "1", **FEW}
     judged = started(python, mine, "bash", str(JUDGE / "judge.sh"), **how)
