@@ -19,7 +19,7 @@ CPP := $(filter %.cpp %.hpp %.inl,$(NATIVE))
 # the tests start some hundred interpreters: without files of byte code each compiles the package again
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup verify test test-all kills lint native-tests fuzz golden peers site scoreboard llamafactory llamafactory-test \
+.PHONY: setup verify test test-all kills lint native-tests numa-test fuzz golden peers site scoreboard llamafactory llamafactory-test \
 	versions bench report fmt clean
 .DEFAULT_GOAL := verify
 
@@ -61,6 +61,10 @@ lint: setup
 
 native-tests: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" native/tests/run.sh $(SANITIZERS)
+
+# the native tests on machines with several NUMA nodes, which qemu emulates: minutes, so no part of `make test`
+numa-test: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python native/tests/numa/run.py
 
 # random sequences of calls; native-tests has those of C++
 fuzz: setup

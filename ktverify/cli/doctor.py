@@ -243,9 +243,20 @@ def _threads(here: Machine) -> Iterator[Fact]:
         yield Fact("ok", "threads", f"{here.threads} CPUs")
     listing = "; ".join(f"node {n.node}: CPUs {n.cpus}, {format_bytes(n.memory_bytes)}" for n in here.numa)
     if len(here.numa) > 1:
-        yield Fact("ok", "NUMA", f"{listing}: one tensor-parallel part per node")
+        yield Fact("ok", "NUMA", f"{listing}: tensor-parallel parts are spread over the nodes")
+        yield from _refused_placement()
     else:
         yield Fact("note", "NUMA", f"{listing or 'no nodes reported'}: tensor-parallel parts share one node")
+
+
+def _refused_placement() -> Iterator[Fact]:
+    if importlib.util.find_spec("ktverify._native") is None:
+        return
+    from ktverify import _native
+
+    if refused := _native.refused_placement():
+        text = f"the kernel refuses {refused}: memory is on the node of the worker that writes it first"
+        yield Fact("note", "NUMA", text)
 
 
 def _suites(_: Machine) -> Iterator[Fact]:

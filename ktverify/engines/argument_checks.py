@@ -32,6 +32,7 @@ MODES = ("sft",)
 # times the widest model. The number of token slots, T k, is such a count: the product has a check of its own.
 LARGEST = 1 << 24
 MOST_SLOTS = 1 << 30
+MOST_NODES = 64
 # lora_alpha / lora_rank: the smallest and the largest normal number of fp32, in which the engines multiply by it
 SCALINGS = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
 
@@ -68,6 +69,7 @@ class LayerSpec:
     lora_dropout: float = 0.0
     max_cache_depth: int = 1
     isa: str | None = None
+    numa_nodes: Any = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -101,6 +103,8 @@ class LayerSpec:
         if not 0 <= _number("lora_dropout", dropout) < 1:
             raise ValueError(f"lora_dropout is {shown(dropout)}; it takes a number from 0 up to, not including, 1")
         check_tp(self.moe_intermediate_size, self.threadpool_count)
+        if self.numa_nodes is not None:
+            object.__setattr__(self, "numa_nodes", check_numa_nodes(self.numa_nodes, self.threadpool_count))
 
     def _check_gpu_experts(self) -> None:
         """Make gpu_experts_mask a tuple of bool where one is given, and num_gpu_experts its count."""
@@ -201,6 +205,16 @@ def check_tp(intermediate: int, tp: int) -> None:
             f"For TP, intermediate_size ({intermediate}) must be a multiple of threadpool_count ({tp}); "
             f"degrees that would work: {works}"
         )
+
+
+def check_numa_nodes(nodes: Any, parts: int) -> tuple[int, ...]:
+    """The NUMA node of each tensor-parallel part, as ints. Whether they exist, the engine checks."""
+    takes = f"it takes a list of int, the NUMA node of each of {parts} parts (threadpool_count)"
+    if not isinstance(nodes, (list, tuple)) or not all(type(node) is int for node in nodes):
+        raise TypeError(f"numa_nodes is {shown(nodes)}; {takes}")
+    if len(nodes) != parts or not all(0 <= node < MOST_NODES for node in nodes):
+        raise ValueError(f"numa_nodes is {shown(nodes)}; {takes}, from 0 to {MOST_NODES - 1}")
+    return tuple(nodes)
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:

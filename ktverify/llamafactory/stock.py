@@ -168,6 +168,7 @@ def _infer(split: SplitKeys) -> Any:
         backend=keys.kt_backend,
         weight_path=keys.kt_weight_path,
         gpu=gpu_experts_of(keys),
+        numa_nodes=keys.kt_numa_nodes,
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ktverify.engines import argument_checks
 from ktverify.engines.checkpoint_files import Checkpoint
 from ktverify.engines.native.isa import require_isa
+from ktverify.engines.native.placement import require_numa_nodes
 from ktverify.engines.quantise import MADE
 from ktverify.system.limits import processors
 from ktverify.training import capture
@@ -24,7 +26,7 @@ class CpuInfer:
     """How the engine computes: most workers, tensor parallel degree, instruction set, saved forwards, rows per call.
 
     method: of the base weights. weight_path: where the experts' weights are read from, "" for the model's own. gpu: the
-    experts that torch computes on a device."""
+    experts that torch computes on a device. numa_nodes: of each tensor-parallel part, None to spread the parts."""
 
     threads: int
     tp: int = 1
@@ -34,6 +36,7 @@ class CpuInfer:
     method: str = BACKENDS["AMXBF16"]
     weight_path: str = ""
     gpu: GpuExperts = ALL_IN_ENGINE
+    numa_nodes: tuple[int, ...] | None = None
 
     def experts_in_files(self, quantised: bool) -> bool:
         """Whether a model's experts stay in files. quantised: whether its checkpoint is.
@@ -58,14 +61,15 @@ def init_cpu_infer(
     max_cache_depth: int = 4,
     chunked_prefill_size: int = 25600,
     gpu: GpuExperts = ALL_IN_ENGINE,
+    numa_nodes: Sequence[int] | None = None,
 ) -> CpuInfer:
     """The settings that `wrap_moe_layers` takes. threads: None takes all processors of this process; threadpool_count:
-    tensor parallel degree.
+    tensor parallel degree; numa_nodes: the NUMA node of each of these parts, None to spread them over the nodes.
 
     max_cache_depth: forwards of one layer that may be saved for their backward; any further one is computed again.
     chunked_prefill_size: most tokens of one engine call; more are computed in pieces. weight_path: a checkpoint whose
-    experts are taken instead of the model's own. ValueError for an unknown backend or a path that is no checkpoint,
-    RuntimeError for an instruction set that cannot run here.
+    experts are taken instead of the model's own. ValueError for an unknown backend, a path that is no checkpoint, or a
+    node that is not here, RuntimeError for an instruction set that cannot run here.
     """
     if not isinstance(backend, str) or backend not in BACKENDS:
         takes = ", ".join(BACKENDS)
@@ -79,6 +83,7 @@ def init_cpu_infer(
     argument_checks.check_count("chunked_prefill_size", chunked_prefill_size)
     if isa is not None:
         require_isa(isa)
+    nodes = None if numa_nodes is None else require_numa_nodes(numa_nodes, threadpool_count)
     capture.current()  # refuses a wrong environment now
     return CpuInfer(
         threads or processors(),
@@ -89,4 +94,5 @@ def init_cpu_infer(
         BACKENDS[backend],
         weight_path,
         gpu,
+        nodes,
     )

@@ -31,6 +31,7 @@ class KtKeys(BaseModel):
     kt_num_gpu_experts: Annotated[int, Field(ge=0, le=MOST)] = 0
     kt_gpu_experts_mask: str = ""
     kt_gpu_device: str = "cuda"
+    kt_numa_nodes: list[Annotated[int, Field(strict=True, ge=0, lt=64)]] | None = None
     kt_weight_path: str = ""
 
     @field_validator(*ONLY, mode="before")

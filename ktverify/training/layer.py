@@ -268,6 +268,7 @@ class MOELayerWrapper(nn.Module):
             "max_cache_depth": self.infer.max_cache_depth,
             "gpu_experts_mask": self.gpu_experts_mask,
             "gpu_device": self.infer.gpu.device,
+            "numa_nodes": self.infer.numa_nodes,
         }
 
     def _load(self, lora: list[torch.Tensor], dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ from ktverify.training.schedule import learning_rates
 # max_steps and num_train_epochs by what they come to
 _HARMLESS = (
     *("model_name_or_path", "trust_remote_code", "dataset", "max_samples", "template", "preprocessing_num_workers"),
-    *("kt_num_gpu_experts", "kt_gpu_experts_mask", "kt_gpu_device", "kt_ep", "kt_ep_timeout"),
+    *("kt_num_gpu_experts", "kt_gpu_experts_mask", "kt_gpu_device", "kt_numa_nodes", "kt_ep", "kt_ep_timeout"),
     *("kt_num_threads", "gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit", "stop_on_nan"),
     *("output_dir", "max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"),
     "kt_weight_path",

@@ -144,6 +144,7 @@ def _prepared(config: TrainConfig, beside: Path, ranks: Ranks | None, own: str, 
             backend=config.kt_backend,
             weight_path=config.kt_weight_path,
             gpu=gpu_experts_of(config),
+            numa_nodes=config.kt_numa_nodes,
         )
     _check_form(config, infer, in_files=ranks is not None)
     tokenizer = load_tokenizer(config.model_name_or_path, option=BASE_OPTION, trust=config.trust_remote_code)

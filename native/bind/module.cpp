@@ -129,6 +129,12 @@ PYBIND11_MODULE(_native, m) {
         "Does nothing on a CPU with AMX. True when emulation is on.");
     m.def("emulated_instructions", &emulation::amx_trap_count, "Tile instructions that the trap handler has executed.");
     m.def("allowed_processors", &allowed_processors, "Processors that this process may run on.");
+    m.def(
+        "require_numa_nodes",
+        [](const std::vector<int>& nodes) { (void)homes_of_parts(static_cast<int>(nodes.size()), nodes); },
+        "numa_nodes"_a, "ValueError for a node that has no processor for this process.");
+    m.def("refused_placement", &refused_placement,
+          "What the kernel refuses of the calls that place memory on NUMA nodes, as text; empty when nothing.");
     m.def("available_memory", &available_memory,
           "Bytes that can still be allocated: free memory, cgroup limit, RLIMIT_AS, RLIMIT_DATA.");
     m.def("read_system_below", &read_system_below, "root"_a, "Read proc/ and sys/ below this folder, for tests.");
@@ -189,13 +195,15 @@ PYBIND11_MODULE(_native, m) {
 
     py::class_<Layer>(m, "Layer")
         .def(py::init([](int num_experts, int top_k, int hidden, int intermediate, int rank, float scaling, int parts,
-                         int threads, int max_rows, int max_cache_depth, bool lora_backward, const std::string& isa) {
+                         int threads, int max_rows, int max_cache_depth, bool lora_backward, const std::string& isa,
+                         const std::vector<int>& numa_nodes) {
                  return std::make_unique<Layer>(LayerConfig{num_experts, top_k, hidden, intermediate, rank, scaling,
                                                             parts, threads, max_rows, max_cache_depth, lora_backward,
-                                                            isa});
+                                                            isa, numa_nodes});
              }),
              py::kw_only(), "num_experts"_a, "top_k"_a, "hidden"_a, "intermediate"_a, "rank"_a, "scaling"_a, "parts"_a,
-             "threads"_a, "max_rows"_a, "max_cache_depth"_a, "lora_backward"_a, "isa"_a)
+             "threads"_a, "max_rows"_a, "max_cache_depth"_a, "lora_backward"_a, "isa"_a,
+             "numa_nodes"_a = std::vector<int>{})
         .def("load_weights",
              [](Layer& layer, const Source& gate, const Source& up, const Source& down,
                 const std::vector<std::int64_t>& map, py::object owner, const FormatOf& format) {
@@ -255,6 +263,20 @@ PYBIND11_MODULE(_native, m) {
                      times = layer.stage_times();
                  }
                  return as_dict(times);
+             })
+        .def("placement",
+             [](const Layer& layer) {
+                 std::vector<PartPlacement> parts;
+                 {
+                     const py::gil_scoped_release release;
+                     parts = layer.placement();
+                 }
+                 py::list found;
+                 for (const PartPlacement& part : parts)
+                     found.append(py::dict("nodes"_a = part.nodes, "workers"_a = part.workers,
+                                           "weights"_a = part.weights, "lora"_a = part.lora, "saved"_a = part.saved,
+                                           "buffers"_a = part.buffers, "error"_a = part.error));
+                 return found;
              })
         .def_property_readonly("saved_forwards", &Layer::saved_forwards)
         .def_property_readonly("lora_fp32", &Layer::lora_fp32)

@@ -62,7 +62,7 @@ double read_rate(int threads, std::size_t bytes, int passes) {
     if (share == 0) throw BadInput("bytes is " + std::to_string(bytes) + ", too few to share among the threads");
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
-    Team& team = shared.team(workers, 1);
+    Team& team = shared.team(workers);
     auto& kept = shared.ceiling;
     const auto begin = [&](int worker) { return kept.block.data() + share * worker; };
     // Kept from call to call, because releasing pages costs time in the kernel or in a virtual machine's host while the bench
@@ -99,7 +99,7 @@ double multiply_rate(const std::string& isa, int threads, double seconds) {
     if (!(seconds > 0)) throw BadInput("seconds is " + std::to_string(seconds) + ", it takes more than 0");
     const std::lock_guard lock(process().mutex);
     std::vector<double> done(workers * 8);
-    Team& team = process().team(workers, 1);
+    Team& team = process().team(workers);
     const auto start = Clock::now();
     team.run([&](int worker) {
         set.kernels->enter();

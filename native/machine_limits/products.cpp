@@ -137,7 +137,7 @@ Products::Timed Products::time(const Kernels& kernels, const Sizes& sizes, std::
     std::vector<std::uint64_t> bits(threads_ * 8);
 
     const std::lock_guard lock(process().mutex);
-    Team& team = process().team(threads_, 1);
+    Team& team = process().team(threads_);
     team.run([](int) {});  // the workers are awake
     const auto start = Clock::now();
     team.run([&](int worker) {

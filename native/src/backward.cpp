@@ -31,7 +31,7 @@ Costs Layer::State::backward_costs(const Routing& routing) const {
 void Layer::State::backward(const BackwardArguments& arguments) {
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
-    Team& team = shared.team(workers, config.parts);
+    Team& team = this->team();
     const Ticket ticket = arguments.ticket;
     const auto found = ticket == 0 ? find_newest(arguments.of_any_thread) : find_saved(ticket);
     if (found == saved.end())
@@ -46,40 +46,38 @@ void Layer::State::backward(const BackwardArguments& arguments) {
     Recording recording_of(recording, workers, config.lora_backward ? 4 : 3);
     Backward(*this, *found, arguments, recording_of.watch(0)).run(shared, team, recording_of);
     if (recording_of.on()) recorded = recording_of.finish(true, arguments.rows, backward_costs(found->routing));
-    shared.cache.give(std::move(found->block));
+    shared.cache.give(std::move(found->blocks));
     saved.erase(found);
     note_saved();
 }
 
-void Backward::carve(Carver& carver) {
+void Backward::carve(int p, Carver& carver) {
     const std::size_t R = routing_.rows, K = routing_.k_rows;
-    for (Part& part : parts_) {
-        carver.take(part.out, R * hidden_);
-        carver.take(part.out_rows, K);
-        take(carver, part.ob, R * rank_);
-        take(carver, part.ob_t, K * size_.rank_rows());
-        carver.take(part.g, R * inter_);
-        carver.take(part.u, R * inter_);
-        carver.take(part.h, R * inter_);
-        carver.take(part.g_rows, K);
-        carver.take(part.u_rows, K);
-        carver.take(part.h_rows, K);
-        carver.take(part.dot, R * dots_);
-        take(carver, part.xa, R * rank2_);
-        take(carver, part.xa_t, K * size_.rank2_rows());
-    }
-    carver.take(zeros_, std::max(hidden_, inter_));
-    carver.take(scratch_, layer_.workers * (scratch_size_ + kGradRows * kPanelCols));
-    carver.take(unpacked_, layer_.workers * unpacked_size());
-    sums_.carve(carver, layer_.workers);
-    carver.take(segments_, layer_.workers * segments_of_worker_);
+    Part& part = parts_[p];
+    carver.take(part.out, R * hidden_);
+    carver.take(part.out_rows, K);
+    take(carver, part.ob, R * rank_);
+    take(carver, part.ob_t, K * size_.rank_rows());
+    carver.take(part.g, R * inter_);
+    carver.take(part.u, R * inter_);
+    carver.take(part.h, R * inter_);
+    carver.take(part.g_rows, K);
+    carver.take(part.u_rows, K);
+    carver.take(part.h_rows, K);
+    carver.take(part.dot, R * dots_);
+    take(carver, part.xa, R * rank2_);
+    take(carver, part.xa_t, K * size_.rank2_rows());
+    if (p == 0) carver.take(zeros_, std::max(hidden_, inter_));
+    carver.take(part.scratch, layer_.workers_of(p) * (scratch_size_ + kGradRows * kPanelCols));
+    carver.take(part.unpacked, layer_.workers_of(p) * unpacked_size());
+    sums_.carve(p, carver, layer_.workers);
+    if (p == 0) carver.take(segments_, layer_.workers * segments_of_worker_);
 }
 
 void Backward::run(Process& shared, Team& team, Recording& recording) {
-    const auto arrays = [this](Carver& carver) { carve(carver); };
     std::vector<Block> blocks =
-        shared.cache.take({work_bytes()}, results_need(), "a backward of " + std::to_string(call_.rows) + " tokens");
-    cut(blocks[0], arrays);
+        shared.cache.take(work_sizes(), results_need(), "a backward of " + std::to_string(call_.rows) + " tokens");
+    layer_.cut_parts(blocks, [this](int p, Carver& carver) { carve(p, carver); });
     std::memset(zeros_, 0, std::max(hidden_, inter_) * sizeof(bf16));
     prepare_sums();
     prepare_rows_of_x();
@@ -93,8 +91,10 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         routings(1, team, token_chunks);
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
-        float* scratch = scratch_ + index * (scratch_size_ + kGradRows * kPanelCols);
-        Worker worker{index, scratch, scratch + scratch_size_, unpacked_ + index * unpacked_size(),
+        const Part& part = parts_[index % parts];
+        const int place = index / parts;
+        float* scratch = part.scratch + place * (scratch_size_ + kGradRows * kPanelCols);
+        Worker worker{index, scratch, scratch + scratch_size_, part.unpacked + place * unpacked_size(),
                       recording.watch(index)};
         kernels_.enter();
         gathering.work(index, [&](const Task& task) { gather(worker, task.part, routing_.kblock(task.row)); });
@@ -116,7 +116,7 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         worker.watch.stage_done();
     });
     if (active_ == 0 && T_ > 0) std::memset(call_.grad_input, 0, T_ * H_ * sizeof(bf16));
-    shared.cache.give(std::move(blocks[0]));
+    shared.cache.give(std::move(blocks));
 }
 
 // What the results take for the first time: grad_input, gradients in fresh pages, and sums of experts without one so far.

@@ -56,9 +56,9 @@ class Backward {
         : layer_(layer), kept_(kept), call_(arguments), caller_(caller) {}
     // Takes working buffers, computes, and returns them.
     void run(Process& shared, Team& team, Recording& recording);
-    // Bytes of the working buffers.
-    std::size_t work_bytes() {
-        return measured([this](Carver& carver) { carve(carver); });
+    // Of the working buffers: [part].
+    std::vector<BlockCache::Size> work_sizes() {
+        return layer_.measured_parts([this](int p, Carver& carver) { carve(p, carver); });
     }
 
   private:
@@ -78,6 +78,9 @@ class Backward {
         const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
         float* dot;                               // partial sums of dw: [dots][rows]
         Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
+        // of its workers: results and a transpose; base weights of a call of nn, where they are quantised
+        float* scratch;  // [worker][scratch_size_ + kGradRows * kPanelCols]
+        bf16* unpacked;  // [worker][unpacked_size()]
     };
     // The two destinations of a small activation of a k-block: rows [row][ld] from column `first` on, and its transpose,
     // of which the first `rows` rows are stored.
@@ -109,7 +112,7 @@ class Backward {
         std::size_t col, width, stride;
     };
 
-    void carve(Carver& carver);
+    void carve(int p, Carver& carver);
     Need results_need() const;
     std::size_t scratch_size() const;
     std::size_t unpacked_size() const;
@@ -172,8 +175,6 @@ class Backward {
 
     std::vector<Part> parts_ = std::vector<Part>(config_.parts);
     bf16* zeros_ = nullptr;
-    float* scratch_ = nullptr;
-    bf16* unpacked_ = nullptr;  // base weights of a call of nn, where they are quantised: [worker][unpacked_size()]
     // [worker][segments_of_worker_]. Workers allocate nothing, because no caller could catch what an allocation throws.
     NnSegment* segments_ = nullptr;
     const std::size_t segments_of_worker_ = whole_lines<NnSegment>(2 * config_.parts);

@@ -27,13 +27,13 @@ class ExpertSums {
           width_(width),
           tokens_(tokens),
           out_(out) {}
-    // Takes the strips, and pointers for each of `workers`: workers allocate nothing, because no caller could catch what
-    // an allocation throws.
-    void carve(Carver& carver, int workers) {
-        carver.take(sums_, parts_ * strips_ * tokens_ * width_);
-        carver.take(pointers_, workers * pointers_of_worker_);
+    // Takes the strips of a part, and with those of part 0 pointers for each of `workers`: workers allocate nothing, because
+    // no caller could catch what an allocation throws.
+    void carve(int part, Carver& carver, int workers) {
+        carver.take(sums_[part], strips_ * tokens_ * width_);
+        if (part == 0) carver.take(pointers_, workers * pointers_of_worker_);
     }
-    float* strip(int part, int column) const { return sums_ + (part * strips_ + column) * tokens_ * width_; }
+    float* strip(int part, int column) const { return sums_[part] + column * tokens_ * width_; }
     // Waits until the earlier experts have added to the task's strip, and clears it for the first one.
     void begin(const Task& task, Watch& watch) {
         turns_.wait(task);
@@ -58,7 +58,7 @@ class ExpertSums {
     const int parts_, experts_, columns_, width_, strips_ = (columns_ + width_ - 1) / width_;
     const std::size_t tokens_;
     bf16* const out_;
-    float* sums_ = nullptr;
+    std::vector<float*> sums_ = std::vector<float*>(parts_);
     const float** pointers_ = nullptr;  // [worker][pointers_of_worker_], of the parts
     const std::size_t pointers_of_worker_ = whole_lines<const float*>(parts_);
     Turns turns_{parts_, strips_};

@@ -44,7 +44,7 @@ Ticket Layer::State::forward(const ForwardArguments& given, const std::vector<st
     std::shared_ptr<const void> finished;  // dropped after the lock
     Process& shared = process();
     const std::lock_guard lock(shared.mutex);
-    Team& team = shared.team(workers, config.parts);
+    Team& team = this->team();
     if (arguments.room > 0) {
         arguments.save = arguments.save && static_cast<int>(saved.size()) < arguments.room;
     } else if (arguments.save && static_cast<int>(saved.size()) >= config.max_cache_depth) {
@@ -72,45 +72,44 @@ Ticket Layer::State::forward(const ForwardArguments& given, const std::vector<st
     return last_ticket;
 }
 
-void Forward::carve_work(Carver& carver) {
-    for (Part& part : parts_) {
-        carver.take(part.x_pack, groups_ * x_stride_);
-        take(carver, part.gate_xa, groups_ * r_stride_);
-        take(carver, part.up_xa, groups_ * r_stride_);
-        carver.take(part.h_pack, groups_ * h_stride_);
-        take(carver, part.ha, groups_ * r_stride_);
-    }
-    carver.take(scratch_, layer_.workers * scratch_size_);
-    carver.take(unpacked_, layer_.workers * unpacked_size());
-    sums_.carve(carver, layer_.workers);
+void Forward::carve_work(int p, Carver& carver) {
+    Part& part = parts_[p];
+    carver.take(part.x_pack, groups_ * x_stride_);
+    take(carver, part.gate_xa, groups_ * r_stride_);
+    take(carver, part.up_xa, groups_ * r_stride_);
+    carver.take(part.h_pack, groups_ * h_stride_);
+    take(carver, part.ha, groups_ * r_stride_);
+    carver.take(part.scratch, layer_.workers_of(p) * scratch_size_);
+    carver.take(part.unpacked, layer_.workers_of(p) * unpacked_size());
+    sums_.carve(p, carver, layer_.workers);
 }
 
-void Forward::carve_kept(Carver& carver) {
+void Forward::carve_kept(int p, Carver& carver) {
     const std::size_t R = routing_.rows, K = routing_.k_rows;
-    carver.take(kept_.x, (T_ + 1) * size_.hidden_ld());
-    take(carver, kept_.xa_t, K * 2 * size_.rank_rows());
-    for (Saved::Part& part : kept_.parts) {
-        carver.take(part.g, R * size_.inter_ld());
-        carver.take(part.u, R * size_.inter_ld());
-        take(carver, part.ha_t, K * size_.rank_rows());
+    if (p == 0) {
+        carver.take(kept_.x, (T_ + 1) * size_.hidden_ld());
+        take(carver, kept_.xa_t, K * 2 * size_.rank_rows());
     }
+    Saved::Part& part = kept_.parts[p];
+    carver.take(part.g, R * size_.inter_ld());
+    carver.take(part.u, R * size_.inter_ld());
+    take(carver, part.ha_t, K * size_.rank_rows());
 }
 
 void Forward::run(Process& shared, Team& team, Recording& recording) {
-    const auto work = [this](Carver& carver) { carve_work(carver); };
-    const auto kept = [this](Carver& carver) { carve_kept(carver); };
     const std::vector<int> wanted = new_experts();
     Need need = layer_.packing_need(wanted.size());
     need.touched += T_ * size_.H * sizeof(bf16);  // the output
     std::string what = (call_.save ? "a saved forward of " : "a forward of ") + std::to_string(call_.rows) + " tokens";
     if (!wanted.empty()) what += " that packs " + std::to_string(wanted.size()) + " experts";
-    std::vector<std::size_t> sizes{work_bytes()};
-    if (call_.save) sizes.push_back(kept_bytes());
+    std::vector<BlockCache::Size> sizes = work_sizes();
+    if (call_.save) std::ranges::copy(kept_sizes(), std::back_inserter(sizes));
     std::vector<Block> blocks = shared.cache.take(sizes, need, what);
-    cut(blocks[0], work);
+    layer_.cut_parts(blocks, [this](int p, Carver& carver) { carve_work(p, carver); });
     if (call_.save) {
-        kept_.block = std::move(blocks[1]);
-        cut(kept_.block, kept);
+        std::move(blocks.begin() + config_.parts, blocks.end(), std::back_inserter(kept_.blocks));
+        blocks.resize(config_.parts);
+        layer_.cut_parts(kept_.blocks, [this](int p, Carver& carver) { carve_kept(p, carver); });
     }
     caller_.lap(Phase::allocation);
     layer_.pack_experts(team, wanted);
@@ -122,7 +121,9 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
         downing(parts, team, active_, (size_.hb + down_strips_ - 1) / down_strips_);
     caller_.lap(Phase::allocation);
     team.run([&](int index) {
-        Worker worker{index, scratch_ + index * scratch_size_, unpacked_ + index * unpacked_size(),
+        const Part& part = parts_[index % parts];
+        const int place = index / parts;
+        Worker worker{index, part.scratch + place * scratch_size_, part.unpacked + place * unpacked_size(),
                       recording.watch(index)};
         kernels_.enter();
         packing.work(index, [&](const Task& task) { pack(worker, task.part, routing_.kblock(task.row)); });
@@ -138,7 +139,7 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
         worker.watch.stage_done();
     });
     if (active_ == 0 && T_ > 0) std::memset(call_.output, 0, T_ * size_.H * sizeof(bf16));
-    shared.cache.give(std::move(blocks[0]));
+    shared.cache.give(std::move(blocks));
 }
 
 // The experts of this call that are not packed yet.

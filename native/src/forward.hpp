@@ -23,12 +23,12 @@ class Forward {
         : layer_(layer), kept_(kept), call_(arguments), caller_(caller) {}
     // Takes working buffers, packs experts that get their first token, computes, and returns the buffers.
     void run(Process& shared, Team& team, Recording& recording);
-    // Bytes of the working buffers, and of what is saved for backward.
-    std::size_t work_bytes() {
-        return measured([this](Carver& carver) { carve_work(carver); });
+    // Of the working buffers, and of what is saved for backward: [part].
+    std::vector<BlockCache::Size> work_sizes() {
+        return layer_.measured_parts([this](int p, Carver& carver) { carve_work(p, carver); });
     }
-    std::size_t kept_bytes() {
-        return measured([this](Carver& carver) { carve_kept(carver); });
+    std::vector<BlockCache::Size> kept_sizes() {
+        return layer_.measured_parts([this](int p, Carver& carver) { carve_kept(p, carver); });
     }
 
   private:
@@ -44,10 +44,12 @@ class Forward {
         Pair gate_xa, up_xa;  // s x Aᵀ: [group][rb]
         bf16* h_pack;         // [group][ib]
         Pair ha;              // s h Adᵀ: [group][rb]
+        float* scratch;       // of its workers: [worker][scratch_size_]
+        bf16* unpacked;       // base weights of a call of nt, where they are quantised: [worker][unpacked_size()]
     };
 
-    void carve_work(Carver& carver);
-    void carve_kept(Carver& carver);
+    void carve_work(int p, Carver& carver);
+    void carve_kept(int p, Carver& carver);
     std::vector<int> new_experts() const;
 
     void keep_rows(Worker& worker, int first_group);
@@ -119,8 +121,6 @@ class Forward {
     const std::size_t scratch_size_ = scratch_size();
 
     std::vector<Part> parts_ = std::vector<Part>(config_.parts);
-    float* scratch_ = nullptr;
-    bf16* unpacked_ = nullptr;  // base weights of a call of nt, where they are quantised: [worker][unpacked_size()]
     // Of the output, in the columns of a task.
     ExpertSums sums_{kernels_, config_.parts, active_, call_.rows, size_.H, down_strips_ * kBlock, call_.output};
 };

@@ -1,6 +1,8 @@
 // The layer's public calls: their argument checks, and the calls into State.
 #include "ktv/layer.hpp"
 
+#include <numeric>
+
 #include "backward.hpp"
 #include "forward.hpp"
 #include "instruction_sets.hpp"
@@ -27,13 +29,19 @@ const LayerConfig& checked(const LayerConfig& c) {
     return c;
 }
 
+std::size_t sum_of(const std::vector<BlockCache::Size>& sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), std::size_t{0},
+                           [](std::size_t sum, const BlockCache::Size& size) { return sum + size.bytes; });
+}
+
 }  // namespace
 
 Layer::State::State(const LayerConfig& c)
     : config(checked(c)),
       size(sizes_of(c)),
       kernels(instruction_set(c.isa).kernels_here()),
-      workers(std::max(1, std::min(c.threads, allowed_processors()))),
+      homes(homes_of_parts(c.parts, c.numa_nodes)),
+      workers(workers_that_fit(std::max(1, std::min(c.threads, allowed_processors())), homes)),
       experts(c.parts) {
     for (auto& part : experts) part.resize(c.num_experts);
 }
@@ -105,12 +113,11 @@ bool Layer::unpack(int expert, bf16* gate, bf16* up, bf16* down) const {
 
 void Layer::update_lora(const LoraPointers& lora) {
     State& s = *state_;
-    Process& shared = process();
-    const std::lock_guard lock(shared.mutex);
+    const std::lock_guard lock(process().mutex);
     if (s.lora && s.lora->fp32 != lora.fp32 && !s.saved.empty())
         throw BadState("init_lora_weights with another dtype while " + std::to_string(s.saved.size()) +
                        " saved forwards wait for their backward: call backward first");
-    s.pack_lora(shared.team(s.workers, s.config.parts), lora);
+    s.pack_lora(s.team(), lora);
     s.grad_sums = Block();
     s.lora_fp32 = lora.fp32;
     s.lora_loaded = true;
@@ -139,7 +146,7 @@ void Layer::drop(Ticket ticket) {
     const std::lock_guard lock(shared.mutex);
     const auto found = s.find_saved(ticket);
     if (found == s.saved.end()) return;
-    shared.cache.give(std::move(found->block));
+    shared.cache.give(std::move(found->blocks));
     s.saved.erase(found);
     s.note_saved();
 }
@@ -161,9 +168,8 @@ std::vector<std::uint64_t> Layer::fingerprint(const std::vector<MemorySpan>& mem
         for (std::size_t i = 0; i < pieces.size(); ++i) read(i);
         return found;
     }
-    Process& shared = process();
-    const std::lock_guard lock(shared.mutex);
-    Team& team = shared.team(s.workers, s.config.parts);
+    const std::lock_guard lock(process().mutex);
+    Team& team = s.team();
     TaskQueue queue(1, team, static_cast<int>(pieces.size()));
     team.run([&](int worker) { queue.work(worker, [&](const Task& task) { read(task.row); }); });
     return found;
@@ -178,6 +184,29 @@ void Layer::record_stages(bool on) {
 StageTimes Layer::stage_times() const {
     const std::lock_guard lock(process().mutex);
     return state_->recorded;
+}
+
+std::vector<PartPlacement> Layer::placement() const {
+    const State& s = *state_;
+    const std::lock_guard lock(process().mutex);
+    std::vector<PartPlacement> found(s.config.parts);
+    std::vector<std::vector<int>> cpus(s.workers);
+    s.team().run([&](int worker) { cpus[worker] = processors_of_this_thread(); });
+    for (int worker = 0; worker < s.workers; ++worker) found[worker % s.config.parts].workers.push_back(cpus[worker]);
+    for (int p = 0; p < s.config.parts; ++p) {
+        PartPlacement& part = found[p];
+        part.nodes = nodes_in(s.homes[p].nodes);
+        const auto count = [&part](const Block& block, std::map<int, std::size_t>& pages) {
+            if (const int error = count_pages(block.data(), block.size(), pages)) part.error = error;
+        };
+        for (const PackedExpert& expert : s.experts[p]) count(expert.block, part.weights);
+        if (s.lora) count(s.lora->blocks[p], part.lora);
+        for (const Saved& saved : s.saved) count(saved.blocks[p], part.saved);
+        for (const Block& block : process().cache.unused()) {
+            if (block.nodes() == s.homes[p].nodes) count(block, part.buffers);
+        }
+    }
+    return found;
 }
 
 int Layer::saved_forwards() const {
@@ -205,7 +234,7 @@ MemoryUse memory_use(const LayerConfig& config, const WeightFormat& format, bool
     LoraPack lora = layer.empty_lora(lora_fp32);
     MemoryUse found;
     found.expert = config.parts * layer.expert_bytes();
-    found.lora = measured([&](Carver& carver) { layer.carve_lora(lora, carver); });
+    found.lora = sum_of(layer.measured_parts([&](int p, Carver& carver) { layer.carve_lora(lora, p, carver); }));
 
     Saved kept;
     kept.lora = std::make_shared<LoraPack>(std::move(lora));
@@ -215,7 +244,7 @@ MemoryUse memory_use(const LayerConfig& config, const WeightFormat& format, bool
     Recording off(false, 1, 1);
     const ForwardArguments ahead{.rows = rows, .x = {}, .ids = {}, .weights = {}, .output = {}, .save = true};
     Forward forward(layer, kept, ahead, off.watch(0));
-    found.saved = forward.kept_bytes();
+    found.saved = sum_of(forward.kept_sizes());
     const BackwardArguments back{.rows = rows,
                                  .grad_output = {},
                                  .grad_input = {},
@@ -223,7 +252,8 @@ MemoryUse memory_use(const LayerConfig& config, const WeightFormat& format, bool
                                  .grads_zero = true,
                                  .grad_weights = {},
                                  .accumulate = false};
-    found.working = std::max(forward.work_bytes(), Backward(layer, kept, back, off.watch(0)).work_bytes());
+    found.working =
+        std::max(sum_of(forward.work_sizes()), sum_of(Backward(layer, kept, back, off.watch(0)).work_sizes()));
     return found;
 }
 

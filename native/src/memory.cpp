@@ -176,6 +176,10 @@ void read_system_below(const std::string& root) {
     system_root = root.ends_with('/') ? root : root + "/";
 }
 
+const std::string& system_below() {
+    return system_root;
+}
+
 void release_pages(const void* first, std::size_t bytes) {
     const std::size_t page = page_size();
     const auto begin = (reinterpret_cast<std::uintptr_t>(first) + page - 1) / page * page,
@@ -189,7 +193,7 @@ std::size_t Block::footprint(std::size_t bytes) {
     return (bytes + page - 1) / page * page + (is_huge(bytes) ? kHuge : 0);
 }
 
-Block::Block(std::size_t bytes) : size_(bytes) {
+Block::Block(std::size_t bytes, NodeMask nodes) : size_(bytes), nodes_(nodes) {
     if (bytes == 0) return;
     const std::size_t size = footprint(bytes);
     void* const mapped =
@@ -205,13 +209,14 @@ Block::Block(std::size_t bytes) : size_(bytes) {
         (void)madvise(reinterpret_cast<void*>(address), bytes, MADV_HUGEPAGE);
     }
     data_ = reinterpret_cast<std::byte*>(address);
+    if (nodes != 0) (void)prefer_nodes(data_, bytes, nodes);
 }
 
 void Block::Unmap::operator()(void* mapped) const {
     munmap(mapped, bytes);
 }
 
-std::vector<Block> BlockCache::take(const std::vector<std::size_t>& sizes, Need need, const std::string& what) {
+std::vector<Block> BlockCache::take(const std::vector<Size>& sizes, Need need, const std::string& what) {
     // Below this, pages in older mappings are not worth reading what is free.
     constexpr std::size_t kFew = std::size_t{16} << 20;
     std::vector<Block> blocks(sizes.size());
@@ -219,10 +224,11 @@ std::vector<Block> BlockCache::take(const std::vector<std::size_t>& sizes, Need 
     for (std::size_t i = 0; i < sizes.size(); ++i) {
         auto best = free_.end();
         for (auto it = free_.begin(); it != free_.end(); ++it) {
-            if (it->size() >= sizes[i] && (best == free_.end() || it->size() < best->size())) best = it;
+            const bool fits = it->size() >= sizes[i].bytes && it->nodes() == sizes[i].nodes;
+            if (fits && (best == free_.end() || it->size() < best->size())) best = it;
         }
         if (best == free_.end()) {
-            need.add_block(sizes[i]);
+            need.add_block(sizes[i].bytes);
             fit = false;
         } else {
             blocks[i] = std::move(*best);
@@ -239,13 +245,15 @@ std::vector<Block> BlockCache::take(const std::vector<std::size_t>& sizes, Need 
         require_memory(need, what);
     }
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-        if (!blocks[i]) blocks[i] = Block(sizes[i]);
+        if (!blocks[i]) blocks[i] = Block(sizes[i].bytes, sizes[i].nodes);
     }
     return blocks;
 }
 
-void BlockCache::give(Block block) {
-    if (block) free_.push_back(std::move(block));
+void BlockCache::give(std::vector<Block> blocks) {
+    for (Block& block : blocks) {
+        if (block) free_.push_back(std::move(block));
+    }
 }
 
 }  // namespace ktv

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "numa.hpp"
+
 namespace ktv {
 
 inline constexpr std::size_t kHuge = std::size_t{2} << 20;  // a huge page of x86-64, bytes
@@ -30,20 +32,24 @@ bool is_available(const Need& need);
 void require_memory(const Need& need, const std::string& what);
 // Reads proc/ and sys/ below this folder instead of "/", for tests. No other thread may use memory meanwhile.
 void read_system_below(const std::string& root);
+// That folder, with a "/" at its end.
+const std::string& system_below();
 
 // Releases the whole pages inside [first, first + bytes). The next read finds the file's content where a file is mapped
 // that was not written, and zeros anywhere else.
 void release_pages(const void* first, std::size_t bytes);
 
-// An mmap'd block, 2 MiB aligned when it is large. Pages cost nothing until they are touched.
+// An mmap'd block, 2 MiB aligned when it is large. Pages cost nothing until they are touched; then they come from `nodes`,
+// where the kernel permits it (prefer_nodes).
 class Block {
   public:
     Block() = default;
-    explicit Block(std::size_t bytes);
+    explicit Block(std::size_t bytes, NodeMask nodes = 0);
     // Address space that a block of `bytes` takes.
     static std::size_t footprint(std::size_t bytes);
     std::byte* data() const { return data_; }
     std::size_t size() const { return size_; }
+    NodeMask nodes() const { return nodes_; }
     explicit operator bool() const { return mapped_ != nullptr; }  // false after a move
 
   private:
@@ -53,6 +59,7 @@ class Block {
     };
     std::byte* data_ = nullptr;
     std::size_t size_ = 0;
+    NodeMask nodes_ = 0;
     std::unique_ptr<void, Unmap> mapped_;
 };
 
@@ -94,15 +101,20 @@ void cut(const Block& block, const Carve& carve) {
     carve(carver);
 }
 
-// Blocks that are reused from call to call: the smallest that fits is handed out again.
+// Blocks that are reused from call to call: the smallest of the same nodes that fits is handed out again.
 class BlockCache {
   public:
     // on_shortage: frees what memory the process can spare.
     explicit BlockCache(std::function<void()> on_shortage) : on_shortage_(std::move(on_shortage)) {}
+    struct Size {
+        std::size_t bytes;
+        NodeMask nodes = 0;
+    };
     // Blocks of these sizes. OutOfMemory unless they fit together with `need`, which is all that the call takes besides.
-    std::vector<Block> take(const std::vector<std::size_t>& sizes, Need need, const std::string& what);
-    void give(Block block);
+    std::vector<Block> take(const std::vector<Size>& sizes, Need need, const std::string& what);
+    void give(std::vector<Block> blocks);
     void clear() { free_.clear(); }
+    const std::vector<Block>& unused() const { return free_; }
 
   private:
     std::function<void()> on_shortage_;

@@ -114,10 +114,10 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
     }
     // Allocates all memory first: an expert with a block counts as packed, so no failure may leave one unfinished.
     std::vector<std::vector<PackedExpert>> made(config.parts);
-    for (auto& part : made) {
-        part.resize(wanted.size());
-        for (PackedExpert& expert : part) {
-            expert.block = Block(expert_bytes());
+    for (int p = 0; p < config.parts; ++p) {
+        made[p].resize(wanted.size());
+        for (PackedExpert& expert : made[p]) {
+            expert.block = Block(expert_bytes(), homes[p].nodes);
             Carver carver(expert.block.data());
             if (format.quantised()) {
                 carve_codes(carver, expert);
@@ -181,20 +181,20 @@ LoraPack Layer::State::empty_lora(bool fp32) const {
     return pack;
 }
 
-void Layer::State::carve_lora(LoraPack& pack, Carver& carver) const {
+void Layer::State::carve_lora(LoraPack& pack, int p, Carver& carver) const {
     const std::size_t E = config.num_experts;
     const LoraStrides strides = lora_strides();
     const auto take = [&](Pair& pair, std::size_t count) {
         carver.take(pair.hi, E * count);
         if (pack.fp32) carver.take(pair.lo, E * count);
     };
-    take(pack.gate_up_a, strides.gate_up_a);
-    take(pack.down_b, strides.down_b);
-    for (int p = 0; p < config.parts; ++p) {
-        take(pack.gate_b[p], strides.gate_b);
-        take(pack.up_b[p], strides.gate_b);
-        take(pack.down_a[p], strides.down_a);
+    if (p == 0) {
+        take(pack.gate_up_a, strides.gate_up_a);
+        take(pack.down_b, strides.down_b);
     }
+    take(pack.gate_b[p], strides.gate_b);
+    take(pack.up_b[p], strides.gate_b);
+    take(pack.down_a[p], strides.down_a);
 }
 
 void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
@@ -204,29 +204,31 @@ void Layer::State::pack_lora(Team& team, const LoraPointers& from) {
     std::shared_ptr<LoraPack> to = lora;
     if (!to || to.use_count() > 2 || to->fp32 != from.fp32) {
         to = std::make_shared<LoraPack>(empty_lora(from.fp32));
-        const auto arrays = [&](Carver& carver) { carve_lora(*to, carver); };
-        const std::size_t bytes = measured(arrays);
+        const auto arrays = [&](int p, Carver& carver) { carve_lora(*to, p, carver); };
+        const std::vector<BlockCache::Size> sizes = measured_parts(arrays);
         Need need;
-        need.add_block(bytes);
+        for (const BlockCache::Size& size : sizes) need.add_block(size.bytes);
         require_memory(need, "the snapshot of the LoRA weights");
-        to->block = Block(bytes);  // fresh pages are zero, and padding is never written
-        cut(to->block, arrays);
+        // fresh pages are zero, and padding is never written
+        for (const BlockCache::Size& size : sizes) to->blocks.emplace_back(size.bytes, size.nodes);
+        cut_parts(to->blocks, arrays);
     }
     const std::size_t H = size.H, I = size.I, r = size.r, all_I = I * config.parts;
     const bool fp32 = from.fp32, twice = size.side_by_side();
-    TaskQueue queue(1, team, config.num_experts);
+    TaskQueue queue(config.parts, team, config.num_experts);
     team.run([&](int worker) {
         queue.work(worker, [&](const Task& task) {
-            const std::size_t e = task.row;
-            put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
-            put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, at(to->gate_up_a, e * a));
-            put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db), twice);
-            for (int p = 0; p < config.parts; ++p) {
-                const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
-                put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->gate_b[p], e * b), twice);
-                put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->up_b[p], e * b), twice);
-                put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, at(to->down_a[p], e * da));
+            const std::size_t e = task.row, p = task.part;
+            if (p == 0) {
+                put_matrix({from.gate_a, fp32}, e * r * H, H, size.r, size.H, 0, size.hb, at(to->gate_up_a, e * a));
+                put_matrix({from.up_a, fp32}, e * r * H, H, size.r, size.H, size.r, size.hb, at(to->gate_up_a, e * a));
+                put_matrix({from.down_b, fp32}, e * H * r, r, size.H, size.r, 0, size.rb, at(to->down_b, e * db),
+                           twice);
             }
+            const std::size_t rows = (e * all_I + p * I) * r, cols = e * r * all_I + p * I;
+            put_matrix({from.gate_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->gate_b[p], e * b), twice);
+            put_matrix({from.up_b, fp32}, rows, r, size.I, size.r, 0, size.rb, at(to->up_b[p], e * b), twice);
+            put_matrix({from.down_a, fp32}, cols, all_I, size.r, size.I, 0, size.ib, at(to->down_a[p], e * da));
         });
     });
     lora = std::move(to);

@@ -76,9 +76,9 @@ void Process::release() {
     ceiling = {};
 }
 
-Team& Process::team(int workers, int parts) {
-    auto& slot = teams[{workers, parts}];
-    if (!slot) slot = std::make_unique<Team>(workers, parts);
+Team& Process::team(int workers, const std::vector<Home>& homes) {
+    auto& slot = teams[{workers, homes}];
+    if (!slot) slot = std::make_unique<Team>(workers, homes);
     return *slot;
 }
 

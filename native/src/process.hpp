@@ -40,7 +40,7 @@ class GradientMemory {
 
 struct Process {
     std::mutex mutex;  // held while a layer computes, packs or allocates
-    std::map<std::pair<int, int>, std::unique_ptr<Team>> teams;
+    std::map<std::pair<int, std::vector<Home>>, std::unique_ptr<Team>> teams;  // by workers and homes
     GradientMemory gradients;
     // The memory that read_rate reads: `share` bytes for each of `workers`.
     struct Ceiling {
@@ -53,7 +53,7 @@ struct Process {
         ceiling = Ceiling{};
     }};
 
-    Team& team(int workers, int parts);
+    Team& team(int workers, const std::vector<Home>& homes = std::vector<Home>(1));
     // Frees all memory that no call and no tensor uses.
     void release();
 };

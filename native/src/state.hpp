@@ -6,6 +6,7 @@
 #include <iterator>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "kernels/kernels.hpp"
@@ -116,7 +117,7 @@ struct PackedExpert {
 // LoRA of all experts as weight blocks, each with its second bf16 (lo) when the parameters are fp32. Per expert:
 // gate_up_a [ab][hb] (the rows of gate_a, then those of up_a), gate_b, up_b [ib][rb], down_a [rb][ib], down_b [hb][rb].
 struct LoraPack {
-    Block block;
+    std::vector<Block> blocks;               // [part]; what all parts share is in the first
     bool fp32 = false;                       // the parameters' dtype
     Pair gate_up_a, down_b;                  // the same for every part
     std::vector<Pair> gate_b, up_b, down_a;  // [part]
@@ -128,9 +129,9 @@ struct Saved {
     std::uint64_t thread = 0;  // that made it: this_thread()
     Routing routing;
     std::shared_ptr<const LoraPack> lora;  // the snapshot that it used
-    Block block;
-    bf16* x = nullptr;  // [T + 1][hidden_ld], the last row zero
-    Pair xa_t;          // (s x Aᵀ)ᵀ: per expert [2][rank_rows][tokens], gate then up
+    std::vector<Block> blocks;             // [part]; what all parts share is in the first
+    bf16* x = nullptr;                     // [T + 1][hidden_ld], the last row zero
+    Pair xa_t;                             // (s x Aᵀ)ᵀ: per expert [2][rank_rows][tokens], gate then up
     struct Part {
         float* g = nullptr;  // [rows][inter_ld]
         float* u = nullptr;
@@ -169,6 +170,7 @@ struct Layer::State {
     LayerConfig config;
     Sizes size;
     const Kernels& kernels;
+    const std::vector<Home> homes;  // [part]
     int workers;
 
     // Atomic, like the counts below, because readers that must not wait for a computation read them without the lock.
@@ -205,6 +207,21 @@ struct Layer::State {
     Costs backward_costs(const Routing& routing) const;
 
     int workers_of_part() const { return std::max(1, workers / config.parts); }
+    // Those of one part; none where there are fewer workers than parts.
+    int workers_of(int part) const { return std::max(0, (workers - part + config.parts - 1) / config.parts); }
+    Team& team() const { return process().team(workers, homes); }
+    // carve(part, Carver&) lists a part's arrays: the sizes of the parts' blocks, and their cut.
+    template <typename Carve>
+    std::vector<BlockCache::Size> measured_parts(const Carve& carve) const {
+        std::vector<BlockCache::Size> sizes;
+        for (int p = 0; p < config.parts; ++p)
+            sizes.push_back({measured([&](Carver& carver) { carve(p, carver); }), homes[p].nodes});
+        return sizes;
+    }
+    template <typename Carve>
+    void cut_parts(std::span<const Block> blocks, const Carve& carve) const {
+        for (int p = 0; p < config.parts; ++p) cut(blocks[p], [&](Carver& carver) { carve(p, carver); });
+    }
     int terms() const { return lora->fp32 ? 2 : 1; }
     std::size_t expert_bytes() const;  // packed, of one part
     std::size_t source_bytes() const { return format.bytes(3 * wide(config.hidden) * config.intermediate); }
@@ -233,7 +250,7 @@ struct Layer::State {
     void pack_experts(Team& team, const std::vector<int>& wanted);
     bool unpack(int expert, bf16* gate_to, bf16* up_to, bf16* down_to) const;
     LoraPack empty_lora(bool fp32) const;
-    void carve_lora(LoraPack& pack, Carver& carver) const;
+    void carve_lora(LoraPack& pack, int part, Carver& carver) const;
     void pack_lora(Team& team, const LoraPointers& lora);
     // ids: the layer's own copy, checked.
     Ticket forward(const ForwardArguments& arguments, const std::vector<std::int64_t>& ids);

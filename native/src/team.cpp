@@ -3,8 +3,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <fstream>
-#include <sstream>
 #include <system_error>
 
 #include "ktv/errors.hpp"
@@ -40,43 +38,16 @@ int allowed_processors() {
     return std::max(1, CPU_COUNT(&set));
 }
 
-std::vector<int> parse_cpu_list(const std::string& text) {
-    std::vector<int> cpus;
-    std::istringstream ranges(text);
-    for (std::string range; std::getline(ranges, range, ',');) {
-        int first = 0, last = 0;
-        char dash = 0;
-        std::istringstream numbers(range);
-        if (!(numbers >> first)) continue;
-        if (!(numbers >> dash >> last)) last = first;
-        for (int cpu = first; cpu <= last; ++cpu) cpus.push_back(cpu);
+Team::Team(int workers, std::vector<Home> homes)
+    : workers_(workers), homes_(std::move(homes)), elsewhere_(homes_.front().nodes != 0) {
+    const auto parts = static_cast<int>(homes_.size());
+    for (int part = workers; part < parts; ++part) {
+        const auto of_its_home = [&](const Home& home) { return home.nodes == homes_[part].nodes; };
+        if (std::none_of(homes_.begin(), homes_.begin() + workers, of_its_home)) help_everywhere_ = true;
     }
-    return cpus;
-}
-
-std::vector<std::vector<int>> numa_nodes() {
-    cpu_set_t allowed;
-    CPU_ZERO(&allowed);
-    std::vector<std::vector<int>> nodes;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return nodes;
-    constexpr int most = 64;
-    for (int node = 0; node < most; ++node) {
-        std::ifstream file("/sys/devices/system/node/node" + std::to_string(node) + "/cpulist");
-        std::string text;
-        if (!std::getline(file, text)) continue;
-        std::vector<int> cpus = parse_cpu_list(text);
-        std::erase_if(cpus, [&](int cpu) { return cpu >= CPU_SETSIZE || !CPU_ISSET(cpu, &allowed); });
-        if (!cpus.empty()) nodes.push_back(std::move(cpus));
-    }
-    return nodes;
-}
-
-Team::Team(int workers, int parts) : workers_(workers) {
-    const auto nodes = numa_nodes();
-    const bool pin = nodes.size() > 1 && parts > 1;
-    helps_ = !pin || workers < parts;
-    threads_.reserve(workers - 1);
-    for (int worker = 1; worker < workers; ++worker) {
+    const int first = elsewhere_ ? 0 : 1;
+    threads_.reserve(workers);
+    for (int worker = first; worker < workers; ++worker) {
         try {
             threads_.emplace_back([this, worker] { serve(worker); });
         } catch (const std::system_error& error) {
@@ -84,10 +55,11 @@ Team::Team(int workers, int parts) : workers_(workers) {
             throw BadState("worker " + std::to_string(worker) + " of " + std::to_string(workers) +
                            " could not be started (" + error.what() + "); lower cpuinfer_threads or raise the limit");
         }
-        if (!pin) continue;
+        const Home& home = homes_[worker % parts];
+        if (home.nodes == 0) continue;
         cpu_set_t set;
         CPU_ZERO(&set);
-        for (const int cpu : nodes[(worker % parts) % nodes.size()]) CPU_SET(cpu, &set);
+        for (const int cpu : home.cpus) CPU_SET(cpu, &set);
         // If the kernel refuses, the worker may run on any processor: slower, with the same results.
         (void)pthread_setaffinity_np(threads_.back().native_handle(), sizeof set, &set);
     }
@@ -111,16 +83,24 @@ void Team::serve(int worker) {
         if (stop_.load(std::memory_order_relaxed)) return;
         (*body_)(worker);
         barrier();
+        if (worker > 0 || !elsewhere_) continue;
+        done_.store(seen, std::memory_order_release);
+        done_.notify_one();
     }
 }
 
 void Team::run(const std::function<void(int)>& body) {
-    if (workers_ == 1) return body(0);
+    if (workers_ == 1 && !elsewhere_) return body(0);
     body_ = &body;
-    epoch_.fetch_add(1, std::memory_order_release);
+    const int before = epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();
-    body(0);
-    barrier();
+    if (elsewhere_) {
+        // Without spinning: the processor may be one that a worker needs.
+        while (done_.load(std::memory_order_acquire) == before) done_.wait(before, std::memory_order_acquire);
+    } else {
+        body(0);
+        barrier();
+    }
 }
 
 void Team::barrier() {

@@ -12,29 +12,28 @@
 #include <thread>
 #include <vector>
 
+#include "numa.hpp"
+
 namespace ktv {
 
 // Number of processors that this process may run on.
 int allowed_processors();
-// Their numbers, for each NUMA node in the order of the nodes; nodes without any are omitted.
-std::vector<std::vector<int>> numa_nodes();
-// Parses a list as the kernel writes it: "0-3,8,10-11".
-std::vector<int> parse_cpu_list(const std::string& text);
 
 class Team {
   public:
-    // `workers` threads, including the caller of run(); worker w belongs to part w % parts. With several NUMA nodes and
-    // parts, the workers of part p stay on node p % nodes. The caller's thread is not pinned, because the engine does not
-    // own it.
-    Team(int workers, int parts);
+    // Worker w belongs to part w % parts, and stays on the processors of the part's home. Worker 0 is the caller of run(),
+    // or, where the parts have homes, a thread of its own: the engine may not pin a thread that it does not own.
+    Team(int workers, std::vector<Home> homes);
     ~Team();
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
 
     int workers() const { return workers_; }
-    // Whether a worker without tasks may take those of another part. Not across NUMA nodes, unless a part has no worker
-    // of its own.
-    bool helps() const { return helps_; }
+    // Whether a worker without tasks may take those of a part. Only of parts with the same home, unless a home has no
+    // worker.
+    bool helps(int worker, int part) const {
+        return help_everywhere_ || homes_[worker % homes_.size()].nodes == homes_[part].nodes;
+    }
     // Calls body(worker) on every worker and returns when all calls have returned. body must not throw.
     void run(const std::function<void(int)>& body);
     // Only inside run(), by every worker.
@@ -44,13 +43,16 @@ class Team {
     void serve(int worker);
     void dismiss();
     int workers_;
-    bool helps_ = true;
+    std::vector<Home> homes_;
+    bool elsewhere_;  // the caller of run() is no worker
+    bool help_everywhere_ = false;
     std::vector<std::thread> threads_;
     const std::function<void(int)>* body_ = nullptr;
     std::atomic<bool> stop_{false};
     alignas(64) std::atomic<int> epoch_{0};
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<int> phase_{0};
+    alignas(64) std::atomic<int> done_{0};  // the epoch whose run() is complete, where the caller is no worker
 };
 
 // A counter on a cache line of its own.
@@ -73,13 +75,15 @@ struct Task {
 class TaskQueue {
   public:
     TaskQueue(int parts, const Team& team, int rows, int columns = 1)
-        : helps_(team.helps() || parts == 1), parts_(parts), workers_(team.workers()), rows_(rows), columns_(columns) {}
+        : team_(team), parts_(parts), workers_(team.workers()), rows_(rows), columns_(columns) {}
     template <typename Do>  // do_task(const Task&)
     void work(int worker, const Do& do_task) {
         // Helpers go in both directions; otherwise all of them would meet in the same lane.
         const int place = worker / parts_, direction = place % 2 == 0 ? 1 : lanes_ - 1;
-        for (int i = 0; i < (helps_ ? parts_ : 1); ++i) {
-            const int part = (worker + i) % parts_, home = std::min(place * lanes_ / workers_of(part), lanes_ - 1);
+        for (int i = 0; i < parts_; ++i) {
+            const int part = (worker + i) % parts_;
+            if (i > 0 && !team_.helps(worker, part)) continue;
+            const int home = std::min(place * lanes_ / workers_of(part), lanes_ - 1);
             for (int l = 0; l < lanes_; ++l) work_in(part, (home + l * direction) % lanes_, i == 0 && l == 0, do_task);
         }
     }
@@ -108,8 +112,8 @@ class TaskQueue {
         return first_place(lane + 1) - first_place(lane);
     }
 
-    bool helps_;
-    int parts_, workers_, rows_, columns_, lanes_ = std::clamp(columns_, 1, workers_of(0));
+    const Team& team_;
+    const int parts_, workers_, rows_, columns_, lanes_ = std::clamp(columns_, 1, workers_of(0));
     std::vector<Counter> taken_ = std::vector<Counter>(parts_ * lanes_);
 };
 

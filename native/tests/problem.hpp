@@ -51,9 +51,9 @@ struct Problem {
         constexpr bool fp32 = std::is_same_v<std::decay_t<decltype(six[0][0])>, float>;
         return {six[0].data(), six[1].data(), six[2].data(), six[3].data(), six[4].data(), six[5].data(), fp32};
     }
-    std::unique_ptr<Layer> layer(const std::string& isa, int threads) {
-        auto made =
-            std::make_unique<Layer>(LayerConfig{s.E, s.k, s.H, s.I, s.r, 2.0f, s.parts, threads, 4096, 2, true, isa});
+    std::unique_ptr<Layer> layer(const std::string& isa, int threads, const std::vector<int>& numa_nodes = {}) {
+        auto made = std::make_unique<Layer>(
+            LayerConfig{s.E, s.k, s.H, s.I, s.r, 2.0f, s.parts, threads, 4096, 2, true, isa, numa_nodes});
         std::vector<std::int64_t> map(s.E);
         std::iota(map.begin(), map.end(), 0);
         const auto source = [&](const std::vector<bf16>& all, int rows, int cols) {

@@ -114,7 +114,7 @@ int allowed_processors() {
     return 1 << 10;
 }
 
-Team::Team(int workers, int) : workers_(workers) {}
+Team::Team(int workers, std::vector<Home> homes) : workers_(workers), homes_(std::move(homes)), elsewhere_(false) {}
 Team::~Team() = default;
 
 void Team::run(const std::function<void(int)>& body) {

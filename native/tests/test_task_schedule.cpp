@@ -269,15 +269,17 @@ void test_lines(const Shape& shape, int workers) {
     clear_buffer_cache();
     both();  // packs the experts, and leaves the calls' blocks in the cache
     std::size_t most = 0;
-    for (const Block& block : process().cache.take({1, 1, 1}, {}, "blocks")) most = std::max(most, block.size());
+    const std::vector<BlockCache::Size> blocks(3 * shape.parts, {1});
+    for (const Block& block : process().cache.take(blocks, {}, "blocks")) most = std::max(most, block.size());
     clear_buffer_cache();
     // so large that every call takes them and frees none
-    for (const char* name : {"first working block", "second working block", "third working block"}) {
-        Block block(most);
+    std::vector<Block> large;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+        const Block& block = large.emplace_back(most);
         std::memset(static_cast<void*>(block.data()), 0x5a, most);
-        watched.emplace_back(name, block.data(), most);
-        process().cache.give(std::move(block));
+        watched.emplace_back("a working block", block.data(), most);
     }
+    process().cache.give(std::move(large));
     const auto watch = [&](const char* name, std::vector<Line>& memory) {
         watched.emplace_back(name, memory.data(), memory.size() * sizeof(Line));
     };
@@ -293,6 +295,7 @@ void test_lines(const Shape& shape, int workers) {
 }  // namespace
 
 int main() {
+    read_system_below("/proc/self/task");  // names no NUMA nodes: the watched blocks are of none
     std::vector<const Kernels*> cuts{&scalar_kernels};
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f")) cuts.push_back(&amx_bf16_kernels);

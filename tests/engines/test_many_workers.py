@@ -24,13 +24,15 @@ CHILD = """
 import sys
 from pathlib import Path
 import torch
+from ktverify import _native
 from ktverify.engines.native.layer import KTMoEWrapper
-from ktverify.engines.run import build_layer, run_layer
+from ktverify.engines.run import build_layer, layer_arguments, run_layer
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.system import limits
 
 limits.ROOT = Path(sys.argv[1])  # no quota either
+_native.read_system_below(sys.argv[1])  # and no NUMA nodes, which would have fewer processors
 for text, tp in (("E=40,k=4,H=160,I=64,T=50,r=8", 1), ("E=6,k=3,H=96,I=64,T=37,r=4", 2)):
     case = Case.parse(text)
     inputs = make_inputs(case)
@@ -43,6 +45,15 @@ for text, tp in (("E=40,k=4,H=160,I=64,T=50,r=8", 1), ("E=6,k=3,H=96,I=64,T=37,r
             results.setdefault(1, found)
             different = [name for name, tensor in found.items() if not torch.equal(tensor, results[1][name])]
             assert not different, (text, workers, different)
+group = limits.ROOT / "sys/fs/cgroup/a/b"
+group.mkdir(parents=True)
+(limits.ROOT / "proc/self").mkdir(parents=True)
+(limits.ROOT / "proc/self/cgroup").write_text("0::/a/b\\n")
+(group / "cpu.max").write_text("400000 100000")
+(group.parent / "cpu.max").write_text("200000 100000")
+assert limits.affinity() == 64
+for threads in (None, 64):
+    assert KTMoEWrapper(**layer_arguments(case, threads=threads)).threads == 2
 print("the same bits")
 """
 

@@ -15,10 +15,12 @@ from ktverify import _native
 from ktverify.engines import argument_checks
 from ktverify.engines.native.base_weights import Sources, sources_of
 from ktverify.engines.native.checkpoint import sources_in_files
+from ktverify.engines.native.copies import made_again
 from ktverify.engines.native.device_experts import DeviceExperts
 from ktverify.engines.native.gradient_memory import gradient_tensors
 from ktverify.engines.native.isa import chosen_isa, require_isa
 from ktverify.engines.native.phase_times import StageTimes
+from ktverify.engines.native.placement import placement_of
 from ktverify.engines.native.shortage import memory_errors
 from ktverify.engines.native.turns import in_turn, in_turn_where
 from ktverify.engines.plain_tensors import values_of
@@ -44,6 +46,8 @@ class KTMoEWrapper:
     max_cache_depth: most forwards with save_for_backward=True that wait for their backward; backward takes the newest.
     gpu_experts_mask: bool [E], a tensor or a list: the experts that torch computes on `gpu_device`, while the engine
         computes the others; num_gpu_experts: the first so many instead. See `set_gpu_experts_mask`.
+    numa_nodes: the NUMA node of each tensor-parallel part, threadpool_count of them, for its weights, buffers and
+        workers; None spreads the parts over the nodes. ValueError for a node that this process may not use.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class KTMoEWrapper:
         lora_dropout: float = 0.0,
         max_cache_depth: int = 1,
         isa: str | None = None,
+        numa_nodes: Sequence[int] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name != "self"}
         self.spec = argument_checks.LayerSpec(**given)
@@ -102,13 +107,17 @@ class KTMoEWrapper:
             max_cache_depth=spec.max_cache_depth,
             lora_backward=spec.lora_backward,
             isa=self.isa,
+            numa_nodes=spec.numa_nodes or (),
         )
         self._device = DeviceExperts(spec) if spec.num_gpu_experts else None
 
     @property
     def threads(self) -> int:
-        """Workers of a call: cpuinfer_threads, but at most the processors that this process may use."""
+        """Workers of a call: cpuinfer_threads, but at most the processors that this process may use, and those of their
+        part's NUMA nodes."""
         return int(self._native.threads)
+
+    placement = placement_of
 
     @property
     def packed_experts(self) -> int:
@@ -175,10 +184,10 @@ class KTMoEWrapper:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KTMoEWrapper:
         arguments, base, lora = self._state()
-        return _made_again(arguments, base, copy.deepcopy(lora, memo))
+        return made_again(KTMoEWrapper, arguments, base, copy.deepcopy(lora, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_again, self._state()
+        return made_again, (KTMoEWrapper, *self._state())
 
     @in_turn
     def _state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor] | None, list[torch.Tensor] | None]:
@@ -385,16 +394,3 @@ class KTMoEWrapper:
         """Return to the operating system the working buffers that layers share, and the memory of freed LoRA gradients.
         Saved forwards keep their memory."""
         _native.clear_buffer_cache()
-
-
-def _made_again(
-    arguments: dict[str, Any], base: dict[str, torch.Tensor] | None, lora: list[torch.Tensor] | None
-) -> KTMoEWrapper:
-    """A copied engine: its constructor's arguments, base weights by logical expert, LoRA parameters."""
-    made = KTMoEWrapper(**arguments)
-    if base is not None:
-        gate, up, down = (base.pop(name) for name in BASE_NAMES)
-        made.load_weights_from_tensors(gate, up, down, torch.arange(made.spec.num_experts, device="cpu"))
-    if lora is not None:
-        made.init_lora_weights(*lora)
-    return made

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -19,18 +20,19 @@
 namespace ktv {
 
 struct LayerConfig {
-    int num_experts = 0;         // E
-    int top_k = 0;               // k
-    int hidden = 0;              // H
-    int intermediate = 0;        // I
-    int rank = 0;                // r
-    float scaling = 1.0f;        // lora_alpha / rank
-    int parts = 1;               // tensor parallel degree: I is split evenly
-    int threads = 1;             // upper limit
-    int max_rows = 0;            // chunked_prefill_size: largest T
-    int max_cache_depth = 1;     // most saved forwards at a time
-    bool lora_backward = true;   // false: *_SkipLoRA, base gradients only
-    std::string isa = "scalar";  // one of available_isas()
+    int num_experts = 0;               // E
+    int top_k = 0;                     // k
+    int hidden = 0;                    // H
+    int intermediate = 0;              // I
+    int rank = 0;                      // r
+    float scaling = 1.0f;              // lora_alpha / rank
+    int parts = 1;                     // tensor parallel degree: I is split evenly
+    int threads = 1;                   // upper limit
+    int max_rows = 0;                  // chunked_prefill_size: largest T
+    int max_cache_depth = 1;           // most saved forwards at a time
+    bool lora_backward = true;         // false: *_SkipLoRA, base gradients only
+    std::string isa = "scalar";        // one of available_isas()
+    std::vector<int> numa_nodes = {};  // the NUMA node of each part; empty: see homes_of_parts in src/numa.hpp
 };
 
 // E matrices [rows, cols], by slot, anywhere in memory: bf16 with strides in elements, or codes, which are contiguous.
@@ -92,11 +94,21 @@ struct BackwardArguments {
     bool of_any_thread = true;
 };
 
+// Where a tensor-parallel part of a layer is.
+struct PartPlacement {
+    std::vector<int> nodes;                 // those that it should be on; empty: any
+    std::vector<std::vector<int>> workers;  // for each of its workers the processors that the kernel lets it run on
+    // Touched pages on each node, as the kernel says, of the part's packed weights, LoRA, saved forwards and, for all layers
+    // with the same nodes, unused working buffers. What parts share belongs to part 0.
+    std::map<int, std::size_t> weights, lora, saved, buffers;
+    int error = 0;  // the error number where the kernel does not tell where pages are; then there are none
+};
+
 class Layer {
   public:
     struct State;  // src/state.hpp
 
-    // BadInput and BadState as require_isa(config.isa), BadInput for sizes that fit no layer.
+    // BadInput and BadState as require_isa(config.isa), BadInput for sizes that fit no layer and as homes_of_parts.
     explicit Layer(const LayerConfig& config);
     ~Layer();
     Layer(const Layer&) = delete;
@@ -134,6 +146,9 @@ class Layer {
     // BadState in a build with KTV_STAGES=OFF.
     void record_stages(bool on);
     StageTimes stage_times() const;
+
+    // Of each part. Asks the kernel, for every page; starts the workers.
+    std::vector<PartPlacement> placement() const;
 
     // These four do not wait for a computation.
     int saved_forwards() const;
