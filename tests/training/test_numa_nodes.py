@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def test_settings_refuse_nodes_that_are_not_here_and_another_number_than_parts()
 @pytest.mark.skipif(not NODES, reason="the system names no NUMA nodes")
 def test_settings_reach_the_engine_of_a_layer() -> None:
     infer = init_cpu_infer(2, 2, numa_nodes=[NODES[0]] * 2)
-    wrapper = wrap_moe_layers(build_model("qwen3_moe"), infer)._kt_wrappers[0]
+    model: Any = wrap_moe_layers(build_model("qwen3_moe"), infer)
+    wrapper = model._kt_wrappers[0]
     x = torch.ones(3, wrapper.hidden_size)
     with torch.no_grad():
         wrapper(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))

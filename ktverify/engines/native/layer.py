@@ -184,7 +184,8 @@ class KTMoEWrapper:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KTMoEWrapper:
         arguments, base, lora = self._state()
-        return made_again(KTMoEWrapper, arguments, base, copy.deepcopy(lora, memo))
+        copied: KTMoEWrapper = made_again(KTMoEWrapper, arguments, base, copy.deepcopy(lora, memo))
+        return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         return made_again, (KTMoEWrapper, *self._state())
