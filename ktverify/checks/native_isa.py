@@ -1,4 +1,4 @@
-"""The native engine's instruction sets: a forced one is kept or refused, never replaced; its accumulated gradients."""
+"""The native engine alone: a forced instruction set is kept or refused, NUMA nodes, accumulated gradients."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from ktverify.checks.check import Check, Where, check, enter
 from ktverify.checks.isas import planned
-from ktverify.checks.target import MIDDLE, Target, expect
+from ktverify.checks.target import MIDDLE, SMALL, Target, expect
 from ktverify.engines import registry
 from ktverify.judge import gates, reference
 from ktverify.judge.metrics import compare
@@ -89,6 +90,32 @@ def _isa_check(name: str, function: Callable[..., object], **arguments: object) 
 for _name in ("sse9", "AVX2", "avx512", " avx2"):
     enter(_isa_check(_name, check_isa_refused, isa=_name, error_name="ValueError", mention=_name))
 enter(_isa_check("amx_is_never_replaced", check_amx_is_never_replaced))
+
+
+@check(
+    "native",
+    "numa_nodes= names the NUMA node of each tensor-parallel part and changes no bit; a node without a processor for "
+    "this process is a ValueError.",
+    gates=("bits",),
+    native=True,
+    internal=True,
+)
+def check_numa_nodes(target: Target) -> None:
+    """With all parts on any node that there is, the bits are those without numa_nodes. All other nodes are refused."""
+    inputs = make_inputs(SMALL)
+    wanted = target.run(SMALL, inputs, tp=2)
+    there = {int(folder.name[4:]) for folder in Path("/sys/devices/system/node").glob("node[0-9]*")}
+    taken = set()
+    for node in range(64):
+        try:
+            target.bare(numa_nodes=[node])
+        except ValueError as error:
+            expect(f"names node {node};" in str(error), f"the error must name node {node}, it says {error}")
+            continue
+        taken.add(node)
+        target.expect_same_bits(f"numa_nodes {node}", target.run(SMALL, inputs, tp=2, numa_nodes=[node] * 2), wanted)
+    expect(taken <= there, f"nodes {sorted(taken - there)} are not there and were accepted")
+    expect(bool(taken) or not there, f"no node was accepted, and there are {sorted(there)}")
 
 
 @check(

@@ -279,6 +279,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "lora_dropout": ("dropout/elements", "dropout/zero", "refusals/lora_dropout 1.0"),
     "max_cache_depth": ("behaviour/outstanding_forwards", "refusals/two forwards outstanding"),
     "isa": ("native/isa_is_kept", "isa_choice/sse9-argument"),
+    "numa_nodes": ("native/numa_nodes",),
     "load_weights_from_tensors.gate_proj": ("refusals/gate_proj shape",),
     "load_weights_from_tensors.up_proj": ("refusals/up_proj shape",),
     "load_weights_from_tensors.down_proj": ("refusals/down_proj shape",),
