@@ -39,3 +39,6 @@ INSTRUCTION_SETS = (
     InstructionSet(SCALAR),
 )
 ISA_FLAGS = {isa.name: isa.cpu_flags for isa in INSTRUCTION_SETS}
+# Operations per cycle of a CPU with such a flag, over one without any. avx512f is no instruction set of the engine, but
+# an engine under test may be written for it.
+PEAKS = {"": 1, "avx2": 4, "avx512f": 8, AVX512_BF16: 16, AMX: 128}

@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ktverify.system.instruction_sets import PEAKS
 from ktverify.system.text import read_text
 
 # the share of the roofline time below which a time is not believed
 PLAUSIBLE = 0.9
-# operations per cycle of a CPU with such a flag, over one without any: code that is measured may be written for another
-_PEAKS = {"": 1, "avx2": 4, "avx512f": 8, "avx512_bf16": 16, "amx_bf16": 128}
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Ceilings:
         What the caches can keep from one call to the next need not be read.
         """
         beyond = max(0.0, work.bytes - self.cache)
-        wider = max(_PEAKS.get(flag, 1) for flag in (*self.flags, "")) / _PEAKS.get(self.isa, 1)
+        wider = max(PEAKS.get(flag, 1) for flag in (*self.flags, "")) / PEAKS.get(self.isa, 1)
         multiply = self.multiply * max(1.0, wider)
         least = 1e3 * Work(beyond, work.flops).seconds(self.read, multiply)
         if ms >= PLAUSIBLE * least:
