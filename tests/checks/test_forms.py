@@ -23,15 +23,16 @@ CASE = Case.parse("E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1")
 TRAINED = Case.parse("E=4,k=2,H=64,I=32,T=17,r=8,alpha=16,lora=float32")
 INTEGER = Case.parse("E=4,k=2,H=64,I=32,T=17,r=8,alpha=16,data=integer")
 
-# engine of tests/support/forms.py -> the tensor that has a wrong form, and words of the text
+# engine of tests/support/forms.py -> the tensor that has a wrong form, and words of the text; an engine that copies its
+# result into an argument is told of that first
 WRONG = {
     "Fp32Output": ("output", "output is float32, expected bfloat16"),
-    "OutputInTheInput": ("output", "output lies in the memory of hidden_states"),
+    "OutputInTheInput": ("output", "forward_sft wrote into, or beside, hidden_states"),
     "Fp32GradInput": ("grad_input", "grad_input is float32, expected bfloat16"),
     "Fp64Gradients": ("grad_up_lora_b", "grad_up_lora_b is float64, expected "),
     "Bf16RoutingGradient": ("grad_weights", "grad_weights is bfloat16, expected float32"),
     "FlatGradient": ("grad_gate_lora_a", "grad_gate_lora_a is [32, 64], expected [4, 8, 64]"),
-    "GradInputInGradOutput": ("grad_input", "grad_input lies in the memory of grad_output"),
+    "GradInputInGradOutput": ("grad_input", "backward wrote into, or beside, grad_output"),
     "GradientsInTheParameters": ("grad_up_lora_a", "grad_up_lora_a lies in the memory of grad_gate_lora_a"),
 }
 REUSED = "grad_input lies in the memory of "
@@ -42,7 +43,7 @@ def _of_case(target: Target) -> None:
     assert {record.verdict for record in records} <= {"PASS", "FAIL"}
     bad = [record for record in records if record.verdict != "PASS"]
     if bad:
-        assert {gate.gate for record in bad for gate in record.failed_gates} == {"form"}
+        assert {gate.gate for record in bad for gate in record.failed_gates} <= {"form"}
         raise GateFailed("\n".join(record.message for record in bad), ())
 
 

@@ -313,7 +313,7 @@ def test_a_state_of_another_form_is_named(text: str, config: Callable[..., Train
 def test_every_key_is_harmless_or_refused() -> None:
     config = TrainConfig.model_validate({"model_name_or_path": "a", "dataset": "b", "output_dir": "c"})
     kept = kept_of(config, [], 1)
-    unlisted = {"max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"}
+    unlisted = {"kt_ep_timeout", "max_steps", "num_train_epochs", "overwrite_output_dir", "resume_from_checkpoint"}
     one_value = {"kt_use_wrapper"}
     listed = set(kept["altering"]) | set(kept["others"])
     assert listed == set(TrainConfig.model_fields) - unlisted - one_value - {"kt_tp_enabled"}

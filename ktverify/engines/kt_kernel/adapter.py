@@ -25,7 +25,6 @@ from typing import Any
 import kt_kernel  # type: ignore[import-not-found]
 import torch
 from kt_kernel import KTMoEWrapper
-from kt_kernel.sft.weights import BlockFP8ExpertWeights  # type: ignore[import-not-found]
 
 # kt-kernel's words, and the contract's
 WORDS = {"forward(": "forward_sft(", "physical_to_logical_map_cpu": "physical_map"}
@@ -73,6 +72,9 @@ class KtKernel:
             if name == "AMXFP8":
                 pairs = zip(weights, scales, strict=True)
                 parts = [list(tensor.contiguous().unbind(0)) for pair in pairs for tensor in pair]
+                # builds without training lack this module
+                from kt_kernel.sft.weights import BlockFP8ExpertWeights  # type: ignore[import-not-found]
+
                 self.wrapped.share_backward_bb = True  # without it, its kernel refuses FP8
                 self.wrapped.load_block_fp8_weights(BlockFP8ExpertWeights(*parts), physical_map)
             elif name == "AMXINT8":
