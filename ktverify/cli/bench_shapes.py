@@ -53,7 +53,7 @@ def bench(
 
     Every engine runs in a process of its own and computes in turn, A B C A B C, on the same inputs with the same
     threads; its results are compared with the fp32 oracle before a time counts. Ratios are of minima over the rounds;
-    a difference that is smaller than the spread between rounds is "too noisy to tell". `make peers` installs
+    no ratio is given where the difference is smaller than the spread between rounds. `make peers` installs
     the peers that are no dependency. Written: bench.jsonl (every call), bench.md, .html, .tsv, .png. Ctrl-C leaves
     what was measured.
 

@@ -23,7 +23,7 @@ _M_PERTURB = -6  # malloc.h
 # memory that is freed has this byte and memory that is given its complement: both bf16 and fp32 of the one are 0.19,
 # those of the other -24
 _POISON = 0x3E
-# torch's own switch, for the same in its allocator: NaN
+# a variable of torch: its allocator then fills new memory with NaN
 _JUNK = "FLAGS_caffe2_cpu_allocator_do_junk_fill"
 # proc(5), pagemap: present, in swap; a page of a file
 _THERE, _OF_FILE = 0x80 | 0x40, 0x20

@@ -22,7 +22,7 @@ class PartPlacement:
     workers: for each of its workers the processors that the kernel lets it run on.
     pages: touched pages on each node, {node: count}, of the part's packed weights, LoRA, saved forwards, and of
     buffers that wait for the next call of any layer on the same nodes. What all parts share belongs to part 0.
-    refused: "" or why the kernel does not tell where pages are; then `pages` has none.
+    refused: the kernel's error where it refuses move_pages, else "". With an error, `pages` is empty.
     """
 
     nodes: tuple[int, ...]
@@ -48,7 +48,7 @@ class PartPlacement:
 
 
 def placement_of(layer: Any) -> tuple[PartPlacement, ...]:
-    """Where each tensor-parallel part of this layer is. The kernel is asked for every page and every worker."""
+    """The placement of each tensor-parallel part of this layer, as the kernel reports it for every page and worker."""
     return tuple(_part(found) for found in layer._native.placement())
 
 
