@@ -38,6 +38,8 @@ def end_with_parent(on: bool = True, *, parent: int = 0) -> None:
 
 # ---- the engine
 
+HOSTED = "ktverify_hosted_"  # how the names of modules loaded from a path begin
+
 
 def find(spec: str) -> Any:
     """The object "path/to/file.py:attribute" or "package.module:attribute"; the module itself without ":attribute"."""
@@ -52,7 +54,7 @@ def module_at(place: str | os.PathLike[str]) -> Any:
         return importlib.import_module(place)
     path = Path(place).resolve()
     # the whole path: two files of one name are two modules
-    name = "ktverify_hosted_" + "".join(letter if letter.isalnum() else "_" for letter in str(path))
+    name = HOSTED + "".join(letter if letter.isalnum() else "_" for letter in str(path))
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():
