@@ -146,7 +146,7 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
 std::vector<int> Forward::new_experts() const {
     std::vector<int> wanted;
     for (const Routing::Expert& e : routing_.experts) {
-        if (!layer_.experts[0][e.expert].block) wanted.push_back(e.expert);
+        if (!layer_.experts[0][e.expert].is_packed()) wanted.push_back(e.expert);
     }
     return wanted;
 }

@@ -87,6 +87,7 @@ int Layer::load_weights(const WeightSource& gate, const WeightSource& up, const 
         part.clear();
         part.resize(E);
     }
+    s.expert_memory.clear();
     s.packed = 0;
     s.weights_loaded = true;
     s.given_up = false;
@@ -199,7 +200,7 @@ std::vector<PartPlacement> Layer::placement() const {
         const auto count = [&part](const Block& block, std::map<int, std::size_t>& pages) {
             if (const int error = count_pages(block.data(), block.size(), pages)) part.error = error;
         };
-        for (const PackedExpert& expert : s.experts[p]) count(expert.block, part.weights);
+        if (!s.expert_memory.empty()) count(s.expert_memory[p], part.weights);
         if (s.lora) count(s.lora->blocks[p], part.lora);
         for (const Saved& saved : s.saved) count(saved.blocks[p], part.saved);
         for (const Block& block : process().cache.unused()) {

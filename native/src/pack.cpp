@@ -1,5 +1,6 @@
 // Packs the caller's tensors into weight blocks.
 #include <cstring>
+#include <utility>
 
 #include "state.hpp"
 
@@ -68,7 +69,7 @@ void unpack_row(const bf16* from, int rows, int cols, std::size_t ld, bf16* to) 
 }  // namespace
 
 bool Layer::State::unpack(int expert, bf16* gate_to, bf16* up_to, bf16* down_to) const {
-    if (!experts[0][expert].block) return false;
+    if (!experts[0][expert].is_packed()) return false;
     const std::size_t H = size.H, I = size.I, all_I = I * config.parts;
     for (int part = 0; part < config.parts; ++part) {
         const PackedExpert& from = experts[part][expert];
@@ -95,13 +96,14 @@ std::size_t Layer::State::expert_bytes() const {
 }
 
 Need Layer::State::packing_need(std::size_t count) const {
-    Need made, need;
-    for (int part = 0; part < config.parts; ++part) made.add_block(expert_bytes());
+    Need need;
     if (count == 0) return need;
+    const std::size_t each = expert_bytes(), of_parts = config.parts * each, left = config.num_experts - packed - count;
+    if (expert_memory.empty()) need.mapped = config.parts * Block::footprint(config.num_experts * each);
     // Sources that are released make room for the experts after the first, except for their padding.
-    const std::size_t released = given_up ? std::min(made.touched, source_bytes()) : 0;
-    need.mapped = count * made.mapped;
-    need.touched = made.touched + (count - 1) * (made.touched - released);
+    const std::size_t released = given_up ? std::min(of_parts, source_bytes()) : 0;
+    // The last huge page may reach into the memory of experts that are packed later.
+    need.touched = of_parts + (count - 1) * (of_parts - released) + config.parts * std::min(kHuge, left * each);
     return need;
 }
 
@@ -112,13 +114,19 @@ void Layer::State::pack_experts(Team& team, const std::vector<int>& wanted) {
         for (const int e : wanted) pack_experts(team, {e});
         return;
     }
-    // Allocates all memory first: an expert with a block counts as packed, so no failure may leave one unfinished.
+    const std::size_t each = expert_bytes();
+    if (expert_memory.empty()) {
+        std::vector<Block> blocks;
+        for (const Home& home : homes) blocks.emplace_back(config.num_experts * each, home.nodes);
+        expert_memory = std::move(blocks);
+    }
+    // An expert with addresses counts as packed: it gets them at the end.
     std::vector<std::vector<PackedExpert>> made(config.parts);
     for (int p = 0; p < config.parts; ++p) {
         made[p].resize(wanted.size());
+        std::byte* memory = expert_memory[p].data() + packed * each;
         for (PackedExpert& expert : made[p]) {
-            expert.block = Block(expert_bytes(), homes[p].nodes);
-            Carver carver(expert.block.data());
+            Carver carver(std::exchange(memory, memory + each));
             if (format.quantised()) {
                 carve_codes(carver, expert);
                 continue;

@@ -107,11 +107,11 @@ struct BlockRange {
 // Base weights of one expert in one part, as weight blocks: gate next to up [ib][2][hb], because the forward reads a
 // row of each alternately (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
 struct PackedExpert {
-    Block block;
     bf16* gate = nullptr;
     bf16* up = nullptr;  // gate's neighbour
     bf16* down = nullptr;
     PackedCodes codes[3];  // instead of them, by Matrix
+    bool is_packed() const { return gate || codes[0].blocks; }
 };
 
 // LoRA of all experts as weight blocks, each with its second bf16 (lo) when the parameters are fp32. Per expert:
@@ -182,7 +182,10 @@ struct Layer::State {
     bool given_up = false;                           // their memory is released as experts are packed
     std::vector<int> slot_of;                        // logical expert -> physical slot
     std::vector<std::vector<PackedExpert>> experts;  // [part][logical expert]
-    std::atomic<int> packed{0};                      // experts whose sources are not read any more
+    // [part]: all its experts in the order in which they are packed; empty before the first. Not a block for each, because
+    // the kernel limits the mappings of a process (vm.max_map_count, 65530).
+    std::vector<Block> expert_memory;
+    std::atomic<int> packed{0};  // experts whose sources are not read any more
     std::shared_ptr<LoraPack> lora;
     std::vector<Saved> saved;  // oldest first
     Ticket last_ticket = 0;

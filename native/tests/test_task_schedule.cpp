@@ -98,7 +98,6 @@ struct Addresses {
         const auto take = [&](std::size_t count) { return std::exchange(at, at + count); };
         const std::size_t matrix = state.panel(state.size.hb) * state.size.ib;
         for (PackedExpert& expert : state.experts[0]) {
-            expert.block = Block(64);
             expert.gate = take(2 * matrix);
             expert.up = expert.gate + state.panel(state.size.hb);
             expert.down = take(matrix);

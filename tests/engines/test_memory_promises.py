@@ -1,4 +1,4 @@
-"""Memory is promised once: a call asks for all that it will touch before it touches any of it."""
+"""Memory is promised once: a call asks for all that it will touch before it touches any of it. Mappings are few."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ktverify.engines.native.layer import KTMoEWrapper
@@ -176,3 +177,43 @@ def test_a_limit_of_the_process_is_a_memory_error(kind: str) -> None:
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
     assert set(counts) == {"MemoryError", "nothing"}, counts
+
+
+def mappings(folder: str) -> dict[str, list[int]]:
+    """By source of the weights: mappings of this process after each expert of a layer of two parts was packed."""
+    case = Case.parse("E=12,k=1,H=1024,I=1408,T=1,r=1,alpha=1")  # 4.1 MiB an expert and part: huge pages
+    shapes = KTMoEWrapper(**layer_arguments(case, threads=1, tp=2)).spec.expert_shapes
+    base = {name: torch.zeros(case.num_experts, *shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    named = {
+        f"model.layers.0.mlp.experts.{expert}.{name}.weight": tensor[expert].clone()
+        for name, tensor in base.items()
+        for expert in range(case.num_experts)
+    }
+    save_file(named, Path(folder, "model.safetensors"))
+    found = {}
+    for source in ("tensors", "files"):
+        path = folder if source == "files" else ""
+        layer = KTMoEWrapper(**layer_arguments(case, threads=1, tp=2, weight_path=path))
+        if source == "files":
+            layer.load_weights()
+        else:
+            gate_proj, up_proj, down_proj = base.values()
+            layer.load_weights_from_tensors(gate_proj, up_proj, down_proj, torch.arange(case.num_experts))
+        layer.init_lora_weights(*(torch.zeros(shape) for shape in layer.spec.lora_shapes.values()))
+        counts = []
+        for expert in range(case.num_experts):
+            x, ids = torch.zeros(1, case.hidden, dtype=torch.bfloat16), torch.tensor([[expert]])
+            layer.forward_sft(x, ids, torch.ones(1, 1), save_for_backward=False)
+            counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
+        found[source] = counts
+    return found
+
+
+def test_packed_experts_are_no_mappings_of_their_own(tmp_path: Path) -> None:
+    """vm.max_map_count is 65,530; DeepSeek-V3 has 14,848 experts, with four parts 59,392 times packed."""
+    program = "import json, sys; from tests.engines import test_memory_promises as here; "
+    program += "print(json.dumps(here.mappings(sys.argv[1])))"
+    done = python("-c", program, tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for source, counts in json.loads(done.stdout).items():
+        assert counts[-1] - counts[0] <= 2, (source, counts)
