@@ -20,6 +20,7 @@ from ktverify.bench.plan.memory import METHOD_OF, Load, engine_layer, layer_use,
 from ktverify.bench.plan.plan import plan
 from ktverify.bench.plan.splits import Split
 from ktverify.bench.plan.steps import Efficiency, Routing, reached, step_time, traffic_bytes
+from ktverify.engines.argument_checks import LayerSpec
 from ktverify.engines.expert_parallel import Share
 from ktverify.engines.native.device_experts import DeviceExperts
 from ktverify.spec.names import LORA_NAMES
@@ -238,6 +239,9 @@ def test_efficiency_lies_between_its_points() -> None:
         [0.2, 0.2, 0.4, 0.6, 0.55, 0.5, 0.5]
     )
     assert found.share("backward", 3) == 1
+    # eight tokens that reach eight experts have one row each, as one token has
+    twice = Efficiency({"forward": [(1.0, 0.2), (1.0, 0.4), (4.0, 0.6)]})
+    assert [twice.share("forward", rows) for rows in (0.5, 1, 2, 4)] == pytest.approx([0.2, 0.4, 0.5, 0.6])
 
 
 def test_counts_of_a_mask_file_choose_experts_and_slow_the_fullest_rank() -> None:
@@ -302,9 +306,9 @@ def test_a_prediction_is_made_of_the_calibration_alone(monkeypatch: pytest.Monke
     monkeypatch.setattr(measure, "_OTHER_DATA", 1 << 12)
     request = measure.request_of(replace(SMALL, hidden=128, intermediate=64), Load(24, 8, "mxfp4"), 2)
     lines = list(measure.lines(request))
-    assert sum(isinstance(line, measure.RoundLimits) for line in lines) == 2
+    assert sum(isinstance(line, measure.PlanCeilingLine) for line in lines) == 2
     # as if every call had taken twice its roofline's time
-    limits = [line for line in lines if isinstance(line, measure.RoundLimits)]
+    limits = [line for line in lines if isinstance(line, measure.PlanCeilingLine)]
     read, multiply = max(line.read for line in limits), max(line.multiply for line in limits)
     doubled: list[Any] = list(limits)
     for line in lines:
@@ -333,6 +337,8 @@ def test_a_large_layer_is_measured_with_fewer_experts_of_as_many_rows() -> None:
     assert request.tokens * 8 / request.experts == pytest.approx(2048 * 8 / 256, rel=0.02)
     small = measure.request_of(SMALL, Load(16, 8, "bf16"), 3)
     assert (small.layers, small.experts, small.tokens) == (2, 8, 16)
+    tiny = replace(SMALL, hidden=32, intermediate=32)
+    assert measure.request_of(tiny, Load(10**5, 8, "bf16"), 3).tokens == LayerSpec.chunked_prefill_size
 
 
 # ---- config.json, and the command

@@ -20,7 +20,8 @@ from ktverify.bench.plan.hardware import Hardware
 from ktverify.bench.plan.memory import METHOD_OF, Load, layer_use
 from ktverify.bench.plan.splits import Split
 from ktverify.bench.plan.steps import DIRECTIONS, Efficiency, Routing, step_time, works_of
-from ktverify.bench.timed_run import lines_of_processes
+from ktverify.bench.timed_run import CeilingLine, lines_of_processes
+from ktverify.engines.argument_checks import LayerSpec
 from ktverify.runs.jsonl import JsonLine
 from ktverify.system.limits import processors
 from ktverify.training.moe_model import MoeModel
@@ -62,13 +63,9 @@ class Sample(JsonLine):
     ns: int
 
 
-class RoundLimits(JsonLine):
-    """The machine's limits in one round: bytes and operations per second; others: the share of the processors that
-    other programs had in the round."""
+class PlanCeilingLine(CeilingLine):
+    """The machine's ceilings in one round; others: the share of the processors that other programs had in it."""
 
-    kind: Literal["limits"] = "limits"
-    read: float
-    multiply: float
     others: float
 
 
@@ -103,7 +100,7 @@ class MeasuredStep:
 
 def request_of(model: MoeModel, load: Load, rounds: int) -> PlanRequest:
     """Layers of the model's sizes that this machine measures in seconds: fewer experts, with as many rows each, where
-    one layer is too large; fewer layers, where all are."""
+    one layer is too large; fewer layers, where all are. At most the tokens of one call of the engine."""
     one = Split("one process")
     use, flops = layer_use(model, one, load), DIRECTIONS["forward"](load.case(model), 0).flops
     share = min(1.0, _MOST_BYTES / (use.expert * model.experts), _MOST_FLOPS / max(1.0, flops))
@@ -116,7 +113,7 @@ def request_of(model: MoeModel, load: Load, rounds: int) -> PlanRequest:
         top_k=model.top_k,
         hidden=model.hidden,
         intermediate=model.intermediate,
-        tokens=max(1, round(left * load.tokens)),
+        tokens=min(LayerSpec.chunked_prefill_size, max(1, round(left * load.tokens))),
         rank=load.rank,
         format=load.format,
         rounds=rounds,
@@ -125,17 +122,17 @@ def request_of(model: MoeModel, load: Load, rounds: int) -> PlanRequest:
 
 def measure(request: PlanRequest, say: Callable[[str], object] = bool) -> MeasuredStep:
     """Measure in a process of its own, and predict the same from the calibration. say: gets the progress."""
-    lines: list[Sample | RoundLimits] = []
-    for line in lines_of_processes(__name__, [request], Sample | RoundLimits):
+    lines: list[Sample | PlanCeilingLine] = []
+    for line in lines_of_processes(__name__, [request], Sample | PlanCeilingLine):
         lines.append(line)
-        if isinstance(line, RoundLimits):
-            say(f"round {sum(isinstance(line, RoundLimits) for line in lines)} of {request.rounds}")
+        if isinstance(line, PlanCeilingLine):
+            say(f"round {sum(isinstance(line, PlanCeilingLine) for line in lines)} of {request.rounds}")
     return measured(request, lines)
 
 
-def measured(request: PlanRequest, lines: Sequence[Sample | RoundLimits]) -> MeasuredStep:
+def measured(request: PlanRequest, lines: Sequence[Sample | PlanCeilingLine]) -> MeasuredStep:
     """The result of the lines that the measuring process printed."""
-    limits = [line for line in lines if isinstance(line, RoundLimits)]
+    limits = [line for line in lines if isinstance(line, PlanCeilingLine)]
     calls: dict[tuple[int, int, int, str], float] = {}
     for line in lines:
         if isinstance(line, Sample):
@@ -227,7 +224,7 @@ class RandomLayer:
         }
 
 
-def lines(request: PlanRequest) -> Iterator[Sample | RoundLimits]:
+def lines(request: PlanRequest) -> Iterator[Sample | PlanCeilingLine]:
     """Measure in this process."""
     import torch
 
@@ -255,7 +252,7 @@ def lines(request: PlanRequest) -> Iterator[Sample | RoundLimits]:
         limits = ceilings.measure(processors(), "", 1 << 28)
         if number >= 0:
             yield from found
-            yield RoundLimits(read=float(limits["read"]), multiply=float(limits["multiply"]), others=load.share())
+            yield PlanCeilingLine(read=float(limits["read"]), multiply=float(limits["multiply"]), others=load.share())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Efficiency:
         """Linear in the logarithm of the rows between two points; beyond the last ones, theirs."""
         points = self.points.get(direction, ((1.0, 1.0),))
         for (left, low), (right, high) in itertools.pairwise(points):
-            if left <= rows <= right:
+            if left <= rows < right:  # two points may have the same rows
                 return low + (high - low) * math.log(rows / left) / math.log(right / left)
         return points[0][1] if rows < points[0][0] else points[-1][1]
 
