@@ -87,8 +87,12 @@ class Summary(ScoreLine):
     @property
     def name(self) -> str:
         """Of its file and of its place on the page."""
-        text = f"{getattr(self, 'kind', '')}-{self.engine}-{self.machine.cpu}"
-        return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:100]
+        return _name(getattr(self, "kind", ""), self)
+
+
+def _name(kind: str, summary: Summary) -> str:
+    text = f"{kind}-{summary.engine}-{summary.machine.cpu}"
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:100]
 
 
 class FamilyScore(ScoreLine):
@@ -238,22 +242,28 @@ def write(summaries: Iterable[AnySummary], directory: Path) -> list[AnySummary]:
         if summary.name != path.stem:
             raise ValueError(f"{path} is of a run that belongs into {summary.name}.json: rename it")
         found[summary.name] = summary
+    before = set(found)
     new = {summary.name: summary for summary in sorted(summaries, key=lambda summary: summary.at)}
     for name, summary in new.items():
-        before = found.get(name)
-        if before is None or before.at <= summary.at:
+        # of an engine's runs, and of a note that it cannot run there, the latest counts
+        rivals = {name, _rival_of(summary)} & found.keys()
+        if all(found[rival].at <= summary.at for rival in rivals):
             found[name] = summary
-        # an engine that ran there is no longer one that could not
-        other = {"suite": "not_run", "not_run": "suite"}.get(summary.kind)
-        if other is not None:
-            gone = f"{other.replace('_', '-')}{name.removeprefix(summary.kind.replace('_', '-'))}"
-            if found.pop(gone, None) is not None:
-                (directory / f"{gone}.json").unlink()
-    for name in new:
+            for rival in rivals - {name}:
+                del found[rival]
+    for name in before - found.keys():
+        (directory / f"{name}.json").unlink()
+    for name in new.keys() & found.keys():
         write_whole(directory / f"{name}.json", found[name].model_dump_json(indent=1) + "\n")
     shown = list(found.values())
     write_whole(directory / PAGE, page(shown))
     return shown
+
+
+def _rival_of(summary: AnySummary) -> str:
+    """The name of the note that this engine cannot run there, or of the run that says that it can; "" of a bench."""
+    other = {"suite": "not_run", "not_run": "suite"}.get(summary.kind)
+    return "" if other is None else _name(other, summary)
 
 
 # ---- the page

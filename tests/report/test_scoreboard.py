@@ -94,6 +94,11 @@ def test_a_run_replaces_the_note_that_there_is_none(tmp_path: Path) -> None:
     assert "Not run here: it needs AMX" in text
     assert write([summary], out) == [summary]
     assert [path.stem for path in out.glob("*.json")] == [summary.name]
+    assert write([absent], out) == [summary]  # the note is older
+    # both at once: the later one counts
+    later = absent.model_copy(update={"at": summary.at + 1})
+    assert write([later, summary], tmp_path / "both") == [later]
+    assert [path.stem for path in (tmp_path / "both").glob("*.json")] == [later.name]
 
 
 # ---- what is refused or escaped
