@@ -7,7 +7,11 @@ import gc
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +174,38 @@ def train(keys: dict[str, Any]) -> bool:
 
     quiet("a test")
     return run(TrainConfig.model_validate(keys), Path()).first
+
+
+# where a rank is: what stands before its command, and variables of its own
+HERE: tuple[Sequence[str], Mapping[str, str]] = ((), {})
+
+
+@contextmanager
+def two_commands(
+    config: Path, port: int, address: str = "127.0.0.1", places: Sequence[tuple[Sequence[str], Mapping[str, str]]] = ()
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """`train` of a configuration by two ranks, as torchrun starts them. What still runs behind the body is killed."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for rank, (before, more) in enumerate(places or (HERE, HERE)):
+            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port}
+            variables = {**os.environ, **{name: str(value) for name, value in given.items()}, **more}
+            command = [*before, sys.executable, "-m", "ktverify", "train", str(config)]
+            pipe = subprocess.PIPE
+            processes.append(subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for_a_step(output: Path, seconds: float = 240.0) -> None:
+    """Return when a training has logged a step. AssertionError where it has not in time."""
+    log, give_up = output / "loss.jsonl", time.monotonic() + seconds
+    while not (log.is_file() and log.stat().st_size):
+        assert time.monotonic() < give_up, f"{log} has no line after {seconds:g} s"
+        time.sleep(0.1)
 
 
 # ---- ranks that end

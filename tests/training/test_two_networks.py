@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +17,17 @@ import yaml
 from ktverify.training.config import TrainConfig
 from ktverify.training.run import run
 from ktverify.training.tiny import make_tiny
+from tests.support import ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 STEPS = 4
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+PORT = 29511
 
 
 def ip(*words: str) -> str:
-    """What `ip` prints. Skips, with its reason, where it may not."""
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no network namespaces here: ip {' '.join(words)}: {done.stderr.strip() or done.returncode}")
-    return done.stdout
+    """What `ip` prints. CalledProcessError where it refuses."""
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True).stdout
 
 
 @dataclass(frozen=True)
@@ -40,19 +37,12 @@ class Hosts:
     names: tuple[str, str]
     cables: tuple[str, str]
 
-    def start(self, rank: int, config: Path) -> subprocess.Popen[str]:
-        """A rank of two in its namespace, as torchrun starts it on a machine of its own."""
-        given: dict[str, object] = {
-            "RANK": rank,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 2,
-            "MASTER_ADDR": ADDRESSES[0],
-            "MASTER_PORT": 29511,
-        }
-        given |= {"GLOO_SOCKET_IFNAME": self.cables[rank]}
-        command = ["ip", "netns", "exec", self.names[rank], sys.executable, "-m", "ktverify", "train", str(config)]
-        environment = {**os.environ, **{name: str(value) for name, value in given.items()}}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def places(self) -> list[tuple[list[str], dict[str, str]]]:
+        """Of each rank, as `ranks.two_commands` takes it: a machine of its own."""
+        return [
+            (["ip", "netns", "exec", name], {"LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": cable})
+            for name, cable in zip(self.names, self.cables, strict=True)
+        ]
 
     def sent(self, rank: int) -> int:
         """Bytes that left a namespace through the cable."""
@@ -67,9 +57,12 @@ def hosts() -> Iterator[Hosts]:
     names, cables = ((f"kt{os.getpid()}{kind}{end}" for end in "ab") for kind in "nv")
     found = Hosts(tuple(names), tuple(cables))  # type: ignore[arg-type]
     try:
-        for name in found.names:
-            ip("netns", "add", name)
-        ip("link", "add", found.cables[0], "type", "veth", "peer", "name", found.cables[1])
+        try:
+            for name in found.names:
+                ip("netns", "add", name)
+            ip("link", "add", found.cables[0], "type", "veth", "peer", "name", found.cables[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {' '.join(error.cmd)}: {error.stderr.strip()}")
         for name, cable, address in zip(found.names, found.cables, ADDRESSES, strict=True):
             ip("link", "set", cable, "netns", name)
             ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
@@ -100,8 +93,8 @@ def test_two_networks_have_the_steps_of_one_process_and_end_when_the_cable_is_cu
     run(TrainConfig.model_validate(keys(tmp_path, base, "one", per_device_train_batch_size=6, kt_ep=False)), Path())
     config = tmp_path / "two.yaml"
     config.write_text(yaml.safe_dump(keys(tmp_path, base, "two")))
-    processes = [hosts.start(rank, config) for rank in (0, 1)]
-    said = [process.communicate(timeout=240) for process in processes]
+    with ranks.two_commands(config, PORT, ADDRESSES[0], hosts.places()) as processes:
+        said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     pairs = list(zip(losses_in(tmp_path / "two"), losses_in(tmp_path / "one"), strict=True))
     assert len(pairs) == STEPS
@@ -109,14 +102,11 @@ def test_two_networks_have_the_steps_of_one_process_and_end_when_the_cable_is_cu
     assert min(hosts.sent(0), hosts.sent(1)) > 100_000
 
     config.write_text(yaml.safe_dump(keys(tmp_path, base, "cut", max_steps=10**6, kt_ep_timeout=10)))
-    processes = [hosts.start(rank, config) for rank in (0, 1)]
-    log = tmp_path / "cut" / "loss.jsonl"
-    give_up = time.monotonic() + 240
-    while not (log.is_file() and log.stat().st_size) and time.monotonic() < give_up:
-        time.sleep(0.1)
-    ip("-n", hosts.names[0], "link", "set", hosts.cables[0], "down")
-    for rank, process in enumerate(processes):
-        _, text = process.communicate(timeout=120)
+    with ranks.two_commands(config, PORT, ADDRESSES[0], hosts.places()) as processes:
+        ranks.wait_for_a_step(tmp_path / "cut")
+        ip("-n", hosts.names[0], "link", "set", hosts.cables[0], "down")
+        ends = [process.communicate(timeout=120)[1] for process in processes]
+    for rank, (process, text) in enumerate(zip(processes, ends, strict=True)):
         assert process.returncode == 2, text
         assert text.count(f"rank {rank} of 2 stops: another rank ended or gave no answer in time") == 1
         assert "Traceback" not in text
