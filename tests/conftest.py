@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,18 @@ pytest_plugins = ["ktverify.pytest_plugin", "ktverify.pytest_plugin.suite"]
 
 
 @pytest.fixture(autouse=True)
-def _hosted_modules_end_with_their_test() -> Iterator[None]:
-    """A module that a test loads by `host.module_at` may have imported a stand-in; the next test loads it again."""
+def _no_state_outlives_its_test() -> Iterator[None]:
+    """Modules that a test loads by `host.module_at` may have imported a stand-in: the next test loads them again. What
+    runs in processes of its own outside of tests sets torch's number of threads."""
     before = set(sys.modules)
+    torch: Any = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
     yield
     for name in set(sys.modules) - before:
         if name.startswith(host.HOSTED):
             del sys.modules[name]
+    if threads and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

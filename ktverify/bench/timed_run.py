@@ -163,7 +163,7 @@ def _collect(path: Path, lines: list[Any], measured: Iterable[JsonLine], count: 
     from ktverify.report.console import make_console
 
     # SIGTERM ends a run like Ctrl-C
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console(stderr=True)
     file = LineFile(path)
     try:
@@ -180,4 +180,5 @@ def _collect(path: Path, lines: list[Any], measured: Iterable[JsonLine], count: 
         return True
     finally:
         file.close()
+        signal.signal(signal.SIGTERM, before)
     return False
