@@ -21,7 +21,7 @@ from ktverify.runs.store import load
 from ktverify.spec.cases import Case
 from ktverify.spec.inputs import make_inputs
 from ktverify.system.files import ROOT
-from tests.support import cheats, unruly
+from tests.support import cheats, soiled, unruly
 from tests.support.command_line import call, run_pytest
 
 pytestmark = pytest.mark.slow
@@ -53,10 +53,10 @@ def test_a_cheat_passes_neither_repro_nor_verify(name: str) -> None:
         assert "UNSUPPORTED" not in done.output
 
 
-@pytest.mark.parametrize("name", cheats.WRITTEN)
+@pytest.mark.parametrize("name", soiled.WRITTEN)
 def test_what_an_engine_writes_into_is_named(name: str) -> None:
     """Also where all numbers are right, in a comparison, in a training and in a check of bits."""
-    engine, call_of_it = f"{cheats.__name__}:writes_{name}", cheats.WRITTEN[name]
+    engine, call_of_it = f"{soiled.__name__}:writes_{name}", soiled.WRITTEN[name]
     text = f"FAIL {call_of_it} wrote into, or beside, {name}:"
     target = Target(engine)
     found = accuracy.check_case(target, CASE).records
@@ -124,7 +124,7 @@ def test_a_cheat_passes_no_suite(name: str, tmp_path: Path) -> None:
 
 def test_an_engine_that_soils_every_call_passes_a_suite(tmp_path: Path) -> None:
     """Each check gets a clean process: nothing of one reaches the next."""
-    engine = f"--engine={cheats.__name__}:soils_default_device"
+    engine = f"--engine={soiled.__name__}:soils_default_device"
     done = run_pytest(tmp_path / "run", "suites/forward", engine, "--cases=t*y*")
     assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
     assert {record.verdict for record in load(tmp_path / "run").records} == {"PASS"}
@@ -138,10 +138,10 @@ def test_what_an_engine_leaves_is_ended(tmp_path: Path) -> None:
     assert not psutil.pid_exists(daemon)
 
 
-@pytest.mark.parametrize("soil", cheats.SOILS)
+@pytest.mark.parametrize("soil", soiled.SOILS)
 def test_a_soiled_process_is_not_used_again(soil: str) -> None:
     before = layers.state()
-    target = Target(f"{cheats.__name__}:soils_{soil.replace(' ', '_')}")
+    target = Target(f"{soiled.__name__}:soils_{soil.replace(' ', '_')}")
     first = accuracy.check_case(target, CASE, backward=False)
     used = hosted.processes()
     hosted.end_soiled()
@@ -157,11 +157,11 @@ def test_every_cheat_is_explained() -> None:
     text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
     names = [*CHEATS, "Writes", "WritesTheGolden", "HasATable", "RemembersTheFirstCall"]
     assert not [name for name in names if f"`{name}`" not in text]
-    assert f"each of {len(cheats.WRITTEN)} arguments" in text
+    assert f"each of {len(soiled.WRITTEN)} arguments" in text
 
 
 def test_an_engine_may_move_its_own_files() -> None:
-    result = accuracy.check_case(Target(f"{cheats.__name__}:MovesItsFiles"), CASE, backward=False)
+    result = accuracy.check_case(Target(f"{soiled.__name__}:MovesItsFiles"), CASE, backward=False)
     assert [record.verdict for record in result.records] == ["PASS"]
 
 
