@@ -19,6 +19,8 @@
 
 namespace ktv {
 
+// A layer has at most as many threads as its thread may use processors. A CPU quota of a control group is not read here:
+// callers give no more threads than that (ktverify/system/limits.py does).
 struct LayerConfig {
     int num_experts = 0;               // E
     int top_k = 0;                     // k
