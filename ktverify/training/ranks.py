@@ -36,8 +36,8 @@ _HIDDEN = (*PROCESS_COUNTS, *_GIVEN, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RA
 def ranks_of(config: TrainConfig) -> Iterator[Ranks | None]:
     """The ranks of a training; None where it is one process. Inside, only rank 0 prints.
 
-    ValueError for one of several processes without kt_ep, for one that torchrun did not start, and for keys that do not
-    go together with kt_ep."""
+    ValueError for one of several processes without kt_ep, for one that torchrun did not start or that does not reach
+    the others, and for keys that do not go together with kt_ep."""
     if not config.kt_ep:
         require_one_process()
         yield None
@@ -55,8 +55,15 @@ def ranks_of(config: TrainConfig) -> Iterator[Ranks | None]:
                     "--nproc-per-node N -m ktverify train CONFIG.yaml --kt_ep true"
                 )
             timeout = datetime.timedelta(seconds=config.kt_ep_timeout)
-            # gloo also where there is a GPU: the experts' rows are computed on the CPU
-            dist.init_process_group("gloo", timeout=timeout)
+            try:
+                # gloo also where there is a GPU: the experts' rows are computed on the CPU
+                dist.init_process_group("gloo", timeout=timeout)
+            except (RuntimeError, ValueError) as error:
+                given = ", ".join(f"{name} {os.environ[name]}" for name in _GIVEN)
+                raise ValueError(
+                    f"kt_ep: true: this process finds no others by {given}, within kt_ep_timeout "
+                    f"({config.kt_ep_timeout:g} s): {one_line(error)[:160]}"
+                ) from error
         ranks = Ranks(dist.group.WORLD)
         hidden = {name: os.environ.pop(name) for name in _HIDDEN if name in os.environ}
         ends.callback(os.environ.update, hidden)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -179,14 +175,6 @@ def test_four_ranks_have_the_hundred_steps_of_one_process(trainings: Trainings) 
             assert bool(torch.isfinite(stock(input_ids=models.token_ids()).logits).all())
 
 
-def start(rank: int, port: int, config: Path, *more: str) -> subprocess.Popen[str]:
-    """A rank of two as torchrun starts it."""
-    given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "ktverify", "train", str(config), *more]
-    environment = {**os.environ, **{name: str(value) for name, value in given.items()}}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_other_with_one_line(trainings: Trainings, tmp_path: Path) -> None:
     keys = trainings.keys("killed", 2, max_steps=10**6, lr_scheduler_type="constant", kt_ep_timeout=60)
@@ -195,13 +183,10 @@ def test_a_killed_rank_ends_the_other_with_one_line(trainings: Trainings, tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(rank, port, config) for rank in (0, 1)]
-    log = trainings.folder / "killed" / "loss.jsonl"
-    give_up = time.monotonic() + 120
-    while not (log.is_file() and log.stat().st_size) and time.monotonic() < give_up:
-        time.sleep(0.1)
-    processes[1].kill()
-    (told, said), (told_other, said_other) = (process.communicate(timeout=90) for process in processes)
+    with ranks.two_commands(config, port) as processes:
+        ranks.wait_for_a_step(trainings.folder / "killed")
+        processes[1].kill()
+        (told, said), (told_other, said_other) = (process.communicate(timeout=90) for process in processes)
     assert processes[0].returncode == 2
     assert said.count("rank 0 of 2 stops: another rank ended or gave no answer in time") == 1
     assert "Traceback" not in said
@@ -230,3 +215,15 @@ def test_processes_that_torchrun_did_not_start_are_refused(
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="processes that torchrun started, and RANK is not set"):
         run(TrainConfig.model_validate(trainings.keys("refused", 1)), Path())
+
+
+@pytest.mark.parametrize(("rank", "text"), [("one", "invalid literal for int"), ("1", "timed out after 1000ms")])
+def test_processes_that_do_not_reach_each_other_are_one_line(
+    rank: str, text: str, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = ", ".join(f"{name} {value}" for name, value in given.items())
+    with pytest.raises(ValueError, match=rf"finds no others by {found}, within kt_ep_timeout \(1 s\): .*{text}"):
+        run(TrainConfig.model_validate(trainings.keys("alone", 1, kt_ep_timeout=1)), Path())
