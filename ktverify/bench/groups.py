@@ -12,7 +12,7 @@ _CEILING_BYTES = 600 << 20
 _RESERVE = 0.04
 
 
-def plan(
+def form_groups(
     engines: Sequence[Engine], weights: int, active: int, available: int
 ) -> tuple[list[list[Engine]], list[tuple[Engine, str]]]:
     """Form groups of engines that fit into memory together: (groups, [(engine, why it does not fit)]).

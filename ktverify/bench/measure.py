@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from ktverify.bench import input_files
 from ktverify.bench.engines import OWN, Engine, EngineProcess
-from ktverify.bench.groups import plan
+from ktverify.bench.groups import form_groups
 from ktverify.bench.host import map_tensor
 from ktverify.bench.input_files import OUTPUT_PLAIN, InputRequest
 from ktverify.bench.record import (
@@ -117,7 +117,7 @@ class Bench:
                 weights = weight_bytes(shape.case, shape.case.num_experts)
                 active = weight_bytes(shape.case, int(manifest["active"]))
                 available = machine.read_machine().memory_available_bytes
-                groups, left_out = plan(present, weights, active, available)
+                groups, left_out = form_groups(present, weights, active, available)
                 for engine, reason in left_out:
                     self._leave_out(shape, run, engine, reason)
                 for number, group in enumerate(groups):

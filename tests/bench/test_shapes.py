@@ -19,7 +19,7 @@ import torch
 from ktverify import _native
 from ktverify.bench import engines, input_files, record, shapes, summary, views
 from ktverify.bench.engines import Engine
-from ktverify.bench.groups import plan
+from ktverify.bench.groups import form_groups
 from ktverify.bench.host import BenchInputs
 from ktverify.bench.measure import Bench, ShapeBenchSettings
 from ktverify.bench.record import BenchJournal, EngineLine, GroupOtherLoadLine, HeadLine, TurnLine
@@ -369,7 +369,7 @@ def test_engines_that_do_not_fit_together_run_in_pairs(
 ) -> None:
     every = [pretended("native", 1.0), pretended("a", 1.0), pretended("b", 2.0)]
     weights = 5 << 30
-    found, left = plan(every, weights, int(weights * used), memory << 30)
+    found, left = form_groups(every, weights, int(weights * used), memory << 30)
     assert [" ".join(engine.name for engine in group) for group in found] == groups
     assert sorted(engine.name for engine, _ in left) == sorted(left_out.split())
     if left_out == "b":
