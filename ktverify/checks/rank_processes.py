@@ -59,9 +59,7 @@ class RankProcesses:
         self._connections = [here for here, _ in pipes]
         self._groups = {most}
         given = most, self._share, os.getpid()
-        self._processes = [
-            context.Process(target=_be_rank, args=(rank, there, *given)) for rank, (_, there) in enumerate(pipes)
-        ]
+        self._processes = [context.Process(target=_be_rank, args=(rank, pipes, *given)) for rank in range(most)]
         for process in self._processes:
             process.start()
         # by it they find each other; its thread begins after the forks
@@ -96,7 +94,8 @@ class RankProcesses:
     def ask(
         self, size: int, function: Callable[..., Any], given: list[Any], served: _Served | None = None
     ) -> list[Any]:
-        """The values of function(rank, one of given) in the first `size` ranks."""
+        """The values of function(rank, one of given) in the first `size` ranks. RuntimeError, with what it says, where
+        a rank raises or ends."""
         found: dict[int, Any] = {}
         if size not in self._groups:
             self._groups.add(size)
@@ -108,7 +107,10 @@ class RankProcesses:
             for ready in wait(self._connections[:size]):
                 assert isinstance(ready, Connection)
                 rank = self._connections.index(ready)
-                kind, value = pickle.loads(ready.recv_bytes())
+                try:
+                    kind, value = pickle.loads(ready.recv_bytes())
+                except (EOFError, ConnectionError):
+                    raise RuntimeError(f"rank {rank} of {size} ended") from None
                 if kind == "found":
                     found[rank] = value
                 elif kind == "raised":
@@ -177,8 +179,12 @@ class Rank:
         return pickle.loads(self.connection.recv_bytes())
 
 
-def _be_rank(rank: int, connection: Connection, most: int, kind: type[Share], parent: int) -> None:
+def _be_rank(rank: int, pipes: list[tuple[Connection, Connection]], most: int, kind: type[Share], parent: int) -> None:
     end_with_parent(parent=parent)
+    connection = pipes[rank][1]
+    # a copy of its end here would hide that another rank has ended
+    for end in {end for pipe in pipes for end in pipe} - {connection}:
+        end.close()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = datetime.timedelta(seconds=_TIMEOUT_S)
     store = TCPStore("127.0.0.1", pickle.loads(connection.recv_bytes()), is_master=False, timeout=timeout)
