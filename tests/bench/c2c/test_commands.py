@@ -1,5 +1,5 @@
-"""The commands: what they write, what goes on after a kill, what shards merge to; where prompts come from; what is
-refused in one line, and that help is there at once."""
+"""The commands: what they write, what goes on after a kill, what shards merge to; what is refused in one line, and that
+help is there at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ktverify.bench.c2c import prompts, run, store
+from ktverify.bench.c2c import run, store
 from ktverify.bench.c2c.models import Side
 from ktverify.bench.c2c.prompts import BUILT_IN
 from ktverify.bench.c2c.record import C2cSettings, PromptRecord
@@ -346,53 +345,7 @@ def test_a_record_is_written_as_it_is_read(whole: Path) -> None:
         assert PromptRecord.model_validate_json(line) == record
 
 
-# ---- data sets
-
-
-def test_a_file_of_prompts_is_read_from_start(tmp_path: Path) -> None:
-    given = c2c.write_prompts(tmp_path / "p.jsonl", 5)
-    assert prompts.of_file(given, 3, None) == ["Wie groß\u2028ist 3 + 3?", "Wie groß\u2028ist 4 + 4?"]
-    assert prompts.of_file(given, 1, 1) == ["Wie groß\u2028ist 1 + 1?"]
-
-
-class Table(list[dict[str, str]]):
-    """What load_dataset returns, as far as it is used."""
-
-    def select(self, rows: range) -> Table:
-        return Table(self[number] for number in rows)
-
-
-def test_a_data_set_is_read_from_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def load_dataset(*arguments: object, split: str) -> Table:
-        asked.append((*arguments, split))
-        return Table({"question": f"question {number}", "answer": "no"} for number in range(6))
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert prompts.of_dataset("some/set", "main", "test", 4, 5) == ["question 4", "question 5"]
-    assert asked == [("some/set", "main", "test")]
-    with pytest.raises(ValueError, match="has 6 prompts, --start is 6; there is none to run"):
-        prompts.of_dataset("some/set", None, "test", 6, 1)
-
-
 # ---- refusals, and a light start
-
-
-@pytest.mark.parametrize(
-    ("line", "wanted"),
-    [
-        ("{", "line 3 is no JSON"),
-        ("[1]", "line 2 is a list, it takes an object with prompt or question"),
-        ('{"text": "x"}', "line 2 has text; it takes prompt or question"),
-        ('{"prompt": 3}', "line 2: prompt is 3, it takes text"),
-        ('{"prompt": " "}', "line 2: prompt is ' ', it takes text"),
-    ],
-)
-def test_a_line_that_is_no_prompt_is_named(line: str, wanted: str, tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "fine"}\n' + line + "\n")
-    refused(call("bench", "c2c", "dataset", "--dataset_file", str(path)), wanted)
 
 
 @pytest.mark.parametrize(
@@ -419,12 +372,6 @@ def test_refusals_are_one_line_and_leave_nothing(
     output = [] if "--output" in arguments else ["--output", "x.jsonl"]
     refused(call("bench", "c2c", *[str(given) if word == "@" else word for word in arguments], *output), wanted)
     assert os.listdir(tmp_path) == ["p.jsonl"]
-
-
-def test_a_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    wanted = r"--dataset needs the datasets library.*pip install .* -e '\.\[datasets\]', or give --dataset_file"
-    refused(call("bench", "c2c", "dataset", "--dataset", "some/set"), wanted)
 
 
 def test_analyze_refuses_what_is_no_record(tmp_path: Path) -> None:
