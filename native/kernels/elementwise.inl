@@ -263,7 +263,11 @@ void fingerprint(const std::uint8_t* data, std::size_t bytes, std::uint64_t* sta
     };
     std::size_t at = 0;
     for (; at + kFingerprintStripes * kStripe <= bytes; mix()) {
-        for (int n = 0; n < kFingerprintStripes; ++n, at += kStripe) absorb(data + at, kFingerprintKeys[n]);
+        for (int n = 0; n < kFingerprintStripes; ++n, at += kStripe) {
+            // half a page ahead, because the processor's own prefetcher stops at the end of a page
+            __builtin_prefetch(data + at + 2048);
+            absorb(data + at, kFingerprintKeys[n]);
+        }
     }
     for (int n = 0; at < bytes; ++n, at += kStripe) {
         std::uint8_t last[kStripe] = {};

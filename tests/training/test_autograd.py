@@ -228,6 +228,38 @@ def test_a_write_that_no_counter_shows_is_detected(writer: str) -> None:
         expect_present_lora(strict)
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("later", [0, 7])
+def test_a_write_to_an_expert_that_is_reached_later_is_detected(writer: str, later: int) -> None:
+    """In each way: tokens on other experts, a write, tokens on other experts, tokens on the changed expert."""
+    experts = make()._kt_wrappers[0].num_experts
+    others = [e for e in range(experts) if e != later]
+
+    def compute(model: Any, expert_ids: list[int]) -> Tensor:
+        """One call of the first layer's experts, one token for each id, forward and backward."""
+        block, wrapper = model.base_model.model.model.layers[0].mlp.experts, model._kt_wrappers[0]
+        x = torch.randn(len(expert_ids), wrapper.hidden_size, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_()
+        output: Tensor = block(x, torch.tensor(expert_ids)[:, None], torch.ones(len(expert_ids), 1))
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        return torch.cat([output.detach(), gradient])
+
+    model, strict = make(), make(auto_update=False)
+    for one in (model, strict):
+        compute(one, others)
+        for parameter in one._kt_wrappers[0].lora_params.values():
+            WRITERS[writer](parameter)
+    with pytest.raises(RuntimeError, match="changed since the engine took them over"):
+        compute(strict, [later])
+    strict._kt_wrappers[0].update_lora_pointers()
+    fresh = make()
+    fresh.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" in n}, strict=False)
+    wanted = compute(fresh, [later])
+    compute(model, others)
+    for one in (model, strict):
+        assert torch.equal(compute(one, [later]), wanted)
+
+
 def test_training_without_counters_equals_training_with_them() -> None:
     losses: list[list[float]] = []
     for through_data in (True, False):
