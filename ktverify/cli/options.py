@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from ktverify.engines import registry
 from ktverify.errors import is_expected, one_line
+from ktverify.isolation.hosted import absolute
 from ktverify.isolation.interrupt import in_one_line
 from ktverify.isolation.origin import describe, of_an_outside_engine
 from ktverify.system.files import expand, in_words
@@ -47,9 +48,7 @@ def expanded(text: str | None) -> str | None:
     return text if text is None else expand(text)
 
 
-EngineName = Annotated[
-    str, typer.Option(help=f"engine name, {registry.OWN}", callback=lambda name: registry.absolute(name))
-]
+EngineName = Annotated[str, typer.Option(help=f"engine name, {registry.OWN}", callback=lambda name: absolute(name))]
 CaseText = Annotated[str, typer.Argument(metavar="CASE", help="a name, name@seed=5, name,T=1, or E=8,k=2,H=64,…")]
 SomeCase = Annotated[str, typer.Argument(metavar="CASE", help="a case as repro takes it")]
 CaseOrMutants = Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ktverify.system.files import reports_dir
+from ktverify.system.files import expand, reports_dir
 
 if TYPE_CHECKING:
     from ktverify.report.scoreboard import AnySummary
@@ -38,7 +38,7 @@ def scoreboard(
     """
     from ktverify.report import scoreboard as boards
 
-    found = [_summary(name, reports or reports_dir()) for name in runs or []]
+    found = [_summary(expand(name), reports or reports_dir()) for name in runs or []]
     found += [_absent(text) for text in not_run or []]
     directory = out if out is not None else Path("scoreboard")
     if not found and not any(directory.glob("*.json")):

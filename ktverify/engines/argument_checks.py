@@ -74,7 +74,7 @@ class LayerSpec:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             check_count(name, getattr(self, name))
-        top_k, dropout = self.num_experts_per_tok, self.lora_dropout
+        top_k = self.num_experts_per_tok
         if self.chunked_prefill_size * top_k > MOST_SLOTS:
             raise ValueError(
                 f"chunked_prefill_size is {self.chunked_prefill_size}; with num_experts_per_tok {top_k} it takes "
@@ -94,14 +94,8 @@ class LayerSpec:
                 f"it takes 1 to {self.num_experts}"
             )
         self._check_gpu_experts()
-        smallest, largest = (self.lora_rank * scaling for scaling in SCALINGS)
-        if not smallest <= _number("lora_alpha", self.lora_alpha) <= largest:
-            raise ValueError(
-                f"lora_alpha is {shown(self.lora_alpha)}; with lora_rank {self.lora_rank} it takes a positive number, "
-                f"{smallest:.2e} to {largest:.2e}, so that lora_alpha / lora_rank is a normal number in fp32"
-            )
-        if not 0 <= _number("lora_dropout", dropout) < 1:
-            raise ValueError(f"lora_dropout is {shown(dropout)}; it takes a number from 0 up to, not including, 1")
+        check_alpha(self.lora_alpha, self.lora_rank)
+        check_dropout(self.lora_dropout)
         check_tp(self.moe_intermediate_size, self.threadpool_count)
         if self.numa_nodes is not None:
             object.__setattr__(self, "numa_nodes", check_numa_nodes(self.numa_nodes, self.threadpool_count))
@@ -115,8 +109,8 @@ class LayerSpec:
             raise TypeError(f"gpu_device is {shown(self.gpu_device)}; it takes a device of torch as text, like cuda:0")
         if self.gpu_experts_mask is not None:
             self._take_mask(count)
-        if self.num_gpu_experts:
-            check_gpu_device(self.gpu_device)
+        if self.num_gpu_experts or self.gpu_device != "cuda":
+            check_gpu_device(self.gpu_device, there=bool(self.num_gpu_experts))
 
     def _take_mask(self, count: int) -> None:
         mask = check_gpu_experts_mask(self.num_experts, self.gpu_experts_mask)
@@ -165,21 +159,25 @@ def shown(value: object) -> str:
     """A value as one short line of ASCII, for an error; also of what Python refuses to print."""
     try:
         text = " ".join(ascii(value).split())
-    except ValueError:  # an int of more digits than Python writes
-        text = f"an int of {int.bit_length(value)} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    except Exception:  # of an int of more digits than Python writes, or of a class of the caller's
+        text = f"an int of {int.bit_length(value)} bits" if isinstance(value, int) else _kind(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _kind(value: object) -> str:
+    return f"a {ascii(type(value).__name__)[1:-1][:60]}"
 
 
 def _integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {shown(value)}, a {type(value).__name__}; it takes an int")
+        raise TypeError(f"{name} is {shown(value)}, {_kind(value)}; it takes an int")
     return value
 
 
 def _number(name: str, value: object) -> float:
     """The value as a float, infinite where it is beyond them."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {shown(value)}, a {type(value).__name__}; it takes an int or a float")
+        raise TypeError(f"{name} is {shown(value)}, {_kind(value)}; it takes an int or a float")
     try:
         return float(value)
     except OverflowError:
@@ -190,6 +188,22 @@ def check_count(name: str, value: object) -> None:
     """TypeError unless it is an int, ValueError unless it is from 1 to LARGEST."""
     if not 0 < _integer(name, value) <= LARGEST:
         raise ValueError(f"{name} is {shown(value)}; it takes a positive number, at most {LARGEST}")
+
+
+def check_alpha(alpha: object, rank: int) -> None:
+    """TypeError unless it is a number, ValueError unless alpha / rank is a normal number in fp32 above 0."""
+    smallest, largest = (rank * scaling for scaling in SCALINGS)
+    if not smallest <= _number("lora_alpha", alpha) <= largest:
+        raise ValueError(
+            f"lora_alpha is {shown(alpha)}; with lora_rank {rank} it takes a positive number, {smallest:.2e} to "
+            f"{largest:.2e}, so that lora_alpha / lora_rank is a normal number in fp32"
+        )
+
+
+def check_dropout(dropout: object) -> None:
+    """TypeError unless it is a number, ValueError unless it is in [0, 1)."""
+    if not 0 <= _number("lora_dropout", dropout) < 1:
+        raise ValueError(f"lora_dropout is {shown(dropout)}; it takes a number from 0 up to, not including, 1")
 
 
 def tp_degrees(intermediate: int, limit: int = 64) -> list[int]:
@@ -227,7 +241,7 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...], dtypes: t
     sizes = ", ".join("T" if size is None else str(size) for size in shape)
     wants = f"{' or '.join(str(d).removeprefix('torch.') for d in dtypes)} [{sizes}] on the CPU"
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it takes a torch.Tensor, {wants}")
+        raise TypeError(f"{name} is {_kind(value)}; it takes a torch.Tensor, {wants}")
     with torch._C.DisableTorchFunctionSubclass():
         if value.layout != torch.strided:
             raise TypeError(f"{name} has layout {value.layout}; it takes a dense tensor, {wants}")
@@ -289,20 +303,20 @@ def check_gpu_experts_mask(num_experts: int, mask: Any) -> tuple[bool, ...]:
     return tuple(mask)
 
 
-def check_gpu_device(name: str) -> torch.device:
-    """The device of this name: cuda, cuda:N, or cpu, which stands in for a GPU. ValueError for another name,
-    RuntimeError for a GPU that is not there; it is never replaced."""
+def check_gpu_device(name: str, *, there: bool = True) -> torch.device:
+    """The device of this name: cuda, cuda:N, or cpu, which stands in for a GPU. ValueError for another name;
+    RuntimeError for a GPU that is not there, where `there`: it is never replaced."""
     import torch
 
     takes = "it takes cuda, cuda:N, or cpu, which stands in for a GPU"
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # a ValueError for text that is no UTF-8
         raise ValueError(f"gpu_device is {shown(name)}; {takes}") from None
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"gpu_device is {shown(name)}; {takes}")
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
+    if there and (device.index or 0) >= count:
         raise RuntimeError(f"gpu_device is {shown(name)}, and torch sees {count} GPUs here; {takes}")
     return device
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ktverify.system.files import expand
 from ktverify.system.text import read_json
 
 INDEX = "model.safetensors.index.json"
@@ -67,7 +68,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, option: str = "weight_path") -> None:
-        self.path, self.where = Path(path).expanduser(), f"{option} {str(path)!r}"
+        self.path, self.where = Path(expand(str(path))), f"{option} {str(path)!r}"
         self.files_of = _files_of(path, option)
         self.mapped: dict[Path, MappedFile] = {}
 
@@ -108,7 +109,7 @@ class Checkpoint:
 
 def _files_of(path: str | Path, option: str) -> dict[str, list[Path]]:
     """The files of each tensor, by its full name; an index names one for each."""
-    text, path = str(path), Path(path).expanduser()
+    text, path = str(path), Path(expand(str(path)))
     if not text or not path.exists():
         raise ValueError(f"{option} is {text!r}; it takes a safetensors file or a folder of them")
     if path.suffix == ".kt" or (path.is_dir() and next(path.rglob("*.kt"), None)):

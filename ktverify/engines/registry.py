@@ -27,7 +27,7 @@ from typing import Any
 
 from ktverify.engines.capabilities import Capabilities, declared
 from ktverify.isolation import host, sandbox
-from ktverify.isolation.hosted import Hosted
+from ktverify.isolation.hosted import Hosted, absolute
 from ktverify.system.files import expand
 
 EngineFactory = Callable[..., Any]
@@ -62,17 +62,6 @@ def names() -> list[str]:
     return list(built_in())
 
 
-def absolute(name: str, folder: str | os.PathLike[str] = "") -> str:
-    """`name` with an absolute path if it names a file, because not every process is in the user's directory.
-
-    folder: where a relative path starts; the current directory if "".
-    """
-    place, colon, attribute = name.partition(":")
-    if not place.endswith(".py"):
-        return name
-    return f"{os.path.abspath(os.path.join(folder, expand(place)))}{colon}{attribute}"
-
-
 def option(name: str) -> str:
     """The option of a printed command for engine `name`: " --engine name", quoted; "" for the native one."""
     return f" --engine {shlex.quote(name)}" if name != NATIVE else ""
@@ -93,15 +82,14 @@ def find(name: str) -> EngineFactory:
 
 def load(name: str) -> EngineFactory:
     """As find, without a check of a hosted engine's interpreter."""
-    path = built_in().get(name, name)
+    path = built_in().get(name) or absolute(name)
     module_name, _, attribute = path.partition(":")
     if not attribute or not module_name:
         if not module_name or not _is_module(module_name):
             near = difflib.get_close_matches(name, names(), n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}? " if near else ""
-            what = (
-                f"there is no file {module_name!r}" if module_name.endswith(".py") else f"no engine is called {name!r}"
-            )
+            place = name.partition(":")[0]
+            what = f"there is no file {place!r}" if place.endswith(".py") else f"no engine is called {name!r}"
             raise ValueError(f"{what}; {hint}takes {', '.join(names())}, {OWN}")
         attribute = _only_factory(_module(module_name, name), module_name)
     found: Any = _module(module_name, name)
@@ -226,12 +214,16 @@ def ours(name: str) -> bool:
     return built_in().get(name, name).startswith("ktverify.")
 
 
-@functools.cache
 def facts(name: str) -> Facts:
     """The facts of engine `name`. Raises as `find`; EngineDied where importing it ends its process.
 
     Code of an engine that is not the package's own runs in another process.
     """
+    return _facts(absolute(name))
+
+
+@functools.cache
+def _facts(name: str) -> Facts:
     # to look for a module inside a package would import the package here
     outside = not ours(name) and (":" in name or "." in name or _is_module(name))
     place = ""
@@ -252,7 +244,9 @@ def facts(name: str) -> Facts:
     folder = Path(place).parent if place else None
     said = declared(name, found, folder)
     script = found.get("stand_alone")
-    return Facts(said.isas or (None,), bool(said.fp32_sums), None if script is None else str(script), hosted, said)
+    return Facts(
+        said.isas or (None,), bool(said.fp32_sums), None if script is None else expand(str(script)), hosted, said
+    )
 
 
 def _hide_answers() -> None:

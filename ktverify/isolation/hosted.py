@@ -24,6 +24,7 @@ from ktverify.isolation.process import resident_of
 from ktverify.isolation.regions import trim
 from ktverify.isolation.watcher import watcher
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES
+from ktverify.system.files import expand
 from ktverify.system.limits import processors
 
 # parameters up to this many bytes reach the engine's memory at every call, larger ones with an update
@@ -37,6 +38,18 @@ _ARGUMENTS = {
 }
 
 
+def absolute(name: str, folder: str | os.PathLike[str] = "") -> str:
+    """The name of an engine with an absolute path if it names a file, because not every process is in the user's
+    directory. ~ and $VARIABLE are replaced.
+
+    folder: where a relative path starts; the current directory if "".
+    """
+    place, colon, attribute = name.partition(":")
+    if not place.endswith(".py"):
+        return name
+    return f"{os.path.abspath(os.path.join(folder, expand(place)))}{colon}{attribute}"
+
+
 @dataclass(frozen=True)
 class Hosted:
     """A factory of layers in another process.
@@ -45,12 +58,20 @@ class Hosted:
     interpreter, or a function that returns it and raises ValueError where there is none; None is this one. stand_alone:
     the path of a script that makes one case's calls without ktverify; see ktverify/reproducer/bundle.py. loader: the
     spec of a function of this package that finds the factory in the other process; "" for one under another Python.
+    In the three paths, ~ and $VARIABLE are replaced.
     """
 
     spec: str
     python: str | Callable[[], str] | None = None
     stand_alone: str | None = None
     loader: str = ""
+
+    def __post_init__(self) -> None:
+        found: dict[str, Any] = {"spec": absolute(self.spec)}
+        for name in ("python", "stand_alone"):
+            given = getattr(self, name)
+            found[name] = given if given is None or callable(given) else expand(os.fspath(given))
+        self.__dict__.update(found)  # frozen
 
     def check(self) -> str:
         """The interpreter, "" for this one. ValueError where there is none."""

@@ -39,9 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def engine(pytestconfig: pytest.Config) -> str:
     """Name of the engine under test, from --engine; a path in it is absolute."""
-    from ktverify.engines import registry
+    from ktverify.isolation.hosted import absolute
 
-    return registry.absolute(pytestconfig.option.engine, pytestconfig.invocation_params.dir)
+    return absolute(pytestconfig.option.engine, pytestconfig.invocation_params.dir)
 
 
 @pytest.fixture

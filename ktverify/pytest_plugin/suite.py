@@ -44,7 +44,7 @@ recording_key = pytest.StashKey[Recording]()
 def pytest_configure(config: pytest.Config) -> None:
     # the processes that compute start beside the package, wherever this one did
     search_in(config.invocation_params.dir)
-    config.option.engine = registry.absolute(config.option.engine, config.invocation_params.dir)
+    config.option.engine = hosted.absolute(config.option.engine, config.invocation_params.dir)
     if path := os.environ.get("PYTHONPATH"):
         os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(folder) for folder in path.split(os.pathsep))
     if config.option.fresh == AUTO:

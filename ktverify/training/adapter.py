@@ -20,6 +20,7 @@ from peft.utils.save_and_load import load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 
+from ktverify.engines.argument_checks import check_alpha, check_count, check_dropout
 from ktverify.engines.expert_parallel import Share
 from ktverify.errors import AdapterMismatch, one_line
 from ktverify.system.files import expand
@@ -154,11 +155,14 @@ def lora_config(
     target: "all" (attention and routed experts), "all_attention", or names: linear layers of the attention, `experts`,
     or the experts' gate_proj and up_proj (together), down_proj. alpha: 2 rank by default.
     """
+    check_count("lora_rank", rank)
+    alpha = 2 * rank if alpha is None else alpha
+    check_alpha(alpha, rank)
     modules, parameters = _targets(model, target)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha if alpha is not None else 2 * rank,
+        lora_alpha=alpha,
         target_modules=modules,
         target_parameters=parameters or None,
         use_rslora=rslora,
@@ -173,8 +177,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, *, dropout: float = 0.0) -
     The experts' adapters have no dropout, because peft supports none for a stacked parameter and refuses to load a
     configuration with it. So the adapter's own configuration has dropout 0.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"lora_dropout is {dropout}; it takes a number from 0 up to, not including, 1")
+    check_dropout(dropout)
     _compute_experts_in_engine(model, config)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _OLD_NOTE, UserWarning)
@@ -192,7 +195,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
 
     ValueError if it is not one, or belongs to another base; AdapterMismatch if its tensors are not the model's.
     """
-    path = Path(directory)
+    path = Path(expand(str(directory)))
     if not (path / "adapter_config.json").is_file():
         raise ValueError(f"{path} holds no adapter: adapter_config.json is missing")
     read_json(path / "adapter_config.json")  # the library would not name the file

@@ -40,8 +40,8 @@ class Capture:
     tensors: also hidden_states and grad_output. ValueError for other `calls`."""
 
     def __init__(self, directory: str | os.PathLike[str], calls: str = "0", tensors: bool = False) -> None:
-        self.directory, self.tensors = os.fspath(directory), tensors
-        self._ranges = [_range(part.strip(), calls) for part in calls.split(",")]
+        self.directory, self.tensors = expand(os.fspath(directory)), tensors
+        self._ranges = [_range(part.strip(), calls) for part in str(calls).split(",")]
         self._calls: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._broken = False
@@ -124,7 +124,7 @@ def current() -> Capture | None:
 
 @functools.cache
 def _of_environment(directory: str, calls: str, tensors: bool) -> Capture:
-    return Capture(expand(directory), calls, tensors)
+    return Capture(directory, calls, tensors)
 
 
 def _range(part: str, calls: str) -> range:

@@ -62,7 +62,7 @@ def load_form(path: str, dtype: str, *, option: str, trust: bool = False) -> Any
 
 
 def load_model(
-    path: str,
+    path: str | Path,
     dtype: str,
     *,
     option: str = BASE_OPTION,
@@ -82,11 +82,11 @@ def load_model(
     from ktverify.engines.checkpoint_files import INDEX, read_index
     from ktverify.training.headers import shapes_in
 
-    if (Path(path) / INDEX).is_file():
-        read_index(Path(path) / INDEX)  # the library would not name the file
     wanted = getattr(torch, dtype)
 
     def read(path: str, **settings: Any) -> Any:
+        if (Path(path) / INDEX).is_file():
+            read_index(Path(path) / INDEX)  # the library would not name the file
         return load_by_files(path, wanted, infer=infer, in_files=in_files, **settings) or _read_whole(
             AutoModelForCausalLM,
             path,
@@ -222,8 +222,8 @@ def of_hub(name: str, **settings: Any) -> Path:
     return Path(snapshot_download(name, **settings))
 
 
-def _load(read: Callable[..., Any], path: str, option: str, **settings: Any) -> Any:
-    path = expand(path)
+def _load(read: Callable[..., Any], path: str | Path, option: str, **settings: Any) -> Any:
+    path = expand(str(path))
     # NAME/MODEL may be on a hub, unless a directory NAME exists here
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
     if local and not Path(path).is_dir():

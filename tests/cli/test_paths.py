@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 
+import ktverify
+from ktverify import training
+from ktverify.checks.target import SMALL, Target
 from ktverify.cli.golden import app as golden_app
 from ktverify.cli.main import app
 from ktverify.engines import registry
+from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify.engines.run import layer_arguments
+from ktverify.isolation.hosted import absolute
 from ktverify.judge.golden import golden_dir
 from ktverify.system import optional_peers
 from ktverify.system.files import expand
+from ktverify.training.capture import Capture
 from tests.support.command_line import call, ends, refused
 
 
@@ -107,10 +118,75 @@ def test_commands_and_variables_find_the_place(written: str, home: Path, monkeyp
     peer = place / "peer.py"
     peer.write_text("TITLE = 1")
     refused(call("bench", "--list", "--peers", f"{written}/peer.py"), f"{peer} is no engine")
-    assert registry.absolute(f"{written}/engine.py:make") == f"{place}/engine.py:make"
+    assert absolute(f"{written}/engine.py:make") == f"{place}/engine.py:make"
     monkeypatch.setenv("KTVERIFY_GOLDEN_DIR", f"{written}/golden")
     assert golden_dir() == place / "golden"
     (place / "python").touch()
     for need, location in optional_peers.LOCATIONS.items():
         monkeypatch.setenv(location.variable, f"{written}/python")
         assert optional_peers.find(need, {}) == (place / "python", "")
+
+
+ENGINE = """
+from ktverify.engines.native.layer import KTMoEWrapper
+from ktverify import Hosted
+
+class Engine(KTMoEWrapper):
+    stand_alone = "~/place/run.py"
+
+elsewhere = Hosted("$PLACE/engine.py:Engine", stand_alone="$PLACE/run.py")
+"""
+
+
+def _error(call: Callable[[], object]) -> str:
+    with pytest.raises((ValueError, ImportError)) as raised:
+        call()
+    return str(raised.value)
+
+
+# what takes a path in Python: of a place as it is written -> a text with the place that it means
+DOORS: dict[str, Callable[[str], object]] = {
+    "find_engine": lambda place: inspect.getfile(ktverify.find_engine(f"{place}/engine.py:Engine")),
+    "find_engine, no file": lambda place: _error(lambda: ktverify.find_engine(f"{place}/no.py:Engine")),
+    "Target": lambda place: type(Target(f"{place}/engine.py:Engine").bare()).__name__ + f" {os.environ['PLACE']}",
+    "facts": lambda place: registry.facts(f"{place}/engine.py:Engine").stand_alone,
+    "facts of a hosted engine": lambda place: registry.facts(f"{place}/engine.py:elsewhere").stand_alone,
+    "Hosted": lambda place: ktverify.Hosted(f"{place}/engine.py:Engine").facts()["file"],
+    "Hosted, python": lambda place: ktverify.Hosted("a:b", f"{place}/python").check(),
+    "Hosted, no python": lambda place: _error(ktverify.Hosted("a:b", f"{place}/no").check),
+    "Hosted, stand_alone": lambda place: ktverify.Hosted("a:b", stand_alone=f"{place}/run.py").stand_alone,
+    "load_model": lambda place: _error(lambda: training.load_model(f"{place}/no", "bfloat16")),
+    "load_model, Path": lambda place: _error(lambda: training.load_model(Path(f"{place}/no"), "bfloat16")),
+    "load_adapter": lambda place: _error(lambda: training.load_adapter(torch.nn.Linear(1, 1), f"{place}/no")),
+    "weight_path": lambda place: _error(
+        KTMoEWrapper(**layer_arguments(SMALL, weight_path=f"{place}/model.safetensors")).load_weights
+    ).replace("holds no routed experts", os.environ["PLACE"]),
+    "init_cpu_infer": lambda place: (
+        training.init_cpu_infer(weight_path=f"{place}/model.safetensors") and os.environ["PLACE"]
+    ),
+    "capturing": lambda place: Capture(f"{place}/captured").directory,
+}
+
+
+@pytest.mark.parametrize("written", ["~/place", "$PLACE", "${HOME}/place"])
+@pytest.mark.parametrize("door", DOORS)
+def test_paths_that_python_code_gives_are_expanded(door: str, written: str, home: Path) -> None:
+    place = home / "place"
+    place.mkdir()
+    (place / "engine.py").write_text(ENGINE)
+    (place / "python").touch()
+    save_file({"a": torch.zeros(1)}, place / "model.safetensors")
+    assert str(place) in str(DOORS[door](written))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [("~nobody_here", "there is no such user"), ("$NOWHERE", "which is not set"), ("a\0b", "has a NUL character")],
+)
+@pytest.mark.parametrize("door", DOORS)
+def test_a_path_that_means_no_place_is_refused_at_every_door(door: str, path: str, text: str) -> None:
+    try:
+        found = str(DOORS[door](path))
+    except ValueError as error:
+        found = str(error)
+    assert text in found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ktverify.engines import registry
 from ktverify.engines.run import layer_arguments
@@ -28,7 +30,18 @@ class Odd:
         return "first\nsecond"
 
 
+class Unprintable:
+    """An object that cannot be printed, of a class whose name has two lines."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("first\nsecond")
+
+
+Unprintable.__name__ = "Größe\n2"
+
+
 KINDS: tuple[Any, ...] = ("8", True, 8.0, math.nan, None, [], {}, np.int64(8), np.float32(8), Odd(), 8j, b"8")
+KINDS += (Unprintable(), np.bool_(True), torch.tensor(8), torch.zeros(9, 99), Decimal(8), iter([8]), [8] * 10**5)
 HUGE = (10**400, -(10**400), 10**5000, 1 << 63)
 
 
@@ -41,11 +54,16 @@ ROWS = [
     *rows(ValueError, COUNTS, (*HUGE, 0, -1)),
     *rows(ValueError, ("layer_idx", "num_gpu_experts"), (*HUGE, -1)),
     *rows(TypeError, ("lora_alpha",), ("32", True, None, [], np.float32(32), np.int64(32), Fraction(1, 2), 8j, Odd())),
+    *rows(TypeError, ("lora_alpha", "lora_dropout"), (Unprintable(), np.bool_(True), torch.tensor(0.5), "\ud800")),
     *rows(ValueError, ("lora_alpha",), (*HUGE[:3], 1e308, 1e-300, 5e-324, 2e39, 3e-38, 0, -1.0, -0.0)),
     *rows(ValueError, ("lora_alpha",), (math.nan, math.inf, -math.inf)),
     *rows(TypeError, ("lora_dropout",), ("0", True, False, None, [], np.float32(0))),
     *rows(ValueError, ("lora_dropout",), (*HUGE, 1, 1.0, -0.1, math.nan, math.inf)),
     *rows(ValueError, ("method", "mode"), ([], {}, 7, None, "", "x" * 900, "\ud800\x1b\0", b"", True, ("sft",))),
+    *rows(ValueError, ("method", "mode"), (Unprintable(), torch.zeros(2), math.nan)),
+    *rows(ValueError, ("gpu_device",), ("", "gpu", "cuda:x", "cuda:-1", "meta", "a\0b", "\ud800", "\x1b[31m", "x" * 900)),
+    *rows(TypeError, ("gpu_device",), (0, None, torch.device("cpu"), Unprintable(), [])),
+    *rows(TypeError, ("numa_nodes", "gpu_experts_mask"), (7, "0", {0}, [0.0], [None], Unprintable(), [Unprintable()])),
     *rows(ValueError, ("mode",), (np.array(["sft", "x"]),)),
     *rows(TypeError, ("weight_path",), (7, None, [], b"x", True)),
 ]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ktverify.engines.registry import ARGUMENTS, absolute, built_in, facts, load, names
+from ktverify.engines.registry import ARGUMENTS, built_in, facts, load, names
 from ktverify.engines.run import layer_arguments
+from ktverify.isolation.hosted import absolute
 from ktverify.spec.cases import Case
 from tests.support.command_line import call, ends, loaded_modules, refused
 
