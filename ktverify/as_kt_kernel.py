@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from ktverify.engines.native import layer
+from ktverify.system.files import document
 from ktverify.system.machine import package_version
 from ktverify.training import infer
 from ktverify.training import layer as training
@@ -68,7 +69,7 @@ def _refuse_installed() -> None:
         if own.exists():
             raise ImportError(
                 f"this LLaMA-Factory has a kt_moe of its own, {own}: use an environment with the stock one "
-                "(docs/llamafactory.md)"
+                f"({document('llamafactory')})"
             )
 
 
@@ -87,7 +88,7 @@ def _add(name: str, members: dict[str, Any], *, package: bool = False) -> None:
 def _missing(module: str) -> Any:
     def get(name: str) -> Any:
         has = ", ".join(NAMES.get(module, {})) or "nothing but its presence"
-        raise AttributeError(f"{module}.{name} is not offered; ktverify has {has} (docs/from-kt-kernel.md)")
+        raise AttributeError(f"{module}.{name} is not offered; ktverify has {has} ({document('from-kt-kernel')})")
 
     return get
 

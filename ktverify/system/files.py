@@ -39,6 +39,11 @@ def install_command(extra: str) -> str:
     return pip_install(f"-e '.[{extra}]'" if IN_CLONE else f"'ktverify[{extra}]'")
 
 
+def document(name: str) -> str:
+    """Where a page of docs/ is; a wheel has none."""
+    return f"docs/{name}.md{_WHERE}"
+
+
 def pip_install(packages: str) -> str:
     """`pip install`, in a clone with the versions that its constraints name."""
     return f"pip install {'-c constraints.txt ' if IN_CLONE else ''}{packages}"

@@ -9,6 +9,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ktverify.system.files import document
+from ktverify.system.printable import shown_line
+
 # key -> the key here that means the same
 _SAME = {"cpu_infer": "kt_num_threads", "kt_threadpool_count": "kt_tp_count", "dtype": "torch_dtype"}
 # why keys make no difference, whatever they are -> their names
@@ -175,9 +178,9 @@ def sort_out(given: Mapping[str, Any], own: Sequence[str]) -> tuple[dict[str, An
             if given.get(same, value) != value:
                 problems.append(f"{name} {value} and {same} {given[same]} are the same key: give one of them")
             kept[same] = value
-            notes.append(f"{name}: {value} is used as {same}")
+            notes.append(f"{name}: {_told(name, value)} is used as {same}")
         elif name in _UNUSED:
-            notes.append(f"{name}: {value} is not used: {_UNUSED[name]}")
+            notes.append(f"{name}: {_told(name, value)} is not used: {_UNUSED[name]}")
         elif name in _ONE_EFFECT:
             problems += filter(None, [why_not(name, value)])
         else:
@@ -187,6 +190,12 @@ def sort_out(given: Mapping[str, Any], own: Sequence[str]) -> tuple[dict[str, An
     elif given.get("bf16") is False:
         notes.append(f"bf16: False is not used: torch_dtype is {given.get('torch_dtype', 'bfloat16')}")
     return kept, notes, problems
+
+
+def _told(name: str, value: Any) -> str:
+    """A value for a note, in one short line. A token or a password is not told, because notes are kept in logs."""
+    secret = name.endswith(("token", "secret", "_key", "webhook_url"))
+    return "…" if secret and value else shown_line(str(value), 200)
 
 
 def why_not(name: str, value: Any) -> str:
@@ -206,4 +215,7 @@ def _hint(name: str, own: Sequence[str]) -> str:
     parts = [known for known in own if words < set(known.split("_"))]
     known = [*own, *_UNUSED, *_ONE_EFFECT]
     near = difflib.get_close_matches(name.lower(), known, 1, cutoff=0.8) or (parts if len(parts) == 1 else [])
-    return f"; did you mean {near[0]}?" if near else "; docs/training.md lists the keys"
+    if not near:
+        return f"; {document('training')} lists the keys"
+    unused = f" It is not used: {_UNUSED[near[0]]}" if near[0] in _UNUSED else ""
+    return f"; did you mean {near[0]}?{unused}"

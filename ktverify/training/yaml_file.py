@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ktverify.system.files import EXAMPLES
 from ktverify.system.text import read_text
 
 
@@ -39,7 +40,10 @@ def read_yaml(path: Path) -> Any:
 def read_keys(path: Path) -> dict[Any, Any]:
     """The keys and values of a configuration. ValueError for anything else."""
     if not path.is_file():
-        raise ValueError(f"there is no configuration {path}")
+        # a wheel has the examples that help names, beside its modules
+        example = EXAMPLES / path.name if path.parent.name == "examples" else path
+        hint = f"; an example is {example}" if example.is_file() else ""
+        raise ValueError(f"there is no configuration {path}{hint}")
     found = read_yaml(path)
     if not isinstance(found, dict):
         held = "nothing" if found is None else f"a {type(found).__name__}"

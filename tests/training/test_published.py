@@ -182,12 +182,29 @@ def test_all_keys_that_cannot_be_used_are_listed_at_once(tmp_path: Path, written
     assert not (tmp_path / "saves").exists()
 
 
+@pytest.mark.parametrize("key", ["hub_token", "hf_hub_token", "swanlab_api_key", "swanlab_lark_secret"])
+def test_a_note_tells_no_secret(key: str, written: Callable[..., Path]) -> None:
+    (note,) = read_config(written(model_name_or_path="a", dataset="b", output_dir="c", **{key: "hf_abc"})).notes
+    assert note.startswith(f"{key}: … is not used")
+
+
+@pytest.mark.parametrize("value", ["a\nb\x1b[31m", "x" * 10_000, list(range(5000)), {"a": "\u2028"}])
+def test_a_note_is_one_short_line(value: object, written: Callable[..., Path]) -> None:
+    given = {"model_name_or_path": "a", "dataset": "b", "output_dir": "c", "kt_optimize_rule": value}
+    (note,) = read_config(written(**given)).notes
+    assert note.startswith("kt_optimize_rule: ")
+    assert "is not used" in note
+    assert note.isprintable()
+    assert len(note) < 400
+
+
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
         ("lora_rnak", "; did you mean lora_rank?"),
         ("learningrate", "; did you mean learning_rate?"),
-        ("overwrite_caches", "; did you mean overwrite_cache?"),
+        ("overwrite_caches", "; did you mean overwrite_cache? It is not used: there is no cache"),
+        ("max_len", "; did you mean max_length? It is not used: a training generates nothing"),
         ("batch_size", "; did you mean per_device_train_batch_size?"),
         ("epochs", "; did you mean num_train_epochs?"),
         ("dropout", "; did you mean lora_dropout?"),
