@@ -79,12 +79,15 @@ def write(
     directory: str | os.PathLike[str],
     suite: Mapping[str, float] | None = None,
 ) -> Path:
-    """Write the folder of a reproducer, each file whole. Returns the script in it.
+    """Write the folder of a reproducer, each file whole. Returns the script in it. FileExistsError for a folder with a
+    script of that name and no case.
 
     suite: rel_l2 by tensor as the suite found them, for the script to print beside its own.
     """
     script = script_of(target.engine)
     case, folder = inputs.case, Path(directory)
+    if (folder / SCRIPT).exists() and not (folder / CASE_FILE).exists():
+        raise FileExistsError(f"{folder / SCRIPT} is there already, and belongs to no reproducer: name another folder")
     tensors = {f"inputs.{name}": getattr(inputs, name) for name in BASE_NAMES}
     tensors |= {f"expected.{name}": oracle.tensors[name] for name in ALL_TENSORS}
     sizes = {"E": case.num_experts, "k": case.top_k, "H": case.hidden, "I": case.intermediate, "T": case.qlen}

@@ -115,6 +115,17 @@ def test_a_stand_alone_case_needs_no_ktverify(tmp_path: Path) -> None:
     )
 
 
+def test_a_script_of_ones_own_is_not_overwritten(tmp_path: Path) -> None:
+    result = check_case(Target("torch_bf16"), Case.parse(TINY))
+    (tmp_path / "run.py").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"run\.py is there already, and belongs to no reproducer"):
+        write_result(result, Target("kt_kernel"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.py"]
+    assert (tmp_path / "run.py").read_text() == "mine"
+    for _ in range(2):  # an earlier reproducer is replaced
+        assert write_result(result, Target("kt_kernel"), tmp_path / "case").read_text() != "mine"
+
+
 def test_repro_stops_an_engine_that_hangs(tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text("import time\n\n\ndef make(**sizes):\n    time.sleep(600)\n", encoding="utf-8")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
