@@ -18,6 +18,7 @@ from ktverify.isolation.hosted import absolute
 from ktverify.isolation.interrupt import in_one_line
 from ktverify.isolation.origin import describe, of_an_outside_engine
 from ktverify.system.files import expand, in_words
+from ktverify.system.limits import LARGEST_NUMBER
 from ktverify.system.printable import shown_line
 
 
@@ -28,10 +29,16 @@ def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
 
 
 def with_paths(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, with ~ and $VARIABLE replaced in every argument that is a Path: a shell leaves them in --out=~/x."""
+    """`command`, with ~ and $VARIABLE replaced in every argument that is a Path: a shell leaves them in --out=~/x.
+
+    ValueError for a number that is not finite, or larger than any use."""
 
     @functools.wraps(command)
     def call(**arguments: Any) -> None:
+        for name, value in arguments.items():
+            if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
+                what = f"a finite number, at most {LARGEST_NUMBER:.0e}"
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it takes {what}")
         command(**{name: _expanded(value) for name, value in arguments.items()})
 
     return call

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ktverify.system.files import IN_CLONE, SUITES, expand
+from ktverify.system.limits import LARGEST_NUMBER
 
 MODULE = "ktverify.suites"  # what --pyargs takes
 AUTO = "auto"  # of --fresh
@@ -16,8 +17,8 @@ _LIMIT = "for one call (default: {}, of a big case {})"
 
 def _above_zero(text: str) -> float:
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{text} is not above 0")
+    if not 0 < value <= LARGEST_NUMBER:
+        raise ValueError(f"{text} is not above 0, and at most {LARGEST_NUMBER:.0e}")
     return value
 
 

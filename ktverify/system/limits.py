@@ -13,6 +13,8 @@ from pathlib import Path
 
 # the folder that contains proc/ and sys/; tests name another
 ROOT = Path("/")
+# of an option that is a number: as seconds or minutes it fits into the clocks of all libraries
+LARGEST_NUMBER = 1e8
 
 
 def read_text(path: Path) -> str:

@@ -88,6 +88,27 @@ def test_every_wrong_command_line_is_one_line_with_one_spelling(command: str, wa
     assert re.fullmatch(wanted + "\n", result.stderr), result.stderr
 
 
+NUMBERS = (
+    "repro tiny --time-limit", "verify --time-limit", "diagnose tiny --time-limit", "diagnose tiny --memory-limit",
+    "diagnose tiny --seconds", "debug nan tiny --time-limit", "confirm --time-limit", "fuzz --minutes",
+    "bench kernels --arena", "bench transformer small --rope_theta", "plan . --bandwidth", "plan . --gpu-memory",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "1e300", "1e9"])
+def test_a_number_that_is_not_finite_or_beyond_any_clock_is_refused(option: str, value: str) -> None:
+    """A comparison with NaN is false, so that it would be within every limit; clocks overflow."""
+    command, _, name = option.rpartition(" ")
+    result = call(*command.split(), f"{name}={value}")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    name = name.replace("_", "[-_]")
+    assert re.fullmatch(rf"error: .*{name}.*(finite number|Input should be|is not in the range).*\n", result.stderr), (
+        result.stderr
+    )
+
+
 @pytest.mark.parametrize("command", ["no_such", "regenerate --no-such", "regenerate --only no_such_case"])
 def test_the_goldens_program_spells_its_errors_alike(command: str) -> None:
     result = CliRunner().invoke(golden_app, command.split())
