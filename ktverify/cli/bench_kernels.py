@@ -47,7 +47,7 @@ def kernels(
     from ktverify.bench.kernels import record
     from ktverify.bench.kernels.measure import KernelSettings, KernelTimes
     from ktverify.bench.kernels.tunables import compiler, tunables
-    from ktverify.system.limits import processors
+    from ktverify.system.limits import format_bytes, processors, require_memory
 
     if show is not None:
         _conclude(show, record.read(show), as_json)
@@ -66,6 +66,11 @@ def kernels(
             typer.echo(f"{one.name}{where}: {one.today}; others: {'; '.join(one.others)}; at {rows} rows")
         return
     n, k = _size(size)
+    # before other values are compiled, which takes minutes
+    weights = int(arena * (1 << 30))
+    if 2 * n * k > weights:
+        raise ValueError(f"--arena is {arena:g}, and a matrix of --size {size} takes {format_bytes(2 * n * k)}")
+    require_memory(weights, f"--arena {arena:g}", "take less")
     compiler()
     settings = KernelSettings(
         isa=chosen_isa,
@@ -73,7 +78,7 @@ def kernels(
         n=n,
         k=k,
         rounds=rounds,
-        arena=int(arena * (1 << 30)),
+        arena=weights,
     )
     times = KernelTimes(settings, chosen)
     head = partial(record.KernelsLine, isa=chosen_isa, threads=settings.threads, n=n, k=k)
@@ -84,7 +89,7 @@ def kernels(
 
 def _size(text: str) -> tuple[int, int]:
     parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+    if len(parts) != 2 or not all(part.isdecimal() and len(part) < 9 for part in parts):
         raise ValueError(f"--size is {text!r}, it takes rows x columns, like 2048x7168")
     return int(parts[0]), int(parts[1])
 

@@ -120,6 +120,9 @@ def test_a_run_compiles_and_times_other_values_in_turn(tmp_path: Path) -> None:
         (["no such"], "no tunable of .* is called no such; there are: nt"),
         (["--size", "64"], "--size is '64'"),
         (["--size", "64x33"], "64 x 33: it takes multiples of 32"),
+        (["--size", "999999999x32"], "--size is '999999999x32'"),
+        (["--size", "32768x65536"], "--arena is 1, and a matrix of --size 32768x65536 takes 4.0 GiB"),
+        (["--arena", "1e6"], r"--arena 1e\+06 needs .* are available; take less"),
         (["--isa", "avx1024"], "isa='avx1024' is unknown"),
     ],
 )
