@@ -76,7 +76,7 @@ def train(context: typer.Context, config: Annotated[Path, _CONFIG]) -> None:
     from ktverify.training.run import run
 
     try:
-        trained = run(chosen, config.resolve().parent)
+        trained = run(chosen, config.resolve().parent, during=progress)
     except NotFinite as error:
         print_verdict(False, str(error))
         raise
@@ -279,7 +279,7 @@ def memory(
     from ktverify.training.memory_trend import MOST
     from ktverify.training.run import measure_memory
 
-    found = measure_memory(chosen, config.resolve().parent, steps)
+    found = measure_memory(chosen, config.resolve().parent, steps, progress)
     typer.echo(f"loaded    {format_bytes(found.loaded):>10}")
     for number, rss in enumerate(found.steps, start=1):
         typer.echo(f"step {number:3}  {format_bytes(rss):>10}")
@@ -299,7 +299,7 @@ def throughput(
     chosen = _read_config(context, config)
     from ktverify.training.run import measure_throughput
 
-    typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps):.0f} tokens/s")
+    typer.echo(f"{measure_throughput(chosen, config.resolve().parent, steps, progress):.0f} tokens/s")
 
 
 COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {

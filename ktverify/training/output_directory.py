@@ -220,7 +220,7 @@ def problem_of(checkpoint: Path) -> str:
         with safe_globals():  # numpy's random state
             for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
                 torch.load(checkpoint / name, map_location="cpu", weights_only=True)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         return f"{name} has another form ({one_line(error)[:80]})"
     except (ValueError, SafetensorError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         return f"{name} cannot be read ({' '.join(str(error).split())[:80]})"

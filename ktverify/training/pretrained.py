@@ -51,6 +51,16 @@ def load_tokenizer(path: str, *, option: str, trust: bool = False) -> Any:
     return _load(AutoTokenizer.from_pretrained, path, option, trust_remote_code=trust)
 
 
+def ensure_padding(tokenizer: Any) -> None:
+    """Let a tokenizer without a padding token pad with its end token, as LLaMA-Factory does; labels and the attention
+    mask leave padding out. ValueError for a tokenizer with neither token."""
+    if tokenizer.pad_token is not None:
+        return
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {BASE_OPTION} has neither a padding nor an end token; give it one")
+    tokenizer.pad_token = tokenizer.eos_token
+
+
 def load_form(path: str, dtype: str, *, option: str, trust: bool = False) -> Any:
     """The model at `path` without its weights, which are on the device meta. ValueError that names `option`."""
     import torch

@@ -5,13 +5,14 @@ A training leaves an output directory with the adapter, checkpoints, loss.jsonl,
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ktverify.engines.expert_parallel import Ranks
 from ktverify.errors import NotFinite
 from ktverify.runs.jsonl import to_json
 from ktverify.system.files import write_whole
-from ktverify.training import curves, memory_trend, output_directory, resume
+from ktverify.training import curves, memory_trend, output_directory, pretrained, resume
 from ktverify.training.adapter import add_adapter, lora_config
 from ktverify.training.config import TrainConfig
 from ktverify.training.dataset import IGNORED, encode, find_dataset, read_records
@@ -37,6 +38,8 @@ from ktverify.training.schedule import check_schedule
 from ktverify.training.trainer import Enough, FiniteParameters, LossLog, LossTrainer, Rotation
 from ktverify.training.wrap import find_experts, require_one_process, wrap_moe_layers
 
+# what shows a text while its body runs
+During = Callable[[str], contextlib.AbstractContextManager[object]]
 # keys that the Trainer's arguments have under the same name
 _SAME_KEYS = (
     *("output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
@@ -85,25 +88,27 @@ def run(
     first_steps: int | None = None,
     one_length: bool = False,
     enough: Enough | None = None,
+    during: During = contextlib.nullcontext,
 ) -> Trained:
     """Run the training that `config` describes; relative data paths are also searched in the directory `beside`.
 
     first_steps: train only so many of its steps, as the whole training has them, and more until `enough` is true of
-    the resident bytes after every step. one_length pads every batch to the
-    longest example, because torch keeps memory for each shape that it has seen; the losses are the same but for
-    rounding. With kt_ep, all processes of torchrun call it.
+    the resident bytes after every step. one_length pads every batch to the longest example, because torch keeps memory
+    for each shape that it has seen; the losses are the same but for rounding. during: shows what is done before the
+    first step. With kt_ep, all processes of torchrun call it.
     ValueError in one line for what cannot be run, before the model is loaded where that is possible; RankLost where
     another process ended.
     """
     with ranks_of(config) as ranks, output_of(config, ranks) as own:
-        with agreed(ranks):
+        during = during if ranks is None or ranks.rank == 0 else contextlib.nullcontext
+        with agreed(ranks), during("reading the data"):
             plan = _prepared(of_all(config, ranks), beside, ranks, own, first_steps)
         if plan.start is not None and output_directory.step_reached(plan.start) >= plan.total:
             if ranks is None or ranks.rank == 0:
                 return _nothing_to_train(Path(config.output_dir), plan.start, plan.total)
             log = LossLog(Path(own))
             return Trained(_summary(log, 0, 0, 0.0), log, None, "nothing to train", first=False)
-        with agreed(ranks):
+        with agreed(ranks), during("loading the model"):
             model = _adapted(plan)
         return _train(plan, model, LossLog(Path(own), plan.kept, first_steps, enough), one_length)
 
@@ -127,6 +132,8 @@ class _Prepared:
 def _prepared(config: TrainConfig, beside: Path, ranks: Ranks | None, own: str, first_steps: int | None) -> _Prepared:
     """own: the directory that this process writes to. ValueError for what cannot be run."""
     output = Path(config.output_dir)
+    if output.resolve() == Path(config.model_name_or_path).resolve():
+        raise ValueError(f"output_dir {output} is the model's own directory: name another, so that its files stay")
     start = output_directory.choose_start(output, config.resume_from_checkpoint, config.overwrite_output_dir)
     check_schedule(config, config.max_steps if config.max_steps > 0 else _SOME_STEPS)
     # gradients of several ranks are clipped by their common norm, which the Trainer does not know
@@ -148,7 +155,7 @@ def _prepared(config: TrainConfig, beside: Path, ranks: Ranks | None, own: str, 
         )
     _check_form(config, infer, in_files=ranks is not None)
     tokenizer = load_tokenizer(config.model_name_or_path, option=BASE_OPTION, trust=config.trust_remote_code)
-    _ensure_padding(tokenizer)
+    pretrained.ensure_padding(tokenizer)
     rows = encode(records, tokenizer, config.cutoff_len, workers=config.preprocessing_num_workers or 1)
     total = total_steps(config, len(rows))
     if first_steps is not None and first_steps > total:
@@ -260,16 +267,6 @@ def _close_bar(trainer: LossTrainer) -> None:
             bar.close()
 
 
-def _ensure_padding(tokenizer: Any) -> None:
-    """Let a tokenizer without a padding token pad with its end token, as LLaMA-Factory does; labels and the attention
-    mask leave padding out. ValueError for a tokenizer with neither token."""
-    if tokenizer.pad_token is not None:
-        return
-    if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {BASE_OPTION} has neither a padding nor an end token; give it one")
-    tokenizer.pad_token = tokenizer.eos_token
-
-
 def _arguments(config: TrainConfig) -> TrainingArguments:
     """The Trainer's arguments. ValueError for what it would refuse, and for several GPUs: it would split a batch over
     copies of the model, and the engine's layers cannot be copied."""
@@ -362,7 +359,9 @@ class Memory:
         return self.slope > memory_trend.MOST or self.waiting > 0
 
 
-def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory:
+def measure_memory(
+    config: TrainConfig, beside: Path, steps: int = 10, during: During = contextlib.nullcontext
+) -> Memory:
     """Train for `steps` steps after WARMUP and measure the resident memory after each.
 
     Up to MORE times as many steps where memory is not calm by then, and the training has so many.
@@ -372,28 +371,28 @@ def measure_memory(config: TrainConfig, beside: Path, steps: int = 10) -> Memory
         counted = rss[WARMUP:]
         return memory_trend.calm_growth(counted) <= memory_trend.MOST or len(counted) >= MORE * steps
 
-    done = _few_steps(config, beside, steps, one_length=True, enough=calm)
+    done = _few_steps(config, beside, steps, during=during, one_length=True, enough=calm)
     rss = done.log.rss[WARMUP:]
     waiting = sum(w.engine.saved_forwards for w in getattr(done.model, "_kt_wrappers", ()) if w.engine)
     return Memory(done.log.rss_before, tuple(rss), memory_trend.calm_growth(rss), waiting)
 
 
-def measure_throughput(config: TrainConfig, beside: Path, steps: int = 10) -> float:
+def measure_throughput(
+    config: TrainConfig, beside: Path, steps: int = 10, during: During = contextlib.nullcontext
+) -> float:
     """Tokens per second, padding left out, over `steps` steps after WARMUP: the median step's."""
-    done = _few_steps(config, beside, steps)
+    done = _few_steps(config, beside, steps, during=during)
     return float(statistics.median(row["tokens_per_s"] for row in done.log.rows[WARMUP:]))
 
 
-def _few_steps(
-    config: TrainConfig, beside: Path, steps: int, *, one_length: bool = False, enough: Enough | None = None
-) -> Trained:
+def _few_steps(config: TrainConfig, beside: Path, steps: int, **more: Any) -> Trained:
     require_one_process()
     with tempfile.TemporaryDirectory(prefix="ktverify-") as directory:
         count = steps + WARMUP
         keys = {"logging_steps": 1, "save_steps": count + 1, "resume_from_checkpoint": None}
         short = config.model_copy(update={**keys, "output_dir": f"{directory}/out"})
         try:
-            return run(short, beside, first_steps=count, one_length=one_length, enough=enough)
+            return run(short, beside, first_steps=count, **more)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # without run's hint, which names a directory that is deleted
         except NotFinite as error:

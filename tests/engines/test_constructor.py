@@ -61,9 +61,11 @@ ROWS = [
     *rows(ValueError, ("lora_dropout",), (*HUGE, 1, 1.0, -0.1, math.nan, math.inf)),
     *rows(ValueError, ("method", "mode"), ([], {}, 7, None, "", "x" * 900, "\ud800\x1b\0", b"", True, ("sft",))),
     *rows(ValueError, ("method", "mode"), (Unprintable(), torch.zeros(2), math.nan)),
-    *rows(ValueError, ("gpu_device",), ("", "gpu", "cuda:x", "cuda:-1", "meta", "a\0b", "\ud800", "\x1b[31m", "x" * 900)),
+    *rows(
+        ValueError, ("gpu_device",), ("", "gpu", "cuda:x", "cuda:-1", "meta", "a\0b", "\ud800", "\x1b[31m", "x" * 900)
+    ),
     *rows(TypeError, ("gpu_device",), (0, None, torch.device("cpu"), Unprintable(), [])),
-    *rows(TypeError, ("numa_nodes", "gpu_experts_mask"), (7, "0", {0}, [0.0], [None], Unprintable(), [Unprintable()])),
+    *rows(TypeError, ("numa_nodes", "gpu_experts_mask"), (7, "0", {0}, [0.0], [None], Unprintable(), [Odd()])),
     *rows(ValueError, ("mode",), (np.array(["sft", "x"]),)),
     *rows(TypeError, ("weight_path",), (7, None, [], b"x", True)),
 ]

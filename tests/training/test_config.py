@@ -78,10 +78,26 @@ def test_one_of_several_processes_is_refused_before_anything_is_read(
 
 def test_missing_keys_and_files(config: Callable[..., Path], tmp_path: Path) -> None:
     refused(call("train", tmp_path / "nothing.yaml"), "there is no configuration")
+    # what help names, from another folder than a clone
+    example = tmp_path / "examples" / "minimal.yaml"
+    refused(call("train", example), rf"there is no configuration {example}; an example is \S+/examples/minimal\.yaml")
     refused(call("train", config(text="# nothing yet\n")), r"config\.yaml holds nothing; it takes keys and values")
     refused(call("train", config(text="dataset: alpaca_tiny\noutput_dir: out\n")), "model_name_or_path got nothing")
     refused(call("train", config(), "--max_steps"), "--max_steps has no value")
     refused(call("train", config(), "--max_stps", "3"), "did you mean max_steps?")
+
+
+@pytest.mark.parametrize("written", ["{base}", "{base}/", "{base}/../base", "{link}"])
+def test_a_model_is_not_trained_into_its_own_directory(written: str, tmp_path: Path) -> None:
+    base, link, path = tmp_path / "base", tmp_path / "link", tmp_path / "a.yaml"
+    base.mkdir()
+    (base / "tokenizer.json").write_text("mine")
+    link.symlink_to(base)
+    for option in ("", "overwrite_output_dir: true\n"):
+        output = written.format(base=base, link=link)
+        path.write_text(f"model_name_or_path: {base}\ndataset: alpaca_tiny\noutput_dir: {output}\n{option}")
+        refused(call("train", path), "is the model's own directory: name another")
+    assert [file.read_text() for file in base.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(
