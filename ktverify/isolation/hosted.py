@@ -67,7 +67,11 @@ class Hosted:
     loader: str = ""
 
     def __post_init__(self) -> None:
-        found: dict[str, Any] = {"spec": absolute(self.spec)}
+        spec: object = self.spec
+        if not isinstance(spec, str):
+            takes = "path/file.py:attribute or package.module:attribute"
+            raise TypeError(f"spec is a {type(spec).__name__}; it takes text, {takes}")
+        found: dict[str, Any] = {"spec": absolute(spec)}
         for name in ("python", "stand_alone"):
             given = getattr(self, name)
             found[name] = given if given is None or callable(given) else expand(os.fspath(given))

@@ -190,3 +190,11 @@ def test_a_path_that_means_no_place_is_refused_at_every_door(door: str, path: st
     except ValueError as error:
         found = str(error)
     assert text in found
+
+
+@pytest.mark.parametrize(
+    "given", [{"spec": 7}, {"spec": None}, {"spec": "a:b", "python": 7}, {"spec": "a:b", "stand_alone": 7}]
+)
+def test_a_hosted_engine_takes_text(given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"spec is a \w+; it takes text|not int"):
+        ktverify.Hosted(**given)
