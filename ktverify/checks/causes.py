@@ -42,6 +42,7 @@ class Cause(enum.Enum):
 
 
 PREFIX = "cause: "
+UNKNOWN = "not looked for"  # behind PREFIX, where no time was left or the case is too large
 
 
 def cause_of(message: str) -> str:

@@ -8,6 +8,7 @@ tensors that an engine with some defect would return, explains the share 1 - err
 from __future__ import annotations
 
 import functools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,8 +216,9 @@ class Evidence:
 
         A defect that makes a tensor three times as large makes its roundings three times as large too.
         """
-        grown = {name: _norm(predicted[name]) / _norm(self.right[name]) for name in left if name in predicted}
-        return [name for name, error in left.items() if not error <= max(1.0, grown.get(name, 1.0)) ** 2]
+        right = {name: _norm(self.right[name]) for name in left if name in predicted and self.right[name].any()}
+        grown = {name: _norm(predicted[name]) / norm for name, norm in right.items()}
+        return [name for name, error in left.items() if not math.sqrt(error) <= max(1.0, grown.get(name, 1.0))]
 
     def only(self, name: str) -> Evidence:
         """The evidence of one tensor alone."""

@@ -92,6 +92,12 @@ FORWARD = tuple(FORMULAS)[: list(FORMULAS).index(OUTPUT)]  # up to y
 
 # how messages name a stage; a stage that is not listed is called by its name
 LABELS: dict[str, str] = {
+    "ga": "Ag (gate_lora_a)",
+    "gb": "Bg (gate_lora_b)",
+    "ua": "Au (up_lora_a)",
+    "ub": "Bu (up_lora_b)",
+    "da": "Ad (down_lora_a)",
+    "db": "Bd (down_lora_b)",
     "x_ga": "x Agᵀ (gate LoRA, low rank)",
     "x_ua": "x Auᵀ (up LoRA, low rank)",
     "g_base": "x Wgᵀ (gate product)",

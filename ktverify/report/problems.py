@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ktverify.checks.causes import PREFIX, cause_of
+from ktverify.checks.causes import PREFIX, UNKNOWN, cause_of
 from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, CheckRecord, LatencyRecord, worst_first
 from ktverify.runs.store import Run
 
@@ -87,9 +87,14 @@ def _key(record: AnyRecord) -> tuple[str, ...]:
 
 
 def _suggested(members: Sequence[AnyRecord]) -> str:
-    """The cause that the diagnosis found for the tensors of a case, as "LoRA scaling"; "" if it found none."""
+    """The cause that the diagnosis found for the tensors of a case, as "LoRA scaling"; "" if it found none.
+
+    UNKNOWN where it did not look for one.
+    """
     causes = [cause_of(record.message) for record in members if isinstance(record, AccuracyRecord)]
     title = next(filter(None, causes), "").removeprefix(PREFIX).partition(":")[0]
+    if title.startswith(UNKNOWN):
+        return UNKNOWN
     return "" if title.startswith(("no ", "not ")) else _NUMBER.sub("#", title)
 
 
@@ -97,7 +102,8 @@ def _group(members: list[AnyRecord], *more: list[AnyRecord]) -> FailureGroup:
     """The group of `members`; more: other cases that have the same cause."""
     if more:
         shown, cases = _group(members), [_short(records[0]) for records in more]
-        lines = [*shown.lines, *_wrapped(f"the same cause in {_listed(dict.fromkeys(cases))}")]
+        text = f"{UNKNOWN} in" if _suggested(members) == UNKNOWN else "the same cause in"
+        lines = [*shown.lines, *_wrapped(f"{text} {_listed(dict.fromkeys(cases))}")]
         return replace(shown, where=f"× {1 + len(more)} cases, as {shown.where}", lines=tuple(lines))
     first, times = members[0], f"× {len(members)} " if len(members) > 1 else ""
     repro = next((record.repro for record in members if record.repro), "")

@@ -18,7 +18,7 @@ from ktverify.diagnose import diagnose as diagnosing
 from ktverify.diagnose import hook, search
 from ktverify.diagnose.diagnose import diagnose, quick
 from ktverify.diagnose.evidence import Evidence, Explanation
-from ktverify.diagnose.formulas import FORMULAS, LABELS, LayerValues, downstream, operands
+from ktverify.diagnose.formulas import FORMULAS, LABELS, LEAVES, LayerValues, downstream, operands
 from ktverify.diagnose.search import explain, one_thread, reduced
 from ktverify.engines.registry import find
 from ktverify.engines.run import run_case
@@ -97,7 +97,7 @@ def test_changed_formula_affects_only_its_dependents(inputs: Inputs) -> None:
     assert torch.allclose(found["grad_gate_lora_b"], 2 * layer.tensors["grad_gate_lora_b"])
     assert OUTPUT in downstream("s")
     assert operands("g_lora") == ("s", "x_ga", "gb")
-    assert set(LABELS) <= set(FORMULAS)
+    assert set(LABELS) <= {*FORMULAS, *LEAVES}
 
 
 # ---- no cause
@@ -192,6 +192,23 @@ def test_broken_diagnosis_changes_no_verdict(monkeypatch: pytest.MonkeyPatch) ->
     assert [record.verdict for record in result.records] == before
     said = "\n".join(record.message for record in result.records)
     assert "cause: not found, the diagnosis itself failed: ZeroDivisionError: in a hypothesis" in said
+
+
+def test_causes_of_a_process_take_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = accuracy.check_case(UNSCALED, SMALL, fresh=True, tensors=BACKWARD_TENSORS)
+    monkeypatch.setattr(hook, "_spent", 0.0)
+    monkeypatch.setattr(hook, "SECONDS_IN_ALL", 1e-9)
+    assert "cause: LoRA scaling" in hook.cause_line(result, UNSCALED)
+    assert hook.cause_line(result, UNSCALED).startswith("cause: not looked for, the search took ")
+
+
+def test_a_tensor_that_should_be_zero_has_no_growth_to_allow(inputs: Inputs, peer: Tensors) -> None:
+    # of one token without a weight: its gradients are 0, and no prediction of other numbers is within their budgets
+    here = make_inputs(SMALL)
+    here = replace(here, weights=torch.zeros_like(here.weights))
+    evidence = Evidence.of(here, {name: torch.zeros_like(peer[name]) for name in GRAD_NAMES})
+    predicted = {GRAD_NAMES[0]: evidence.right[GRAD_NAMES[0]] + 1.0}
+    assert evidence.over(evidence.left(predicted), predicted) == [GRAD_NAMES[0]]
 
 
 def test_passing_case_gets_no_cause() -> None:

@@ -92,6 +92,8 @@ def test_cases_with_one_cause_are_one_group(tmp_path: Path) -> None:
     records: list[AnyRecord] = [wrong(f"case{n}", scale.format(n)) for n in range(2, 12)]
     records += [wrong("case2", scale.format(2), "scalar"), wrong("other", "routing weight: missing")]
     records += [wrong(name, "no hypothesis about the tensors fits; a command") for name in ("odd", "odder")]
+    late = "not looked for, the search took {} s for other cases; a command '{}'"
+    records += [wrong(f"late{n}", late.format(40 + n, f"late{n}")) for n in (1, 2)]
     found = problems.problems(write(tmp_path / "run", records))
     assert sorted(group.where for group in found) == [
         "forward · avx2 · odd@seed=0",
@@ -99,6 +101,7 @@ def test_cases_with_one_cause_are_one_group(tmp_path: Path) -> None:
         "forward · avx2 · other@seed=0",
         "forward · scalar · case2@seed=0",
         "× 10 cases, as forward · avx2 · case2@seed=0",
+        "× 2 cases, as forward · avx2 · late1@seed=0",
     ]
     text = " ".join(problems.group_text(next(group for group in found if "10 cases" in group.where)).split())
     assert text.count("cause: LoRA scaling") == text.count("python -m ktverify repro") == 1
