@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from ktverify.runs.record import NOT_RUN, AccuracyRecord, AnyRecord, worst_first
 from ktverify.runs.store import Run
 from ktverify.spec.cases import USUAL_TIERS, catalogue, select
 from ktverify.system.instruction_sets import AMX, ISA_FLAGS
+
+# the reason of a check that an engine disclaims: the capability, and the value that the check needs
+_DISCLAIMED = re.compile(r"^(UNSUPPORTED \w+) \S+ is disclaimed$")
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,9 @@ def judge_run(
         elif before is not None and before.verdict == "PASS" and not _left_out(key, before, run):
             breaks.append(f"{line.splitlines()[0]} (it was PASS in the baseline)")
         else:
-            left.setdefault(line.splitlines()[0].partition(": ")[2], []).append(line.splitlines()[0])
-    # one note for all checks that were left out for the same reason
+            reason = line.splitlines()[0].partition(": ")[2]
+            left.setdefault(_DISCLAIMED.sub(r"\1", reason), []).append(line.splitlines()[0])
+    # one note for all checks that were left out for the same reason, or for values of one capability
     for lines in left.values():
         more = f" (and {many(len(lines) - 1, 'more check')})" if lines[1:] else ""
         notes.append(lines[0] + more)

@@ -63,6 +63,21 @@ def test_what_breaks_a_run(name: str, tmp_path: Path) -> None:
     assert text in report.breaks[0]
 
 
+def test_what_an_engine_disclaims_is_a_note_for_each_capability(tmp_path: Path) -> None:
+    def disclaimed(what: str) -> AnyRecord:
+        reason = {"verdict": "UNSUPPORTED", "message": f"UNSUPPORTED {what} is disclaimed"}
+        return check(name=f"test {what}").model_copy(update=reason)
+
+    values = ("tp 2", "tp 4", "tp 8", "methods MXFP4_SFT", "skip_lora")
+    report = gated(write(tmp_path / "run", [check(), *map(disclaimed, values)]))
+    assert report.passed
+    assert sorted(note.partition(": ")[2] for note in report.notes) == [
+        "UNSUPPORTED methods MXFP4_SFT is disclaimed",
+        "UNSUPPORTED skip_lora is disclaimed",
+        "UNSUPPORTED tp 2 is disclaimed (and 2 more checks)",
+    ]
+
+
 def baseline_of(tmp_path: Path, records: list[AnyRecord]) -> Baseline:
     write_baseline(write(tmp_path / "base", records), tmp_path / "baseline.json")
     return read(tmp_path / "baseline.json")
