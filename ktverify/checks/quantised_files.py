@@ -32,9 +32,9 @@ NAMES = (
 )
 REFUSED = (
     "load_weights() refuses what is wrong in such files with ValueError or TypeError, in a line that names file and "
-    "tensor: a tensor that is missing, of another dtype or shape, or cut short, groups that do not divide a row, the "
-    "numbers that load_weights_from_tensors refuses, and a config.json that contradicts the tensors. It refuses "
-    "kt-kernel's .kt files."
+    "tensor: a tensor that is missing, there twice, of another dtype or shape, or cut short, groups that do not divide "
+    "a row, the numbers that load_weights_from_tensors refuses, and a config.json that contradicts the tensors. It "
+    "refuses kt-kernel's .kt files."
 )
 CASE = Case.parse("E=3,k=2,H=256,I=128,T=9,r=2,alpha=4")
 LAYER = 3
@@ -159,12 +159,14 @@ def _one(value: float, dtype: torch.dtype | None = None) -> Callable[[Tensor], T
 
 @dataclass(frozen=True)
 class Bad:
-    """Files that are refused. names: what the error contains, beside the file. config: quantization_config beside."""
+    """Files that are refused. names: what the error contains, beside the file. config: quantization_config beside.
+    packed_int8: as tensors_of takes it."""
 
     label: str
     change: Change
     names: tuple[str, ...]
     config: Mapping[str, Any] | None = None
+    packed_int8: bool = False
 
 
 def _says(label: str, names: tuple[str, ...], **config: Any) -> Bad:
@@ -219,6 +221,19 @@ ROWS = {
     "one expert in bf16": Bad("int4_32", _in_bf16(LAST), (f"{LAST}weight is BF16", "int4")),
     "int4 codes of bytes": Bad("int4_32", _to(f"{LAST}weight_packed", lambda c: c.view(torch.uint8)), (LAST, "U8")),
     "int4 of another shape": Bad("int4_32", _to(f"{LAST}weight_shape", lambda s: s + 8), (f"{LAST}weight_shape",)),
+    "int4 shape missing": Bad("int4_32", _without(f"{LAST}weight_shape"), (f"{LAST}weight_shape",)),
+    "packed int8 shape missing": Bad(
+        "int8", _without(f"{FIRST}weight_shape"), (f"{FIRST}weight_packed has no", "weight_shape"), packed_int8=True
+    ),
+    "packed int8 of another shape": Bad(
+        "int8",
+        _to(f"{FIRST}weight_shape", lambda s: s + 64),
+        (f"{FIRST}weight_packed", "says [192, 320]"),
+        packed_int8=True,
+    ),
+    "packed int8 shape of fp32": Bad(
+        "int8", _to(f"{FIRST}weight_shape", Tensor.float), (f"{FIRST}weight_shape is F32",), packed_int8=True
+    ),
     "int4 in another order": Bad("int4_32", _also(f"{LAST}weight_g_idx", torch.arange(128)), (f"{LAST}weight_g_idx",)),
     "int4 zero points missing": Bad("int4_zeros", _without(f"{LAST}weight_zero_point"), (f"{LAST}weight_zero_point",)),
     "int4 zero points of columns": Bad(
@@ -252,6 +267,15 @@ ROWS = {
     "config.json of zero points": _integers("int4_32", ("without zero points",), symmetric=False),
     "config.json of no zero points": _integers("int4_zeros", ("with zero points",)),
     "config.json of another order": _integers("int4_32", ("actorder",), actorder="group"),
+    "int4 shape transposed": Bad(
+        "int4_32", _to(f"{FIRST}weight_shape", lambda s: s.flip(0)), (FIRST, "says [256, 128]")
+    ),
+    "config.json of integers beside fp8": _says(
+        "fp8",
+        (f"{FIRST}weight is fp8", "'num_bits': 8"),
+        config_groups={"a": {"weights": {"type": "int", "num_bits": 8}}},
+    ),
+    "config.json of e5m2": _says("fp8", (f"{FIRST}weight is fp8", "e5m2"), fmt="e5m2"),
     "config.json of blocks of 64": _says("fp8", (f"{FIRST}weight", "[64, 64]"), weight_block_size=[64, 64]),
     "config.json that leaves an expert out": _says(
         "int4_32", (f"{EXPERT}.up_proj.weight_packed", "ignore has"), ignore=["lm_head", f"{EXPERT}.up_proj"]
@@ -272,10 +296,10 @@ ROWS = {
 
 @_in_files(REFUSED, Cause.REFUSAL, gates=("refusal",))
 def check_refused(target: Target) -> None:
-    """Every row of ROWS, a file that was cut short or is not there, fp32 weights, and .kt files, are refused in one
-    line."""
+    """Every row of ROWS, a file that was cut short, has a tensor twice or is not there, fp32 weights, and .kt files,
+    are refused in one line."""
     for name, row in ROWS.items():
-        tensors = tensors_of(draw(CODINGS[row.label], CASE))
+        tensors = tensors_of(draw(CODINGS[row.label], CASE), packed_int8=row.packed_int8)
         row.change(tensors)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE
@@ -287,8 +311,13 @@ def check_refused(target: Target) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILE
         save_file(tensors_of(draw(CODINGS["fp8"], CASE)), path)
-        path.write_bytes(path.read_bytes()[:-1])
-        _refused(target, CODINGS["fp8"], path, "a file cut short", (FILE, "safetensors"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1])
+        _refused(
+            target, CODINGS["fp8"], path, "a file cut short", (FILE, "safetensors", "experts.2.up_proj.weight ends")
+        )
+        path.write_bytes(_twice(whole, f"{LAST}weight"))
+        _refused(target, CODINGS["fp8"], path, "a tensor that is there twice", (FILE, f"{LAST}weight is in", "twice"))
         files = dict.fromkeys(tensors_of(draw(CODINGS["fp8"], CASE)), "model-2.safetensors")
         (path.parent / INDEX).write_text(json.dumps({"weight_map": files}))
         _refused(target, CODINGS["fp8"], path.parent, "a file that is not there", (INDEX, f"{FIRST}weight", "model-2"))
@@ -299,6 +328,15 @@ def check_refused(target: Target) -> None:
         path.write_bytes(b"codes")
         for each in (path, path.parent):
             _refused(target, CODINGS["int4_32"], each, "kt-kernel's files", (str(each), ".kt files", "safetensors"))
+
+
+def _twice(file: bytes, name: str) -> bytes:
+    """A safetensors file whose header has this tensor twice, with the same place."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = file[8:end].decode().rstrip()
+    again = json.dumps({name: json.loads(header)[name]})[1:]
+    changed = f"{header[:-1]},{again}".encode()
+    return len(changed).to_bytes(8, "little") + changed + file[end:]
 
 
 def _refused(target: Target, coding: Coding, path: Path, what: str, names: tuple[str, ...]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ class MappedFile:
 
     A page beyond the end of a file ends the process (SIGBUS). So the size is compared before pages are read; the file
     is held open for that, because a file that replaced it under its name says nothing of the mapped one.
-    ValueError for a file that is no safetensors file, as one that was cut short.
+    ValueError for a file that is no safetensors file, as one that was cut short, and for a tensor that its header has
+    twice: safetensors would read the last.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,7 +35,10 @@ class MappedFile:
         try:
             self._opened = safe_open(path, "pt")
         except Exception as error:  # the library raises exceptions of its own and others
-            raise ValueError(f"{path} is no safetensors file: {error}") from None
+            why = _cut_short(self._file, self._size) or error
+            raise ValueError(f"{path} is no safetensors file: {why}") from None
+        if twice := _header(self._file)[2]:
+            raise ValueError(f"{path}: {twice[0]} is in the header twice; write the file again")
 
     def check(self) -> None:
         """OSError if the file has become shorter."""
@@ -58,6 +64,31 @@ class MappedFile:
     def slice(self, name: str) -> Any:
         """dtype, shape and values of a tensor, of which only the header is read. SafetensorError where it is none."""
         return self._opened.get_slice(name)  # type: ignore[no-untyped-call]
+
+
+def _header(file: int) -> tuple[int, dict[str, Any], list[str]]:
+    """Of a safetensors file: where its header ends, the header, and the names that it has twice."""
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    twice: list[str] = []
+
+    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice.extend(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        return dict(pairs)
+
+    return 8 + length, json.loads(os.pread(file, length, 8), object_pairs_hook=kept), twice
+
+
+def _cut_short(file: int, size: int) -> str:
+    """What a file that was cut short to `size` bytes lacks, in words; "" for another fault."""
+    if int.from_bytes(os.pread(file, 8, 0), "little") > size:
+        return ""
+    try:
+        begin, header, _ = _header(file)
+        ends = {name: begin + about["data_offsets"][1] for name, about in header.items() if "data_offsets" in about}
+        end, name = min((end, name) for name, end in ends.items() if end > size)
+    except Exception:  # the library has said what is wrong
+        return ""
+    return f"it was cut short, {name} ends at byte {end}, the file has {size}"
 
 
 class Checkpoint:

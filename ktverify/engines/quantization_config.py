@@ -38,24 +38,29 @@ class QuantizationConfig:
         return cls(file)
 
     def require(self, stem: str, matrix: StoredMatrix) -> None:
-        """ValueError, with file and tensor, where it contradicts the matrix `stem`: other bits, another group or block,
-        zero points, or a list of modules that are not quantised."""
+        """ValueError, with file and tensor, where it contradicts the matrix `stem`: other bits, integers, another group
+        or block, zero points, or a list of modules that are not quantised."""
         has = f"{matrix.where[0]} is {matrix.format}"
         if entry := self._left_out(stem.removesuffix(f".{WEIGHT}")):
             raise ValueError(f"{has}, and {self.file} says that it is not quantised: {entry}")
-        if matrix.format == "fp8":
-            block = self.about.get("weight_block_size")
-            if block is not None and block != list(matrix.block):
-                raise ValueError(f"{has}, read in blocks of {list(matrix.block)}; {self.file} says {block}")
-        elif matrix.format in ("int4", "int8"):
-            said = list(self._integers())
+        said, groups = list(self._integers()), self.about.get("config_groups")
+        if matrix.format not in ("int4", "int8"):
+            if said and isinstance(groups, dict) and len(said) == len(groups):
+                raise ValueError(f"{has}; {self.file} says {self._shown(said[0])}, of integers")
+            for key, read in (("weight_block_size", list(matrix.block)), ("fmt", "e4m3")):
+                if matrix.format == "fp8" and self.about.get(key) not in (None, read):
+                    raise ValueError(f"{has}, read with {key} {read}; {self.file} says {self.about[key]}")
+        else:
             if said and all(weights.get("actorder") in ("group", "dynamic") for weights in said):
                 raise ValueError(f"{has}, and {self.file} says actorder: columns in another order are not read")
             if said and not any(_agrees(weights, matrix) for weights in said):
                 group = f"a scale for {matrix.block[1]} weights" if matrix.block[1] else "a scale for a row"
                 points = "without zero points" if matrix.zero_points is None else "with zero points"
-                says = {key: said[0].get(key) for key in ("num_bits", "strategy", "group_size", "symmetric")}
-                raise ValueError(f"{has} with {group}, {points}; {self.file} says {says}")
+                raise ValueError(f"{has} with {group}, {points}; {self.file} says {self._shown(said[0])}")
+
+    @staticmethod
+    def _shown(weights: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: weights.get(key) for key in ("num_bits", "strategy", "group_size", "symmetric")}
 
     def _left_out(self, module: str) -> str:
         for key in _LEFT_OUT:

@@ -60,25 +60,34 @@ def name_of(stem: str, word: str) -> str:
 
 
 def matrix_of(lookup: Lookup, name: str) -> tuple[str, str] | None:
-    """(stem, format) where the tensor of this name has a matrix's codes, else None."""
+    """(stem, format) where the tensor of this name has a matrix's codes, else None.
+
+    ValueError where weight_packed does not say whether it has codes of 4 or 8 bits."""
     found = lookup(name)
     dtype = found[1].get_dtype() if found else ""
     if dtype.startswith("F8_E") and dtype != "F8_E8M0":
         return name, "fp8"
     if found and name.endswith(f".{PACKED_INT8.codes}"):
         stem = name.removesuffix(PACKED_INT8.codes) + WEIGHT
-        return stem, "int8" if _holds_bytes(found[1], lookup(name_of(stem, PACKED_INT8.shape))) else "int4"
+        return stem, "int8" if dtype == "I32" and _holds_bytes(lookup, stem, found) else "int4"
     if name.endswith(f".{WEIGHT}") and dtype in ("I8", "U8"):
         return name, "int8" if dtype == "I8" else "mxfp4"
     return None
 
 
-def _holds_bytes(packed: Any, shape: tuple[Path, Any] | None) -> bool:
-    """Whether four codes are in a number of weight_packed, by weight_shape; eight where it does not say so."""
-    if shape is None or shape[1].get_dtype() not in ("I32", "I64") or shape[1].get_shape() != [2]:
+def _holds_bytes(lookup: Lookup, stem: str, packed: tuple[Path, Any]) -> bool:
+    """Whether four codes are in a number of weight_packed [..., N, n], by weight_shape, and not eight. ValueError for
+    neither."""
+    name, shape = name_of(stem, PACKED_INT8.shape), packed[1].get_shape()
+    where = f"{packed[0]}: {name_of(stem, PACKED_INT8.codes)}"
+    if (found := lookup(name)) is None:
+        raise ValueError(f"{where} has no {name}, which says whether its codes have 4 or 8 bits")
+    rows, columns = _true_shape(f"{found[0]}: {name}", found[1])
+    if shape[-2:] == [rows, -(-columns // 8)]:
         return False
-    columns, width = int(shape[1][...][1]), list(packed.get_shape())[-1:]
-    return [-(-columns // 8)] != width == [-(-columns // 4)]
+    if shape[-2:] != [rows, -(-columns // 4)]:
+        raise ValueError(f"{where} is {shape}; {name} says {[rows, columns]}, and codes have 4 or 8 bits")
+    return True
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,9 @@ def stored_matrix(
     width, per_element = columns, 4 if layout is PACKED_INT8 else PER_ELEMENT[format]
     columns *= per_element
     given = scales.get_shape()
-    if (stored := at.get("shape")) is not None:
+    if layout.shape:
+        if (stored := at["shape"]) is None:
+            raise ValueError(f"{where('codes')} has no {names['shape']}")
         shape = _true_shape(where("shape"), stored[1])
         if shape[0] != rows or -(-shape[1] // per_element) != width:
             raise ValueError(f"{where('codes')} is {codes[1].get_shape()}; {names['shape']} says {shape}")
