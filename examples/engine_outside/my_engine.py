@@ -1,6 +1,6 @@
 """An engine of one's own, written with nothing but ktverify's README: plain torch, one expert after the other.
 
-PYTHONPATH=examples/engine_outside pytest suites/ -n 4 --engine my_engine:Engine
+In this folder, `ktverify repro small --engine my_engine:Engine` judges its numbers on one case.
 """
 
 import torch
