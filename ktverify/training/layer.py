@@ -185,7 +185,8 @@ class MOELayerWrapper(nn.Module):
     # ---- from peft's parameters to the engine's
 
     def _synchronise(self, calling: Iterable[Adapter], top_k: int, may_update: bool) -> tuple[torch.Tensor, ...]:
-        """Give the engine the six LoRA tensors of this call and return them, differentiable; () without LoRA."""
+        """Give the engine the six LoRA tensors of this call and return them, differentiable; () without LoRA, and where
+        no gradient is wanted and the engine has them already."""
         factors = {a.parameter_name: f for a in calling if (f := a.factors()) is not None}
         # of all that are attached, so that they can be switched
         attached = [*factors.values(), *(f for a in self.adapters.values() for f in a.attached())]
@@ -195,13 +196,15 @@ class MOELayerWrapper(nn.Module):
         if dtype != self._dtype:
             self._dtype, self._held, self._taken = dtype, None, {}
         assert self.engine is not None
-        lora = engine_lora(factors, self.engine.spec, dtype)
         values = self.engine.fingerprint([t for _, f in sorted(factors.items()) for t in (f.a, f.b)])
         key = tuple((name, f.scaling) for name, f in sorted(factors.items())), values
         # a Parameter stays the same object when its values, or even their address, change
         parameters = tuple(t for _, f in sorted(factors.items()) for t in (f.a, f.b))
         adapter = (*sorted(factors), *map(id, parameters))
-        if key != self._held:
+        changed = key != self._held
+        # after the fingerprint, so that the next call finds what is written in between
+        lora = engine_lora(factors, self.engine.spec, dtype) if changed or torch.is_grad_enabled() else []
+        if changed:
             living = {id(t) for f in attached for t in (f.a, f.b)}
             self._taken = {a: taken for a, taken in self._taken.items() if living.issuperset(map(id, taken[2]))}
             before, version, _ = self._taken.get(adapter, (None, 0, ()))
@@ -322,8 +325,7 @@ class MOEAMXFunction(torch.autograd.Function):
         captured = capture.current()
         noted = None
         if captured is not None:
-            dtype = lora[0].dtype if lora else torch.bfloat16
-            noted = captured.forward(engine, hidden_states, expert_ids, weights, dtype)
+            noted = captured.forward(engine, hidden_states, expert_ids, weights, engine.gate_lora_a.dtype)
         if call.save:
             ctx.noted = (captured, noted)
             ctx.call = call

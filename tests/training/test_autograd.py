@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ktverify.training.factors import engine_lora
 from ktverify.training.tiny import build_model
 from tests.support import models
 
@@ -258,6 +259,46 @@ def test_a_write_to_an_expert_that_is_reached_later_is_detected(writer: str, lat
     compute(model, others)
     for one in (model, strict):
         assert torch.equal(compute(one, [later]), wanted)
+
+
+CONVERTED = "ktverify.training.layer.engine_lora"
+
+
+def halved(model: Any) -> Any:
+    """`model` with half the scaling, so that the engine's B is a product of the parameter."""
+    with torch.no_grad():
+        model(input_ids=IDS)
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(0.5)
+    return model
+
+
+def test_a_write_while_the_values_are_taken_over_is_found_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = halved(make())
+
+    def written(*given: Any) -> list[Tensor]:
+        values = engine_lora(*given)
+        monkeypatch.setattr(CONVERTED, engine_lora)
+        for parameter in model._kt_wrappers[0].lora_params.values():
+            parameter.data.view(-1)[5] += 1
+        return values
+
+    monkeypatch.setattr(CONVERTED, written)
+    fresh = make()
+    with torch.no_grad():
+        model(input_ids=IDS)
+        found = model(input_ids=IDS).logits
+        fresh.load_state_dict({n: p for n, p in model.state_dict().items() if "lora" in n}, strict=False)
+        assert torch.equal(found, halved(fresh)(input_ids=IDS).logits)
+
+
+def test_values_that_the_engine_has_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = halved(make())
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        monkeypatch.setattr(CONVERTED, None)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
 def test_training_without_counters_equals_training_with_them() -> None:
