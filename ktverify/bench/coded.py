@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ktverify.bench.host import BenchInputs
 
+METHODS = {"fp8": "AMXFP8_SFT", "int8": "AMXINT8_SFT", "int4": "AMXINT4_SFT", "mxfp4": "MXFP4_SFT"}
 # the magnitudes of e2m1, doubled, that int4 has as well
 _MULTIPLES = (0, 1, 2, 3, 4, 6)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -60,10 +61,10 @@ def codes_of(format: str, weights: torch.Tensor, step: float) -> tuple[torch.Ten
 
 
 def layer_of(inputs: BenchInputs, factory: Callable[..., Any], format: str, **arguments: Any) -> Any:
-    """A layer of `factory` whose base weights are codes."""
+    """A layer of `factory` whose base weights are codes; format: of METHODS."""
     import torch
 
-    layer = factory(**{**inputs.arguments, **arguments})
+    layer = factory(**{**inputs.arguments, "method": METHODS[format], **arguments})
     made = []
     for name in inputs.base_names:
         each = [codes_of(format, expert[None], inputs.step) for expert in inputs.tensors[name]]
@@ -73,14 +74,3 @@ def layer_of(inputs: BenchInputs, factory: Callable[..., Any], format: str, **ar
     layer.load_weights_from_tensors(gate[0], up[0], down[0], physical_map, scales=(gate[1], up[1], down[1]))
     layer.init_lora_weights(*(inputs.tensors[name] for name in inputs.lora_names))
     return layer
-
-
-def loader(format: str, method: str) -> Callable[[BenchInputs], Any]:
-    """The `load` of a peer that is the native engine with base weights as codes."""
-
-    def load(inputs: BenchInputs) -> Any:
-        from ktverify.engines.native.layer import KTMoEWrapper
-
-        return layer_of(inputs, KTMoEWrapper, format, method=method, isa=inputs.isa or None)
-
-    return load

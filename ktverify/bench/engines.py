@@ -1,7 +1,7 @@
 """The engines of `bench shapes`, and the process of each. Imports no torch.
 
 Input: names, or paths of files like those in peers/. Output: `Engine`, and `EngineProcess`, which answers requests
-or raises `EngineDied`.
+or raises `EngineDied` or `Unsupported`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ktverify.errors import EngineDied
+from ktverify.errors import EngineDied, Unsupported
 from ktverify.isolation import host
 from ktverify.isolation.host import module_at
 from ktverify.isolation.process import AnsweringProgram, environment_of, own_environment
@@ -64,39 +64,49 @@ def find(names: Sequence[str], options: Mapping[str, str | None]) -> list[Engine
     wanted = list(dict.fromkeys([OWN, *(names or KNOWN)]))
     found = []
     for name in wanted:
-        path = Path(expand(name)).resolve() if name.endswith(".py") else PEERS / f"{name}.py"
-        if not path.is_file() or path.stem == "__init__":
-            known = ", ".join((*KNOWN, *ON_REQUEST))
-            raise ValueError(f"no engine is called {name!r}; there are {known}, or the path of a .py file")
-        found.append(_engine(path, options))
+        found.append(_engine(*_place(name), options))
     doubled = {engine.name for engine in found if [other.name for other in found].count(engine.name) > 1}
     if doubled:
         raise ValueError(f"two engines are called {', '.join(sorted(doubled))}; rename a file")
     return found
 
 
-def _engine(path: Path, options: Mapping[str, str | None]) -> Engine:
+def _place(name: str) -> tuple[Path, str]:
+    """(file, format of its base weights' codes, "" for bf16) of an engine. ValueError for a name of none."""
+    path = Path(expand(name)).resolve() if name.endswith(".py") else PEERS / f"{name}.py"
+    if path.is_file() and path.stem != "__init__":
+        return path, ""
+    stem, _, format = name.rpartition("_")
+    path = PEERS / f"{stem}.py"
+    if path.is_file() and format in getattr(module_at(path), "FORMATS", ()):
+        return path, format
+    known = ", ".join((*KNOWN, *ON_REQUEST))
+    raise ValueError(f"no engine is called {name!r}; there are {known}, or the path of a .py file")
+
+
+def _engine(path: Path, format: str, options: Mapping[str, str | None]) -> Engine:
     module = module_at(path)
     try:
-        need, python, more, missing = module.NEEDS, Path(sys.executable), {}, ""
+        need, python, more, missing = module.NEEDS, Path(sys.executable), {"format": format} if format else {}, ""
         if need:
             place, missing = optional_peers.find(need, options)
             if place is not None and need == "kt_python":
                 python = place
             elif place is not None:
                 more[need] = str(place)
+        bits, held = module.FORMATS[format] if format else (16, module.HELD)
         return Engine(
-            name=path.stem,
-            title=module.TITLE,
+            name=f"{path.stem}_{format}" if format else path.stem,
+            title=f"{module.TITLE} {format.upper()}" if format else module.TITLE,
             file=path,
-            held=module.HELD,
+            held=held,
             lazy=module.LAZY,
             backward=module.BACKWARD,
             lora=module.LORA,
             python=python,
             options=more,
             missing=missing,
-            bits=getattr(module, "BITS", 16),
+            bits=bits,
         )
     except AttributeError as error:
         raise ValueError(f"{path} is no engine: {error}") from None
@@ -118,10 +128,12 @@ class EngineProcess(AnsweringProgram):
         super().__init__(command, environment(engine, threads=threads, isa=isa), timeout_s=timeout_s)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to one request. EngineDied if there is none, or if the engine raised."""
+        """The answer to one request. EngineDied if there is none, or if the engine raised; Unsupported if it cannot."""
         answer = self.exchange({"do": do, **arguments})
         if not answer["ok"]:
             error = answer["error"]
+            if error["declared"]:
+                raise Unsupported(" ".join(error["text"].split())[:400])
             raise EngineDied(" ".join(f"{error['class']}: {error['text']}".split())[:400])
         result: dict[str, Any] = answer["result"]
         return result

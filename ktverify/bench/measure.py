@@ -37,7 +37,7 @@ from ktverify.bench.record import (
 from ktverify.bench.results import compare_results, errors_of, first_wrong
 from ktverify.bench.shapes import Shape, backward_work, forward_work, weight_bytes
 from ktverify.engines.native.phase_times import StageTimes
-from ktverify.errors import EngineDied
+from ktverify.errors import EngineDied, Unsupported
 from ktverify.isolation import process
 from ktverify.spec.names import BACKWARD_TENSORS, OUTPUT
 from ktverify.system import machine
@@ -248,8 +248,8 @@ class _Group:
                 isa=self.settings.isa,
                 options=engine.options,
             )
-        except EngineDied as died:
-            self._remove(one, f"while loading: {died}")
+        except (EngineDied, Unsupported) as error:
+            self._remove(one, "while loading: ", error)
             return
         one.line = line.model_copy(
             update={"about": loaded["about"], "resident": loaded["resident"], "load_ns": loaded["ns"]}
@@ -270,18 +270,20 @@ class _Group:
                 one.line = before.model_copy(
                     update={"forward": "FAIL", "backward": backward, "reason": when + wrong, "rel_l2": errors_of(found)}
                 )
-            elif one.engine.backward and before.backward == "PASS":
-                one.process.ask("backward")
-                found |= self._compare(one, results, (OUTPUT, *BACKWARD_TENSORS))
-                wrong = first_wrong(found)
-                update: dict[str, Any] = {"rel_l2": {**before.rel_l2, **errors_of(found)}}
-                if wrong:
-                    update |= {"backward": "FAIL", "reason": when + wrong}
-                one.line = before.model_copy(update=update)
             else:
-                one.line = before.model_copy(update={"rel_l2": {**before.rel_l2, **errors_of(found)}})
-        except EngineDied as died:
-            self._remove(one, when + str(died))
+                update: dict[str, Any] = {}
+                if one.engine.backward and before.backward == "PASS":
+                    try:
+                        one.process.ask("backward")
+                    except Unsupported as declared:
+                        update = {"backward": "UNSUPPORTED", "reason": f"{when}backward: {declared}"}
+                    else:
+                        found |= self._compare(one, results, (OUTPUT, *BACKWARD_TENSORS))
+                        wrong = first_wrong(found)
+                        update = {"backward": "FAIL", "reason": when + wrong} if wrong else {}
+                one.line = before.model_copy(update=update | {"rel_l2": {**before.rel_l2, **errors_of(found)}})
+        except (EngineDied, Unsupported) as error:
+            self._remove(one, when, error)
             return False
         finally:
             shutil.rmtree(results, ignore_errors=True)
@@ -328,8 +330,8 @@ class _Group:
                     times, others = self._ask(one.process, what)
                     if number in self.checked:
                         self._check_turn(one, what, number)
-                except EngineDied as died:
-                    self._remove(one, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: {died}")
+                except (EngineDied, Unsupported) as error:
+                    self._remove(one, f"in {f'round {number + 1}' if number >= 0 else 'a warm-up'}: ", error)
                     continue
                 for name, ns in times.items() if number >= 0 else ():
                     turn = {"round": number, "engine": one.engine.name, "what": name, "ns": ns, "others": others}
@@ -352,7 +354,7 @@ class _Group:
             try:
                 steps = own.process.ask("stages")["steps"]
             except EngineDied as died:
-                self._remove(own, f"while its stages were recorded: {died}")
+                self._remove(own, "while its stages were recorded: ", died)
                 return
             for step in steps:
                 self.journal.add(StagesLine(**self.where, times=StageTimes.of(step)))
@@ -370,9 +372,10 @@ class _Group:
             before = after
         self.restless[process.engine.name] = None
 
-    def _remove(self, one: _Loaded, reason: str) -> None:
+    def _remove(self, one: _Loaded, when: str, error: EngineDied | Unsupported) -> None:
         """Remove an engine whose process has ended or whose call raised; the others continue."""
         one.process.close()
         self.loaded = [other for other in self.loaded if other is not one]
-        crashed = {"forward": "CRASH", "backward": "CRASH" if one.engine.backward else "UNSUPPORTED"}
-        self.journal.add(one.line.model_copy(update={**crashed, "reason": reason}))
+        verdict = "UNSUPPORTED" if isinstance(error, Unsupported) else error.verdict
+        verdicts = {"forward": verdict, "backward": verdict if one.engine.backward else "UNSUPPORTED"}
+        self.journal.add(one.line.model_copy(update={**verdicts, "reason": f"{when}{error}"}))

@@ -2,7 +2,8 @@
 
 Times are integer nanoseconds, memory is bytes, rates are per second. Verdicts are those of all records: PASS (right,
 and timed), MISTRUSTED (right, and faster than the machine can be; a summary says so, no line), FAIL (wrong, so not
-timed), CRASH (died or raised), SKIP (not installed, or does not fit), UNSUPPORTED (does not compute this).
+timed), CRASH (died or raised), TIMEOUT (no answer in time), SKIP (not installed, or does not fit), UNSUPPORTED (says
+that it cannot compute this).
 """
 
 from __future__ import annotations

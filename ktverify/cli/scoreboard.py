@@ -23,6 +23,10 @@ def scoreboard(
         list[str] | None,
         typer.Option(metavar="ENGINE=REASON", help="an engine that cannot be run on this machine, and why"),
     ] = None,
+    note: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ENGINE=NOTE", help="what a reader has to know of the RUN of an engine"),
+    ] = None,
     reports: Annotated[Path | None, typer.Option(help="where the runs are (default: reports/)")] = None,
 ) -> None:
     """Write a page of how engines do, by family and instruction set, from runs of the suites and of the bench.
@@ -39,7 +43,11 @@ def scoreboard(
     from ktverify.report import scoreboard as boards
 
     found = [_summary(expand(name), reports or reports_dir()) for name in runs or []]
-    found += [_absent(text) for text in not_run or []]
+    for engine, text in (_pair("--note", "NOTE", each) for each in note or []):
+        if engine not in [summary.engine for summary in found]:
+            raise ValueError(f"--note is about {engine!r}, of which no RUN is given")
+        found = [_noted(summary, text) if summary.engine == engine else summary for summary in found]
+    found += [_absent(*_pair("--not-run", "REASON", each)) for each in not_run or []]
     directory = out if out is not None else Path("scoreboard")
     if not found and not any(directory.glob("*.json")):
         raise ValueError(f"{directory} has no summary of a run, and no RUN is given: name folders of runs")
@@ -61,15 +69,24 @@ def _summary(name: str, reports: Path) -> AnySummary:
     return boards.SuiteSummary.of(store.load(store.find_run(name, reports)))
 
 
-def _absent(text: str) -> AnySummary:
+def _pair(option: str, what: str, text: str) -> tuple[str, str]:
+    """("kt_kernel", "it needs AMX") of "kt_kernel=it needs AMX"."""
+    engine, _, said = (part.strip() for part in text.partition("="))
+    if not engine or not said:
+        raise ValueError(f"{option} is {text!r}; it takes ENGINE={what}")
+    return engine, said
+
+
+def _noted(summary: AnySummary, text: str) -> AnySummary:
+    return summary.model_validate({**summary.model_dump(), "note": text})
+
+
+def _absent(engine: str, reason: str) -> AnySummary:
     import time
 
     from ktverify.report import scoreboard as boards
     from ktverify.system import machine
 
-    engine, equals, reason = (part.strip() for part in text.partition("="))
-    if not engine or not equals or not reason:
-        raise ValueError(f"--not-run is {text!r}; it takes ENGINE=REASON")
     return boards.NotRunSummary(
         engine=engine,
         reason=reason,

@@ -7,9 +7,9 @@ with the object that ARGUMENT names and with `module_at`. An engine that is judg
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import ctypes
+import dis
 import importlib
 import importlib.util
 import os
@@ -72,10 +72,34 @@ def module_at(place: str | os.PathLike[str]) -> Any:
 
 
 def failure(error: BaseException) -> dict[str, Any]:
-    """An exception in builtin values: the name of its class, that of its nearest builtin class, and its text."""
-    builtin = next(kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+    """An exception in plain values: the name of its class, its text, and whether the engine declares by it what it
+    cannot do."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return {"class": type(error).__name__, "builtin": builtin, "text": text}
+    unsupported = isinstance(error, NotImplementedError) and declared(error)
+    return {"class": type(error).__name__, "declared": unsupported, "text": text}
+
+
+def declared(error: NotImplementedError) -> bool:
+    """True for a NotImplementedError that the engine, or what it called, raised to say what it cannot do.
+
+    torch raises it for other reasons: a default device of meta, an operator without a kernel. In its Python code the
+    innermost frame is torch's; from its C++ code it comes without a raise statement, and its text names the operator.
+    """
+    import torch
+
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    # a library's function that is called from here
+    callers = tuple(f"{os.path.dirname(os.path.realpath(file))}{os.sep}" for file in (__file__, torch.__file__))
+    if os.path.realpath(code.co_filename).startswith(callers):
+        return False
+    if any(each.offset == last.tb_lasti and each.opname == "RAISE_VARARGS" for each in dis.get_instructions(code)):
+        return error.__cause__ is None or not isinstance(error.__cause__, NotImplementedError)
+    return not any(word in str(error) for word in ("aten::", "meta tensor", "not implemented for '", "meta backend"))
 
 
 def serve(server: str, argument: str, connection: Connection) -> None:

@@ -11,7 +11,6 @@ import base64
 import builtins
 import contextlib
 import ctypes
-import dis
 import inspect
 import math
 import os
@@ -268,33 +267,10 @@ def failure(error: BaseException) -> dict[str, Any]:
         "kinds": kinds,
         "text": text[:_TEXT],
         "code": code,
-        "declared": isinstance(error, NotImplementedError) and declared(error),
+        "declared": isinstance(error, NotImplementedError) and host.declared(error),
         "place": f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "",
         "trace": "".join(traceback.format_exception(type(error), error, error.__traceback__))[-_TEXT:],
     }
-
-
-def declared(error: NotImplementedError) -> bool:
-    """True for a NotImplementedError that the engine, or what it called, raised to say what it cannot do.
-
-    torch raises it for other reasons: a default device of meta, an operator without a kernel. In its Python code the
-    innermost frame is torch's; from its C++ code it comes without a raise statement, and its text names the operator.
-    """
-    import torch
-
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    code = last.tb_frame.f_code
-    if code.co_filename == __file__ or os.path.realpath(code.co_filename).startswith(
-        os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
-    ):
-        return False
-    if any(each.offset == last.tb_lasti and each.opname == "RAISE_VARARGS" for each in dis.get_instructions(code)):
-        return error.__cause__ is None or not isinstance(error.__cause__, NotImplementedError)
-    return not any(word in str(error) for word in ("aten::", "meta tensor", "not implemented for '", "meta backend"))
 
 
 # ---- the process

@@ -76,13 +76,14 @@ class ScoredMachine(ScoreLine):
 
 
 class Summary(ScoreLine):
-    """What every summary has. at: seconds since 1970, when the run began."""
+    """What every summary has. at: seconds since 1970, when the run began. note: what a reader has to know of it."""
 
     engine: Name
     command: Text
     commit: Text = ""
     at: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
     machine: ScoredMachine
+    note: Text = ""
 
     @property
     def name(self) -> str:

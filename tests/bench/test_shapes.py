@@ -60,6 +60,10 @@ PEERS = {
     # after loading, checking and the warm-up, in the second round that counts
     "dies": {"forward": "if self.calls == 5: print('so it ends', flush=True); os.kill(os.getpid(), 11)"},
     "raises": {"load": "raise ValueError('not today')"},
+    "cannot": {"load": "raise NotImplementedError('no training on this CPU')"},
+    "has_no_backward": {"backward": "raise NotImplementedError('forwards only')"},
+    # torch's, not the engine's
+    "lacks_a_kernel": {"load": "import torch; torch.empty(1, device='meta').cpu()"},
     "wrong": {"forward": "output = output * 1.1"},
     "wrong_gradient": {"backward": "grad_input = grad_input * 0.9"},
     "forgets": {"backward": "grads.pop('grad_up_lora_a')"},
@@ -122,7 +126,7 @@ def test_rounds_are_interleaved(journal: BenchJournal) -> None:
     for number in range(ROUNDS):
         order = [(line.engine, line.what) for line in every if line.round == number]
         forward = [engine for engine, what in order if what == "forward"]
-        alive = [*(["dies"] if number == 0 else []), "wrong_gradient", "forgets"]
+        alive = [*(["dies"] if number == 0 else []), "has_no_backward", "wrong_gradient", "forgets"]
         assert forward == ["native", "torch_loop", *alive], number
         step = ["native", "torch_loop", *(["dies"] if number == 0 else [])]
         assert order == [
@@ -138,6 +142,9 @@ def test_rounds_are_interleaved(journal: BenchJournal) -> None:
     [
         ("dies", ("CRASH", "CRASH"), "in round 2: died of SIGSEGV; last line: so it ends", None),
         ("raises", ("CRASH", "CRASH"), "while loading: ValueError: not today", set()),
+        ("cannot", ("UNSUPPORTED", "UNSUPPORTED"), "while loading: no training on this CPU", set()),
+        ("has_no_backward", ("PASS", "UNSUPPORTED"), "backward: forwards only", {"forward"}),
+        ("lacks_a_kernel", ("CRASH", "CRASH"), "while loading: NotImplementedError: Cannot copy", set()),
         ("wrong", ("FAIL", "FAIL"), "output is wrong: rel_l2 1.0e-01", set()),
         ("wrong_gradient", ("PASS", "FAIL"), "grad_input is wrong: rel_l2 1.0e-01", {"forward"}),
         ("forgets", ("PASS", "FAIL"), "grad_up_lora_a is missing", {"forward"}),
@@ -425,6 +432,8 @@ def test_another_build_runs_beside_this_one(monkeypatch: pytest.MonkeyPatch, tmp
     [
         (["e16_t127"], "no shape is called 'e16_t127'; there are e16_t"),
         (["--peers", "nobody", "--list"], "no engine is called 'nobody'"),
+        (["--peers", "kt_kernel_mxfp4", "--list"], "no engine is called 'kt_kernel_mxfp4'"),
+        (["--peers", "torch_loop_fp8", "--list"], "no engine is called 'torch_loop_fp8'"),
         (["E=4,k=2,H=64,I=32,T=0,r=8"], "T is 0"),
         (["--isa", "avx1024"], "--isa is 'avx1024', this machine runs"),
         (["--show", "/nowhere"], "/nowhere"),

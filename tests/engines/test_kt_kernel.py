@@ -1,4 +1,8 @@
-"""kt_kernel's adapter over a recorder in kt-kernel's place: what it hands over of codes, and what it has not."""
+"""kt_kernel's adapter over a recorder in kt-kernel's place: what it hands over of codes, and what it has not.
+
+The last test calls kt-kernel itself, and is skipped where that cannot train. tests/test_installed.py has the same gate
+of another engine.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from ktverify.isolation.host import module_at
 from ktverify.judge.dequantise import CODINGS
 from ktverify.spec.cases import Case
 from ktverify.spec.names import BASE_NAMES
+from tests.support.command_line import call, ends, run_pytest
 
 CASE = Case.parse("E=3,k=1,H=256,I=128,T=1,r=1,alpha=1")
 SLOTS = torch.tensor([2, 0, 1])
@@ -95,3 +100,46 @@ def test_a_build_without_training_says_so(adapter: Any) -> None:
     Recorder.refusal = RuntimeError("For TP, intermediate_size (3) must be a multiple of threadpool_count (2)")
     with pytest.raises(RuntimeError, match=r"^For TP"):
         layer_of(adapter, "AMXBF16_SFT")
+
+
+ENGINE = """
+import ktverify
+Engine = ktverify.Hosted({file!r}, {python!r})
+"""
+SCALED = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("adapter", {adapter!r})
+adapter = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(adapter)
+class Engine(adapter.KtKernel):
+    def backward(self, grad_output):
+        grad_input, grads = super().backward(grad_output)
+        grads["grad_up_lora_b"] *= {factor}
+        return grad_input, grads
+"""
+
+
+def test_a_fault_beside_its_known_failures_breaks_kt_kernels_gate(tmp_path: Path) -> None:
+    try:
+        kt_kernel.KtKernel(**layer_arguments(CASE))
+        python = kt_kernel.KtKernel.check()
+    except (ValueError, NotImplementedError) as missing:
+        pytest.skip(f"kt-kernel cannot train here: {missing}")
+    engine, scaled = tmp_path / "engine.py", tmp_path / "scaled.py"
+    engine.write_text(ENGINE.format(file=f"{scaled}:Engine", python=python))
+
+    def gate(factor: float, *more: str) -> Any:
+        adapter = str(Path(kt_kernel.__file__).with_name("adapter.py"))
+        scaled.write_text(SCALED.format(adapter=adapter, factor=factor))
+        run = tmp_path / f"times_{factor}"
+        if not run.exists():
+            which = ("suites/backward", "suites/contract/test_refusals.py", "-k", "test_case and tiny or gate_lora_b")
+            run_pytest(run, *which, "--tier", "default", "-n", "0", "--engine", f"{engine}:Engine")
+        return call("gate", run, "--reports", tmp_path, "--known-failures", tmp_path / "known.toml", *more)
+
+    ends(gate(1.0, "--update-known-failures"), 0)
+    assert "contract/test_refused[gate_lora_b None]" in (tmp_path / "known.toml").read_text()
+    assert "of them known failures" in ends(gate(1.0), 0)
+    first, second = ends(gate(1.01), 1).splitlines()[:2]
+    assert first.startswith("FAIL times_1.01: 1 broke of ")
+    assert second.startswith("backward/- tiny@seed=0: FAIL grad_up_lora_b rel_l2 ")

@@ -101,6 +101,17 @@ def test_a_run_replaces_the_note_that_there_is_none(tmp_path: Path) -> None:
     assert [path.stem for path in (tmp_path / "both").glob("*.json")] == [later.name]
 
 
+def test_a_note_stands_beside_the_engine(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "20250131T081500Z", RECORDS, 1).directory
+    out = tmp_path / "out"
+    ends(call("scoreboard", run, "--note", "native=its instructions were emulated", "--out", out), 0)
+    text = (out / "index.md").read_text(encoding="utf-8")
+    (glance,) = [row for row in table_rows(text) if row[-1:] == [MACHINE.cpu]]
+    assert glance[0] == "native its instructions were emulated"
+    assert ["note", "its instructions were emulated"] in table_rows(text)
+    assert "--note is about 'x', of which no RUN" in ends(call("scoreboard", run, "--note", "x=y", "--out", out), 2)
+
+
 # ---- what is refused or escaped
 
 HTML = (
@@ -108,7 +119,9 @@ HTML = (
 )
 
 
-@pytest.mark.parametrize("field", ["engine", "command", "commit", "stamp", "verdict", "case", "cpu", "name", "isa"])
+@pytest.mark.parametrize(
+    "field", ["engine", "command", "commit", "note", "stamp", "verdict", "case", "cpu", "name", "isa"]
+)
 def test_texts_of_a_run_are_shown_as_texts(tmp_path: Path, field: str) -> None:
     values = suite(tmp_path).model_dump(mode="json")
     if field in values:
@@ -285,6 +298,7 @@ def test_the_command_takes_runs_of_every_kind(tmp_path: Path) -> None:
     [
         ((), "has no summary of a run, and no RUN is given"),
         (("--not-run", "kt_kernel"), "--not-run is 'kt_kernel'; it takes ENGINE=REASON"),
+        (("--note", "kt_kernel="), "--note is 'kt_kernel='; it takes ENGINE=NOTE"),
         (("no-such-run",), "no run"),
     ],
 )

@@ -12,13 +12,13 @@ import resource
 import sys
 from typing import TYPE_CHECKING
 
+from ktverify.bench.coded import METHODS
 from ktverify.spec.cases import Case
 
 if TYPE_CHECKING:
     import torch
 
 V3 = "E=256,k=8,H=7168,I=2048,T=128,r=16"
-METHODS = {"fp8": "AMXFP8_SFT", "int8": "AMXINT8_SFT", "int4": "AMXINT4_SFT", "mxfp4": "MXFP4_SFT"}
 
 
 def codes(format: str, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ A file in this folder describes one engine of the bench:
     HELD        the most memory that loading takes, in units of the bf16 weights
     LAZY        whether HELD counts only the weights of experts that tokens reach
     BACKWARD, LORA      whether the engine computes them
-    BITS        of a base weight, 16 where it is left out
+    FORMATS     where the engine takes base weights as codes: format -> (bits of a base weight, HELD). Each is an engine
+                of the bench, this file's name and the format: native_fp8. `load` finds the format in inputs.options
     NEEDS       the part of optional_peers.LOCATIONS that it requires, "" for none
     load(inputs)        a layer with the calls of docs/contract.md, as `inputs.layer` makes one, or an object with
         about: dict[str, str]           version, isa and the like, for the records
@@ -31,9 +32,13 @@ LAZY = True
 BACKWARD = True
 LORA = True
 NEEDS = ""
+FORMATS = {format: (bits, bits / 16 * HELD) for format, bits in (("fp8", 8), ("int8", 8), ("int4", 4), ("mxfp4", 4))}
 
 
 def load(inputs: BenchInputs) -> Any:
+    from ktverify.bench import coded
     from ktverify.engines.native.layer import KTMoEWrapper
 
+    if format := inputs.options.get("format"):
+        return coded.layer_of(inputs, KTMoEWrapper, format, isa=inputs.isa or None)
     return inputs.layer(KTMoEWrapper, isa=inputs.isa or None)
