@@ -131,7 +131,8 @@ def _shown(path: str) -> str:
     fence = max(re.findall(r"`{3,}", text), key=len, default="``") + "`"
     language = LANGUAGES.get(posixpath.splitext(path)[1], "text")
     name = posixpath.basename(path)
-    return f"---\nsearch:\n  exclude: true\n---\n# {name}\n\n`{path}`\n\n{fence}{language}\n{text.rstrip()}\n{fence}\n"
+    head = "---\nhide:\n  - toc\nsearch:\n  exclude: true\n---\n"
+    return f"{head}# {name}\n\n`{path}`\n\n{fence}{language}\n{text.rstrip()}\n{fence}\n"
 
 
 def on_files(files: Files, config: Any) -> Files:
