@@ -33,7 +33,7 @@ class Recorder:
     refusal: Exception | None = None
 
     def __init__(self, **arguments: Any) -> None:
-        self.num_experts = arguments["num_experts"]
+        self.num_experts, self.layer_idx = arguments["num_experts"], arguments["layer_idx"]
         self.calls: list[tuple[str, Any]] = []
         if Recorder.refusal is not None:
             raise Recorder.refusal
@@ -69,6 +69,7 @@ def test_fp8_goes_expert_by_expert_in_the_order_of_the_experts(adapter: Any) -> 
     ((call, (parts, order)),) = layer.wrapped.calls
     assert (call, order.tolist()) == ("fp8", [0, 1, 2])
     assert layer.wrapped.share_backward_bb is True
+    assert layer_of(adapter, "AMXFP8_SFT").wrapped.layer_idx != layer.wrapped.layer_idx
     for name, codes, scales in zip(BASE_NAMES, parts[0::2], parts[1::2], strict=True):
         assert all(tensor.is_contiguous() for tensor in (*codes, *scales))
         assert torch.equal(torch.stack(codes).view(torch.uint8), coded.codes[name])

@@ -13,12 +13,15 @@ The differences, and what this adapter does about each:
   NotImplementedError: its int4 of the contract's name makes codes of bf16 as well, and its MXFP4 clamps.
 - All layers of a process share one buffer that grows with the tokens only, because all layers of a model have the same
   sizes. The adapter clears it, by kt-kernel's own call, whenever another layer computes.
+- Its FP8 layers need a layer_idx of their own: the backward of a second layer of one index reads at a null pointer.
+  The adapter numbers them.
 It checks and repairs nothing else: kt-kernel's results and refusals are its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,9 +38,12 @@ class KtKernel:
     """A layer of E experts; shapes and dtypes as in docs/contract.md. LoRA in bf16 only."""
 
     _turn: object = None
+    _numbers = itertools.count()
 
     def __init__(self, **arguments: Any) -> None:
         self.method = str(arguments.get("method", "AMXBF16_SFT"))
+        if self.method.startswith("AMXFP8"):
+            arguments["layer_idx"] = next(KtKernel._numbers)
         try:
             self.wrapped = KTMoEWrapper(gpu_experts_mask=None, **arguments)
         except RuntimeError as error:
