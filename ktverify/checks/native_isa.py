@@ -87,7 +87,7 @@ def _isa_check(name: str, function: Callable[..., object], **arguments: object) 
         )
 
 
-for _name in ("sse9", "AVX2", "avx512", " avx2"):
+for _name in ("sse9", "AVX2", "avx10", " avx2"):
     enter(_isa_check(_name, check_isa_refused, isa=_name, error_name="ValueError", mention=_name))
 enter(_isa_check("amx_is_never_replaced", check_amx_is_never_replaced))
 

@@ -20,7 +20,7 @@ WAITING, BAND, WASH = "#d5d9dd", "#f1f2f4", "#f7f8f9"
 PASS, FAIL, WARN, METER = "#2a7d4f", "#c62f2f", "#a86a10", "#8aa9c2"
 
 # dark to light with the ISA's age, and of different hues for those who see colours differently
-ISA_COLOURS = dict(zip(ISA_FLAGS, (PURPLE, BLUE, ORANGE, "#7d8790"), strict=False))
+ISA_COLOURS = dict(zip(ISA_FLAGS, (PURPLE, BLUE, TEAL, ORANGE, "#7d8790"), strict=True))
 OTHER_ISA_COLOURS = (GREEN, RED, BROWN)
 
 # verdicts and warnings on the console, as rich writes styles

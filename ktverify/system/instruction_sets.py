@@ -21,6 +21,7 @@ class InstructionSet:
 
 AMX = "amx_bf16"
 AVX512_BF16 = "avx512_bf16"
+AVX512 = "avx512"
 SCALAR = "scalar"
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 
@@ -31,6 +32,7 @@ INSTRUCTION_SETS = (
         (*_AVX512, "avx512_bf16"),
         {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "KT_KERNEL_CPU_VARIANT": "avx512_bf16"},
     ),
+    InstructionSet(AVX512, (*_AVX512, "fma"), {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     InstructionSet(
         "avx2",
         ("avx2", "fma"),
@@ -39,6 +41,5 @@ INSTRUCTION_SETS = (
     InstructionSet(SCALAR),
 )
 ISA_FLAGS = {isa.name: isa.cpu_flags for isa in INSTRUCTION_SETS}
-# Operations per cycle of a CPU with such a flag, over one without any. avx512f is no instruction set of the engine, but
-# an engine under test may be written for it.
-PEAKS = {"": 1, "avx2": 4, "avx512f": 8, AVX512_BF16: 16, AMX: 128}
+# Operations per cycle of a CPU with such a flag or instruction set, over one without any.
+PEAKS = {"": 1, "avx2": 4, "avx512f": 8, AVX512: 8, AVX512_BF16: 16, AMX: 128}

@@ -252,17 +252,6 @@ KTV_INLINE void nn_rows(const bf16* g, std::size_t ld, int rows, int pairs, cons
 // nn: most rows that take four column blocks in turn; how many k-blocks ahead W is prefetched.
 constexpr int nn_few = 32, nn_ahead = 2;
 
-// Where nn goes on nn_ahead k-blocks after a position: down the columns, in the next segment of as many k-blocks, as
-// up's after gate's, or `columns` columns further on.
-KTV_INLINE PanelPosition position_after(const NnSegment* segments, int count, int columns, PanelPosition at) {
-    const int kblocks = segments[at.s].kblocks;
-    at.kb += nn_ahead;
-    if (at.kb < kblocks) return at;
-    at.kb -= kblocks;
-    if (at.s + 1 < count && segments[at.s + 1].kblocks == kblocks) return {at.s + 1, at.kb, at.cb};
-    return {0, at.kb, at.cb + columns};
-}
-
 // A few rows take neighbouring column blocks in turn, because W is then read in longer pieces. With more rows, their
 // results would leave the first-level cache between two k-blocks.
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
@@ -280,7 +269,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
             for (int kb = 0; kb < seg.kblocks; ++kb, add = true) {
                 const int pairs = kBlock / 2 - (kb + 1 == seg.kblocks ? seg.idle_pairs : 0);
                 const bf16* g = seg.rows + kb * kBlock;
-                const PanelPosition then = position_after(segments, count, columns, {s, kb, first});
+                const PanelPosition then = position_after(segments, count, columns, nn_ahead, {s, kb, first});
                 const NnSegment& later = segments[then.s];
                 const bf16 *from = unpacked, *ahead = nullptr;
                 if (seg.codes) {

@@ -66,6 +66,16 @@ struct PanelPosition {
     int s = 0, kb = 0, cb = 0;
 };
 
+// Where nn goes on `ahead` k-blocks after a position: down the columns, in the next segment of as many k-blocks, as up's
+// after gate's, or `columns` columns further on.
+inline PanelPosition position_after(const NnSegment* segments, int count, int columns, int ahead, PanelPosition at) {
+    const int kblocks = segments[at.s].kblocks;
+    at.kb += ahead;
+    if (at.kb < kblocks) return at;
+    at.kb -= kblocks;
+    if (at.s + 1 < count && segments[at.s + 1].kblocks == kblocks) return {at.s + 1, at.kb, at.cb};
+    return {0, at.kb, at.cb + columns};
+}
 inline bool same_weights(const NnSegment& a, const NnSegment& b) {
     return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks &&
            a.idle_pairs == b.idle_pairs;

@@ -41,6 +41,8 @@ inline double peak_of_scalar() {
 // 12 accumulators: four to six cycles of latency on two units.
 KTV_PEAK_LOOP(peak_of_avx2, 12, "0,1,2,3,4,5,6,7,8,9,10,11", "12,13", "vxorps %%ymm\\r, %%ymm\\r, %%ymm\\r",
               "vfmadd231ps %%ymm13, %%ymm12, %%ymm\\r", "vzeroupper", 4096, 2 * 8)
+KTV_PEAK_LOOP(peak_of_avx512, 12, "0,1,2,3,4,5,6,7,8,9,10,11", "12,13", "vpxord %%zmm\\r, %%zmm\\r, %%zmm\\r",
+              "vfmadd231ps %%zmm13, %%zmm12, %%zmm\\r", "vzeroupper", 4096, 2 * 16)
 KTV_PEAK_LOOP(peak_of_avx512_bf16, 12, "0,1,2,3,4,5,6,7,8,9,10,11", "12,13", "vpxord %%zmm\\r, %%zmm\\r, %%zmm\\r",
               "vdpbf16ps %%zmm13, %%zmm12, %%zmm\\r", "vzeroupper", 4096, 2 * 32)
 // 6 tiles: 52 cycles of latency, one product every 16. The worker must have entered the kernels (tile configuration).

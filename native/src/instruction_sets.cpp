@@ -23,7 +23,8 @@
 
 namespace ktv {
 
-extern const Kernels amx_bf16_kernels, avx512_bf16_kernels, avx512_bf16_kernels_intel, avx2_kernels, scalar_kernels;
+extern const Kernels amx_bf16_kernels, avx512_bf16_kernels, avx512_bf16_kernels_intel, avx512_kernels, avx2_kernels,
+    scalar_kernels;
 
 namespace {
 
@@ -47,6 +48,9 @@ const char* missing_for_avx2() {
 bool has_avx512() {
     return KTV_CPU_HAS("avx512f") && KTV_CPU_HAS("avx512dq") && KTV_CPU_HAS("avx512bw") && KTV_CPU_HAS("avx512vl");
 }
+const char* missing_for_avx512() {
+    return has_avx512() && KTV_CPU_HAS("fma") ? "" : "AVX-512 not supported on this CPU";
+}
 const char* missing_for_avx512_bf16() {
     return has_avx512() && KTV_CPU_HAS("avx512bf16") ? "" : "AVX-512 BF16 not supported on this CPU";
 }
@@ -65,6 +69,7 @@ constexpr InstructionSet kTable[] = {
     {"amx_bf16", missing_for_amx_bf16, KTV_X86(&amx_bf16_kernels), KTV_X86(peak_of_amx_bf16)},
     {"avx512_bf16", missing_for_avx512_bf16, KTV_X86(&avx512_bf16_kernels), KTV_X86(peak_of_avx512_bf16),
      KTV_X86(&avx512_bf16_kernels_intel)},
+    {"avx512", missing_for_avx512, KTV_X86(&avx512_kernels), KTV_X86(peak_of_avx512)},
     {"avx2", missing_for_avx2, KTV_X86(&avx2_kernels), KTV_X86(peak_of_avx2)},
     {"scalar", missing_for_scalar, &scalar_kernels, peak_of_scalar},
 };

@@ -47,10 +47,10 @@ def test_the_machine_tells_what_it_knows() -> None:
 @pytest.mark.parametrize(
     ("lacking", "kernel", "expected"),
     [
-        ("", True, ("amx_bf16", "avx512_bf16", "avx2", "scalar")),
-        ("", False, ("avx512_bf16", "avx2", "scalar")),
-        ("amx_bf16", True, ("avx512_bf16", "avx2", "scalar")),
-        ("avx512_bf16", True, ("amx_bf16", "avx2", "scalar")),
+        ("", True, ("amx_bf16", "avx512_bf16", "avx512", "avx2", "scalar")),
+        ("", False, ("avx512_bf16", "avx512", "avx2", "scalar")),
+        ("amx_bf16", True, ("avx512_bf16", "avx512", "avx2", "scalar")),
+        ("avx512_bf16", True, ("amx_bf16", "avx512", "avx2", "scalar")),
         ("avx512f", True, ("avx2", "scalar")),
         ("fma", True, ("amx_bf16", "avx512_bf16", "scalar")),
     ],
