@@ -57,6 +57,18 @@ struct CodedBlocks {
     // `count` blocks from (n, k) on, along the row -> out, as weight blocks. Prefetches as many codes at `ahead`.
     virtual void unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const = 0;
 
+    // For kernels that multiply what they decode: a block's codes as Kernels::unpack takes them, and the scales and zero
+    // points (null for 0) of its 32 rows as they are packed: fp32 (int8, and fp8 one for all rows), bf16 (int4), e8m0.
+    // Only where `whole`: no block has columns of two groups, nor rows of two of fp8's, and int4's scales are bf16.
+    struct Parts {
+        const std::uint8_t* codes;
+        const std::byte* scales;
+        const std::int8_t* zeros;
+    };
+    virtual Parts parts(Place at) const = 0;
+    Format format = Format::bf16;
+    bool whole = false;
+
   protected:
     ~CodedBlocks() = default;
 };

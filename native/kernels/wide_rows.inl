@@ -53,24 +53,6 @@ KTV_INLINE void widen_block(const Block& block, int pairs, float* to, std::size_
     }
 }
 
-inline constexpr int kAtOnce = 8;  // most blocks that are decoded at once
-struct DecodeScratch {
-    alignas(64) bf16 unpacked[kAtOnce * kBlockSize];
-};
-
-// Calls use(blocks) with up to kAtOnce blocks of codes from a place on, along the row. Prefetches as many codes at `ahead`.
-template <typename Use>
-KTV_INLINE void decode_blocks(const CodedBlocks& from, CodedBlocks::Place at, int count, const std::uint8_t* ahead,
-                              DecodeScratch& scratch, const Use& use) {
-    from.unpack(at, count, ahead, scratch.unpacked);
-    PlainBlock blocks[kAtOnce];
-    for (int i = 0; i < count; ++i) {
-        const bf16* block = scratch.unpacked + i * kBlockSize;
-        blocks[i] = {block, block};
-    }
-    use(blocks);
-}
-
 // Pairs of a token pack -> [pair][2][16 tokens].
 KTV_INLINE void widen_pairs(const bf16* x, int pairs, float* to) {
     for (int pair = 0; pair < pairs; ++pair, x += 2 * kGroup, to += 2 * kGroup) {

@@ -130,7 +130,12 @@ CodedMatrix::CodedMatrix(const Layer::State& layer, const PackedExpert& expert, 
       lies_(layer.layout_of(matrix, part)),
       from_(expert.codes[static_cast<int>(matrix)]),
       unpack_(layer.kernels.unpack_of(format_.format)),
-      scale_bytes_(packed_scales(format_.format) * format_.scale_bytes()) {}
+      scale_bytes_(packed_scales(format_.format) * format_.scale_bytes()) {
+    format = format_.format;
+    whole = format_.group % kBlock == 0 && lies_.col0 % kBlock == 0 &&
+            (format != Format::fp8 || lies_.row0 % kBlock == 0) &&
+            (format != Format::int4 || format_.scale == Scale::bf16);
+}
 
 // The group of columns, of those that the part touches, that column block k begins in.
 int CodedMatrix::group_of(int k) const {
@@ -146,6 +151,12 @@ const std::uint8_t* CodedMatrix::approach(Place at, int count) const {
     for (std::size_t line = first * scale_bytes_ / 64; line <= (last * scale_bytes_ + scale_bytes_ - 1) / 64; ++line)
         __builtin_prefetch(reinterpret_cast<const void*>(scales + line * 64), 0, 2);
     return reinterpret_cast<const std::uint8_t*>(blocks + at.n * lies_.stride + at.k * format_.bytes(kBlockSize));
+}
+
+CodedBlocks::Parts CodedMatrix::parts(Place at) const {
+    const std::size_t group = wide(at.n) * lies_.groups + group_of(at.k);
+    return {from_.blocks + at.n * lies_.stride + at.k * format_.bytes(kBlockSize), from_.scales + group * scale_bytes_,
+            format_.zeros ? from_.zeros + group * kBlock : nullptr};
 }
 
 void CodedMatrix::unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const {

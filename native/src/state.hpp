@@ -151,6 +151,7 @@ class CodedMatrix final : public CodedBlocks {
     CodedMatrix(const Layer::State& layer, const PackedExpert& expert, int part, Matrix matrix);
     const std::uint8_t* approach(Place at, int count) const override;
     void unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const override;
+    Parts parts(Place at) const override;
     // The blocks of a range, row after row.
     void unpack(const BlockRange& range, bf16* out) const;
 

@@ -1,7 +1,9 @@
 // Quantised base weights: a layer of codes has the bits of the bf16 layer of the weights that they stand for, on every
 // instruction set, at sizes that are multiples of nothing and with parts that begin inside a block. The weights are made
 // by other code here than in the engine.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "instruction_sets.hpp"
 #include "problem.hpp"
@@ -196,12 +198,118 @@ void test_unpackers(const char* isa, const Kernels& kernels) {
     }
 }
 
+// Some blocks side by side, with scales of their own as they are packed, and the same weights as bf16.
+struct Blocks final : CodedBlocks {
+    int count;
+    std::vector<std::uint8_t> codes;
+    std::vector<std::byte> packed;  // of each block: 32 scales, or two of fp8
+    std::vector<std::int8_t> zeros;
+    std::vector<bf16> weights;
+
+    Blocks(Format of, bool with_zeros, int blocks, const std::vector<float>& scales, std::size_t first, Random& random)
+        : count(blocks) {
+        format = of;
+        whole = true;
+        const WeightFormat facts{of};
+        const int bits = facts.bits();
+        for (int k = 0; k < count; ++k) {
+            for (int n = 0; n < kBlock; ++n) {
+                // int8 has a scale for each row, fp8 one for the block
+                const std::size_t at = of == Format::int8 ? n : of == Format::fp8 ? k : k * kBlock + n;
+                float scale = scales[(first + at) % scales.size()];
+                if (of == Format::int4) scale = to_float(to_bf16(scale));
+                if (of == Format::int4 && std::isinf(scale)) scale = 1;
+                if (of == Format::mxfp4) scale = std::ldexp(1.0f, static_cast<int>((first + at) % 255) - 127);
+                const auto put = [&](auto value) {
+                    const auto* bytes = reinterpret_cast<const std::byte*>(&value);
+                    packed.insert(packed.end(), bytes, bytes + sizeof value);
+                };
+                if (of == Format::int4) put(to_bf16(scale));
+                else if (of == Format::mxfp4) put(static_cast<std::uint8_t>((first + at) % 255));
+                else if (of == Format::int8 || n < 2) put(scale);
+                const int zero = with_zeros ? random.below(16) - 8 : 0;
+                if (with_zeros) zeros.push_back(static_cast<std::int8_t>(zero));
+                for (int i = 0; i < kBlock; ++i) {
+                    int code = random.below(1 << bits);
+                    if (of == Format::fp8 && (code & 0x7f) == 0x7f) code = 0;  // NaN
+                    if (bits == 8 || i % 2 == 0) codes.push_back(static_cast<std::uint8_t>(code));
+                    else codes.back() = static_cast<std::uint8_t>(codes.back() | code << 4);
+                    weights.push_back(to_bf16(static_cast<float>(value_of(of, code, zero)) * scale));
+                }
+            }
+        }
+    }
+    std::size_t of(int k, std::size_t all) const { return all / count * k; }
+    const std::uint8_t* approach(Place, int) const override { return codes.data(); }
+    void unpack(Place at, int blocks, const std::uint8_t*, bf16* out) const override {
+        std::copy_n(weights.data() + of(at.k, weights.size()), blocks * kBlockSize, out);
+    }
+    Parts parts(Place at) const override {
+        return {codes.data() + of(at.k, codes.size()), packed.data() + of(at.k, packed.size()),
+                zeros.empty() ? nullptr : zeros.data() + of(at.k, zeros.size())};
+    }
+};
+
+// Kernels that read codes: few and many rows by codes, with scales of every size, and by the same weights as bf16.
+void test_products_of_codes(const char* isa, const Kernels& kernels) {
+    if (!kernels.reads_codes) return;
+    Random random{5};
+    const std::vector<float> scales = every_scale(random);
+    const auto compare = [&](const Blocks& blocks, int rows, const char* what, std::size_t results,
+                             const auto& multiply) {
+        std::vector<float> of_bf16(results), of_codes(results);
+        multiply(false, of_bf16.data());
+        multiply(true, of_codes.data());
+        const bool same = std::memcmp(of_bf16.data(), of_codes.data(), results * sizeof(float)) == 0;
+        check(same, "%s format %d zeros %d: %s of %d rows", isa, static_cast<int>(blocks.format), !blocks.zeros.empty(),
+              what, rows);
+    };
+    int turn = 0;
+    for (std::size_t first = 0; first < scales.size(); first += 37) {
+        for (const Format format : {Format::fp8, Format::int8, Format::int4, Format::mxfp4}) {
+            for (const bool with_zeros : {false, true}) {
+                if (with_zeros && format != Format::int4) continue;
+                // chunks of an even and of an odd number of blocks
+                const int rows = 1 + turn % 20, count = turn % 5 == 0 ? 10 : 1 + turn % 8;
+                ++turn;
+                const Blocks blocks(format, with_zeros, count, scales, first, random);
+                const std::vector<bf16> x = random.bf16s(2 * kPackSize * count, 0x1p-20f);
+                const bool few = rows <= kernels.few_rows;
+                compare(blocks, rows, "nt", rows * kBlock, [&](bool coded, float* c) {
+                    NtSegment segment{blocks.weights.data(), x.data(), count * kPackSize, count};
+                    if (coded) segment.codes = &blocks;
+                    std::vector<float> result(2 * kResultSize);
+                    (few ? kernels.nt_few : kernels.nt)(&segment, 1, 1, rows, result.data());
+                    for (int i = 0; i < rows * kBlock; ++i)  // those of no token are undefined
+                        c[i] =
+                            result[few ? i : i % rows / kGroup * kResultSize + i / rows * kGroup + i % rows % kGroup];
+                });
+                // as one k-block of `count` column blocks
+                compare(blocks, rows, "nn", count * nn_stride(rows), [&](bool coded, float* c) {
+                    NnSegment segment{};
+                    segment.rows = x.data();
+                    segment.ld = kBlock;
+                    segment.kblocks = 1;
+                    if (coded) segment.codes = &blocks;
+                    else segment.weights = blocks.weights.data();
+                    segment.kblock_stride = count * kBlockSize;
+                    kernels.nn(&segment, 1, rows, count, c);
+                    for (int i = 0; i < count; ++i)
+                        std::fill(c + i * nn_stride(rows) + rows * kBlock, c + (i + 1) * nn_stride(rows), 0.0f);
+                });
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
     emulate_amx();
     for (const InstructionSet& row : instruction_sets()) {
-        if (row.runs_here()) test_unpackers(row.name, *row.kernels);
+        if (!row.runs_here()) continue;
+        test_unpackers(row.name, *row.kernels);
+        test_products_of_codes(row.name, *row.kernels);
     }
     const WeightFormat fp8{Format::fp8, 128}, int8{Format::int8}, mxfp4{Format::mxfp4, 32, false, Scale::e8m0};
     for (const WeightFormat& format : {fp8, int8, WeightFormat{Format::int8, 0, false, Scale::fp32, true}}) {
