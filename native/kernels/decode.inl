@@ -70,17 +70,20 @@ struct Fp8Block {
     }
 };
 
-// A product a of code and scale, times 2^16, plus that times -(1 - 2^-16), is a rounded to bf16: the second term is
-// -65535 a, rounded where bf16 ends, to even.
+// A product a of code and scale is rounded to bf16 as 65536 a - 65535 a: the second term is rounded where bf16 ends, to
+// even. The code of an even column is 2^24 times as large.
 struct Int8Block {
     const std::uint8_t* codes;
     const float* scales;  // of rows
     const std::uint8_t* later;
     // Whether no step of that is subnormal or overflows, for 32 scales.
     static bool takes(const float* scales) {
-        bool all = true;
-        for (int n = 0; n < kBlock; ++n) all &= scales[n] >= 0x1p-100f && scales[n] < 0x1p90f;
-        return all;
+        const auto fit = [&](int n) {
+            const __m512 some = _mm512_loadu_ps(scales + n);
+            return _mm512_cmp_ps_mask(some, _mm512_set1_ps(0x1p-100f), _CMP_GE_OQ) &
+                   _mm512_cmp_ps_mask(some, _mm512_set1_ps(0x1p80f), _CMP_LT_OQ);
+        };
+        return (fit(0) & fit(16)) == 0xffff;
     }
     KTV_INLINE void prefetch_rows(int n) const { prefetch<2>(later + n * kBlock); }
     KTV_INLINE TwoRows rows(int n) const {
@@ -88,11 +91,13 @@ struct Int8Block {
         for (int i = 0; i < 2; ++i) {
             const S pairs{(S::Part)_mm512_maskz_cvtepi16_epi32(
                 0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + (n + i) * kBlock)))};
+            const __m512 scale = _mm512_set1_ps(scales[n + i]);
             for (int o = 0; o < 2; ++o) {
                 const S code = o == 0 ? pairs << 24 : pairs >> 8;
-                const F q{__builtin_convertvector(code.part[0], F::Part)};
-                const F wide = q * (scales[n + i] * (o == 0 ? 0x1p-8f : 0x1p16f));
-                two.at[i][o] = (__m512)(wide + wide * -0x0.ffffp0f).part[0];
+                const __m512 product = (__m512) __builtin_convertvector(code.part[0], F::Part) * scale;
+                const float unit = o == 0 ? 0x1p-24f : 1;
+                two.at[i][o] =
+                    _mm512_fmadd_ps(product, _mm512_set1_ps(65536 * unit), product * _mm512_set1_ps(-65535 * unit));
             }
         }
         return two;
@@ -156,9 +161,10 @@ struct Int4Block {
     const std::uint8_t* later;
     // Whether the 32 scales are 0 or normal, and small enough.
     static bool takes(const bf16* scales) {
-        bool all = true;
-        for (int n = 0; n < kBlock; ++n) all &= scales[n] == 0 || (scales[n] >= 0x80 && scales[n] < 250 << 7);
-        return all;
+        const __m512i all = _mm512_loadu_si512(scales);
+        const __mmask32 normal = _mm512_cmplt_epu16_mask(_mm512_sub_epi16(all, _mm512_set1_epi16(0x80)),
+                                                         _mm512_set1_epi16(static_cast<short>((250 << 7) - 0x80)));
+        return (normal | _mm512_testn_epi16_mask(all, all)) == 0xffffffffu;
     }
     KTV_INLINE void prefetch_rows(int n) const { prefetch_halves(later, n); }
     KTV_INLINE __m512 table(int n) const {
