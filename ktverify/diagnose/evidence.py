@@ -100,7 +100,7 @@ class Evidence:
     """The tensors of one call beside the oracle's, the budgets, and methods that test hypotheses on them.
 
     actual: fp64, by name; dtypes: what they were. failing: the tensors that do not pass; forms: those of a wrong shape
-    or dtype, in words. tp: the tensor parallel degree of the call.
+    or dtype, in words. tp: the tensor parallel degree of the call. deadline: a time of time.process_time.
     """
 
     inputs: Inputs
@@ -129,8 +129,8 @@ class Evidence:
         """Compare `actual`, some of ALL_TENSORS, with the oracle of `inputs`, by the gates.
 
         target: the engine that returned them; its tensor parallel degree and its strictness matter. strict: that
-        strictness, where the caller knows it; the engine is imported otherwise. seconds: after this time no further
-        hypothesis is tested.
+        strictness, where the caller knows it; the engine is imported otherwise. seconds: after this time of a processor
+        no further hypothesis is tested, so that other programs change no cause.
         """
         case, layer = inputs.case, LayerValues.of(inputs)
         rounding, forms = live_oracle(inputs).rounding, wrong_forms(inputs.case, actual)
@@ -161,7 +161,7 @@ class Evidence:
             failing=tuple(failing),
             forms=tuple(forms.values()),
             tp=target.tp if target is not None else 1,
-            deadline=time.monotonic() + seconds,
+            deadline=time.process_time() + seconds,
         )
 
     @property
@@ -243,7 +243,7 @@ class Evidence:
     def worth(self, names: Sequence[str] | frozenset[str], least: float = 0.5) -> bool:
         """False where a change of only these tensors cannot explain `least` of the error, or the time is up."""
         reachable = sum(self.errors.get(name, 0.0) for name in names) / self.error if self.error else 0.0
-        return reachable >= least and time.monotonic() < self.deadline
+        return reachable >= least and time.process_time() < self.deadline
 
     def test(self, cause: Cause, text: str, change: Change, *, rank: int = 1) -> Iterator[Explanation]:
         """The explanation by a layer with other formulas; nothing where that cannot lower the error."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ktverify.checks.problem import Result
     from ktverify.checks.target import Target
 
-SECONDS = 5.0  # of one case
+SECONDS = 5.0  # of a processor, for one case
 # of all cases of a process: an engine that is wrong in every case is judged in a minute more than a right one
 SECONDS_IN_ALL = 40.0
 _spent = 0.0
@@ -50,11 +50,11 @@ def cause_line(result: Result, target: Target) -> str:
             return f"{PREFIX}{UNKNOWN} in a case of this size; {command}"
         if _spent >= SECONDS_IN_ALL:
             return f"{PREFIX}{UNKNOWN}, the search took {_spent:.0f} s for other cases; {command}"
-        began = time.monotonic()
+        began = time.process_time()
         try:
             found = diagnose(case, target, inputs=inputs, actual=result.actual, run_checks=False, seconds=SECONDS)
         finally:
-            _spent += time.monotonic() - began
+            _spent += time.process_time() - began
         if found.first is None:
             return f"{PREFIX}no hypothesis about the tensors fits; {command} makes further calls"
         return " ".join(found.line.split())

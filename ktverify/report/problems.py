@@ -48,7 +48,8 @@ def problems(run: Run) -> list[FailureGroup]:
     for key, members in groups.items():
         title = _suggested(members)
         causes.setdefault((*key[:2], title) if title else key, []).append(members)
-    return [_group(*cases) for cases in causes.values()]
+    # those whose cause was not looked for say least
+    return [_group(*cases) for cases in sorted(causes.values(), key=lambda cases: _suggested(cases[0]) == UNKNOWN)]
 
 
 def group_text(problem: FailureGroup, most: int | None = None) -> str:

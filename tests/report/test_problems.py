@@ -94,7 +94,8 @@ def test_cases_with_one_cause_are_one_group(tmp_path: Path) -> None:
     records += [wrong(name, "no hypothesis about the tensors fits; a command") for name in ("odd", "odder")]
     late = "not looked for, the search took {} s for other cases; a command '{}'"
     records += [wrong(f"late{n}", late.format(40 + n, f"late{n}")) for n in (1, 2)]
-    found = problems.problems(write(tmp_path / "run", records))
+    found = problems.problems(write(tmp_path / "run", [*records[-2:], *records[:-2]]))
+    assert "late1" in found[-1].where
     assert sorted(group.where for group in found) == [
         "forward · avx2 · odd@seed=0",
         "forward · avx2 · odder@seed=0",
