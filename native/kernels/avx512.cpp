@@ -15,6 +15,7 @@ namespace {
 
 #include "avx512.inl"
 #include "wide_rows.inl"
+
 #include "decode.inl"
 
 constexpr int row_floats = 2 * 16;  // of a row of a block as fp32: its even columns, then its odd ones

@@ -194,6 +194,7 @@ struct Mxfp4Block {
 inline constexpr int kAtOnce = 8;  // most blocks that are decoded at once
 struct DecodeScratch {
     ByteTable tables[kAtOnce];
+    float first_scale = -1;  // of tables[0]; -1 before there is one
     alignas(64) bf16 unpacked[kAtOnce * kBlockSize];
 };
 
@@ -218,13 +219,14 @@ KTV_INLINE void decode_blocks(const CodedBlocks& from, CodedBlocks::Place at, in
     const auto floats = [&](int i) { return reinterpret_cast<const float*>(parts[i].scales); };
     if (from.format == Format::fp8) {
         if (__builtin_cpu_supports("avx512vbmi") && all([&](int i) { return fp8_looks_up(*floats(i)); })) {
-            int last = -1;
-            const auto same = [&](int i) { return i > 0 && parts[i].scales == parts[i - 1].scales; };
+            int last = 0;
+            const auto before = [&](int i) { return i > 0 ? *floats(i - 1) : scratch.first_scale; };
             for (int i = 0; i < count; ++i) {
-                if (!same(i)) make_fp8_table(*floats(i), scratch.tables[i]);
+                if (*floats(i) != before(i)) make_fp8_table(*floats(i), scratch.tables[i]);
             }
+            scratch.first_scale = *floats(0);
             return run(kBlockSize, [&](int i, const std::uint8_t* later) {
-                if (!same(i)) last = i;
+                if (*floats(i) != before(i)) last = i;
                 return Fp8Block{parts[i].codes, &scratch.tables[last], later};
             });
         }
