@@ -17,7 +17,7 @@ from ktverify.errors import is_expected, one_line
 from ktverify.isolation.hosted import absolute
 from ktverify.isolation.interrupt import in_one_line
 from ktverify.isolation.origin import describe, of_an_outside_engine
-from ktverify.system.files import expand, in_words
+from ktverify.system.files import expand, in_words, install_command
 from ktverify.system.limits import LARGEST_NUMBER
 from ktverify.system.printable import shown_line
 
@@ -175,6 +175,21 @@ class CommandGroup(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+# modules of packages that the core does not require -> the extra of pyproject.toml that installs them
+_EXTRAS = {
+    **dict.fromkeys(("accelerate", "peft", "tokenizers", "transformers", "yaml"), "training"),
+    **dict.fromkeys(("jinja2", "matplotlib"), "report"),
+    **dict.fromkeys(("hypothesis", "pytest", "xdist"), "suite"),
+    "datasets": "datasets",
+}
+
+
+def _of_missing_package(error: Exception, command: str) -> str:
+    """What to install where `error` says that a package of an extra is missing; "" for any other error."""
+    name = str(error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return f"{command} needs {name}: {install_command(_EXTRAS[name])}" if name in _EXTRAS else ""
+
+
 # what typer raises for a wrong command line; its module has no public name
 _WrongCommandLine: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -198,7 +213,8 @@ class OneLineErrors(CommandGroup):
             if shown or hasattr(error, "show") or not (outside or is_expected(error)):
                 raise
             text = in_words(error) if isinstance(error, OSError) else one_line(error)
-            say_error(describe(error) if outside else text)
+            missing = _of_missing_package(error, ctx.invoked_subcommand or ctx.command_path)
+            say_error(describe(error) if outside else missing or text)
             raise typer.Exit(2) from None
 
 

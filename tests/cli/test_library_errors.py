@@ -40,6 +40,9 @@ RAISED: list[tuple[Exception, str]] = [
     (pickle.UnpicklingError("invalid load key"), "UnpicklingError: invalid load key"),
     (subprocess.CalledProcessError(1, ["g++"]), "CalledProcessError: Command"),
     (EngineDied("CRASH forward_sft"), "CRASH forward_sft"),
+    (ModuleNotFoundError("No module named 'yaml'", name="yaml"), r"report needs yaml: pip install .*\[training\]"),
+    (ModuleNotFoundError("No module named 'peft.tuners'", name="peft.tuners"), r"report needs peft: pip install "),
+    (ModuleNotFoundError("No module named 'mine'", name="mine"), "ModuleNotFoundError: No module named 'mine'"),
 ]
 
 
