@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ktverify.bench.peers.native import BACKWARD, HELD, LAZY, LORA, NEEDS, PACKAGE
+
+__all__ = ["BACKWARD", "HELD", "LAZY", "LORA", "NEEDS", "PACKAGE", "TITLE", "load"]
+
 TITLE = "native, AVX2"
-PACKAGE = "ktverify"
-HELD = 1.05
-LAZY = True
-BACKWARD = True
-LORA = True
-NEEDS = ""
 
 
 def load(inputs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ktverify.cli.options import PROGRAM, OneLineErrors, with_paths
+from ktverify.cli.options import PROGRAM, OneLineErrors, with_checked_arguments
 from ktverify.cli.progress import progress
 
 app = typer.Typer(cls=OneLineErrors, **PROGRAM)
@@ -19,7 +19,7 @@ def main() -> None:
 
 
 @app.command()
-@with_paths
+@with_checked_arguments
 def regenerate(
     only: Annotated[str | None, typer.Option(metavar="GLOB", help="only the cases whose name matches")] = None,
     check: Annotated[bool, typer.Option("--check", help="write nothing; exit 1 if anything drifted")] = False,

@@ -27,7 +27,15 @@ from ktverify.cli.init_engine import init_engine
 from ktverify.cli.list import list_cases
 from ktverify.cli.llamafactory import llamafactory
 from ktverify.cli.mutants import clean, mutants
-from ktverify.cli.options import PROGRAM, TRACEBACK, CommandGroup, OneLineErrors, OwnProgram, say_error, with_paths
+from ktverify.cli.options import (
+    PROGRAM,
+    TRACEBACK,
+    CommandGroup,
+    OneLineErrors,
+    OwnProgram,
+    say_error,
+    with_checked_arguments,
+)
 from ktverify.cli.plan import plan
 from ktverify.cli.replay import replay
 from ktverify.cli.run import run
@@ -90,7 +98,7 @@ class DefaultGroup(CommandGroup):
 def _group(help_text: str, commands: dict[str, Callable[..., None]], **settings: Any) -> typer.Typer:
     group = typer.Typer(rich_markup_mode=None, help=help_text, **{"cls": CommandGroup, **settings})
     for name, command in commands.items():
-        group.command(name)(with_paths(command))
+        group.command(name)(with_checked_arguments(command))
     return group
 
 
@@ -125,7 +133,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, Any]]] = {
     "run": (run, {**PASS_THROUGH, "allow_interspersed_args": False}),
 }
 for _name, (_command, _settings) in _COMMANDS.items():
-    app.command(_name, context_settings=_settings)(with_paths(_command))
+    app.command(_name, context_settings=_settings)(with_checked_arguments(_command))
 app.add_typer(_group("Look at one thing closely: nan, gradients, tp.", DEBUG, no_args_is_help=True), name="debug")
 # the commands below `bench` take --batch_sizes for --batch-sizes
 _hyphens = {**PROGRAM["context_settings"], "token_normalize_func": lambda name: name.replace("_", "-")}

@@ -28,7 +28,7 @@ def named(name: str, text: str, **more: Any) -> typer.models.OptionInfo:
     return found
 
 
-def with_paths(command: Callable[..., None]) -> Callable[..., None]:
+def with_checked_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """`command`, with ~ and $VARIABLE replaced in every argument that is a Path: a shell leaves them in --out=~/x.
 
     ValueError for a number that is not finite, or larger than any use."""

@@ -129,8 +129,8 @@ class Evidence:
         """Compare `actual`, some of ALL_TENSORS, with the oracle of `inputs`, by the gates.
 
         target: the engine that returned them; its tensor parallel degree and its strictness matter. strict: that
-        strictness, where the caller knows it; the engine is imported otherwise. seconds: after this time of a processor
-        no further hypothesis is tested, so that other programs change no cause.
+        strictness, where the caller knows it; the engine is imported otherwise. seconds: of processor time, after
+        which no further hypothesis is tested. Wall time would make the cause depend on what else the machine does.
         """
         case, layer = inputs.case, LayerValues.of(inputs)
         rounding, forms = live_oracle(inputs).rounding, wrong_forms(inputs.case, actual)

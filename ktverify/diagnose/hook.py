@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ktverify.checks.problem import Result
     from ktverify.checks.target import Target
 
-SECONDS = 5.0  # of a processor, for one case
-# of all cases of a process: an engine that is wrong in every case is judged in a minute more than a right one
+SECONDS = 5.0  # of processor time that the search may take for one case
+# of processor time for all cases of a process: else an engine that is wrong in every case takes minutes more to judge
 SECONDS_IN_ALL = 40.0
 _spent = 0.0
 

@@ -149,8 +149,8 @@ def _needed(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def declared(engine: str, attributes: Mapping[str, Any], folder: Path | None) -> Capabilities:
     """What engine `engine` declares: its factory's attributes and the file in its folder, where there is one.
 
-    ValueError in one line for an unknown name, for a value of the wrong type or out of range, where the attributes and
-    the file give different values, and for a contract newer than this package's.
+    ValueError in one line: a name is unknown; a value has the wrong type or is out of range; the attributes and the
+    file give different values; or the contract is newer than this package's.
     """
     inside = attributes.get("capabilities") or {}
     if not isinstance(inside, Mapping):

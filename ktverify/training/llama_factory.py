@@ -178,9 +178,9 @@ def sort_out(given: Mapping[str, Any], own: Sequence[str]) -> tuple[dict[str, An
             if given.get(same, value) != value:
                 problems.append(f"{name} {value} and {same} {given[same]} are the same key: give one of them")
             kept[same] = value
-            notes.append(f"{name}: {_told(name, value)} is used as {same}")
+            notes.append(f"{name}: {_for_note(name, value)} is used as {same}")
         elif name in _UNUSED:
-            notes.append(f"{name}: {_told(name, value)} is not used: {_UNUSED[name]}")
+            notes.append(f"{name}: {_for_note(name, value)} is not used: {_UNUSED[name]}")
         elif name in _ONE_EFFECT:
             problems += filter(None, [why_not(name, value)])
         else:
@@ -192,8 +192,8 @@ def sort_out(given: Mapping[str, Any], own: Sequence[str]) -> tuple[dict[str, An
     return kept, notes, problems
 
 
-def _told(name: str, value: Any) -> str:
-    """A value for a note, in one short line. A token or a password is not told, because notes are kept in logs."""
+def _for_note(name: str, value: Any) -> str:
+    """A value as a note shows it, in one short line. Logs keep notes, so a token or a key is left out."""
     secret = name.endswith(("token", "secret", "_key", "webhook_url"))
     return "…" if secret and value else shown_line(str(value), 200)
 

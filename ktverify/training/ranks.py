@@ -36,8 +36,8 @@ _HIDDEN = (*PROCESS_COUNTS, *_GIVEN, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RA
 def ranks_of(config: TrainConfig) -> Iterator[Ranks | None]:
     """The ranks of a training; None where it is one process. Inside, only rank 0 prints.
 
-    ValueError for one of several processes without kt_ep, for one that torchrun did not start or that does not reach
-    the others, and for keys that do not go together with kt_ep."""
+    ValueError: there are several processes and no kt_ep; torchrun did not start this one; it does not reach the
+    others; or a key does not go together with kt_ep."""
     if not config.kt_ep:
         require_one_process()
         yield None

@@ -10,6 +10,21 @@ inline void wait_for_streams() {
 #include "elementwise.inl"
 #include "prefetch_schedule.inl"
 
+// The end of nt_few: adds up the sixteen lanes of each sum, [n][token][16 lanes] -> a few result of T tokens.
+template <int T>
+KTV_INLINE void add_lanes(const float* sums, float* c) {
+    for (int t = 0; t < T; ++t) {
+        for (int half = 0; half < kBlock; half += 16) {
+            F lanes[16];
+            load_transposed(sums + (half * T + t) * 16, T * 16, lanes);
+            for (int width = 8; width > 0; width /= 2) {
+                for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+            }
+            store(c + t * kBlock + half, lanes[0]);
+        }
+    }
+}
+
 // Panels: blocks of W in the layout of the B operand of nn. A block of 32 rows x 32 columns becomes [2 halves of 16
 // columns][16 row pairs][16 columns][2], two neighbouring rows interleaved; for AMX that is two tiles of 1 KB.
 

@@ -197,16 +197,7 @@ template <int T, tuning::Avx512 tune>
 void nt_dots(const NtSegment* segments, int count, const bf16* next, float* c) {
     alignas(64) float sums[kBlock * T * 16];  // [n][t][16 lanes]
     sum_chunks<T, tune>(segments, count, next, sums);
-    for (int t = 0; t < T; ++t) {
-        for (int half = 0; half < kBlock; half += 16) {
-            F lanes[16];
-            load_transposed(sums + (half * T + t) * 16, T * 16, lanes);
-            for (int width = 8; width > 0; width /= 2) {
-                for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-            }
-            store(c + t * kBlock + half, lanes[0]);
-        }
-    }
+    add_lanes<T>(sums, c);
 }
 
 template <tuning::Avx512 tune>

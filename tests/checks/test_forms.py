@@ -23,8 +23,8 @@ CASE = Case.parse("E=4,k=2,H=64,I=32,T=17,r=8,alpha=16@seed=1")
 TRAINED = Case.parse("E=4,k=2,H=64,I=32,T=17,r=8,alpha=16,lora=float32")
 INTEGER = Case.parse("E=4,k=2,H=64,I=32,T=17,r=8,alpha=16,data=integer")
 
-# engine of tests/support/forms.py -> the tensor that has a wrong form, and words of the text; an engine that copies its
-# result into an argument is told of that first
+# engine of tests/support/forms.py -> the tensor that has a wrong form, and words of the message. An engine that copies
+# its result into an argument gets the message about the changed argument, which comes before that about the form.
 WRONG = {
     "Fp32Output": ("output", "output is float32, expected bfloat16"),
     "OutputInTheInput": ("output", "forward_sft wrote into, or beside, hidden_states"),

@@ -1,4 +1,4 @@
-"""A small model and machines, for the tests of plans."""
+"""What the tests of tests/bench/plan share: a small model, and descriptions of machines."""
 
 from __future__ import annotations
 

@@ -186,12 +186,12 @@ def test_a_killed_rank_ends_the_other_with_one_line(trainings: Trainings, tmp_pa
     with ranks.two_commands(config, port) as processes:
         ranks.wait_for_a_step(trainings.folder / "killed")
         processes[1].kill()
-        (told, said), (told_other, said_other) = (process.communicate(timeout=90) for process in processes)
+        (output, errors), other = (process.communicate(timeout=90) for process in processes)
     assert processes[0].returncode == 2
-    assert said.count("rank 0 of 2 stops: another rank ended or gave no answer in time") == 1
-    assert "Traceback" not in said
-    assert said.startswith("step 1/1000000  loss ")
-    assert (told, told_other, said_other) == ("", "", "")
+    assert errors.count("rank 0 of 2 stops: another rank ended or gave no answer in time") == 1
+    assert "Traceback" not in errors
+    assert errors.startswith("step 1/1000000  loss ")
+    assert (output, other) == ("", ("", ""))
 
 
 @pytest.mark.parametrize(

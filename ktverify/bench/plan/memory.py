@@ -33,7 +33,7 @@ class Load:
         check_count("rank", self.rank)
 
     def case(self, model: MoeModel) -> Case:
-        """A layer's call with all tokens, for the formulas of the bench. ValueError for a size below 1."""
+        """One layer's call as the Case that the bench's formulas take. ValueError for a size below 1."""
         sizes = (model.experts, model.top_k, model.hidden, model.intermediate, self.tokens, self.rank)
         return Case(CUSTOM, "", *sizes, alpha=2.0 * self.rank)
 
