@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -14,6 +15,10 @@ namespace ktv {
 namespace {
 
 #include "avx512.inl"
+
+#include "decode.inl"
+
+#include "decode_bf16.inl"
 
 constexpr tuning::Amx kTune = tuning::kAmxIntel;  // only Intel's processors have AMX
 

@@ -192,6 +192,20 @@ void interleave_gathered(const NnSegment& seg, const Panel& panel, int cblocks) 
     }
 }
 
+// Decodes and interleaves a whole panel of codes, and prefetches those at `ahead`.
+void decode_panel(const NnSegment& seg, const Panel& panel, const CodesAhead& ahead, DecodeScratch& scratch) {
+    decode_blocks<Bf16Kinds>({*seg.codes, {panel.kb, seg.column_block + panel.cb}, panel.count, true}, ahead, scratch,
+                             [&](const auto* coded) {
+                                 for (int i = 0; i < panel.count; ++i) {
+                                     bf16* to = panel.blocks + i * kBlockSize;
+                                     for (int pair = 0; pair < kBlock / 2; ++pair) {
+                                         coded[i].prefetch_rows(2 * pair);
+                                         coded[i].interleaved(2 * pair).store(to, pair);
+                                     }
+                                 }
+                             });
+}
+
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
     constexpr int row_lines = kTune.many.row_lines;
     static_assert(kTune.few.row_lines == 0 && std::max(kTune.few.depth, kTune.many.depth) <= kNnBlocks &&
@@ -203,6 +217,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
     const PanelShare share = panel_share(passes);
     const bool many = tune.row_lines > 0;
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
+    DecodeScratch scratch;
     Unstored before;
     const auto next = [&](PanelPosition at) { return next_position(segments, count, cblocks, depth, at); };
     // The panel that is prefetched: in this call, or the first ones of the worker's next.
@@ -219,8 +234,13 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
         if (at.cb == 0 && at.kb == 0) prefetch_gathered(seg, 0, panel.count, cblocks);
         const BlockColumn ahead = coming.s < count ? BlockColumn(segments, count, coming)
                                                    : BlockColumn(segments[0], std::min(beyond, cblocks - 1));
-        if (seg.weights) interleave(seg, panel, ahead, share.before);
-        else interleave_gathered(seg, panel, cblocks);
+        if (seg.codes) {
+            decode_panel(seg, panel, single(next_codes_of_column(segments, count, cblocks, depth, at)), scratch);
+        } else if (seg.weights) {
+            interleave(seg, panel, ahead, share.before);
+        } else {
+            interleave_gathered(seg, panel, cblocks);
+        }
         const int ahead_blocks = std::min(ahead.count(), panel.count);
         PanelLines lines(ahead_blocks > 0 ? ahead.at(0) : blocks, ahead.stride(), ahead_blocks, share.before,
                          share.each, share.passes);

@@ -5,18 +5,48 @@ constexpr std::size_t kTile = 16 * 16;       // elements of a tile of results
 constexpr std::size_t kHalfBlock = 16 * 32;  // of 16 rows of a weight block
 constexpr std::size_t kTileRow = 64;         // bytes from row to row of each tile here
 
-// Calls multiply(segment, kb, blocks, add) for the chunks of a strip's segments, of at most `most` k-blocks. All strips
-// of a call have the same chunks.
+// Calls multiply(segment, kb, blocks, add) for the chunks of a strip's segments, of at most `most` k-blocks, of codes at
+// most kAtOnce. All strips of a call have the same chunks.
 template <typename Multiply>
 inline void visit_tile_chunks(const NtSegment* segments, int count, int most, const Multiply& multiply) {
     bool add = false;
     for (int s = 0; s < count; ++s) {
+        const int of_segment = segments[s].codes ? std::min(most, kAtOnce) : most;
         for (int kb = 0, blocks; kb < segments[s].kblocks; kb += blocks, add = true) {
-            blocks = even_chunk(segments[s].kblocks - kb, most);
+            blocks = even_chunk(segments[s].kblocks - kb, of_segment);
             multiply(s, kb, blocks, add);
         }
     }
 }
+
+// How many strips of a matrix of codes a call has: its next call goes on so many further.
+inline int strips_of_codes(const NtSegment* segments, int count, int strips) {
+    int same = 0;
+    for (int strip = 0; strip < strips; ++strip) same += segments[strip * count].codes == segments->codes;
+    return same;
+}
+
+// A chunk of a segment's weights: where they lie, and what comes after them, for the products to prefetch. Codes are
+// decoded to `to`, and what comes after them is prefetched meanwhile, so `ahead` is null.
+struct TileChunk {
+    const bf16 *weights, *ahead;
+    TileChunk(const NtSegment& seg, int kb, int blocks, const bf16* next, int next_strip, bf16* to,
+              DecodeScratch& scratch) {
+        if (!seg.codes) {
+            weights = seg.weights + kb * kBlockSize;
+            ahead = seg.from(kb + blocks, blocks, next);
+            return;
+        }
+        const CodedRun run{*seg.codes, {seg.strip, kb}, blocks};
+        const CodesAhead coming = kb + blocks < seg.kblocks
+                                      ? next_codes_of_row(run)
+                                      : single(seg.codes->prefetch_scales({seg.strip + next_strip, 0}, blocks));
+        decode_blocks<Bf16Kinds>(run, coming, scratch, [&](const auto* coded) { store_blocks(coded, blocks, to); });
+        weights = to;
+        ahead = nullptr;
+    }
+};
+constexpr std::size_t kDecodedChunk = kAtOnce * kBlockSize;  // elements of a chunk of codes
 
 // What pass `pass` prefetches of a chunk that comes: the lines from here on, `lines` for each of its `blocks` k-blocks.
 // In one piece, because pieces of some lines far apart leave the memory idle.
@@ -25,6 +55,7 @@ inline const bf16* share_of(const bf16* chunk, int blocks, int lines, int pass) 
 }
 
 // One group: 4 x 1 tiles, the 64 rows of two strips with the same tokens. Each tile of x serves four products.
+template <int lines>
 KTV_PASS void two_strips(const bf16* w0, const bf16* w1, const bf16* x, int blocks, const bf16* ahead0,
                          const bf16* ahead1, float* c0, float* c1, bool add) {
     load_result<0>(c0, kTileRow, add);
@@ -34,22 +65,22 @@ KTV_PASS void two_strips(const bf16* w0, const bf16* w1, const bf16* x, int bloc
     for (int kb = 0; kb < blocks; ++kb) {
         tile_load<6>(x);
         tile_load<4>(w0);
-        prefetch_quarter<kBlock, 0>(ahead0);
-        prefetch_quarter<kBlock, 1>(ahead0);
+        prefetch_quarter<lines, 0>(ahead0);
+        prefetch_quarter<lines, 1>(ahead0);
         tile_load<5>(w0 + kHalfBlock);
-        prefetch_quarter<kBlock, 2>(ahead0);
-        prefetch_quarter<kBlock, 3>(ahead0);
+        prefetch_quarter<lines, 2>(ahead0);
+        prefetch_quarter<lines, 3>(ahead0);
         tile_dot<0, 4, 6>();
         tile_dot<1, 5, 6>();
         tile_load<4>(w1);
-        prefetch_quarter<kBlock, 0>(ahead1);
-        prefetch_quarter<kBlock, 1>(ahead1);
+        prefetch_quarter<lines, 0>(ahead1);
+        prefetch_quarter<lines, 1>(ahead1);
         tile_load<5>(w1 + kHalfBlock);
-        prefetch_quarter<kBlock, 2>(ahead1);
-        prefetch_quarter<kBlock, 3>(ahead1);
+        prefetch_quarter<lines, 2>(ahead1);
+        prefetch_quarter<lines, 3>(ahead1);
         tile_dot<2, 4, 6>();
         tile_dot<3, 5, 6>();
-        w0 += kBlockSize, w1 += kBlockSize, x += kPackSize, ahead0 += kBlockSize, ahead1 += kBlockSize;
+        w0 += kBlockSize, w1 += kBlockSize, x += kPackSize, ahead0 += lines * kBlock, ahead1 += lines * kBlock;
     }
     tile_store<0>(c0);
     tile_store<1>(c0 + kTile);
@@ -87,16 +118,17 @@ KTV_PASS void one_strip_pass(const bf16* w, const bf16* x, std::size_t group_str
 
 // A chunk of one strip by up to three groups.
 static_assert(kTune.few_groups <= 3);
-void few_groups(const NtSegment& seg, const bf16* next, int kb, int blocks, int groups, float* c, bool add) {
-    const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * kPackSize;
-    const bf16* ahead = seg.from(kb + blocks, blocks, next);
-    if (groups < 3) {
-        const auto pass = groups == 1 ? one_strip_pass<1, kBlock> : one_strip_pass<2, kBlock>;
-        return pass(w, x, seg.group_stride, blocks, ahead, c, add);
-    }
-    one_strip_pass<2, kBlock / 2>(w, x, seg.group_stride, blocks, ahead, c, add);
-    one_strip_pass<1, kBlock / 2>(w, x + 2 * seg.group_stride, 0, blocks, share_of(ahead, blocks, kBlock / 2, 1),
-                                  c + 2 * kResultSize, add);
+void few_groups(const NtSegment& seg, const TileChunk& chunk, int kb, int blocks, int groups, float* c, bool add) {
+    const bf16 *w = chunk.weights, *x = seg.tokens + kb * kPackSize, *ahead = chunk.ahead;
+    const auto run = [&](auto all) {
+        constexpr int lines = all.value, half = lines / 2;
+        if (groups == 1) return one_strip_pass<1, lines>(w, x, seg.group_stride, blocks, ahead, c, add);
+        if (groups == 2) return one_strip_pass<2, lines>(w, x, seg.group_stride, blocks, ahead, c, add);
+        one_strip_pass<2, half>(w, x, seg.group_stride, blocks, ahead, c, add);
+        one_strip_pass<1, half>(w, x + 2 * seg.group_stride, 0, blocks, share_of(ahead, blocks, half, 1),
+                                c + 2 * kResultSize, add);
+    };
+    ahead ? run(Int<kBlock>()) : run(Int<0>());
 }
 
 // 16 rows of W by a quad of groups, over a chunk.
@@ -181,10 +213,21 @@ QuadPasses quad_with(int lines, int x_lines) {
 // cache.
 void nt_quads(const NtSegment* segments, int count, int strips, int groups, float* c) {
     const int quads = (groups + 3) / 4;
+    alignas(64) bf16 decoded[kMostStrips * kDecodedChunk];
+    DecodeScratch scratch;
+    const int next_strip = strips_of_codes(segments, count, strips);
     visit_tile_chunks(segments, count, kTune.quad_chunk, [&](int s, int kb, int blocks, bool add) {
+        const bf16 *weights[kMostStrips], *aheads[kMostStrips];
+        for (int strip = 0; strip < strips; ++strip) {
+            const NtSegment& seg = segments[strip * count + s];
+            const TileChunk chunk(seg, kb, blocks, s == 0 ? seg.next : nullptr, next_strip,
+                                  decoded + strip * kDecodedChunk, scratch);
+            weights[strip] = chunk.weights;
+            aheads[strip] = chunk.ahead;
+        }
         for (int quad = 0, first = 0, size; quad < quads; ++quad, first += size) {
             size = (groups - first + quads - quad - 1) / (quads - quad);
-            const int lines = lines_of_quad(quads, quad);
+            const int lines = aheads[0] ? lines_of_quad(quads, quad) : 0;
             // The quad's lines of the next chunk of x, shared by its passes.
             const int share = (size * kGroup + 2 * strips - 1) / (2 * strips);
             const int x_lines = share <= 4 ? 4 : share <= 8 ? 8 : 16;
@@ -193,14 +236,13 @@ void nt_quads(const NtSegment* segments, int count, int strips, int groups, floa
                 const int strip = i / 2, half = i % 2;
                 const NtSegment& seg = segments[strip * count + s];
                 const bf16* x = seg.tokens + first * seg.group_stride;
-                const bf16* ahead = seg.from(kb + blocks, blocks, s == 0 ? seg.next : nullptr);
                 // After the last chunk comes the first one, with the worker's next strips. A shorter chunk is
                 // prefetched with the end of this one.
                 const int next_kb = kb + blocks < seg.kblocks ? std::min(kb + blocks, seg.kblocks - blocks) : 0;
                 const int line = std::min(i * x_lines, size * kGroup - x_lines);
-                passes[i] = {seg.weights + kb * kBlockSize + half * kHalfBlock, x + kb * kPackSize,
+                passes[i] = {weights[strip] + half * kHalfBlock, x + kb * kPackSize,
                              c + (strip * groups + first) * kResultSize + half * kTile,
-                             share_of(ahead, blocks, lines, 2 * quad + half),
+                             share_of(aheads[strip], blocks, lines, 2 * quad + half),
                              x + line / kGroup * seg.group_stride + next_kb * kPackSize + line % kGroup * kBlock};
             }
             const auto run = size == 4   ? quad_with<4>(lines, x_lines)
@@ -215,6 +257,9 @@ void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) 
     const int groups = (tokens + kGroup - 1) / kGroup;
     if (groups > kTune.few_groups) return nt_quads(segments, count, strips, groups, c);
     const std::size_t result = groups * kResultSize;
+    alignas(64) bf16 decoded[2 * kDecodedChunk];
+    DecodeScratch scratch;
+    const int next_strip = strips_of_codes(segments, count, strips);
     int strip = 0;
     for (; groups == 1 && strip + 1 < strips; strip += 2) {
         const NtSegment *a = segments + strip * count, *b = a + count;
@@ -225,19 +270,22 @@ void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) 
                 next[0] = following(segments, count, strips, strip, 2);
                 next[1] = following(segments, count, strips, strip + 1, 2);
             }
+            const TileChunk of_a(a[s], kb, blocks, next[0], next_strip, decoded, scratch),
+                of_b(b[s], kb, blocks, next[1], next_strip, decoded + kDecodedChunk, scratch);
             if (a[s].tokens == b[s].tokens) {
-                return two_strips(a[s].weights + kb * kBlockSize, b[s].weights + kb * kBlockSize,
-                                  a[s].tokens + kb * kPackSize, blocks, a[s].from(kb + blocks, blocks, next[0]),
-                                  b[s].from(kb + blocks, blocks, next[1]), c0, c1, add);
+                const auto pass = of_a.ahead ? two_strips<kBlock> : two_strips<0>;
+                return pass(of_a.weights, of_b.weights, a[s].tokens + kb * kPackSize, blocks, of_a.ahead, of_b.ahead,
+                            c0, c1, add);
             }
-            few_groups(a[s], next[0], kb, blocks, groups, c0, add);
-            few_groups(b[s], next[1], kb, blocks, groups, c1, add);
+            few_groups(a[s], of_a, kb, blocks, groups, c0, add);
+            few_groups(b[s], of_b, kb, blocks, groups, c1, add);
         });
     }
     for (; strip < strips; ++strip) {
         const NtSegment* a = segments + strip * count;
         visit_tile_chunks(a, count, kTune.chunk, [&](int s, int kb, int blocks, bool add) {
-            few_groups(a[s], s == 0 ? following(segments, count, strips, strip, 1) : nullptr, kb, blocks, groups,
+            const bf16* next = s == 0 ? following(segments, count, strips, strip, 1) : nullptr;
+            few_groups(a[s], TileChunk(a[s], kb, blocks, next, next_strip, decoded, scratch), kb, blocks, groups,
                        c + strip * result, add);
         });
     }

@@ -275,7 +275,7 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
                 if (seg.codes) {
                     const CodedBlocks& next = later.codes ? *later.codes : *seg.codes;
                     seg.codes->unpack({kb, seg.column_block + first}, some,
-                                      next.approach({then.kb, seg.column_block + then.cb}, some), unpacked);
+                                      next.prefetch_scales({then.kb, seg.column_block + then.cb}, some), unpacked);
                 } else if (seg.weights) {
                     from = block_of(seg, kb, first);
                     ahead = from;
@@ -319,7 +319,6 @@ extern const Kernels avx2_kernels;
 const Kernels avx2_kernels{.enter = nothing,
                            .leave = nothing,
                            KTV_SMALL_CALLS,
-                           .reads_codes = true,
                            .nt = nt,
                            .few_rows = few_rows,
                            .nt_few = nt_few,

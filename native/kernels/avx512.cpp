@@ -18,6 +18,8 @@ namespace {
 
 #include "decode.inl"
 
+#include "decode_fp32.inl"
+
 constexpr int row_floats = 2 * 16;  // of a row of a block as fp32: its even columns, then its odd ones
 
 // ---- nt. Lanes are tokens. W's rows and the tokens of a chunk of k-blocks lie widened in the first-level cache.
@@ -77,8 +79,8 @@ void nt_strip(const NtSegment* segments, int count, int tokens, const bf16* next
             };
             const bf16* later = nullptr;
             if (seg.codes) {
-                const std::uint8_t* ahead = seg.codes->approach({seg.strip, kb + blocks}, blocks);
-                decode_blocks(*seg.codes, {seg.strip, kb}, blocks, ahead, scratch, widen_all);
+                const CodedRun run{*seg.codes, {seg.strip, kb}, blocks};
+                decode_blocks<Fp32Kinds>(run, next_codes_of_row(run), scratch, widen_all);
             } else {
                 PlainBlock all[nt_chunk];
                 for (int i = 0; i < blocks; ++i) all[i] = {seg.weights + (kb + i) * kBlockSize, nullptr};
@@ -159,9 +161,9 @@ void nt_dots(const NtSegment* segments, int count, const bf16* next, float* c) {
             some = even_chunk(seg.kblocks - kb, few_chunk);
             for (int b = 0; b < some; ++b) widen_tokens<T>(seg.tokens + (kb + b) * T * kBlock, x + b * T * kBlock);
             if (seg.codes) {
-                const std::uint8_t* ahead = seg.codes->approach({seg.strip, kb + some}, some);
-                decode_blocks(*seg.codes, {seg.strip, kb}, some, ahead, scratch,
-                              [&](const auto* blocks) { dots_of_rows<T>(blocks, some, x, sums, add); });
+                const CodedRun run{*seg.codes, {seg.strip, kb}, some};
+                decode_blocks<Fp32Kinds>(run, next_codes_of_row(run), scratch,
+                                         [&](const auto* blocks) { dots_of_rows<T>(blocks, some, x, sums, add); });
             } else {
                 const bf16 *w = seg.weights + kb * kBlockSize, *later = seg.from(kb + some, some, next);
                 PlainBlock blocks[few_chunk];
@@ -276,12 +278,13 @@ void nn_columns(const NnSegment* segments, int count, int rows, int cblocks, Pan
     if (seg.codes && few) {
         const PanelPosition then = position_after(segments, count, kPanelBlocks, nn_ahead, at);
         const CodedBlocks& next = segments[then.s].codes ? *segments[then.s].codes : *seg.codes;
-        const std::uint8_t* ahead = next.approach({then.kb, seg.column_block + then.cb}, last - at.cb);
-        decode_blocks(*seg.codes, {at.kb, seg.column_block + at.cb}, last - at.cb, ahead, scratch.decoded,
-                      [&](const auto* blocks) {
-                          for (int cb = at.cb; cb < last; ++cb)
-                              nn_blocks(rows, blocks + cb - at.cb, 1, last_pairs, scratch.g, ld, c + cb * stride, add);
-                      });
+        const CodesAhead ahead = single(next.prefetch_scales({then.kb, seg.column_block + then.cb}, last - at.cb));
+        decode_blocks<Fp32Kinds>({*seg.codes, {at.kb, seg.column_block + at.cb}, last - at.cb}, ahead, scratch.decoded,
+                                 [&](const auto* blocks) {
+                                     for (int cb = at.cb; cb < last; ++cb)
+                                         nn_blocks(rows, blocks + cb - at.cb, 1, last_pairs, scratch.g, ld,
+                                                   c + cb * stride, add);
+                                 });
         return;
     }
     for (int cb = at.cb; cb < last; ++cb) {
@@ -293,9 +296,10 @@ void nn_columns(const NnSegment* segments, int count, int rows, int cblocks, Pan
             const auto widen_to_panel = [&](const auto& from) { widen_block(from, pairs, panel, row_floats); };
             wide[b] = {panel, scratch.decoded.unpacked};
             if (seg.codes) {
-                const std::uint8_t* ahead = seg.codes->approach({at.kb + some + b, seg.column_block + cb}, 1);
-                decode_blocks(*seg.codes, {at.kb + b, seg.column_block + cb}, 1, ahead, scratch.decoded,
-                              [&](const auto* blocks) { widen_to_panel(*blocks); });
+                const CodesAhead ahead =
+                    single(seg.codes->prefetch_scales({at.kb + some + b, seg.column_block + cb}, 1));
+                decode_blocks<Fp32Kinds>({*seg.codes, {at.kb + b, seg.column_block + cb}, 1}, ahead, scratch.decoded,
+                                         [&](const auto* blocks) { widen_to_panel(*blocks); });
             } else if (!seg.weights) {
                 widen_to_panel(GatheredBlock{seg.gathered + (at.kb + b) * kBlock, seg.column + cb * kBlock});
             } else {
@@ -343,7 +347,6 @@ extern const Kernels avx512_kernels;
 const Kernels avx512_kernels{.enter = nothing,
                              .leave = wait_for_streams,
                              KTV_SMALL_CALLS,
-                             .reads_codes = true,
                              .nt = nt,
                              .few_rows = few_rows,
                              .nt_few = nt_few,

@@ -34,7 +34,18 @@ inline constexpr int kNnBlocks = 8;            // most k-blocks of a panel: 16 K
 // Two neighbouring rows of 32 columns, interleaved: the first 16 columns, and the others.
 struct RowPair {
     __m512i lower, upper;
+    // To its place in a block of a panel.
+    KTV_INLINE void store(bf16* block, int pair) const {
+        _mm512_store_si512(block + pair * 32, lower);
+        _mm512_store_si512(block + kHalf + pair * 32, upper);
+    }
 };
+KTV_INLINE RowPair interleave_rows(__m512i first, __m512i second) {
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    return {_mm512_permutex2var_epi16(first, lower, second), _mm512_permutex2var_epi16(first, upper, second)};
+}
 
 // A block of W before it is interleaved; its rows are contiguous or gathered.
 template <bool gathered>
@@ -52,10 +63,6 @@ class RawBlock {
     }
     // Interleaves a pair of rows and stores it at the block's place in a panel.
     [[gnu::always_inline]] RowPair interleave(int pair, bf16* panel) const {
-        const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38,
-                                               6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-        const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
-        const __m512i a = _mm512_loadu_si512(row(2 * pair)), b = _mm512_loadu_si512(row(2 * pair + 1));
         if (ahead_ > 0) {
             // As integers, because the address may lie beyond the row: the next product may have fewer columns.
             for (int k = 2 * pair; k < 2 * pair + 2; ++k) {
@@ -63,9 +70,8 @@ class RawBlock {
                 prefetch<2>(reinterpret_cast<const void*>(next));
             }
         }
-        const RowPair two{_mm512_permutex2var_epi16(a, lower, b), _mm512_permutex2var_epi16(a, upper, b)};
-        _mm512_store_si512(panel + pair * 32, two.lower);
-        _mm512_store_si512(panel + kHalf + pair * 32, two.upper);
+        const RowPair two = interleave_rows(_mm512_loadu_si512(row(2 * pair)), _mm512_loadu_si512(row(2 * pair + 1)));
+        two.store(panel, pair);
         return two;
     }
 
@@ -89,9 +95,10 @@ struct Panel {
 };
 
 // Visits the panels of W one after the other: calls multiply(segment, panel, upcoming, add)
-// for each segment that multiplies that W. add is false for the first k-blocks of a column block.
+// for each segment that multiplies that W. add is false for the first k-blocks of a column block, if nothing has been
+// added before.
 template <typename Multiply>
-inline void visit_panels(const NnSegment* segments, int count, int cblocks, PanelDepth depth,
+inline void visit_panels(const NnSegment* segments, int count, int cblocks, PanelDepth depth, bool added,
                          const Multiply& multiply) {
     alignas(64) bf16 blocks[kNnBlocks * kBlockSize];
     const auto next = [&](PanelPosition at) { return next_position(segments, count, cblocks, depth, at); };
@@ -106,7 +113,7 @@ inline void visit_panels(const NnSegment* segments, int count, int cblocks, Pane
             then = next(then);
             column = BlockColumn(segments, count, then);
         }
-        bool add = at.s > 0 || at.kb > 0;
+        bool add = added || at.s > 0 || at.kb > 0;
         const int same = sharing_weights(segments, count, at.s);
         for (int i = 0; i < same; ++i, add = true) {
             multiply(segments[at.s + i], Panel{blocks, at.kb, at.cb, have, last_pairs, i == 0}, upcoming, add);

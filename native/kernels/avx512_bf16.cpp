@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -14,6 +15,10 @@ namespace ktv {
 namespace {
 
 #include "avx512.inl"
+
+#include "decode.inl"
+
+#include "decode_bf16.inl"
 
 KTV_INLINE __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -39,6 +44,11 @@ KTV_INLINE __m256i lower_half(__m512i v) {
     using Lanes = std::int32_t __attribute__((vector_size(64)));
     return (__m256i)__builtin_shufflevector((Lanes)v, (Lanes)v, 0, 1, 2, 3, 4, 5, 6, 7);
 }
+
+constexpr int few_rows = 11;  // dot products along k for so many tokens
+static_assert(few_rows <= kGroup, "few tokens lie in one group");
+
+#include "avx512_bf16_codes.inl"
 
 // The products other than those of few tokens are compiled once: their counts are the same on all processors.
 constexpr tuning::Avx512 kTune = tuning::kAvx512;
@@ -88,6 +98,28 @@ void nt_rows(const bf16* w, const bf16* x, std::size_t group_stride, int kblocks
     }
 }
 
+// Calls multiply(segment, w, kb, blocks, upcoming, add) for the chunks of a strip; codes are decoded to `decoded` before.
+template <typename Multiply>
+void visit_decoded(const NtSegment* segments, int count, const bf16* next, const Multiply& multiply) {
+    alignas(64) bf16 decoded[kAtOnce * kBlockSize];
+    DecodeScratch scratch;
+    bool add = false;
+    for (; count > 0 && segments->codes; ++segments, --count) {
+        const NtSegment& seg = *segments;
+        for (int kb = 0, some; kb < seg.kblocks; kb += some, add = true) {
+            some = even_chunk(seg.kblocks - kb, std::min(kTune.nt.chunk, kAtOnce));
+            const CodedRun run{*seg.codes, {seg.strip, kb}, some};
+            decode_blocks<Bf16Kinds>(run, next_codes_of_row(run), scratch,
+                                     [&](const auto* blocks) { store_blocks(blocks, some, decoded); });
+            multiply(seg, decoded, kb, some, NtUpcoming(), add);
+        }
+    }
+    visit_chunks<kTune.nt.times>(segments, count, next, kTune.nt.chunk, kTune.nt.step,
+                                 [&](const NtSegment& seg, int kb, int some, NtUpcoming upcoming, bool more) {
+                                     multiply(seg, seg.weights + kb * kBlockSize, kb, some, upcoming, add || more);
+                                 });
+}
+
 // k is split into chunks, so that W's 32 rows stay in the first-level cache while all groups are multiplied by them: W is
 // read from memory once.
 void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) {
@@ -99,8 +131,7 @@ void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) 
                                                             {nt_rows<4, 4, false>, nt_rows<4, 4, true>}};
     const int rest = tokens % kGroup, groups = tokens / kGroup + (rest > kGroup / 2);
     const bool half = rest > 0 && rest <= kGroup / 2;
-    const auto multiply = [&](const NtSegment& seg, int kb, int blocks, NtUpcoming upcoming, bool add) {
-        const bf16* w = seg.weights + kb * kBlockSize;
+    const auto multiply = [&](const NtSegment& seg, const bf16* w, int kb, int blocks, NtUpcoming upcoming, bool add) {
         for (int g = 0, at_once;; g += at_once) {
             const int left = groups - g;
             at_once = left >= 6 ? 4 : left == 5 ? 3 : left;
@@ -111,16 +142,13 @@ void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) 
         }
     };
     for (int s = 0; s < strips; ++s, c += (tokens + kGroup - 1) / kGroup * kResultSize)
-        visit_chunks<kTune.nt.times>(segments + s * count, count, following(segments, count, strips, s, 1),
-                                     kTune.nt.chunk, kTune.nt.step, multiply);
+        visit_decoded(segments + s * count, count, following(segments, count, strips, s, 1), multiply);
 }
 
 // Few tokens. Lanes are k: one load of W serves every token, because the time of such a product is that of reading W
 // once. W is read in its order in memory, because pieces of 256 bytes far apart leave the memory idle half of the time.
 // So the sums of two or more tokens, which do not all fit the registers, wait in the first-level cache from one chunk of
 // k-blocks to the next. The sixteen lanes of a sum are added up after the last k-block.
-constexpr int few_rows = 11;
-static_assert(few_rows <= kGroup, "few tokens lie in one group");
 // T tokens on one class of processors.
 template <int T, tuning::Avx512 tune>
 struct Few {
@@ -169,12 +197,16 @@ KTV_INLINE void dots_block(const bf16* w, const bf16* x, int kblocks, const Ahea
 template <int T, tuning::Avx512 tune>
 void sum_chunks(const NtSegment* segments, int count, const bf16* next, float* sums) {
     using Counts = Few<T, tune>;
+    bool begun = false;
+    for (; count > 0 && segments->codes; ++segments, --count, begun = true) sum_codes(*segments, T, sums, begun);
+    if (begun && count == 0) return;
     if constexpr (T > 1) {
         constexpr int N = Counts::block;
         const auto multiply = [&](const NtSegment& seg, int kb, int blocks, const auto& upcoming, bool add) {
             const bf16 *w = seg.weights + kb * kBlockSize, *x = seg.tokens + kb * T * kBlock;
             for (int n = 0; n < kBlock; n += N)
-                dots_block<T, N>(w + n * kBlock, x, blocks, upcoming + n * blocks * kBlock, sums + n * T * 16, add);
+                dots_block<T, N>(w + n * kBlock, x, blocks, upcoming + n * blocks * kBlock, sums + n * T * 16,
+                                 begun || add);
         };
         visit_chunks<Counts::stream.times>(segments, count, next, Counts::stream.chunk, Counts::stream.step, multiply);
     } else {
@@ -182,7 +214,7 @@ void sum_chunks(const NtSegment* segments, int count, const bf16* next, float* s
         // the 32 sums in memory; that costs less than chunks.
         constexpr int step = Counts::stream.step;
         __m512 sum[kBlock][1];
-        for (auto& s : sum) s[0] = _mm512_setzero_ps();
+        for (int n = 0; n < kBlock; ++n) sum[n][0] = begun ? _mm512_load_ps(sums + n * 16) : _mm512_setzero_ps();
         for (const NtSegment* seg = segments; seg != segments + count; ++seg, next = nullptr) {
             for (int kb = 0; kb < seg->kblocks; ++kb) {
                 dots(sum, seg->weights + kb * kBlockSize, seg->tokens + kb * kBlock,
@@ -214,6 +246,7 @@ void nt_few(const NtSegment* segments, int count, int strips, int tokens, float*
 // are multiplied, which hides that work behind the memory and spreads the prefetches over more arithmetic. Both are
 // always_inline, because gcc would call some of them for each pair of rows and pass the pair through memory.
 struct Interleaved {
+    static constexpr bool prefetches = true;  // what comes after them
     const bf16* blocks;
     KTV_INLINE auto block(int kb) const {
         return [at = blocks + kb * kBlockSize](int pair) __attribute__((always_inline)) {
@@ -223,11 +256,28 @@ struct Interleaved {
 };
 template <bool gathered>
 struct Interleaving {
+    static constexpr bool prefetches = true;
     const NnSegment& segment;
     const Panel& panel;
     KTV_INLINE auto block(int kb) const {
         return [raw = RawBlock<gathered>(segment, panel.kb + kb, panel.cb, true), to = panel.blocks + kb * kBlockSize](
                    int pair) __attribute__((always_inline)) { return raw.interleave(pair, to); };
+    }
+};
+
+// Codes, one block below the other. keep: further rows multiply what is interleaved.
+template <typename Block, bool keep>
+struct Decoding {
+    static constexpr bool prefetches = false;  // each block does
+    const Block* blocks;
+    bf16* panel;
+    KTV_INLINE auto block(int kb) const {
+        return [block = blocks[kb], to = panel + kb * kBlockSize](int pair) __attribute__((always_inline)) {
+            block.prefetch_rows(2 * pair);
+            const RowPair two = block.interleaved(2 * pair);
+            if constexpr (keep) two.store(to, pair);
+            return two;
+        };
     }
 };
 
@@ -245,7 +295,7 @@ KTV_INLINE void nn_block(const bf16* g, std::size_t ld, Blocks blocks, const Pan
         const auto now = upcoming.at<times>(kb, panel.blocks);
         const auto rows_of = blocks.block(kb);
         for (int pair = 0, pairs = panel.pairs(kb); pair < pairs; ++pair) {
-            prefetch_lines(now + 2 * pair * kBlock, 2);
+            if constexpr (Blocks::prefetches) prefetch_lines(now + 2 * pair * kBlock, 2);
             const RowPair two = rows_of(pair);
             for (int r = 0; r < R; ++r) {
                 const __m512i value = broadcast_pair(g + r * ld + 2 * pair);
@@ -267,12 +317,16 @@ void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
+    const int coded = rows <= nn_code_rows ? nn_codes(segments, count, rows, cblocks, c) : 0;
+    if (coded == count) return;
+    segments += coded, count -= coded;
     const std::size_t stride = nn_stride(rows);
     constexpr int most = 12;
     // With few rows, reading W takes longer than the arithmetic: small panels shorten the time between two prefetches of
     // a line.
     const PanelDepth depth{rows <= kTune.nn_few ? kTune.nn_depth / 2 : kTune.nn_depth, kTune.nn_depth};
-    visit_panels(segments, count, cblocks, depth,
+    DecodeScratch scratch;
+    visit_panels(segments, count, cblocks, depth, coded > 0,
                  [&](const NnSegment& seg, const Panel& panel, UpcomingPanels upcoming, bool add) {
                      const int some = even_chunk(rows, most);
                      for (int r = 0; r < rows; r += some) {
@@ -282,7 +336,18 @@ void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {
                          };
                          if (r > 0 || !panel.raw) run(Interleaved{panel.blocks});
                          else if (seg.weights) run(Interleaving<false>{seg, panel});
-                         else run(Interleaving<true>{seg, panel});
+                         else if (seg.gathered) run(Interleaving<true>{seg, panel});
+                         else {
+                             const PanelPosition at{static_cast<int>(&seg - segments), panel.kb, panel.cb};
+                             decode_blocks<Bf16Kinds>(
+                                 {*seg.codes, {panel.kb, seg.column_block + panel.cb}, panel.count, true},
+                                 single(next_codes_of_column(segments, count, cblocks, depth, at)), scratch,
+                                 [&](const auto* blocks) {
+                                     using Block = std::remove_cvref_t<decltype(*blocks)>;
+                                     if (some < rows) run(Decoding<Block, true>{blocks, panel.blocks});
+                                     else run(Decoding<Block, false>{blocks, panel.blocks});
+                                 });
+                         }
                          upcoming = UpcomingPanels();  // the first rows have prefetched them
                      }
                  });

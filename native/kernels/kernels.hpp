@@ -46,28 +46,48 @@ inline constexpr int kMostStrips = 16;                       // of W in one nt c
     return (left + chunks - 1) / chunks;
 }
 
-// Base weights that stay codes, for kernels that make bf16 of them as they multiply: Kernels::reads_codes.
+// Base weights that stay codes: kernels make bf16 of them as they multiply.
 struct CodedBlocks {
     struct Place {
         int n, k;  // row and column of blocks
     };
-    // Prefetches the scales of `count` blocks from (n, k) on, along the row. Returns where the codes begin, for unpack to
-    // prefetch. The blocks may lie outside the matrix.
-    virtual const std::uint8_t* approach(Place at, int count) const = 0;
     // `count` blocks from (n, k) on, along the row -> out, as weight blocks. Prefetches as many codes at `ahead`.
     virtual void unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const = 0;
 
-    // For kernels that multiply what they decode: a block's codes as Kernels::unpack takes them, and the scales and zero
-    // points (null for 0) of its 32 rows as they are packed: fp32 (int8, and fp8 one for all rows), bf16 (int4), e8m0.
-    // Only where `whole`: no block has columns of two groups, nor rows of two of fp8's, and int4's scales are bf16.
-    struct Parts {
-        const std::uint8_t* codes;
-        const std::byte* scales;
-        const std::int8_t* zeros;
-    };
-    virtual Parts parts(Place at) const = 0;
     Format format = Format::bf16;
+    // Kernels may decode what lies here by themselves: no block has columns of two groups, nor rows of two of fp8's, and
+    // int4's scales are bf16.
     bool whole = false;
+    const std::uint8_t* blocks = nullptr;        // as Kernels::unpack takes them
+    std::size_t row_bytes = 0, block_bytes = 0;  // from one row of blocks to the next, and from block to block
+    // For each row of blocks and group of columns, as they are packed: the scales of its 32 rows, fp32 (int8, and two of
+    // fp8, the first of which holds for all rows where `whole`), bf16 (int4) or e8m0, and the zero points, or null for 0.
+    const std::byte* scales = nullptr;
+    const std::int8_t* zeros = nullptr;
+    std::size_t scale_bytes = 0;
+    int groups = 1;      // of columns
+    int group = 0;       // columns of one; 0: all
+    int into_group = 0;  // of the first column block: columns before it that belong to its group
+
+    [[gnu::always_inline]] int group_of(int k) const { return group == 0 ? 0 : (into_group + k * kBlock) / group; }
+    [[gnu::always_inline]] std::size_t scales_of(int n, int group) const {
+        return static_cast<std::size_t>(n) * groups + group;
+    }
+    // Where a block's codes lie. As integers, because the place may be outside the matrix.
+    [[gnu::always_inline]] const std::uint8_t* codes_at(Place at) const {
+        return reinterpret_cast<const std::uint8_t*>(reinterpret_cast<std::uintptr_t>(blocks) + at.n * row_bytes +
+                                                     at.k * block_bytes);
+    }
+    // Prefetches the scales of `count` blocks from (n, k) on, along the row. Returns where the codes begin, for unpack to
+    // prefetch. The blocks may lie outside the matrix.
+    [[gnu::always_inline]] const std::uint8_t* prefetch_scales(Place at, int count) const {
+        const auto from = reinterpret_cast<std::uintptr_t>(scales);
+        const std::uintptr_t end = from + (scales_of(at.n, group_of(at.k + count - 1)) + 1) * scale_bytes;
+        for (std::uintptr_t line = (from + scales_of(at.n, group_of(at.k)) * scale_bytes) & ~std::uintptr_t{63};
+             line < end; line += 64)
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
+        return codes_at(at);
+    }
 
   protected:
     ~CodedBlocks() = default;
@@ -81,13 +101,13 @@ struct NtSegment {
     int kblocks;
     // Where the worker goes on, if known: the weights of the same strip of its next call, as many k-blocks.
     const bf16* next = nullptr;
-    // Instead of weights: row `strip` of blocks of a coded matrix.
+    // Instead of weights: row `strip` of blocks of a coded matrix. Such segments are the first of a strip.
     const CodedBlocks* codes = nullptr;
     int strip = 0;
     // Weights of the `blocks` k-blocks from kb on: where they lie, or unpacked to `to`.
     [[gnu::always_inline]] const bf16* chunk(int kb, int blocks, bf16* to) const {
         if (!codes) return weights + kb * kBlockSize;
-        codes->unpack({strip, kb}, blocks, codes->approach({strip, kb + blocks}, blocks), to);
+        codes->unpack({strip, kb}, blocks, codes->prefetch_scales({strip, kb + blocks}, blocks), to);
         return to;
     }
     // The address of `blocks` existing k-blocks that are read from kb on; kb may lie behind the end, in the weights
@@ -115,7 +135,8 @@ struct NnSegment {
     // Where the worker goes on, if known: the weights of its next call, with the same stride, as many k-blocks and at
     // least as many column blocks.
     const bf16* next = nullptr;
-    // Instead of weights: the column blocks of a coded matrix from column_block on.
+    // Instead of weights: the column blocks of a coded matrix from column_block on. Such segments come first. Padding of
+    // their last k-block may be multiplied: its codes stand for 0.
     const CodedBlocks* codes = nullptr;
     int column_block = 0;
 };
@@ -129,7 +150,6 @@ struct Kernels {
     int (*strips)(int rows);   // strips of an nt call: a power of two, at most kMostStrips
     int (*cblocks)(int rows);  // column blocks of an nn call: a multiple of kPanelBlocks
     int most_rows;             // of one call, a multiple of 16
-    bool reads_codes = false;  // nt, nt_few and nn take segments of codes; otherwise they are unpacked before
 
     // segments [strips][count]: the summands of each strip, of equal lengths in k-blocks and with the same groups of
     // tokens; tokens <= most_rows. c: an nt result, overwritten; tokens beyond the last are undefined. The order of a

@@ -77,8 +77,8 @@ inline PanelPosition position_after(const NnSegment* segments, int count, int co
     return {0, at.kb, at.cb + columns};
 }
 inline bool same_weights(const NnSegment& a, const NnSegment& b) {
-    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.kblocks == b.kblocks &&
-           a.idle_pairs == b.idle_pairs;
+    return a.weights == b.weights && a.gathered == b.gathered && a.column == b.column && a.codes == b.codes &&
+           a.kblocks == b.kblocks && a.idle_pairs == b.idle_pairs;
 }
 
 // How many segments from s on multiply the same W, as the high and the low half of an operand do.
@@ -109,6 +109,25 @@ inline PanelPosition next_position(const NnSegment* segments, int count, int cbl
     at.kb += blocks_at(segments, count, depth, at);
     if (at.kb < segments[at.s].kblocks) return at;
     return {at.s + sharing_weights(segments, count, at.s), 0, 0};
+}
+
+// Where the codes of the panel begin that nn visits `cblocks` panels after the one at a position: further down the same
+// column of blocks, in the next segment, or, behind the call's last, in the next call's columns. Prefetches their scales.
+inline const std::uint8_t* next_codes_of_column(const NnSegment* segments, int count, int cblocks, PanelDepth depth,
+                                                PanelPosition at) {
+    const NnSegment* seg = &segments[at.s];
+    int column = seg->column_block + at.cb;
+    at.kb += blocks_at(segments, count, depth, at);
+    if (at.kb >= seg->kblocks) {
+        at.kb = 0;
+        const bool goes_on = at.s + 1 < count && segments[at.s + 1].codes;
+        at.s = goes_on ? at.s + 1 : 0;
+        seg = &segments[at.s];
+        if (!goes_on) column += cblocks;
+    }
+    const int rows = blocks_at(segments, count, depth, at);
+    for (int i = 1; i < rows; ++i) seg->codes->prefetch_scales({at.kb + i, column}, 1);
+    return seg->codes->prefetch_scales({at.kb, column}, 1);
 }
 
 // The blocks of W from a position on, down the column. None for gathered rows.
@@ -161,7 +180,7 @@ struct UpcomingPanels {
 // Prefetches all lines of `blocks` k-blocks of gathered rows at once. The rows lie far apart, with a few lines in each:
 // no hardware prefetcher finds them, and one load after the other would cost more than the product.
 inline void prefetch_gathered(const NnSegment& seg, int kb, int blocks, int cblocks) {
-    if (seg.weights) return;
+    if (!seg.gathered) return;
     for (int k = 0; k < blocks * kBlock; ++k) {
         const bf16* row = seg.gathered[kb * kBlock + k] + seg.column;
         for (int cb = 0; cb < cblocks; ++cb) prefetch<1>(row + cb * kBlock);

@@ -37,11 +37,6 @@ inline constexpr Avx512 kAvx512Intel = [] {
     return tune;
 }();
 
-// Base weights that are unpacked at once, in bytes, where kernels read no codes: AVX-512 and AMX. They are read again
-// soon, so they should stay in the second-level cache. Taken from its size on the processors that have these, 1 to 2 MB,
-// and not measured: no `bench kernels` has it.
-inline constexpr std::size_t kUnpacked = std::size_t{1} << 20;
-
 // AMX. W is the operand that streams from memory: each of its lines is prefetched once, a chunk or some panels ahead.
 struct Amx {
     // nt: k-blocks of a chunk with up to few_groups groups of 16 tokens, and with more, where four groups share what is

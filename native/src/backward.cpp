@@ -69,7 +69,6 @@ void Backward::carve(int p, Carver& carver) {
     take(carver, part.xa_t, K * size_.rank2_rows());
     if (p == 0) carver.take(zeros_, std::max(hidden_, inter_));
     carver.take(part.scratch, layer_.workers_of(p) * (scratch_size_ + kGradRows * kPanelCols));
-    carver.take(part.unpacked, layer_.workers_of(p) * unpacked_size());
     sums_.carve(p, carver, layer_.workers);
     if (p == 0) carver.take(segments_, layer_.workers * segments_of_worker_);
 }
@@ -94,8 +93,7 @@ void Backward::run(Process& shared, Team& team, Recording& recording) {
         const Part& part = parts_[index % parts];
         const int place = index / parts;
         float* scratch = part.scratch + place * (scratch_size_ + kGradRows * kPanelCols);
-        Worker worker{index, scratch, scratch + scratch_size_, part.unpacked + place * unpacked_size(),
-                      recording.watch(index)};
+        Worker worker{index, scratch, scratch + scratch_size_, recording.watch(index)};
         kernels_.enter();
         gathering.work(index, [&](const Task& task) { gather(worker, task.part, routing_.kblock(task.row)); });
         end_stage(worker.watch, team);

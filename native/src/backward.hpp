@@ -67,7 +67,6 @@ class Backward {
         int index;
         float* c;           // [scratch_size_]
         float* transposed;  // [kGradRows * kPanelCols], the transpose of a LoRA gradient's piece
-        bf16* unpacked;     // [unpacked_size()]
         Watch watch;
     };
     struct Part {
@@ -77,10 +76,8 @@ class Backward {
         bf16 *g, *u, *h;                          // dg, du, h: [rows][inter_ld]
         const bf16 **g_rows, **u_rows, **h_rows;  // [k_rows]
         float* dot;                               // partial sums of dw: [dots][rows]
-        Pair xa, xa_t;  // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
-        // of its workers: results and a transpose; base weights of a call of nn, where they are quantised
-        float* scratch;  // [worker][scratch_size_ + kGradRows * kPanelCols]
-        bf16* unpacked;  // [worker][unpacked_size()]
+        Pair xa, xa_t;   // s dg Bg beside s du Bu: [rows][rank2]; transposed: per expert [rank2_rows][tokens]
+        float* scratch;  // of its workers, results and a transpose: [worker][scratch_size_ + kGradRows * kPanelCols]
     };
     // The two destinations of a small activation of a k-block: rows [row][ld] from column `first` on, and its transpose,
     // of which the first `rows` rows are stored.
@@ -115,7 +112,6 @@ class Backward {
     void carve(int p, Carver& carver);
     Need results_need() const;
     std::size_t scratch_size() const;
-    std::size_t unpacked_size() const;
     void prepare_sums();
     void prepare_rows_of_x();
 

@@ -28,45 +28,18 @@ std::size_t Backward::scratch_size() const {
     return most;
 }
 
-// Elements of the most base weights that a call unpacks: column blocks of down, or of gate and up.
-std::size_t Backward::unpacked_size() const {
-    if (!layer_.unpacks_before()) return 0;
-    const auto elements = [&](int panels, int kblocks) {
-        return layer_.unpacked_at_once(panels * kPanelBlocks, kblocks) * layer_.panel(kblocks);
-    };
-    return std::max(elements(down_panels_, size_.hb), elements(input_panels_, 2 * size_.ib));
-}
-
-// nn for `cblocks` column blocks from `first` on into worker.c. The first segments have the base matrices `base`: where
-// those are quantised, this unpacks them, some column blocks at a time.
+// nn for `cblocks` column blocks from `first` on into worker.c. The first segments have the base matrices `base`.
 void Backward::multiply_base(Worker& worker, const Task& task, std::span<NnSegment> segments,
                              std::span<const Matrix> base, int rows, int first, int cblocks) const {
-    const int used = static_cast<int>(segments.size());
-    if (!layer_.format.quantised() || base.empty()) return kernels_.nn(segments.data(), used, rows, cblocks, worker.c);
     const PackedExpert& expert = layer_.experts[task.part][routing_.experts[task.row].expert];
     std::optional<CodedMatrix> codes[2];
-    int kblocks = 0;
     for (std::size_t i = 0; i < base.size(); ++i) {
-        kblocks += segments[i].kblocks;
         codes[i] = layer_.codes_of(expert, task.part, base[i]);
         if (!codes[i]) continue;
         segments[i].codes = &*codes[i];
         segments[i].column_block = first;
     }
-    if (codes[0]) return kernels_.nn(segments.data(), used, rows, cblocks, worker.c);
-    const int most = layer_.unpacked_at_once(cblocks, kblocks);
-    for (int cb = 0, some; cb < cblocks; cb += some) {
-        some = even_chunk(cblocks - cb, most);
-        bf16* to = worker.unpacked;
-        for (std::size_t i = 0; i < base.size(); ++i) {
-            CodedMatrix(layer_, expert, task.part, base[i]).unpack({0, segments[i].kblocks, first + cb, some}, to);
-            segments[i].weights = to;
-            segments[i].kblock_stride = some * kBlockSize;
-            to += segments[i].kblocks * some * kBlockSize;
-        }
-        kernels_.nn(segments.data(), used, rows, some, worker.c + cb * nn_stride(rows));
-        for (std::size_t i = base.size(); i < segments.size(); ++i) segments[i].weights += some * kBlockSize;
-    }
+    kernels_.nn(segments.data(), static_cast<int>(segments.size()), rows, cblocks, worker.c);
 }
 
 // The column blocks of a task of `panels` panels; the matrix has `blocks`.

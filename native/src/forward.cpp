@@ -80,7 +80,6 @@ void Forward::carve_work(int p, Carver& carver) {
     carver.take(part.h_pack, groups_ * h_stride_);
     take(carver, part.ha, groups_ * r_stride_);
     carver.take(part.scratch, layer_.workers_of(p) * scratch_size_);
-    carver.take(part.unpacked, layer_.workers_of(p) * unpacked_size());
     sums_.carve(p, carver, layer_.workers);
 }
 
@@ -123,8 +122,7 @@ void Forward::run(Process& shared, Team& team, Recording& recording) {
     team.run([&](int index) {
         const Part& part = parts_[index % parts];
         const int place = index / parts;
-        Worker worker{index, part.scratch + place * scratch_size_, part.unpacked + place * unpacked_size(),
-                      recording.watch(index)};
+        Worker worker{index, part.scratch + place * scratch_size_, recording.watch(index)};
         kernels_.enter();
         packing.work(index, [&](const Task& task) { pack(worker, task.part, routing_.kblock(task.row)); });
         copying.work(index, [&](const Task& task) { keep_rows(worker, task.row); });

@@ -35,8 +35,7 @@ class Forward {
     // The resources of one worker.
     struct Worker {
         int index;
-        float* c;        // [scratch_size_]
-        bf16* unpacked;  // [unpacked_size()]
+        float* c;  // [scratch_size_]
         Watch watch;
     };
     struct Part {
@@ -45,7 +44,6 @@ class Forward {
         bf16* h_pack;         // [group][ib]
         Pair ha;              // s h Adᵀ: [group][rb]
         float* scratch;       // of its workers: [worker][scratch_size_]
-        bf16* unpacked;       // base weights of a call of nt, where they are quantised: [worker][unpacked_size()]
     };
 
     void carve_work(int p, Carver& carver);
@@ -79,7 +77,6 @@ class Forward {
                   float* c) const;
     std::size_t result_size(const Routing::Expert& expert, int rows) const;
     std::size_t scratch_size() const;
-    std::size_t unpacked_size() const;
     template <typename Store>
     void multiply_a(Worker& worker, const Routing::KBlock& block, const Pair& a, int columns, const bf16* tokens,
                     std::size_t stride, int kblocks, const Store& store) const;
@@ -89,8 +86,8 @@ class Forward {
         int first, end, batch, of_task, all;
         Matrix matrix;
     };
-    bf16* put_weights(NtSegment& segment, const std::optional<CodedMatrix>& codes, const PackedExpert& base, int part,
-                      Matrix matrix, int n, bf16* to) const;
+    void put_weights(NtSegment& segment, const std::optional<CodedMatrix>& codes, const PackedExpert& base,
+                     Matrix matrix, int n) const;
     const bf16* next_weights(const Task& task, const Strips& strips, int at, bool last_rows) const;
     void prefetch_sums(const float* sum, const RowChunk& chunk, const std::int32_t* token) const;
     void clear_kept(const Pair& to, std::size_t at, int rows, const Routing::KBlock& block) const;

@@ -45,21 +45,12 @@ std::size_t Forward::scratch_size() const {
     return most;
 }
 
-// Elements of the most base weights that a call unpacks.
-std::size_t Forward::unpacked_size() const {
-    if (!layer_.unpacks_before()) return 0;
-    return std::max(layer_.unpacked_at_once(up_strips_, 2 * size_.hb) * 2 * layer_.panel(size_.hb),
-                    layer_.unpacked_at_once(down_strips_, size_.ib) * layer_.panel(size_.ib));
-}
-
-// Strip n of a base matrix as the weights of a segment: as codes, where they are packed, or unpacked to `to`. Returns
-// where the next one may be unpacked.
-bf16* Forward::put_weights(NtSegment& segment, const std::optional<CodedMatrix>& codes, const PackedExpert& base,
-                           int part, Matrix matrix, int n, bf16* to) const {
+// Strip n of a base matrix as the weights of a segment; codes: the matrix, where it is quantised.
+void Forward::put_weights(NtSegment& segment, const std::optional<CodedMatrix>& codes, const PackedExpert& base,
+                          Matrix matrix, int n) const {
     segment.strip = n;
     if (codes) segment.codes = &*codes;
-    else segment.weights = layer_.strip(base, part, matrix, n, to);
-    return segment.weights == to ? to + segment.kblocks * kBlockSize : to;
+    else segment.weights = layer_.strip(base, matrix, n);
 }
 
 // Where a worker goes on after strip `at`: in its task, in the task's first strips with the next rows, or in its next
@@ -76,8 +67,7 @@ const bf16* Forward::next_weights(const Task& task, const Strips& strips, int at
         }
         if (row < 0 || strip >= strips.all) return nullptr;
     }
-    return layer_.strip(layer_.experts[task.part][routing_.experts[row].expert], task.part, strips.matrix, strip,
-                        nullptr);
+    return layer_.strip(layer_.experts[task.part][routing_.experts[row].expert], strips.matrix, strip);
 }
 
 void Forward::up(Worker& worker, const Task& task) {
@@ -88,8 +78,7 @@ void Forward::up(Worker& worker, const Task& task) {
     const PackedExpert& base = layer_.experts[p][expert.expert];
     const Order order = order_of(expert);
     const std::size_t b_stride = layer_.panel(size_.rb), keep_ld = size_.inter_ld();
-    const int batch =
-        layer_.unpacked_at_once(std::clamp(kernels_.strips(expert.rows) / 2, 1, up_strips_), 2 * size_.hb);
+    const int batch = std::clamp(kernels_.strips(expert.rows) / 2, 1, up_strips_);
     const Strips strips{first, std::min(first + up_strips_, size_.ib), batch, up_strips_, size_.ib, Matrix::gate};
     const std::optional<CodedMatrix> codes[] = {layer_.codes_of(base, p, Matrix::gate),
                                                 layer_.codes_of(base, p, Matrix::up)};
@@ -101,15 +90,13 @@ void Forward::up(Worker& worker, const Task& task) {
             const int pairs = std::min(batch, strips.end - ib);
             NtSegment segments[kMostStrips * 4];
             int count = 0, used = 0;
-            bf16* unpacked = worker.unpacked;
             for (int i = ib; i < ib + pairs; ++i) {  // a strip of gate, then the same of up, as they lie in memory
                 const std::size_t b_at = expert.expert * strides_.gate_b + i * b_stride;
                 for (const bool is_up : {false, true}) {
                     const bf16* next = next_weights(task, strips, i, chunk.last);
                     if (next && is_up) next += layer_.panel(size_.hb);
                     segments[used] = {nullptr, x, x_stride_, size_.hb, next};
-                    unpacked = put_weights(segments[used], codes[is_up], base, p, is_up ? Matrix::up : Matrix::gate, i,
-                                           unpacked);
+                    put_weights(segments[used], codes[is_up], base, is_up ? Matrix::up : Matrix::gate, i);
                     const Pair& b = (is_up ? lora_.up_b : lora_.gate_b)[p];
                     const Pair& xa = is_up ? part.up_xa : part.gate_xa;
                     count = 1 + nt_lora_segments(
@@ -154,7 +141,7 @@ void Forward::down(Worker& worker, const Task& task) {
     const PackedExpert& base = layer_.experts[p][expert.expert];
     const Pair b = at(lora_.down_b, expert.expert * strides_.down_b);
     const std::size_t b_stride = layer_.panel(size_.rb), ld = down_strips_ * kBlock;
-    const int batch = layer_.unpacked_at_once(std::min(kernels_.strips(expert.rows), down_strips_), size_.ib);
+    const int batch = std::min(kernels_.strips(expert.rows), down_strips_);
     const Strips strips{first, std::min(first + down_strips_, size_.hb), batch, down_strips_, size_.hb, Matrix::down};
     const std::optional<CodedMatrix> codes = layer_.codes_of(base, p, Matrix::down);
     bool begun = false;
@@ -169,11 +156,10 @@ void Forward::down(Worker& worker, const Task& task) {
             float* sum = sums_.strip(p, task.column) + (hb - first) * kBlock;
             NtSegment segments[kMostStrips * 4];
             int terms = 0, used = 0;
-            bf16* unpacked = worker.unpacked;
             for (int i = hb; i < hb + count; ++i, used += terms) {
                 segments[used] = {nullptr, part.h_pack + group * h_stride_, h_stride_, size_.ib,
                                   next_weights(task, strips, i, chunk.last)};
-                unpacked = put_weights(segments[used], codes, base, p, Matrix::down, i, unpacked);
+                put_weights(segments[used], codes, base, Matrix::down, i);
                 terms = 1 + nt_lora_segments({at(b, i * b_stride), at(part.ha, group * r_stride_), r_stride_, size_.rb,
                                               size_.side_by_side()},
                                              segments + used + 1);

@@ -74,7 +74,12 @@ bool Layer::State::unpack(int expert, bf16* gate_to, bf16* up_to, bf16* down_to)
     for (int part = 0; part < config.parts; ++part) {
         const PackedExpert& from = experts[part][expert];
         std::vector<bf16> unpacked(format.quantised() ? panel(std::max(size.hb, size.ib)) : 0);
-        const auto strip_of = [&](Matrix matrix, int row) { return strip(from, part, matrix, row, unpacked.data()); };
+        const auto strip_of = [&](Matrix matrix, int row) -> const bf16* {
+            const std::optional<CodedMatrix> codes = codes_of(from, part, matrix);
+            if (!codes) return strip(from, matrix, row);
+            codes->unpack({row, 0}, matrix == Matrix::down ? size.ib : size.hb, codes->blocks, unpacked.data());
+            return unpacked.data();
+        };
         for (int row = 0; row < size.ib; ++row) {
             const std::size_t at = (part * I + row * kBlock) * H;
             const int rows = std::min(kBlock, size.I - row * kBlock);

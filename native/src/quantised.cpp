@@ -2,7 +2,6 @@
 #include <bit>
 #include <cstring>
 
-#include "kernels/tuning.hpp"
 #include "state.hpp"
 
 namespace ktv {
@@ -126,91 +125,59 @@ void Layer::State::pack_codes(int slot, int part, Matrix matrix, int row, const 
 }
 
 CodedMatrix::CodedMatrix(const Layer::State& layer, const PackedExpert& expert, int part, Matrix matrix)
-    : format_(layer.format),
-      lies_(layer.layout_of(matrix, part)),
-      from_(expert.codes[static_cast<int>(matrix)]),
-      unpack_(layer.kernels.unpack_of(format_.format)),
-      scale_bytes_(packed_scales(format_.format) * format_.scale_bytes()) {
+    : format_(layer.format), unpack_(layer.kernels.unpack_of(format_.format)) {
+    const CodeLayout lies = layer.layout_of(matrix, part);
+    const PackedCodes& from = expert.codes[static_cast<int>(matrix)];
     format = format_.format;
-    whole = format_.group % kBlock == 0 && lies_.col0 % kBlock == 0 &&
-            (format != Format::fp8 || lies_.row0 % kBlock == 0) &&
+    whole = (format_.group == 0 || (format_.group % kBlock == 0 && lies.col0 % kBlock == 0)) &&
+            (format != Format::fp8 || lies.row0 % kBlock == 0) &&
             (format != Format::int4 || format_.scale == Scale::bf16);
-}
-
-// The group of columns, of those that the part touches, that column block k begins in.
-int CodedMatrix::group_of(int k) const {
-    return format_.group == 0 ? 0 : (lies_.col0 + k * kBlock) / format_.group - lies_.first_group;
-}
-
-const std::uint8_t* CodedMatrix::approach(Place at, int count) const {
-    // as integers, because the addresses may lie outside
-    const auto blocks = reinterpret_cast<std::uintptr_t>(from_.blocks),
-               scales = reinterpret_cast<std::uintptr_t>(from_.scales);
-    const std::size_t row = wide(at.n) * lies_.groups, first = row + group_of(at.k),
-                      last = row + group_of(at.k + count - 1);
-    for (std::size_t line = first * scale_bytes_ / 64; line <= (last * scale_bytes_ + scale_bytes_ - 1) / 64; ++line)
-        __builtin_prefetch(reinterpret_cast<const void*>(scales + line * 64), 0, 2);
-    return reinterpret_cast<const std::uint8_t*>(blocks + at.n * lies_.stride + at.k * format_.bytes(kBlockSize));
-}
-
-CodedBlocks::Parts CodedMatrix::parts(Place at) const {
-    const std::size_t group = wide(at.n) * lies_.groups + group_of(at.k);
-    return {from_.blocks + at.n * lies_.stride + at.k * format_.bytes(kBlockSize), from_.scales + group * scale_bytes_,
-            format_.zeros ? from_.zeros + group * kBlock : nullptr};
+    blocks = from.blocks;
+    row_bytes = lies.stride;
+    block_bytes = format_.bytes(kBlockSize);
+    scales = from.scales;
+    zeros = format_.zeros ? from.zeros : nullptr;
+    scale_bytes = packed_scales(format) * format_.scale_bytes();
+    groups = lies.groups;
+    group = format_.group;
+    into_group = lies.col0 - lies.first_group * group;
+    row0_ = lies.row0;
 }
 
 void CodedMatrix::unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const {
-    const std::size_t block = format_.bytes(kBlockSize);
-    const std::uint8_t* codes = from_.blocks + at.n * lies_.stride + at.k * block;
+    const std::uint8_t* codes = codes_at(at);
     alignas(64) float widest[kBlock];
-    const float* scales = nullptr;
-    int group = -1;
+    const float* of_rows = nullptr;
+    int present = -1;
     const auto use_group = [&](int now) {
-        if (now == group) return;
-        group = now;
-        scales = widened(from_.scales + (wide(at.n) * lies_.groups + group) * scale_bytes_, format_,
-                         lies_.row0 + at.n * kBlock, widest);
+        if (now == present) return;
+        present = now;
+        of_rows = widened(scales + scales_of(at.n, now) * scale_bytes, format_, row0_ + at.n * kBlock, widest);
     };
     const auto unpack_to = [&](bf16* to) {
-        unpack_(codes, scales, format_.zeros ? from_.zeros + (wide(at.n) * lies_.groups + group) * kBlock : nullptr,
-                ahead, to);
+        unpack_(codes, of_rows, zeros ? zeros + scales_of(at.n, present) * kBlock : nullptr, ahead, to);
     };
-    for (int k = at.k; k < at.k + count; ++k, codes += block, ahead += block, out += kBlockSize) {
+    for (int k = at.k; k < at.k + count; ++k, codes += block_bytes, ahead += block_bytes, out += kBlockSize) {
         use_group(group_of(k));
         unpack_to(out);
-        if (format_.group == 0 || group + 1 >= lies_.groups) continue;
+        if (group == 0 || present + 1 >= groups) continue;
         // A part may begin inside a group; then a block may have columns of two.
-        const int left = format_.group - (lies_.col0 + k * kBlock) % format_.group;
+        const int left = group - (into_group + k * kBlock) % group;
         if (left >= kBlock) continue;
         alignas(64) bf16 other[kBlockSize];
-        use_group(group + 1);
+        use_group(present + 1);
         unpack_to(other);
         for (int row = 0; row < kBlock; ++row)
             std::memcpy(out + row * kBlock + left, other + row * kBlock + left, (kBlock - left) * sizeof(bf16));
     }
 }
 
-void CodedMatrix::unpack(const BlockRange& range, bf16* out) const {
-    for (int n = range.n; n < range.n + range.rows; ++n, out += range.cols * kBlockSize)
-        unpack({n, range.k}, range.cols, approach({n + 1, range.k}, range.cols), out);
-}
-
 std::optional<CodedMatrix> Layer::State::codes_of(const PackedExpert& expert, int part, Matrix matrix) const {
-    if (!format.quantised() || !kernels.reads_codes) return {};
+    if (!format.quantised()) return {};
     return CodedMatrix(*this, expert, part, matrix);
 }
 
-int Layer::State::unpacked_at_once(int most, int blocks) const {
-    if (!unpacks_before()) return most;
-    return std::clamp(static_cast<int>(tuning::kUnpacked / (blocks * kBlockSize * sizeof(bf16))), 1, most);
-}
-
-const bf16* Layer::State::strip(const PackedExpert& expert, int part, Matrix matrix, int n, bf16* to) const {
-    if (format.quantised()) {
-        const int kblocks = matrix == Matrix::down ? size.ib : size.hb;
-        CodedMatrix(*this, expert, part, matrix).unpack({n, 1, 0, kblocks}, to);
-        return to;
-    }
+const bf16* Layer::State::strip(const PackedExpert& expert, Matrix matrix, int n) const {
     if (matrix == Matrix::down) return expert.down + n * panel(size.ib);
     return (matrix == Matrix::up ? expert.up : expert.gate) + n * gate_up_stride();
 }

@@ -99,10 +99,6 @@ struct CodeLayout {
     std::size_t stride;
     int first_group, groups;
 };
-// Blocks of a base matrix: `rows` rows from n on, `cols` column blocks from k on.
-struct BlockRange {
-    int n, rows, k, cols;
-};
 
 // Base weights of one expert in one part, as weight blocks: gate next to up [ib][2][hb], because the forward reads a
 // row of each alternately (Layer::State::gate_up_stride() from row to row of either), and down [hb][ib].
@@ -145,24 +141,16 @@ struct LoraStrides {
     std::size_t gate_up_a, gate_b, down_a, down_b;
 };
 
-// A quantised base matrix of an expert in one part, for kernels that read codes.
+// A quantised base matrix of an expert in one part, as kernels read it.
 class CodedMatrix final : public CodedBlocks {
   public:
     CodedMatrix(const Layer::State& layer, const PackedExpert& expert, int part, Matrix matrix);
-    const std::uint8_t* approach(Place at, int count) const override;
     void unpack(Place at, int count, const std::uint8_t* ahead, bf16* out) const override;
-    Parts parts(Place at) const override;
-    // The blocks of a range, row after row.
-    void unpack(const BlockRange& range, bf16* out) const;
 
   private:
-    int group_of(int k) const;
-
     WeightFormat format_;
-    CodeLayout lies_;
-    PackedCodes from_;
     Kernels::Unpack unpack_;
-    std::size_t scale_bytes_;  // of a block
+    int row0_ = 0;  // the part's first row in the whole matrix
 };
 
 struct Layer::State {
@@ -241,14 +229,10 @@ struct Layer::State {
     CodeLayout layout_of(Matrix matrix, int part) const;
     void carve_codes(Carver& carver, PackedExpert& expert) const;
     void pack_codes(int slot, int part, Matrix matrix, int row, const PackedCodes& to) const;
-    // Whether base weights are unpacked to the workers' scratch, because the kernels read no codes.
-    bool unpacks_before() const { return format.quantised() && !kernels.reads_codes; }
-    // What kernels read that read codes; nothing for others, and for bf16.
+    // What kernels read of quantised weights; nothing for bf16.
     std::optional<CodedMatrix> codes_of(const PackedExpert& expert, int part, Matrix matrix) const;
-    // How many of `most` strips or column blocks, each of `blocks` blocks, are unpacked at once.
-    int unpacked_at_once(int most, int blocks) const;
-    // A strip of a base matrix as weight blocks: where it is packed, or unpacked to `to`.
-    const bf16* strip(const PackedExpert& expert, int part, Matrix matrix, int n, bf16* to) const;
+    // A strip of a base matrix that is not quantised.
+    const bf16* strip(const PackedExpert& expert, Matrix matrix, int n) const;
 
     Need packing_need(std::size_t experts) const;
     void pack_experts(Team& team, const std::vector<int>& wanted);

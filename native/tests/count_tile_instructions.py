@@ -21,13 +21,12 @@ from pathlib import Path
 NATIVE = Path(__file__).resolve().parent.parent
 SOURCE = NATIVE / "kernels" / "amx_bf16.cpp"
 COUNTED = ("tileloadd", "tileloaddt1", "tilestored", "tdpbf16ps", "prefetcht1")
-LINES = 32  # cache lines of a weight block
 
 
 def designed(name: str) -> Counter[str]:
     """What the inner loop of a pass executes for each k-block; `name` with its template arguments.
 
-    two_strips: one tile of x and the four of two strips' blocks; every line of both blocks that come is prefetched.
+    two_strips<lines>: one tile of x and the four of two strips' blocks; `lines` prefetches for each of the two.
     one_strip_pass<G, lines>: two tiles of W by G of x, `lines` prefetches.
     quad_passes<G, lines, x_lines>: one tile of W, streaming, by G of x; prefetches of W and of x.
     nn_pass<M, pairs, row_lines>: M tiles of rows by two of a panel; two lines a pair, and row_lines of the rows, which
@@ -36,7 +35,7 @@ def designed(name: str) -> Counter[str]:
     function, *numbers = re.findall(r"\w+", name)
     n = [int(number) for number in numbers]
     if function == "two_strips":
-        loads, streamed, products, prefetches = 5, 0, 4, 2 * LINES
+        loads, streamed, products, prefetches = 5, 0, 4, 2 * n[0]
     elif function == "one_strip_pass":
         loads, streamed, products, prefetches = 2 + n[0], 0, 2 * n[0], n[1]
     elif function == "quad_passes":

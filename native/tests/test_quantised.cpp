@@ -198,16 +198,16 @@ void test_unpackers(const char* isa, const Kernels& kernels) {
     }
 }
 
-// Some blocks side by side, with scales of their own as they are packed, and the same weights as bf16.
+// Some blocks, with scales of their own as they are packed, and the same weights as bf16.
 struct Blocks final : CodedBlocks {
     int count;
     std::vector<std::uint8_t> codes;
-    std::vector<std::byte> packed;  // of each block: 32 scales, or two of fp8
-    std::vector<std::int8_t> zeros;
+    std::vector<std::byte> packed;    // of each block: 32 scales, or two of fp8
+    std::vector<std::int8_t> points;  // zero points
     std::vector<bf16> weights;
 
-    Blocks(Format of, bool with_zeros, int blocks, const std::vector<float>& scales, std::size_t first, Random& random)
-        : count(blocks) {
+    Blocks(Format of, bool with_zeros, int how_many, const std::vector<float>& sizes, std::size_t first, Random& random)
+        : count(how_many) {
         format = of;
         whole = true;
         const WeightFormat facts{of};
@@ -216,7 +216,7 @@ struct Blocks final : CodedBlocks {
             for (int n = 0; n < kBlock; ++n) {
                 // int8 has a scale for each row, fp8 one for the block
                 const std::size_t at = of == Format::int8 ? n : of == Format::fp8 ? k : k * kBlock + n;
-                float scale = scales[(first + at) % scales.size()];
+                float scale = sizes[(first + at) % sizes.size()];
                 if (of == Format::int4) scale = to_float(to_bf16(scale));
                 if (of == Format::int4 && std::isinf(scale)) scale = 1;
                 if (of == Format::mxfp4) scale = std::ldexp(1.0f, static_cast<int>((first + at) % 255) - 127);
@@ -228,7 +228,7 @@ struct Blocks final : CodedBlocks {
                 else if (of == Format::mxfp4) put(static_cast<std::uint8_t>((first + at) % 255));
                 else if (of == Format::int8 || n < 2) put(scale);
                 const int zero = with_zeros ? random.below(16) - 8 : 0;
-                if (with_zeros) zeros.push_back(static_cast<std::int8_t>(zero));
+                if (with_zeros) points.push_back(static_cast<std::int8_t>(zero));
                 for (int i = 0; i < kBlock; ++i) {
                     int code = random.below(1 << bits);
                     if (of == Format::fp8 && (code & 0x7f) == 0x7f) code = 0;  // NaN
@@ -238,32 +238,45 @@ struct Blocks final : CodedBlocks {
                 }
             }
         }
+        blocks = codes.data();
+        block_bytes = facts.bytes(kBlockSize);
+        scales = packed.data();
+        zeros = points.empty() ? nullptr : points.data();
+        scale_bytes = packed.size() / count;
+        group = kBlock;
+        lay(count);
     }
-    std::size_t of(int k, std::size_t all) const { return all / count * k; }
-    const std::uint8_t* approach(Place, int) const override { return codes.data(); }
-    void unpack(Place at, int blocks, const std::uint8_t*, bf16* out) const override {
-        std::copy_n(weights.data() + of(at.k, weights.size()), blocks * kBlockSize, out);
+    // As rows of `columns` blocks.
+    void lay(int columns) {
+        row_bytes = columns * block_bytes;
+        groups = columns;
     }
-    Parts parts(Place at) const override {
-        return {codes.data() + of(at.k, codes.size()), packed.data() + of(at.k, packed.size()),
-                zeros.empty() ? nullptr : zeros.data() + of(at.k, zeros.size())};
+    const bf16* weights_at(Place at) const { return weights.data() + (at.n * groups + at.k) * kBlockSize; }
+    void unpack(Place at, int some, const std::uint8_t*, bf16* out) const override {
+        std::copy_n(weights_at(at), some * kBlockSize, out);
     }
 };
 
-// Kernels that read codes: few and many rows by codes, with scales of every size, and by the same weights as bf16.
+// Compares a product by codes with the same by bf16; multiply(coded, results).
+template <typename Multiply>
+void compare_products(const Blocks& blocks, std::size_t results, const std::string& what, const Multiply& multiply) {
+    std::vector<float> of_bf16(results), of_codes(results);
+    multiply(false, of_bf16.data());
+    multiply(true, of_codes.data());
+    const bool same = std::memcmp(of_bf16.data(), of_codes.data(), results * sizeof(float)) == 0;
+    check(same, "format %d zeros %d: %s", static_cast<int>(blocks.format), blocks.zeros != nullptr, what.c_str());
+}
+// Sets the results of padding rows, which are undefined, to 0.
+void clear_padding(float* c, int rows, int columns) {
+    for (int i = 0; i < columns; ++i)
+        std::fill(c + i * nn_stride(rows) + rows * kBlock, c + (i + 1) * nn_stride(rows), 0.0f);
+}
+
+// Few and many rows by codes, with scales of every size, and by the same weights as bf16.
 void test_products_of_codes(const char* isa, const Kernels& kernels) {
-    if (!kernels.reads_codes) return;
     Random random{5};
     const std::vector<float> scales = every_scale(random);
-    const auto compare = [&](const Blocks& blocks, int rows, const char* what, std::size_t results,
-                             const auto& multiply) {
-        std::vector<float> of_bf16(results), of_codes(results);
-        multiply(false, of_bf16.data());
-        multiply(true, of_codes.data());
-        const bool same = std::memcmp(of_bf16.data(), of_codes.data(), results * sizeof(float)) == 0;
-        check(same, "%s format %d zeros %d: %s of %d rows", isa, static_cast<int>(blocks.format), !blocks.zeros.empty(),
-              what, rows);
-    };
+    kernels.enter();
     int turn = 0;
     for (std::size_t first = 0; first < scales.size(); first += 37) {
         for (const Format format : {Format::fp8, Format::int8, Format::int4, Format::mxfp4}) {
@@ -272,10 +285,11 @@ void test_products_of_codes(const char* isa, const Kernels& kernels) {
                 // chunks of an even and of an odd number of blocks
                 const int rows = 1 + turn % 20, count = turn % 5 == 0 ? 10 : 1 + turn % 8;
                 ++turn;
-                const Blocks blocks(format, with_zeros, count, scales, first, random);
+                Blocks blocks(format, with_zeros, count, scales, first, random);
                 const std::vector<bf16> x = random.bf16s(2 * kPackSize * count, 0x1p-20f);
                 const bool few = rows <= kernels.few_rows;
-                compare(blocks, rows, "nt", rows * kBlock, [&](bool coded, float* c) {
+                const std::string of = std::string(isa) + " of " + std::to_string(rows) + " rows";
+                compare_products(blocks, rows * kBlock, "nt, " + of, [&](bool coded, float* c) {
                     NtSegment segment{blocks.weights.data(), x.data(), count * kPackSize, count};
                     if (coded) segment.codes = &blocks;
                     std::vector<float> result(2 * kResultSize);
@@ -284,22 +298,88 @@ void test_products_of_codes(const char* isa, const Kernels& kernels) {
                         c[i] =
                             result[few ? i : i % rows / kGroup * kResultSize + i / rows * kGroup + i % rows % kGroup];
                 });
-                // as one k-block of `count` column blocks
-                compare(blocks, rows, "nn", count * nn_stride(rows), [&](bool coded, float* c) {
-                    NnSegment segment{};
-                    segment.rows = x.data();
-                    segment.ld = kBlock;
-                    segment.kblocks = 1;
-                    if (coded) segment.codes = &blocks;
-                    else segment.weights = blocks.weights.data();
-                    segment.kblock_stride = count * kBlockSize;
-                    kernels.nn(&segment, 1, rows, count, c);
-                    for (int i = 0; i < count; ++i)
-                        std::fill(c + i * nn_stride(rows) + rows * kBlock, c + (i + 1) * nn_stride(rows), 0.0f);
+                // as one k-block of `count` column blocks, and as `count` k-blocks of one
+                for (const int columns : {count, 1}) {
+                    blocks.lay(columns);
+                    const std::string what = "nn of " + std::to_string(columns) + " columns, ";
+                    compare_products(blocks, columns * nn_stride(rows), what + of, [&](bool coded, float* c) {
+                        NnSegment segment{};
+                        segment.rows = x.data();
+                        segment.kblocks = count / columns;
+                        segment.ld = segment.kblocks * kBlock;
+                        if (coded) segment.codes = &blocks;
+                        else segment.weights = blocks.weights.data();
+                        segment.kblock_stride = columns * kBlockSize;
+                        kernels.nn(&segment, 1, rows, columns, c);
+                        clear_padding(c, rows, columns);
+                    });
+                }
+            }
+        }
+    }
+    kernels.leave();
+}
+
+// As the engine calls them: some strips of two matrices of codes in turn, or both below each other from a column on, each
+// with further weights in bf16, by few rows and by more than a call's first chunks have.
+void test_calls_with_codes(const char* isa, const Kernels& kernels) {
+    Random random{6};
+    const std::vector<float> scales = every_scale(random);
+    constexpr int strips = 8, columns = 12, kblocks = 10, most = 144;
+    const std::vector<bf16> further = random.bf16s(strips * columns * kBlockSize, 1);
+    const std::vector<bf16> x = random.bf16s(most * kblocks * kBlock, 0x1p-20f);
+    kernels.enter();
+    for (const Format format : {Format::fp8, Format::int8, Format::int4, Format::mxfp4}) {
+        std::vector<Blocks> both;
+        for (const std::size_t first : {60, 200})
+            both.emplace_back(format, format == Format::int4 && first == 200, columns * kblocks, scales, first, random);
+        for (const int rows : {1, 3, 8, 20, 40, 50, 70, 130}) {
+            const std::string of = std::string(isa) + " of " + std::to_string(rows) + " rows";
+            const bool few = rows <= kernels.few_rows;
+            const int groups = (rows + kGroup - 1) / kGroup;
+            for (Blocks& blocks : both) blocks.lay(kblocks);
+            for (int at_once = 1; at_once <= strips; at_once *= 2) {
+                const std::size_t results = few ? rows * kBlock : groups * kResultSize;
+                compare_products(both[0], at_once * results, "nt of several strips, " + of, [&](bool coded, float* c) {
+                    std::vector<NtSegment> segments;
+                    for (int i = 0; i < at_once; ++i) {
+                        const Blocks& blocks = both[i % 2];
+                        NtSegment base{nullptr, x.data(), kblocks * kPackSize, kblocks};
+                        base.strip = i / 2;
+                        if (coded) base.codes = &blocks;
+                        else base.weights = blocks.weights_at({i / 2, 0});
+                        segments.push_back(base);
+                        segments.push_back({further.data() + i * kBlockSize, x.data(), kblocks * kPackSize, 1});
+                    }
+                    (few ? kernels.nt_few : kernels.nt)(segments.data(), 2, at_once, rows, c);
+                    for (std::size_t i = 0; !few && i < at_once * results; ++i) {  // those of no token are undefined
+                        if (static_cast<int>(i % results / kResultSize * kGroup + i % kGroup) >= rows) c[i] = 0;
+                    }
+                });
+            }
+            for (Blocks& blocks : both) blocks.lay(columns);
+            for (const int first : {0, 4}) {
+                compare_products(both[0], 8 * nn_stride(rows), "nn of two matrices, " + of, [&](bool coded, float* c) {
+                    NnSegment segments[3] = {};
+                    for (int i = 0; i < 3; ++i) {
+                        NnSegment& segment = segments[i];
+                        segment.rows = x.data();
+                        segment.kblocks = i < 2 ? kblocks : 1;
+                        segment.ld = kblocks * kBlock;
+                        segment.kblock_stride = columns * kBlockSize;
+                        segment.weights = further.data();
+                        if (i == 2) continue;
+                        segment.weights = coded ? nullptr : both[i].weights_at({0, first});
+                        segment.column_block = first;
+                        if (coded) segment.codes = &both[i];
+                    }
+                    kernels.nn(segments, 3, rows, 8, c);
+                    clear_padding(c, rows, 8);
                 });
             }
         }
     }
+    kernels.leave();
 }
 
 }  // namespace
@@ -310,12 +390,14 @@ int main() {
         if (!row.runs_here()) continue;
         test_unpackers(row.name, *row.kernels);
         test_products_of_codes(row.name, *row.kernels);
+        test_calls_with_codes(row.name, *row.kernels);
     }
     const WeightFormat fp8{Format::fp8, 128}, int8{Format::int8}, mxfp4{Format::mxfp4, 32, false, Scale::e8m0};
     for (const WeightFormat& format : {fp8, int8, WeightFormat{Format::int8, 0, false, Scale::fp32, true}}) {
         test_format(format, {3, 2, 97, 47, 7, 3, 1, false});
         test_format(format, {2, 2, 290, 236, 20, 7, 2, false});
         test_format(format, {1, 1, 33, 260, 17, 16, 4, true});
+        test_format(format, {1, 1, 288, 96, 150, 3, 1, false});
     }
     const auto int4 = [](int group, bool zeros, Scale scale) {
         return WeightFormat{Format::int4, group, zeros, scale};
@@ -324,6 +406,7 @@ int main() {
                                        int4(32, false, Scale::fp16), int4(32, true, Scale::fp32)}) {
         test_format(format, {3, 2, 96, 64, 7, 3, 2, false});
         test_format(format, {1, 1, 32, 224, 37, 5, 1, false});
+        test_format(format, {1, 1, 288, 96, 150, 3, 1, false});
     }
     for (const Scale scale : {Scale::bf16, Scale::fp16, Scale::fp32})
         test_format(int4(128, true, scale), {2, 2, 128, 256, 9, 4, 2, true});

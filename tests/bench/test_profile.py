@@ -282,7 +282,7 @@ def test_a_stopped_profile_leaves_whole_lines(tmp_path: Path, monkeypatch: pytes
 # ---- what a profile leaves unexplained
 
 # scalar code takes ten milliseconds or more on any machine, so that Python's checks are a small part of the call
-LARGE, ISA = "E=4,k=2,H=256,I=256,T=48,r=8", "scalar"
+LARGE, ISA = "E=4,k=2,H=256,I=256,T=512,r=8", "scalar"
 
 
 def test_waiting_that_belongs_to_no_stage_is_reported() -> None:
