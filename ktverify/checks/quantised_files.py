@@ -277,6 +277,8 @@ ROWS = {
     ),
     "config.json of e5m2": _says("fp8", (f"{FIRST}weight is fp8", "e5m2"), fmt="e5m2"),
     "config.json of blocks of 64": _says("fp8", (f"{FIRST}weight", "[64, 64]"), weight_block_size=[64, 64]),
+    "config.json of mxfp4 beside fp8": _says("fp8", (f"{FIRST}weight is fp8", "'mxfp4'"), quant_method="mxfp4"),
+    "config.json of fp8 beside int4": _says("int4_32", (f"{FIRST}weight_packed is int4", "'fp8'"), quant_method="fp8"),
     "config.json that leaves an expert out": _says(
         "int4_32", (f"{EXPERT}.up_proj.weight_packed", "ignore has"), ignore=["lm_head", f"{EXPERT}.up_proj"]
     ),

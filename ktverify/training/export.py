@@ -123,7 +123,10 @@ _DTYPES_BY_NAME = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 def _quantisation_of(folder: Path) -> Quantisation | None:
     config = folder / "config.json"
-    return quantisation_of(SimpleNamespace(**read_json(config))) if config.is_file() else None
+    if not config.is_file():
+        return None
+    about = {"quantization_config": read_json(config).get("quantization_config"), "name_or_path": str(folder)}
+    return quantisation_of(SimpleNamespace(**about))
 
 
 def _headers(folder: Path) -> dict[Path, dict[str, Any]]:

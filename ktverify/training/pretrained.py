@@ -146,7 +146,7 @@ def load_by_files(
 
     infer, in_files: as for load_model. config: its configuration where that is at hand. hub: further arguments of
     snapshot_download, as revision and token.
-    ValueError for a quantised form that is not read."""
+    ValueError for a quantised form that is not read, and for codes in a directory that config.json says nothing of."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from ktverify.engines.checkpoint_files import Checkpoint
@@ -156,6 +156,8 @@ def load_by_files(
     about = quantised.quantisation_of(config)
     outside = infer is not None and (in_files or infer.experts_in_files(about is not None))
     if about is None and not outside:
+        if Path(path).is_dir():
+            quantised.require_no_codes(Path(path))
         return None
     import torch
 
@@ -233,6 +235,8 @@ def of_hub(name: str, **settings: Any) -> Path:
 
 
 def _load(read: Callable[..., Any], path: str | Path, option: str, **settings: Any) -> Any:
+    from ktverify.engines.quantization_config import QuantizationConfig
+
     path = expand(str(path))
     # NAME/MODEL may be on a hub, unless a directory NAME exists here
     local = path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).parent.is_dir()
@@ -244,6 +248,8 @@ def _load(read: Callable[..., Any], path: str | Path, option: str, **settings: A
     if not local and not _cached(path):
         _require_hub(path, option)
     try:
+        if Path(path).is_dir():
+            QuantizationConfig.beside(Path(path))  # the library would not say what is wrong with it
         return read(path, **settings)
     except Exception as error:  # of transformers, tokenizers, safetensors, the hub, and of a model's own code
         if isinstance(error, MemoryError) or not is_expected(error):

@@ -23,6 +23,7 @@ from ktverify.engines.checkpoint_files import INDEX, read_index
 from ktverify.engines.native.checkpoint import FURTHER_TOKENS, OTHER_TOWERS
 from ktverify.engines.quantise import FP8_BLOCK, INT4_GROUPS, MADE, codes_of
 from ktverify.engines.quantised import dequantised
+from ktverify.engines.quantization_config import QuantizationConfig
 from ktverify.system.limits import format_bytes
 from ktverify.system.text import read_json
 from ktverify.training.headers import header_of
@@ -121,7 +122,7 @@ class _Plan:
         config = checkpoint / "config.json"
         if not config.is_file():
             raise ValueError(f"{checkpoint} has no config.json; it takes a model's directory")
-        if read_json(config).get("quantization_config"):
+        if QuantizationConfig.beside(checkpoint).about:
             raise ValueError(f"{checkpoint} is quantised already; it takes a checkpoint in bf16")
         index = checkpoint / INDEX
         listed = {checkpoint / file for file in read_index(index).values()} if index.is_file() else None

@@ -19,16 +19,23 @@ from safetensors.torch import save_file
 from ktverify.engines.checkpoint_files import INDEX, Checkpoint
 from ktverify.engines.native.checkpoint import FAMILIES
 from ktverify.engines.quantised import check_values
-from ktverify.engines.quantization_config import QuantizationConfig
+from ktverify.engines.quantization_config import (
+    COMPRESSED,
+    FP8,
+    QuantizationConfig,
+    check_quantization_config,
+    methods_of,
+)
 from ktverify.engines.weight_files import (
+    LAYOUTS,
     StoredMatrix,
     matrix_of,
+    name_of,
     stored_matrix,
 )
 from ktverify.system.text import read_json
 from ktverify.training.output_directory import copy_others
 
-FP8, COMPRESSED = "fp8", "compressed-tensors"
 # compressed-tensors' format -> bits of its integers
 _BITS = {"pack-quantized": (4, 8), "int-quantized": (8,)}
 _EXPERT = re.compile(
@@ -53,19 +60,30 @@ class Quantisation:
 def quantisation_of(config: Any) -> Quantisation | None:
     """Of a model's configuration; None where its weights are not quantised, or in a way that transformers reads itself.
 
-    ValueError for a form of FP8 or compressed-tensors that is not read."""
+    ValueError for a form of FP8 or compressed-tensors that is not read, and as check_quantization_config."""
     about = getattr(config, "quantization_config", None)
-    about = about if isinstance(about, dict) or about is None else about.to_dict()
-    method = str(about.get("quant_method")) if about else ""
-    if about and method == FP8:
-        size = about.get("weight_block_size")
-        if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+    if about is None:
+        return None
+    where = f"{file}: quantization_config" if (file := _file_of(config)) else "its quantization_config"
+    about = check_quantization_config(about.to_dict() if hasattr(about, "to_dict") else about, where)
+    method = about.get("quant_method")
+    if method is None and not (about.get("load_in_4bit") or about.get("load_in_8bit")):
+        raise ValueError(f"{where} has no quant_method; it takes a string, as {FP8!r}")
+    if method == FP8:
+        if (size := about.get("weight_block_size")) is None:
             raise ValueError(f"its FP8 has weight_block_size {size!r}; it takes the rows and columns of a block")
         return Quantisation("FP8", "AMXFP8", (size[0], size[1]))
-    if about and method == COMPRESSED:
+    if method == COMPRESSED:
         bits = _integers(about)
         return Quantisation(f"INT{bits}", f"AMXInt{bits}")
     return None
+
+
+def _file_of(config: Any) -> Path | None:
+    """The config.json that a configuration was read from, None where it is not known here."""
+    path = getattr(config, "name_or_path", None)
+    file = Path(path) / "config.json" if path and isinstance(path, str) else None
+    return file if file and file.is_file() else None
 
 
 def _integers(about: Mapping[str, Any]) -> int:
@@ -80,6 +98,29 @@ def _integers(about: Mapping[str, Any]) -> int:
                 f"integers are read: {takes}"
             )
     return int(found[0]["num_bits"])
+
+
+def require_no_codes(folder: Path) -> None:
+    """ValueError for a folder whose files have codes that are read here, where config.json says nothing of them or
+    names another method: transformers would take the codes for weights. Only headers are read."""
+    if not any(folder.glob("*.safetensors")):
+        return
+    checkpoint, config = Checkpoint(folder, "model"), QuantizationConfig.beside(folder)
+    scales = tuple(layout.scales.removeprefix("weight") for layout in LAYOUTS.values() if layout.scales)
+    if not any(name.endswith(scales) for name in checkpoint.files_of):
+        return
+    for name in checkpoint.files_of:
+        found = matrix_of(checkpoint.lookup, name)
+        if found is None or name_of(found[0], LAYOUTS[found[1]].scales) not in checkpoint:
+            continue
+        at = checkpoint.lookup(name)
+        where, format = f"{at[0] if at else folder}: {name}", found[1]
+        config.require_method(where, format)
+        if not config.about:
+            raise ValueError(
+                f"{where} is {format}, and {config.file} has no quantization_config; {format} takes quant_method "
+                f"{methods_of(format)}"
+            )
 
 
 @dataclass

@@ -21,6 +21,7 @@ from ktverify.training.tiny import make_tiny
 from ktverify.training.wrap import find_experts
 from tests.support import models
 from tests.support.checkpoints import FP8, in_fp8, stacked, tensors_of, with_further_layer, written
+from tests.support.quantised_checkpoints import INT4
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*target_parameters.*:UserWarning")
 FAMILIES = ("deepseek_v3", "qwen3_moe", "mixtral")
@@ -146,6 +147,52 @@ def test_fp8_that_is_not_read_is_one_line(one: Forms, tmp_path: Path, change: An
     with pytest.raises(ValueError, match=rf"^base '.*broken' cannot be loaded: .*{text}") as raised:
         load_model(str(broken), "bfloat16", option="base")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("about", "text"),
+    [
+        ("fp8", r"/config\.json: quantization_config is 'fp8'; it takes an object"),
+        (["fp8"], r"/config\.json: quantization_config is \['fp8'\]; it takes an object"),
+        (8, r"/config\.json: quantization_config is 8; it takes an object"),
+        (False, r"/config\.json: quantization_config is False; it takes an object"),
+        ({}, r"/config\.json: quantization_config has no quant_method; it takes a string, as 'fp8'"),
+        ({**FP8, "quant_method": None}, r"/config\.json: quantization_config\.quant_method is null; it takes a string"),
+        ({**FP8, "quant_method": 8}, r"/config\.json: quantization_config\.quant_method is 8; it takes a string, as"),
+        (
+            {**FP8, "weight_block_size": [128, True]},
+            r"quantization_config\.weight_block_size is \[128, True\]; it takes two",
+        ),
+        ({**FP8, "quant_method": "mxfp4"}, r"quant_method is 'mxfp4', and weight_block_size is there; .* takes 'fp8'"),
+        (INT4, r"weight is fp8; .*/config\.json says \{'num_bits': 4, "),
+        (
+            {"quant_method": "mxfp4"},
+            r"model\.safetensors: .*weight is fp8; .*/config\.json says quant_method 'mxfp4', and fp8 takes 'fp8' or",
+        ),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            r"weight is fp8; .*/config\.json says quant_method 'gptq', and fp8 takes",
+        ),
+        (
+            None,
+            r"weight is fp8, and .*/config\.json has no quantization_config; fp8 takes quant_method 'fp8' or 'compr",
+        ),
+    ],
+)
+def test_a_configuration_that_does_not_describe_fp8_is_one_line(
+    one: Forms, tmp_path: Path, about: Any, text: str
+) -> None:
+    path, _ = one.of["fp8"]
+    broken = written(path, tmp_path / "broken", tensors_of(path), quantization_config=about)
+    with pytest.raises(ValueError, match=rf"^base '.*broken' cannot be loaded: .*{text}") as raised:
+        load_model(str(broken), "bfloat16", option="base")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_null_beside_plain_weights_is_no_quantisation(one: Forms, tmp_path: Path) -> None:
+    path = written(one.plain, tmp_path / "null", tensors_of(one.plain), quantization_config=None)
+    state, wanted = (load_model(str(each), "bfloat16", option="base").state_dict() for each in (path, one.plain))
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
 LINEAR, EXPERTS = "model.layers.0.self_attn.o_proj.weight", "model.layers.1.mlp.experts"

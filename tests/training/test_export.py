@@ -134,6 +134,9 @@ def test_what_cannot_be_merged_is_refused(base: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="is quantised: an adapter cannot be merged into it"):
         export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
+    (base / "config.json").write_text(json.dumps({**json.loads(config), "quantization_config": "gptq"}))
+    with pytest.raises(ValueError, match=r"/config\.json: quantization_config is 'gptq'; it takes an object$"):
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base=str(base))
     (base / "config.json").write_text(config)
     for file in base.glob("*.safetensors"):
         file.unlink()

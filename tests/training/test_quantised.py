@@ -262,6 +262,27 @@ def test_a_note_says_that_codes_become_bf16(
     assert "INT4 weights are dequantised to bf16; kt_backend AMXInt4 keeps them as codes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["AMXBF16", "AMXInt4"])
+@pytest.mark.parametrize(
+    ("about", "text"),
+    [
+        ("int4", r"/config\.json: quantization_config is 'int4'; it takes an object"),
+        ({**INT4, "config_groups": [4]}, r"quantization_config\.config_groups is \[4\]; it takes an object"),
+        ({**INT4, "config_groups": {"a": None}}, r"config_groups\['a'\] is null; it takes an object"),
+        ({**INT4, "config_groups": {"a": {"weights": "int4"}}}, r"\['a'\]\.weights is 'int4'; it takes an object"),
+        (FP8, r"weight_packed is int4; .*/config\.json says quant_method 'fp8', and int4 takes 'compressed-tensors'$"),
+    ],
+)
+def test_a_configuration_that_does_not_describe_int4_is_one_line(
+    backend: str, about: Any, text: str, int4: Checkpoints, tmp_path: Path
+) -> None:
+    path = written(int4.codes, tmp_path / "base", tensors_of(int4.codes), files=3, quantization_config=about)
+    with pytest.raises(ValueError, match=rf"^model_name_or_path '.*base' cannot be loaded: .*{text}") as refused:
+        train(tmp_path, "out", path, kt_backend=backend)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("base", "keys", "text"),
     [

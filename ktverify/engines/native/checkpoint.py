@@ -55,6 +55,7 @@ class ExpertFiles:
         if any(name_of(one_more, layout.codes) in self.checkpoint for layout in LAYOUTS.values()):
             layer = f"{self.checkpoint.where}, layer {spec.layer_idx},"
             raise ValueError(f"{layer} has more experts than num_experts ({total})")
+        self._config = QuantizationConfig.beside(self.checkpoint.path)
         self._format = self._found_format()
         self.weights: dict[str, list[torch.Tensor]] = {name: [] for name in BASE_NAMES}
         self.scales: dict[str, list[torch.Tensor]] = {name: [] for name in BASE_NAMES}
@@ -103,7 +104,6 @@ class ExpertFiles:
 
     def _read(self) -> None:
         spec = self._spec
-        config = QuantizationConfig.beside(self.checkpoint.path)
         for expert in self._experts:
             for name, shape in spec.expert_shapes.items():
                 stem = self._stem(name, expert)
@@ -111,7 +111,7 @@ class ExpertFiles:
                     self.weights[name].append(_plain(self.checkpoint, stem, shape, spec))
                     continue
                 matrix = stored_matrix(self.checkpoint.lookup, stem, spec.weight_format, self.checkpoint.where)
-                config.require(stem, matrix)
+                self._config.require(stem, matrix)
                 self._check(matrix, shape)
                 self._keep(name, matrix)
         made = self._format != spec.weight_format

@@ -69,6 +69,8 @@ BAD = {
             ("num_experts_per_tok", 5), ("num_experts_per_tok", "all"),
             ("num_attention_heads", 0), ("hidden_act", "gelu"), ("rope_scaling", {"type": 3}),
             ("quantization_config", {"quant_method": "fp8", "weight_block_size": "big"}),
+            ("quantization_config", "fp8"), ("quantization_config", {"quant_method": 8}),
+            ("quantization_config", {"quant_method": "compressed-tensors", "config_groups": {"a": None}}),
         )
     },
 }  # fmt: skip
