@@ -3,7 +3,8 @@
 A session is one layer and a sequence of calls that its seed draws: forwards with and without saving, backwards, steps
 of the LoRA parameters, new weights, bad input, threads and forks, with tensors of any strides and at any address. What
 the contract promises of a sequence is that each call gives what it gives alone. So each result must have the bits of
-the same call on a new layer, and be within the budgets.
+the same call on a new layer, and be within the budgets. In every second session the native engine has base weights as
+codes; the new layer then has the bf16 weights that they stand for.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 from ktverify.checks.altered_inputs import TOKENS, at_offset, changed
 from ktverify.checks.judging import judged
 from ktverify.checks.processes import digest, fork_and_run
+from ktverify.checks.quantised_inputs import as_bf16, draw, layer_of
 from ktverify.checks.target import Target, bits, expect, same_bits
 from ktverify.engines.registry import NATIVE
 from ktverify.engines.run import backward_of, forward, run_layer
+from ktverify.judge.dequantise import CODINGS, Coding
 from ktverify.spec.cases import LORA_DTYPES, MAPS, Case
 from ktverify.spec.inputs import Inputs, make_inputs
 from ktverify.spec.names import BASE_NAMES, LORA_NAMES, OUTPUT
@@ -42,11 +45,15 @@ class _Draw(random.Random):
             return self.randint(1, most)
         return min(most, max(1, 16 * self.randint(0, most // 16) + self.randint(-1, 1)))
 
-    def case(self) -> Case:
-        """The sizes of a layer; every expert is reached, so that make_inputs draws the weights of all."""
+    def case(self, coding: Coding | None) -> Case:
+        """The sizes of a layer; every expert is reached, so that make_inputs draws the weights of all. Those of 4-bit
+        codes are multiples of their group, in each part."""
         experts, tp = self.randint(1, 6), self.choice((1, 1, 2, 3))
+        hidden, width = self.size(96), self.size(96 // tp)
+        if coding is not None and coding.bits == 4:
+            hidden, width = (coding.group * self.randint(1, max(1, 96 // coding.group)) for _ in range(2))
         text = (
-            f"E={experts},k={experts},H={self.size(96)},I={tp * self.size(96 // tp)},T=1,r={self.size(36)},"
+            f"E={experts},k={experts},H={hidden},I={tp * width},T=1,r={self.size(36)},"
             f"alpha={self.choice((0.5, 4, 16, 33))},lora={self.choice(LORA_DTYPES)},map={self.choice(MAPS)}"
         )
         return replace(Case.parse(f"{text}@seed={self.randint(0, 2**30)}"), tp=(tp,))
@@ -93,7 +100,10 @@ class Session:
     def run(self) -> int:
         """Make the calls; returns the number of results that were compared. AssertionError with the trace."""
         self.draw = _Draw(self.seed)
-        case = self.draw.case()
+        # the contract lets other engines declare which codes they take
+        codes = self.target.engine == NATIVE and self.draw.random() < 0.5
+        self.coding = self.draw.choice(list(CODINGS.values())) if codes else None
+        case = self.draw.case(self.coding)
         self.top_k = self.draw.randint(1, min(4, case.num_experts))
         self.most = self.draw.size(70)
         self.depth = self.draw.randint(1, 3)
@@ -101,8 +111,13 @@ class Session:
         self.waiting: list[tuple[Inputs, dict[str, Tensor]]] = []
         how = {"chunked_prefill_size": self.most, "max_cache_depth": self.depth, "num_experts_per_tok": self.top_k}
         self.how: dict[str, Any] = {**how, "tp": case.tp[0], "threads": self.draw.randint(1, 4)}
-        self._note(f"{case.id} k={self.top_k} {self.how}")
-        self.layer = self.target.layer(case, self.inputs, **self.how)
+        self._note(f"{case.id} k={self.top_k} {self.how}{f' {self.coding.label}' if self.coding else ''}")
+        if self.coding is None:
+            self.layer = self.target.layer(case, self.inputs, **self.how)
+        else:
+            coded = draw(self.coding, case)
+            self.layer = layer_of(self.target, coded, case, self.inputs, **self.how)
+            self.inputs = as_bf16(coded, self.inputs)
         calls = [self.forward, self.forward, self.train, self.train, self.backward, self.step, self.bad, self.clear]
         calls += [self.lora_anew, self.weights_anew]
         # the contract asks these of the native engine alone
@@ -216,8 +231,13 @@ class Session:
         case = replace(self.inputs.case, seed=self.draw.randint(0, 2**30), physical=self.draw.choice(MAPS))
         self._note(f"load_weights_from_tensors, {case.physical} map")
         new = make_inputs(case)
-        base = [self.draw.elsewhere(new.slotted(name)).detach() for name in BASE_NAMES]
-        self.layer.load_weights_from_tensors(*base, new.physical_map)
+        if self.coding is None:
+            base = [self.draw.elsewhere(new.slotted(name)).detach() for name in BASE_NAMES]
+            self.layer.load_weights_from_tensors(*base, new.physical_map)
+        else:
+            coded = draw(self.coding, case)
+            self.layer.load_weights_from_tensors(**coded.arguments(new.physical_map))
+            new = as_bf16(coded, new)
         kept = {name: getattr(new, name) for name in (*BASE_NAMES, "physical_map")}
         self.inputs = replace(changed(self.inputs, **kept), case=replace(self.inputs.case, physical=case.physical))
 
