@@ -88,7 +88,7 @@ scoreboard: peers
 	for engine in $(SCORED); do $(BIN)/pytest suites/ -m 'not latency' --tier default -n 2 -q --engine $$engine \
 		--run-dir $(SCORES)/$$engine || true; done
 	$(BIN)/python -m ktverify bench E=16,k=4,H=2048,I=768,T=64,r=16 E=16,k=4,H=2048,I=768,T=4,r=16 --rounds 5 \
-		--peers torch_loop,torch_grouped_mm,transformers_experts,vllm --out $(SCORES)/$$(date -u +%Y%m%dT%H%M%SZ)-bench
+		--peers kt_kernel,torch_loop,torch_grouped_mm,transformers_experts,vllm --out $(SCORES)/$$(date -u +%Y%m%dT%H%M%SZ)-bench
 	$(BIN)/python -m ktverify scoreboard $$(find $(SCORES) -name '*.jsonl' -exec dirname {} +) --out docs/scoreboard
 
 # an environment of its own for `python -m ktverify llamafactory`: stock LLaMA-Factory with the versions that it asks for

@@ -132,7 +132,8 @@ PERTURBATIONS: dict[str, tuple[Callable[[Tensors, GatedCase], Tensors], set[str]
     "two experts swapped": (swap_experts, set(GRAD_NAMES)),
     "everything zero": (everywhere(torch.zeros_like), ALL),
     "wrong sign": (everywhere(torch.neg), ALL),
-    "1.1 per cent too large": (everywhere(lambda v: v * 1.011), ALL),
+    # a foreign engine's budget of grad_weights is 1.11 per cent here, known to 5 per cent of that
+    "1.3 per cent too large": (everywhere(lambda v: v * 1.013), ALL),
     "rows in reverse order": (everywhere(lambda v: v.flip(0)), ALL),
     "transposed by halves": (everywhere(lambda v: v.roll(1, -1)), ALL),
     "a NaN": (everywhere(with_(math.nan)), ALL),

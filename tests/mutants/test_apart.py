@@ -35,4 +35,7 @@ def test_a_mutant_in_a_process_of_its_own_is_found(mutant: Mutant) -> None:
 @pytest.mark.parametrize("check", sorted({"expert_parallel/repeats", *(mutant.check for mutant in SEEN)}))
 def test_a_right_engine_in_a_process_of_its_own_passes(check: str) -> None:
     right = "right_with_codes_and_masks" if check.startswith(("quantised/", "hybrid/")) else "right"
+    if check == "processes/cleared_memory_comes_back":
+        # on a CPU with AVX-512 BF16 oneDNN keeps 9 MB of what its products took, and has no call that returns them
+        right = "right_without_onednn"
     assert ask(registry.find(check), f"{apart.__name__}:{right}") == []
