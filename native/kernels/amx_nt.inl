@@ -26,8 +26,8 @@ inline int strips_of_codes(const NtSegment* segments, int count, int strips) {
     return same;
 }
 
-// A chunk of a segment's weights: where they lie, and what comes after them, for the products to prefetch. Codes are
-// decoded to `to`, and what comes after them is prefetched meanwhile, so `ahead` is null.
+// A chunk of a segment's weights as bf16, and the weights that the products prefetch. Of codes, the chunk is decoded to `to`;
+// that prefetches the next codes, so the products prefetch nothing: `ahead` is null.
 struct TileChunk {
     const bf16 *weights, *ahead;
     TileChunk(const NtSegment& seg, int kb, int blocks, const bf16* next, int next_strip, bf16* to,

@@ -149,6 +149,7 @@ void nt(const NtSegment* segments, int count, int strips, int tokens, float* c) 
 // once. W is read in its order in memory, because pieces of 256 bytes far apart leave the memory idle half of the time.
 // So the sums of two or more tokens, which do not all fit the registers, wait in the first-level cache from one chunk of
 // k-blocks to the next. The sixteen lanes of a sum are added up after the last k-block.
+
 // T tokens on one class of processors.
 template <int T, tuning::Avx512 tune>
 struct Few {

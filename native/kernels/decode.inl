@@ -11,7 +11,8 @@ KTV_INLINE U rounded_in_place(const F& value) {
     const U b = bits_as<std::uint32_t>(value);
     return b + ((b >> 16) & 1u) + 0x7fffu;
 }
-// Of the 128 magnitudes of e4m3, for a scale that fp8_looks_up. An exponent adds the same to each product of it.
+// The products of the 128 magnitudes of e4m3 and a scale that fp8_looks_up. A code's exponent, less 1, is added to the
+// exponent of its product.
 inline void make_fp8_table(float scale, ByteTable& to) {
     using Words = std::uint16_t __attribute__((vector_size(64)));
     // of 0 to 7 without an exponent, of 8 to 15 with the exponent 1
@@ -127,7 +128,7 @@ struct CodesAhead {
         prefetch<2>(second + at);
     }
 };
-// Where only the first is known; its lines are asked for twice.
+// For callers that know one address only: its lines are prefetched twice.
 inline CodesAhead single(const std::uint8_t* codes) {
     return {codes, codes};
 }
