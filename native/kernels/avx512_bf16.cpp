@@ -252,6 +252,7 @@ void nt_few(const NtSegment* segments, int count, int strips, int tokens, float*
 // are multiplied, which hides that work behind the memory and spreads the prefetches over more arithmetic. Both are
 // always_inline, because gcc would call some of them for each pair of rows and pass the pair through memory.
 struct Interleaved {
+    static constexpr int least = 1;           // rows
     static constexpr bool prefetches = true;  // what comes after them
     const bf16* blocks;
     KTV_INLINE auto block(int kb) const {
@@ -262,6 +263,7 @@ struct Interleaved {
 };
 template <bool gathered>
 struct Interleaving {
+    static constexpr int least = 1;
     static constexpr bool prefetches = true;
     const NnSegment& segment;
     const Panel& panel;
@@ -274,7 +276,8 @@ struct Interleaving {
 // Codes, one block below the other. keep: further rows multiply what is interleaved.
 template <typename Block, bool keep>
 struct Decoding {
-    static constexpr bool prefetches = false;  // each block does
+    static constexpr int least = nn_code_rows + 1;  // nn_codes multiplies fewer
+    static constexpr bool prefetches = false;       // each block does
     const Block* blocks;
     bf16* panel;
     KTV_INLINE auto block(int kb) const {
@@ -319,7 +322,7 @@ template <int R, typename Blocks>
 void nn_rows(int rows, const bf16* g, std::size_t ld, Blocks blocks, const Panel& panel, UpcomingPanels upcoming,
              float* c, bool add) {
     if (rows == R) return nn_block<R>(g, ld, blocks, panel, upcoming, c, add);
-    if constexpr (R > 1) nn_rows<R - 1>(rows, g, ld, blocks, panel, upcoming, c, add);
+    if constexpr (R > Blocks::least) nn_rows<R - 1>(rows, g, ld, blocks, panel, upcoming, c, add);
 }
 
 void nn(const NnSegment* segments, int count, int rows, int cblocks, float* c) {

@@ -26,6 +26,6 @@ for sanitizer in "$@"; do
     cmake --build "$dir" -j "$jobs" >"$dir.log" 2>&1 || { cat "$dir.log"; exit 1; }
     # these use one thread, so ThreadSanitizer has nothing to find
     of_one_thread=()
-    [ "$sanitizer" = thread ] && of_one_thread=(-E 'test_(kernels|task_schedule|amx_instructions)')
+    [ "$sanitizer" = thread ] && of_one_thread=(-E 'test_(decoding|kernels|task_schedule|amx_instructions)')
     "${plain[@]}" ctest --test-dir "$dir" --output-on-failure -j "$jobs" "${of_one_thread[@]}"
 done
